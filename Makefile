@@ -1,0 +1,34 @@
+# make train   learn a policy           make train ARGS="--help" lists its arguments
+# make test    every check that CI runs
+# make clean   back to a fresh clone; results in runs/ and wandb/ stay
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n auto --dist loadfile
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := test
+.DELETE_ON_ERROR:
+.PHONY: train test clean
+
+train: $(INSTALLED)
+	$(BIN)/python train/mappo.py $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[train,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find agents envs serving train eval tests -name __pycache__ -type d -prune -exec rm -rf {} +

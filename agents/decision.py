@@ -1,0 +1,79 @@
+"""What a provider decides: where the request at the head goes, on what terms it takes others' work, at what price.
+
+`route` is 0 to hold, 1 to run here, 2 + k for candidate k. `admit` picks the longest expected wait at which a probe is
+accepted, `price` one of the market's prices. A route that the mask forbids becomes hold, and is counted by the caller.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.kernel import kernel
+
+CANDIDATES = 8  # K
+HOLD, LOCAL, FIRST_CANDIDATE = 0, 1, 2
+ROUTES = FIRST_CANDIDATE + CANDIDATES
+ADMIT_WAIT_S = np.array([-1.0, 0.5, 5.0, 20.0, 60.0, np.inf])  # first is never, last is always
+ADMITS = ADMIT_WAIT_S.size
+PRICES = 8  # most prices a market may post
+FLAT_ACTIONS = ROUTES * ADMITS * PRICES
+
+# Columns of the terms on which a provider takes others' work.
+MAX_WAIT_S = 0
+MAX_KV_USE = 1
+PROBABILITY = 2
+ONLY_IF_NONE_HELD = 3  # 1 to refuse while own users' requests are undecided
+TERMS_SIZE = 4
+NO_DIRECTION = -1
+
+
+class Actions(NamedTuple):
+    """One decision for each of a batch of providers, leading axes [...]."""
+
+    route: NDArray[np.int32]  # [...] 0 to ROUTES - 1
+    terms: NDArray[np.float64]  # [..., TERMS_SIZE]
+    price: NDArray[np.int32]  # [...] index into the market's prices
+    direct: NDArray[np.int32]  # [...] provider to send to, past its terms; only a router that sees everything sets it
+
+
+def make_actions(*shape: int) -> Actions:
+    """Hold, accept always, lowest price."""
+    actions = Actions(
+        route=np.zeros(shape, np.int32),
+        terms=np.zeros((*shape, TERMS_SIZE)),
+        price=np.zeros(shape, np.int32),
+        direct=np.full(shape, NO_DIRECTION, np.int32),
+    )
+    actions.terms[...] = (np.inf, np.inf, 1.0, 0.0)
+    return actions
+
+
+def set_admit(actions: Actions, admit: NDArray[np.integer]) -> None:
+    """Write the terms that stand for `admit` [...], 0 to ADMITS - 1."""
+    actions.terms[..., MAX_WAIT_S] = ADMIT_WAIT_S[admit]
+    actions.terms[..., MAX_KV_USE] = np.inf
+    actions.terms[..., PROBABILITY] = 1.0
+    actions.terms[..., ONLY_IF_NONE_HELD] = 0.0
+
+
+def encode(route: NDArray[np.integer], admit: NDArray[np.integer], price: NDArray[np.integer]) -> NDArray[np.int64]:
+    """One number, 0 to FLAT_ACTIONS - 1, for the three choices."""
+    return (np.asarray(route, np.int64) * ADMITS + admit) * PRICES + price
+
+
+def decode(flat: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Route, admit and price of a flat action."""
+    flat = np.asarray(flat, np.int64)
+    return flat // (ADMITS * PRICES), flat // PRICES % ADMITS, flat % PRICES
+
+
+@kernel
+def accept(terms, wait_s, kv_use, held, u):
+    """Whether a provider with these terms takes a probe, on its fresh own state.
+
+    `wait_s`: the request's expected wait here; `held`: own users' requests not yet decided; `u` uniform in (0, 1).
+    """
+    if terms[ONLY_IF_NONE_HELD] > 0.5 and held > 0:
+        return False
+    return wait_s <= terms[MAX_WAIT_S] and kv_use <= terms[MAX_KV_USE] and u <= terms[PROBABILITY]

@@ -1,0 +1,73 @@
+"""When would a request be done on a node? From the node's advert, what was sent since, and the lengths one expects."""
+
+import math
+
+from agents.kernel import kernel
+from agents.knowledge import (
+    AD_KV_CAPACITY,
+    AD_KV_TOKENS,
+    AD_MAX_NUM_SEQS,
+    AD_MEAN_OUTPUT,
+    AD_MEAN_PROMPT,
+    AD_PER_KV_TOKEN_S,
+    AD_PER_SEQ_S,
+    AD_PER_TOKEN_S,
+    AD_PREFILL_BASE_S,
+    AD_RUNNING,
+    AD_WAITING,
+    AD_WEIGHT_S,
+)
+
+# A request in its decode stands, on average over the time it takes, at E[O^2] / (2 E[O]^2) of its mean output: 0.5 for
+# equal lengths, 0.62 for a lognormal of sigma 0.75 cut at about twice its median.
+CONTEXT_SHARE = 0.62
+CONTEXT_PRIOR = 4.0  # requests' worth of belief in that, against the observed tokens per running request
+
+
+@kernel
+def expect(advert, sent, prompt):
+    """Expected time to first token and time per token, both in s, of a request of `prompt` tokens on a node.
+
+    `sent` requests went there since the advert. The node runs as many requests at once as its slots and its KV cache
+    hold at the mean context. Beyond that they queue, and leave the queue at the pace of completions (mean output times
+    time per token, over the number at once); below it they wait for each other's prefill alone. While a request decodes,
+    those that finish beside it are replaced by others (one in mean output over number at once iterations), whose
+    prefill holds up everyone.
+    """
+    output = max(1.0, advert[AD_MEAN_OUTPUT])
+    capacity = advert[AD_KV_CAPACITY]
+    typical = advert[AD_MEAN_PROMPT] + CONTEXT_SHARE * output
+    context = (advert[AD_KV_TOKENS] + CONTEXT_PRIOR * typical) / (advert[AD_RUNNING] + CONTEXT_PRIOR)
+    at_once = max(1.0, min(advert[AD_MAX_NUM_SEQS], capacity / max(context, 1.0)))
+    ahead = advert[AD_RUNNING] + advert[AD_WAITING] + sent
+    decoding = min(ahead + 1.0, at_once)
+    kv_tokens = min(decoding * context, capacity)
+    decode_s = advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S] * decoding + advert[AD_PER_KV_TOKEN_S] * kv_tokens
+    prefill_s = advert[AD_PREFILL_BASE_S] + advert[AD_PER_TOKEN_S] * advert[AD_MEAN_PROMPT]
+    token_s = decode_s + decoding / output * max(0.0, prefill_s - advert[AD_WEIGHT_S])
+
+    own_prefill_s = max(advert[AD_WEIGHT_S], advert[AD_PREFILL_BASE_S] + advert[AD_PER_TOKEN_S] * prompt)
+    behind = advert[AD_WAITING] + sent
+    queued = max(0.0, ahead + 1.0 - at_once)
+    full = advert[AD_RUNNING] + 0.5 >= advert[AD_MAX_NUM_SEQS] or advert[AD_KV_TOKENS] + typical >= capacity
+    if full and advert[AD_WAITING] >= 0.5:  # the queue itself shows that the node can take no more
+        queued = max(queued, behind + 1.0)
+    wait_s = queued * output * token_s / at_once + behind * max(0.0, prefill_s - advert[AD_WEIGHT_S])
+    return wait_s + own_prefill_s + decode_s, token_s
+
+
+@kernel
+def chance_on_time(deadlines, elapsed_s, first_token_s, token_s, median, sigma, longest):
+    """Mean, over the `deadlines` (s since arrival), of the chance to be done by them, `elapsed_s` after arrival.
+
+    The output is lognormal (`median`, `sigma`) and cut at `longest`; the normal distribution function is taken as the
+    logistic 1 / (1 + exp(-1.702 z)), off by less than 0.01 (Johnson and Kotz, Continuous Univariate Distributions).
+    """
+    total = 0.0
+    for k in range(deadlines.size):
+        tokens = (deadlines[k] - elapsed_s - first_token_s) / token_s
+        if tokens >= longest:
+            total += 1.0
+        elif tokens >= 1.0:
+            total += 1.0 / (1.0 + math.exp(-1.702 * math.log(tokens / median) / max(sigma, 1e-3)))
+    return total / deadlines.size

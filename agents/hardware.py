@@ -1,0 +1,333 @@
+"""What an engine can do: the time of one iteration, its KV cache and its limits, and a catalogue of GPUs and models.
+
+Iteration time of a continuous-batching engine, in seconds:
+
+    decode only:   weight_s + per_seq_s * decoding + per_kv_token_s * kv_tokens
+    with prefill:  the same with, as its first term,
+                   max(weight_s, prefill_base_s + per_token_s * (prefill_tokens + decoding))
+
+Decode reads the weights once, then each sequence's KV cache. A small prefill hides under the weight read (up to about
+90 tokens for Llama-3-8B on an A100); a larger one is bound by compute. The form is for prefill up to `CHUNK_TOKENS`.
+
+Where iteration times exist (`data/gpu_iteration_times.csv`, computed from measured kernels, 5 to 13 % fast) the
+coefficients are fitted to them; elsewhere they are a roofline of published bandwidth, FLOP/s and sizes, at the
+efficiencies that the fitted pairs show. Neither has a floor for kernel launches or the host, so a model under 1B
+parameters on a fast GPU comes out optimistic.
+
+`python -m agents.hardware` prints the catalogue and the held-out errors of the fits.
+"""
+
+import csv
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Integral
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.kernel import kernel
+
+FloatArray = NDArray[np.float64]
+
+# Columns of a profile row; the first five are the coefficients of the iteration time.
+WEIGHT_S, PER_SEQ_S, PER_KV_TOKEN_S, PREFILL_BASE_S, PER_TOKEN_S = range(5)
+KV_BLOCKS, MAX_NUM_SEQS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN = range(5, 9)
+PROFILE_SIZE = 9
+COEFFICIENTS = 5
+
+BLOCK_TOKENS = 16  # tokens of one KV block, vLLM's default
+CHUNK_TOKENS = 2048  # tokens of one iteration under chunked prefill, vLLM's default on most GPUs
+RESERVED_BYTES = 2.4e9  # activations of one chunk, CUDA graphs and the CUDA context
+MIN_KV_TOKENS = 2048  # a node that holds less than one chunk is of no use
+
+
+@kernel
+def iteration_s(profile_row: FloatArray, decoding: float, kv_tokens: float, prefill_tokens: float) -> float:
+    """Seconds of one engine iteration.
+
+    `decoding` sequences produce a token each, over `kv_tokens` of context in total; `prefill_tokens` prompt tokens are
+    computed beside them. Reads the first five columns of `profile_row` only.
+    """
+    first = profile_row[WEIGHT_S]
+    if prefill_tokens > 0:
+        compute = profile_row[PREFILL_BASE_S] + profile_row[PER_TOKEN_S] * (prefill_tokens + decoding)
+        first = max(first, compute)
+    time_s: float = first + profile_row[PER_SEQ_S] * decoding + profile_row[PER_KV_TOKEN_S] * kv_tokens
+    return time_s
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one engine can do. All values are positive; times in seconds."""
+
+    weight_s: float
+    """Reading the weights once: the floor of an iteration."""
+    per_seq_s: float
+    """Each decoding sequence."""
+    per_kv_token_s: float
+    """Each token of context that decoding sequences attend to."""
+    prefill_base_s: float
+    """Fixed part of an iteration bound by compute."""
+    per_token_s: float
+    """Compute of each token in an iteration with prefill."""
+    kv_blocks: int
+    """KV cache, in blocks of `BLOCK_TOKENS` tokens."""
+    max_num_seqs: int
+    """Most sequences running at once."""
+    max_batched_tokens: int
+    """Most tokens computed in one iteration."""
+    max_model_len: int
+    """Most tokens of prompt and output of one request."""
+    source: str
+    """Where the coefficients come from: "fitted: ..." or "roofline: ..."."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[:PROFILE_SIZE]:
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"profile field {field.name} must be positive and finite, got {value!r}")
+            if field.type is int and not isinstance(value, Integral):
+                raise ValueError(f"profile field {field.name} must be an integer, got {value!r}")
+
+    @property
+    def kv_tokens(self) -> int:
+        """Size of the KV cache, tokens."""
+        return self.kv_blocks * BLOCK_TOKENS
+
+    def row(self) -> FloatArray:
+        """The profile as a vector of `PROFILE_SIZE`, as kernels take it."""
+        return np.array([getattr(self, field.name) for field in fields(self)[:PROFILE_SIZE]], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published figures of a GPU."""
+
+    memory_gib: float
+    """Memory, GiB, as the driver reports it."""
+    bandwidth_gbs: float
+    """Memory bandwidth, GB/s."""
+    bf16_tflops: float
+    """Peak bf16 tensor TFLOP/s, dense, FP32 accumulate (half the FP16-accumulate figure on GeForce cards)."""
+    source: str
+
+
+GPUS: dict[str, Gpu] = {
+    "a100-80g": Gpu(80, 2039, 312, "NVIDIA A100 datasheet, SXM 80 GB"),
+    "h100": Gpu(80, 3350, 989.4, "NVIDIA H100 datasheet, SXM5 (sparse figure halved)"),
+    "rtx-4090": Gpu(24, 1008, 165.2, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+    "rtx-3090": Gpu(24, 936, 71, "NVIDIA GA102 GPU architecture whitepaper, appendix A"),
+    "rtx-6000-ada": Gpu(48, 960, 364.2, "NVIDIA Ada GPU architecture whitepaper, appendix on RTX 6000"),
+    "a40": Gpu(48, 696, 149.7, "NVIDIA A40 datasheet"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a released model; bf16 weights and KV cache."""
+
+    parameters: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    max_model_len: int
+    strength: float
+    """Bradley-Terry log-strength: the model wins a duel against another with probability 1 / (1 + exp(other - own))."""
+    source: str
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in bf16."""
+        return 2 * self.parameters
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token in bf16."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+
+
+# Parameters are counted from the shapes in config.json (tied embeddings once). Strengths of qwen3-8b, 4b and 0.6b solve
+# a round robin of the three for the win rates 0.57, 0.53 and 0.39 that WWW.Serve (arXiv 2603.20661) reports. The rest
+# are guesses: qwen3-14b continues the line from 4b to 8b over log parameters, llama-3-8b lies halfway between 0.6b and
+# 4b, llama-2-7b is level with 0.6b.
+MODELS: dict[str, Model] = {
+    "qwen3-0.6b": Model(596_049_920, 28, 8, 128, 40960, -0.289, "Qwen/Qwen3-0.6B config.json"),
+    "qwen3-4b": Model(4_022_468_096, 36, 8, 128, 40960, 0.090, "Qwen/Qwen3-4B config.json"),
+    "qwen3-8b": Model(8_190_735_360, 36, 8, 128, 40960, 0.199, "Qwen/Qwen3-8B config.json"),
+    "qwen3-14b": Model(14_768_307_200, 40, 8, 128, 40960, 0.289, "Qwen/Qwen3-14B config.json"),
+    "llama-3-8b": Model(8_030_261_248, 32, 8, 128, 8192, -0.099, "meta-llama/Meta-Llama-3-8B config.json"),
+    "llama-2-7b": Model(6_738_415_616, 32, 32, 128, 4096, -0.289, "meta-llama/Llama-2-7b-hf config.json"),
+}
+
+# `fit` over every row of `iteration_times()`: weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s.
+FITTED: dict[tuple[str, str], tuple[float, float, float, float, float]] = {
+    ("a100-80g", "llama-3-8b"): (0.01029, 4.445e-05, 8.622e-08, 0.003378, 7.803e-05),
+    ("a100-80g", "llama-2-7b"): (0.009457, 4.435e-05, 2.834e-07, 0.0041, 6.527e-05),
+    ("a40", "llama-2-7b"): (0.0248, 5.424e-05, 8.74e-07, 0.01304, 0.0001353),
+}
+_FITTED_SOURCE = "fitted: data/gpu_iteration_times.csv (Vidur, Agrawal et al., MLSys 2024)"
+
+
+def _median(ratio: Callable[[Gpu, Model, tuple[float, ...]], float]) -> float:
+    """Median of `ratio` over the fitted pairs."""
+    return median(ratio(GPUS[gpu], MODELS[model], fitted) for (gpu, model), fitted in FITTED.items())
+
+
+# What the fitted pairs reach of the published peaks: 0.77 of bandwidth and 0.66 of FLOP/s.
+BANDWIDTH_EFFICIENCY = _median(lambda gpu, model, c: model.weight_bytes / (gpu.bandwidth_gbs * 1e9 * c[WEIGHT_S]))
+# Reading the KV cache is less efficient with grouped queries (8 KV heads, 0.75) than with a head a query (32, about 0.88).
+KV_EFFICIENCY = {
+    heads: median(
+        MODELS[model].kv_bytes_per_token / (GPUS[gpu].bandwidth_gbs * 1e9 * c[PER_KV_TOKEN_S])
+        for (gpu, model), c in FITTED.items()
+        if MODELS[model].kv_heads == heads
+    )
+    for heads in {model.kv_heads for model in MODELS.values()}
+}
+FLOPS_EFFICIENCY = _median(lambda gpu, model, c: 2 * model.parameters / (gpu.bf16_tflops * 1e12 * c[PER_TOKEN_S]))
+# Two scalings without a physical model. A sequence costs part overhead, part compute: the fitted per_seq_s follow the
+# square root of per_token_s within 10 %. The fixed part of a prefill is 0.33 to 0.53 of the weight read.
+_PER_SEQ_SCALE = _median(lambda gpu, model, c: c[PER_SEQ_S] / math.sqrt(c[PER_TOKEN_S]))
+_PREFILL_BASE_SHARE = _median(lambda gpu, model, c: c[PREFILL_BASE_S] / c[WEIGHT_S])
+
+
+def _roofline(gpu: Gpu, model: Model) -> tuple[float, float, float, float, float]:
+    """Coefficients from published figures and the fitted pairs' efficiencies, seconds."""
+    weight_s = model.weight_bytes / (gpu.bandwidth_gbs * 1e9 * BANDWIDTH_EFFICIENCY)
+    per_kv_token_s = model.kv_bytes_per_token / (gpu.bandwidth_gbs * 1e9 * KV_EFFICIENCY[model.kv_heads])
+    per_token_s = 2 * model.parameters / (gpu.bf16_tflops * 1e12 * FLOPS_EFFICIENCY)
+    per_seq_s = _PER_SEQ_SCALE * math.sqrt(per_token_s)
+    return weight_s, per_seq_s, per_kv_token_s, _PREFILL_BASE_SHARE * weight_s, per_token_s
+
+
+def profile(gpu: str, model: str, max_num_seqs: int = 256, memory_utilization: float = 0.9) -> Profile:
+    """Profile of a catalogue `model` served in bf16 on one catalogue `gpu`.
+
+    `memory_utilization` is the share of GPU memory that the engine may use. What weights and `RESERVED_BYTES` leave of
+    it is KV cache; `max_model_len` is the model's own, or the KV cache where that is smaller, as an operator has to
+    set it. Raises ValueError for an unknown name, and for a pair that leaves less than `MIN_KV_TOKENS`.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"unknown gpu {gpu!r}, known: {', '.join(GPUS)}")
+    if model not in MODELS:
+        raise ValueError(f"unknown model {model!r}, known: {', '.join(MODELS)}")
+    if not 0 < memory_utilization <= 1:
+        raise ValueError(f"memory_utilization must be in (0, 1], got {memory_utilization!r}")
+    card, sizes = GPUS[gpu], MODELS[model]
+    kv_bytes = card.memory_gib * 2**30 * memory_utilization - sizes.weight_bytes - RESERVED_BYTES
+    kv_blocks = math.floor(kv_bytes / (sizes.kv_bytes_per_token * BLOCK_TOKENS))
+    if kv_blocks * BLOCK_TOKENS < MIN_KV_TOKENS:
+        raise ValueError(
+            f"{model} does not fit on {gpu}: {sizes.weight_bytes / 1e9:.1f} GB of weights leave "
+            f"{max(kv_blocks, 0) * BLOCK_TOKENS} KV tokens of {card.memory_gib * memory_utilization:.1f} GiB, "
+            f"at least {MIN_KV_TOKENS} are needed"
+        )
+    if (gpu, model) in FITTED:
+        coefficients, source = FITTED[gpu, model], _FITTED_SOURCE
+    else:
+        coefficients, source = _roofline(card, sizes), f"roofline: {card.source}; {sizes.source}"
+    max_model_len = min(sizes.max_model_len, kv_blocks * BLOCK_TOKENS)
+    return Profile(*coefficients, kv_blocks, max_num_seqs, CHUNK_TOKENS, max_model_len, source)
+
+
+# Columns of a table of iteration times.
+DECODING, KV_TOKENS, PREFILL_TOKENS, TIME_S = range(4)
+
+
+def predict_s(coefficients: FloatArray, rows: FloatArray) -> FloatArray:
+    """`iteration_s` of each of the measured `rows`, shape (n,)."""
+    return np.array([iteration_s(coefficients, row[DECODING], row[KV_TOKENS], row[PREFILL_TOKENS]) for row in rows])
+
+
+def fit(rows: FloatArray) -> FloatArray:
+    """The five coefficients with the least squared relative error over measured iterations; needs scipy.
+
+    `rows` is (n, 4): sequences decoding, KV tokens, prefill tokens, seconds. Rows with more than `CHUNK_TOKENS` of
+    prefill are left out. Raises ValueError if two different batch sizes and two different prefill sizes are not there.
+    """
+    from scipy.optimize import least_squares
+
+    rows = rows[rows[:, PREFILL_TOKENS] <= CHUNK_TOKENS]
+    decode, prefill = rows[rows[:, PREFILL_TOKENS] == 0], rows[rows[:, PREFILL_TOKENS] > 0]
+    for part, column, what in ((decode, DECODING, "decode batch"), (prefill, PREFILL_TOKENS, "prefill")):
+        if np.unique(part[:, column]).size < 2:
+            raise ValueError(f"a fit needs iterations of at least two {what} sizes, got {np.unique(part[:, column])}")
+    if not (np.isfinite(rows).all() and (rows[:, TIME_S] > 0).all()):
+        raise ValueError("measured iterations must be finite, with positive times")
+    weight_s = decode[:, TIME_S].min()
+    largest = prefill[prefill[:, PREFILL_TOKENS].argmax()]
+    # Start where the largest prefill is bound by compute: under the weight read the compute terms have no gradient.
+    scale = np.array(
+        [weight_s, weight_s / 200, weight_s / 1e5, weight_s / 3, largest[TIME_S] / largest[PREFILL_TOKENS]]
+    )
+    solution = least_squares(
+        lambda x: predict_s(x * scale, rows) / rows[:, TIME_S] - 1.0,
+        np.ones(COEFFICIENTS),
+        bounds=(1e-6, np.inf),
+        x_scale="jac",
+    )
+    return np.asarray(solution.x * scale, dtype=np.float64)
+
+
+def iteration_times() -> dict[tuple[str, str], FloatArray]:
+    """Measured iterations by (gpu, model), in the columns `fit` takes."""
+    gpus = {"a100": "a100-80g", "a40": "a40"}
+    models = {"meta-llama/Meta-Llama-3-8B": "llama-3-8b", "meta-llama/Llama-2-7b-hf": "llama-2-7b"}
+    table: dict[tuple[str, str], list[list[float]]] = {}
+    with (Path(__file__).parent / "data" / "gpu_iteration_times.csv").open(newline="") as file:
+        for line in csv.DictReader(file):
+            counts = [float(line[name]) for name in ("batch_decode", "kv_tokens_total", "prefill_tokens")]
+            pair = gpus[line["device"]], models[line["model"]]
+            table.setdefault(pair, []).append([*counts, float(line["time_ms"]) / 1e3])
+    return {pair: np.array(lines) for pair, lines in table.items()}
+
+
+def held_out_errors(rows: FloatArray, half: int) -> dict[str, float]:
+    """Mean relative errors, on rows it has not seen, of a fit to half of the sizes.
+
+    Sizes are the distinct batch sizes of decode-only rows and the distinct prefill sizes of prefill-only rows; the fit
+    sees every other one, from the first (`half` 0) or the second (1). Mixed rows are never fitted.
+    """
+    rows = rows[rows[:, PREFILL_TOKENS] <= CHUNK_TOKENS]
+    decoding, prefilling = rows[:, DECODING] > 0, rows[:, PREFILL_TOKENS] > 0
+    parts = {"decode": rows[decoding & ~prefilling], "prefill": rows[~decoding & prefilling]}
+    seen, unseen = [], {}
+    for (name, part), column in zip(parts.items(), (DECODING, PREFILL_TOKENS), strict=True):
+        fitted = np.isin(part[:, column], np.unique(part[:, column])[half::2])
+        seen.append(part[fitted])
+        unseen[name] = part[~fitted]
+    unseen["mixed"] = rows[decoding & prefilling]
+    unseen["all"] = np.concatenate(list(unseen.values()))
+    coefficients = fit(np.concatenate(seen))
+    return {
+        name: float(np.abs(predict_s(coefficients, part) / part[:, TIME_S] - 1).mean()) for name, part in unseen.items()
+    }
+
+
+def main() -> None:
+    """Print the catalogue and the held-out errors of the fits."""
+    print("gpu           model       weight ms  seq us  kv ns   base ms  token us  kv tokens  max len  source")
+    for gpu in GPUS:
+        for model in MODELS:
+            try:
+                p = profile(gpu, model)
+            except ValueError as error:
+                print(f"{gpu:<13} {model:<11} {error}")
+                continue
+            print(
+                f"{gpu:<13} {model:<11} {p.weight_s * 1e3:9.2f} {p.per_seq_s * 1e6:7.1f} {p.per_kv_token_s * 1e9:6.1f} "
+                f"{p.prefill_base_s * 1e3:9.2f} {p.per_token_s * 1e6:9.1f} {p.kv_tokens:10d} {p.max_model_len:8d}  "
+                f"{p.source.partition(':')[0]}"
+            )
+    print("\nmean relative error on rows not fitted, %")
+    for (gpu, model), rows in iteration_times().items():
+        for half in (0, 1):
+            errors = "  ".join(f"{name} {100 * error:.1f}" for name, error in held_out_errors(rows, half).items())
+            print(f"{gpu:<13} {model:<11} half {half}: {errors}")
+
+
+if __name__ == "__main__":
+    main()

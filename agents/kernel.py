@@ -1,0 +1,56 @@
+"""The one way this project compiles a numeric kernel.
+
+A kernel is a plain function over NumPy arrays that numba compiles. Compiled code is cached on disk, in a folder
+named after the contents of every source that imports this module: numba itself notices only edits of the file that holds a kernel,
+not of the kernels it calls, and would go on running the old rules of the game. `NUMBA_DISABLE_JIT=1` runs every
+kernel as plain Python.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ROOT = Path(__file__).resolve().parent.parent
+_KERNEL_PACKAGES = ("agents", "envs")
+
+
+def _cache_dir() -> Path:
+    """Folder for compiled kernels: `$WWWSERVE_CACHE` or `~/.cache/wwwserve`, then a digest of the sources."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for package in _KERNEL_PACKAGES:
+        for source in sorted((_ROOT / package).glob("*.py")):
+            content = source.read_bytes()
+            if b"agents.kernel import" in content:
+                digest.update(source.name.encode() + content)
+    base = os.environ.get("WWWSERVE_CACHE") or Path.home() / ".cache" / "wwwserve"
+    return Path(base) / "kernels" / digest.hexdigest()[:16]
+
+
+if "NUMBA_CACHE_DIR" not in os.environ:
+    numba.config.CACHE_DIR = str(_cache_dir())
+
+
+def kernel(function: F) -> F:
+    """Compile `function` for scalars and arrays, without the GIL, cached; the result is called like the original."""
+    compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+def records(shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeroed records whose fields kernels read as attributes, compiled or not."""
+    array = np.zeros(shape, dtype)
+    return array.view(np.recarray) if numba.config.DISABLE_JIT else array
+
+
+def inlined(function: F) -> F:
+    """A kernel whose body is put in place of each call: for what a compiled function cannot return, such as records."""
+    compiled: F = numba.njit(inline="always", error_model="numpy")(function)
+    return compiled

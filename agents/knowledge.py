@@ -1,0 +1,175 @@
+"""What a provider knows, and how each message changes it.
+
+Two tables. A provider's *advert* is the last thing it said of itself; a provider keeps one row for every peer, and one
+for its own engine, which it refreshes at every scrape. Its *dealings* with a peer are what it saw for itself: what it
+sent since the last advert, what is still out, and how delivery compares with what was promised. Both are float64
+vectors whose columns are named here, so the simulator keeps them for every pair of a batch of markets and a live node
+for its own peers, and the same kernels write them.
+"""
+
+import math
+
+import numpy as np
+
+from agents.hardware import (
+    BLOCK_TOKENS,
+    KV_BLOCKS,
+    MAX_NUM_SEQS,
+    PER_KV_TOKEN_S,
+    PER_SEQ_S,
+    PER_TOKEN_S,
+    PREFILL_BASE_S,
+    WEIGHT_S,
+)
+from agents.kernel import kernel
+
+MAX_CLASSES = 4
+
+# Columns of an advert.
+AD_TIME_S = 0  # when it was made
+AD_RUNNING = 1
+AD_WAITING = 2
+AD_KV_TOKENS = 3  # tokens in the KV cache, whole blocks
+AD_MEAN_PROMPT = 4  # tokens, of its recent requests
+AD_MEAN_OUTPUT = 5
+AD_PRICE = 6  # credits, per request or per 1000 tokens
+AD_STAKE = 7  # credits
+AD_HELD = 8  # own users' requests its dispatcher holds, by class
+AD_WEIGHT_S = AD_HELD + MAX_CLASSES  # the engine profile, see agents.hardware
+AD_PER_SEQ_S = AD_WEIGHT_S + 1
+AD_PER_KV_TOKEN_S = AD_WEIGHT_S + 2
+AD_PREFILL_BASE_S = AD_WEIGHT_S + 3
+AD_PER_TOKEN_S = AD_WEIGHT_S + 4
+AD_KV_CAPACITY = AD_WEIGHT_S + 5  # tokens
+AD_MAX_NUM_SEQS = AD_WEIGHT_S + 6
+ADVERT_SIZE = AD_WEIGHT_S + 7
+
+# Columns of the dealings with one peer.
+SENT = 0  # requests sent since the advert of SENT_AD_S
+SENT_AD_S = 1
+REFUSED_AD_S = 2  # time of the advert under which it last refused
+OUT = 3  # requests it has of ours
+PROMISED = 4  # tokens that those should have streamed by now
+STREAMED = 5  # tokens that they have
+OVERDUE_S = 6  # time past the promised first token, over those that have none
+RECORD = 7  # aged sum of log(actual / promised duration) of what it completed
+RECORD_WEIGHT = 8
+DUELS_WON = 9  # seen from here
+DUELS_LOST = 10
+DEALINGS_SIZE = 11
+
+RECORD_AGEING = 0.9  # a new completion takes the weight of old ones down by this
+LENGTH_AGEING = 0.95  # the same for mean lengths
+PACE_PRIOR_TOKENS = 200.0  # evidence of tokens counts in full when there is far more than this
+NO_TIME = -1e9
+
+
+@kernel
+def write_profile(advert, profile, speed):
+    """Put an engine profile into an advert, its times divided by `speed` (1 is honest)."""
+    advert[AD_WEIGHT_S] = profile[WEIGHT_S] / speed
+    advert[AD_PER_SEQ_S] = profile[PER_SEQ_S] / speed
+    advert[AD_PER_KV_TOKEN_S] = profile[PER_KV_TOKEN_S] / speed
+    advert[AD_PREFILL_BASE_S] = profile[PREFILL_BASE_S] / speed
+    advert[AD_PER_TOKEN_S] = profile[PER_TOKEN_S] / speed
+    advert[AD_KV_CAPACITY] = profile[KV_BLOCKS] * BLOCK_TOKENS
+    advert[AD_MAX_NUM_SEQS] = profile[MAX_NUM_SEQS]
+
+
+@kernel
+def on_scrape(advert, now_s, running, waiting, kv_tokens, load):
+    """Take an engine's load into its advert, counts and tokens multiplied by `load` (1 is honest)."""
+    advert[AD_TIME_S] = now_s
+    advert[AD_RUNNING] = running * load
+    advert[AD_WAITING] = waiting * load
+    advert[AD_KV_TOKENS] = kv_tokens * load
+
+
+@kernel
+def on_length(advert, prompt, output):
+    """Age the mean lengths by one more completed request."""
+    advert[AD_MEAN_PROMPT] += (1.0 - LENGTH_AGEING) * (prompt - advert[AD_MEAN_PROMPT])
+    advert[AD_MEAN_OUTPUT] += (1.0 - LENGTH_AGEING) * (output - advert[AD_MEAN_OUTPUT])
+
+
+@kernel
+def on_sent(dealings, advert):
+    """A peer with this advert took one of our requests."""
+    dealings[SENT] = sent_since(dealings, advert) + 1.0
+    dealings[SENT_AD_S] = advert[AD_TIME_S]
+    dealings[OUT] += 1.0
+
+
+@kernel
+def on_refused(dealings, advert):
+    """A peer with this advert refused one of our requests."""
+    dealings[REFUSED_AD_S] = advert[AD_TIME_S]
+
+
+@kernel
+def on_ended(dealings):
+    """One of our requests is no longer with the peer, whatever became of it."""
+    dealings[OUT] = max(0.0, dealings[OUT] - 1.0)
+
+
+@kernel
+def on_answer(dealings, took_s, promised_s):
+    """The peer completed a request in `took_s` after promising, for the tokens it delivered, `promised_s`."""
+    dealings[RECORD] = RECORD_AGEING * dealings[RECORD] + math.log(max(took_s, 1e-3) / max(promised_s, 1e-3))
+    dealings[RECORD_WEIGHT] = RECORD_AGEING * dealings[RECORD_WEIGHT] + 1.0
+
+
+@kernel
+def clear_progress(dealings):
+    """Begin a new count of what the requests out with a peer have streamed."""
+    dealings[PROMISED] = 0.0
+    dealings[STREAMED] = 0.0
+    dealings[OVERDUE_S] = 0.0
+
+
+@kernel
+def on_progress(dealings, waited_s, promised_ttft_s, promised_tpot_s, streamed):
+    """Count one request out with the peer: `streamed` tokens so far, `waited_s` after it was taken."""
+    late_s = waited_s - promised_ttft_s
+    if late_s > 0.0:
+        if streamed == 0:
+            dealings[OVERDUE_S] += late_s
+        dealings[PROMISED] += 1.0 + late_s / promised_tpot_s
+        dealings[STREAMED] += min(float(streamed), 1.0 + late_s / promised_tpot_s)
+
+
+@kernel
+def sent_since(dealings, advert):
+    """Requests sent to a peer that its advert does not show yet."""
+    return dealings[SENT] if dealings[SENT_AD_S] == advert[AD_TIME_S] else 0.0
+
+
+@kernel
+def refused_since(dealings, advert):
+    """Whether the peer refused us under its present advert."""
+    return dealings[REFUSED_AD_S] == advert[AD_TIME_S]
+
+
+@kernel
+def pace(dealings):
+    """In-flight evidence: log of tokens promised by now over tokens streamed, above 0 when the peer lags."""
+    return math.log((dealings[PROMISED] + PACE_PRIOR_TOKENS) / (dealings[STREAMED] + PACE_PRIOR_TOKENS))
+
+
+@kernel
+def record(dealings):
+    """Mean log of actual over promised duration of completed work, drawn toward 0 while there is little."""
+    return dealings[RECORD] / (dealings[RECORD_WEIGHT] + 1.0)
+
+
+@kernel
+def duel_rate(dealings):
+    """Share of duels won, from one half toward the observed share."""
+    return (dealings[DUELS_WON] + 1.0) / (dealings[DUELS_WON] + dealings[DUELS_LOST] + 2.0)
+
+
+def make_dealings(*shape: int) -> np.ndarray:
+    """Dealings with peers one has not dealt with, [*shape, DEALINGS_SIZE]."""
+    dealings = np.zeros((*shape, DEALINGS_SIZE))
+    dealings[..., [SENT_AD_S, REFUSED_AD_S]] = NO_TIME
+    return dealings

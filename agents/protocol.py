@@ -1,0 +1,193 @@
+"""The rules of the game: candidates by stake, prices, escrow, stake, duels. Kernels over integer micro-credits.
+
+An account is a vector (free, staked, escrow). Every function that moves credits keeps the sum over all accounts that it
+touches; none makes an amount negative. Stake and duel rules are those of WWW.Serve (arXiv 2603.20661).
+"""
+
+import math
+
+import numpy as np
+
+from agents.dice import uniform
+from agents.kernel import kernel
+
+MICRO = 1_000_000  # micro-credits in a credit
+
+FREE, STAKED, ESCROW = 0, 1, 2
+ACCOUNT_SIZE = 3
+
+PER_REQUEST, PER_KTOK = 0, 1  # pricing: one price a request, or a price per 1000 generated tokens
+
+TARGET_KV_USE = 0.65  # middle of the paper's 0.6 to 0.7
+STAKE_STEP_PER_S = 2 * MICRO  # a stake moves at most so fast
+MINORITY_SHARE = 5  # a judge outvoted loses a fifth of its stake,
+SILENT_SHARE = 20  # one that did not vote a twentieth
+
+VOTE_SILENT, VOTE_A, VOTE_B, VOTE_UNDECIDED = 0, 1, 2, 3
+TIE, A_WINS, B_WINS = 0, 1, 2
+
+
+@kernel
+def draw_by_stake(stake, eligible, count, dice, drawn):
+    """Draw up to `count` of the eligible without replacement, weight equal to stake, in the order drawn.
+
+    `stake` [N] >= 0 in any unit, `eligible` [N] is spent; those without stake come last, evenly. Writes indices to
+    `drawn` and returns how many. Successive sampling, the same law as sorting by -ln(u)/w (Efraimidis and Spirakis 2006).
+    """
+    found = 0
+    total = 0.0
+    idle = 0
+    for j in range(stake.size):
+        if eligible[j]:
+            total += stake[j]
+            if stake[j] <= 0.0:
+                idle += 1
+    while found < count:
+        pick = -1
+        if total > 1e-9:
+            left = uniform(dice) * total
+            for j in range(stake.size):
+                if eligible[j] and stake[j] > 0.0:
+                    pick = j
+                    left -= stake[j]
+                    if left <= 0.0:
+                        break
+        if pick < 0:  # none with stake is left
+            if idle == 0:
+                break
+            total = 0.0
+            skip = min(np.int64(uniform(dice) * idle), idle - 1)
+            for j in range(stake.size):
+                if eligible[j] and stake[j] <= 0.0:
+                    if skip == 0:
+                        pick = j
+                        break
+                    skip -= 1
+            idle -= 1
+        if pick < 0:
+            break
+        total -= stake[pick]
+        eligible[pick] = False
+        drawn[found] = pick
+        found += 1
+    return found
+
+
+@kernel
+def price_of(pricing, price_micro, tokens):
+    """What `tokens` generated tokens cost, in micro-credits, rounded down."""
+    if pricing == PER_REQUEST:
+        return price_micro
+    return price_micro * tokens // 1000
+
+
+@kernel
+def lock(payer, amount):
+    """Move `amount` from the payer's free credit to escrow; False, and nothing moved, if it has less."""
+    if payer[FREE] < amount:
+        return False
+    payer[FREE] -= amount
+    payer[ESCROW] += amount
+    return True
+
+
+@kernel
+def settle(payer, payee, locked, due):
+    """Pay `due`, at most `locked`, out of the payer's escrow; the rest of `locked` is free again. Returns what was paid."""
+    paid = min(locked, due)
+    payer[ESCROW] -= locked
+    payer[FREE] += locked - paid
+    payee[FREE] += paid
+    return paid
+
+
+@kernel
+def stake_target(kv_use, waiting, held):
+    """The stake that a load calls for, in micro-credits: 4, 3, 2, 1 at a KV use up to 25, 50, 75, 100 % of the target
+    use, 0 above it or when the engine queues, less 2 if the dispatcher holds requests."""
+    score = 0
+    if waiting == 0 and kv_use <= TARGET_KV_USE:
+        score = 4 - min(3, max(0, int(math.ceil(4.0 * kv_use / TARGET_KV_USE)) - 1))
+    if held > 0:
+        score -= 2
+    return max(0, score) * MICRO
+
+
+@kernel
+def move_stake(account, target, elapsed_s):
+    """Move the stake toward `target` micro-credits, at the permitted pace and within the free credit."""
+    step = int(STAKE_STEP_PER_S * elapsed_s)
+    change = min(max(target - account[STAKED], -step), step)
+    change = min(change, account[FREE])
+    account[FREE] -= change
+    account[STAKED] += change
+
+
+@kernel
+def duel_outcome(votes):
+    """A_WINS, B_WINS or TIE by plain majority of the votes for A and for B."""
+    a = 0
+    b = 0
+    for k in range(votes.size):
+        if votes[k] == VOTE_A:
+            a += 1
+        elif votes[k] == VOTE_B:
+            b += 1
+    if a == b:
+        return TIE
+    return A_WINS if a > b else B_WINS
+
+
+@kernel
+def settle_duel(accounts, a, b, judges, votes):
+    """Move stakes by the judges' verdict on executors a and b; a tie moves nothing. Returns the outcome.
+
+    `accounts` [N, ACCOUNT_SIZE]; `judges` and `votes` of equal length. The loser's whole stake goes to the winner's.
+    Judges in the minority lose a fifth of their stake, silent ones a twentieth, shared evenly by the majority; what
+    does not divide goes to the first of them.
+    """
+    outcome = duel_outcome(votes)
+    if outcome == TIE:
+        return outcome
+    winner, loser = (a, b) if outcome == A_WINS else (b, a)
+    accounts[winner, STAKED] += accounts[loser, STAKED]
+    accounts[loser, STAKED] = 0
+    pot = np.int64(0)
+    majority = 0
+    for k in range(votes.size):
+        judge = judges[k]
+        if votes[k] == outcome:  # VOTE_A and A_WINS are the same number, as are VOTE_B and B_WINS
+            majority += 1
+            continue
+        share = 0
+        if votes[k] == VOTE_SILENT:
+            share = SILENT_SHARE
+        elif votes[k] != VOTE_UNDECIDED:
+            share = MINORITY_SHARE
+        if share > 0:
+            fine = accounts[judge, STAKED] // share
+            accounts[judge, STAKED] -= fine
+            pot += fine
+    each = pot // majority
+    extra = pot - each * majority
+    for k in range(votes.size):
+        if votes[k] == outcome:
+            accounts[judges[k], STAKED] += each + extra
+            extra = 0
+    return outcome
+
+
+@kernel
+def vote_of(strength_a, strength_b, u):
+    """A judge's vote on answers of two Bradley-Terry log-strengths: A with chance 1 / (1 + exp(b - a))."""
+    return VOTE_A if u * (1.0 + math.exp(strength_b - strength_a)) < 1.0 else VOTE_B
+
+
+@kernel
+def delivered_value(value, deadlines, latency_s):
+    """What an answer after `latency_s` is worth: `value` times the share of `deadlines` [T] that it meets."""
+    met = 0
+    for k in range(deadlines.size):
+        if latency_s <= deadlines[k]:
+            met += 1
+    return value * met / deadlines.size

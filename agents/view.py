@@ -1,0 +1,345 @@
+"""The observation: what a policy sees of its own node, the request at the head, and the candidates for it.
+
+Features are in physical units and clipped to the range given here, so rules read them as they are; `normalise` brings
+them to about [-1, 1] for networks. The order, units and ranges are versioned: a policy trained on another version is
+refused. The own node and the candidates have the same features, so one encoder serves both.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES
+from agents.estimate import chance_on_time, expect
+from agents.kernel import kernel
+from agents.knowledge import (
+    AD_HELD,
+    AD_KV_CAPACITY,
+    AD_KV_TOKENS,
+    AD_PER_SEQ_S,
+    AD_PRICE,
+    AD_RUNNING,
+    AD_STAKE,
+    AD_TIME_S,
+    AD_WAITING,
+    AD_WEIGHT_S,
+    OUT,
+    OVERDUE_S,
+    duel_rate,
+    pace,
+    record,
+    refused_since,
+    sent_since,
+)
+from agents.protocol import MICRO, PER_REQUEST
+
+VIEW_VERSION = 1
+
+
+class Feature(NamedTuple):
+    """One number of the observation."""
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    scale: str  # "linear" or "log": how `normalise` compresses it
+    meaning: str
+
+
+NODE_FEATURES = (
+    Feature("own", "0/1", 0, 1, "linear", "this is the own node, seen fresh"),
+    Feature("finish_s", "s", 0, 1e4, "log", "expected time from now until the request is done there"),
+    Feature("chance", "share", 0, 1, "linear", "chance to be on time, mean over the deadlines"),
+    Feature("first_token_s", "s", 0, 1e4, "log", "expected time from now to the first token"),
+    Feature("token_s", "s", 0, 1, "log", "expected time per token"),
+    Feature("finish_rank", "share", 0, 1, "linear", "share of the other nodes in view expected to finish it earlier"),
+    Feature("speed_rank", "share", 0, 1, "linear", "share of the other nodes in view that decode faster when idle"),
+    Feature("kv_use", "share", 0, 1, "linear", "share of the KV cache in use"),
+    Feature("running", "requests", 0, 512, "log", "requests running in the engine"),
+    Feature("waiting", "requests", 0, 512, "log", "requests waiting in the engine"),
+    Feature("held_tighter", "requests", 0, 512, "log", "undecided there, of classes as tight as this request's or tighter"),
+    Feature("held_looser", "requests", 0, 512, "log", "undecided there, of looser classes"),
+    Feature("sent", "requests", 0, 64, "log", "sent there since its advert"),
+    Feature("out", "requests", 0, 256, "log", "own requests that are there now"),
+    Feature("cost", "credits", 0, 100, "log", "expected payment for the request there"),
+    Feature("stake", "credits", 0, 100, "log", "its stake"),
+    Feature("pace", "log ratio", -1, 5, "linear", "tokens promised by now over tokens streamed"),
+    Feature("record", "log ratio", -3, 5, "linear", "actual over promised duration of what it completed"),
+    Feature("overdue_s", "s", 0, 1e4, "log", "time past the promised first token, summed over requests out there"),
+    Feature("age_s", "s", 0, 60, "log", "age of its advert"),
+    Feature("duel_rate", "share", 0, 1, "linear", "share of duels won"),
+    Feature("refused", "0/1", 0, 1, "linear", "it refused a request under this advert"),
+)
+REQUEST_FEATURES = (
+    Feature("prompt", "tokens", 0, 65536, "log", "prompt length"),
+    Feature("output", "tokens", 0, 65536, "log", "expected output length"),
+    Feature("output_sigma", "1", 0, 3, "linear", "standard deviation of the log output length"),
+    Feature("value", "credits", 0, 100, "log", "what an answer in time is worth"),
+    Feature("waited_s", "s", 0, 1e4, "log", "time since arrival"),
+    Feature("first_slack_s", "s", -100, 1e4, "log", "time left to the first deadline"),
+    Feature("last_slack_s", "s", -100, 1e4, "log", "time left to the last deadline"),
+    Feature("looseness", "share", 0, 1, "linear", "share of the market's other classes with a tighter deadline"),
+    Feature("refusals", "requests", 0, CANDIDATES, "linear", "candidates that refused it in this round of decisions"),
+    Feature("candidates", "nodes", 0, CANDIDATES, "linear", "candidates drawn for it"),
+)
+SELF_FEATURES = (
+    Feature("has_request", "0/1", 0, 1, "linear", "a request waits at the head"),
+    Feature("advert_due", "0/1", 0, 1, "linear", "the price and terms chosen now go out with the next advert"),
+    Feature("held", "requests", 0, 512, "log", "own users' requests undecided"),
+    Feature("arrivals_per_s", "1/s", 0, 100, "log", "own users' arrivals, averaged over the last minute or so"),
+    Feature("guests", "requests", 0, 512, "log", "peers' requests running or waiting here"),
+    Feature("credit", "credits", 0, 1e6, "log", "free credit"),
+    Feature("price", "credits", 0, 100, "log", "own price in force"),
+)
+
+NODES = 1 + CANDIDATES  # slot 0 is the own node
+(
+    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING, WAITING, HELD_TIGHTER,
+    HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, STAKE, PACE, RECORD, OVERDUE, AGE_S, DUEL_RATE, REFUSED,
+) = range(len(NODE_FEATURES))  # fmt: skip
+(
+    PROMPT, OUTPUT, OUTPUT_SIGMA, VALUE, WAITED_S, FIRST_SLACK_S, LAST_SLACK_S, LOOSENESS, REFUSALS, N_CANDIDATES,
+) = range(len(REQUEST_FEATURES))  # fmt: skip
+(
+    HAS_REQUEST, ADVERT_DUE, HELD, ARRIVALS_PER_S, GUESTS, CREDIT, PRICE,
+) = range(len(SELF_FEATURES))  # fmt: skip
+
+# Columns of what an origin knows of a class of its own requests.
+CLASS_MEDIAN, CLASS_SIGMA, CLASS_MAX, CLASS_MEAN, CLASS_VALUE, CLASS_LAST_DEADLINE_S = range(6)
+CLASS_SIZE = 6
+
+
+def bounds(features: tuple[Feature, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Lowest and highest value of each feature."""
+    return np.array([f.low for f in features], np.float32), np.array([f.high for f in features], np.float32)
+
+
+_NODE_LOW, _NODE_HIGH = bounds(NODE_FEATURES)
+_REQUEST_LOW, _REQUEST_HIGH = bounds(REQUEST_FEATURES)
+_SELF_LOW, _SELF_HIGH = bounds(SELF_FEATURES)
+
+
+class Views(NamedTuple):
+    """Observations of a batch of providers, leading axes [...]."""
+
+    nodes: NDArray[np.float32]  # [..., NODES, len(NODE_FEATURES)], zeros where there is no candidate
+    request: NDArray[np.float32]  # [..., len(REQUEST_FEATURES)], zeros without a request
+    me: NDArray[np.float32]  # [..., len(SELF_FEATURES)]
+    routes: NDArray[np.int8]  # [..., ROUTES] 1 where the route is legal; hold alone without a request
+
+
+def make_views(*shape: int) -> Views:
+    """Views of nothing."""
+    return Views(
+        nodes=np.zeros((*shape, NODES, len(NODE_FEATURES)), np.float32),
+        request=np.zeros((*shape, len(REQUEST_FEATURES)), np.float32),
+        me=np.zeros((*shape, len(SELF_FEATURES)), np.float32),
+        routes=np.zeros((*shape, ROUTES), np.int8),
+    )
+
+
+def normalise(values: NDArray[np.float32], features: tuple[Feature, ...]) -> NDArray[np.float32]:
+    """Features [..., len(features)] brought to about [-1, 1]: x / high, or sign(x) log(1 + |x|/u) / log(1 + high/u)
+    with u = 1 above a range of 10 and a thousandth of the range below."""
+    out = np.empty_like(values)
+    for k, feature in enumerate(features):
+        if feature.scale == "log":
+            unit = log_unit(feature)
+            x = values[..., k] / np.float32(unit)
+            out[..., k] = np.sign(x) * np.log1p(np.abs(x)) / np.float32(np.log1p(feature.high / unit))
+        else:
+            out[..., k] = values[..., k] / np.float32(feature.high)
+    return out
+
+
+def log_unit(feature: Feature) -> float:
+    """Where a log feature turns from linear to logarithmic."""
+    return 1.0 if feature.high > 10 else feature.high / 1000
+
+
+@kernel
+def _clip(row, low, high):
+    for k in range(row.size):
+        row[k] = min(max(row[k], low[k]), high[k])
+
+
+@kernel
+def write_node(row, advert, dealings, own, now_s, rtt_s, prompt, known, deadlines, waited_s, looser_than, pricing):
+    """One node's features, ranks aside. `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class.
+
+    `looser_than` [MAX_CLASSES] is 1 for the classes with a looser deadline than the request's. On the own node
+    `dealings` are not read, and the request travels nowhere.
+    """
+    sent = 0.0 if own else sent_since(dealings, advert)
+    first_s, token_s = expect(advert, sent, prompt)
+    if not own:
+        first_s += 2.0 * rtt_s  # probe there and back, request there, answer back
+    row[OWN] = 1.0 if own else 0.0
+    row[FIRST_TOKEN_S] = first_s
+    row[TOKEN_S] = token_s
+    row[FINISH_S] = first_s + known[CLASS_MEAN] * token_s
+    row[CHANCE] = chance_on_time(
+        deadlines, waited_s, first_s, token_s, known[CLASS_MEDIAN], known[CLASS_SIGMA], known[CLASS_MAX]
+    )
+    row[KV_USE] = advert[AD_KV_TOKENS] / advert[AD_KV_CAPACITY]
+    row[RUNNING] = advert[AD_RUNNING]
+    row[WAITING] = advert[AD_WAITING]
+    tighter = 0.0
+    looser = 0.0
+    for c in range(looser_than.size):
+        if looser_than[c] > 0:
+            looser += advert[AD_HELD + c]
+        else:
+            tighter += advert[AD_HELD + c]
+    row[HELD_TIGHTER] = tighter
+    row[HELD_LOOSER] = looser
+    row[SENT_SINCE] = sent
+    row[STAKE] = advert[AD_STAKE]
+    row[AGE_S] = now_s - advert[AD_TIME_S]
+    if own:
+        row[OUT_THERE] = 0.0
+        row[COST] = 0.0
+        row[PACE] = 0.0
+        row[RECORD] = 0.0
+        row[OVERDUE] = 0.0
+        row[DUEL_RATE] = 0.5
+        row[REFUSED] = 0.0
+    else:
+        row[OUT_THERE] = dealings[OUT]
+        row[COST] = advert[AD_PRICE] * (1.0 if pricing == PER_REQUEST else known[CLASS_MEAN] / 1000.0)
+        row[PACE] = pace(dealings)
+        row[RECORD] = record(dealings)
+        row[OVERDUE] = dealings[OVERDUE_S]
+        row[DUEL_RATE] = duel_rate(dealings)
+        row[REFUSED] = 1.0 if refused_since(dealings, advert) else 0.0
+    _clip(row, _NODE_LOW, _NODE_HIGH)
+
+
+@kernel
+def _write_ranks(nodes, idle_token_s, count):
+    """Ranks among the first `count` nodes, `idle_token_s` [>= count] being their speed when idle."""
+    for a in range(count):
+        earlier = 0
+        faster = 0
+        for c in range(count):
+            if nodes[c, FINISH_S] < nodes[a, FINISH_S]:
+                earlier += 1
+            if idle_token_s[c] < idle_token_s[a]:
+                faster += 1
+        nodes[a, FINISH_RANK] = earlier / max(1, count - 1)
+        nodes[a, SPEED_RANK] = faster / max(1, count - 1)
+
+
+@kernel
+def idle_token_time(advert):
+    """Seconds per token of a lone request on an idle node."""
+    return advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S]
+
+
+@kernel
+def write_request_view(
+    nodes,
+    request,
+    routes,
+    own_advert,
+    adverts,
+    dealings,
+    candidates,
+    n_candidates,
+    refused,
+    may_hold,
+    credit,
+    now_s,
+    rtt_s,
+    prompt,
+    arrival_s,
+    klass,
+    known,
+    deadlines,
+    pricing,
+    idle_token_s,
+    looser_than,
+):
+    """The view of a request at the head.
+
+    own_advert [ADVERT_SIZE] fresh; adverts [N, ADVERT_SIZE] and dealings [N, DEALINGS_SIZE] by peer; candidates [K]
+    peers, `n_candidates` of them, in the order drawn; bit k of `refused` is set when candidate k refused the request;
+    `credit` free micro-credits; `known` [C, CLASS_SIZE] and `deadlines` [C, T] by class; idle_token_s [NODES] and
+    looser_than [MAX_CLASSES] are room to work in.
+    """
+    waited_s = now_s - arrival_s
+    own_deadline_s = known[klass, CLASS_LAST_DEADLINE_S]
+    tighter = 0
+    looser_than[:] = 0
+    for c in range(known.shape[0]):
+        if known[c, CLASS_LAST_DEADLINE_S] > own_deadline_s:
+            looser_than[c] = 1
+        elif known[c, CLASS_LAST_DEADLINE_S] < own_deadline_s:
+            tighter += 1
+    routes[:] = 0
+    routes[HOLD] = 1 if may_hold else 0
+    routes[LOCAL] = 1
+    write_node(
+        nodes[0], own_advert, dealings[0], True, now_s, rtt_s, prompt, known[klass], deadlines[klass], waited_s,
+        looser_than, pricing,
+    )  # fmt: skip
+    idle_token_s[0] = idle_token_time(own_advert)
+    for k in range(n_candidates):
+        j = candidates[k]
+        write_node(
+            nodes[1 + k], adverts[j], dealings[j], False, now_s, rtt_s, prompt, known[klass], deadlines[klass], waited_s,
+            looser_than, pricing,
+        )  # fmt: skip
+        idle_token_s[1 + k] = idle_token_time(adverts[j])
+        longest = 1.0 if pricing == PER_REQUEST else known[klass, CLASS_MAX] / 1000.0
+        if (refused >> k) & 1 == 0 and adverts[j, AD_PRICE] * longest * MICRO <= credit:
+            routes[FIRST_CANDIDATE + k] = 1
+    nodes[1 + n_candidates :] = 0.0
+    _write_ranks(nodes, idle_token_s, 1 + n_candidates)
+    refusals = 0
+    for k in range(n_candidates):
+        refusals += (refused >> k) & 1
+    request[PROMPT] = prompt
+    request[OUTPUT] = known[klass, CLASS_MEAN]
+    request[OUTPUT_SIGMA] = known[klass, CLASS_SIGMA]
+    request[VALUE] = known[klass, CLASS_VALUE]
+    request[WAITED_S] = waited_s
+    request[FIRST_SLACK_S] = deadlines[klass, 0] - waited_s
+    request[LAST_SLACK_S] = own_deadline_s - waited_s
+    request[LOOSENESS] = tighter / max(1, known.shape[0] - 1)
+    request[REFUSALS] = refusals
+    request[N_CANDIDATES] = n_candidates
+    _clip(request, _REQUEST_LOW, _REQUEST_HIGH)
+
+
+@kernel
+def write_idle_view(nodes, request, routes, own_advert, now_s):
+    """The view without a request: the own node's load, and hold as the only route."""
+    nodes[:] = 0.0
+    request[:] = 0.0
+    routes[:] = 0
+    routes[HOLD] = 1
+    row = nodes[0]
+    row[OWN] = 1.0
+    row[KV_USE] = own_advert[AD_KV_TOKENS] / own_advert[AD_KV_CAPACITY]
+    row[RUNNING] = own_advert[AD_RUNNING]
+    row[WAITING] = own_advert[AD_WAITING]
+    row[STAKE] = own_advert[AD_STAKE]
+    row[AGE_S] = now_s - own_advert[AD_TIME_S]
+    row[DUEL_RATE] = 0.5
+    _clip(row, _NODE_LOW, _NODE_HIGH)
+
+
+@kernel
+def write_self(me, has_request, advert_due, held, arrivals_per_s, guests, credit, price):
+    """The features of the provider itself; `credit` in micro-credits, `price` in credits."""
+    me[HAS_REQUEST] = 1.0 if has_request else 0.0
+    me[ADVERT_DUE] = 1.0 if advert_due else 0.0
+    me[HELD] = held
+    me[ARRIVALS_PER_S] = arrivals_per_s
+    me[GUESTS] = guests
+    me[CREDIT] = credit / MICRO
+    me[PRICE] = price
+    _clip(me, _SELF_LOW, _SELF_HIGH)

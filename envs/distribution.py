@@ -1,0 +1,184 @@
+"""Random markets to train on: 3 to 8 providers with mixed hardware, models and load, and what can go wrong with them.
+
+Evaluation scenarios are the packaged files; none of them is drawn here.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from agents.hardware import Profile, iteration_s, profile
+from envs.scenario import Lengths, Lognormal, Scenario, parse
+
+Kind = Literal["honest", "lying", "switching", "deadlines"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+FAMILY = "qwen3"
+"""The name that all users ask for and all providers serve."""
+CHAT_SHARE = 0.7
+_PROMPT = Lognormal(150.0, 0.5, 2048)
+_OUTPUT = Lognormal(4000.0, 0.75, 8192)  # thresholds of 200 to 400 s belong to these lengths
+_GPU_WEIGHTS = {
+    "rtx-4090": 0.25, "rtx-3090": 0.25, "rtx-6000-ada": 0.2, "a100-80g": 0.15, "a40": 0.1, "h100": 0.05
+}  # fmt: skip
+_MODEL_WEIGHTS = {"qwen3-8b": 0.6, "qwen3-4b": 0.25, "qwen3-14b": 0.15}
+
+
+def capacity_per_s(engine: Profile, prompt: Lognormal, outputs: Sequence[tuple[float, Lognormal]]) -> float:
+    """Requests/s that an engine sustains: concurrency / (E[output] * iteration time). `outputs` has (share, lengths).
+
+    Concurrency c is `max_num_seqs`, or as many as the KV cache holds at the mean context of a running request, which
+    is E[prompt] + E[output^2] / (2 E[output]). An iteration at c decodes c tokens and prefills
+    c * E[prompt] / E[output], the prompts of those that take the place of the finished.
+    """
+    output_tokens = sum(share * each.mean for share, each in outputs)
+    context = prompt.mean + sum(share * each.moment(2) for share, each in outputs) / (2 * output_tokens)
+    concurrency = min(engine.max_num_seqs, engine.kv_tokens / context)
+    prefill = concurrency * prompt.mean / output_tokens
+    return float(concurrency / (output_tokens * iteration_s(engine.row(), concurrency, concurrency * context, prefill)))
+
+
+def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> Scenario:
+    """Draw a market.
+
+    honest: load 0.6 to 1.1 of capacity. lying: the same, and up to a third of the providers, mostly slow ones,
+    advertise less load and more speed than they have. switching: they do so for a part of the run only. deadlines: load
+    0.7 to 1.3, chat and batch requests, priced per 1000 tokens. In all, load is uneven between providers, steady,
+    alternating or bursty in time, and providers may leave or join. Raises ValueError for another kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    lengths = Lengths(_PROMPT, _OUTPUT if rng.random() < 0.5 else _random_output(rng))
+    mapping: dict[str, Any] = {"name": kind, "duration_s": duration_s}
+    outputs = [(1.0, lengths.output)]
+    if kind == "deadlines":
+        chat = Lognormal(float(rng.uniform(100, 400)), 0.6, 1024)
+        outputs = [(CHAT_SHARE, chat), (1 - CHAT_SHARE, lengths.output)]
+        mapping["economy"] = {"pricing": "per_ktok"}
+        classes = {
+            "chat": {
+                "share": CHAT_SHARE,
+                "deadline_s": float(rng.uniform(10, 40)),
+                "value": float(rng.uniform(1.5, 5)),
+                "output": _lognormal(chat),
+            },
+            "batch": {"share": 1 - CHAT_SHARE, "deadline_s": float(rng.uniform(300, 900)), "value": 1},
+        }
+    else:
+        classes = {}
+    scale = lengths.output.mean / _OUTPUT.mean
+    mapping["slo"] = {"thresholds_s": [round(scale * seconds, 1) for seconds in (200, 250, 300, 350, 400)]}
+    if classes:
+        mapping["slo"]["classes"] = classes
+
+    count = int(rng.integers(3, 9))
+    providers = [_hardware(rng) for _ in range(count)]
+    capacities = [
+        capacity_per_s(profile(each["gpu"], each["model"], each["max_num_seqs"]), lengths.prompt, outputs)
+        for each in providers
+    ]
+    load = rng.uniform(0.7, 1.3) if kind == "deadlines" else rng.uniform(0.6, 1.1)
+    uneven = rng.uniform(0.3, 1.7, count)
+    rates = load * uneven * capacities * (np.sum(capacities) / np.sum(uneven * capacities))
+    for i, each in enumerate(providers):
+        each["name"] = f"n{i + 1}"
+        each["serves"] = [FAMILY, each["model"]]
+    _add_traffic(providers, rates, duration_s, rng)
+    _add_absences(providers, duration_s, rng)
+    if kind in ("lying", "switching"):
+        _add_lies(providers, capacities, duration_s if kind == "switching" else None, rng)
+    mapping["defaults"] = {"lengths": {"prompt": _lognormal(lengths.prompt), "output": _lognormal(lengths.output)}}
+    mapping["providers"] = providers
+    return parse(mapping, f"<random {kind} market>")
+
+
+def _lognormal(lengths: Lognormal) -> dict[str, Any]:
+    return {"median": lengths.median, "sigma": lengths.sigma, "max": lengths.max}
+
+
+def _random_output(rng: np.random.Generator) -> Lognormal:
+    """Output lengths of another workload: median 1500 to 4500 tokens."""
+    return Lognormal(float(np.exp(rng.uniform(np.log(1500), np.log(4500)))), float(rng.uniform(0.5, 0.9)), 8192)
+
+
+def _fits(gpu: str, model: str) -> bool:
+    try:
+        profile(gpu, model)
+    except ValueError:
+        return False
+    return True
+
+
+_MODELS_OF = {gpu: [model for model in _MODEL_WEIGHTS if _fits(gpu, model)] for gpu in _GPU_WEIGHTS}
+
+
+def _hardware(rng: np.random.Generator) -> dict[str, Any]:
+    """A GPU of the catalogue with a model that fits it."""
+    gpu = str(rng.choice(list(_GPU_WEIGHTS), p=list(_GPU_WEIGHTS.values())))
+    weights = np.array([_MODEL_WEIGHTS[model] for model in _MODELS_OF[gpu]])
+    model = str(rng.choice(_MODELS_OF[gpu], p=weights / weights.sum()))
+    return {"gpu": gpu, "model": model, "max_num_seqs": 128 if gpu in ("a100-80g", "h100") else 64}
+
+
+def _add_traffic(
+    providers: list[dict[str, Any]], rates_per_s: Any, duration_s: float, rng: np.random.Generator
+) -> None:
+    """Give each provider its mean rate: steady, alternating with half the others, or in bursts."""
+    shape = rng.choice(["steady", "alternating", "bursty", "mixed"])
+    phases = int(rng.integers(2, 5))
+    swing = rng.uniform(0.2, 0.8)
+    first = rng.permutation(len(providers)) % 2
+    for i, (provider, rate) in enumerate(zip(providers, rates_per_s.tolist(), strict=True)):
+        own = rng.choice(["steady", "alternating", "bursty"]) if shape == "mixed" else shape
+        if own == "steady":
+            provider["traffic"] = {"kind": "poisson", "phases": [{"until_s": duration_s, "rate_per_s": rate}]}
+        elif own == "alternating":
+            provider["traffic"] = {
+                "kind": "poisson",
+                "phases": [
+                    {
+                        "until_s": duration_s * (k + 1) / phases,
+                        "rate_per_s": rate * float(1 + swing * (1 if (k + first[i]) % 2 else -1)),
+                    }
+                    for k in range(phases)
+                ],
+            }
+        else:
+            high, low = rng.uniform(1.6, 3.0), rng.uniform(0.1, 0.6)
+            burst_s = rng.uniform(20, 80)
+            quiet_s = burst_s * (high - 1) / (1 - low)  # so that the mean is `rate`
+            provider["traffic"] = {
+                "kind": "mmpp",
+                "rates_per_s": [float(rate * low), float(rate * high)],
+                "mean_dwell_s": [float(quiet_s), float(burst_s)],
+            }
+
+
+def _add_absences(providers: list[dict[str, Any]], duration_s: float, rng: np.random.Generator) -> None:
+    """In two markets of five, one provider leaves, joins, or goes away for a while; with six or more maybe another."""
+    if rng.random() >= 0.4:
+        return
+    for i in rng.permutation(len(providers))[: 1 + (len(providers) >= 6 and rng.random() < 0.5)]:
+        leave, back = sorted(rng.uniform(0.15, 0.85, 2).tolist())
+        providers[i]["online_s"] = [
+            [[0, leave * duration_s]],
+            [[back * duration_s, duration_s]],
+            [[0, leave * duration_s], [back * duration_s, duration_s]],
+        ][rng.integers(3)]
+
+
+def _add_lies(
+    providers: list[dict[str, Any]], capacities: list[float], window_of_s: float | None, rng: np.random.Generator
+) -> None:
+    """Make up to a third of the providers misreport, mostly the slower half; for part of the run if `window_of_s`."""
+    slow_first = np.argsort(capacities)
+    weights = np.where(np.arange(len(providers)) < (len(providers) + 1) // 2, 3.0, 1.0)
+    liars = int(rng.integers(1, len(providers) // 3 + 1))
+    for i in rng.choice(slow_first, liars, replace=False, p=weights / weights.sum()):
+        misreport = {"load": float(rng.uniform(0.1, 0.6)), "speed": float(rng.uniform(1.2, 2.5))}
+        if window_of_s is not None:
+            start, length = rng.uniform(0.1, 0.6), rng.uniform(0.2, 0.4)
+            misreport["from_s"] = float(start * window_of_s)
+            misreport["until_s"] = float((start + length) * window_of_s)
+        providers[i]["misreport"] = misreport

@@ -1,0 +1,364 @@
+"""The state of a batch of markets, and how a scenario becomes one.
+
+Records for what a market, a provider, a request and a duel are; every array leads with the market. Markets of different
+size share one batch: arrays are as wide as the largest, and the market's record says how much of them is in use.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.decision import CANDIDATES, PRICES, TERMS_SIZE
+from agents.dice import WORDS, make_dice
+from agents.hardware import MODELS, Profile, profile
+from agents.kernel import records
+from agents.knowledge import (
+    AD_MEAN_OUTPUT,
+    AD_MEAN_PROMPT,
+    AD_TIME_S,
+    ADVERT_SIZE,
+    DEALINGS_SIZE,
+    NO_TIME,
+    make_dealings,
+    write_profile,
+)
+from agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_KTOK, PER_REQUEST, STAKED
+from agents.view import (
+    CLASS_LAST_DEADLINE_S,
+    CLASS_MAX,
+    CLASS_MEAN,
+    CLASS_MEDIAN,
+    CLASS_SIGMA,
+    CLASS_SIZE,
+    CLASS_VALUE,
+)
+from envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
+from envs.scenario import MAX_CLASSES, MAX_THRESHOLDS, Lognormal, Misreport, Provider, Scenario, SloClass
+from envs.traffic import Arrivals, arrivals, expected_output, expected_prompt
+
+MAX_WINDOWS = 8  # online windows of a provider
+MAX_JUDGES = 7
+DICE_PER_DECISION = 4
+
+# Where a request is.
+FUTURE, HELD, IN_ENGINE, LOST, DONE, FAILED = range(6)
+# What a request is.
+USER, COPY, JUDGEMENT = range(3)
+
+# Columns of `counts`, per provider.
+(
+    OWN_ARRIVED, OWN_DONE, OWN_FAILED, RUN_LOCAL, DELEGATED, SERVED_FOR_PEERS, PROBES_REFUSED, PROBES_UNANSWERED,
+    INVALID, HOLDS, CLIPPED, DUELS_STARTED, DUELS_SETTLED, DUELS_VOID, JUDGED, RETURNED,
+) = range(16)  # fmt: skip
+COUNTS = 16
+
+
+MARKET = np.dtype(
+    [
+        # the scenario
+        ("duration_s", np.float64),
+        ("drain_s", np.float64),
+        ("interval_s", np.float64),
+        ("gossip_s", np.float64),
+        ("rtt_s", np.float64),
+        ("duel_probability", np.float64),
+        ("compute_cost_per_ktok", np.float64),
+        ("n_providers", np.int64),
+        ("n_classes", np.int64),
+        ("n_deadlines", np.int64),
+        ("n_prices", np.int64),
+        ("n_arrivals", np.int64),
+        ("pricing", np.int64),
+        ("stake_follows_load", np.int64),
+        ("judges", np.int64),
+        ("deadlines", np.float64, (MAX_CLASSES, MAX_THRESHOLDS)),  # s since arrival
+        ("prices", np.float64, PRICES),  # credits
+        # the reward
+        ("team_weight", np.float64),
+        ("gamma", np.float64),
+        ("dense", np.int64),
+        # the run
+        ("now_s", np.float64),
+        ("steps", np.int64),
+        ("elapsed_s", np.float64),  # of the last step
+        ("over", np.int64),
+        ("next_arrival", np.int64),
+        ("used", np.int64),  # request records in use
+        ("unresolved", np.int64),  # users' requests, arrived or not, without an end
+        ("n_duels", np.int64),
+        ("minted", np.int64),  # micro-credits in existence
+        ("dice", np.int64, WORDS),
+    ],
+    align=True,
+)
+
+PROVIDER = np.dtype(
+    [
+        # the scenario
+        ("known", np.float64, (MAX_CLASSES, CLASS_SIZE)),  # of its own users' requests
+        ("serves", np.int64),  # bit set of model names
+        ("asks", np.int64),  # the bit its own users ask for
+        ("windows", np.float64, (MAX_WINDOWS, 2)),  # online from, until
+        ("lie_load", np.float64),  # misreport
+        ("lie_speed", np.float64),
+        ("lie_from_s", np.float64),
+        ("lie_until_s", np.float64),
+        ("strength", np.float64),  # Bradley-Terry log-strength
+        ("max_len", np.int64),  # prompt and output tokens of a request that its engine can run
+        # the run
+        ("online", np.int64),
+        ("own", np.float64, ADVERT_SIZE),  # its state, fresh and honest
+        ("terms", np.float64, TERMS_SIZE),  # on which it takes others' work
+        ("price", np.float64),  # credits, in force
+        ("next_gossip_s", np.float64),
+        ("arrival_rate", np.float64),  # 1/s
+        ("guests", np.int64),
+        ("held_head", np.int32, MAX_CLASSES),  # the dispatcher's queues, one a class
+        ("held_tail", np.int32, MAX_CLASSES),
+        ("closed", np.int8, MAX_CLASSES),  # the class is held until the next tick
+        ("held", np.int64),
+        ("out_head", np.int32),  # first of the requests it has with peers
+        # the decision asked for
+        ("head", np.int32),  # request to decide on, -1 if none
+        ("candidates", np.int64, CANDIDATES),
+        ("n_candidates", np.int64),
+        ("refused", np.int64),  # bit set over the candidates
+        ("advert_due", np.int64),
+        # credits
+        ("potential", np.float64),  # predicted value of what is placed and not done
+        ("flow", np.float64),  # credits won or lost in this step
+        ("profit", np.float64),  # since the start
+        ("counts", np.int64, COUNTS),
+    ],
+    align=True,
+)
+
+REQUEST = np.dtype(
+    [
+        *JOB_FIELDS,
+        ("origin", np.int32),
+        ("klass", np.int32),
+        ("status", np.int32),
+        ("kind", np.int32),
+        ("executor", np.int32),  # whose engine has it, or had it; -1 before
+        ("duel", np.int32),  # -1, or the duel it belongs to
+        ("out_next", np.int32),  # the origin's list of what it has with peers
+        ("out_prev", np.int32),
+        ("arrival_s", np.float64),
+        ("ready_s", np.float64),  # not before this does it leave the dispatcher: probes take their time
+        ("taken_s", np.float64),  # when the executor accepted
+        ("noticed_s", np.float64),  # when the origin notices that a lost request is lost
+        ("promised_ttft_s", np.float64),
+        ("promised_tpot_s", np.float64),
+        ("predicted", np.float64),  # its share of the origin's potential
+        ("answer_s", np.float64),  # when the user had the whole answer; NaN until then
+        ("first_answer_s", np.float64),  # when the user had the first token
+        ("locked", np.int64),  # escrow, micro-credits
+        ("price", np.int64),  # agreed, micro-credits
+    ],
+    align=True,
+)
+
+DUEL = np.dtype(
+    [
+        ("first", np.int32),  # the user's request
+        ("second", np.int32),  # its copy
+        ("void", np.int32),
+        ("ended", np.int32),  # legs completed
+        ("pending", np.int32),  # judges that have not answered
+        ("n_judges", np.int32),
+        ("judges", np.int64, MAX_JUDGES),
+        ("votes", np.int64, MAX_JUDGES),
+    ],
+    align=True,
+)
+
+
+class Markets(NamedTuple):
+    """B markets of up to N providers, R requests and D duels."""
+
+    market: NDArray[Any]  # [B] MARKET
+    providers: NDArray[Any]  # [B, N] PROVIDER
+    engines: NDArray[Any]  # [B, N] ENGINE
+    requests: NDArray[Any]  # [B, R] REQUEST
+    duels: NDArray[Any]  # [B, D] DUEL; D is 1 where there are none
+    adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last published
+    dealings: NDArray[np.float64]  # [B, N, N, DEALINGS_SIZE] of origin with peer
+    accounts: NDArray[np.int64]  # [B, N, ACCOUNT_SIZE]
+    done: NDArray[np.int64]  # [B, R] room to work in
+
+
+class Reward(NamedTuple):
+    """What providers are paid by, in credits."""
+
+    team_weight: float = 1.0
+    """0: own profit alone; 1: the mean profit of the market; between: a mixture."""
+    gamma: float = 0.99
+    """Discount per second, which the dense form needs to leave the optimal policy as it is."""
+    dense: bool = True
+    """Pay predicted value when a request is placed and the difference when it is done, not all when it is done."""
+
+
+class MarketPlan(NamedTuple):
+    """A scenario with one draw of its traffic, as arrays; what `write_market` puts into a batch."""
+
+    scenario: Scenario
+    seed: int
+    traffic: Arrivals
+    profiles: tuple[Profile, ...]
+    known: NDArray[np.float64]  # [N, C, CLASS_SIZE]
+    deadlines: NDArray[np.float64]  # [C, T]
+    mean_prompt: NDArray[np.float64]  # [N]
+    mean_output: NDArray[np.float64]  # [N]
+
+    @property
+    def capacity(self) -> int:
+        """Entries of the request arrays that the run can use."""
+        economy = self.scenario.economy
+        extra = 1 + economy.judges if economy.duel_probability > 0 else 0
+        return max(1, self.traffic.time_s.size * (1 + extra))
+
+
+def _mean(length: Lognormal) -> float:
+    """Mean of a lognormal cut at `max`, by its quantiles."""
+    z = _NORMAL_QUANTILES
+    return float(np.minimum(length.median * np.exp(length.sigma * z), length.max).mean())
+
+
+def _normal_quantiles(count: int) -> NDArray[np.float64]:
+    from statistics import NormalDist
+
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((k + 0.5) / count) for k in range(count)])
+
+
+_NORMAL_QUANTILES = _normal_quantiles(64)
+
+
+def _known(scenario: Scenario, provider: Provider, klass: SloClass | None) -> NDArray[np.float64]:
+    length = expected_output(provider, klass)
+    row = np.zeros(CLASS_SIZE)
+    row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = length.median, length.sigma, length.max
+    row[CLASS_MEAN] = _mean(length)
+    row[CLASS_VALUE] = 1.0 if klass is None else klass.value
+    row[CLASS_LAST_DEADLINE_S] = scenario.slo.thresholds_s[-1] if klass is None else klass.deadline_s
+    return row
+
+
+def plan(scenario: Scenario, seed: int) -> MarketPlan:
+    """Draw a scenario's traffic from `seed` and work out its constants."""
+    classes: Sequence[SloClass | None] = scenario.slo.classes or (None,)
+    known = np.array([[_known(scenario, p, c) for c in classes] for p in scenario.providers])
+    shares = np.array([1.0 if c is None else c.share for c in classes])
+    deadlines = np.array([scenario.slo.thresholds_s if c is None else (c.deadline_s,) for c in classes], np.float64)
+    return MarketPlan(
+        scenario=scenario,
+        seed=seed,
+        traffic=arrivals(scenario, seed),
+        profiles=tuple(profile(p.gpu, p.model, p.max_num_seqs) for p in scenario.providers),
+        known=known,
+        deadlines=deadlines,
+        mean_prompt=np.array([_mean(expected_prompt(p)) for p in scenario.providers]),
+        mean_output=known[:, :, CLASS_MEAN] @ shares,
+    )
+
+
+class Shape(NamedTuple):
+    """How wide the arrays of a batch are."""
+
+    providers: int
+    requests: int
+    duels: int
+
+    @staticmethod
+    def of(plans: Sequence[MarketPlan]) -> "Shape":
+        """The smallest shape that holds every plan."""
+        duels = (p.traffic.time_s.size for p in plans if p.scenario.economy.duel_probability > 0)
+        return Shape(
+            providers=max(len(p.profiles) for p in plans),
+            requests=max(p.capacity for p in plans),
+            duels=max(duels, default=1) or 1,
+        )
+
+
+def make_markets(count: int, shape: Shape) -> Markets:
+    """Room for `count` markets, each to be filled by `write_market`; until then they are over."""
+    n, r = shape.providers, shape.requests
+    markets = Markets(
+        market=records(count, MARKET),
+        providers=records((count, n), PROVIDER),
+        engines=records((count, n), ENGINE),
+        requests=records((count, r), REQUEST),
+        duels=records((count, shape.duels), DUEL),
+        adverts=np.zeros((count, n, ADVERT_SIZE)),
+        dealings=np.zeros((count, n, n, DEALINGS_SIZE)),
+        accounts=np.zeros((count, n, ACCOUNT_SIZE), np.int64),
+        done=np.zeros((count, r), np.int64),
+    )
+    markets.market["over"] = 1
+    return markets
+
+
+def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) -> None:
+    """Put a plan into market `b`, at its time 0."""
+    scenario, traffic = planned.scenario, planned.traffic
+    economy = scenario.economy
+    n, (c, t) = len(scenario.providers), planned.deadlines.shape
+    count = traffic.time_s.size
+    per_request = economy.pricing == "per_request"
+    prices = (1.0,) if per_request else economy.price_bins
+
+    for array in markets:
+        array[b] = np.zeros((), array.dtype)
+    m = markets.market[b : b + 1]
+    m["duration_s"], m["drain_s"] = scenario.duration_s, scenario.drain_s
+    m["interval_s"], m["gossip_s"] = scenario.decision_interval_s, scenario.gossip_interval_s
+    m["rtt_s"] = scenario.rtt_ms / 1000
+    m["duel_probability"], m["judges"] = economy.duel_probability, economy.judges
+    m["compute_cost_per_ktok"] = economy.compute_cost_per_ktok
+    m["n_providers"], m["n_classes"], m["n_deadlines"], m["n_prices"] = n, c, t, len(prices)
+    m["n_arrivals"] = m["used"] = m["unresolved"] = count
+    m["pricing"] = PER_REQUEST if per_request else PER_KTOK
+    m["stake_follows_load"] = economy.stake_rule == "load"
+    m["deadlines"][0, :c, :t] = planned.deadlines
+    m["prices"][0, : len(prices)] = prices
+    m["team_weight"], m["gamma"], m["dense"] = reward.team_weight, reward.gamma, reward.dense
+    m["dice"] = make_dice((planned.seed, 1))
+
+    providers, engines = markets.providers[b], markets.engines[b]
+    names = sorted({name for p in scenario.providers for name in p.serves})
+    providers["held_head"] = providers["held_tail"] = providers["out_head"] = providers["head"] = -1
+    providers["terms"] = (np.inf, np.inf, 1.0, 0.0)
+    providers["price"] = prices[0]
+    providers["known"][:n, :c] = planned.known
+    providers["own"][:n, AD_MEAN_PROMPT] = planned.mean_prompt
+    providers["own"][:n, AD_MEAN_OUTPUT] = planned.mean_output
+    providers["next_gossip_s"][:n] = scenario.gossip_interval_s * np.arange(n) / n
+    for i, provider in enumerate(scenario.providers):
+        p, planned_profile = providers[i : i + 1], planned.profiles[i]
+        p["serves"] = sum(1 << names.index(name) for name in set(provider.serves))
+        p["asks"] = 1 << names.index(provider.serves[0])
+        p["windows"][0, : len(provider.online_s)] = provider.online_s
+        lie = provider.misreport or Misreport(1.0, 1.0, np.inf, np.inf)
+        p["lie_load"], p["lie_speed"], p["lie_from_s"], p["lie_until_s"] = lie.load, lie.speed, lie.from_s, lie.until_s
+        p["strength"] = MODELS[provider.model].strength if provider.strength is None else provider.strength
+        p["max_len"] = min(planned_profile.max_model_len, planned_profile.kv_tokens)
+        write_profile(p["own"][0], planned_profile.row(), 1.0)
+        reset_engine(engines[i], planned_profile.row())
+
+    stake = round(economy.initial_stake * MICRO)
+    markets.accounts[b, :n, FREE] = round(economy.initial_credit * MICRO) - stake
+    markets.accounts[b, :n, STAKED] = stake
+    m["minted"] = markets.accounts[b].sum()
+    markets.adverts[b, :, AD_TIME_S] = NO_TIME
+    markets.dealings[b] = make_dealings(*markets.dealings.shape[1:3])
+
+    requests = markets.requests[b]
+    reset_jobs(requests)
+    requests["executor"] = requests["duel"] = requests["out_next"] = requests["out_prev"] = -1
+    requests["answer_s"] = requests["first_answer_s"] = np.nan
+    q = requests[:count]
+    q["origin"], q["klass"], q["prompt"], q["output"] = traffic.provider, traffic.klass, traffic.prompt, traffic.output
+    q["arrival_s"] = q["ready_s"] = traffic.time_s

@@ -1,0 +1,108 @@
+"""The wheel, installed with base dependencies only, is a whole node: light modules, packaged data and scenarios."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("agents", "envs", "serving", "train", "eval")
+BUILD_FILES = ("pyproject.toml", "LICENSE")
+
+
+def packaged_data() -> set[str]:
+    """Every data file and scenario of the source tree that must travel in the wheel."""
+    files = [*(ROOT / "agents/data").rglob("*"), *(ROOT / "envs/data").rglob("*")]
+    files += (ROOT / "envs/scenarios").rglob("*.yaml")
+    return {file.relative_to(ROOT).as_posix() for file in files if file.is_file()}
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of `command`, run where nothing of the source tree can be imported by accident."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built by way of the source distribution from a copy, so that the working tree stays clean."""
+    source = tmp_path_factory.mktemp("source")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in BUILD_FILES:
+        shutil.copy(ROOT / name, source)
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", out, source, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def node_python(wheel, tmp_path_factory) -> Path:
+    """Python of a fresh environment that holds the wheel and its base dependencies, and nothing else."""
+    home = tmp_path_factory.mktemp("node")
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", wheel, cwd=home)
+    return python
+
+
+def test_wheel_holds_the_packages_their_data_and_the_license(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert packaged_data() <= names
+    assert {f"{package}/__init__.py" for package in PACKAGES} <= names
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+
+
+def test_base_install_has_no_training_libraries(node_python, tmp_path):
+    found = run(
+        node_python,
+        "-c",
+        "from importlib.util import find_spec\n"
+        "print([name for name in ('torch', 'pettingzoo', 'gymnasium', 'stable_baselines3') if find_spec(name)])",
+        cwd=tmp_path,
+    )
+    assert found.strip() == "[]"
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import agents, envs, serving
+
+needs_training_libraries = {"agents.network", "agents.checkpoint"}
+for package in (agents, serving):
+    assert "site-packages" in package.__file__, package.__file__
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if module.name not in needs_training_libraries and not module.name.endswith(".__main__"):
+            importlib.import_module(module.name)
+            print(module.name)
+"""
+
+
+def test_every_agents_and_serving_module_imports(node_python, tmp_path):
+    imported = run(node_python, "-c", IMPORT_ALL, cwd=tmp_path).split()
+    assert "agents.kernel" in imported
+
+
+LOAD_SCENARIOS = """
+from envs import scenario
+
+names = scenario.packaged_names()
+for name in names:
+    scenario.load(name)
+print(len(names))
+"""
+
+
+def test_every_packaged_scenario_loads(node_python, tmp_path):
+    loaded = int(run(node_python, "-c", LOAD_SCENARIOS, cwd=tmp_path))
+    assert loaded == len(list((ROOT / "envs/scenarios").rglob("*.yaml"))) > 0

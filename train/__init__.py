@@ -1,0 +1,1 @@
+"""Learning a provider's policy in the simulated market."""
