@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.kernel import kernel
+from agents.kernel import Floats, Ints, Ints32, kernel
 
 CANDIDATES = 8  # K
 HOLD, LOCAL, FIRST_CANDIDATE = 0, 1, 2
@@ -31,10 +31,10 @@ NO_DIRECTION = -1
 class Actions(NamedTuple):
     """One decision for each of a batch of providers, leading axes [...]."""
 
-    route: NDArray[np.int32]  # [...] 0 to ROUTES - 1
-    terms: NDArray[np.float64]  # [..., TERMS_SIZE]
-    price: NDArray[np.int32]  # [...] index into the market's prices
-    direct: NDArray[np.int32]  # [...] provider to send to, past its terms; only a router that sees everything sets it
+    route: Ints32  # [...] 0 to ROUTES - 1
+    terms: Floats  # [..., TERMS_SIZE]
+    price: Ints32  # [...] index into the market's prices
+    direct: Ints32  # [...] provider to send to, past its terms; only a router that sees everything sets it
 
 
 def make_actions(*shape: int) -> Actions:
@@ -57,23 +57,23 @@ def set_admit(actions: Actions, admit: NDArray[np.integer]) -> None:
     actions.terms[..., ONLY_IF_NONE_HELD] = 0.0
 
 
-def encode(route: NDArray[np.integer], admit: NDArray[np.integer], price: NDArray[np.integer]) -> NDArray[np.int64]:
+def encode(route: NDArray[np.integer], admit: NDArray[np.integer], price: NDArray[np.integer]) -> Ints:
     """One number, 0 to FLAT_ACTIONS - 1, for the three choices."""
-    return (np.asarray(route, np.int64) * ADMITS + admit) * PRICES + price
+    return np.asarray((np.asarray(route, np.int64) * ADMITS + admit) * PRICES + price, np.int64)
 
 
-def decode(flat: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def decode(flat: NDArray[np.integer]) -> tuple[Ints, Ints, Ints]:
     """Route, admit and price of a flat action."""
-    flat = np.asarray(flat, np.int64)
-    return flat // (ADMITS * PRICES), flat // PRICES % ADMITS, flat % PRICES
+    number: Ints = np.asarray(flat, np.int64)
+    return number // (ADMITS * PRICES), number // PRICES % ADMITS, number % PRICES
 
 
 @kernel
-def accept(terms, wait_s, kv_use, held, u):
+def accept(terms: Floats, wait_s: float, kv_use: float, held: int, u: float) -> bool:
     """Whether a provider with these terms takes a probe, on its fresh own state.
 
     `wait_s`: the request's expected wait here; `held`: own users' requests not yet decided; `u` uniform in (0, 1).
     """
     if terms[ONLY_IF_NONE_HELD] > 0.5 and held > 0:
         return False
-    return wait_s <= terms[MAX_WAIT_S] and kv_use <= terms[MAX_KV_USE] and u <= terms[PROBABILITY]
+    return bool(wait_s <= terms[MAX_WAIT_S] and kv_use <= terms[MAX_KV_USE] and u <= terms[PROBABILITY])

@@ -1,18 +1,17 @@
-"""Random numbers for kernels: Marsaglia's xorwow ("Xorshift RNGs", JSS 2003), the same bits compiled and in plain Python.
+"""Random numbers for kernels: Marsaglia's xorwow ("Xorshift RNGs", JSS 2003), the same bits compiled or not.
 
 A generator is a vector of six int64 words, each holding 32 bits. Kernels take it as an argument and advance it.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agents.kernel import kernel
+from agents.kernel import Ints, kernel
 
 WORDS = 6
 _MASK = np.int64(0xFFFFFFFF)
 
 
-def make_dice(seed: int | tuple[int, ...], count: int = 1) -> NDArray[np.int64]:
+def make_dice(seed: int | tuple[int, ...], count: int = 1) -> Ints:
     """`count` independent generators, [count, WORDS], from a non-negative seed."""
     words = np.random.SeedSequence(seed).generate_state(count * WORDS).astype(np.int64).reshape(count, WORDS)
     words[:, 0] |= 1  # the shift register must not be all zero
@@ -20,7 +19,7 @@ def make_dice(seed: int | tuple[int, ...], count: int = 1) -> NDArray[np.int64]:
 
 
 @kernel
-def uniform(dice):
+def uniform(dice: Ints) -> float:
     """The next number in (0, 1)."""
     t = dice[0] ^ (dice[0] >> 2)
     dice[0] = dice[1]
@@ -29,4 +28,4 @@ def uniform(dice):
     dice[3] = dice[4]
     dice[4] = dice[4] ^ ((dice[4] << 4) & _MASK) ^ t ^ ((t << 1) & _MASK)
     dice[5] = (dice[5] + 362437) & _MASK
-    return (((dice[4] + dice[5]) & _MASK) + 0.5) / 4294967296.0
+    return float((((dice[4] + dice[5]) & _MASK) + 0.5) / 4294967296.0)

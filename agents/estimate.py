@@ -2,7 +2,7 @@
 
 import math
 
-from agents.kernel import kernel
+from agents.kernel import Floats, kernel
 from agents.knowledge import (
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
@@ -25,14 +25,14 @@ CONTEXT_PRIOR = 4.0  # requests' worth of belief in that, against the observed t
 
 
 @kernel
-def expect(advert, sent, prompt):
+def expect(advert: Floats, sent: float, prompt: float) -> tuple[float, float]:
     """Expected time to first token and time per token, both in s, of a request of `prompt` tokens on a node.
 
     `sent` requests went there since the advert. The node runs as many requests at once as its slots and its KV cache
     hold at the mean context. Beyond that they queue, and leave the queue at the pace of completions (mean output times
-    time per token, over the number at once); below it they wait for each other's prefill alone. While a request decodes,
-    those that finish beside it are replaced by others (one in mean output over number at once iterations), whose
-    prefill holds up everyone.
+    time per token, over the number at once); below it they wait for each other's prefill alone. While a request
+    decodes, those that finish beside it are replaced by others (one in mean output over number at once iterations),
+    whose prefill holds up everyone.
     """
     output = max(1.0, advert[AD_MEAN_OUTPUT])
     capacity = advert[AD_KV_CAPACITY]
@@ -57,7 +57,15 @@ def expect(advert, sent, prompt):
 
 
 @kernel
-def chance_on_time(deadlines, elapsed_s, first_token_s, token_s, median, sigma, longest):
+def chance_on_time(
+    deadlines: Floats,
+    elapsed_s: float,
+    first_token_s: float,
+    token_s: float,
+    median: float,
+    sigma: float,
+    longest: float,
+) -> float:
     """Mean, over the `deadlines` (s since arrival), of the chance to be done by them, `elapsed_s` after arrival.
 
     The output is lognormal (`median`, `sigma`) and cut at `longest`; the normal distribution function is taken as the
@@ -69,5 +77,6 @@ def chance_on_time(deadlines, elapsed_s, first_token_s, token_s, median, sigma, 
         if tokens >= longest:
             total += 1.0
         elif tokens >= 1.0:
-            total += 1.0 / (1.0 + math.exp(-1.702 * math.log(tokens / median) / max(sigma, 1e-3)))
+            z = math.log(tokens / median) / max(sigma, 1e-3)
+            total += 1.0 / (1.0 + math.exp(min(-1.702 * z, 700.0)))  # in plain Python, exp raises beyond 709
     return total / deadlines.size

@@ -26,11 +26,8 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agents.kernel import kernel
-
-FloatArray = NDArray[np.float64]
+from agents.kernel import Floats, kernel
 
 # Columns of a profile row; the first five are the coefficients of the iteration time.
 WEIGHT_S, PER_SEQ_S, PER_KV_TOKEN_S, PREFILL_BASE_S, PER_TOKEN_S = range(5)
@@ -45,7 +42,7 @@ MIN_KV_TOKENS = 2048  # a node that holds less than one chunk is of no use
 
 
 @kernel
-def iteration_s(profile_row: FloatArray, decoding: float, kv_tokens: float, prefill_tokens: float) -> float:
+def iteration_s(profile_row: Floats, decoding: float, kv_tokens: float, prefill_tokens: float) -> float:
     """Seconds of one engine iteration.
 
     `decoding` sequences produce a token each, over `kv_tokens` of context in total; `prefill_tokens` prompt tokens are
@@ -97,7 +94,7 @@ class Profile:
         """Size of the KV cache, tokens."""
         return self.kv_blocks * BLOCK_TOKENS
 
-    def row(self) -> FloatArray:
+    def row(self) -> Floats:
         """The profile as a vector of `PROFILE_SIZE`, as kernels take it."""
         return np.array([getattr(self, field.name) for field in fields(self)[:PROFILE_SIZE]], dtype=np.float64)
 
@@ -178,7 +175,7 @@ def _median(ratio: Callable[[Gpu, Model, tuple[float, ...]], float]) -> float:
 
 # What the fitted pairs reach of the published peaks: 0.77 of bandwidth and 0.66 of FLOP/s.
 BANDWIDTH_EFFICIENCY = _median(lambda gpu, model, c: model.weight_bytes / (gpu.bandwidth_gbs * 1e9 * c[WEIGHT_S]))
-# Reading the KV cache is less efficient with grouped queries (8 KV heads, 0.75) than with a head a query (32, about 0.88).
+# Reading the KV cache is less efficient with grouped queries (8 KV heads, 0.75) than with a head a query (32, 0.88).
 KV_EFFICIENCY = {
     heads: median(
         MODELS[model].kv_bytes_per_token / (GPUS[gpu].bandwidth_gbs * 1e9 * c[PER_KV_TOKEN_S])
@@ -237,12 +234,12 @@ def profile(gpu: str, model: str, max_num_seqs: int = 256, memory_utilization: f
 DECODING, KV_TOKENS, PREFILL_TOKENS, TIME_S = range(4)
 
 
-def predict_s(coefficients: FloatArray, rows: FloatArray) -> FloatArray:
+def predict_s(coefficients: Floats, rows: Floats) -> Floats:
     """`iteration_s` of each of the measured `rows`, shape (n,)."""
     return np.array([iteration_s(coefficients, row[DECODING], row[KV_TOKENS], row[PREFILL_TOKENS]) for row in rows])
 
 
-def fit(rows: FloatArray) -> FloatArray:
+def fit(rows: Floats) -> Floats:
     """The five coefficients with the least squared relative error over measured iterations; needs scipy.
 
     `rows` is (n, 4): sequences decoding, KV tokens, prefill tokens, seconds. Rows with more than `CHUNK_TOKENS` of
@@ -272,7 +269,7 @@ def fit(rows: FloatArray) -> FloatArray:
     return np.asarray(solution.x * scale, dtype=np.float64)
 
 
-def iteration_times() -> dict[tuple[str, str], FloatArray]:
+def iteration_times() -> dict[tuple[str, str], Floats]:
     """Measured iterations by (gpu, model), in the columns `fit` takes."""
     gpus = {"a100": "a100-80g", "a40": "a40"}
     models = {"meta-llama/Meta-Llama-3-8B": "llama-3-8b", "meta-llama/Llama-2-7b-hf": "llama-2-7b"}
@@ -285,7 +282,7 @@ def iteration_times() -> dict[tuple[str, str], FloatArray]:
     return {pair: np.array(lines) for pair, lines in table.items()}
 
 
-def held_out_errors(rows: FloatArray, half: int) -> dict[str, float]:
+def held_out_errors(rows: Floats, half: int) -> dict[str, float]:
     """Mean relative errors, on rows it has not seen, of a fit to half of the sizes.
 
     Sizes are the distinct batch sizes of decode-only rows and the distinct prefill sizes of prefill-only rows; the fit

@@ -1,9 +1,9 @@
 """The one way this project compiles a numeric kernel.
 
 A kernel is a plain function over NumPy arrays that numba compiles. Compiled code is cached on disk, in a folder
-named after the contents of every source that imports this module: numba itself notices only edits of the file that holds a kernel,
-not of the kernels it calls, and would go on running the old rules of the game. `NUMBA_DISABLE_JIT=1` runs every
-kernel as plain Python.
+named after the contents of every source that imports this module: numba itself notices only edits of the file that
+holds a kernel, not of the kernels it calls, and would go on running the old rules of the game. `NUMBA_DISABLE_JIT=1`
+runs every kernel as plain Python.
 """
 
 import hashlib
@@ -17,6 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# What kernels take. Their scalars are plain float, int and bool.
+Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Ints32 = NDArray[np.int32]
+Bytes = NDArray[np.int8]
+Bools = NDArray[np.bool_]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _KERNEL_PACKAGES = ("agents", "envs")

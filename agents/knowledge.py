@@ -21,7 +21,7 @@ from agents.hardware import (
     PREFILL_BASE_S,
     WEIGHT_S,
 )
-from agents.kernel import kernel
+from agents.kernel import Floats, kernel
 
 MAX_CLASSES = 4
 
@@ -65,7 +65,7 @@ NO_TIME = -1e9
 
 
 @kernel
-def write_profile(advert, profile, speed):
+def write_profile(advert: Floats, profile: Floats, speed: float) -> None:
     """Put an engine profile into an advert, its times divided by `speed` (1 is honest)."""
     advert[AD_WEIGHT_S] = profile[WEIGHT_S] / speed
     advert[AD_PER_SEQ_S] = profile[PER_SEQ_S] / speed
@@ -77,7 +77,7 @@ def write_profile(advert, profile, speed):
 
 
 @kernel
-def on_scrape(advert, now_s, running, waiting, kv_tokens, load):
+def on_scrape(advert: Floats, now_s: float, running: float, waiting: float, kv_tokens: float, load: float) -> None:
     """Take an engine's load into its advert, counts and tokens multiplied by `load` (1 is honest)."""
     advert[AD_TIME_S] = now_s
     advert[AD_RUNNING] = running * load
@@ -86,14 +86,14 @@ def on_scrape(advert, now_s, running, waiting, kv_tokens, load):
 
 
 @kernel
-def on_length(advert, prompt, output):
+def on_length(advert: Floats, prompt: float, output: float) -> None:
     """Age the mean lengths by one more completed request."""
     advert[AD_MEAN_PROMPT] += (1.0 - LENGTH_AGEING) * (prompt - advert[AD_MEAN_PROMPT])
     advert[AD_MEAN_OUTPUT] += (1.0 - LENGTH_AGEING) * (output - advert[AD_MEAN_OUTPUT])
 
 
 @kernel
-def on_sent(dealings, advert):
+def on_sent(dealings: Floats, advert: Floats) -> None:
     """A peer with this advert took one of our requests."""
     dealings[SENT] = sent_since(dealings, advert) + 1.0
     dealings[SENT_AD_S] = advert[AD_TIME_S]
@@ -101,26 +101,26 @@ def on_sent(dealings, advert):
 
 
 @kernel
-def on_refused(dealings, advert):
+def on_refused(dealings: Floats, advert: Floats) -> None:
     """A peer with this advert refused one of our requests."""
     dealings[REFUSED_AD_S] = advert[AD_TIME_S]
 
 
 @kernel
-def on_ended(dealings):
+def on_ended(dealings: Floats) -> None:
     """One of our requests is no longer with the peer, whatever became of it."""
     dealings[OUT] = max(0.0, dealings[OUT] - 1.0)
 
 
 @kernel
-def on_answer(dealings, took_s, promised_s):
+def on_answer(dealings: Floats, took_s: float, promised_s: float) -> None:
     """The peer completed a request in `took_s` after promising, for the tokens it delivered, `promised_s`."""
     dealings[RECORD] = RECORD_AGEING * dealings[RECORD] + math.log(max(took_s, 1e-3) / max(promised_s, 1e-3))
     dealings[RECORD_WEIGHT] = RECORD_AGEING * dealings[RECORD_WEIGHT] + 1.0
 
 
 @kernel
-def clear_progress(dealings):
+def clear_progress(dealings: Floats) -> None:
     """Begin a new count of what the requests out with a peer have streamed."""
     dealings[PROMISED] = 0.0
     dealings[STREAMED] = 0.0
@@ -128,7 +128,9 @@ def clear_progress(dealings):
 
 
 @kernel
-def on_progress(dealings, waited_s, promised_ttft_s, promised_tpot_s, streamed):
+def on_progress(
+    dealings: Floats, waited_s: float, promised_ttft_s: float, promised_tpot_s: float, streamed: float
+) -> None:
     """Count one request out with the peer: `streamed` tokens so far, `waited_s` after it was taken."""
     late_s = waited_s - promised_ttft_s
     if late_s > 0.0:
@@ -139,36 +141,36 @@ def on_progress(dealings, waited_s, promised_ttft_s, promised_tpot_s, streamed):
 
 
 @kernel
-def sent_since(dealings, advert):
+def sent_since(dealings: Floats, advert: Floats) -> float:
     """Requests sent to a peer that its advert does not show yet."""
-    return dealings[SENT] if dealings[SENT_AD_S] == advert[AD_TIME_S] else 0.0
+    return float(dealings[SENT]) if dealings[SENT_AD_S] == advert[AD_TIME_S] else 0.0
 
 
 @kernel
-def refused_since(dealings, advert):
+def refused_since(dealings: Floats, advert: Floats) -> bool:
     """Whether the peer refused us under its present advert."""
-    return dealings[REFUSED_AD_S] == advert[AD_TIME_S]
+    return bool(dealings[REFUSED_AD_S] == advert[AD_TIME_S])
 
 
 @kernel
-def pace(dealings):
+def pace(dealings: Floats) -> float:
     """In-flight evidence: log of tokens promised by now over tokens streamed, above 0 when the peer lags."""
     return math.log((dealings[PROMISED] + PACE_PRIOR_TOKENS) / (dealings[STREAMED] + PACE_PRIOR_TOKENS))
 
 
 @kernel
-def record(dealings):
+def record(dealings: Floats) -> float:
     """Mean log of actual over promised duration of completed work, drawn toward 0 while there is little."""
-    return dealings[RECORD] / (dealings[RECORD_WEIGHT] + 1.0)
+    return float(dealings[RECORD] / (dealings[RECORD_WEIGHT] + 1.0))
 
 
 @kernel
-def duel_rate(dealings):
+def duel_rate(dealings: Floats) -> float:
     """Share of duels won, from one half toward the observed share."""
-    return (dealings[DUELS_WON] + 1.0) / (dealings[DUELS_WON] + dealings[DUELS_LOST] + 2.0)
+    return float((dealings[DUELS_WON] + 1.0) / (dealings[DUELS_WON] + dealings[DUELS_LOST] + 2.0))
 
 
-def make_dealings(*shape: int) -> np.ndarray:
+def make_dealings(*shape: int) -> Floats:
     """Dealings with peers one has not dealt with, [*shape, DEALINGS_SIZE]."""
     dealings = np.zeros((*shape, DEALINGS_SIZE))
     dealings[..., [SENT_AD_S, REFUSED_AD_S]] = NO_TIME

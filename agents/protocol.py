@@ -6,10 +6,8 @@ touches; none makes an amount negative. Stake and duel rules are those of WWW.Se
 
 import math
 
-import numpy as np
-
 from agents.dice import uniform
-from agents.kernel import kernel
+from agents.kernel import Bools, Floats, Ints, kernel
 
 MICRO = 1_000_000  # micro-credits in a credit
 
@@ -28,53 +26,50 @@ TIE, A_WINS, B_WINS = 0, 1, 2
 
 
 @kernel
-def draw_by_stake(stake, eligible, count, dice, drawn):
+def draw_by_stake(stake: Floats, eligible: Bools, count: int, dice: Ints, drawn: Ints) -> int:
     """Draw up to `count` of the eligible without replacement, weight equal to stake, in the order drawn.
 
     `stake` [N] >= 0 in any unit, `eligible` [N] is spent; those without stake come last, evenly. Writes indices to
-    `drawn` and returns how many. Successive sampling, the same law as sorting by -ln(u)/w (Efraimidis and Spirakis 2006).
+    `drawn` and returns how many. Successive sampling, the law of sorting by -ln(u)/w (Efraimidis and Spirakis 2006).
     """
-    found = 0
     total = 0.0
+    staked = 0
     idle = 0
     for j in range(stake.size):
-        if eligible[j]:
+        if eligible[j] and stake[j] > 0.0:
             total += stake[j]
-            if stake[j] <= 0.0:
-                idle += 1
-    while found < count:
+            staked += 1
+        elif eligible[j]:
+            idle += 1
+    count = min(count, staked + idle)
+    for found in range(count):
         pick = -1
-        if total > 1e-9:
+        if staked > 0:
+            staked -= 1
             left = uniform(dice) * total
             for j in range(stake.size):
                 if eligible[j] and stake[j] > 0.0:
-                    pick = j
+                    pick = j  # the last one, should rounding leave a rest
                     left -= stake[j]
                     if left <= 0.0:
                         break
-        if pick < 0:  # none with stake is left
-            if idle == 0:
-                break
-            total = 0.0
-            skip = min(np.int64(uniform(dice) * idle), idle - 1)
+            total -= stake[pick]
+        else:
+            skip = min(int(uniform(dice) * idle), idle - 1)
+            idle -= 1
             for j in range(stake.size):
-                if eligible[j] and stake[j] <= 0.0:
+                if eligible[j]:
+                    pick = j
                     if skip == 0:
-                        pick = j
                         break
                     skip -= 1
-            idle -= 1
-        if pick < 0:
-            break
-        total -= stake[pick]
         eligible[pick] = False
         drawn[found] = pick
-        found += 1
-    return found
+    return count
 
 
 @kernel
-def price_of(pricing, price_micro, tokens):
+def price_of(pricing: int, price_micro: int, tokens: int) -> int:
     """What `tokens` generated tokens cost, in micro-credits, rounded down."""
     if pricing == PER_REQUEST:
         return price_micro
@@ -82,7 +77,7 @@ def price_of(pricing, price_micro, tokens):
 
 
 @kernel
-def lock(payer, amount):
+def lock(payer: Ints, amount: int) -> bool:
     """Move `amount` from the payer's free credit to escrow; False, and nothing moved, if it has less."""
     if payer[FREE] < amount:
         return False
@@ -92,8 +87,8 @@ def lock(payer, amount):
 
 
 @kernel
-def settle(payer, payee, locked, due):
-    """Pay `due`, at most `locked`, out of the payer's escrow; the rest of `locked` is free again. Returns what was paid."""
+def settle(payer: Ints, payee: Ints, locked: int, due: int) -> int:
+    """Pay `due`, at most `locked`, out of the payer's escrow; the rest of it is free again. Returns the payment."""
     paid = min(locked, due)
     payer[ESCROW] -= locked
     payer[FREE] += locked - paid
@@ -102,19 +97,19 @@ def settle(payer, payee, locked, due):
 
 
 @kernel
-def stake_target(kv_use, waiting, held):
+def stake_target(kv_use: float, waiting: int, held: int) -> int:
     """The stake that a load calls for, in micro-credits: 4, 3, 2, 1 at a KV use up to 25, 50, 75, 100 % of the target
     use, 0 above it or when the engine queues, less 2 if the dispatcher holds requests."""
     score = 0
     if waiting == 0 and kv_use <= TARGET_KV_USE:
-        score = 4 - min(3, max(0, int(math.ceil(4.0 * kv_use / TARGET_KV_USE)) - 1))
+        score = 4 - min(3, max(0, math.ceil(4.0 * kv_use / TARGET_KV_USE) - 1))
     if held > 0:
         score -= 2
     return max(0, score) * MICRO
 
 
 @kernel
-def move_stake(account, target, elapsed_s):
+def move_stake(account: Ints, target: int, elapsed_s: float) -> None:
     """Move the stake toward `target` micro-credits, at the permitted pace and within the free credit."""
     step = int(STAKE_STEP_PER_S * elapsed_s)
     change = min(max(target - account[STAKED], -step), step)
@@ -124,7 +119,7 @@ def move_stake(account, target, elapsed_s):
 
 
 @kernel
-def duel_outcome(votes):
+def duel_outcome(votes: Ints) -> int:
     """A_WINS, B_WINS or TIE by plain majority of the votes for A and for B."""
     a = 0
     b = 0
@@ -139,7 +134,7 @@ def duel_outcome(votes):
 
 
 @kernel
-def settle_duel(accounts, a, b, judges, votes):
+def settle_duel(accounts: Ints, a: int, b: int, judges: Ints, votes: Ints) -> int:
     """Move stakes by the judges' verdict on executors a and b; a tie moves nothing. Returns the outcome.
 
     `accounts` [N, ACCOUNT_SIZE]; `judges` and `votes` of equal length. The loser's whole stake goes to the winner's.
@@ -152,7 +147,7 @@ def settle_duel(accounts, a, b, judges, votes):
     winner, loser = (a, b) if outcome == A_WINS else (b, a)
     accounts[winner, STAKED] += accounts[loser, STAKED]
     accounts[loser, STAKED] = 0
-    pot = np.int64(0)
+    pot = 0
     majority = 0
     for k in range(votes.size):
         judge = judges[k]
@@ -178,13 +173,14 @@ def settle_duel(accounts, a, b, judges, votes):
 
 
 @kernel
-def vote_of(strength_a, strength_b, u):
+def vote_of(strength_a: float, strength_b: float, u: float) -> int:
     """A judge's vote on answers of two Bradley-Terry log-strengths: A with chance 1 / (1 + exp(b - a))."""
-    return VOTE_A if u * (1.0 + math.exp(strength_b - strength_a)) < 1.0 else VOTE_B
+    odds = math.exp(min(strength_b - strength_a, 700.0))  # in plain Python, exp raises beyond 709
+    return VOTE_A if u * (1.0 + odds) < 1.0 else VOTE_B
 
 
 @kernel
-def delivered_value(value, deadlines, latency_s):
+def delivered_value(value: float, deadlines: Floats, latency_s: float) -> float:
     """What an answer after `latency_s` is worth: `value` times the share of `deadlines` [T] that it meets."""
     met = 0
     for k in range(deadlines.size):

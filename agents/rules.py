@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.decision import (
     FIRST_CANDIDATE,
@@ -23,7 +22,7 @@ from agents.decision import (
     ROUTES,
     Actions,
 )
-from agents.kernel import kernel
+from agents.kernel import Bools, Bytes, Floats, Ints32, Singles, kernel
 from agents.protocol import TARGET_KV_USE
 from agents.view import (
     CHANCE,
@@ -51,7 +50,7 @@ class Policy(Protocol):
 
     name: str
 
-    def decide(self, views: Views, active: NDArray[np.bool_], dice: NDArray[np.float64], actions: Actions) -> None:
+    def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
         """Write the decisions of the `active` [...] providers into `actions` [...].
 
         `dice` [..., 4]: uniforms in (0, 1), the policy's only source of chance; a request that was refused comes back
@@ -60,10 +59,11 @@ class Policy(Protocol):
 
 
 class Setting(NamedTuple):
-    """One number of a rule."""
+    """One number of a rule, 0 to `high`."""
 
     default: float
     meaning: str
+    high: float = 1e9
 
 
 ACCEPT_WAIT_S = Setting(30.0, "longest expected time to the first token, s, at which others' work is taken")
@@ -75,17 +75,17 @@ RULES: dict[str, dict[str, Setting]] = {
     "power_of_two": {},
     "www_serve": {
         "target_kv_use": Setting(TARGET_KV_USE, "KV use below which a request runs here, and others' work is taken"),
-        "offload": Setting(0.8, "chance to look for a peer, each time"),
-        "queue": Setting(0.2, "chance to queue here when no peer takes it"),
-        "accept": Setting(0.8, "chance to take others' work"),
+        "offload": Setting(0.8, "chance to look for a peer, each time", 1.0),
+        "queue": Setting(0.2, "chance to queue here when no peer takes it", 1.0),
+        "accept": Setting(0.8, "chance to take others' work", 1.0),
         "probes": Setting(3, "peers probed, at most"),
     },
     "earliest_finish": {"accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN},
     "earliest_finish_trust": {
         "accept_wait_s": ACCEPT_WAIT_S,
         "own_margin": OWN_MARGIN,
-        "pace": Setting(1.0, "exponent of the in-flight evidence"),
-        "record": Setting(1.0, "exponent of the record of completed work"),
+        "pace": Setting(1.0, "exponent of the in-flight evidence", 10.0),
+        "record": Setting(1.0, "exponent of the record of completed work", 10.0),
         "overdue": Setting(1.0, "seconds added for each second overdue"),
     },
     "deadline_first": {
@@ -96,7 +96,7 @@ RULES: dict[str, dict[str, Setting]] = {
     "rank_cap": {
         "accept_wait_s": ACCEPT_WAIT_S,
         "own_margin": OWN_MARGIN,
-        "urgency": Setting(2.0, "loose work is placed anywhere when its slack is less than this times its expected time"),
+        "urgency": Setting(2.0, "loose work goes anywhere when its slack is less than this times its expected time"),
         "cap_fast": Setting(0.3, "KV use up to which the fastest node takes loose work"),
         "cap_slow": Setting(0.8, "and the slowest"),
     },
@@ -109,13 +109,13 @@ _IDS = {name: k for k, name in enumerate(RULES)}
 
 
 @kernel
-def _node_of(route):
+def _node_of(route: int) -> int:
     """Row of the view's nodes that a route leads to."""
     return route - LOCAL
 
 
 @kernel
-def _earliest(nodes, routes, own_margin, pace, record, overdue):
+def _earliest(nodes: Singles, routes: Bytes, own_margin: float, pace: float, record: float, overdue: float) -> int:
     """The legal route that is expected to finish first, peers' times discounted by what is known of their delivery."""
     best = LOCAL
     soonest_s = nodes[0, FINISH_S] * own_margin
@@ -130,7 +130,7 @@ def _earliest(nodes, routes, own_margin, pace, record, overdue):
 
 
 @kernel
-def _random(routes, u):
+def _random(routes: Bytes, u: float) -> int:
     """One of the legal routes other than hold."""
     legal = 0
     for route in range(LOCAL, ROUTES):
@@ -145,30 +145,26 @@ def _random(routes, u):
 
 
 @kernel
-def _load(node):
-    return node[RUNNING] + node[WAITING] + node[SENT_SINCE]
+def _load(node: Singles) -> float:
+    return float(node[RUNNING] + node[WAITING] + node[SENT_SINCE])
 
 
 @kernel
-def _www_serve(p, nodes, request, routes, dice):
+def _www_serve(p: Floats, nodes: Singles, request: Singles, routes: Bytes, dice: Floats) -> int:
     """The published dispatch: here while there is room, else a peer drawn by stake, else the own queue or wait."""
     if nodes[0, KV_USE] < p[0]:
         return LOCAL
     if dice[0] < p[1]:
-        probed = 0
-        for k in range(int(request[N_CANDIDATES])):
-            if probed == int(p[4]):
-                break
+        for k in range(min(int(request[N_CANDIDATES]), int(p[4]))):
             if routes[FIRST_CANDIDATE + k]:
                 return FIRST_CANDIDATE + k
-            probed += 1
     if dice[1] < p[2]:
         return LOCAL
     return HOLD
 
 
 @kernel
-def _capped(nodes, routes, cap_fast, cap_slow):
+def _capped(nodes: Singles, routes: Bytes, cap_fast: float, cap_slow: float) -> int:
     """The earliest finish among nodes whose KV use is under their cap by speed rank; hold if there is none."""
     best = HOLD
     soonest_s = np.inf
@@ -182,22 +178,22 @@ def _capped(nodes, routes, cap_fast, cap_slow):
 
 
 @kernel
-def _best_value(nodes, request, routes):
+def _best_value(nodes: Singles, request: Singles, routes: Bytes) -> int:
     """The most expected value less payment; among equals the earliest finish."""
     best = LOCAL
     most = -np.inf
     for route in range(LOCAL, ROUTES):
         if routes[route]:
             node = nodes[_node_of(route)]
-            worth = request[VALUE] * node[CHANCE] - node[COST] - 1e-4 * node[FINISH_S]
+            worth = np.float64(request[VALUE]) * node[CHANCE] - node[COST] - np.float64(node[FINISH_S]) * 1e-4
             if worth > most:
                 best, most = route, worth
     return best
 
 
 @kernel
-def choose(rule, p, nodes, request, routes, dice):
-    """The route of one view by the rule of this number with settings `p`."""
+def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes, dice: Floats) -> int:
+    """The route of one view by the rule of this number with settings `p`; it may hold where the mask forbids that."""
     if rule == _SINGLE:
         return LOCAL
     if rule == _RANDOM:
@@ -223,11 +219,27 @@ def choose(rule, p, nodes, request, routes, dice):
 
 
 @kernel
-def _decide(rule, p, nodes, request, me, routes, active, dice, route, terms, price):
+def _decide(
+    rule: int,
+    p: Floats,
+    nodes: Singles,
+    request: Singles,
+    me: Singles,
+    routes: Bytes,
+    active: Bools,
+    dice: Floats,
+    route: Ints32,
+    terms: Floats,
+    price: Ints32,
+) -> None:
     for k in range(active.size):
         if not active[k]:
             continue
-        route[k] = choose(rule, p, nodes[k], request[k], routes[k], dice[k]) if me[k, HAS_REQUEST] > 0.5 else HOLD
+        route[k] = HOLD
+        if me[k, HAS_REQUEST] > 0.5:
+            route[k] = choose(rule, p, nodes[k], request[k], routes[k], dice[k])
+            if route[k] == HOLD and not routes[k, HOLD]:  # past its last deadline a request is held no longer
+                route[k] = LOCAL
         terms[k, MAX_WAIT_S] = np.inf
         terms[k, MAX_KV_USE] = np.inf
         terms[k, PROBABILITY] = 1.0
@@ -247,7 +259,7 @@ class Rule:
     """A rule by name, with its settings; those not given have their tuned defaults."""
 
     def __init__(self, name: str, settings: Mapping[str, float] | None = None) -> None:
-        """Raises ValueError for an unknown name or setting."""
+        """Raises ValueError for an unknown name or setting, and for a setting out of its range."""
         if name not in RULES:
             raise ValueError(f"unknown rule {name!r}, expected one of {', '.join(RULES)}")
         unknown = set(settings or ()) - set(RULES[name])
@@ -256,11 +268,17 @@ class Rule:
             raise ValueError(f"rule {name} has no setting {sorted(unknown)[0]!r}, it has: {known}")
         self.name = name
         self.settings = {key: float((settings or {}).get(key, s.default)) for key, s in RULES[name].items()}
+        for key, value in self.settings.items():
+            high = RULES[name][key].high
+            if not 0.0 <= value <= high:
+                raise ValueError(f"rule {name}: setting {key} is {value!r}, expected 0 to {high:g}")
         self._id = _IDS[name]
         self._values = np.array([*self.settings.values(), 0.0])
 
-    def decide(self, views: Views, active: NDArray[np.bool_], dice: NDArray[np.float64], actions: Actions) -> None:
-        """See `Policy.decide`."""
+    def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
+        """See `Policy.decide`. `actions` must be contiguous arrays."""
+        if not all(array.flags.c_contiguous for array in actions):
+            raise ValueError("actions must be contiguous arrays, or what is written to them is lost")
         _decide(
             self._id,
             self._values,

@@ -8,11 +8,10 @@ refused. The own node and the candidates have the same features, so one encoder 
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES
 from agents.estimate import chance_on_time, expect
-from agents.kernel import kernel
+from agents.kernel import Bytes, Floats, Ints, Singles, kernel
 from agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
@@ -59,7 +58,7 @@ NODE_FEATURES = (
     Feature("kv_use", "share", 0, 1, "linear", "share of the KV cache in use"),
     Feature("running", "requests", 0, 512, "log", "requests running in the engine"),
     Feature("waiting", "requests", 0, 512, "log", "requests waiting in the engine"),
-    Feature("held_tighter", "requests", 0, 512, "log", "undecided there, of classes as tight as this request's or tighter"),
+    Feature("held_tighter", "requests", 0, 512, "log", "undecided there, of classes no looser than this request's"),
     Feature("held_looser", "requests", 0, 512, "log", "undecided there, of looser classes"),
     Feature("sent", "requests", 0, 64, "log", "sent there since its advert"),
     Feature("out", "requests", 0, 256, "log", "own requests that are there now"),
@@ -111,7 +110,7 @@ CLASS_MEDIAN, CLASS_SIGMA, CLASS_MAX, CLASS_MEAN, CLASS_VALUE, CLASS_LAST_DEADLI
 CLASS_SIZE = 6
 
 
-def bounds(features: tuple[Feature, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def bounds(features: tuple[Feature, ...]) -> tuple[Singles, Singles]:
     """Lowest and highest value of each feature."""
     return np.array([f.low for f in features], np.float32), np.array([f.high for f in features], np.float32)
 
@@ -124,10 +123,10 @@ _SELF_LOW, _SELF_HIGH = bounds(SELF_FEATURES)
 class Views(NamedTuple):
     """Observations of a batch of providers, leading axes [...]."""
 
-    nodes: NDArray[np.float32]  # [..., NODES, len(NODE_FEATURES)], zeros where there is no candidate
-    request: NDArray[np.float32]  # [..., len(REQUEST_FEATURES)], zeros without a request
-    me: NDArray[np.float32]  # [..., len(SELF_FEATURES)]
-    routes: NDArray[np.int8]  # [..., ROUTES] 1 where the route is legal; hold alone without a request
+    nodes: Singles  # [..., NODES, len(NODE_FEATURES)], zeros where there is no candidate
+    request: Singles  # [..., len(REQUEST_FEATURES)], zeros without a request
+    me: Singles  # [..., len(SELF_FEATURES)]
+    routes: Bytes  # [..., ROUTES] 1 where the route is legal; hold alone without a request
 
 
 def make_views(*shape: int) -> Views:
@@ -140,7 +139,7 @@ def make_views(*shape: int) -> Views:
     )
 
 
-def normalise(values: NDArray[np.float32], features: tuple[Feature, ...]) -> NDArray[np.float32]:
+def normalise(values: Singles, features: tuple[Feature, ...]) -> Singles:
     """Features [..., len(features)] brought to about [-1, 1]: x / high, or sign(x) log(1 + |x|/u) / log(1 + high/u)
     with u = 1 above a range of 10 and a thousandth of the range below."""
     out = np.empty_like(values)
@@ -160,13 +159,26 @@ def log_unit(feature: Feature) -> float:
 
 
 @kernel
-def _clip(row, low, high):
+def _clip(row: Singles, low: Singles, high: Singles) -> None:
     for k in range(row.size):
         row[k] = min(max(row[k], low[k]), high[k])
 
 
 @kernel
-def write_node(row, advert, dealings, own, now_s, rtt_s, prompt, known, deadlines, waited_s, looser_than, pricing):
+def write_node(
+    row: Singles,
+    advert: Floats,
+    dealings: Floats,
+    own: bool,
+    now_s: float,
+    rtt_s: float,
+    prompt: float,
+    known: Floats,
+    deadlines: Floats,
+    waited_s: float,
+    looser_than: Ints,
+    pricing: int,
+) -> None:
     """One node's features, ranks aside. `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class.
 
     `looser_than` [MAX_CLASSES] is 1 for the classes with a looser deadline than the request's. On the own node
@@ -218,7 +230,7 @@ def write_node(row, advert, dealings, own, now_s, rtt_s, prompt, known, deadline
 
 
 @kernel
-def _write_ranks(nodes, idle_token_s, count):
+def _write_ranks(nodes: Singles, idle_token_s: Floats, count: int) -> None:
     """Ranks among the first `count` nodes, `idle_token_s` [>= count] being their speed when idle."""
     for a in range(count):
         earlier = 0
@@ -233,35 +245,35 @@ def _write_ranks(nodes, idle_token_s, count):
 
 
 @kernel
-def idle_token_time(advert):
+def idle_token_time(advert: Floats) -> float:
     """Seconds per token of a lone request on an idle node."""
-    return advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S]
+    return float(advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S])
 
 
 @kernel
 def write_request_view(
-    nodes,
-    request,
-    routes,
-    own_advert,
-    adverts,
-    dealings,
-    candidates,
-    n_candidates,
-    refused,
-    may_hold,
-    credit,
-    now_s,
-    rtt_s,
-    prompt,
-    arrival_s,
-    klass,
-    known,
-    deadlines,
-    pricing,
-    idle_token_s,
-    looser_than,
-):
+    nodes: Singles,
+    request: Singles,
+    routes: Bytes,
+    own_advert: Floats,
+    adverts: Floats,
+    dealings: Floats,
+    candidates: Ints,
+    n_candidates: int,
+    refused: int,
+    may_hold: bool,
+    credit: int,
+    now_s: float,
+    rtt_s: float,
+    prompt: float,
+    arrival_s: float,
+    klass: int,
+    known: Floats,
+    deadlines: Floats,
+    pricing: int,
+    idle_token_s: Floats,
+    looser_than: Ints,
+) -> None:
     """The view of a request at the head.
 
     own_advert [ADVERT_SIZE] fresh; adverts [N, ADVERT_SIZE] and dealings [N, DEALINGS_SIZE] by peer; candidates [K]
@@ -281,16 +293,16 @@ def write_request_view(
     routes[:] = 0
     routes[HOLD] = 1 if may_hold else 0
     routes[LOCAL] = 1
+    of_class, due_s = known[klass], deadlines[klass]
     write_node(
-        nodes[0], own_advert, dealings[0], True, now_s, rtt_s, prompt, known[klass], deadlines[klass], waited_s,
-        looser_than, pricing,
-    )  # fmt: skip
+        nodes[0], own_advert, dealings[0], True, now_s, rtt_s, prompt, of_class, due_s, waited_s, looser_than, pricing
+    )
     idle_token_s[0] = idle_token_time(own_advert)
     for k in range(n_candidates):
         j = candidates[k]
         write_node(
-            nodes[1 + k], adverts[j], dealings[j], False, now_s, rtt_s, prompt, known[klass], deadlines[klass], waited_s,
-            looser_than, pricing,
+            nodes[1 + k], adverts[j], dealings[j], False, now_s, rtt_s, prompt, of_class, due_s, waited_s, looser_than,
+            pricing,
         )  # fmt: skip
         idle_token_s[1 + k] = idle_token_time(adverts[j])
         longest = 1.0 if pricing == PER_REQUEST else known[klass, CLASS_MAX] / 1000.0
@@ -315,7 +327,7 @@ def write_request_view(
 
 
 @kernel
-def write_idle_view(nodes, request, routes, own_advert, now_s):
+def write_idle_view(nodes: Singles, request: Singles, routes: Bytes, own_advert: Floats, now_s: float) -> None:
     """The view without a request: the own node's load, and hold as the only route."""
     nodes[:] = 0.0
     request[:] = 0.0
@@ -333,7 +345,16 @@ def write_idle_view(nodes, request, routes, own_advert, now_s):
 
 
 @kernel
-def write_self(me, has_request, advert_due, held, arrivals_per_s, guests, credit, price):
+def write_self(
+    me: Singles,
+    has_request: bool,
+    advert_due: bool,
+    held: int,
+    arrivals_per_s: float,
+    guests: int,
+    credit: int,
+    price: float,
+) -> None:
     """The features of the provider itself; `credit` in micro-credits, `price` in credits."""
     me[HAS_REQUEST] = 1.0 if has_request else 0.0
     me[ADVERT_DUE] = 1.0 if advert_due else 0.0

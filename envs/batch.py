@@ -5,6 +5,7 @@ A market's course depends on its scenario, its seed and the actions it is given,
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +35,8 @@ class MarketBatch:
     """`len(scenarios)` markets, market b with `scenarios[b]` and `seeds[b]`.
 
     views: see `agents.view`, leading axes [B, N]; active [B, N]: who is asked to decide; dice [B, N, 4]: uniforms for
-    policies that toss coins; reward [B, N] float32, elapsed_s [B] and over [B] of the last step. All are overwritten
-    by `step`. An action is read only where `active` is set. A market that is over stays as it is until `reset`.
+    policies that toss coins; reward [B, N] float32, elapsed_s [B] and over [B] of the last step; given [B, N]: the part of
+    the reward that arrivals brought, whatever was decided, which a learner may subtract. All are overwritten by `step`. An action is read only where `active` is set. A market that is over stays as it is until `reset`.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class MarketBatch:
         self.active = np.zeros((self.count, self.providers), np.bool_)
         self.dice = np.zeros((self.count, self.providers, DICE_PER_DECISION))
         self.reward = np.zeros((self.count, self.providers), np.float32)
+        self.given = np.zeros((self.count, self.providers), np.float32)
         self.plans: list[MarketPlan] = list(plans)
         cuts = np.linspace(0, self.count, min(threads, self.count) + 1).astype(int)
-        self._spans = list(zip(cuts[:-1], cuts[1:], strict=True))
+        self._spans = list(pairwise(cuts))
         self._pool = ThreadPoolExecutor(len(self._spans) - 1) if len(self._spans) > 1 else None
         for b, planned in enumerate(plans):
             self.reset(b, planned)
@@ -95,7 +97,7 @@ class MarketBatch:
             raise ValueError(f"{planned.scenario.name} needs {need}, the batch has room for {self.shape}")
         self.plans[b] = planned
         write_market(self.markets, b, planned, self.reward_rule)
-        for array in (*self.views, self.active, self.dice, self.reward):
+        for array in (*self.views, self.active, self.dice, self.reward, self.given):
             array[b] = 0
         start_market(self.markets, b, self.views, self.active, self.dice)
 
@@ -105,7 +107,7 @@ class MarketBatch:
 
     def step(self, actions: Actions) -> None:
         """Carry out one decision of every active provider and move each market on."""
-        args = (actions, self.views, self.active, self.dice, self.reward)
+        args = (actions, self.views, self.active, self.dice, self.reward, self.given)
         if self._pool is None:
             step_range(self.markets, 0, self.count, *args)
             return

@@ -75,7 +75,7 @@ JOB = np.dtype(JOB_FIELDS, align=True)
 
 
 def reset_engine(engine: Any, profile: NDArray[np.float64]) -> None:
-    """Make one ENGINE record idle at time 0, with `profile` [PROFILE_SIZE]. Raises ValueError if it has too many slots."""
+    """Make one ENGINE record idle at time 0, with `profile` [PROFILE_SIZE]. Raises ValueError for too many slots."""
     if profile[MAX_NUM_SEQS] > MAX_SLOTS:
         raise ValueError(f"max_num_seqs is {int(profile[MAX_NUM_SEQS])}, an engine has at most {MAX_SLOTS}")
     for name in ENGINE.names or ():
@@ -119,7 +119,7 @@ def kv_use(e):
 
 @kernel
 def submit(e, q, r, at_s):
-    """Hand request r to engine i at `at_s`, not before the engine's clock. Waiting requests stand in order of `at_s`."""
+    """Hand request r to engine i at `at_s`, not before the engine's clock. Requests wait in order of `at_s`."""
     q[r].submit_s = at_s
     q[r].finish_tick = NEVER
     q[r].prefill_left = 0
@@ -366,11 +366,7 @@ def advance(e, q, until_s, done, n_done):
             continue
         decoding = e.decoding
         growth_s = e.profile[PER_KV_TOKEN_S] * decoding
-        first_s = (
-            e.profile[WEIGHT_S]
-            + e.profile[PER_SEQ_S] * decoding
-            + e.profile[PER_KV_TOKEN_S] * e.kv_tokens
-        )
+        first_s = e.profile[WEIGHT_S] + e.profile[PER_SEQ_S] * decoding + e.profile[PER_KV_TOKEN_S] * e.kv_tokens
         ticks = min(e.next_finish - e.tick, _ticks_within(first_s, growth_s, until_s - e.clock_s))
         if fits:  # the head is still on its way and joins at the next boundary after it comes
             ticks = min(ticks, np.int64(1))

@@ -14,13 +14,7 @@ from agents.decision import (
     CANDIDATES,
     FIRST_CANDIDATE,
     HOLD,
-    LOCAL,
-    MAX_KV_USE,
-    MAX_WAIT_S,
-    ONLY_IF_NONE_HELD,
-    PROBABILITY,
     TERMS_SIZE,
-    Actions,
     accept,
 )
 from agents.dice import uniform
@@ -72,7 +66,6 @@ from agents.view import (
     CLASS_MAX,
     CLASS_VALUE,
     NODES,
-    Views,
     write_idle_view,
     write_request_view,
     write_self,
@@ -104,7 +97,6 @@ from envs.state import (
     RUN_LOCAL,
     SERVED_FOR_PEERS,
     USER,
-    Markets,
 )
 
 OFFLINE_AFTER_S = 10.0  # a peer silent for so long is taken for offline (arXiv 2603.20661)
@@ -259,6 +251,13 @@ def _publish(w, i):
             advert[k] /= p.lie_speed
 
 
+@kernel
+def _expect_value(w, u, value):
+    """Count user request u with this value in its origin's potential."""
+    w.p[w.q[u].origin].potential += value - w.q[u].predicted
+    w.q[u].predicted = value
+
+
 # Placing a request.
 
 
@@ -290,9 +289,8 @@ def _place(w, r, j, at_s, first_s, token_s):
         chance = chance_on_time(
             deadlines, at_s - q[r].arrival_s, first_s, token_s, float(q[r].output), PREDICTION_SIGMA, 1e9
         )
-        q[r].predicted = w.p[o].known[c, CLASS_VALUE] * chance
         if q[r].kind == USER:
-            w.p[o].potential += q[r].predicted
+            _expect_value(w, r, w.p[o].known[c, CLASS_VALUE] * chance)
 
 
 @kernel
@@ -352,13 +350,6 @@ def _end_leg(w, r):
     q[r].locked = 0
 
 
-@kernel
-def _forget_prediction(w, r):
-    if w.q[r].kind == USER:
-        w.p[w.q[r].origin].potential -= w.q[r].predicted
-    w.q[r].predicted = 0.0
-
-
 # Duels: a copy of a delegated request goes to a second executor, and judges compare the two answers.
 
 
@@ -381,8 +372,8 @@ def _maybe_duel(w, i, r, taken_by):
     m, q, p = w.m, w.q, w.p[i]
     if m.duel_probability <= 0.0 or uniform(m.dice) > m.duel_probability:
         return
-    if m.n_duels >= w.d.size or m.used + 1 + m.judges > q.size:
-        return
+    if m.n_duels >= w.d.size or m.n_arrivals + (m.n_duels + 1) * (1 + m.judges) > q.size:
+        return  # every duel begun may yet need records for its judges
     for k in range(p.n_candidates):
         if k == taken_by or (p.refused >> k) & 1:
             continue
@@ -413,8 +404,9 @@ def _start_judging(w, k):
     m, q, p, duel = w.m, w.q, w.p, w.d[k]
     a, b = duel.first, duel.second
     o = q[a].origin
-    for j in range(m.n_providers):
-        w.eligible[j] = p[j].online == 1 and j != o and j != q[a].executor and j != q[b].executor
+    for j in range(w.stake.size):
+        others = j < m.n_providers and j != o and j != q[a].executor and j != q[b].executor
+        w.eligible[j] = others and p[j].online == 1
         w.stake[j] = w.accounts[j, STAKED]
     count = draw_by_stake(w.stake, w.eligible, m.judges, m.dice, duel.judges)
     judges = 0
@@ -503,7 +495,7 @@ def _complete(w, r):
         p[o].flow += delivered_value(p[o].known[c, CLASS_VALUE], deadlines, q[u].answer_s - q[u].arrival_s)
         p[o].counts[OWN_DONE] += 1
         m.unresolved -= 1
-        _forget_prediction(w, u)
+        _expect_value(w, u, 0.0)
     else:  # the other leg of a duel, perhaps earlier within the same tick
         q[u].answer_s = min(q[u].answer_s, q[r].finish_s + back_s)
         q[u].first_answer_s = min(q[u].first_answer_s, q[r].first_token_s + back_s)
@@ -518,12 +510,12 @@ def _complete(w, r):
 def _fail_user(w, u):
     """The user of request u will have no answer."""
     q = w.q
-    q[u].status = FAILED
     if np.isnan(q[u].answer_s):
+        q[u].status = FAILED
         q[u].answer_s = np.inf
         w.p[q[u].origin].counts[OWN_FAILED] += 1
         w.m.unresolved -= 1
-        _forget_prediction(w, u)
+        _expect_value(w, u, 0.0)
 
 
 @kernel
@@ -541,7 +533,7 @@ def _take_back(w, r):
         other = w.d[k].second if r == u else u
     if not np.isnan(q[u].answer_s) or (other >= 0 and (q[other].status == IN_ENGINE or q[other].status == LOST)):
         return
-    _forget_prediction(w, u)
+    _expect_value(w, u, w.p[q[u].origin].known[q[u].klass, CLASS_VALUE])
     q[u].duel = -1
     q[u].generated = 0
     q[u].finish_tick = NEVER
@@ -585,7 +577,9 @@ def _go_offline(w, i):
         q[r].status = FAILED
         if q[r].duel >= 0:
             _void_duel(w, q[r].duel)
-        _fail_user(w, r if q[r].kind == USER else w.d[q[r].duel].first)
+        u = r if q[r].kind == USER else w.d[q[r].duel].first
+        if q[u].status != IN_ENGINE and q[u].status != LOST:  # else it is in the list too, and still to be withdrawn
+            _fail_user(w, u)
     p.online = 0
     p.head = -1
     p.advert_due = 0
@@ -755,6 +749,9 @@ def _tick(w):
         p[i].arrival_rate += 1.0 / RATE_WINDOW_S
         _clip_length(w, r, i)
         if p[i].online == 1:
+            value = p[i].known[q[r].klass, CLASS_VALUE]
+            _expect_value(w, r, value)
+            p[i].arrived += value
             _enqueue(w, r, False)
         else:  # it came in the last interval before the provider left
             _fail_user(w, r)
@@ -779,8 +776,7 @@ def start(w, nodes, request, me, routes, active, dice):
         if _is_scheduled(p[i], 0.0):
             p[i].online = 1
             _scrape(w, i)
-            _publish(w, i)
-            p[i].next_gossip_s += m.gossip_s
+            p[i].advert_due = 1  # the first step is for prices and terms
     _show(w, nodes, request, me, routes, active, dice, True)
 
 
@@ -805,10 +801,11 @@ def _show(w, nodes, request, me, routes, active, dice, fresh):
 
 
 @kernel
-def step(w, route, terms, price, direct, nodes, request, me, routes, active, dice, reward):
+def step(w, route, terms, price, direct, nodes, request, me, routes, active, dice, reward, given):
     """One step of a market that is not over: decisions, then the next round at this instant or the next tick.
 
-    route, price, direct [N], terms [N, TERMS_SIZE]; reward [N] receives what the step paid; the others the next views.
+    route, price, direct [N], terms [N, TERMS_SIZE]; reward [N] receives what the step paid, given [N]
+    what of it the arrivals brought, whatever is decided; the others the next views.
     """
     m, p = w.m, w.p
     n = m.n_providers
@@ -816,6 +813,7 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
     for i in range(n):
         before[i] = p[i].potential
         p[i].flow = 0.0
+        p[i].arrived = 0.0
     for k in range(n):
         i = (k + m.steps) % n
         if not active[i]:
@@ -841,26 +839,32 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
         for i in range(n):
             active[i] = False
             p[i].potential = 0.0  # what is not done by now counts as missed
+            p[i].arrived = 0.0
 
+    discount = m.gamma**m.elapsed_s if m.dense == 1 else 0.0
     mean = 0.0
-    discount = m.gamma**m.elapsed_s
+    mean_given = 0.0
     for i in range(n):
         p[i].profit += p[i].flow
         before[i] = p[i].flow + (discount * p[i].potential - before[i] if m.dense == 1 else 0.0)
         mean += before[i] / n
+        mean_given += discount * p[i].arrived / n
     for i in range(n):
         reward[i] = (1.0 - m.team_weight) * before[i] + m.team_weight * mean
+        given[i] = (1.0 - m.team_weight) * discount * p[i].arrived + m.team_weight * mean_given
 
 
 @kernel
-def step_range(markets, low, high, actions, views, active, dice, reward):
+def step_range(markets, low, high, actions, views, active, dice, reward, given):
     """Step the markets `low` to `high` that are not over. Each market is stepped in a call of its own."""
     for b in range(low, high):
         reward[b] = 0.0
+        given[b] = 0.0
         if markets.market[b].over == 0:
             step(
                 world_of(markets, b), actions.route[b], actions.terms[b], actions.price[b], actions.direct[b],
                 views.nodes[b], views.request[b], views.me[b], views.routes[b], active[b], dice[b], reward[b],
+                given[b],
             )  # fmt: skip
         else:
             markets.market[b].elapsed_s = 0.0
@@ -869,8 +873,4 @@ def step_range(markets, low, high, actions, views, active, dice, reward):
 @kernel
 def start_market(markets, b, views, active, dice):
     """Bring market `b`, just written, to its first decision."""
-    start(
-        world_of(markets, b), views.nodes[b], views.request[b], views.me[b], views.routes[b], active[b], dice[b]
-    )
-
-
+    start(world_of(markets, b), views.nodes[b], views.request[b], views.me[b], views.routes[b], active[b], dice[b])

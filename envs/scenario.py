@@ -17,11 +17,15 @@ import yaml
 
 from agents import hardware
 from envs import trace
+from envs.engine import MAX_SLOTS
 
 SCENARIOS_DIR = Path(__file__).resolve().parent / "scenarios"
 MAX_CLASSES = 4
 MAX_THRESHOLDS = 8
 MAX_PRICE_BINS = 8
+MAX_JUDGES = 7
+MAX_WINDOWS = 8  # online windows of a provider
+MAX_SERVED = 62  # different names that the providers of a market serve
 MAX_FILE_BYTES = 1_000_000
 MAX_REQUESTS = 2_000_000
 
@@ -110,7 +114,7 @@ class Economy:
     duel_probability: float = 0.0
     """Chance that a delegated request becomes a duel."""
     judges: int = 3
-    """Judges of a duel, 1 to 16."""
+    """Judges of a duel, 1 to `MAX_JUDGES`."""
     compute_cost_per_ktok: float = 0.02
     """What 1000 generated tokens cost the provider that runs them, credits."""
 
@@ -189,7 +193,7 @@ class Provider:
     model: str = "qwen3-8b"
     """A name in `agents.hardware.MODELS`."""
     max_num_seqs: int = 64
-    """Most requests that the engine runs at once, 1 to 4096."""
+    """Most requests that the engine runs at once, 1 to `MAX_SLOTS`."""
     serves: tuple[str, ...] = ()
     """Names that a request may ask for, the first being what its own users ask for; none means the model's name."""
     lengths: Lengths = Lengths()
@@ -459,7 +463,7 @@ _ECONOMY: Checks = {
     "initial_stake": _number(0, 1e9),
     "price_bins": _increasing(MAX_PRICE_BINS),
     "duel_probability": _number(0, 1),
-    "judges": _integer(1, 16),
+    "judges": _integer(1, MAX_JUDGES),
     "compute_cost_per_ktok": _number(0, 1e6),
 }
 
@@ -482,7 +486,7 @@ def _provider_checks(duration_s: float, folder: Path | None) -> Checks:
         "name": _text,
         "gpu": _choice(hardware.GPUS),
         "model": _choice(hardware.MODELS),
-        "max_num_seqs": _integer(1, 4096),
+        "max_num_seqs": _integer(1, MAX_SLOTS),
         "serves": _serves,
         "lengths": _record(Lengths, {"prompt": _lognormal, "output": _lognormal}),
         "traffic": _optional(_traffic(duration_s, folder)),
@@ -501,11 +505,11 @@ def _serves(at: _At) -> tuple[str, ...]:
 
 
 def _online(duration_s: float) -> Check[tuple[tuple[float, float], ...]]:
-    windows = _list(_list(_number(0, duration_s), 2, 2), 1, 1000)
+    windows = _list(_list(_number(0, duration_s), 2, 2), 1, MAX_WINDOWS)
 
     def check(at: _At) -> tuple[tuple[float, float], ...]:
         values = windows(at)
-        ends = [end for window in at.items(1, 1000) for end in window.items(2, 2)]
+        ends = [end for window in at.items(1, MAX_WINDOWS) for end in window.items(2, 2)]
         _check_increasing(ends, tuple(end for window in values for end in window))
         return tuple((start, _through_drain(end, duration_s)) for start, end in values)
 
@@ -604,6 +608,9 @@ def _check_providers(at: _At, scenario: Scenario) -> None:
         requests += _most_requests(provider.traffic, scenario.duration_s)
     if requests > MAX_REQUESTS:
         replace(at, value=round(requests)).fail(f"at most {MAX_REQUESTS} requests in all")
+    served = {name for provider in scenario.providers for name in provider.serves}
+    if len(served) > MAX_SERVED:
+        replace(at, value=len(served)).fail(f"at most {MAX_SERVED} different names in all that providers serve")
 
 
 def _most_requests(traffic: Traffic | None, duration_s: float) -> float:

@@ -35,11 +35,19 @@ from agents.view import (
     CLASS_VALUE,
 )
 from envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
-from envs.scenario import MAX_CLASSES, MAX_THRESHOLDS, Lognormal, Misreport, Provider, Scenario, SloClass
+from envs.scenario import (
+    MAX_CLASSES,
+    MAX_JUDGES,
+    MAX_THRESHOLDS,
+    MAX_WINDOWS,
+    Lognormal,
+    Misreport,
+    Provider,
+    Scenario,
+    SloClass,
+)
 from envs.traffic import Arrivals, arrivals, expected_output, expected_prompt
 
-MAX_WINDOWS = 8  # online windows of a provider
-MAX_JUDGES = 7
 DICE_PER_DECISION = 4
 
 # Where a request is.
@@ -127,7 +135,8 @@ PROVIDER = np.dtype(
         ("refused", np.int64),  # bit set over the candidates
         ("advert_due", np.int64),
         # credits
-        ("potential", np.float64),  # predicted value of what is placed and not done
+        ("potential", np.float64),  # value of what has arrived and is not done: in full, once placed as predicted
+        ("arrived", np.float64),  # value of what arrived in this step
         ("flow", np.float64),  # credits won or lost in this step
         ("profit", np.float64),  # since the start
         ("counts", np.int64, COUNTS),
@@ -198,7 +207,8 @@ class Reward(NamedTuple):
     gamma: float = 0.99
     """Discount per second, which the dense form needs to leave the optimal policy as it is."""
     dense: bool = True
-    """Pay predicted value when a request is placed and the difference when it is done, not all when it is done."""
+    """Pay a request's value when it arrives, the difference to what is predicted when it is placed, and to what is
+    delivered when it is done; else all of it when it is done."""
 
 
 class MarketPlan(NamedTuple):
@@ -335,7 +345,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     providers["known"][:n, :c] = planned.known
     providers["own"][:n, AD_MEAN_PROMPT] = planned.mean_prompt
     providers["own"][:n, AD_MEAN_OUTPUT] = planned.mean_output
-    providers["next_gossip_s"][:n] = scenario.gossip_interval_s * np.arange(n) / n
+    providers["next_gossip_s"][:n] = scenario.gossip_interval_s * np.arange(1, n + 1) / n
     for i, provider in enumerate(scenario.providers):
         p, planned_profile = providers[i : i + 1], planned.profiles[i]
         p["serves"] = sum(1 << names.index(name) for name in set(provider.serves))
@@ -349,7 +359,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
         reset_engine(engines[i], planned_profile.row())
 
     stake = round(economy.initial_stake * MICRO)
-    markets.accounts[b, :n, FREE] = round(economy.initial_credit * MICRO) - stake
+    markets.accounts[b, :n, FREE] = round(economy.initial_credit * MICRO)
     markets.accounts[b, :n, STAKED] = stake
     m["minted"] = markets.accounts[b].sum()
     markets.adverts[b, :, AD_TIME_S] = NO_TIME

@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Change, str, str, str]] = {
     "missing kind": (lambda m: m["providers"][0]["traffic"].pop("kind"), "providers[0].traffic.kind", "nothing", "mm"),
     "text for number": (put("rtt_ms", "fast"), "rtt_ms", "'fast'", "a number in [0, 60000]"),
     "bool for number": (put("duration_s", True), "duration_s", "True", "a number"),
-    "bool for integer": (put("economy.judges", True), "economy.judges", "True", "an integer in [1, 16]"),
+    "bool for integer": (put("economy.judges", True), "economy.judges", "True", "an integer in [1, 7]"),
     "float for integer": (put("providers[0].max_num_seqs", 1.5), "providers[0].max_num_seqs", "1.5", "an integer"),
     "number for text": (put("name", 7), "name", "7", "quote it"),
     "null": (put("slo", None), "slo", "None", "a mapping"),
@@ -228,6 +228,15 @@ CASES: dict[str, tuple[Change, str, str, str]] = {
     "time outside": (put("providers[2].traffic.times_s", [600]), "providers[2].traffic.times_s[0]", "600", "[0, 600)"),
     "online outside": (put("providers[2].online_s", [[0, 700]]), "providers[2].online_s[0][1]", "700", "[0, 600]"),
     "online backwards": (put("providers[2].online_s", [[9, 5]]), "providers[2].online_s[0][1]", "5", "more than 9"),
+    "many judges": (put("economy.judges", 8), "economy.judges", "8", "an integer in [1, 7]"),
+    "many slots": (put("providers[0].max_num_seqs", 257), "providers[0].max_num_seqs", "257", "in [1, 256]"),
+    "many windows": (
+        put("providers[2].online_s", [[k, k + 0.5] for k in range(9)]), "providers[2].online_s", "[1, 1.5]", "1 to 8"
+    ),
+    "many served names": (
+        lambda m: [each.update(serves=[f"{i}-{k}" for k in range(32)]) for i, each in enumerate(m["providers"][:2])],
+        "providers", "6", "at most 62 different names"
+    ),
     "online overlaps": (put("providers[2].online_s", [[0, 9], [8, 20]]), "providers[2].online_s[1][0]", "8", "than 9"),
     "misreport outside": (put("providers[3].misreport.until_s", 601), "providers[3].misreport.until_s", "601", "600]"),
     "misreport backwards": (put("providers[3].misreport.until_s", 50), "providers[3].misreport.until_s", "50", "from"),

@@ -1,0 +1,327 @@
+"""Compares policies on the same arrivals: `python -m eval.compare SCENARIO... --policy NAME|BUNDLE... --seeds N`.
+
+Every policy runs every scenario with the same seeds, so differences between policies are paired by seed. The seeds
+start at a million: training draws its own below that, and nothing is measured on what it was trained on.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from agents.rules import Policy
+from envs.oracle import ORACLES, Oracle
+from envs.scenario import Scenario, ScenarioError, load
+from eval.metrics import mean_ci, measure, paired_ci, score, time_quantiles
+from eval.policies import DEFAULT_POLICIES, PolicyError, load_policies
+from eval.rollout import Run, rollout
+
+FIRST_TEST_SEED = 1_000_000
+DEFAULT_BASELINE = "www_serve"
+
+Tree = dict[str, Any]
+"""Numbers by name, nested as results are."""
+
+
+class UsageError(ValueError):
+    """A comparison that cannot be made as asked; the message is one line."""
+
+
+def compare(
+    scenarios: Sequence[Scenario],
+    policies: Sequence[Policy | Oracle],
+    seeds: Sequence[int],
+    *,
+    baseline: str = DEFAULT_BASELINE,
+    threads: int = 1,
+    report: Callable[[str], None] = lambda line: None,
+) -> Tree:
+    """Run every policy in every scenario with every seed; the mapping that `--json` writes.
+
+    `scenarios`: by scenario and policy, [mean, half-width of the 95 % interval] over seeds of each measure in
+    `eval.metrics`, of the 1st to 99th percentile of latency the means, of requests and unfinished ones the sums.
+    `paired`: the seeds, and by scenario and policy the same of differences from the policy named `baseline`. A number
+    that does not exist (an interval of one seed) is None. `report` gets a line of text after each policy.
+    Raises UsageError if names are not unique, there is no baseline, or nothing to run.
+    """
+    _check(scenarios, policies, seeds, baseline)
+    result: Tree = {
+        "scenarios": {},
+        "paired": {"baseline": baseline, "first_seed": int(seeds[0]), "seeds": len(seeds), "scenarios": {}},
+    }
+    for scenario in scenarios:
+        trees: dict[str, list[Tree]] = {}
+        cell = result["scenarios"].setdefault(scenario.name, {})
+        for policy in policies:
+            start_s = time.perf_counter()
+            runs = rollout(scenario, policy, seeds, threads=threads)
+            trees[policy.name] = [_tree(run, scenario) for run in runs]
+            cell[policy.name] = _over_seeds(trees[policy.name]) | _totals(runs)
+            cell[policy.name]["latency_s"]["quantiles"] = _quantiles(runs)
+            report(f"{scenario.name}  {policy.name}  {time.perf_counter() - start_s:.1f} s")
+        result["paired"]["scenarios"][scenario.name] = {
+            name: _over_seeds(each, trees[baseline]) for name, each in trees.items() if name != baseline
+        }
+    return result
+
+
+def _check(
+    scenarios: Sequence[Scenario], policies: Sequence[Policy | Oracle], seeds: Sequence[int], baseline: str
+) -> None:
+    for kind, names in (("scenario", [s.name for s in scenarios]), ("policy", [p.name for p in policies])):
+        if not names:
+            raise UsageError(f"no {kind} is given")
+        for k, name in enumerate(names):
+            if name in names[:k]:
+                raise UsageError(f"{kind} name {name!r} is there twice, expected different names")
+    if not len(seeds):
+        raise UsageError("no seed is given")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError("a seed is given twice")
+    if baseline not in [p.name for p in policies]:
+        raise UsageError(f"baseline {baseline!r} is not among the policies")
+
+
+def _tree(run: Run, scenario: Scenario) -> Tree:
+    names = [provider.name for provider in scenario.providers]
+    return {
+        **measure(run.requests, scenario),
+        "profit": dict(zip(names, run.profit.tolist(), strict=True)),
+        "price": dict(zip(names, run.price.tolist(), strict=True)),
+    }
+
+
+def _over_seeds(trees: Sequence[Tree], baseline: Sequence[Tree] | None = None) -> Tree:
+    """[mean, half-width] of each number over the seeds, or of its difference from the baseline's."""
+    result: Tree = {}
+    for key, value in trees[0].items():
+        mine = [tree[key] for tree in trees]
+        other = None if baseline is None else [tree[key] for tree in baseline]
+        if isinstance(value, dict):
+            result[key] = _over_seeds(mine, other)
+        else:
+            result[key] = [_or_none(x) for x in (mean_ci(mine) if other is None else paired_ci(mine, other))]
+    return result
+
+
+def _totals(runs: Sequence[Run]) -> Tree:
+    return {
+        "requests": sum(run.requests.latency_s.size for run in runs),
+        "unfinished": sum(int(np.isinf(run.requests.latency_s).sum()) for run in runs),
+    }
+
+
+def _quantiles(runs: Sequence[Run]) -> list[float | None]:
+    """Means over seeds of the 1st to 99th percentile of latency, s."""
+    table = np.array([time_quantiles(run.requests.latency_s) for run in runs])
+    return [_or_none(mean_ci(column)[0]) for column in table.T]
+
+
+def _or_none(x: float) -> float | None:
+    return None if math.isnan(x) else x
+
+
+def table(result: Tree, scenario: Scenario) -> str:
+    """One scenario's results as text: shares with their half-widths, differences from the baseline, times in s."""
+    cells, paired = result["scenarios"][scenario.name], result["paired"]
+    baseline = paired["baseline"]
+    key = score(scenario.slo)
+    rows = [
+        [
+            "policy",
+            "slo_auc",
+            "goodput",
+            f"{key} - {baseline}",
+            "latency s",
+            "p50",
+            "p90",
+            "p99",
+            "ttft s",
+            "unfinished",
+        ]
+    ]
+    for name, cell in cells.items():
+        difference = paired["scenarios"][scenario.name][name][key] if name != baseline else None
+        latency = cell["latency_s"]
+        rows.append(
+            [
+                name,
+                _pair(cell["slo_auc"], 3),
+                _pair(cell["goodput_value"], 3),
+                _pair(difference, 3, sign="+") if difference else "",
+                _pair(latency["mean"], 1),
+                *(_pair([latency[p][0], None], 1) for p in ("p50", "p90", "p99")),
+                _pair([cell["first_token_s"]["mean"][0], None], 1),
+                str(cell["unfinished"]),
+            ]
+        )
+    requests = next(iter(cells.values()))["requests"]
+    return f"{scenario.name}: {requests} requests with {paired['seeds']} seeds\n{_columns(rows)}"
+
+
+def regret_table(result: Tree, scenarios: Sequence[Scenario]) -> str:
+    """Every policy's score in every scenario, and its worst distance from the best policy there that sees no more.
+
+    Scenarios in which nothing was measured, having no requests, are left out.
+    """
+    cells = result["scenarios"]
+    names = list(cells[scenarios[0].name])
+    shown = [s for s in scenarios if cells[s.name][names[0]][score(s.slo)][0] is not None]
+    scores = {name: [cells[s.name][name][score(s.slo)][0] for s in shown] for name in names}
+    fair = [name for name in names if name not in ORACLES] or names
+    best = [max(scores[name][k] for name in fair) for k in range(len(shown))]
+    rows = [["policy", *(f"{s.name}{'*' if s.slo.classes else ''}" for s in shown), "worst regret"]]
+    for name in names:
+        regret = max((b - x for b, x in zip(best, scores[name], strict=True)), default=0.0)
+        rows.append([name, *(f"{x:.3f}" for x in scores[name]), f"{regret:.3f}" if name in fair else ""])
+    note = "slo_auc, with * goodput_value; regret is against the best policy that sees no more than a provider can"
+    return f"{note}\n{_columns(rows)}"
+
+
+def _pair(pair: Sequence[float | None], digits: int, sign: str = "") -> str:
+    mean, half = pair
+    if mean is None:
+        return "-"
+    return f"{mean:{sign}.{digits}f}" + (f" ±{half:.{digits}f}" if half is not None else "")
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Text in columns: the first to the left, the others to the right."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_json(path: Path, result: Tree) -> None:
+    """Write a result whole or not at all. Raises OSError."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1, allow_nan=False)
+            file.write("\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _integer(low: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {low}")
+        return value
+
+    return integer
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python -m eval.compare", description="Compare policies on the same arrivals.")
+    add = parser.add_argument
+    add("scenarios", nargs="+", metavar="SCENARIO", help="name of a packaged scenario, or a file")
+    add(
+        "--policy",
+        nargs="+",
+        default=list(DEFAULT_POLICIES),
+        metavar="NAME|BUNDLE",
+        help=f"{', '.join(DEFAULT_POLICIES)}; a rule with settings, as rank_cap:cap_fast=0.2,urgency=3; "
+        "or the folder of a bundle (default: every name)",
+    )
+    add("--seeds", type=_integer(1), default=32, metavar="N", help="runs of each policy in each scenario (default: 32)")
+    add(
+        "--first-seed",
+        type=_integer(0),
+        default=FIRST_TEST_SEED,
+        metavar="S",
+        help=f"they have the seeds S to S + N - 1 (default: {FIRST_TEST_SEED}; training has its seeds below that)",
+    )
+    add("--threads", type=_integer(1), default=os.cpu_count() or 1, metavar="T", help="(default: one per core)")
+    add(
+        "--baseline",
+        default=DEFAULT_BASELINE,
+        metavar="NAME|BUNDLE",
+        help="differences are from this policy, which also runs if it is not among the others (default: www_serve)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    add("--figures", type=Path, metavar="DIR", help="draw the results as PNG and SVG into DIR")
+    return parser.parse_args(argv)
+
+
+def _check_outputs(json_file: Path | None, figures: Path | None) -> None:
+    """Raises UsageError for what could not be written at the end."""
+    if json_file is not None:
+        if json_file.is_dir():
+            raise UsageError(f"--json {json_file}: is a folder, expected a file")
+        if not json_file.parent.is_dir() or not os.access(json_file.parent, os.W_OK):
+            raise UsageError(f"--json {json_file}: {json_file.parent} is not a folder that can be written to")
+    if figures is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise UsageError("--figures needs matplotlib: pip install 'wwwserve[train]'") from None
+        try:
+            figures.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--figures {figures}: {error.strerror}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    try:
+        args = _arguments(argv)
+        scenarios = [load(name) for name in args.scenarios]
+        names = args.policy if args.baseline in args.policy else [args.baseline, *args.policy]
+        policies = load_policies(names)
+        baseline = policies[names.index(args.baseline)].name
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        _check(scenarios, policies, seeds, baseline)
+        _check_outputs(args.json, args.figures)
+    except (UsageError, ScenarioError, PolicyError) as error:
+        print(f"eval.compare: {error}", file=sys.stderr)
+        return 2
+
+    result = compare(
+        scenarios,
+        policies,
+        seeds,
+        baseline=baseline,
+        threads=args.threads,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    for scenario in scenarios:
+        print(table(result, scenario), end="\n\n")
+    if len(scenarios) > 1:
+        print(regret_table(result, scenarios))
+    if args.json is not None:
+        write_json(args.json, result)
+    if args.figures is not None:
+        from eval import figures
+
+        figures.draw_comparison(result, args.figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Draws results: `python -m eval.figures RESULT.json --out DIR [--training LOG]`, each figure as PNG and SVG.
+
+`slo` and `latency` (quantiles, and a summary by policy) from what `eval.compare --json` writes, `learning` from the
+log of a training run. Every policy has a line style and a marker of its own, so that figures read without colour.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eval.compare import Tree
+
+# Line, marker and colour by policy (colours: Okabe and Ito, distinct to the colour-blind).
+_STYLES: dict[str, tuple[Any, str, str]] = {
+    "learned": ("-", "*", "#000000"),
+    "www_serve": ("-", "o", "#0072b2"),
+    "single": (":", "x", "#777777"),
+    "random": ((0, (1, 3)), "+", "#777777"),
+    "power_of_two": ((0, (5, 1, 1, 1, 1, 1)), "D", "#56b4e9"),
+    "earliest_finish": ("--", "s", "#009e73"),
+    "earliest_finish_trust": ("-.", "^", "#d55e00"),
+    "deadline_first": ((0, (3, 1, 1, 1)), "v", "#cc79a7"),
+    "rank_cap": ((0, (7, 2)), "P", "#e69f00"),
+    "best_value": ((0, (1, 1)), "<", "#8c6bb1"),
+    "centralized": ("--", "1", "#333333"),
+    "omniscient": ("-.", "2", "#333333"),
+}
+_OTHERS = (("-", "H", "#a6761d"), ("--", ">", "#1b7837"), ("-.", "X", "#762a83"), (":", "p", "#b2182b"))
+_COLUMNS = 3  # panels in a row
+_SETTINGS = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "svg.hashsalt": "wwwserve",
+    "svg.fonttype": "none",
+}
+
+
+_UNEXPECTED = (KeyError, TypeError, IndexError, AttributeError, ValueError, StopIteration)  # from data of another form
+
+
+class FigureError(ValueError):
+    """A file that cannot be drawn; the message is one line."""
+
+
+def draw(result_file: Path, out: Path, training: Path | None = None) -> list[Path]:
+    """Draw a result file, and a training log if given, into the folder `out`; the files written. Raises FigureError."""
+    result = _read(result_file, json.loads)
+    progress = None if training is None else _read(training, lambda text: [json.loads(x) for x in text.splitlines()])
+    try:
+        files = draw_comparison(result, out)
+    except _UNEXPECTED as error:
+        raise FigureError(f"{result_file}: not a result of eval.compare: {error!r}") from None
+    if progress is not None:
+        try:
+            files += draw_learning(progress, out)
+        except _UNEXPECTED as error:
+            raise FigureError(f"{training}: not the log of a training run: {error!r}") from None
+    return files
+
+
+def draw_comparison(result: Tree, out: Path) -> list[Path]:
+    """`slo`, `latency` and `latency-summary` from what `eval.compare.compare` returns; the files written."""
+    cells = result["scenarios"]
+    with plt.rc_context(_SETTINGS):
+        return [
+            *_save(_by_scenario(cells, _slo_panel, "share of requests within the threshold"), out, "slo"),
+            *_save(_by_scenario(cells, _latency_panel, "share of requests answered within it"), out, "latency"),
+            *_save(_latency_summary(cells), out, "latency-summary"),
+        ]
+
+
+def draw_learning(progress: Sequence[Tree], out: Path) -> list[Path]:
+    """`learning` from the lines of a training log; the files written."""
+    with plt.rc_context(_SETTINGS):
+        return _save(_learning(progress), out, "learning")
+
+
+def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
+    """How a policy is drawn; those without a style of their own get one by their place among these."""
+    unknown = [each for each in names if each not in _STYLES]
+    line, marker, color = _STYLES[name] if name in _STYLES else _OTHERS[unknown.index(name) % len(_OTHERS)]
+    return {"linestyle": line, "marker": marker, "color": color, "label": name, "markerfacecolor": "none"}
+
+
+def _panels(count: int, height: float, labels: Iterable[str]) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, `height` inches each, and room to their right for a legend with these labels."""
+    columns = min(count, _COLUMNS)
+    rows = math.ceil(count / columns)
+    size = (3.3 * columns + 0.8 + 0.07 * max(map(len, labels)), height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for spare in axes.flat[count:]:
+        spare.remove()
+    return figure, list(axes.flat[:count])
+
+
+def _by_scenario(cells: Tree, panel: Any, label: str) -> Figure:
+    figure, axes = _panels(len(cells), 2.9, next(iter(cells.values())))
+    for each, (scenario, policies) in zip(axes, cells.items(), strict=True):
+        panel(each, policies)
+        each.set_title(scenario)
+        each.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+    for each in axes[::_COLUMNS]:
+        each.set_ylabel(label)
+    _legend(figure, axes)
+    return figure
+
+
+def _slo_panel(axes: Axes, policies: Tree) -> None:
+    """Attainment against the threshold, with 95 % intervals over seeds."""
+    for name, cell in policies.items():
+        points = [(float(key), mean, half or 0.0) for key, (mean, half) in cell["slo"].items() if mean is not None]
+        if points:
+            x, mean, half = np.array(points).T
+            style = _style(name, list(policies))
+            axes.plot(x, mean, **style)
+            axes.fill_between(x, mean - half, np.minimum(mean + half, 1.0), color=style["color"], alpha=0.1, lw=0)
+    axes.set_xlabel("latency threshold (s)")
+
+
+def _latency_panel(axes: Axes, policies: Tree) -> None:
+    """Distribution of latency over all requests: quantiles of the finished, scaled by their share."""
+    for name, cell in policies.items():
+        if cell["requests"] == cell["unfinished"]:
+            continue
+        finished = 1 - cell["unfinished"] / cell["requests"]
+        quantiles = cell["latency_s"]["quantiles"]
+        shares = finished * np.arange(1, len(quantiles) + 1) / (len(quantiles) + 1)
+        axes.plot(quantiles, shares, markevery=(4, 12), **_style(name, list(policies)))
+    axes.set_ylim(0, 1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("latency (s)")
+
+
+_SUMMARY = (("p50", "o", "white"), ("mean", "x", "black"), ("p90", "s", "white"), ("p99", "D", "#999999"))
+
+
+def _latency_summary(cells: Tree) -> Figure:
+    """Mean and percentiles by policy, with 95 % intervals over seeds."""
+    names = list(next(iter(cells.values())))
+    figure, axes = _panels(len(cells), 0.9 + 0.2 * len(names), names)
+    for k, (each, (scenario, policies)) in enumerate(zip(axes, cells.items(), strict=True)):
+        places = np.arange(len(policies))
+        for key, marker, face in _SUMMARY:
+            pairs = [cell["latency_s"][key] for cell in policies.values()]
+            mean = np.array([math.nan if m is None else m for m, _ in pairs])
+            half = np.array([h or 0.0 for _, h in pairs])
+            each.errorbar(
+                mean, places, xerr=half, fmt=marker, color="black", markerfacecolor=face, label=key,
+                elinewidth=0.8, capsize=2, markersize=4.5, markeredgewidth=1.0,
+            )  # fmt: skip
+        each.set_yticks(places, names if k % _COLUMNS == 0 else [])
+        each.invert_yaxis()
+        each.set_xlim(left=0)
+        each.set_xlabel("latency of finished requests (s)")
+        each.set_title(scenario)
+    _legend(figure, axes)
+    return figure
+
+
+def _learning(progress: Sequence[Tree]) -> Figure:
+    """Score on validation markets against agent steps, with the rules as levels."""
+    rules = progress[0].get("rules", {})
+    steps = np.array([line["agent_steps"] for line in progress]) / 1e6
+    names = list(progress[0]["scores"])
+    figure, axes = _panels(len(names), 2.9, next(iter(rules.values()), ["learned"]))
+    for each, name in zip(axes, names, strict=True):
+        for rule, level in rules.get(name, {}).items():
+            style = _style(rule, list(rules[name]))
+            each.plot([steps[0], steps[-1]], [level, level], markevery=[1], clip_on=False, **{**style, "lw": 1.0})
+        style = _style("learned", ["learned"])
+        each.plot(steps, [line["scores"][name] for line in progress], zorder=5, **{**style, "marker": None, "lw": 2.0})
+        each.set_title(name)
+        each.set_xlabel("agent steps (millions)")
+    for each in axes[::_COLUMNS]:
+        each.set_ylabel("SLO AUC, or goodput value")
+    _legend(figure, axes, f"{progress[-1]['seconds'] / 60:.0f} min of training")
+    return figure
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], title: str | None = None) -> None:
+    """One legend for all panels, to their right."""
+    entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
+    place = {"loc": "outside right upper", "frameon": False, "handlelength": 3.6}
+    figure.legend(entries.values(), entries.keys(), title=title, alignment="left", **place)
+
+
+def _save(figure: Figure, out: Path, name: str) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{name}.png", out / f"{name}.svg"]
+    figure.savefig(files[0])
+    figure.savefig(files[1], metadata={"Date": None})
+    plt.close(figure)
+    return files
+
+
+def _read(path: Path, parse: Any) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FigureError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise FigureError(f"{path}: not JSON: {error}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for a file that cannot be drawn."""
+    parser = argparse.ArgumentParser(prog="python -m eval.figures", description="Draw results of eval.compare.")
+    parser.add_argument("result", type=Path, metavar="RESULT.json", help="what eval.compare --json wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
+    parser.add_argument("--training", type=Path, metavar="LOG", help="progress.jsonl of a training run, to draw too")
+    args = parser.parse_args(argv)
+    try:
+        files = draw(args.result, args.out, args.training)
+    except (FigureError, OSError) as error:
+        print(f"eval.figures: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, files)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

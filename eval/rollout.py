@@ -1,0 +1,71 @@
+"""Running a policy through a scenario in the simulated market."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.rules import Policy
+from envs.batch import MarketBatch, RequestTable
+from envs.oracle import Oracle
+from envs.scenario import Scenario
+from envs.state import MarketPlan, plan
+
+REQUESTS_AT_ONCE = 200_000  # bounds memory; about 0.3 KB each
+
+
+class Run(NamedTuple):
+    """What came of one seed."""
+
+    seed: int
+    requests: RequestTable
+    profit: NDArray[np.float64]  # [N] credits since the start
+    price: NDArray[np.float64]  # [N] credits, mean over the time of the run
+
+
+def rollout(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int], *, threads: int = 1) -> list[Run]:
+    """Run `policy` for every provider once with each seed, to the end; results in the order of the seeds.
+
+    The seed settles arrivals, lengths and every other chance: policies with the same seed face the same requests.
+    """
+    return [run for plans in _chunks(scenario, seeds) for run in _run(plans, policy, threads)]
+
+
+def _chunks(scenario: Scenario, seeds: Sequence[int]) -> Iterator[list[MarketPlan]]:
+    """Plans in groups whose request arrays have at most `REQUESTS_AT_ONCE` entries, or of one plan."""
+    plans: list[MarketPlan] = []
+    widest = 0
+    for seed in seeds:
+        planned = plan(scenario, seed)
+        widest = max(widest, planned.capacity)
+        if plans and widest * (len(plans) + 1) > REQUESTS_AT_ONCE:
+            yield plans
+            plans, widest = [], planned.capacity
+        plans.append(planned)
+    if plans:
+        yield plans
+
+
+def _run(plans: list[MarketPlan], policy: Policy | Oracle, threads: int) -> list[Run]:
+    batch = MarketBatch(plans, threads=threads)
+    actions = batch.actions()
+    providers = batch.markets.providers
+    price_time = np.zeros(providers.shape)  # credit seconds
+    while not batch.over.all():
+        if isinstance(policy, Oracle):
+            policy.decide(batch, actions)
+        else:
+            policy.decide(batch.views, batch.active, batch.dice, actions)
+        before_s = batch.now_s.copy()
+        batch.step(actions)
+        price_time += providers["price"] * (batch.now_s - before_s)[:, None]
+    return [
+        Run(
+            seed=planned.seed,
+            requests=batch.requests(b),
+            profit=providers["profit"][b, : len(planned.profiles)].copy(),
+            price=price_time[b, : len(planned.profiles)] / batch.now_s[b],
+        )
+        for b, planned in enumerate(plans)
+    ]

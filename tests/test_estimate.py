@@ -1,0 +1,168 @@
+"""Expected completion against values worked out by hand, and the chance to be on time against the lognormal."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from agents import knowledge as k
+from agents.estimate import chance_on_time, expect
+from agents.kernel import Floats
+
+# A node with 8 slots; a typical request stands at 100 + 0.62 * 200 = 224 tokens of context.
+TYPICAL = 224.0
+
+
+def node(running: float = 0, waiting: float = 0, kv_tokens: float | None = None, **columns: float) -> Floats:
+    advert = np.zeros(k.ADVERT_SIZE)
+    advert[k.AD_RUNNING], advert[k.AD_WAITING] = running, waiting
+    advert[k.AD_KV_TOKENS] = running * TYPICAL if kv_tokens is None else kv_tokens
+    advert[k.AD_MEAN_PROMPT], advert[k.AD_MEAN_OUTPUT] = 100.0, 200.0
+    advert[k.AD_WEIGHT_S : k.ADVERT_SIZE] = 0.010, 1e-4, 1e-7, 0.004, 1e-4, 20_000, 8
+    for name, value in columns.items():
+        advert[getattr(k, name)] = value
+    return advert
+
+
+def test_an_empty_node() -> None:
+    first_s, token_s = expect(node(), 0.0, 500.0)
+    decode_s = 0.010 + 1e-4 + 1e-7 * 224
+    assert token_s == pytest.approx(decode_s + 1 / 200 * 0.004, rel=1e-12)  # others will come after it
+    assert first_s == pytest.approx(0.054 + decode_s, rel=1e-12)
+
+
+def test_a_short_prompt_hides_under_the_weight_read() -> None:
+    assert expect(node(), 0.0, 10.0) == expect(node(), 0.0, 60.0)
+    assert expect(node(), 0.0, 61.0)[0] > expect(node(), 0.0, 60.0)[0]
+
+
+def test_a_full_node_frees_a_slot_at_the_pace_of_completions() -> None:
+    first_s, token_s = expect(node(running=8), 0.0, 100.0)
+    decode_s = 0.010 + 8e-4 + 1e-7 * 8 * 224
+    assert token_s == pytest.approx(decode_s + 8 / 200 * 0.004, rel=1e-12)
+    assert first_s == pytest.approx(1 * 200 * token_s / 8 + 0.014 + decode_s, rel=1e-12)
+
+
+def test_one_slot_left_means_no_queue() -> None:
+    assert expect(node(running=7), 0.0, 100.0)[0] < 0.03
+    assert expect(node(running=8), 0.0, 100.0)[0] > 0.25
+
+
+def test_a_queue_is_served_in_turn() -> None:
+    first_s, token_s = expect(node(running=8, waiting=5), 0.0, 100.0)
+    assert token_s == expect(node(running=8), 0.0, 100.0)[1]
+    decode_s = 0.010 + 8e-4 + 1e-7 * 8 * 224
+    assert first_s == pytest.approx(6 * 200 * token_s / 8 + 5 * 0.004 + 0.014 + decode_s, rel=1e-12)
+
+
+def test_what_was_sent_since_is_as_good_as_running() -> None:
+    first_s, token_s = expect(node(running=2), 4.0, 100.0)
+    decode_s = 0.010 + 7e-4 + 1e-7 * 7 * 224
+    assert token_s == pytest.approx(decode_s + 7 / 200 * 0.004, rel=1e-12)
+    assert first_s == pytest.approx(4 * 0.004 + 0.014 + decode_s, rel=1e-12)  # it waits for their prefills alone
+    assert expect(node(running=2), 6.0, 100.0)[0] > 0.25  # one too many for the slots
+
+
+def test_the_kv_cache_bounds_how_many_run_at_once() -> None:
+    roomy, tight = node(running=4), node(running=4, AD_KV_CAPACITY=1120.0)  # room for 5 at 224
+    assert expect(tight, 0.0, 100.0)[0] == expect(roomy, 0.0, 100.0)[0]
+    first_s, token_s = expect(tight, 1.0, 100.0)
+    decode_s = 0.010 + 5e-4 + 1e-7 * 1120
+    assert token_s == pytest.approx(decode_s + 5 / 200 * 0.004, rel=1e-12)
+    assert first_s == pytest.approx(200 * token_s / 5 + 0.004 + 0.014 + decode_s, rel=1e-12)
+
+
+def test_a_queue_shows_that_a_node_is_full_whatever_its_mean_context_says() -> None:
+    full = node(running=3, waiting=2, kv_tokens=19_900)
+    token_s = expect(full, 0.0, 100.0)[1]
+    context = (19_900 + 4 * TYPICAL) / 7
+    at_once = 20_000 / context
+    assert at_once > 6  # so by slots and mean context all six would run
+    decode_s = 0.010 + 6e-4 + 1e-7 * 6 * context
+    expected_s = 3 * 200 * token_s / at_once + 2 * 0.004 + 0.014 + decode_s
+    assert expect(full, 0.0, 100.0)[0] == pytest.approx(expected_s, rel=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    running=st.integers(0, 8),
+    waiting=st.integers(0, 50),
+    kv_tokens=st.floats(0, 20_000),
+    sent=st.integers(0, 50),
+    prompt=st.floats(1, 4000),
+)
+def test_more_work_never_means_sooner(running: int, waiting: int, kv_tokens: float, sent: int, prompt: float) -> None:
+    now = expect(node(running, waiting, kv_tokens), float(sent), prompt)
+    eps = 1 + 1e-12
+    for worse in (
+        expect(node(running, waiting, kv_tokens), sent + 1.0, prompt),
+        expect(node(running, waiting + 1, kv_tokens), float(sent), prompt),
+        expect(node(running, waiting, kv_tokens), float(sent), prompt + 100),
+        expect(node(running, waiting, kv_tokens, AD_PER_SEQ_S=2e-4), float(sent), prompt),
+    ):
+        assert worse[0] * eps >= now[0] and worse[1] * eps >= now[1]
+    assert all(math.isfinite(x) and x > 0 for x in now)
+
+
+def chance(deadlines: list[float], tokens: float, median: float, sigma: float, longest: float = 1e9) -> float:
+    """The chance if `tokens` tokens fit before the last deadline: 2 s elapsed, 3 s to the first, 0.05 s each."""
+    token_s = (deadlines[-1] - 5.0) / tokens
+    return chance_on_time(np.array(deadlines), 2.0, 3.0, token_s, median, sigma, longest)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    median=st.floats(10, 5000),
+    sigma=st.floats(0.05, 2.5),
+    z=st.floats(-5, 5),
+)
+def test_the_chance_is_that_of_the_lognormal(median: float, sigma: float, z: float) -> None:
+    tokens = median * math.exp(sigma * z)
+    if tokens >= 1.001:
+        exact = stats.lognorm.cdf(tokens, s=sigma, scale=median)
+        assert chance([100.0], tokens, median, sigma) == pytest.approx(exact, abs=0.02)
+
+
+def test_the_chance_is_a_mean_over_deadlines() -> None:
+    args = (2.0, 3.0, 0.05, 200.0, 0.6, 1e9)
+    each = [chance_on_time(np.array([d]), *args) for d in (4.0, 12.0, 30.0)]
+    assert each[0] == 0.0 and each[1] < 0.5 < each[2]
+    assert chance_on_time(np.array([4.0, 12.0, 30.0]), *args) == pytest.approx(sum(each) / 3)
+
+
+def test_an_output_is_never_longer_than_its_limit() -> None:
+    assert chance([100.0], 500.0, 1000.0, 0.5) < 0.1
+    assert chance([100.0], 500.0, 1000.0, 0.5, longest=500.0) == 1.0
+    assert chance([100.0], 499.0, 1000.0, 0.5, longest=500.0) < 0.1
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(1.001, 0.0), (3950.0, 0.0), (4050.0, 1.0)])
+def test_equal_lengths_are_certain(tokens: float, expected: float) -> None:
+    assert chance([100.0], tokens, 4000.0, 0.0) == pytest.approx(expected, abs=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    deadline_s=st.floats(1, 500),
+    elapsed_s=st.floats(0, 500),
+    first_s=st.floats(0.01, 100),
+    token_s=st.floats(1e-3, 1),
+    median=st.floats(1, 5000),
+    sigma=st.floats(0, 2),
+    step=st.floats(0.01, 50),
+)
+def test_more_time_never_lowers_the_chance(
+    deadline_s: float, elapsed_s: float, first_s: float, token_s: float, median: float, sigma: float, step: float
+) -> None:
+    def at(deadline_s: float, elapsed_s: float, first_s: float, token_s: float) -> float:
+        return chance_on_time(np.array([deadline_s]), elapsed_s, first_s, token_s, median, sigma, 8192.0)
+
+    now = at(deadline_s, elapsed_s, first_s, token_s)
+    assert 0.0 <= now <= 1.0
+    assert at(deadline_s + step, elapsed_s, first_s, token_s) >= now - 1e-12
+    assert at(deadline_s, elapsed_s + step, first_s, token_s) <= now + 1e-12
+    assert at(deadline_s, elapsed_s, first_s + step, token_s) <= now + 1e-12
+    assert at(deadline_s, elapsed_s, first_s, token_s + step) <= now + 1e-12

@@ -1,0 +1,136 @@
+"""Figures: what is drawn is what the result says, in a form that reads without colour."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib.figure import Figure
+
+from agents.rules import RULES
+from eval import figures
+from eval.figures import FigureError, draw
+
+PNG, SVG = b"\x89PNG\r\n\x1a\n", "<svg"
+NAMES = [*RULES, "centralized", "omniscient", "learned", "rank_cap:urgency=3"]
+
+
+def cell(k: int) -> dict[str, Any]:
+    return {
+        "slo": {"200": [0.5 + 0.01 * k, 0.02], "300": [0.7 + 0.01 * k, None]},
+        "slo_auc": [0.6, 0.02],
+        "latency_s": {key: [100.0 * (place + 1) + k, 3.0] for place, key in enumerate(("p50", "mean", "p90", "p99"))}
+        | {"quantiles": [5.0 * q + k for q in range(1, 100)]},
+        "requests": 100,
+        "unfinished": 20,
+    }
+
+
+def empty_cell() -> dict[str, Any]:
+    nothing = [None, None]
+    latency_s: dict[str, Any] = dict.fromkeys(("p50", "mean", "p90", "p99"), nothing)
+    return cell(0) | {"slo": {"200": nothing}, "latency_s": latency_s | {"quantiles": [None] * 99}, "requests": 20}
+
+
+RESULT = {"scenarios": {name: {p: cell(k) for k, p in enumerate(NAMES)} for name in ("one", "two", "three", "four")}}
+LOG = [
+    {"seconds": 0.0, "agent_steps": 0, "scores": {"one": 0.5, "two": 0.6}, "rules": {"one": {"single": 0.55}}},
+    {"seconds": 90.0, "agent_steps": 2_000_000, "scores": {"one": 0.7, "two": 0.8}},
+]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Figure]:
+    """Figures by name, before they are saved."""
+    found: dict[str, Figure] = {}
+
+    def keep(figure: Figure, out: Path, name: str) -> list[Path]:
+        found[name] = figure
+        return []
+
+    monkeypatch.setattr(figures, "_save", keep)
+    figures.draw_comparison(RESULT, tmp_path)
+    figures.draw_learning(LOG, tmp_path)
+    return found
+
+
+def write(folder: Path, result: Any = RESULT, log: Any = LOG) -> tuple[Path, Path]:
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    return folder / "result.json", folder / "progress.jsonl"
+
+
+def test_slo_curves_are_the_results(drawn: dict[str, Figure]) -> None:
+    axes = drawn["slo"].axes
+    assert [each.get_title() for each in axes] == ["one", "two", "three", "four"]
+    curves = {line.get_label(): line for line in axes[1].get_lines()}
+    assert list(curves) == NAMES
+    assert curves["random"].get_xdata().tolist() == [200.0, 300.0]
+    assert curves["random"].get_ydata().tolist() == pytest.approx([0.51, 0.71])
+    assert "(s)" in axes[0].get_xlabel()
+
+
+def test_latency_curves_stop_short_by_the_unfinished(drawn: dict[str, Figure]) -> None:
+    line = drawn["latency"].axes[0].get_lines()[2]
+    assert line.get_xdata()[49] == 252.0
+    assert line.get_ydata()[49] == pytest.approx(0.8 * 0.5)
+
+
+def test_policies_differ_by_more_than_colour(drawn: dict[str, Figure]) -> None:
+    looks = {(str(line.get_linestyle()), line._dash_pattern[1] and tuple(line._dash_pattern[1]), line.get_marker())
+             for line in drawn["slo"].axes[0].get_lines()}  # fmt: skip
+    assert len(looks) == len(NAMES)
+
+
+def test_learning_curve_has_steps_in_millions_and_the_rules_as_levels(drawn: dict[str, Figure]) -> None:
+    one, two = drawn["learning"].axes
+    single, learned = one.get_lines()
+    assert set(single.get_ydata()) == {0.55}
+    assert list(learned.get_xdata()) == [0.0, 2.0] and list(learned.get_ydata()) == [0.5, 0.7]
+    assert len(two.get_lines()) == 1
+
+
+def test_command_writes_every_figure_twice_and_the_same_again(tmp_path: Path) -> None:
+    result, log = write(tmp_path, {"scenarios": {"one": {name: cell(k) for k, name in enumerate(NAMES[:3])}}})
+    contents = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert figures.main([str(result), "--out", str(out), "--training", str(log)]) == 0
+        contents.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert contents[0] == contents[1]
+    names = {"slo", "latency", "latency-summary", "learning"}
+    assert set(contents[0]) == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for name in names:
+        assert contents[0][f"{name}.png"].startswith(PNG)
+        assert SVG in contents[0][f"{name}.svg"].decode()
+
+
+def test_a_policy_that_finished_nothing_is_drawn_as_nothing(tmp_path: Path) -> None:
+    result, _ = write(tmp_path, {"scenarios": {"one": {"single": empty_cell(), "random": cell(1)}}})
+    assert len(draw(result, tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"scenarios": {"one": {"single": {}}}}', '{"scenarios": {}}', '{"scenarios": {"one": {}}}']
+)
+def test_a_file_that_is_no_result_is_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    assert figures.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and str(path) in shown
+
+
+def test_an_empty_training_log_is_refused(tmp_path: Path) -> None:
+    result, log = write(tmp_path, {"scenarios": {"one": {"single": cell(0)}}}, log=[])
+    with pytest.raises(FigureError, match=r"progress\.jsonl: not the log of a training run"):
+        draw(result, tmp_path / "out", log)
+
+
+def test_comparing_needs_no_matplotlib() -> None:
+    code = "import eval.compare, sys; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,299 @@
+"""Compiled kernels and the same kernels as plain Python give the same bits, and every kernel of agents/ is tried.
+
+Run as a script, `test_kernels.py FILE`, this file writes the results of all cases and the names of the kernels that
+they ran to FILE; the tests do so under `NUMBA_DISABLE_JIT=1` and compare. No kernel asks for fast math, so nothing is
+fused or reordered, and the comparison is to the last bit.
+"""
+
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import agents
+from agents import decision, dice, estimate, hardware, knowledge, protocol, rules, view
+from envs import scenario
+from envs.batch import MarketBatch
+
+ROOT = Path(__file__).resolve().parent.parent
+DRAWS = 200
+Results = dict[str, Any]
+Case = Callable[[np.random.Generator], Results]
+
+
+PAIRS = [("a100-80g", "qwen3-8b"), ("rtx-4090", "qwen3-4b"), ("h100", "llama-3-8b"), ("a40", "llama-2-7b")]
+PROFILES = [hardware.profile(*pair, max_num_seqs=slots) for pair in PAIRS for slots in (1, 9, 64)]
+
+
+def adverts_of(rng: np.random.Generator, count: int) -> Any:
+    """Adverts of nodes at any load, with profiles of the catalogue."""
+    made = np.zeros((count, knowledge.ADVERT_SIZE))
+    for row in made:
+        p = PROFILES[rng.integers(len(PROFILES))]
+        knowledge.write_profile(row, p.row(), rng.uniform(0.5, 2))
+        knowledge.on_scrape(
+            row, rng.choice([1.0, 2.0, 3.0]), rng.integers(0, 65), rng.choice([0, 0, 7]),
+            rng.uniform(0, p.kv_tokens), rng.uniform(0.3, 1.2),
+        )  # fmt: skip
+        row[knowledge.AD_MEAN_PROMPT], row[knowledge.AD_MEAN_OUTPUT] = rng.uniform(1, 3000, 2)
+        knowledge.on_length(row, rng.uniform(1, 3000), rng.uniform(1, 3000))
+        row[knowledge.AD_PRICE], row[knowledge.AD_STAKE] = rng.uniform(0, 5, 2)
+        row[knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = rng.integers(0, 9, knowledge.MAX_CLASSES)
+    return made
+
+
+def dealings_of(rng: np.random.Generator, adverts: Any) -> Any:
+    """Dealings after a few random messages with each peer."""
+    made = knowledge.make_dealings(len(adverts))
+    for row, advert in zip(made, adverts, strict=True):
+        messages: list[Callable[[], None]] = [
+            lambda row=row, advert=advert: knowledge.on_sent(row, advert),
+            lambda row=row, advert=advert: knowledge.on_refused(row, advert),
+            lambda row=row: knowledge.on_ended(row),
+            lambda row=row: knowledge.on_answer(row, rng.uniform(0, 100), rng.uniform(0, 100)),
+            lambda row=row: knowledge.on_progress(row, rng.uniform(0, 60), 5.0, 0.03, rng.choice([0.0, 300.0])),
+        ]
+        for m in rng.integers(0, len(messages), 6):
+            messages[m]()
+        row[knowledge.DUELS_WON], row[knowledge.DUELS_LOST] = rng.integers(0, 4, 2)
+    return made
+
+
+def knowledge_case(rng: np.random.Generator) -> Results:
+    adverts = adverts_of(rng, DRAWS)
+    dealings = dealings_of(rng, adverts)
+    read = [
+        [f(d) for f in (knowledge.pace, knowledge.record, knowledge.duel_rate)]
+        + [knowledge.sent_since(d, a), knowledge.refused_since(d, a)]
+        for a, d in zip(adverts, dealings, strict=True)
+    ]
+    cleared = dealings.copy()
+    for row in cleared[::2]:
+        knowledge.clear_progress(row)
+    return {"adverts": adverts, "dealings": dealings, "read": np.array(read, float), "cleared": cleared}
+
+
+def estimate_case(rng: np.random.Generator) -> Results:
+    adverts = adverts_of(rng, DRAWS)
+    expected = [estimate.expect(a, float(rng.integers(0, 9)), rng.uniform(1, 4000)) for a in adverts]
+    chances = [
+        estimate.chance_on_time(
+            np.sort(rng.uniform(1, 400, 5)), rng.uniform(0, 50), first_s, token_s, rng.uniform(1, 4000),
+            rng.choice([0.0, 0.3, 1.5]), rng.uniform(100, 8192),
+        )
+        for first_s, token_s in expected
+    ]  # fmt: skip
+    iterations = [hardware.iteration_s(p.row(), *rng.uniform(0, [64, 50_000, 2048])) for p in PROFILES]
+    return {"expected": np.array(expected), "chances": np.array(chances), "iterations": np.array(iterations)}
+
+
+def dice_case(rng: np.random.Generator) -> Results:
+    generators = dice.make_dice(int(rng.integers(1000)), 3)
+    return {"values": np.array([[dice.uniform(row) for _ in range(DRAWS)] for row in generators]), "words": generators}
+
+
+def protocol_case(rng: np.random.Generator) -> Results:
+    generator = dice.make_dice(5)[0]
+    draws, paid, stakes, duels, other = [], [], [], [], []
+    for _ in range(DRAWS):
+        n = int(rng.integers(1, 12))
+        drawn = np.full(12, -1)
+        stake = rng.uniform(0, 5, n) * (rng.random(n) < 0.7)
+        draws.append([protocol.draw_by_stake(stake, rng.random(n) < 0.8, 8, generator, drawn), *drawn])
+        accounts = rng.integers(0, 10**7, (9, protocol.ACCOUNT_SIZE))
+        amount = int(rng.integers(0, 10**7))
+        locked = protocol.lock(accounts[0], amount)
+        cost = protocol.price_of(int(rng.integers(2)), amount, int(rng.integers(4000)))
+        paid.append([locked, cost, protocol.settle(accounts[0], accounts[1], amount if locked else 0, cost)])
+        target = protocol.stake_target(rng.uniform(0, 0.8), int(rng.random() < 0.2), int(rng.random() < 0.5))
+        protocol.move_stake(accounts[2], target, rng.uniform(0, 3))
+        votes = rng.integers(0, 4, 5)
+        judges = rng.permutation(7)[:5] + 2
+        duels.append([protocol.duel_outcome(votes), protocol.settle_duel(accounts, 0, 1, judges, votes)])
+        stakes.append([target, *accounts.ravel()])
+        (a, b), u = rng.normal(0, rng.choice([0.3, 400.0]), 2), rng.random()
+        value = protocol.delivered_value(rng.uniform(0, 5), np.sort(rng.uniform(0, 100, 5)), rng.uniform(0, 100))
+        other.append([protocol.vote_of(a, b, u), value])
+    named = {"draws": draws, "paid": paid, "stakes": stakes, "duels": duels, "other": other}
+    return {name: np.array(values) for name, values in named.items()}
+
+
+def views_of(rng: np.random.Generator, count: int) -> view.Views:
+    views = view.make_views(count)
+    idle_token_s, looser_than = np.empty(view.NODES), np.empty(knowledge.MAX_CLASSES, np.int64)
+    known = np.array([[80, 0.5, 400, 90, 3, 20], [800, 0.0, 4000, 900, 1, 600], [200, 0.6, 1000, 240, 2, 60.0]])
+    deadlines = np.array([[10.0, 20.0], [300.0, 600.0], [30.0, 60.0]])
+    for b in range(count):
+        adverts = adverts_of(rng, 12)
+        n = int(rng.integers(0, 9))
+        if b % 10 == 0:
+            view.write_idle_view(views.nodes[b], views.request[b], views.routes[b], adverts[0], 5.0)
+        else:
+            view.write_request_view(
+                views.nodes[b], views.request[b], views.routes[b], adverts[0], adverts, dealings_of(rng, adverts),
+                rng.permutation(np.arange(1, 12)), n, int(rng.integers(256)), bool(rng.random() < 0.5),
+                int(rng.integers(0, 10**7)), 5.0, 0.05, rng.uniform(1, 3000), rng.uniform(-100, 5),
+                int(rng.integers(3)), known, deadlines, int(rng.integers(2)), idle_token_s, looser_than,
+            )  # fmt: skip
+        view.write_self(
+            views.me[b], b % 10 != 0, b % 3 == 0, int(rng.integers(9)), rng.random(), int(rng.integers(9)),
+            int(rng.integers(10**9)), rng.random(),
+        )  # fmt: skip
+    return views
+
+
+def view_and_rules_case(rng: np.random.Generator) -> Results:
+    views = views_of(rng, DRAWS)
+    results: Results = {f"views.{name}": array for name, array in views._asdict().items()}
+    tosses = rng.random((DRAWS, 4))
+    for name in rules.RULES:
+        actions = decision.make_actions(DRAWS)
+        rules.Rule(name).decide(views, np.ones(DRAWS, np.bool_), tosses, actions)
+        results |= {f"{name}.{field}": array for field, array in actions._asdict().items()}
+    offered = np.column_stack([rng.uniform(0, 60, DRAWS), rng.random((DRAWS, 2)), rng.integers(0, 2, DRAWS)])
+    results["accept"] = np.array([decision.accept(t, *rng.uniform(0, [60, 1, 2, 1])) for t in offered])
+    return results
+
+
+LENGTHS = {"prompt": {"median": 300, "sigma": 0.8, "max": 2048}, "output": {"median": 150, "sigma": 0.7, "max": 600}}
+MARKETS: dict[str, dict[str, Any]] = {
+    "classes": {
+        "slo": {"classes": {"chat": {"share": 0.6, "deadline_s": 8, "value": 3},
+                            "batch": {"share": 0.4, "deadline_s": 60, "value": 1}}},
+        "economy": {"pricing": "per_ktok", "duel_probability": 0.4, "judges": 2},
+    },
+    "lies": {"economy": {"pricing": "per_request", "duel_probability": 0.2}},
+}  # fmt: skip
+
+PICKY = {"accept_wait_s": 0.3, "target_kv_use": 0.03}  # so that others' work is refused at times, too
+
+
+def markets_case(rng: np.random.Generator) -> Results:
+    """Whole short markets under every rule: bursts, a departure, a liar, duels, more work than the small nodes hold."""
+    providers = [
+        {"name": "a", "max_num_seqs": 6,
+         "traffic": {"kind": "poisson", "phases": [{"until_s": 30, "rate_per_s": 1.1}]}},
+        {"name": "b", "max_num_seqs": 8, "online_s": [[0, 10], [16, 30]],
+         "traffic": {"kind": "mmpp", "rates_per_s": [0.2, 2.0], "mean_dwell_s": [10, 5]}},
+        {"name": "c", "gpu": "a100-80g", "misreport": {"load": 0.3, "speed": 1.5, "from_s": 5, "until_s": 30}},
+        {"name": "d", "gpu": "h100", "max_num_seqs": 5, "traffic": {"kind": "times", "times_s": [1.5, 7.25, 7.25, 20]}},
+        {"name": "e", "gpu": "a40"},
+    ]  # fmt: skip
+    results: Results = {}
+    names = list(rules.RULES)
+    for title, keys in MARKETS.items():
+        spans = {"duration_s": 30, "drain_s": 30, "defaults": {"lengths": LENGTHS}}
+        made = scenario.parse({"name": title, "providers": providers} | spans | keys)
+        batch = MarketBatch([made] * len(names), list(range(len(names))))
+        policies = [
+            rules.Rule(name, {key: x for key, x in PICKY.items() if key in rules.RULES[name]}) for name in names
+        ]
+        actions = batch.actions()
+        rewards = np.zeros((len(names), len(providers)))
+        while not batch.over.all():
+            for b, policy in enumerate(policies):
+                one = [type(x)(*(array[b] for array in x)) for x in (batch.views, actions)]
+                policy.decide(one[0], batch.active[b], batch.dice[b], one[1])
+            batch.step(actions)
+            rewards += batch.reward
+        state = batch.markets
+        results |= {f"{title}.{field}": array for field, array in batch.views._asdict().items()}
+        results |= {f"{title}.{name}": getattr(state, name) for name in ("adverts", "dealings", "accounts")}
+        results |= {f"{title}.provider.{name}": state.providers[name] for name in ("counts", "profit", "own")}
+        results |= {f"{title}.market.{name}": state.market[name] for name in ("steps", "dice", "n_duels", "now_s")}
+        results[f"{title}.rewards"] = rewards
+        for b in range(len(names)):
+            results |= {f"{title}.{b}.{name}": array for name, array in batch.requests(b)._asdict().items()}
+    return results
+
+
+CASES: tuple[Case, ...] = (knowledge_case, estimate_case, dice_case, protocol_case, view_and_rules_case, markets_case)
+
+
+def outputs(cases: Iterable[Case]) -> Results:
+    """Results by case and name."""
+    return {
+        f"{case.__name__}.{name}": np.array(values)
+        for case in cases
+        for name, values in case(np.random.default_rng(CASES.index(case))).items()
+    }
+
+
+def kernels() -> Iterator[str]:
+    """Every kernel that agents/ defines, "module.name"."""
+    for found in pkgutil.iter_modules(agents.__path__):
+        if found.name in {"network", "checkpoint"}:  # these need torch, and hold no kernel
+            continue
+        module = importlib.import_module(f"agents.{found.name}")
+        for name, value in vars(module).items():
+            if hasattr(value, "py_func") and value.py_func.__module__ == module.__name__:
+                yield f"{module.__name__}.{name}"
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
+    """Compiled and plain results."""
+    if numba.config.DISABLE_JIT:
+        pytest.skip("kernels are not compiled under NUMBA_DISABLE_JIT=1")
+    path = tmp_path_factory.mktemp("plain") / "results.npz"
+    plain = subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve()), str(path)],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(ROOT)},
+    )
+    compiled = outputs(CASES)
+    assert plain.wait(timeout=300) == 0
+    with np.load(path) as archive:
+        return compiled, dict(archive)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_compiled_and_plain_give_the_same_bits(both: tuple[Results, Results], case: Case) -> None:
+    compiled, plain = both
+    names = [name for name in compiled if name.startswith(case.__name__)]
+    assert names
+    for name in names:
+        assert compiled[name].dtype == plain[name].dtype, name
+        np.testing.assert_array_equal(compiled[name], plain[name], err_msg=name)
+
+
+def test_the_cases_run_every_kernel(both: tuple[Results, Results]) -> None:
+    compiled = set(kernels())
+    assert len(compiled) > 40
+    assert compiled - set(both[1]["ran"].tolist()) == set()
+
+
+def test_the_markets_are_lively(both: tuple[Results, Results]) -> None:
+    """Otherwise the comparison of whole markets would say little."""
+    from envs import state
+
+    for title in MARKETS:
+        counts = both[0][f"markets_case.{title}.provider.counts"].sum(axis=(0, 1))
+        rare = {state.OWN_FAILED, state.RETURNED, state.DUELS_VOID, state.CLIPPED, state.INVALID}
+        assert (counts[[k for k in range(state.COUNTS) if k not in rare]] > 0).all(), title
+
+
+def main(path: str) -> None:
+    """Write all results and the names of the kernels that ran."""
+    ran = set()
+
+    def profiler(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            ran.add(f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}")
+
+    sys.setprofile(profiler)
+    results = outputs(CASES[:-1])
+    sys.setprofile(None)  # it is slow, and whole markets need not be the only place where a kernel is tried
+    np.savez(path, ran=np.array(sorted(ran)), **results, **outputs(CASES[-1:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,156 @@
+"""What a provider knows: each message changes what it should, in the row it should, and nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+
+from agents import knowledge as k
+from agents.hardware import profile
+from agents.kernel import Floats
+
+
+@pytest.fixture
+def advert() -> Floats:
+    made = np.arange(1.0, 1.0 + k.ADVERT_SIZE)
+    made[k.AD_TIME_S] = 100.0
+    return made
+
+
+@pytest.fixture
+def dealings() -> Floats:
+    return k.make_dealings()
+
+
+def changed(before: Floats, after: Floats) -> set[int]:
+    return set(np.flatnonzero(before != after).tolist())
+
+
+def test_a_stranger_has_no_history() -> None:
+    dealings = k.make_dealings(2, 3)
+    assert dealings.shape == (2, 3, k.DEALINGS_SIZE)
+    advert = np.zeros(k.ADVERT_SIZE)
+    for row in dealings.reshape(6, -1):
+        assert k.sent_since(row, advert) == 0.0
+        assert not k.refused_since(row, advert)
+        assert (k.pace(row), k.record(row), k.duel_rate(row)) == (0.0, 0.0, 0.5)
+
+
+def test_what_was_sent_counts_until_the_next_advert(dealings: Floats, advert: Floats) -> None:
+    for count in (1, 2, 3):
+        k.on_sent(dealings, advert)
+        assert k.sent_since(dealings, advert) == count
+    newer = advert.copy()
+    newer[k.AD_TIME_S] = 103.0
+    assert k.sent_since(dealings, newer) == 0.0
+    k.on_sent(dealings, newer)
+    assert k.sent_since(dealings, newer) == 1.0
+    assert dealings[k.OUT] == 4.0  # those sent before are still out
+
+
+def test_ended_requests_are_no_longer_out_and_never_negative(dealings: Floats, advert: Floats) -> None:
+    k.on_sent(dealings, advert)
+    k.on_sent(dealings, advert)
+    k.on_ended(dealings)
+    assert dealings[k.OUT] == 1.0
+    assert k.sent_since(dealings, advert) == 2.0  # the advert still does not show them
+    k.on_ended(dealings)
+    k.on_ended(dealings)
+    assert dealings[k.OUT] == 0.0
+
+
+def test_a_refusal_is_forgotten_with_the_next_advert(dealings: Floats, advert: Floats) -> None:
+    k.on_refused(dealings, advert)
+    assert k.refused_since(dealings, advert)
+    advert[k.AD_TIME_S] += 3.0
+    assert not k.refused_since(dealings, advert)
+
+
+def test_messages_of_one_peer_leave_the_others_alone(advert: Floats) -> None:
+    table = k.make_dealings(3, 4)
+    before = table.copy()
+    k.on_sent(table[1, 2], advert)
+    k.on_refused(table[1, 2], advert)
+    k.on_answer(table[1, 2], 8.0, 4.0)
+    k.on_progress(table[1, 2], 9.0, 4.0, 0.5, 3.0)
+    touched = np.argwhere((table != before).any(axis=-1))
+    assert touched.tolist() == [[1, 2]]
+
+
+def test_the_record_is_an_aged_mean_of_log_ratios(dealings: Floats) -> None:
+    k.on_answer(dealings, 8.0, 4.0)
+    assert k.record(dealings) == pytest.approx(math.log(2) / 2)
+    k.on_answer(dealings, 3.0, 9.0)
+    assert dealings[k.RECORD] == pytest.approx(0.9 * math.log(2) - math.log(3))
+    assert k.record(dealings) == pytest.approx((0.9 * math.log(2) - math.log(3)) / (1 + 1.9))
+    for _ in range(200):
+        k.on_answer(dealings, 5.0, 2.0)
+    assert k.record(dealings) == pytest.approx(math.log(2.5) * 10 / 11, rel=1e-6)  # the weight tends to 10
+
+
+def test_a_record_of_no_time_at_all_is_finite(dealings: Floats) -> None:
+    k.on_answer(dealings, 0.0, 5.0)
+    k.on_answer(dealings, 5.0, 0.0)
+    assert math.isfinite(k.record(dealings))
+
+
+def test_progress_counts_only_what_was_promised_by_now(dealings: Floats) -> None:
+    k.on_progress(dealings, 1.9, 2.0, 0.5, 0)  # not due yet
+    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (0, 0, 0)
+    k.on_progress(dealings, 5.0, 2.0, 0.5, 4)  # 1 + 3 / 0.5 = 7 promised, 4 there
+    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (7, 4, 0)
+    k.on_progress(dealings, 3.0, 2.0, 0.25, 100)  # ahead of its promise: no credit beyond it
+    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (12, 9, 0)
+    k.on_progress(dealings, 8.0, 2.0, 0.5, 0)  # nothing yet, 6 s late
+    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (25, 9, 6)
+    assert k.pace(dealings) == pytest.approx(math.log(225 / 209))
+    k.clear_progress(dealings)
+    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (0, 0, 0)
+
+
+def test_pace_needs_evidence_and_tends_to_the_true_ratio(dealings: Floats) -> None:
+    paces = []
+    for promised in (10.0, 1000.0, 1e6):
+        dealings[k.PROMISED], dealings[k.STREAMED] = promised, promised / 4
+        paces.append(k.pace(dealings))
+    assert 0 < paces[0] < 0.05 < paces[1] < paces[2]
+    assert paces[2] == pytest.approx(math.log(4), abs=0.001)
+
+
+def test_duel_rate_leaves_one_half_slowly(dealings: Floats) -> None:
+    dealings[k.DUELS_WON], dealings[k.DUELS_LOST] = 3.0, 1.0
+    assert k.duel_rate(dealings) == 4 / 6
+
+
+def test_a_scrape_writes_load_and_nothing_else(advert: Floats) -> None:
+    before = advert.copy()
+    k.on_scrape(advert, 200.0, 7, 3, 512, 0.5)
+    assert changed(before, advert) == {k.AD_TIME_S, k.AD_RUNNING, k.AD_WAITING, k.AD_KV_TOKENS}
+    assert advert[[k.AD_TIME_S, k.AD_RUNNING, k.AD_WAITING, k.AD_KV_TOKENS]].tolist() == [200.0, 3.5, 1.5, 256.0]
+
+
+def test_mean_lengths_follow_what_was_completed(advert: Floats) -> None:
+    advert[k.AD_MEAN_PROMPT], advert[k.AD_MEAN_OUTPUT] = 100.0, 400.0
+    before = advert.copy()
+    k.on_length(advert, 300, 200)
+    assert changed(before, advert) == {k.AD_MEAN_PROMPT, k.AD_MEAN_OUTPUT}
+    assert advert[k.AD_MEAN_PROMPT] == pytest.approx(110.0)
+    assert advert[k.AD_MEAN_OUTPUT] == pytest.approx(390.0)
+
+
+@pytest.mark.parametrize("speed", [1.0, 1.5])
+def test_a_profile_in_an_advert(advert: Floats, speed: float) -> None:
+    p = profile("a100-80g", "llama-3-8b", max_num_seqs=48)
+    before = advert.copy()
+    k.write_profile(advert, p.row(), speed)
+    np.testing.assert_array_equal(advert[: k.AD_WEIGHT_S], before[: k.AD_WEIGHT_S])
+    times = [p.weight_s, p.per_seq_s, p.per_kv_token_s, p.prefill_base_s, p.per_token_s]
+    np.testing.assert_allclose(advert[k.AD_WEIGHT_S : k.AD_KV_CAPACITY] * speed, times, rtol=1e-15)
+    assert advert[k.AD_KV_CAPACITY] == p.kv_tokens
+    assert advert[k.AD_MAX_NUM_SEQS] == 48
+
+
+def test_columns_do_not_overlap() -> None:
+    columns = {name: value for name, value in vars(k).items() if name.startswith("AD_")}
+    columns |= {f"held of class {c}": k.AD_HELD + c for c in range(1, k.MAX_CLASSES)}
+    assert sorted(columns.values()) == list(range(k.ADVERT_SIZE))

@@ -1,0 +1,396 @@
+"""The PettingZoo environment: conformance, spaces, masks, seeds, and the end of a market."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test
+
+from agents.decision import ADMITS, FLAT_ACTIONS, HOLD, LOCAL, PRICES, ROUTES, decode, encode, set_admit
+from agents.view import FIRST_SLACK_S, FINISH_S, HAS_REQUEST, KV_USE, NODE_FEATURES, NODES, REQUEST_FEATURES
+from envs.batch import MarketBatch
+from envs.market_v0 import OBSERVATION_SIZE, MarketEnv, env, parallel_env
+from envs.scenario import Scenario, ScenarioError, load, parse
+from envs.state import INVALID, Reward, plan
+
+
+def market(name: str = "short", **changes: Any) -> Scenario:
+    """A minute of four unlike providers: one leaves and returns, one lies; requests of two classes, priced by use."""
+    rates = {"n1": 0.5, "n2": 0.3, "n3": 0.2, "n4": 0.1}
+    providers: list[dict[str, Any]] = [
+        {"name": n, "traffic": {"kind": "poisson", "phases": [{"until_s": 60, "rate_per_s": rate}]}}
+        for n, rate in rates.items()
+    ]
+    providers[1]["gpu"] = "a100-80g"
+    providers[2]["online_s"] = [[0, 20], [35, 60]]
+    providers[3]["misreport"] = {"load": 0.2, "speed": 2.0, "from_s": 10, "until_s": 50}
+    mapping: dict[str, Any] = {
+        "name": name,
+        "duration_s": 60,
+        "drain_s": 60,
+        "slo": {
+            "classes": {
+                "chat": {"share": 0.7, "deadline_s": 5, "value": 3, "output": {"median": 50, "sigma": 0.6, "max": 400}},
+                "batch": {"share": 0.3, "deadline_s": 30, "value": 1},
+            }
+        },
+        "economy": {"pricing": "per_ktok", "price_bins": [0.5, 1, 2], "duel_probability": 0.2},
+        "defaults": {"max_num_seqs": 8, "lengths": {"output": {"median": 300, "sigma": 0.75, "max": 1000}}},
+        "providers": providers,
+    }
+    return parse(mapping | changes)
+
+
+def random_actions(env: MarketEnv, rng: np.random.Generator) -> dict[str, int]:
+    """Any actions, legal or not."""
+    return {agent: int(rng.integers(FLAT_ACTIONS)) for agent in env.agents}
+
+
+def legal_actions(env: MarketEnv, observations: Mapping[str, Any], rng: np.random.Generator) -> dict[str, int]:
+    return {a: int(rng.choice(np.flatnonzero(observations[a]["action_mask"]))) for a in env.agents}
+
+
+def hold_all(env: MarketEnv) -> dict[str, int]:
+    return dict.fromkeys(env.agents, int(encode(HOLD, ADMITS - 1, 0)))
+
+
+def step_until_asked(env: MarketEnv, observations: Mapping[str, Any], agent: str) -> Mapping[str, Any]:
+    """Hold until the agent has a request to decide on."""
+    for _ in range(200):
+        if len(open_routes(observations[agent])) > 1:
+            return observations
+        observations, *_ = env.step(hold_all(env))
+    raise AssertionError(f"{agent} was never asked")
+
+
+def open_routes(observation: Mapping[str, Any]) -> list[int]:
+    mask = observation["action_mask"].reshape(ROUTES, ADMITS, PRICES)
+    return np.flatnonzero(mask.any(axis=(1, 2))).tolist()
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the last bit, through dicts and tuples."""
+    if isinstance(a, Mapping):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, tuple):
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    else:
+        assert a == b
+
+
+@pytest.mark.filterwarnings("ignore:Observation space for each agent", "ignore:We recommend agents to be named")
+@pytest.mark.filterwarnings("ignore:Observation is not a NumPy array")
+def test_pettingzoo_finds_no_fault() -> None:
+    parallel_api_test(parallel_env(market()), num_cycles=500)
+    parallel_seed_test(lambda: parallel_env(market()))
+    api_test(env(market()), num_cycles=100)
+
+
+def test_two_environments_with_one_seed_are_the_same_to_the_end() -> None:
+    one, two = (parallel_env(market()) for _ in range(2))
+    for seed in (7, None, None):  # resets without a seed go on with the generator of the last one
+        assert_same(one.reset(seed=seed), two.reset(seed=seed))
+        rng, steps = np.random.default_rng(0), 0
+        while one.agents:
+            actions = random_actions(one, rng)
+            assert_same(one.step(actions), two.step(actions))
+            assert_same(one.state(), two.state())
+            steps += 1
+        assert not two.agents and steps > 60
+
+
+def test_another_seed_is_another_market() -> None:
+    one, two = parallel_env(market()), parallel_env(market())
+    one.reset(seed=1), two.reset(seed=2)
+    seen = []
+    for each in (one, two):
+        for _ in range(20):
+            observations, *_ = each.step(hold_all(each))
+        seen.append(np.concatenate([observations[a]["observation"] for a in each.agents]))
+    assert not np.array_equal(*seen)
+
+
+def test_resets_without_a_seed_differ() -> None:
+    env = parallel_env(market())
+    env.reset(seed=3)
+    seeds = set()
+    for _ in range(3):
+        env.reset()
+        assert env._batch is not None
+        seeds.add(env._batch.plans[0].seed)
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_market_does_not_see_the_batch_it_runs_in(threads: int) -> None:
+    scenarios = [market(), load("paper/alternating"), market("other", rtt_ms=200), load("liars/first"), market("third")]
+    seeds = [11, 22, 33, 44, 55]
+    batch = MarketBatch(scenarios, seeds, threads=threads)
+    alone = [MarketBatch([s], [seed]) for s, seed in zip(scenarios, seeds, strict=True)]
+    rng = np.random.default_rng(5)
+    actions = batch.actions()
+    for _ in range(300):
+        actions.route[...] = rng.integers(0, ROUTES, actions.route.shape)
+        set_admit(actions, rng.integers(0, ADMITS, actions.route.shape))
+        actions.price[...] = rng.integers(0, PRICES, actions.price.shape)
+        batch.step(actions)
+        for b, one in enumerate(alone):
+            n = one.providers
+            mine = one.actions()
+            for whole, part in zip(actions, mine, strict=True):
+                part[0] = whole[b, :n]
+            one.step(mine)
+            for whole, part in zip(
+                (*batch.views, batch.active, batch.dice, batch.reward),
+                (*one.views, one.active, one.dice, one.reward),
+                strict=True,
+            ):
+                assert_same(np.ascontiguousarray(whole[b, :n]), part[0])
+            assert batch.now_s[b] == one.now_s[0]
+    assert batch.over[0] and not batch.over[1]
+
+
+def test_it_is_the_batch_step_by_step() -> None:
+    """What an agent sees, earns and may do is its row of the batch's arrays, in the documented order."""
+    env = parallel_env(market(), team_weight=0.25, gamma=0.9, dense=False)
+    observations, _ = env.reset(seed=9)
+    batch = MarketBatch([plan(market(), 9)], reward=Reward(0.25, 0.9, False))
+    actions = batch.actions()
+    rng = np.random.default_rng(1)
+    size = len(NODE_FEATURES)
+    earned = []
+    while env.agents:
+        for i, agent in enumerate(env.possible_agents):
+            vector = observations[agent]["observation"]
+            assert vector[KV_USE] == batch.views.nodes[0, i, 0, KV_USE]
+            assert vector[3 * size + FINISH_S] == batch.views.nodes[0, i, 3, FINISH_S]
+            assert vector[NODES * size + FIRST_SLACK_S] == batch.views.request[0, i, FIRST_SLACK_S]
+            assert vector[NODES * size + len(REQUEST_FEATURES) + HAS_REQUEST] == batch.views.me[0, i, HAS_REQUEST]
+        chosen = legal_actions(env, observations, rng)
+        route, admit, price = decode(np.array([chosen[a] for a in env.agents]))
+        actions.route[0], actions.price[0] = route, price
+        set_admit(actions, admit[None])
+        batch.step(actions)
+        observations, rewards, *_ = env.step(chosen)
+        assert list(rewards.values()) == batch.reward[0].tolist()
+        earned.append(list(rewards.values()))
+    assert np.ptp(np.array(earned), axis=1).max() > 0  # rewards are each provider's own
+
+
+@pytest.mark.parametrize("name", ["paper/bursty-churn", "liars/first", "market/deadlines", "short"])
+def test_every_observation_lies_in_its_space(name: str) -> None:
+    env = parallel_env(market() if name == "short" else name)
+    observations, infos = env.reset(seed=4)
+    rng = np.random.default_rng(4)
+    offline = steps = 0
+    while env.agents:
+        for agent in env.possible_agents:
+            observation = observations[agent]
+            assert env.observation_space(agent).contains(observation), (env.state(), agent)
+            assert observation["action_mask"].dtype == np.int8 and observation["action_mask"].any()
+            if not infos[agent]["active"]:
+                assert open_routes(observation) == [HOLD]
+            offline += not infos[agent]["online"]
+        state = env.state()
+        assert env.state_space.contains(state)
+        assert env.agents == env.possible_agents
+        steps += 1
+        observations, _, _, _, infos = env.step(legal_actions(env, observations, rng))
+        assert all(info["invalid"] == 0 for info in infos.values())
+    assert all(env.observation_space(a).contains(observations[a]) for a in env.possible_agents)
+    assert env.state_space.contains(env.state())
+    assert steps >= env.scenario.duration_s
+    assert (offline > 0) == (name in ("paper/bursty-churn", "short"))
+
+
+def test_the_state_holds_all_observations_and_the_time() -> None:
+    env = parallel_env(market())
+    observations, infos = env.reset(seed=0)
+    while True:
+        count = len(env.possible_agents)
+        vectors, rest = np.split(env.state(), [count * OBSERVATION_SIZE])
+        np.testing.assert_array_equal(
+            vectors.reshape(count, -1), [observations[a]["observation"] for a in env.possible_agents]
+        )
+        online, active, (arrivals, drain) = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        assert online.tolist() == [infos[a]["online"] for a in env.possible_agents]
+        assert active.tolist() == [infos[a]["active"] for a in env.possible_agents]
+        now_s = infos["n1"]["now_s"]
+        assert (arrivals, drain) == pytest.approx((min(now_s / 60, 1), max(now_s - 60, 0) / 60))
+        if not env.agents:
+            break
+        observations, _, _, _, infos = env.step(hold_all(env))
+
+
+def test_the_mask_is_routes_by_admits_by_posted_prices() -> None:
+    for scenario, prices in ((market(), 3), (load("paper/alternating"), 1)):
+        env = parallel_env(scenario)
+        observations, _ = env.reset(seed=1)
+        observations = step_until_asked(env, observations, "n1")
+        mask = observations["n1"]["action_mask"].reshape(ROUTES, ADMITS, PRICES)
+        routes = mask[:, 0, 0]
+        assert routes[LOCAL] and routes.sum() >= 3
+        np.testing.assert_array_equal(
+            mask, routes[:, None, None] * np.ones((1, ADMITS, 1)) * (np.arange(PRICES) < prices)
+        )
+
+
+@pytest.mark.parametrize(("route", "price"), [(ROUTES - 1, 1), (LOCAL, PRICES - 1)], ids=["route", "price"])
+def test_a_masked_action_is_hold_and_is_counted(route: int, price: int) -> None:
+    """Two copies of a market part only in the counter when one holds and the other does what its mask forbids."""
+    one, two = (parallel_env(market()) for _ in range(2))
+    step_until_asked(one, one.reset(seed=2)[0], "n1")
+    observations = step_until_asked(two, two.reset(seed=2)[0], "n1")
+    forbidden = int(encode(route, 2, price))
+    assert observations["n1"]["action_mask"][forbidden] == 0 and HOLD in open_routes(observations["n1"])
+    posted = min(price, 2)
+    seen = [
+        one.step({**hold_all(one), "n1": int(encode(HOLD, 2, posted))}),
+        two.step({**hold_all(two), "n1": forbidden}),
+    ]
+    rng = np.random.default_rng(0)
+    while True:
+        assert seen[0][4]["n1"].pop("invalid") == 0 and seen[1][4]["n1"].pop("invalid") == 1
+        assert_same(*seen)
+        if not one.agents:
+            break
+        actions = legal_actions(one, seen[0][0], rng)
+        seen = [one.step(actions), two.step(actions)]
+    for env, expected in ((one, 0), (two, 1)):
+        assert env._batch is not None
+        assert env._batch.markets.providers["counts"][0, :, INVALID].tolist() == [expected, 0, 0, 0]
+
+
+def test_where_holding_is_over_the_request_runs_here() -> None:
+    env = parallel_env(market())
+    observations, _ = env.reset(seed=2)
+    for _ in range(200):
+        observations = step_until_asked(env, observations, "n1")
+        if HOLD not in open_routes(observations["n1"]):
+            break
+        observations, *_ = env.step(hold_all(env))
+    assert env._batch is not None
+    running = env._batch.markets.engines[0]
+    before = int(running["running"][0] + running["waiting"][0])
+    _, _, _, _, infos = env.step(hold_all(env))
+    assert infos["n1"]["invalid"] == 1
+    assert int(running["running"][0] + running["waiting"][0]) == before + 1
+
+
+def test_actions_of_agents_that_are_not_asked_change_nothing() -> None:
+    one, two = (parallel_env(market()) for _ in range(2))
+    (observations, infos), _ = one.reset(seed=6), two.reset(seed=6)
+    rng = np.random.default_rng(3)
+    ignored = 0
+    while one.agents:
+        actions = legal_actions(one, observations, rng)
+        noisy = {a: x if infos[a]["active"] else int(rng.integers(FLAT_ACTIONS)) for a, x in actions.items()}
+        ignored += noisy != actions
+        seen = one.step(actions)
+        assert_same(seen, two.step(noisy))
+        observations, _, _, _, infos = seen
+    assert ignored > 20
+
+
+def test_the_end_is_a_truncation() -> None:
+    env = parallel_env(market())
+    env.reset(seed=0)
+    while env.agents:
+        assert env.agents == env.possible_agents
+        _, rewards, terminations, truncations, infos = env.step(hold_all(env))
+        assert terminations == dict.fromkeys(env.possible_agents, False)
+        over = not env.agents
+        assert truncations == dict.fromkeys(env.possible_agents, over)
+        assert rewards.keys() == infos.keys() == set(env.possible_agents)
+    assert infos["n1"]["now_s"] >= 60
+    assert env.step({}) == ({}, {}, {}, {}, {})
+    observations, _ = env.reset()
+    assert env.agents == list(observations) == env.possible_agents
+
+
+def test_time_moves_by_the_interval_or_not_at_all() -> None:
+    env = parallel_env(market(decision_interval_s=0.5))
+    observations, infos = env.reset(seed=0)
+    rng, elapsed = np.random.default_rng(0), set()
+    now_s = 0.0
+    while env.agents:
+        observations, _, _, _, infos = env.step(legal_actions(env, observations, rng))
+        elapsed.add(infos["n2"]["elapsed_s"])
+        now_s += infos["n2"]["elapsed_s"]
+        assert infos["n1"]["now_s"] == now_s
+    assert elapsed == {0.0, 0.5}
+
+
+def test_later_steps_leave_what_was_returned_alone() -> None:
+    env = parallel_env(market())
+    observations, _ = env.reset(seed=0)
+    kept = {a: {key: x.copy() for key, x in observations[a].items()} for a in env.agents}
+    for _ in range(30):
+        env.step(hold_all(env))
+    assert_same(observations, kept)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [-1, FLAT_ACTIONS, 3.5, None, "hold", np.array([1, 2])],
+    ids=["below", "above", "float", "none", "text", "two"],
+)
+def test_an_action_outside_the_space_is_refused(bad: Any) -> None:
+    env = parallel_env(market())
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"action of n3 is .*, expected an integer, 0 to 479"):
+        env.step({**hold_all(env), "n3": bad})
+
+
+def test_a_missing_action_is_refused() -> None:
+    env = parallel_env(market())
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="no action for agent 'n2'"):
+        env.step({agent: 0 for agent in env.agents if agent != "n2"})
+
+
+def test_nothing_works_before_reset() -> None:
+    for use in (lambda e: e.step({}), lambda e: e.state()):
+        with pytest.raises(RuntimeError, match="reset"):
+            use(parallel_env(market()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"team_weight": 1.5}, "team_weight is 1.5"),
+        ({"gamma": 0.0}, "gamma is 0.0"),
+        ({"render_mode": "human"}, "render_mode is 'human'"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parallel_env(market(), **settings)
+    with pytest.raises(ScenarioError):
+        parallel_env("paper/alternatin")
+
+
+def test_render_is_a_table_of_the_providers() -> None:
+    env = parallel_env(market(), render_mode="ansi")
+    env.reset(seed=0)
+    for _ in range(30):
+        env.step(hold_all(env))
+    table = env.render()
+    assert table is not None
+    rows: Sequence[str] = table.splitlines()
+    assert [row.split()[0] for row in rows[2:]] == env.possible_agents
+    assert [row.split()[1] for row in rows[2:]].count("no") == (25 < env.step(hold_all(env))[4]["n1"]["now_s"] < 35)
+    assert parallel_env(market()).render() is None
+
+
+def test_registering_nothing_warns() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parallel_env(market()).reset(seed=0)
