@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.decision import ADMITS, PRICES
-from agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, log_unit
+from agents.view import FINISH_S, NODE_FEATURES, OVERDUE, OWN, PACE, RECORD, REQUEST_FEATURES, SELF_FEATURES, Feature, log_unit
 
 FORBIDDEN = -1e9  # the logit of a route that the mask rules out
 USUAL_ADMIT = 4  # the terms and the price that an untrained policy prefers: up to a minute's wait, the second price
@@ -49,8 +49,9 @@ def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
 class Actor(nn.Module):
     """Logits of a batch of views.
 
-    The route logits start from `prior` times the log of the earliest over each node's expected finish time, a weak
-    preference for the node that is expected to be done first, which learning is free to overrule.
+    The route logits start from `prior` times the log of the earliest over each node's expected finish time, discounted
+    by delivery against promise as the rule `earliest_finish_trust` does: a weak preference for the node that is expected
+    to be done first, which learning is free to overrule.
     """
 
     def __init__(self, width: int = 32, prior: float = 6.0) -> None:
@@ -91,7 +92,8 @@ class Actor(nn.Module):
         scored = torch.relu(self.score_node(hidden) + self.score_pool(pooled).unsqueeze(-2))
         score = self.score(scored).squeeze(-1)
         legal = routes[..., 1:] > 0
-        log_s = torch.log(nodes[..., FINISH_S].clamp_min(1e-3))
+        trust = torch.exp(nodes[..., PACE].clamp_min(0.0) + nodes[..., RECORD].clamp_min(0.0))
+        log_s = torch.log((nodes[..., FINISH_S] * trust + nodes[..., OVERDUE]).clamp_min(1e-3))
         soonest = torch.where(legal, log_s, torch.full_like(log_s, 1e9)).amin(-1, keepdim=True)
         score = score + self.prior * (soonest - log_s)
         route = torch.cat([self.hold(pooled), score], -1)
@@ -114,8 +116,8 @@ class Critic(nn.Module):
             nn.ReLU(),
             _linear(width, width, relu),
             nn.ReLU(),
-            _linear(width, 1, 1.0),
         )
+        self.last = _linear(width, 1, 1.0)
 
     def summary(self, nodes: Tensor, me: Tensor, present: Tensor) -> Tensor:
         """Mean and maximum over providers [B, N] of their own features; `present` [B, N] 1 for real ones."""
@@ -125,5 +127,5 @@ class Critic(nn.Module):
     def forward(self, nodes: Tensor, request: Tensor, me: Tensor, summary: Tensor) -> Tensor:
         """Values [M] (normalised) of providers with these views in markets with this `summary` [M, ...]."""
         own = torch.cat([self.scale_nodes(nodes[..., 0, :]), self.scale_me(me)], -1)
-        value: Tensor = self.body(torch.cat([own, self.scale_request(request), summary], -1))
+        value: Tensor = self.last(self.body(torch.cat([own, self.scale_request(request), summary], -1)))
         return value.squeeze(-1)

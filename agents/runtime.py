@@ -17,7 +17,10 @@ from agents.decision import ADMITS, PRICES, Actions, set_admit
 from agents.view import (
     FINISH_S,
     NODE_FEATURES,
+    OVERDUE,
     OWN,
+    PACE,
+    RECORD,
     REQUEST_FEATURES,
     SELF_FEATURES,
     VIEW_VERSION,
@@ -90,7 +93,8 @@ def forward(
     pooled = np.maximum(layer("pool", pooled), zero)
     scored = np.maximum(layer("score_node", hidden) + layer("score_pool", pooled)[:, None], zero)
     score = layer("score", scored)[..., 0]
-    log_s = np.log(np.maximum(nodes[..., FINISH_S], np.float32(1e-3)))
+    trust = np.exp(np.maximum(nodes[..., PACE], zero) + np.maximum(nodes[..., RECORD], zero))
+    log_s = np.log(np.maximum(nodes[..., FINISH_S] * trust + nodes[..., OVERDUE], np.float32(1e-3)))
     soonest = np.where(routes[:, 1:] > 0, log_s, np.float32(1e9)).min(-1, keepdims=True)
     score = score + w["prior"] * (soonest - log_s)
     route = np.concatenate([layer("hold", pooled), score], -1)

@@ -35,7 +35,7 @@ WINDOW_S = 2400.0
 """Simulated time measured before the markets start anew."""
 CHUNK = 100
 """Steps timed in one go; figures are medians over chunks."""
-AGENTS = 512
+AGENTS = 256
 """Providers in a batch, whatever the size of its markets."""
 PROVIDERS = (4, 8, 64)
 COMPARED = 8

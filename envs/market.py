@@ -317,6 +317,8 @@ def _probe(w, r, j, directed):
     first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
     taken = directed or accept(p[j].terms, first_s, kv_use(w.e[j]), p[j].held, uniform(m.dice))
     price = np.int64(round(w.adverts[j, AD_PRICE] * MICRO))
+    if directed and price_of(m.pricing, price, np.int64(p[i].known[q[r].klass, CLASS_MAX])) > w.accounts[i, FREE]:
+        price = np.int64(0)  # a router that sees everything stands outside the economy
     amount = price_of(m.pricing, price, np.int64(p[i].known[q[r].klass, CLASS_MAX]))
     if not taken or not lock(w.accounts[i], amount):
         q[r].ready_s = leaves_s + m.rtt_s
@@ -443,16 +445,16 @@ def _hear_judge(w, r, answered):
         w.p[j].counts[JUDGED] += 1
     paid = settle(w.accounts[o], w.accounts[j], q[r].locked, due) / MICRO
     q[r].locked = 0
-    w.p[o].flow -= paid
-    w.p[j].flow += paid
+    w.p[o].transfers -= paid
+    w.p[j].transfers += paid
     duel.pending -= 1
     if duel.pending > 0:
         return
     for x in range(w.m.n_providers):
-        w.p[x].flow -= w.accounts[x, STAKED] / MICRO
+        w.p[x].transfers -= w.accounts[x, STAKED] / MICRO
     outcome = settle_duel(w.accounts, a, b, duel.judges[: duel.n_judges], duel.votes[: duel.n_judges])
     for x in range(w.m.n_providers):
-        w.p[x].flow += w.accounts[x, STAKED] / MICRO
+        w.p[x].transfers += w.accounts[x, STAKED] / MICRO
     w.p[o].counts[DUELS_SETTLED] += 1
     if outcome != TIE:
         winner, loser = (a, b) if outcome == A_WINS else (b, a)
@@ -480,8 +482,8 @@ def _complete(w, r):
         due = price_of(m.pricing, q[r].price, q[r].output)
         paid = settle(w.accounts[o], w.accounts[i], q[r].locked, due) / MICRO
         q[r].locked = 0
-        p[o].flow -= paid
-        p[i].flow += paid
+        p[o].transfers -= paid
+        p[i].transfers += paid
         promised_s = q[r].promised_ttft_s + q[r].promised_tpot_s * (q[r].output - 1)
         on_answer(w.dealings[o, i], q[r].finish_s + back_s - q[r].taken_s, promised_s)
         _end_leg(w, r)
@@ -813,6 +815,7 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
     for i in range(n):
         before[i] = p[i].potential
         p[i].flow = 0.0
+        p[i].transfers = 0.0
         p[i].arrived = 0.0
     for k in range(n):
         i = (k + m.steps) % n
@@ -845,8 +848,9 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
     mean = 0.0
     mean_given = 0.0
     for i in range(n):
-        p[i].profit += p[i].flow
-        before[i] = p[i].flow + (discount * p[i].potential - before[i] if m.dense == 1 else 0.0)
+        p[i].profit += p[i].flow + p[i].transfers
+        paid = p[i].flow + (p[i].transfers if m.count_transfers == 1 else 0.0)
+        before[i] = paid + (discount * p[i].potential - before[i] if m.dense == 1 else 0.0)
         mean += before[i] / n
         mean_given += discount * p[i].arrived / n
     for i in range(n):

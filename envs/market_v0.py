@@ -55,13 +55,18 @@ def parallel_env(
     scenario: str | Scenario = "paper/alternating",
     *,
     team_weight: float = 1.0,
+    transfers: bool = True,
     gamma: float = 0.99,
     dense: bool = True,
     render_mode: str | None = None,
 ) -> "MarketEnv":
-    """The `MarketEnv` of a scenario that is packaged, in a file or built. Raises ScenarioError and ValueError."""
+    """The `MarketEnv` of a scenario that is packaged, in a file or built, paid by `envs.state.Reward`.
+
+    Raises ScenarioError, and ValueError for a setting out of its range.
+    """
     chosen = scenario if isinstance(scenario, Scenario) else load(scenario)
-    return MarketEnv(chosen, Reward(team_weight, gamma, dense), render_mode)
+    reward = Reward(team_weight=team_weight, transfers=transfers, gamma=gamma, dense=dense)
+    return MarketEnv(chosen, reward, render_mode)
 
 
 def env(scenario: str | Scenario = "paper/alternating", **settings: Any) -> AECEnv:

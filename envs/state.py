@@ -40,7 +40,6 @@ from envs.scenario import (
     MAX_JUDGES,
     MAX_THRESHOLDS,
     MAX_WINDOWS,
-    Lognormal,
     Misreport,
     Provider,
     Scenario,
@@ -87,6 +86,7 @@ MARKET = np.dtype(
         ("team_weight", np.float64),
         ("gamma", np.float64),
         ("dense", np.int64),
+        ("count_transfers", np.int64),
         # the run
         ("now_s", np.float64),
         ("steps", np.int64),
@@ -137,7 +137,8 @@ PROVIDER = np.dtype(
         # credits
         ("potential", np.float64),  # value of what has arrived and is not done: in full, once placed as predicted
         ("arrived", np.float64),  # value of what arrived in this step
-        ("flow", np.float64),  # credits won or lost in this step
+        ("flow", np.float64),  # value delivered less compute cost in this step
+        ("transfers", np.float64),  # payments, fees and stakes won less lost in this step
         ("profit", np.float64),  # since the start
         ("counts", np.int64, COUNTS),
     ],
@@ -204,6 +205,8 @@ class Reward(NamedTuple):
 
     team_weight: float = 1.0
     """0: own profit alone; 1: the mean profit of the market; between: a mixture."""
+    transfers: bool = True
+    """Count payments, fees and stakes. They cancel in the mean, so a team learns the same without them."""
     gamma: float = 0.99
     """Discount per second, which the dense form needs to leave the optimal policy as it is."""
     dense: bool = True
@@ -231,27 +234,11 @@ class MarketPlan(NamedTuple):
         return max(1, self.traffic.time_s.size * (1 + extra))
 
 
-def _mean(length: Lognormal) -> float:
-    """Mean of a lognormal cut at `max`, by its quantiles."""
-    z = _NORMAL_QUANTILES
-    return float(np.minimum(length.median * np.exp(length.sigma * z), length.max).mean())
-
-
-def _normal_quantiles(count: int) -> NDArray[np.float64]:
-    from statistics import NormalDist
-
-    normal = NormalDist()
-    return np.array([normal.inv_cdf((k + 0.5) / count) for k in range(count)])
-
-
-_NORMAL_QUANTILES = _normal_quantiles(64)
-
-
 def _known(scenario: Scenario, provider: Provider, klass: SloClass | None) -> NDArray[np.float64]:
     length = expected_output(provider, klass)
     row = np.zeros(CLASS_SIZE)
     row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = length.median, length.sigma, length.max
-    row[CLASS_MEAN] = _mean(length)
+    row[CLASS_MEAN] = length.mean
     row[CLASS_VALUE] = 1.0 if klass is None else klass.value
     row[CLASS_LAST_DEADLINE_S] = scenario.slo.thresholds_s[-1] if klass is None else klass.deadline_s
     return row
@@ -270,7 +257,7 @@ def plan(scenario: Scenario, seed: int) -> MarketPlan:
         profiles=tuple(profile(p.gpu, p.model, p.max_num_seqs) for p in scenario.providers),
         known=known,
         deadlines=deadlines,
-        mean_prompt=np.array([_mean(expected_prompt(p)) for p in scenario.providers]),
+        mean_prompt=np.array([expected_prompt(p).mean for p in scenario.providers]),
         mean_output=known[:, :, CLASS_MEAN] @ shares,
     )
 
@@ -335,6 +322,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["deadlines"][0, :c, :t] = planned.deadlines
     m["prices"][0, : len(prices)] = prices
     m["team_weight"], m["gamma"], m["dense"] = reward.team_weight, reward.gamma, reward.dense
+    m["count_transfers"] = reward.transfers
     m["dice"] = make_dice((planned.seed, 1))
 
     providers, engines = markets.providers[b], markets.engines[b]

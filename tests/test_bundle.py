@@ -12,7 +12,7 @@ from agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, make_actions
 from agents.network import Actor
 from agents.rules import Rule
 from agents.runtime import MANIFEST, WEIGHTS, BundleError, LearnedPolicy, digest, forward, load
-from agents.view import FINISH_S, Views
+from agents.view import FINISH_S, OVERDUE, PACE, RECORD, Views
 from envs.batch import MarketBatch
 from envs.scenario import load as load_scenario
 
@@ -74,13 +74,15 @@ def test_masked_routes_are_never_chosen(actor, seen):
     assert (actions.route != HOLD).any()
 
 
-def test_an_untrained_actor_sends_each_request_where_it_is_expected_to_finish_first(seen):
+def test_an_untrained_actor_trusts_the_estimate_and_the_record(seen):
     policy = LearnedPolicy(weights_of(Actor()), {})
     rows = seen.routes[:, LOCAL] == 1
     views = Views(*(a[rows] for a in seen))
     actions = make_actions(len(views.nodes))
     policy.decide(views, np.ones(len(views.nodes), np.bool_), np.zeros((len(views.nodes), 4)), actions)
-    finish_s = np.where(views.routes[:, LOCAL:] == 1, views.nodes[..., FINISH_S], np.inf)
+    trust = np.exp(views.nodes[..., PACE].clip(0) + views.nodes[..., RECORD].clip(0))
+    expected_s = views.nodes[..., FINISH_S] * trust + views.nodes[..., OVERDUE]
+    finish_s = np.where(views.routes[:, LOCAL:] == 1, expected_s, np.inf)
     chosen_s = finish_s[np.arange(len(finish_s)), actions.route - LOCAL]
     assert (chosen_s <= 1.1 * finish_s.min(1)).mean() > 0.97
 

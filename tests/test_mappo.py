@@ -26,7 +26,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def small(**changes) -> tuple[Collector, Learner]:
     args = Args(markets=6, rollout_steps=48, threads=1, wandb=False, **changes)
     torch.manual_seed(args.seed)
-    actor, critic, scale = Actor(args.width), Critic(args.width), ValueScale()
+    actor, critic = Actor(args.width), Critic(args.width)
+    scale = ValueScale(critic.last)
     return Collector(args, actor, critic, scale), Learner(args, actor, critic, scale)
 
 
@@ -110,9 +111,13 @@ def test_an_update_makes_better_decisions_likelier():
     assert after[choice].exp().mean() > before[choice].exp().mean() + 0.1
 
 
-def test_value_scale_follows_the_returns():
-    scale = ValueScale()
+def test_value_scale_follows_the_returns_and_leaves_the_values_as_they_were():
+    critic = Critic(16)
+    scale = ValueScale(critic.last)
     rng = np.random.default_rng(2)
+    hidden = torch.randn(50, 16)
+    before = scale.unscaled(critic.last(hidden))
     for _ in range(40):
         scale.update(torch.from_numpy(rng.normal(5.0, 2.0, 4000)))
+    torch.testing.assert_close(scale.unscaled(critic.last(hidden)), before, rtol=1e-4, atol=1e-4)
     assert scale.mean == pytest.approx(5.0, abs=0.1) and scale.std == pytest.approx(2.0, rel=0.05)

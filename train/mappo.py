@@ -29,7 +29,7 @@ from agents.decision import HOLD, set_admit
 from agents.network import Actor, Critic
 from agents.rules import RULES, Policy, Rule
 from agents.runtime import LearnedPolicy, load
-from agents.view import HAS_REQUEST
+from agents.view import CLASS_VALUE, HAS_REQUEST
 from envs.batch import MarketBatch
 from envs.distribution import KINDS, Kind, sample
 from envs.oracle import ORACLES, Oracle
@@ -68,11 +68,13 @@ class Args:
     """larger training markets are drawn again"""
     team_weight: float = 1.0
     """0: providers are paid their own profit; 1: the mean profit of their market"""
+    transfers: bool = False
+    """count payments between providers, which cancel in the mean of a market"""
     dense: bool = True
     """pay predicted value when a request is placed, not all of it when it is done"""
     gamma: float = 0.99
     """discount per second"""
-    gae_lambda: float = 0.97
+    gae_lambda: float = 0.95
     """decay of the advantage estimate per second"""
     learning_rate: float = 1e-3
     """Adam's, falling linearly to zero"""
@@ -89,7 +91,7 @@ class Args:
     width: int = 32
     """width of the layers"""
     prior: float = 6.0
-    """initial preference for the node that is expected to be done first"""
+    """initial preference for the node that is expected to be done first, as `earliest_finish_trust` expects it"""
     threads: int = 2
     """CPU threads, for markets and for torch"""
     evaluate_every: int = 8
@@ -138,7 +140,7 @@ def training_plans(args: Args) -> Iterator[MarketPlan]:
         for kind in args.kinds:
             while True:
                 scenario = replace(sample(kind, rng, args.duration_s), drain_s=args.drain_s)
-                planned = plan(scenario, int(rng.integers(2**31)))
+                planned = plan(scenario, int(rng.integers(VALIDATION_SEED)))
                 if 0 < planned.capacity <= args.max_requests:
                     break
             yield planned
@@ -153,6 +155,15 @@ def validation_plans(args: Args) -> dict[str, list[MarketPlan]]:
     for name in args.scenarios:
         plans[name] = [plan(load_scenario(name), VALIDATION_SEED + k) for k in range(4)]
     return plans
+
+
+def worth_per_s(planned: MarketPlan) -> float:
+    """Value of the requests that arrive at a provider of this market in a second, on average, credits.
+
+    Rewards are divided by it, so that a busy market of valuable requests does not drown the others in a batch.
+    """
+    value = planned.known[planned.traffic.provider, planned.traffic.klass, CLASS_VALUE].sum()
+    return float(value / (planned.scenario.duration_s * len(planned.profiles)))
 
 
 # Rollout.
@@ -174,7 +185,7 @@ class Decisions(NamedTuple):
     admit: Tensor
     price: Tensor
     log_prob: Tensor  # [M]
-    value: Tensor  # [M] in credits
+    value: Tensor  # [M] in seconds' worth of arrivals, as are all rewards and values here
 
 
 class Rollout(NamedTuple):
@@ -190,22 +201,34 @@ class Rollout(NamedTuple):
 
 
 class ValueScale:
-    """Running mean and standard deviation of returns; the critic learns normalised values."""
+    """Running mean and standard deviation of returns, with which the critic's values are normalised.
 
-    def __init__(self) -> None:
-        self.count, self.mean, self.square = 1e-4, 0.0, 1.0
+    When they move, the critic's last layer is rescaled so that its values stay what they were (PopArt, van
+    Hasselt et al. 2016, arXiv 1602.07714); otherwise the values, and with them the returns, run away.
+    """
+
+    def __init__(self, last: nn.Linear) -> None:
+        self.last = last
+        self.count, self.mean, self.square = 0.0, 0.0, 1.0
 
     @property
     def std(self) -> float:
         """Standard deviation of the returns seen, never zero."""
         return math.sqrt(max(self.square - self.mean**2, 1e-6))
 
+    def unscaled(self, value: Tensor) -> Tensor:
+        """Values from the critic's normalised ones."""
+        return value * self.std + self.mean
+
+    @torch.no_grad()
     def update(self, returns: Tensor) -> None:
-        """Take in returns [M], ageing the old ones so that a few rollouts count."""
+        """Take in returns [M], ageing the old ones so that some ten rollouts count."""
+        mean, std = self.mean, self.std
         self.count = self.count * 0.9 + 1.0
-        share = 1.0 / self.count
-        self.mean += share * (float(returns.mean()) - self.mean)
-        self.square += share * (float((returns**2).mean()) - self.square)
+        self.mean += (float(returns.mean()) - self.mean) / self.count
+        self.square += (float((returns**2).mean()) - self.square) / self.count
+        self.last.weight.mul_(std / self.std)
+        self.last.bias.mul_(std).add_(mean - self.mean).div_(self.std)
 
 
 def log_probs(actor: Actor, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> tuple[Tensor, ...]:
@@ -238,10 +261,11 @@ class Collector:
         shape = Shape(widest, args.max_requests, 1)
         # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
         # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
-        rule = Reward(args.team_weight, gamma=1.0, dense=args.dense)
+        rule = Reward(args.team_weight, transfers=args.transfers, gamma=1.0, dense=args.dense)
         self.batch = MarketBatch(first, threads=args.threads, reward=rule, shape=shape)
         self.actions = self.batch.actions()
         self.generator = torch.Generator().manual_seed(args.seed)
+        self.worth = np.array([worth_per_s(planned) for planned in first], np.float32)
         self.stagger()
 
     def stagger(self) -> None:
@@ -257,10 +281,10 @@ class Collector:
             batch.markets.market["over"] |= held
 
     def values(self, summary: Tensor) -> FloatArray:
-        """The critic's values [B, N] of all present situations, in credits."""
+        """The critic's values [B, N] of all present situations."""
         nodes, request, me, _ = (torch.from_numpy(a) for a in self.batch.views)
         pooled = summary.unsqueeze(1).expand(-1, me.shape[1], -1)
-        return (self.critic(nodes, request, me, pooled) * self.scale.std + self.scale.mean).numpy()
+        return self.scale.unscaled(self.critic(nodes, request, me, pooled)).numpy()
 
     def summary(self) -> Tensor:
         """The pooled state [B, S] of every market."""
@@ -293,7 +317,7 @@ class Collector:
             route, admit, price = (draw_from(p, self.generator) for p in probs)
             one = Decisions(np.full(rows[0].size, t), *rows, *view, pooled, torch.from_numpy(priced[rows[0]]).float(),
                             route, admit, price, route, route)  # fmt: skip
-            value = self.critic(view[0], view[1], view[2], pooled) * self.scale.std + self.scale.mean
+            value = self.scale.unscaled(self.critic(view[0], view[1], view[2], pooled))
             taken.append(one._replace(log_prob=joint(*probs, one), value=value))
 
             self.actions.route[...] = HOLD
@@ -303,13 +327,16 @@ class Collector:
             self.actions.terms[rows] = terms
             self.actions.price[rows] = price.numpy()
             batch.step(self.actions)
-            reward[t] = batch.reward - batch.given  # what arrivals bring does not depend on decisions: only noise here
+            # What arrivals bring does not depend on decisions, and is only noise here.
+            reward[t] = (batch.reward - batch.given) / self.worth[:, None]
             elapsed_s[t], cut[t] = batch.elapsed_s, batch.over
             agent_steps += int(batch.markets.market["n_providers"][batch.elapsed_s > 0].sum())
             if cut[t].any():
                 cut_value[t] = self.values(self.summary())
                 for b in np.nonzero(cut[t])[0]:
-                    batch.reset(int(b), next(self.plans))
+                    planned = next(self.plans)
+                    batch.reset(int(b), planned)
+                    self.worth[b] = worth_per_s(planned)
         columns = zip(*taken, strict=True)
         decisions = Decisions(*(np.concatenate(c) if isinstance(c[0], np.ndarray) else torch.cat(c) for c in columns))
         last_value = self.values(self.summary())
@@ -320,7 +347,7 @@ class Collector:
 
 
 def targets(rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
-    """Advantage and return [M] of each decision, in credits."""
+    """Advantage and return [M] of each decision."""
     d = rollout.decisions
     at = (d.step, d.market, d.provider)
     decided = np.zeros(rollout.reward.shape, np.bool_)
@@ -423,7 +450,8 @@ def train(args: Args) -> Actor:
     """Train, keep the policy that is best on validation markets, and return it."""
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    actor, critic, scale = Actor(args.width, args.prior), Critic(args.width), ValueScale()
+    actor, critic = Actor(args.width, args.prior), Critic(args.width)
+    scale = ValueScale(critic.last)
     collector, learner = Collector(args, actor, critic, scale), Learner(args, actor, critic, scale)
     plans = validation_plans(args)
     rules = {name: validate(Rule(name), plans, args.threads) for name in RULES}
