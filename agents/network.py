@@ -8,7 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from agents.decision import ADMITS, PRICES
-from agents.view import FINISH_S, NODE_FEATURES, OVERDUE, OWN, PACE, RECORD, REQUEST_FEATURES, SELF_FEATURES, Feature, log_unit
+from agents.view import (
+    FINISH_S,
+    NODE_FEATURES,
+    OVERDUE,
+    OWN,
+    PACE,
+    RECORD,
+    REQUEST_FEATURES,
+    SELF_FEATURES,
+    Feature,
+    log_unit,
+)
 
 FORBIDDEN = -1e9  # the logit of a route that the mask rules out
 USUAL_ADMIT = 4  # the terms and the price that an untrained policy prefers: up to a minute's wait, the second price
@@ -50,8 +61,8 @@ class Actor(nn.Module):
     """Logits of a batch of views.
 
     The route logits start from `prior` times the log of the earliest over each node's expected finish time, discounted
-    by delivery against promise as the rule `earliest_finish_trust` does: a weak preference for the node that is expected
-    to be done first, which learning is free to overrule.
+    by delivery against promise as the rule `earliest_finish_trust` does: a weak preference for the node that is
+    expected to be done first, which learning is free to overrule.
     """
 
     def __init__(self, width: int = 32, prior: float = 6.0) -> None:

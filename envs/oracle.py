@@ -152,7 +152,7 @@ def _direct(markets, omniscient, active, direct, engine, jobs, done):
 
 
 class Oracle:
-    """`centralized`, the paper's router on fresh loads, or `omniscient`, greedy on exact finish times: no strict bound."""
+    """`centralized`, the paper's router on fresh loads, or `omniscient`, greedy on exact finish times (no bound)."""
 
     sees_everything = True
 
