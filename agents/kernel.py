@@ -28,6 +28,7 @@ Bools = NDArray[np.bool_]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _KERNEL_PACKAGES = ("agents", "envs")
+CACHE_LINE = 64  # bytes
 
 
 def _cache_dir() -> Path:
@@ -47,18 +48,25 @@ if "NUMBA_CACHE_DIR" not in os.environ:
 
 
 def kernel(function: F) -> F:
-    """Compile `function` for scalars and arrays, without the GIL, cached; the result is called like the original."""
-    compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    """Compile `function` for scalars and arrays, without the GIL, cached; the result is called like the original.
+
+    A kernel owns no memory: it is compiled without reference counts, which took a quarter of the market's time, and one
+    that creates an array does not compile. Room to work in is an argument.
+    """
+    compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
     return compiled
 
 
 def records(shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Zeroed records whose fields kernels read as attributes, compiled or not."""
-    array = np.zeros(shape, dtype)
+    """Zeroed records whose fields kernels read as attributes, compiled or not; the first begins at a cache line."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    room = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -room.ctypes.data % CACHE_LINE
+    array = room[start : start + size].view(dtype).reshape(shape)
     return array.view(np.recarray) if numba.config.DISABLE_JIT else array
 
 
 def inlined(function: F) -> F:
     """A kernel whose body is put in place of each call: for what a compiled function cannot return, such as records."""
-    compiled: F = numba.njit(inline="always", error_model="numpy")(function)
+    compiled: F = numba.njit(inline="always", error_model="numpy", _nrt=False)(function)
     return compiled

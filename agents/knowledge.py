@@ -136,8 +136,9 @@ def on_progress(
     if late_s > 0.0:
         if streamed == 0:
             dealings[OVERDUE_S] += late_s
-        dealings[PROMISED] += 1.0 + late_s / promised_tpot_s
-        dealings[STREAMED] += min(float(streamed), 1.0 + late_s / promised_tpot_s)
+        due = 1.0 + late_s / promised_tpot_s
+        dealings[PROMISED] += due
+        dealings[STREAMED] += min(float(streamed), due)
 
 
 @kernel

@@ -65,7 +65,6 @@ from agents.view import (
     CLASS_LAST_DEADLINE_S,
     CLASS_MAX,
     CLASS_VALUE,
-    NODES,
     write_idle_view,
     write_request_view,
     write_self,
@@ -121,12 +120,14 @@ class World(NamedTuple):
     done: NDArray[np.int64]  # [R]
     stake: NDArray[np.float64]  # [N]
     eligible: NDArray[np.bool_]  # [N]
+    before: NDArray[np.float64]  # [N]
+    idle_token_s: NDArray[np.float64]  # [NODES]
+    looser_than: NDArray[np.int64]  # [MAX_CLASSES]
 
 
 @inlined
 def world_of(markets, b):
     """Market `b` of a batch."""
-    n = markets.providers.shape[1]
     return World(
         markets.market[b],
         markets.providers[b],
@@ -137,8 +138,11 @@ def world_of(markets, b):
         markets.dealings[b],
         markets.accounts[b],
         markets.done[b],
-        np.empty(n),
-        np.empty(n, np.bool_),
+        markets.stake[b],
+        markets.eligible[b],
+        markets.before[b],
+        markets.idle_token_s[b],
+        markets.looser_than[b],
     )
 
 
@@ -239,7 +243,8 @@ def _publish(w, i):
     p, advert = w.p[i], w.adverts[i]
     p.own[AD_PRICE] = p.price
     p.own[AD_STAKE] = w.accounts[i, STAKED] / MICRO
-    advert[:] = p.own
+    for k in range(advert.size):
+        advert[k] = p.own[k]
     advert[AD_TIME_S] = w.m.now_s
     if _lying(w, i):
         advert[AD_RUNNING] *= p.lie_load
@@ -607,9 +612,10 @@ def _decide(w, i, route, direct):
     r = p.head
     c = q[r].klass
     may_hold = m.now_s - q[r].arrival_s < p.known[c, CLASS_LAST_DEADLINE_S]
+    valid = True
     if direct >= 0:
         if direct >= m.n_providers or w.p[direct].online == 0 or (w.p[direct].serves & p.asks) == 0:
-            p.counts[INVALID] += 1
+            valid = False
         elif direct == i:
             _dequeue(w, i, c)
             _place_local(w, i, r)
@@ -631,17 +637,17 @@ def _decide(w, i, route, direct):
                 _enqueue(w, r, True)
                 p.refused |= 1 << k
             return
-        p.counts[INVALID] += 1
+        valid = False
         route = HOLD
     elif route < 0:
-        p.counts[INVALID] += 1
+        valid = False
         route = HOLD
+    if not valid or (route == HOLD and not may_hold):
+        p.counts[INVALID] += 1
     if route == HOLD and may_hold:
         p.closed[c] = 1
         p.counts[HOLDS] += 1
         return
-    if route == HOLD:
-        p.counts[INVALID] += 1
     _dequeue(w, i, c)
     _place_local(w, i, r)
 
@@ -684,7 +690,7 @@ def _ask(w, i, dice, fresh):
 
 
 @kernel
-def _write_view(w, i, nodes, request, me, routes, idle_token_s, looser_than):
+def _write_view(w, i, nodes, request, me, routes):
     m, p, q = w.m, w.p[i], w.q
     if p.head >= 0:
         r = p.head
@@ -693,7 +699,7 @@ def _write_view(w, i, nodes, request, me, routes, idle_token_s, looser_than):
             nodes, request, routes, p.own, w.adverts, w.dealings[i], p.candidates, p.n_candidates, p.refused,
             m.now_s - q[r].arrival_s < p.known[c, CLASS_LAST_DEADLINE_S], w.accounts[i, FREE], m.now_s, m.rtt_s,
             q[r].prompt, q[r].arrival_s, c, p.known[: m.n_classes], m.deadlines[:, : m.n_deadlines], m.pricing,
-            idle_token_s, looser_than,
+            w.idle_token_s, w.looser_than,
         )  # fmt: skip
     else:
         write_idle_view(nodes, request, routes, p.own, m.now_s)
@@ -785,20 +791,19 @@ def start(w, nodes, request, me, routes, active, dice):
 @kernel
 def _show(w, nodes, request, me, routes, active, dice, fresh):
     """Ask every provider that has something to decide; returns whether a request is among it."""
-    idle_token_s = np.empty(NODES)
-    looser_than = np.empty(MAX_CLASSES, np.int64)
     undecided = False
     for i in range(active.size):
+        asked_before = active[i]
         active[i] = False
         if i >= w.m.n_providers or w.p[i].online == 0:
             if fresh and i < w.m.n_providers:
-                _write_view(w, i, nodes[i], request[i], me[i], routes[i], idle_token_s, looser_than)
+                _write_view(w, i, nodes[i], request[i], me[i], routes[i])
             continue
         has_request = _ask(w, i, dice[i], fresh)
         undecided = undecided or has_request
         active[i] = has_request or w.p[i].advert_due == 1
-        if active[i] or fresh:
-            _write_view(w, i, nodes[i], request[i], me[i], routes[i], idle_token_s, looser_than)
+        if active[i] or asked_before or fresh:  # one that has decided no longer sees its request
+            _write_view(w, i, nodes[i], request[i], me[i], routes[i])
     return undecided
 
 
@@ -811,7 +816,7 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
     """
     m, p = w.m, w.p
     n = m.n_providers
-    before = np.empty(n)
+    before = w.before
     for i in range(n):
         before[i] = p[i].potential
         p[i].flow = 0.0

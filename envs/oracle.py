@@ -64,11 +64,13 @@ def _finish_if_placed(market, providers, engines, requests, r, j, target, engine
     `target` [R] is where the requests of this round were placed, -1 for the others.
     """
     e = engines[j]
-    engine.profile[:] = e.profile
+    for k in range(e.profile.size):
+        engine.profile[k] = e.profile[k]
     engine.clock_s, engine.tick, engine.free_blocks = e.clock_s, e.tick, e.free_blocks
     engine.kv_tokens, engine.decoding, engine.running = e.kv_tokens, e.decoding, e.running
     engine.next_finish = e.next_finish
-    engine.phase[:] = e.phase
+    for k in range(e.phase.size):
+        engine.phase[k] = e.phase[k]
     engine.waiting = engine.wait_tokens = 0
     engine.wait_head = engine.wait_tail = -1
     used = 0
@@ -128,10 +130,7 @@ def _best_finish(market, providers, engines, requests, i, target, engine, jobs, 
 
 
 @kernel
-def _direct(markets, omniscient, active, direct, engine, jobs, done):
-    n = markets.providers.shape[1]
-    sent = np.zeros(n)
-    target = np.full(n, -1, np.int64)
+def _direct(markets, omniscient, active, direct, engine, jobs, done, sent, target):
     for b in range(active.shape[0]):
         market, providers = markets.market[b], markets.providers[b]
         sent[:] = 0.0
@@ -171,6 +170,6 @@ class Oracle:
         if self._jobs.size < requests:
             self._jobs = records(requests, JOB)
             self._done = np.zeros(requests, np.int64)
-        _direct(
-            batch.markets, self.name == "omniscient", batch.active, actions.direct, self._engine, self._jobs, self._done
-        )
+        n, omniscient = batch.providers, self.name == "omniscient"
+        room = self._engine, self._jobs, self._done, np.empty(n), np.empty(n, np.int64)
+        _direct(batch.markets, omniscient, batch.active, actions.direct, *room)

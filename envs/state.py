@@ -33,6 +33,7 @@ from agents.view import (
     CLASS_SIGMA,
     CLASS_SIZE,
     CLASS_VALUE,
+    NODES,
 )
 from envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
 from envs.scenario import (
@@ -145,23 +146,27 @@ PROVIDER = np.dtype(
     align=True,
 )
 
+_LOOKED_AT = ("output", "generated", "finish_tick")
 REQUEST = np.dtype(
     [
-        *JOB_FIELDS,
-        ("origin", np.int32),
-        ("klass", np.int32),
-        ("status", np.int32),
-        ("kind", np.int32),
-        ("executor", np.int32),  # whose engine has it, or had it; -1 before
-        ("duel", np.int32),  # -1, or the duel it belongs to
-        ("out_next", np.int32),  # the origin's list of what it has with peers
-        ("out_prev", np.int32),
-        ("arrival_s", np.float64),
-        ("ready_s", np.float64),  # not before this does it leave the dispatcher: probes take their time
+        # what its origin looks at while it is out: one cache line
+        *(field for field in JOB_FIELDS if field[0] in _LOOKED_AT),
         ("taken_s", np.float64),  # when the executor accepted
-        ("noticed_s", np.float64),  # when the origin notices that a lost request is lost
         ("promised_ttft_s", np.float64),
         ("promised_tpot_s", np.float64),
+        ("status", np.int32),
+        ("executor", np.int32),  # whose engine has it, or had it; -1 before
+        ("out_next", np.int32),  # the origin's list of what it has with peers
+        ("out_prev", np.int32),
+        # the rest
+        *(field for field in JOB_FIELDS if field[0] not in _LOOKED_AT),
+        ("origin", np.int32),
+        ("klass", np.int32),
+        ("kind", np.int32),
+        ("duel", np.int32),  # -1, or the duel it belongs to
+        ("arrival_s", np.float64),
+        ("ready_s", np.float64),  # not before this does it leave the dispatcher: probes take their time
+        ("noticed_s", np.float64),  # when the origin notices that a lost request is lost
         ("predicted", np.float64),  # its share of the origin's potential
         ("answer_s", np.float64),  # when the user had the whole answer; NaN until then
         ("first_answer_s", np.float64),  # when the user had the first token
@@ -197,7 +202,13 @@ class Markets(NamedTuple):
     adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last published
     dealings: NDArray[np.float64]  # [B, N, N, DEALINGS_SIZE] of origin with peer
     accounts: NDArray[np.int64]  # [B, N, ACCOUNT_SIZE]
-    done: NDArray[np.int64]  # [B, R] room to work in
+    # Room to work in.
+    done: NDArray[np.int64]  # [B, R]
+    stake: NDArray[np.float64]  # [B, N]
+    eligible: NDArray[np.bool_]  # [B, N]
+    before: NDArray[np.float64]  # [B, N]
+    idle_token_s: NDArray[np.float64]  # [B, NODES]
+    looser_than: NDArray[np.int64]  # [B, MAX_CLASSES]
 
 
 class Reward(NamedTuple):
@@ -293,6 +304,11 @@ def make_markets(count: int, shape: Shape) -> Markets:
         dealings=np.zeros((count, n, n, DEALINGS_SIZE)),
         accounts=np.zeros((count, n, ACCOUNT_SIZE), np.int64),
         done=np.zeros((count, r), np.int64),
+        stake=np.zeros((count, n)),
+        eligible=np.zeros((count, n), np.bool_),
+        before=np.zeros((count, n)),
+        idle_token_s=np.zeros((count, NODES)),
+        looser_than=np.zeros((count, MAX_CLASSES), np.int64),
     )
     markets.market["over"] = 1
     return markets
