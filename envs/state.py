@@ -216,13 +216,13 @@ class Reward(NamedTuple):
 
     team_weight: float = 1.0
     """0: own profit alone; 1: the mean profit of the market; between: a mixture."""
-    transfers: bool = True
-    """Count payments, fees and stakes. They cancel in the mean, so a team learns the same without them."""
     gamma: float = 0.99
     """Discount per second, which the dense form needs to leave the optimal policy as it is."""
     dense: bool = True
     """Pay a request's value when it arrives, the difference to what is predicted when it is placed, and to what is
     delivered when it is done; else all of it when it is done."""
+    transfers: bool = True
+    """Count payments, fees and stakes. They cancel in the mean, so a team learns the same without them."""
 
 
 class MarketPlan(NamedTuple):

@@ -52,7 +52,7 @@ class Args:
     """folder of the run: policy/, progress.jsonl, comparison.json, figures/"""
     seed: int = 1
     """seed of everything that is random"""
-    agent_steps: int = 8_000_000
+    agent_steps: int = 6_000_000
     """length of training; one step is one provider in one tick of its market"""
     markets: int = 96
     """markets in a batch"""
@@ -94,7 +94,7 @@ class Args:
     """initial preference for the node that is expected to be done first, as `earliest_finish_trust` expects it"""
     threads: int = 2
     """CPU threads, for markets and for torch"""
-    evaluate_every: int = 8
+    evaluate_every: int = 16
     """updates between evaluations; the best policy on validation markets is kept"""
     validation_markets: int = 12
     """validation markets of each kind"""
