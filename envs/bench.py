@@ -27,8 +27,11 @@ from envs.state import OWN_DONE
 
 LOAD = 0.85
 """Arrivals over what the nodes sustain, see `envs.distribution.capacity_per_s`."""
-GPUS = ("rtx-6000-ada", "a40")
-"""Taken in turn: nodes of different speed that a random policy does not drive out of balance."""
+SMALL_CARDS = ("rtx-4090", "rtx-3090")
+LARGE_CARDS = ("rtx-6000-ada", "a40")
+"""Taken in turn: nodes of different speed that a random policy does not drive out of balance. The small ones run about
+ten requests each, as in `paper/alternating-queue`; the large ones over forty, and so many more come to them that a step
+costs nearly twice as much."""
 WARM_UP_S = 600.0
 """Simulated time before measuring: several times a request's stay, so that engines are as full as they get."""
 WINDOW_S = 2400.0
@@ -52,12 +55,12 @@ class Chunk(NamedTuple):
     running: float  # requests of a provider, mean over providers at the end
 
 
-def scenario(providers: int) -> Scenario:
+def scenario(providers: int, gpus: tuple[str, ...] = SMALL_CARDS) -> Scenario:
     """A market of `providers` nodes with Poisson arrivals at `LOAD` of each node's capacity."""
     lengths = Lengths()
     nodes = []
     for i in range(providers):
-        gpu = GPUS[i % len(GPUS)]
+        gpu = gpus[i % len(gpus)]
         rate = LOAD * capacity_per_s(profile(gpu, "qwen3-8b", 64), lengths.prompt, [(1.0, lengths.output)])
         phases = [{"until_s": WARM_UP_S + WINDOW_S, "rate_per_s": rate}]
         nodes.append({"name": f"n{i + 1}", "gpu": gpu, "traffic": {"kind": "poisson", "phases": phases}})
@@ -86,8 +89,8 @@ def draw(routes, n_prices, dice, route, terms, price):
 class Loop:
     """Markets in lockstep under the random policy, always loaded and within their arrival window."""
 
-    def __init__(self, providers: int, threads: int) -> None:
-        self.scenario = scenario(providers)
+    def __init__(self, providers: int, threads: int, gpus: tuple[str, ...] = SMALL_CARDS) -> None:
+        self.scenario = scenario(providers, gpus)
         self.markets = max(1, AGENTS // providers)
         self.batch = MarketBatch([self.scenario] * self.markets, list(range(self.markets)), threads=threads)
         self.actions = self.batch.actions()
@@ -129,9 +132,9 @@ class Loop:
         return int(self.batch.markets.providers["counts"][..., OWN_DONE].sum())
 
 
-def measure(providers: int, threads: int, seconds: float) -> dict[str, Any]:
+def measure(providers: int, threads: int, seconds: float, gpus: tuple[str, ...] = SMALL_CARDS) -> dict[str, Any]:
     """One line of the report; rates are medians over chunks, `best` the fastest chunk."""
-    loop = Loop(providers, threads)
+    loop = Loop(providers, threads, gpus)
     loop.measure()
     chunks: list[Chunk] = []
     while len(chunks) < LEAST_CHUNKS or sum(chunk.seconds for chunk in chunks) < seconds:
@@ -179,7 +182,8 @@ def report(seconds: float) -> dict[str, Any]:
     zoo = measure_pettingzoo(COMPARED, seconds)
     batch = next(run for run in runs if run["providers"] == COMPARED and run["threads"] == 1)
     zoo["ratio"] = round(batch["agent_steps_per_s"] / zoo["agent_steps_per_s"], 1)
-    return {"load": LOAD, "runs": runs, "pettingzoo": zoo}
+    large = measure(COMPARED, 1, seconds, LARGE_CARDS)
+    return {"load": LOAD, "runs": runs, "large_cards": large, "pettingzoo": zoo}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -197,6 +201,11 @@ def main(argv: list[str] | None = None) -> None:
             f"{run['agent_steps_per_s']:>9,} agent-steps/s (best {run['best']:,}), "
             f"{run['requests_per_s']:,} requests/s, {run['mean_running']:.1f} running"
         )
+    large = figures["large_cards"]
+    print(
+        f"  8 providers, 1 thread, large cards: {large['agent_steps_per_s']:,} agent-steps/s "
+        f"(best {large['best']:,}), {large['requests_per_s']:,} requests/s, {large['mean_running']:.1f} running"
+    )
     zoo = figures["pettingzoo"]
     print(
         f"{zoo['providers']:>3} providers through PettingZoo: {zoo['agent_steps_per_s']:,} agent-steps/s; "

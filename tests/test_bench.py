@@ -17,7 +17,7 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(bench, "PROVIDERS", (4, 8))
     bench.main(["--json", str(tmp_path / "bench.json"), "--seconds", "0.01"])
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert report.keys() == {"load", "runs", "pettingzoo"} and report["load"] == 0.85
+    assert report.keys() == {"load", "runs", "large_cards", "pettingzoo"} and report["load"] == 0.85
     assert {run["providers"] for run in report["runs"]} == {4, 8}
     for run in report["runs"]:
         assert run.keys() == {
@@ -45,12 +45,13 @@ def test_steps_that_take_no_time_are_not_counted(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_load_is_85_percent_and_engines_are_full() -> None:
-    traffic = plan(bench.scenario(8), 0).traffic
+    traffic = plan(bench.scenario(8, bench.LARGE_CARDS), 0).traffic
     rates = np.bincount(traffic.provider, minlength=8) / (bench.WARM_UP_S + bench.WINDOW_S)
     assert rates == pytest.approx(0.85 * np.array([0.2159, 0.1557] * 4), rel=0.25)
-    loop = bench.Loop(8, 1)
-    assert 30 < loop.measure().running < 60  # of 64 slots
-    assert loop.batch.markets.engines["waiting"].mean() < 10
+    for cards, low, high in ((bench.SMALL_CARDS, 6, 12), (bench.LARGE_CARDS, 30, 60)):
+        loop = bench.Loop(8, 1, cards)
+        assert low < loop.measure().running < high
+        assert loop.batch.markets.engines["waiting"].mean() < 10
 
 
 def test_actions_are_uniform_over_what_is_legal() -> None:
