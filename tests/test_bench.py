@@ -31,7 +31,7 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     alone = next(run for run in report["runs"] if run["providers"] == 8 and run["threads"] == 1)
     assert zoo["ratio"] == pytest.approx(alone["agent_steps_per_s"] / zoo["agent_steps_per_s"], abs=0.06)
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(report["runs"]) + 1 and "PettingZoo" in printed[-1]
+    assert len(printed) == len(report["runs"]) + 2 and "PettingZoo" in printed[-1]
 
 
 def test_steps_that_take_no_time_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
