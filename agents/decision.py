@@ -49,12 +49,24 @@ def make_actions(*shape: int) -> Actions:
     return actions
 
 
+@kernel
+def write_terms(terms: Floats, admit: int) -> None:
+    """Write the terms [TERMS_SIZE] that stand for `admit`, 0 to ADMITS - 1."""
+    terms[MAX_WAIT_S] = ADMIT_WAIT_S[admit]
+    terms[MAX_KV_USE] = np.inf
+    terms[PROBABILITY] = 1.0
+    terms[ONLY_IF_NONE_HELD] = 0.0
+
+
+@kernel
+def _write_all(terms: Floats, admit: Ints) -> None:
+    for k in range(admit.size):
+        write_terms(terms[k], admit[k])
+
+
 def set_admit(actions: Actions, admit: NDArray[np.integer]) -> None:
-    """Write the terms that stand for `admit` [...], 0 to ADMITS - 1."""
-    actions.terms[..., MAX_WAIT_S] = ADMIT_WAIT_S[admit]
-    actions.terms[..., MAX_KV_USE] = np.inf
-    actions.terms[..., PROBABILITY] = 1.0
-    actions.terms[..., ONLY_IF_NONE_HELD] = 0.0
+    """Write the terms that stand for `admit` [...], 0 to ADMITS - 1, into `actions`, whose terms are contiguous."""
+    _write_all(actions.terms.reshape(-1, TERMS_SIZE), np.asarray(admit, np.int64).reshape(-1))
 
 
 def encode(route: NDArray[np.integer], admit: NDArray[np.integer], price: NDArray[np.integer]) -> Ints:

@@ -21,7 +21,20 @@ from agents.knowledge import (
 # A request in its decode stands, on average over the time it takes, at E[O^2] / (2 E[O]^2) of its mean output: 0.5 for
 # equal lengths, 0.62 for a lognormal of sigma 0.75 cut at about twice its median.
 CONTEXT_SHARE = 0.62
-CONTEXT_PRIOR = 4.0  # requests' worth of belief in that, against the observed tokens per running request
+CONTEXT_PRIOR = 30.0  # requests' worth of belief in that, against the observed tokens per running request
+
+
+@kernel
+def _crowd(advert: Floats, sent: float) -> tuple[float, float, float, float]:
+    """Context a request takes, in tokens, at its mean so far and typically; requests at once; requests ahead.
+
+    The context is what the node's running requests show, drawn toward what is typical while there are few. A node runs
+    as many at once as its slots and its KV cache hold at that context; `sent` requests went there since its advert.
+    """
+    typical = advert[AD_MEAN_PROMPT] + CONTEXT_SHARE * max(1.0, advert[AD_MEAN_OUTPUT])
+    context = (advert[AD_KV_TOKENS] + CONTEXT_PRIOR * typical) / (advert[AD_RUNNING] + CONTEXT_PRIOR)
+    at_once = max(1.0, min(advert[AD_MAX_NUM_SEQS], advert[AD_KV_CAPACITY] / max(context, 1.0)))
+    return context, typical, at_once, advert[AD_RUNNING] + advert[AD_WAITING] + sent
 
 
 @kernel
@@ -36,10 +49,7 @@ def expect(advert: Floats, sent: float, prompt: float) -> tuple[float, float]:
     """
     output = max(1.0, advert[AD_MEAN_OUTPUT])
     capacity = advert[AD_KV_CAPACITY]
-    typical = advert[AD_MEAN_PROMPT] + CONTEXT_SHARE * output
-    context = (advert[AD_KV_TOKENS] + CONTEXT_PRIOR * typical) / (advert[AD_RUNNING] + CONTEXT_PRIOR)
-    at_once = max(1.0, min(advert[AD_MAX_NUM_SEQS], capacity / max(context, 1.0)))
-    ahead = advert[AD_RUNNING] + advert[AD_WAITING] + sent
+    context, typical, at_once, ahead = _crowd(advert, sent)
     decoding = min(ahead + 1.0, at_once)
     kv_tokens = min(decoding * context, capacity)
     decode_s = advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S] * decoding + advert[AD_PER_KV_TOKEN_S] * kv_tokens
@@ -54,6 +64,17 @@ def expect(advert: Floats, sent: float, prompt: float) -> tuple[float, float]:
         queued = max(queued, behind + 1.0)
     wait_s = queued * output * token_s / at_once + behind * max(0.0, prefill_s - advert[AD_WEIGHT_S])
     return wait_s + own_prefill_s + decode_s, token_s
+
+
+@kernel
+def slowdown(advert: Floats, sent: float) -> float:
+    """Delay, in s and summed over them, that one more request brings to those that run on a node.
+
+    Each decodes for CONTEXT_SHARE of a mean output more, and every iteration takes the newcomer's share longer.
+    """
+    context, _, at_once, ahead = _crowd(advert, sent)
+    slower_s = advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context
+    return float(min(ahead, at_once) * CONTEXT_SHARE * max(1.0, advert[AD_MEAN_OUTPUT]) * slower_s)
 
 
 @kernel

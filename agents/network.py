@@ -1,31 +1,24 @@
 """The learned policy and its critic, in torch.
 
 One encoder for every node in view, pooled over nodes, so that one set of weights serves any number of peers in any
-order; a pointer head over nodes, and heads for holding, for the terms and for the price.
+order; a pointer head over nodes, and heads for holding, for the terms and for the price. Both read features that are
+normalised already; `Actor.inputs` makes them from views.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from agents.decision import ADMITS, PRICES
-from agents.view import (
-    FINISH_S,
-    NODE_FEATURES,
-    OVERDUE,
-    OWN,
-    PACE,
-    RECORD,
-    REQUEST_FEATURES,
-    SELF_FEATURES,
-    Feature,
-    log_unit,
-)
+from agents.forward import ABOUT, EVIDENCE, FORBIDDEN, SHORTEST_S
+from agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, log_unit
 
-FORBIDDEN = -1e9  # the logit of a route that the mask rules out
 USUAL_ADMIT = 4  # the terms and the price that an untrained policy prefers: up to a minute's wait, the second price
 USUAL_PRICE = 1
 USUAL_BONUS = 3.0
 HOLD_BIAS = -3.0
+SUMMARY = 2 * (len(NODE_FEATURES) + len(SELF_FEATURES))  # mean and maximum over a market's providers
 
 
 class Normalise(nn.Module):
@@ -57,26 +50,35 @@ def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     return layer
 
 
+class Inputs(NamedTuple):
+    """A batch of views as the networks read them, leading axes [M]."""
+
+    nodes: Tensor  # [M, NODES, len(NODE_FEATURES)] normalised, zeros where there is no node
+    about: Tensor  # [M, ABOUT] normalised: the request, then the provider
+    evidence: Tensor  # [M, NODES, len(EVIDENCE)] as in the view
+    present: Tensor  # [M, NODES] 1 for a node, else 0
+    routes: Tensor  # [M, ROUTES] the mask
+
+
 class Actor(nn.Module):
     """Logits of a batch of views.
 
-    The route logits start from `prior` times the log of the earliest over each node's expected finish time, discounted
-    by delivery against promise as the rule `earliest_finish_trust` does: a weak preference for the node that is
-    expected to be done first, which learning is free to overrule.
+    The route logits contain `prior` times the log of the earliest over each node's expected time, discounted by
+    delivery against promise and by the delay to others as the rule `trust_cap` does, with weights that are learned: a
+    weak preference for the node that is expected to be done first, which learning is free to overrule.
     """
 
     def __init__(self, width: int = 32, prior: float = 6.0) -> None:
         super().__init__()
         self.width = width
-        about = len(REQUEST_FEATURES) + len(SELF_FEATURES)
         relu = 2**0.5
         self.scale_nodes = Normalise(NODE_FEATURES)
         self.scale_request = Normalise(REQUEST_FEATURES)
         self.scale_me = Normalise(SELF_FEATURES)
         self.node_in = _linear(len(NODE_FEATURES), width, relu)
-        self.about_in = _linear(about, width, relu)
+        self.about_in = _linear(ABOUT, width, relu)
         self.node_hidden = _linear(width, width, relu)
-        self.pool = _linear(about + 2 * width, width, relu)
+        self.pool = _linear(ABOUT + 2 * width, width, relu)
         self.score_node = _linear(width, width, relu)
         self.score_pool = _linear(width, width, relu)
         self.score = _linear(width, 1, 0.01)
@@ -84,59 +86,63 @@ class Actor(nn.Module):
         self.admit = _linear(width, ADMITS, 0.01)
         self.price = _linear(width, PRICES, 0.01)
         self.prior = nn.Parameter(torch.tensor(prior))
+        self.discount = nn.Parameter(torch.tensor([1.0, 1.0, 1.0, 0.0]))  # of pace, record, overdue, slowdown
         with torch.no_grad():
             self.hold.bias.fill_(HOLD_BIAS)
             self.admit.bias[USUAL_ADMIT] = USUAL_BONUS
             self.price.bias[USUAL_PRICE] = USUAL_BONUS
 
-    def forward(self, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of route [M, ROUTES], admit [M, ADMITS], price [M, PRICES] for views as in `agents.view`."""
-        x = self.scale_nodes(nodes)
+    def inputs(self, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> Inputs:
+        """Views [M, ...] as in `agents.view`, as the networks read them."""
+        present = (nodes[..., OWN] + nodes[..., FINISH_S] > 0).to(nodes.dtype)
         about = torch.cat([self.scale_request(request), self.scale_me(me)], -1)
-        hidden = torch.relu(self.node_in(x) + self.about_in(about).unsqueeze(-2))
-        hidden = torch.relu(self.node_hidden(hidden))
-        # A row of zeros is no node; the own node is flagged, a candidate's time per token is above 0.
-        present = (nodes[..., FINISH_S] + nodes[..., OWN] > 0).unsqueeze(-1)
-        hidden = hidden * present
-        pooled = torch.cat([about, hidden.sum(-2) / present.sum(-2), hidden.amax(-2)], -1)
-        pooled = torch.relu(self.pool(pooled))
+        x = self.scale_nodes(nodes) * present.unsqueeze(-1)
+        return Inputs(x, about, nodes[..., list(EVIDENCE)], present, routes)
+
+    def forward(self, view: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of route [M, ROUTES], admit [M, ADMITS], price [M, PRICES]."""
+        hidden = torch.relu(self.node_in(view.nodes) + self.about_in(view.about).unsqueeze(-2))
+        hidden = torch.relu(self.node_hidden(hidden)) * view.present.unsqueeze(-1)
+        mean = hidden.sum(-2) / view.present.sum(-1, keepdim=True)
+        pooled = torch.relu(self.pool(torch.cat([view.about, mean, hidden.amax(-2)], -1)))
         scored = torch.relu(self.score_node(hidden) + self.score_pool(pooled).unsqueeze(-2))
-        score = self.score(scored).squeeze(-1)
-        legal = routes[..., 1:] > 0
-        trust = torch.exp(nodes[..., PACE].clamp_min(0.0) + nodes[..., RECORD].clamp_min(0.0))
-        log_s = torch.log((nodes[..., FINISH_S] * trust + nodes[..., OVERDUE]).clamp_min(1e-3))
-        soonest = torch.where(legal, log_s, torch.full_like(log_s, 1e9)).amin(-1, keepdim=True)
-        score = score + self.prior * (soonest - log_s)
+        legal = view.routes[..., 1:] > 0
+        log_s = self.log_time(view.evidence)
+        soonest = torch.where(legal, log_s, 1e9).amin(-1, keepdim=True)
+        score = self.score(scored).squeeze(-1) - self.prior * (log_s - soonest)
         route = torch.cat([self.hold(pooled), score], -1)
-        route = torch.where(routes > 0, route, torch.full_like(route, FORBIDDEN))
+        route = torch.where(view.routes > 0, route, float(FORBIDDEN))
         return route, self.admit(pooled), self.price(pooled)
+
+    def log_time(self, evidence: Tensor) -> Tensor:
+        """Log of the expected times to finish [M, NODES], discounted."""
+        finish_s, pace, record, overdue_s, slowdown_s = evidence.unbind(-1)
+        a, b, c, d = self.discount.clamp_min(0.0).unbind()
+        trust = torch.exp(a * pace.clamp_min(0.0) + b * record.clamp_min(0.0))
+        return torch.log((finish_s * trust + c * overdue_s + d * slowdown_s).clamp_min(float(SHORTEST_S)))
 
 
 class Critic(nn.Module):
     """Value of a provider's situation, given its own view and the pooled state of the whole market."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, central: bool = True) -> None:
         super().__init__()
-        own = len(NODE_FEATURES) + len(SELF_FEATURES)
-        self.scale_nodes = Normalise(NODE_FEATURES)
-        self.scale_request = Normalise(REQUEST_FEATURES)
-        self.scale_me = Normalise(SELF_FEATURES)
+        self.central = central
         relu = 2**0.5
         self.body = nn.Sequential(
-            _linear(3 * own + len(REQUEST_FEATURES), width, relu),
+            _linear(len(NODE_FEATURES) + ABOUT + SUMMARY * central, width, relu),
             nn.ReLU(),
             _linear(width, width, relu),
             nn.ReLU(),
         )
         self.last = _linear(width, 1, 1.0)
 
-    def summary(self, nodes: Tensor, me: Tensor, present: Tensor) -> Tensor:
-        """Mean and maximum over providers [B, N] of their own features; `present` [B, N] 1 for real ones."""
-        own = torch.cat([self.scale_nodes(nodes[..., 0, :]), self.scale_me(me)], -1) * present.unsqueeze(-1)
-        return torch.cat([own.sum(-2) / present.sum(-1, keepdim=True), own.amax(-2)], -1)
+    def forward(self, own: Tensor, about: Tensor, summary: Tensor) -> Tensor:
+        """Values [M] (normalised) of providers in a situation.
 
-    def forward(self, nodes: Tensor, request: Tensor, me: Tensor, summary: Tensor) -> Tensor:
-        """Values [M] (normalised) of providers with these views in markets with this `summary` [M, ...]."""
-        own = torch.cat([self.scale_nodes(nodes[..., 0, :]), self.scale_me(me)], -1)
-        value: Tensor = self.last(self.body(torch.cat([own, self.scale_request(request), summary], -1)))
+        Normalised features, own [M, len(NODE_FEATURES)] of the own node, about [M, ABOUT] as in `Inputs`; `summary`
+        [M, SUMMARY] of the market, which an independent critic (`central` false) does not read.
+        """
+        seen = [own, about, summary] if self.central else [own, about]
+        value: Tensor = self.last(self.body(torch.cat(seen, -1)))
         return value.squeeze(-1)

@@ -38,6 +38,7 @@ from agents.view import (
     RECORD,
     RUNNING,
     SENT_SINCE,
+    SLOWDOWN_S,
     SPEED_RANK,
     VALUE,
     WAITING,
@@ -59,53 +60,90 @@ class Policy(Protocol):
 
 
 class Setting(NamedTuple):
-    """One number of a rule, 0 to `high`."""
+    """One number of a rule, 0 to `high`; `eval.tune` looks for the best between the two of `search`."""
 
     default: float
     meaning: str
     high: float = 1e9
+    search: tuple[float, float] | None = None
 
 
-ACCEPT_WAIT_S = Setting(30.0, "longest expected time to the first token, s, at which others' work is taken")
-OWN_MARGIN = Setting(1.0, "a peer must be expected to finish in less than this times the own time")
+ACCEPT_WAIT_S = Setting(
+    30.0, "longest expected time to the first token, s, at which others' work is taken", search=(0.5, 200.0)
+)
+OWN_MARGIN = Setting(1.0, "a peer must be expected to finish in less than this times the own time", search=(0.7, 1.2))
+SLOWDOWN = Setting(0.0, "weight of the delay that a request brings to those running beside it", search=(0.0, 2.0))
+PACE_WEIGHT = Setting(1.0, "exponent of the in-flight evidence", 10.0, search=(0.0, 2.0))
+RECORD_WEIGHT = Setting(1.0, "exponent of the record of completed work", 10.0, search=(0.0, 2.0))
+OVERDUE_WEIGHT = Setting(1.0, "seconds added for each second overdue", search=(0.0, 2.0))
+URGENCY = Setting(
+    2.0, "loose work goes anywhere when its slack is less than this times its expected time", search=(1.0, 4.0)
+)
+CAP_FAST = Setting(0.3, "KV use up to which the fastest node takes loose work", search=(0.0, 1.0))
+CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
+
+PRICE_SLOPE = Setting(4.0, "own price bin at full KV use", search=(0.0, 7.0))
+
+FINISH = {"accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN}
+TRUST = {"pace": PACE_WEIGHT, "record": RECORD_WEIGHT, "overdue": OVERDUE_WEIGHT}
+CAP = {"urgency": URGENCY, "cap_fast": CAP_FAST, "cap_slow": CAP_SLOW}
+
+
+def _tuned(settings: dict[str, Setting], **defaults: float) -> dict[str, Setting]:
+    """Settings with the defaults that `eval.tune` found best over all kinds of market."""
+    return {key: each._replace(default=defaults[key]) for key, each in settings.items()}
+
 
 RULES: dict[str, dict[str, Setting]] = {
     "single": {},
     "random": {},
     "power_of_two": {},
     "www_serve": {
-        "target_kv_use": Setting(TARGET_KV_USE, "KV use below which a request runs here, and others' work is taken"),
-        "offload": Setting(0.8, "chance to look for a peer, each time", 1.0),
-        "queue": Setting(0.2, "chance to queue here when no peer takes it", 1.0),
-        "accept": Setting(0.8, "chance to take others' work", 1.0),
-        "probes": Setting(3, "peers probed, at most"),
+        "target_kv_use": Setting(
+            TARGET_KV_USE, "KV use below which a request runs here, and others' work is taken", search=(0.2, 1.0)
+        ),
+        "offload": Setting(0.8, "chance to look for a peer, each time", 1.0, (0.0, 1.0)),
+        "queue": Setting(0.2, "chance to queue here when no peer takes it", 1.0, (0.0, 1.0)),
+        "accept": Setting(0.8, "chance to take others' work", 1.0, (0.0, 1.0)),
+        "probes": Setting(3, "peers probed, at most", search=(1.0, 8.0)),
     },
-    "earliest_finish": {"accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN},
-    "earliest_finish_trust": {
-        "accept_wait_s": ACCEPT_WAIT_S,
-        "own_margin": OWN_MARGIN,
-        "pace": Setting(1.0, "exponent of the in-flight evidence", 10.0),
-        "record": Setting(1.0, "exponent of the record of completed work", 10.0),
-        "overdue": Setting(1.0, "seconds added for each second overdue"),
-    },
-    "deadline_first": {
-        "accept_wait_s": ACCEPT_WAIT_S,
-        "own_margin": OWN_MARGIN,
-        "urgency": Setting(2.0, "loose work is placed when its slack is less than this times its expected time"),
-    },
-    "rank_cap": {
-        "accept_wait_s": ACCEPT_WAIT_S,
-        "own_margin": OWN_MARGIN,
-        "urgency": Setting(2.0, "loose work goes anywhere when its slack is less than this times its expected time"),
-        "cap_fast": Setting(0.3, "KV use up to which the fastest node takes loose work"),
-        "cap_slow": Setting(0.8, "and the slowest"),
-    },
-    "best_value": {"accept_wait_s": ACCEPT_WAIT_S, "price_slope": Setting(4.0, "own price bin at full KV use")},
+    "earliest_finish": _tuned(FINISH, accept_wait_s=0.51, own_margin=0.958, slowdown=1.89),
+    "earliest_finish_trust": _tuned(
+        FINISH | TRUST, accept_wait_s=0.596, own_margin=0.911, slowdown=0, pace=1, record=1.32, overdue=1
+    ),
+    "deadline_first": _tuned(
+        FINISH | {"urgency": URGENCY}, accept_wait_s=5.01, own_margin=0.928, slowdown=0, urgency=1.37
+    ),
+    "rank_cap": _tuned(
+        FINISH | CAP, accept_wait_s=0.842, own_margin=0.993, slowdown=1.78, urgency=1.92, cap_fast=0.3, cap_slow=0.413
+    ),
+    "trust_cap": _tuned(
+        FINISH | TRUST | CAP,
+        accept_wait_s=1.06,
+        own_margin=0.843,
+        slowdown=1.52,
+        pace=0.799,
+        record=1.21,
+        overdue=1.43,
+        urgency=3.46,
+        cap_fast=0.0332,
+        cap_slow=0.363,
+    ),
+    "best_value": _tuned(
+        {"accept_wait_s": ACCEPT_WAIT_S, "price_slope": PRICE_SLOPE}, accept_wait_s=30, price_slope=2.38
+    ),
 }
 _IDS = {name: k for k, name in enumerate(RULES)}
 (
-    _SINGLE, _RANDOM, _POWER_OF_TWO, _WWW_SERVE, _EARLIEST, _TRUST, _DEADLINE_FIRST, _RANK_CAP, _BEST_VALUE,
+    _SINGLE, _RANDOM, _POWER_OF_TWO, _WWW_SERVE, _EARLIEST, _TRUST, _DEADLINE_FIRST, _RANK_CAP, _TRUST_CAP, _BEST_VALUE,
 ) = range(len(RULES))  # fmt: skip
+# Every rule's settings as a kernel reads them; a rule that lacks one has it at a value without effect.
+(
+    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST, _CAP_SLOW, _PRICE_SLOPE,
+    _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
+) = range(15)  # fmt: skip
+_COLUMNS = (*FINISH, *TRUST, *CAP, "price_slope", *RULES["www_serve"])
+_WITHOUT = {"own_margin": 1.0}
 
 
 @kernel
@@ -115,17 +153,22 @@ def _node_of(route: int) -> int:
 
 
 @kernel
-def _earliest(nodes: Singles, routes: Bytes, own_margin: float, pace: float, record: float, overdue: float) -> int:
-    """The legal route that is expected to finish first, peers' times discounted by what is known of their delivery."""
+def _time_to(node: Singles, p: Floats) -> float:
+    """A node's expected finish, discounted by what is known of its delivery, plus the delay it brings to others, s."""
+    trust = math.exp(p[_PACE] * max(0.0, node[PACE]) + p[_RECORD] * max(0.0, node[RECORD]))
+    return float(node[FINISH_S] * trust + p[_OVERDUE] * node[OVERDUE] + p[_SLOWDOWN] * node[SLOWDOWN_S])
+
+
+@kernel
+def _earliest(nodes: Singles, routes: Bytes, p: Floats) -> int:
+    """The legal route that is expected to finish first."""
     best = LOCAL
-    soonest_s = nodes[0, FINISH_S] * own_margin
+    soonest_s = _time_to(nodes[0], p) * p[_OWN_MARGIN]
     for route in range(FIRST_CANDIDATE, ROUTES):
         if routes[route]:
-            node = nodes[_node_of(route)]
-            trust = math.exp(pace * max(0.0, node[PACE]) + record * max(0.0, node[RECORD]))
-            finish_s = node[FINISH_S] * trust + overdue * node[OVERDUE]
-            if finish_s < soonest_s:
-                best, soonest_s = route, finish_s
+            time_s = _time_to(nodes[_node_of(route)], p)
+            if time_s < soonest_s:
+                best, soonest_s = route, time_s
     return best
 
 
@@ -152,28 +195,29 @@ def _load(node: Singles) -> float:
 @kernel
 def _www_serve(p: Floats, nodes: Singles, request: Singles, routes: Bytes, dice: Floats) -> int:
     """The published dispatch: here while there is room, else a peer drawn by stake, else the own queue or wait."""
-    if nodes[0, KV_USE] < p[0]:
+    if nodes[0, KV_USE] < p[_TARGET_KV_USE]:
         return LOCAL
-    if dice[0] < p[1]:
-        for k in range(min(int(request[N_CANDIDATES]), int(p[4]))):
+    if dice[0] < p[_OFFLOAD]:
+        for k in range(min(int(request[N_CANDIDATES]), int(p[_PROBES]))):
             if routes[FIRST_CANDIDATE + k]:
                 return FIRST_CANDIDATE + k
-    if dice[1] < p[2]:
+    if dice[1] < p[_QUEUE]:
         return LOCAL
     return HOLD
 
 
 @kernel
-def _capped(nodes: Singles, routes: Bytes, cap_fast: float, cap_slow: float) -> int:
+def _capped(nodes: Singles, routes: Bytes, p: Floats) -> int:
     """The earliest finish among nodes whose KV use is under their cap by speed rank; hold if there is none."""
     best = HOLD
     soonest_s = np.inf
     for route in range(LOCAL, ROUTES):
         if routes[route]:
             node = nodes[_node_of(route)]
-            cap = cap_fast + (cap_slow - cap_fast) * node[SPEED_RANK]
-            if node[KV_USE] < cap and node[WAITING] < 0.5 and node[FINISH_S] < soonest_s:
-                best, soonest_s = route, node[FINISH_S]
+            cap = p[_CAP_FAST] + (p[_CAP_SLOW] - p[_CAP_FAST]) * node[SPEED_RANK]
+            time_s = _time_to(node, p)
+            if node[KV_USE] < cap and node[WAITING] < 0.5 and time_s < soonest_s:
+                best, soonest_s = route, time_s
     return best
 
 
@@ -193,7 +237,10 @@ def _best_value(nodes: Singles, request: Singles, routes: Bytes) -> int:
 
 @kernel
 def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes, dice: Floats) -> int:
-    """The route of one view by the rule of this number with settings `p`; it may hold where the mask forbids that."""
+    """The route of one view by the rule of this number with settings `p` [len(_COLUMNS)].
+
+    It may hold where the mask forbids that.
+    """
     if rule == _SINGLE:
         return LOCAL
     if rule == _RANDOM:
@@ -203,17 +250,16 @@ def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes
         return b if _load(nodes[_node_of(b)]) < _load(nodes[_node_of(a)]) else a
     if rule == _WWW_SERVE:
         return _www_serve(p, nodes, request, routes, dice)
-    if rule == _EARLIEST:
-        return _earliest(nodes, routes, p[1], 0.0, 0.0, 0.0)
-    if rule == _TRUST:
-        return _earliest(nodes, routes, p[1], p[2], p[3], p[4])
     if rule == _BEST_VALUE:
         return _best_value(nodes, request, routes)
-    best = _earliest(nodes, routes, p[1], 0.0, 0.0, 0.0)
-    if request[LOOSENESS] > 0.0 and request[LAST_SLACK_S] > p[2] * nodes[_node_of(best), FINISH_S]:
-        if rule == _RANK_CAP:
-            return _capped(nodes, routes, p[3], p[4])
-        if nodes[_node_of(best), KV_USE] > TARGET_KV_USE or nodes[_node_of(best), WAITING] > 0.5:
+    best = _earliest(nodes, routes, p)
+    if rule in (_EARLIEST, _TRUST) or request[LOOSENESS] <= 0.0:
+        return best
+    node = nodes[_node_of(best)]
+    if request[LAST_SLACK_S] > p[_URGENCY] * _time_to(node, p):
+        if rule != _DEADLINE_FIRST:
+            return _capped(nodes, routes, p)
+        if node[KV_USE] > TARGET_KV_USE or node[WAITING] > 0.5:
             return HOLD
     return best
 
@@ -246,13 +292,13 @@ def _decide(
         terms[k, ONLY_IF_NONE_HELD] = 0.0
         price[k] = 1
         if rule == _WWW_SERVE:
-            terms[k, MAX_KV_USE] = p[0]
-            terms[k, PROBABILITY] = p[3]
+            terms[k, MAX_KV_USE] = p[_TARGET_KV_USE]
+            terms[k, PROBABILITY] = p[_ACCEPT]
             terms[k, ONLY_IF_NONE_HELD] = 1.0
         elif rule >= _EARLIEST:
-            terms[k, MAX_WAIT_S] = p[0]
+            terms[k, MAX_WAIT_S] = p[_ACCEPT_WAIT_S]
         if rule == _BEST_VALUE:
-            price[k] = min(int(p[1] * nodes[k, 0, KV_USE]), PRICES - 1)
+            price[k] = min(int(p[_PRICE_SLOPE] * nodes[k, 0, KV_USE]), PRICES - 1)
 
 
 class Rule:
@@ -273,7 +319,7 @@ class Rule:
             if not 0.0 <= value <= high:
                 raise ValueError(f"rule {name}: setting {key} is {value!r}, expected 0 to {high:g}")
         self._id = _IDS[name]
-        self._values = np.array([*self.settings.values(), 0.0])
+        self._values = np.array([self.settings.get(key, _WITHOUT.get(key, 0.0)) for key in _COLUMNS])
 
     def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
         """See `Policy.decide`. `actions` must be contiguous arrays."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES
-from agents.estimate import chance_on_time, expect
+from agents.estimate import chance_on_time, expect, slowdown
 from agents.kernel import Bytes, Floats, Ints, Singles, kernel
 from agents.knowledge import (
     AD_HELD,
@@ -33,7 +33,7 @@ from agents.knowledge import (
 )
 from agents.protocol import MICRO, PER_REQUEST
 
-VIEW_VERSION = 1
+VIEW_VERSION = 2
 
 
 class Feature(NamedTuple):
@@ -53,6 +53,7 @@ NODE_FEATURES = (
     Feature("chance", "share", 0, 1, "linear", "chance to be on time, mean over the deadlines"),
     Feature("first_token_s", "s", 0, 1e4, "log", "expected time from now to the first token"),
     Feature("token_s", "s", 0, 1, "log", "expected time per token"),
+    Feature("slowdown_s", "s", 0, 1e4, "log", "delay it would bring to the requests that run there, summed"),
     Feature("finish_rank", "share", 0, 1, "linear", "share of the other nodes in view expected to finish it earlier"),
     Feature("speed_rank", "share", 0, 1, "linear", "share of the other nodes in view that decode faster when idle"),
     Feature("kv_use", "share", 0, 1, "linear", "share of the KV cache in use"),
@@ -95,8 +96,8 @@ SELF_FEATURES = (
 
 NODES = 1 + CANDIDATES  # slot 0 is the own node
 (
-    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING, WAITING, HELD_TIGHTER,
-    HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, STAKE, PACE, RECORD, OVERDUE, AGE_S, DUEL_RATE, REFUSED,
+    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, SLOWDOWN_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING, WAITING,
+    HELD_TIGHTER, HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, STAKE, PACE, RECORD, OVERDUE, AGE_S, DUEL_RATE, REFUSED,
 ) = range(len(NODE_FEATURES))  # fmt: skip
 (
     PROMPT, OUTPUT, OUTPUT_SIGMA, VALUE, WAITED_S, FIRST_SLACK_S, LAST_SLACK_S, LOOSENESS, REFUSALS, N_CANDIDATES,
@@ -191,6 +192,7 @@ def write_node(
     row[OWN] = 1.0 if own else 0.0
     row[FIRST_TOKEN_S] = first_s
     row[TOKEN_S] = token_s
+    row[SLOWDOWN_S] = slowdown(advert, sent)
     row[FINISH_S] = first_s + known[CLASS_MEAN] * token_s
     row[CHANCE] = chance_on_time(
         deadlines, waited_s, first_s, token_s, known[CLASS_MEDIAN], known[CLASS_SIGMA], known[CLASS_MAX]

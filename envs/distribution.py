@@ -11,7 +11,7 @@ import numpy as np
 from agents.hardware import Profile, iteration_s, profile
 from envs.scenario import Lengths, Lognormal, Scenario, parse
 
-Kind = Literal["honest", "lying", "switching", "deadlines"]
+Kind = Literal["honest", "lying", "switching", "deadlines", "conversation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FAMILY = "qwen3"
@@ -19,6 +19,7 @@ FAMILY = "qwen3"
 CHAT_SHARE = 0.7
 _PROMPT = Lognormal(150.0, 0.5, 2048)
 _OUTPUT = Lognormal(4000.0, 0.75, 8192)  # thresholds of 200 to 400 s belong to these lengths
+_CHAT_OUTPUT, _CHAT_THRESHOLDS_S = 200.0, (5.0, 10.0, 15.0, 20.0, 30.0)  # mean, and the thresholds that belong to it
 _GPU_WEIGHTS = {
     "rtx-4090": 0.25, "rtx-3090": 0.25, "rtx-6000-ada": 0.2, "a100-80g": 0.15, "a40": 0.1, "h100": 0.05
 }  # fmt: skip
@@ -44,13 +45,23 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
 
     honest: load 0.6 to 1.1 of capacity. lying: the same, and up to a third of the providers, mostly slow ones,
     advertise less load and more speed than they have. switching: they do so for a part of the run only. deadlines: load
-    0.7 to 1.3, chat and batch requests, priced per 1000 tokens. In all, load is uneven between providers, steady,
+    0.7 to 1.3, chat and batch requests, priced per 1000 tokens. conversation: honest, with short requests, many, and
+    tight thresholds, in a sixth of the time. In all, load is uneven between providers, steady,
     alternating or bursty in time, and providers may leave or join. Raises ValueError for another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    lengths = Lengths(_PROMPT, _OUTPUT if rng.random() < 0.5 else _random_output(rng))
-    mapping: dict[str, Any] = {"name": kind, "duration_s": duration_s}
+    workload = rng.random()
+    lengths = Lengths(_PROMPT, _OUTPUT if workload < 0.5 else _random_output(rng))
+    thresholds_s, usual = (200.0, 250.0, 300.0, 350.0, 400.0), _OUTPUT.mean
+    mapping: dict[str, Any] = {"name": kind}
+    if kind == "conversation":
+        lengths = _conversation(rng)
+        thresholds_s, usual = _CHAT_THRESHOLDS_S, _CHAT_OUTPUT
+        mapping["decision_interval_s"] = float(rng.choice([0.25, 0.5, 1.0]))
+        mapping["economy"] = {"initial_credit": 100_000}
+        duration_s = duration_s / 6  # which are many requests nevertheless
+    mapping["duration_s"] = duration_s
     outputs = [(1.0, lengths.output)]
     if kind == "deadlines":
         chat = Lognormal(float(rng.uniform(100, 400)), 0.6, 1024)
@@ -67,8 +78,8 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
         }
     else:
         classes = {}
-    scale = lengths.output.mean / _OUTPUT.mean
-    mapping["slo"] = {"thresholds_s": [round(scale * seconds, 1) for seconds in (200, 250, 300, 350, 400)]}
+    scale = lengths.output.mean / usual
+    mapping["slo"] = {"thresholds_s": [round(scale * seconds, 1) for seconds in thresholds_s]}
     if classes:
         mapping["slo"]["classes"] = classes
 
@@ -100,6 +111,12 @@ def _lognormal(lengths: Lognormal) -> dict[str, Any]:
 def _random_output(rng: np.random.Generator) -> Lognormal:
     """Output lengths of another workload: median 1500 to 4500 tokens."""
     return Lognormal(float(np.exp(rng.uniform(np.log(1500), np.log(4500)))), float(rng.uniform(0.5, 0.9)), 8192)
+
+
+def _conversation(rng: np.random.Generator) -> Lengths:
+    """Prompts of 200 to 1500 tokens and answers of 80 to 300 at the median."""
+    prompt = Lognormal(float(np.exp(rng.uniform(np.log(200), np.log(1500)))), float(rng.uniform(0.5, 1.0)), 4096)
+    return Lengths(prompt, Lognormal(float(rng.uniform(80, 300)), float(rng.uniform(0.5, 0.9)), 2048))
 
 
 def _fits(gpu: str, model: str) -> bool:

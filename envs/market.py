@@ -277,6 +277,43 @@ def _clip_length(w, r, j):
 
 
 @kernel
+def _in_time(left_s, expected_s):
+    """Chance that what is expected to take `expected_s` is done within `left_s`: `chance_on_time` for one deadline and
+    a known length, of log-logistic error, the tails beyond a factor of 3 cut off."""
+    if left_s >= 3.0 * expected_s:
+        return 1.0
+    if 3.0 * left_s <= expected_s:
+        return 0.0
+    return 1.0 / (1.0 + (expected_s / left_s) ** (1.702 / PREDICTION_SIGMA))
+
+
+@kernel
+def _reprice(w, i, j, token_s):
+    """Predict anew the value of what runs on engine j, which decodes at `token_s` once it takes provider i's request.
+
+    What the change of pace does to the requests that run there is credited to provider i; what happened since they were
+    last predicted is not.
+    """
+    m, q, e = w.m, w.q, w.e[j]
+    _, now_token_s = expect(w.p[j].own, -1.0, 0.0)
+    for k in range(e.running):
+        r = e.slots[k]
+        if q[r].kind != USER:
+            continue
+        o, c = q[r].origin, q[r].klass
+        left = max(1.0, float(q[r].output - tokens_out(e, q, r)))
+        before, after = 0.0, 0.0
+        for t in range(m.n_deadlines):
+            left_s = q[r].arrival_s + m.deadlines[c, t] - m.now_s
+            before += _in_time(left_s, left * now_token_s)
+            after += _in_time(left_s, left * token_s)
+        worth = w.p[o].known[c, CLASS_VALUE] / m.n_deadlines
+        before, after = worth * before, worth * after
+        w.p[i].effect += (1.0 if o == i else m.team_weight) * (after - before)
+        _expect_value(w, r, after)
+
+
+@kernel
 def _place(w, r, j, at_s, first_s, token_s):
     """Submit request r to provider j's engine at `at_s`, and count its predicted value into its origin's potential.
 
@@ -284,6 +321,8 @@ def _place(w, r, j, at_s, first_s, token_s):
     """
     q = w.q
     _clip_length(w, r, j)
+    if w.m.by_decision == 1 and q[r].kind == USER:
+        _reprice(w, q[r].origin, j, token_s)
     o, c = q[r].origin, q[r].klass
     q[r].executor = j
     q[r].status = IN_ENGINE
@@ -295,7 +334,9 @@ def _place(w, r, j, at_s, first_s, token_s):
             deadlines, at_s - q[r].arrival_s, first_s, token_s, float(q[r].output), PREDICTION_SIGMA, 1e9
         )
         if q[r].kind == USER:
-            _expect_value(w, r, w.p[o].known[c, CLASS_VALUE] * chance)
+            value = w.p[o].known[c, CLASS_VALUE] * chance
+            w.p[o].effect += value - q[r].predicted
+            _expect_value(w, r, value)
 
 
 @kernel
@@ -822,6 +863,7 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
         p[i].flow = 0.0
         p[i].transfers = 0.0
         p[i].arrived = 0.0
+        p[i].effect = 0.0
     for k in range(n):
         i = (k + m.steps) % n
         if not active[i]:
@@ -849,18 +891,30 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
             p[i].potential = 0.0  # what is not done by now counts as missed
             p[i].arrived = 0.0
 
+    _pay(w, reward, given)
+
+
+@kernel
+def _pay(w, reward, given):
+    """What the step paid to each provider, and what of it the arrivals brought; see `envs.state.Reward`."""
+    m, p, before = w.m, w.p, w.before
+    n = m.n_providers
     discount = m.gamma**m.elapsed_s if m.dense == 1 else 0.0
     mean = 0.0
     mean_given = 0.0
     for i in range(n):
         p[i].profit += p[i].flow + p[i].transfers
-        paid = p[i].flow + (p[i].transfers if m.count_transfers == 1 else 0.0)
-        before[i] = paid + (discount * p[i].potential - before[i] if m.dense == 1 else 0.0)
+        transfers = p[i].transfers if m.count_transfers == 1 else 0.0
+        if m.by_decision == 1:
+            reward[i] = p[i].effect + (1.0 - m.team_weight) * transfers
+            continue
+        before[i] = p[i].flow + transfers + (discount * p[i].potential - before[i] if m.dense == 1 else 0.0)
         mean += before[i] / n
         mean_given += discount * p[i].arrived / n
-    for i in range(n):
-        reward[i] = (1.0 - m.team_weight) * before[i] + m.team_weight * mean
-        given[i] = (1.0 - m.team_weight) * discount * p[i].arrived + m.team_weight * mean_given
+    if m.by_decision == 0:
+        for i in range(n):
+            reward[i] = (1.0 - m.team_weight) * before[i] + m.team_weight * mean
+            given[i] = (1.0 - m.team_weight) * discount * p[i].arrived + m.team_weight * mean_given
 
 
 @kernel

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.decision import ADMITS, HOLD, PRICES, ROUTES, set_admit
-from agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, normalise
+from agents.view import HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, normalise
 from envs.batch import MarketBatch
 from envs.scenario import Scenario
 from envs.state import MarketPlan, Reward, Shape, plan
@@ -26,14 +26,37 @@ SEED_BOUND = 2**63
 Sampler = Callable[[np.random.Generator], Scenario]
 
 
+def observe(views: Views) -> NDArray[np.float32]:
+    """Views [...] as normalised vectors [..., OBSERVATION_SIZE], in the order that `MarketVecEnv` gives."""
+    nodes = normalise(views.nodes, NODE_FEATURES)
+    parts = (
+        nodes.reshape(*nodes.shape[:-2], -1),
+        normalise(views.request, REQUEST_FEATURES),
+        normalise(views.me, SELF_FEATURES),
+    )
+    return np.clip(np.concatenate(parts, axis=-1), -1.0, 1.0)
+
+
+def closed_routes(views: Views, active: NDArray[np.bool_], route: NDArray[np.integer]) -> tuple[int, int]:
+    """How many requests `route` [...] decides on, and for how many of them it is not open.
+
+    An inactive provider, or one without a request, decides on none.
+    """
+    decided = active & (views.me[..., HAS_REQUEST] > 0.5)
+    is_open = np.take_along_axis(views.routes, np.asarray(route, np.int64)[..., None], axis=-1)[..., 0] == 1
+    return int(decided.sum()), int((decided & ~is_open).sum())
+
+
 class MarketVecEnv(VecEnv):
     """`markets` markets of P providers each, as markets * P environments: provider p of market b is number b * P + p.
 
     Observations: float32 [num_envs, OBSERVATION_SIZE], features in [-1, 1], see `agents.view.normalise`: node by node,
     own first, then the request, then the provider itself. Actions: (route, admit, price), see `agents.decision`. A
-    route that is not open becomes hold, a price beyond those posted becomes the highest; `env_method("action_masks")`
-    gives what is open, for algorithms that mask. An action is ignored unless the provider was `active`, see the infos,
-    which also have `elapsed_s`, the seconds that the step took.
+    route that is not open becomes hold (where holding is no longer allowed, the request runs here), a price beyond
+    those posted becomes the highest; `env_method("action_masks")` gives what is open, for algorithms that mask. Since
+    construction, `decisions` counts the requests decided on, `invalid` those whose route was not open. An action is
+    ignored unless the provider was `active`, see the infos, which also have `elapsed_s`, the seconds that the step
+    took.
 
     A market that reaches its horizon is truncated, never terminated: its infos have `TimeLimit.truncated` and
     `terminal_observation`, and it starts again with another seed. Markets draw their seeds, and their scenarios if
@@ -48,9 +71,11 @@ class MarketVecEnv(VecEnv):
         seed: int | None = None,
         threads: int = 1,
         reward: Reward | None = None,
+        arrivals: bool = True,
     ) -> None:
         """Market b runs scenario b modulo their number at every start, or what a sampler draws at each.
 
+        `arrivals`: rewards count what arrivals bring, whatever is decided; to a learner that part is only noise.
         Raises ValueError where scenarios differ in their number of providers, at once or when a sampler draws another.
         """
         if markets < 1:
@@ -64,7 +89,9 @@ class MarketVecEnv(VecEnv):
             if not self._scenarios:
                 raise ValueError("scenarios is empty, expected at least one")
         self._markets, self._threads, self._reward = markets, threads, reward
+        self._arrivals = arrivals
         self._providers = 0
+        self.decisions = self.invalid = 0
         self._seed_markets(seed)
         self.batch = self._make([self._plan(b) for b in range(markets)])
         self._fresh = True
@@ -87,7 +114,7 @@ class MarketVecEnv(VecEnv):
             self.batch = self._make([self._plan(b) for b in range(self._markets)])
         self._fresh = False
         self.reset_infos = self._infos()
-        return self._observe(self.batch.views).reshape(self.num_envs, -1)
+        return observe(self.batch.views).reshape(self.num_envs, -1)
 
     def step_async(self, actions: NDArray[np.integer]) -> None:
         """Take in actions [num_envs, 3]. Raises ValueError for a shape or a choice that does not exist."""
@@ -103,19 +130,22 @@ class MarketVecEnv(VecEnv):
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Step all markets; observations, rewards, dones and infos of every environment."""
+        decided, closed = closed_routes(self.batch.views, self.batch.active, self._actions.route)
+        self.decisions += decided
+        self.invalid += closed
         self.batch.step(self._actions)
         self._fresh = False
-        rewards = self.batch.reward.reshape(-1).copy()
+        rewards = (self.batch.reward if self._arrivals else self.batch.reward - self.batch.given).reshape(-1).copy()
         over = self.batch.over.copy()
         infos = self._infos()
-        observations = self._observe(self.batch.views)
+        observations = observe(self.batch.views)
         for b in np.flatnonzero(over):
             for p in range(self._providers):
                 info = infos[b * self._providers + p]
                 info["terminal_observation"] = observations[b, p].copy()
                 info["TimeLimit.truncated"] = True
             self._restart(b)
-            observations[b] = self._observe(Views(*(each[b] for each in self.batch.views)))
+            observations[b] = observe(Views(*(each[b] for each in self.batch.views)))
         return observations.reshape(self.num_envs, -1), rewards, np.repeat(over, self._providers), infos
 
     def action_masks(self) -> NDArray[np.bool_]:
@@ -193,14 +223,3 @@ class MarketVecEnv(VecEnv):
     def _infos(self) -> list[dict[str, Any]]:
         active, elapsed_s = self.batch.active.tolist(), self.batch.elapsed_s.tolist()
         return [{"active": each, "elapsed_s": s} for row, s in zip(active, elapsed_s, strict=True) for each in row]
-
-    @staticmethod
-    def _observe(views: Views) -> NDArray[np.float32]:
-        """Normalised vectors [..., OBSERVATION_SIZE]."""
-        nodes = normalise(views.nodes, NODE_FEATURES)
-        parts = (
-            nodes.reshape(*nodes.shape[:-2], -1),
-            normalise(views.request, REQUEST_FEATURES),
-            normalise(views.me, SELF_FEATURES),
-        )
-        return np.clip(np.concatenate(parts, axis=-1), -1.0, 1.0)

@@ -88,6 +88,7 @@ MARKET = np.dtype(
         ("gamma", np.float64),
         ("dense", np.int64),
         ("count_transfers", np.int64),
+        ("by_decision", np.int64),
         # the run
         ("now_s", np.float64),
         ("steps", np.int64),
@@ -138,6 +139,7 @@ PROVIDER = np.dtype(
         # credits
         ("potential", np.float64),  # value of what has arrived and is not done: in full, once placed as predicted
         ("arrived", np.float64),  # value of what arrived in this step
+        ("effect", np.float64),  # what its decisions changed in the predicted value of requests in this step
         ("flow", np.float64),  # value delivered less compute cost in this step
         ("transfers", np.float64),  # payments, fees and stakes won less lost in this step
         ("profit", np.float64),  # since the start
@@ -223,6 +225,10 @@ class Reward(NamedTuple):
     delivered when it is done; else all of it when it is done."""
     transfers: bool = True
     """Count payments, fees and stakes. They cancel in the mean, so a team learns the same without them."""
+    by_decision: bool = False
+    """Pay each provider what its own decisions changed in the predicted value of all requests, those of others with
+    `team_weight`, instead of what became of requests: a difference reward (Wolpert and Tumer 2002), free of what chance
+    and others did. `dense` and `gamma` are then not read, and what arrivals bring is not part of it."""
 
 
 class MarketPlan(NamedTuple):
@@ -339,6 +345,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["prices"][0, : len(prices)] = prices
     m["team_weight"], m["gamma"], m["dense"] = reward.team_weight, reward.gamma, reward.dense
     m["count_transfers"] = reward.transfers
+    m["by_decision"] = reward.by_decision
     m["dice"] = make_dice((planned.seed, 1))
 
     providers, engines = markets.providers[b], markets.engines[b]

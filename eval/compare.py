@@ -164,7 +164,7 @@ def table(result: Tree, scenario: Scenario) -> str:
             ]
         )
     requests = next(iter(cells.values()))["requests"]
-    return f"{scenario.name}: {requests} requests with {paired['seeds']} seeds\n{_columns(rows)}"
+    return f"{scenario.name}: {requests} requests with {paired['seeds']} seeds\n{columns(rows)}"
 
 
 def regret_table(result: Tree, scenarios: Sequence[Scenario]) -> str:
@@ -183,7 +183,7 @@ def regret_table(result: Tree, scenarios: Sequence[Scenario]) -> str:
         regret = max((b - x for b, x in zip(best, scores[name], strict=True)), default=0.0)
         rows.append([name, *(f"{x:.3f}" for x in scores[name]), f"{regret:.3f}" if name in fair else ""])
     note = "slo_auc, with * goodput_value; regret is against the best policy that sees no more than a provider can"
-    return f"{note}\n{_columns(rows)}"
+    return f"{note}\n{columns(rows)}"
 
 
 def _pair(pair: Sequence[float | None], digits: int, sign: str = "") -> str:
@@ -193,7 +193,7 @@ def _pair(pair: Sequence[float | None], digits: int, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}" + (f" ±{half:.{digits}f}" if half is not None else "")
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
     """Text in columns: the first to the left, the others to the right."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = [

@@ -33,11 +33,13 @@ _STYLES: dict[str, tuple[Any, str, str]] = {
     "earliest_finish_trust": ("-.", "^", "#d55e00"),
     "deadline_first": ((0, (3, 1, 1, 1)), "v", "#cc79a7"),
     "rank_cap": ((0, (7, 2)), "P", "#e69f00"),
+    "trust_cap": ((0, (4, 1, 1, 1, 1, 1, 1, 1)), "d", "#117733"),
     "best_value": ((0, (1, 1)), "<", "#8c6bb1"),
     "centralized": ("--", "1", "#333333"),
     "omniscient": ("-.", "2", "#333333"),
 }
-_OTHERS = (("-", "H", "#a6761d"), ("--", ">", "#1b7837"), ("-.", "X", "#762a83"), (":", "p", "#b2182b"))
+_OTHERS = (("-", "H", "#a6761d"), ("--", ">", "#1b7837"), ("-.", "X", "#762a83"), (":", "p", "#b2182b"),
+           ((0, (9, 2, 1, 2)), "h", "#4d4d4d"), ((0, (2, 2)), "8", "#006d5b"))  # fmt: skip
 _COLUMNS = 3  # panels in a row
 _SETTINGS = {
     "figure.dpi": 150,

@@ -1,4 +1,4 @@
-"""Policies by what a user types: the name of a rule or a router, or the folder of a bundle."""
+"""Policies by what a user types: the name of a rule or a router, `learned`, or the folder of a bundle."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from agents.rules import RULES, Policy, Rule
 from envs.oracle import ORACLES, Oracle
 
 DEFAULT_POLICIES = (*RULES, *ORACLES)
+LEARNED = "learned"  # the policy that the project ships
 
 
 class PolicyError(ValueError):
@@ -19,7 +20,8 @@ def load_policy(argument: str) -> Policy | Oracle:
     """The policy that `argument` stands for. Raises PolicyError.
 
     A rule, with settings where they differ from its tuned ones (`rank_cap` or `rank_cap:cap_fast=0.2,urgency=3`; the
-    policy is then named so in full); `centralized` or `omniscient`, which see everything; else the folder of a bundle.
+    policy is then named so in full); `centralized` or `omniscient`, which see everything; `learned`, the policy that
+    the project ships; else the folder of a bundle.
     """
     name, colon, settings = argument.partition(":")
     if name in RULES:
@@ -33,11 +35,13 @@ def load_policy(argument: str) -> Policy | Oracle:
         return rule
     if argument in ORACLES:
         return Oracle(argument)
+    if argument == LEARNED:
+        return _load_bundle(argument, runtime.DEFAULT_BUNDLE)
     if Path(argument).is_dir():
-        return _load_bundle(argument)
+        return _load_bundle(argument, Path(argument))
     raise PolicyError(
         f"unknown policy {argument!r}, expected a rule ({', '.join(RULES)}), a router that sees everything "
-        f"({', '.join(ORACLES)}) or the folder of a bundle"
+        f"({', '.join(ORACLES)}), {LEARNED} or the folder of a bundle"
     )
 
 
@@ -70,8 +74,8 @@ def _settings(argument: str, text: str) -> dict[str, float]:
     return settings
 
 
-def _load_bundle(folder: str) -> Policy:
+def _load_bundle(argument: str, folder: Path) -> Policy:
     try:
         return runtime.load(folder)
     except ValueError as error:
-        raise PolicyError(f"policy {folder!r}: {error}") from None
+        raise PolicyError(f"policy {argument!r}: {error}") from None

@@ -11,6 +11,7 @@ from envs.batch import MarketBatch, RequestTable
 from envs.oracle import Oracle
 from envs.scenario import Scenario
 from envs.state import MarketPlan, plan
+from eval.metrics import measure, score
 
 REQUESTS_AT_ONCE = 200_000  # bounds memory; about 0.3 KB each
 
@@ -30,6 +31,13 @@ def rollout(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int], *
     The seed settles arrivals, lengths and every other chance: policies with the same seed face the same requests.
     """
     return [run for plans in _chunks(scenario, seeds) for run in _run(plans, policy, threads)]
+
+
+def scores(policy: Policy | Oracle, plans: Sequence[MarketPlan], *, threads: int = 1) -> NDArray[np.float64]:
+    """The score [P] of `policy` in each planned market: `eval.metrics.score` says which measure that is."""
+    runs = _run(list(plans), policy, threads)
+    named = ((measure(run.requests, p.scenario), score(p.scenario.slo)) for run, p in zip(runs, plans, strict=True))
+    return np.array([measured[name] for measured, name in named], np.float64)
 
 
 def _chunks(scenario: Scenario, seeds: Sequence[int]) -> Iterator[list[MarketPlan]]:

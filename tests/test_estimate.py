@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from agents import knowledge as k
-from agents.estimate import chance_on_time, expect
+from agents.estimate import CONTEXT_PRIOR, chance_on_time, expect, slowdown
 from agents.kernel import Floats
 
 # A node with 8 slots; a typical request stands at 100 + 0.62 * 200 = 224 tokens of context.
@@ -78,8 +78,8 @@ def test_the_kv_cache_bounds_how_many_run_at_once() -> None:
 def test_a_queue_shows_that_a_node_is_full_whatever_its_mean_context_says() -> None:
     full = node(running=3, waiting=2, kv_tokens=19_900)
     token_s = expect(full, 0.0, 100.0)[1]
-    context = (19_900 + 4 * TYPICAL) / 7
-    at_once = 20_000 / context
+    context = (19_900 + CONTEXT_PRIOR * TYPICAL) / (3 + CONTEXT_PRIOR)
+    at_once = min(8.0, 20_000 / context)
     assert at_once > 6  # so by slots and mean context all six would run
     decode_s = 0.010 + 6e-4 + 1e-7 * 6 * context
     expected_s = 3 * 200 * token_s / at_once + 2 * 0.004 + 0.014 + decode_s
@@ -105,6 +105,29 @@ def test_more_work_never_means_sooner(running: int, waiting: int, kv_tokens: flo
     ):
         assert worse[0] * eps >= now[0] and worse[1] * eps >= now[1]
     assert all(math.isfinite(x) and x > 0 for x in now)
+
+
+def test_a_newcomer_slows_those_that_run() -> None:
+    """Each has 0.62 * 200 = 124 tokens to go; the newcomer adds 0.1 ms and 224 tokens' reading to every iteration."""
+    slower_s = 1e-4 + 224 * 1e-7
+    assert slowdown(node(), 0.0) == 0.0
+    assert slowdown(node(running=3), 0.0) == pytest.approx(3 * 124 * slower_s, rel=1e-12)
+    assert slowdown(node(running=1, waiting=1), 2.0) == pytest.approx(4 * 124 * slower_s, rel=1e-12)
+    assert slowdown(node(running=8, waiting=7), 9.0) == pytest.approx(8 * 124 * slower_s, rel=1e-12)  # of those at once
+    context = (8 * 1000 + CONTEXT_PRIOR * TYPICAL) / (8 + CONTEXT_PRIOR)  # what runs shows longer contexts
+    long = slowdown(node(running=8, kv_tokens=8000), 0.0)
+    assert long == pytest.approx(8 * 124 * (1e-4 + context * 1e-7), rel=1e-12)
+    assert slowdown(node(running=8, AD_KV_CAPACITY=1120.0), 0.0) == pytest.approx(5 * 124 * slower_s, rel=1e-12)
+    assert slowdown(node(running=3, AD_MEAN_OUTPUT=0.0), 0.0) == pytest.approx(
+        3 * 0.62 * (1e-4 + (3 * TYPICAL + CONTEXT_PRIOR * 100.62) / (3 + CONTEXT_PRIOR) * 1e-7), rel=1e-12
+    )
+
+
+def test_slowdown_is_what_expect_says_of_the_pace() -> None:
+    """The delay to each is that of its remaining tokens at the pace with and without the newcomer."""
+    for running in (1, 3, 6):
+        decode_s = [expect(node(running=n), 0.0, 1.0)[1] - (n + 1) / 200 * 0.004 for n in (running - 1, running)]
+        assert slowdown(node(running), 0.0) == pytest.approx(running * 124 * (decode_s[1] - decode_s[0]), rel=1e-9)
 
 
 def chance(deadlines: list[float], tokens: float, median: float, sigma: float, longest: float = 1e9) -> float:

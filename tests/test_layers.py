@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "train": {"agents", "envs", "eval"},
 }
 
-TRAINING_LIBRARIES = {"torch", "pettingzoo", "gymnasium", "stable_baselines3"}
+TRAINING_LIBRARIES = {"torch", "pettingzoo", "gymnasium", "stable_baselines3", "onnx", "onnxscript", "onnxruntime"}
 LIGHT_PACKAGES = {"agents", "serving"}
 MAY_NEED_TRAINING_LIBRARIES = {"agents/network.py", "agents/checkpoint.py"}
 
@@ -104,6 +104,7 @@ def test_imports_point_down(layer):
         ("serving/app.py", "from importlib import import_module\nx = import_module('envs.emulator')"),
         ("serving/app.py", "__import__('pettingzoo')"),
         ("serving/network.py", "import stable_baselines3.common"),
+        ("agents/runtime.py", "import onnxruntime"),
         ("eval/compare.py", "from train.mappo import Args"),
         ("train/mappo.py", "import serving"),
     ],

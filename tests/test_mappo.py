@@ -1,123 +1,373 @@
-"""The training script, run short."""
+"""The training script, run short; as a script, this file is training with few validation markets."""
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from agents.network import Actor, Critic
+from agents.rules import Rule
 from agents.runtime import load
-from train.mappo import Args, Collector, Learner, ValueScale, joint, log_probs, training_plans, validation_plans
+from eval import regret
+from eval.tune import best_for
+from train import mappo
+from train.mappo import Args, Learner, Processes, ValueScale, even_share, seconds_to_beat
+from train.rollout import Collector, Source
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--agent-steps", "6000", "--markets", "8", "--rollout-steps", "64", "--validation-markets", "1", "--no-wandb",
-         "--scenarios", "paper/alternating-queue", "--threads", "1", "--kinds", "honest", "deadlines"]  # fmt: skip
+SHORT = [
+    "--markets", "8", "--rollout-steps", "8", "--imitate-steps", "900", "--agent-steps", "2400",
+    "--checkpoint-every", "2", "--validation-markets", "2", "--duration-s", "40", "--drain-s", "10", "--threads", "1",
+    "--no-report", "--no-wandb",
+]  # fmt: skip
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "train" / "mappo.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600, check=False)
+def start(out: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--out", str(out), *SHORT, *arguments]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env, start_new_session=True
+    )
 
 
-def small(**changes) -> tuple[Collector, Learner]:
-    args = Args(markets=6, rollout_steps=48, threads=1, wandb=False, **changes)
-    torch.manual_seed(args.seed)
-    actor, critic = Actor(args.width), Critic(args.width)
-    scale = ValueScale(critic.last)
-    return Collector(args, actor, critic, scale), Learner(args, actor, critic, scale)
+def run(out: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
+    process = start(out, *arguments, launcher=launcher)
+    try:
+        stdout, stderr = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers, which are in sessions of their own
+        stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def test_a_short_run_leaves_a_policy_a_log_a_comparison_and_figures(tmp_path):
-    done = run("--out", str(tmp_path / "run"), *SHORT, "--compare-seeds", "2")
-    assert done.returncode == 0, done.stderr
-    assert load(tmp_path / "run" / "policy").manifest["training"]["agent_steps"] == 6000
-    lines = [json.loads(line) for line in (tmp_path / "run" / "progress.jsonl").read_text().splitlines()]
-    assert lines[0]["agent_steps"] == 0 and lines[-1]["agent_steps"] >= 6000
-    assert "www_serve" in lines[0]["rules"]["honest"]
-    cells = json.loads((tmp_path / "run" / "comparison.json").read_text())["scenarios"]["paper/alternating-queue"]
-    assert {"learned", "www_serve", "centralized", "omniscient"} < set(cells)
-    assert list((tmp_path / "run" / "figures").glob("*.png"))
-    for name in cells:
-        assert name in done.stdout
+def state_of(out: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(out / "resume.pt", weights_only=True)
+    return state
 
 
-def test_one_seed_gives_one_policy_and_another_seed_another(tmp_path):
-    policies = []
-    for k, seed in enumerate(("5", "5", "6")):
-        done = run("--out", str(tmp_path / str(k)), *SHORT, "--compare-seeds", "0", "--seed", seed)
-        assert done.returncode == 0, done.stderr
-        policies.append((tmp_path / str(k) / "progress.jsonl").read_text())
-    scores = [[json.loads(line)["scores"] for line in text.splitlines()] for text in policies]
-    assert scores[0] == scores[1]
-    assert scores[0] != scores[2]
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """All numbers of a nested state, in order."""
+    if isinstance(tree, dict):
+        return [x for key in tree for x in tensors(tree[key])]
+    if isinstance(tree, list | tuple):
+        return [x for each in tree for x in tensors(each)]
+    return [torch.as_tensor(tree)] if isinstance(tree, torch.Tensor | float | int) else []
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
+
+
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+LEARNED = ("actor", "critic", "optimiser", "scale", "best")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit, but for what depends on the clock."""
+    one, two = state_of(a), state_of(b)
+    for key in LEARNED:
+        left, right = tensors(one[key]), tensors(two[key])
+        assert left and len(left) == len(right)
+        for x, y in zip(left, right, strict=True):
+            assert torch.equal(x, y), key
+    for key in ("updates", "agent_steps", "lines", "checkpoint", "best"):
+        assert one["progress"][key] == two["progress"][key], key
+    for x, y in zip(lines_of(a), lines_of(b), strict=True):
+        assert x.pop("seconds") > 0 or x["agent_steps"] == 0
+        y.pop("seconds")
+        assert x == y
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finished = run(out)
+    assert finished.returncode == 0, finished.stderr
+    assert "agent-steps in" in finished.stdout
+    return out
+
+
+# What a run leaves.
+
+
+def test_a_run_leaves_a_policy_a_log_and_a_summary(done: Path) -> None:
+    summary = json.loads((done / "summary.json").read_text())
+    assert summary["agent_steps"] >= 2400
+    assert summary["agent_steps_per_s"] == pytest.approx(summary["agent_steps"] / summary["seconds"])
+    assert set(summary["split_s"]) == {"rollout", "update", "validation"}
+    assert 0 < sum(summary["split_s"].values()) <= summary["seconds"] * 1.01
+    lines = lines_of(done)
+    assert set(summary["seconds_to_beat"]) == set(next(iter(lines[0]["rules"].values())))
+    for seconds in summary["seconds_to_beat"].values():
+        assert seconds is None or seconds in {line["seconds"] for line in lines}
+    assert summary["seeds"]["training"] == 1
+    assert summary["seeds"]["validation_first"] < summary["seeds"]["test_first"]
+    assert summary["processes"] == 1 and summary["device"] == "cpu"
+    assert load(done / "policy").name == "learned"
+
+
+def test_every_checkpoint_is_validated_against_the_rules(done: Path) -> None:
+    lines = lines_of(done)
+    assert lines[0]["agent_steps"] == 0 and lines[-1]["agent_steps"] >= 2400
+    assert len(lines) >= 3
+    fair = [name for name in lines[0]["rules"]["random/honest"] if name != "centralized"]
+    for line in lines:
+        behind = [max(rules[name] for name in fair) - line["scores"][f] for f, rules in lines[0]["rules"].items()]
+        assert line["worst_regret"] == pytest.approx(max(behind))
+        assert line["mean_regret"] == pytest.approx(float(np.mean(behind)))
+    assert len({json.dumps(line["scores"]) for line in lines}) > 1  # it learns something
+    best = min(line["worst_regret"] + line["mean_regret"] for line in lines)
+    assert state_of(done)["progress"]["best"] == best
+
+
+def test_the_policy_is_the_best_on_validation(done: Path) -> None:
+    best = state_of(done)["best"]
+    weights = load(done / "policy").weights
+    assert set(best) == set(weights)
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(weight, best[name].numpy())
+
+
+# Killed and resumed.
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(done: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    rng = random.Random(os.getpid())
+    process = start(out, "--resume")  # where nothing is, that is to begin
+    try:
+        deadline_s = time.monotonic() + 120
+        while not (out / "resume.pt").exists() or len((out / "progress.jsonl").read_bytes().splitlines()) < 2:
+            assert process.poll() is None and time.monotonic() < deadline_s
+            time.sleep(0.01)
+        delay_s = rng.uniform(0.0, 0.5)
+        time.sleep(delay_s)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, f"it was over after {delay_s} s"
+    before = state_of(out)["progress"]
+    assert before["agent_steps"] < 2400
+    with open(out / "progress.jsonl", "a") as file:  # killed between the log and the checkpoint, in the midst of a line
+        file.write('{"seconds": 9.0, "agent')
+    (out / ".resume.pt").write_bytes(b"half")
+    finished = run(out, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert_same_run(done, out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["agent_steps"] == json.loads((done / "summary.json").read_text())["agent_steps"]
+    assert summary["seconds"] > before["seconds"]
+
+
+def test_another_runs_checkpoint_is_refused(done: Path) -> None:
+    before = (done / "resume.pt").read_bytes(), (done / "progress.jsonl").read_bytes()
+    finished = run(done, "--resume", "--gamma", "0.5")
+    assert finished.returncode == 2
+    refused = [line for line in finished.stderr.splitlines() if line.startswith("mappo: ")]
+    assert len(refused) == 1 and "gamma 0.99, expected 0.5" in refused[0]
+    assert "Traceback" not in finished.stderr
+    assert ((done / "resume.pt").read_bytes(), (done / "progress.jsonl").read_bytes()) == before
+
+
+# Two processes.
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    arguments = ("--agent-steps", "600", "--imitate-steps", "300", "--markets", "7", "--minibatches", "2")
+    one = run(tmp_path / "one", *arguments)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    two = run(tmp_path / "two", *arguments, launcher=launcher)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    states = [state_of(tmp_path / name) for name in ("one", "two")]
+    assert states[0]["progress"]["agent_steps"] == states[1]["progress"]["agent_steps"]
+    for key in ("actor", "critic", "scale"):
+        for x, y in zip(*(tensors(state[key]) for state in states), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+
+
+# Refusals.
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the script says when it refuses these arguments."""
+    monkeypatch.setattr(sys, "argv", ["mappo.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        mappo.main()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--markets", "0"], "--markets is 0"), (["--gamma", "1.5"], "--gamma is 1.5"),
-     (["--compare-seeds", "1"], "--compare-seeds is 1"), (["--scenarios", "paper/nothing"], "paper/nothing"),
-     (["--kinds", "odd"], "odd")],
-)  # fmt: skip
-def test_a_bad_argument_is_refused_by_name_before_anything_runs(arguments, named, tmp_path):
-    done = run("--out", str(tmp_path / "run"), "--no-wandb", *arguments)
-    assert done.returncode == 2
-    assert named in done.stderr and "Traceback" not in done.stderr
+    [
+        (["--markets", "0"], "--markets is 0, expected at least 1"),
+        (["--gamma", "1.5"], "--gamma is 1.5, expected 0 to 1"),
+        (["--gae-lambda", "-0.1"], "--gae-lambda is -0.1, expected 0 to 1"),
+        (["--team-weight", "2"], "--team-weight is 2"),
+        (["--checkpoint-every", "0"], "--checkpoint-every is 0, expected at least 1"),
+        (["--minibatches", "9", "--markets", "8"], "--minibatches is 9, expected at most --markets, 8"),
+        (["--imitate-steps", "-1"], "--imitate-steps is -1, expected at least 0"),
+        (["--device", "nothing"], "--device is nothing: "),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device is cuda: ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one"),
+        ),
+    ],
+)
+def test_a_bad_argument_is_refused_in_one_line_before_anything_runs(
+    arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shown = refused(monkeypatch, capsys, "--out", str(tmp_path / "run"), "--no-wandb", *arguments)
+    assert named in shown and shown.startswith("mappo: ") and shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_training_markets_are_never_those_of_validation():
-    args = Args()
-    seeds = {next(plans).seed for plans in [training_plans(args)] for _ in range(50)}
-    assert not seeds & {p.seed for group in validation_plans(args).values() for p in group}
+@pytest.mark.parametrize("arguments", [["--kinds", "odd"], ["--reward", "odd"], ["--speed", "9"], ["--markets", "x"]])
+def test_what_is_no_argument_is_refused(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = refused(monkeypatch, capsys, "--out", str(tmp_path / "run"), "--no-wandb", *arguments)
+    assert arguments[-1].lstrip("-") in shown and "Traceback" not in shown
+    assert not (tmp_path / "run").exists()
 
 
-def test_what_is_stored_is_what_was_decided():
-    collector, _ = small()
-    rollout = collector.collect()
-    d = rollout.decisions
-    assert (d.routes.gather(1, d.route.unsqueeze(1)) == 1).all()
-    with torch.no_grad():
-        again = joint(*log_probs(collector.actor, d.nodes, d.request, d.me, d.routes), d)
-    torch.testing.assert_close(again, d.log_prob, rtol=1e-4, atol=1e-4)
-    assert len(torch.unique(d.route)) > 3
-    assert rollout.agent_steps > 48 * 6
+def test_a_place_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    shown = refused(monkeypatch, capsys, "--out", str(tmp_path / "file"), "--no-wandb")
+    assert shown.startswith("mappo: ") and "file" in shown and shown.count("\n") == 1
 
 
-def test_markets_end_and_begin_anew_within_a_rollout():
-    collector, _ = small(duration_s=60.0, drain_s=5.0)
-    rollout = collector.collect()
-    rollout_2 = collector.collect()
-    assert rollout.cut.sum() + rollout_2.cut.sum() >= 3
-    for each in (rollout, rollout_2):
-        steps, markets = np.nonzero(each.cut)
-        assert np.abs(each.cut_value[steps, markets]).max(initial=1e-9) > 0
+# The parts.
 
 
-def test_an_update_makes_better_decisions_likelier():
-    collector, learner = small()
-    rollout = collector.collect()
-    d = rollout.decisions
-    # Pay for running the request at home, and for nothing else.
-    flat = torch.where(d.route == 1, 1.0, -1.0)
-    before = log_probs(learner.actor, d.nodes, d.request, d.me, d.routes)[0][:, 1].detach()
-    for _ in range(60):
-        learner.descend(d, flat, torch.zeros_like(flat))
-    after = log_probs(learner.actor, d.nodes, d.request, d.me, d.routes)[0][:, 1].detach()
-    choice = d.routes.sum(1) > 1
-    assert after[choice].exp().mean() > before[choice].exp().mean() + 0.1
+def small(**changes: Any) -> tuple[Learner, Any]:
+    """A learner, and a rollout of its untrained policy."""
+    changes = {
+        "markets": 6,
+        "rollout_steps": 24,
+        "threads": 1,
+        "wandb": False,
+        "kinds": ("honest", "deadlines"),
+    } | changes
+    args = Args(**changes)
+    learner = Learner(args, Processes())
+    source = Source(1, args.kinds, 60.0, 10.0, 4000, 1000)
+    reward = mappo.Reward(1.0, gamma=1.0, transfers=False, by_decision=True)
+    teachers = {kind: best_for(kind) for kind in args.kinds}
+    collector = Collector(source, reward, args.markets, threads=1, teachers=teachers)
+    collector.renew(0)
+    net = mappo.net_of(mappo.weights_of(learner.actor))
+    return learner, collector.collect(net, 0, args.rollout_steps)
 
 
-def test_value_scale_follows_the_returns_and_leaves_the_values_as_they_were():
-    critic = Critic(16)
-    scale = ValueScale(critic.last)
+def test_imitation_comes_to_agree_with_the_teacher() -> None:
+    learner, rollout = small(most_decisions=100_000, learning_rate=3e-3)
+    first = learner.update(rollout, 0, True)["imitation_loss"]
+    for k in range(1, 8):
+        last = learner.update(rollout, k, True)["imitation_loss"]
+    assert last < 0.9 * first
+
+
+def test_an_update_makes_better_decisions_likelier() -> None:
+    """Pay for running a request at home, and for nothing else."""
+    learner, rollout = small(imitation=0.0, entropy=0.0)
+    batch, _ = learner.batch(rollout)
+    at_home = batch.choice[:, 0] == 1
+    batch = batch._replace(advantage=torch.where(at_home, 1.0, -1.0))
+    free = batch.view.routes.sum(1) > 1
+    assert at_home[free].any() and (~at_home[free]).any()
+
+    def chance() -> float:
+        with torch.no_grad():
+            return float(torch.softmax(learner.actor(batch.view)[0], -1)[free, 1].mean())
+
+    before = chance()
+    for _ in range(40):
+        learner.descend(batch, len(at_home), False)
+    assert chance() > before + 0.03
+
+
+def test_an_update_leaves_alone_what_is_not_learned() -> None:
+    """Terms and prices, unless asked for; and what the critic sees of the market, if it is independent."""
+    learner, rollout = small(imitation=0.0)
+    before = [weight.detach().clone() for weight in (learner.actor.admit.weight, learner.actor.price.weight)]
+    learner.update(rollout, 0, False)
+    for old, now in zip(before, (learner.actor.admit.weight, learner.actor.price.weight), strict=True):
+        assert torch.equal(old, now)
+
+
+def test_a_minibatch_is_made_of_whole_markets_and_only_so_many_decisions_are_learned_from() -> None:
+    learner, rollout = small(most_decisions=40, epochs=1, minibatches=2)
+    seen: list[int] = []
+    descend = learner.descend
+
+    def count(d: Any, total: int, imitate: bool) -> dict[str, float]:
+        assert len(d.choice) == total
+        seen.append(total)
+        return descend(d, total, imitate)
+
+    learner.descend = count  # type: ignore[method-assign]
+    learner.update(rollout, 0, True)
+    assert len(rollout.decisions.step) > 80
+    assert 15 <= sum(seen) <= 70
+
+
+def test_even_shares_are_even_and_always_the_same() -> None:
+    step, market = (x.ravel() for x in np.meshgrid(np.arange(64), np.arange(192)))
+    share = even_share(step, market, np.zeros_like(step), 3)
+    assert (share >= 0).all() and (share < 1).all()
+    counts = np.histogram(share, 20, (0, 1))[0] / len(share)
+    np.testing.assert_allclose(counts, 0.05, atol=0.01)
+    np.testing.assert_array_equal(share, even_share(step, market, np.zeros_like(step), 3))
+    assert (share != even_share(step, market, np.zeros_like(step), 4)).mean() > 0.99
+
+
+def test_value_scale_follows_the_returns_and_leaves_the_values_as_they_were() -> None:
+    last = torch.nn.Linear(16, 1)
+    scale = ValueScale(last)
     rng = np.random.default_rng(2)
     hidden = torch.randn(50, 16)
-    before = scale.unscaled(critic.last(hidden))
+    before = scale.unscaled(last(hidden))
     for _ in range(40):
-        scale.update(torch.from_numpy(rng.normal(5.0, 2.0, 4000)))
-    torch.testing.assert_close(scale.unscaled(critic.last(hidden)), before, rtol=1e-4, atol=1e-4)
+        returns = rng.normal(5.0, 2.0, 4000)
+        scale.update(float(returns.mean()), float((returns**2).mean()))
+    torch.testing.assert_close(scale.unscaled(last(hidden)), before, rtol=1e-4, atol=1e-4)
     assert scale.mean == pytest.approx(5.0, abs=0.1) and scale.std == pytest.approx(2.0, rel=0.05)
+
+
+def test_seconds_to_beat_counts_packaged_scenarios_alone() -> None:
+    rule = {"paper/a": 0.5, "trace/b": 0.6, "random/honest": 0.9}
+    scores = [(0.6, 0.5, 1.0), (0.6, 0.6, 1.0), (0.51, 0.61, 0.0), (0.9, 0.9, 0.9)]
+    lines = [{"seconds": 10.0 * k, "scores": dict(zip(rule, each, strict=True))} for k, each in enumerate(scores)]
+    assert seconds_to_beat(lines, rule) == 20.0
+    assert seconds_to_beat(lines[:2], rule) is None
+
+
+def few_families(first_seed: int, count: int, seeds: int) -> regret.Families:
+    """Random markets alone: packaged scenarios take minutes."""
+    return {name: plans[:1] for name, plans in FAMILIES(first_seed, count, seeds, ()).items()}
+
+
+FAMILIES = regret.families
+
+if __name__ == "__main__":
+    regret.families = few_families
+    regret.yardsticks = lambda: [Rule("single"), best_for("honest")]
+    mappo.main()

@@ -160,7 +160,8 @@ def test_every_setting_is_read(name: str) -> None:
     dice = np.random.default_rng(14).random((400, 4))
     usual = decide(Rule(name), views, dice)
     for key, setting in RULES[name].items():
-        changed = [decide(Rule(name, {key: x}), views, dice) for x in (0.0, min(setting.high, 10 * setting.default))]
+        extremes = 0.0, min(setting.high, 10 * max(1.0, setting.default))
+        changed = [decide(Rule(name, {key: x}), views, dice) for x in extremes]
         assert any((a != b).any() for actions in changed for a, b in zip(usual, actions, strict=True)), key
 
 
@@ -177,6 +178,17 @@ def test_actions_that_would_be_lost_are_refused() -> None:
 
 
 # Each rule, by hand.
+
+PLAIN = {
+    "accept_wait_s": 30.0, "own_margin": 1.0, "slowdown": 0.0, "pace": 1.0, "record": 1.0, "overdue": 1.0,
+    "urgency": 2.0, "cap_fast": 0.3, "cap_slow": 0.8, "price_slope": 4.0,
+}  # fmt: skip
+
+
+def by_hand(name: str, settings: dict[str, float] | None = None) -> Rule:
+    """A rule whose settings do not follow the tuning."""
+    return Rule(name, {key: x for key, x in PLAIN.items() if key in RULES[name]} | (settings or {}))
+
 
 NODE = {"finish_s": 10.0, "chance": 0.5, "kv_use": 0.5, "duel_rate": 0.5}
 REQUEST = {"value": 1.0, "last_slack_s": 100.0, "output": 200.0}
@@ -206,24 +218,24 @@ def terms(rule: Rule, views: Views | None = None) -> Floats:
 
 
 def test_single_runs_everything_here_and_is_open_to_others() -> None:
-    assert route(Rule("single"), scene({"finish_s": 9999, "kv_use": 1}, {"finish_s": 1})) == LOCAL
-    assert terms(Rule("single")).tolist() == [INF, INF, 1, 0]
+    assert route(by_hand("single"), scene({"finish_s": 9999, "kv_use": 1}, {"finish_s": 1})) == LOCAL
+    assert terms(by_hand("single")).tolist() == [INF, INF, 1, 0]
 
 
 def test_random_takes_each_legal_route_as_often() -> None:
     views = scene({}, {}, {}, {}, refused=(B,))
-    got = [route(Rule("random"), views, u) for u in np.arange(0.005, 1, 0.01)]
+    got = [route(by_hand("random"), views, u) for u in np.arange(0.005, 1, 0.01)]
     routes, counts = np.unique(got, return_counts=True)
     assert routes.tolist() == [LOCAL, A, C]
     assert counts.tolist() == [33, 34, 33] or sorted(counts) == [33, 33, 34]
-    assert route(Rule("random"), views, 1 - 2**-33) == C
+    assert route(by_hand("random"), views, 1 - 2**-33) == C
 
 
 def test_power_of_two_takes_the_less_loaded_of_two() -> None:
     loads = {"running": 2, "waiting": 1}, {"running": 1, "waiting": 5}, {"running": 2}, {"running": 1, "sent": 3}
     views = scene(*loads)  # 3, 6, 2, 4: own, A, B, C
     first = {LOCAL: 0.1, A: 0.3, B: 0.6, C: 0.9}
-    best = {(a, b): route(Rule("power_of_two"), views, first[a], first[b]) for a in first for b in first}
+    best = {(a, b): route(by_hand("power_of_two"), views, first[a], first[b]) for a in first for b in first}
     order = [B, LOCAL, C, A]
     assert best == {(a, b): min(a, b, key=order.index) for a in first for b in first}
 
@@ -232,75 +244,94 @@ FULL = {"kv_use": 0.9}
 
 
 def test_www_serve_runs_here_below_its_target() -> None:
-    rule = Rule("www_serve")
+    rule = by_hand("www_serve")
     assert route(rule, scene({"kv_use": 0.6499}, {}), 0.01) == LOCAL
     assert route(rule, scene({"kv_use": 0.6501}, {}), 0.01) == A
-    assert route(Rule("www_serve", {"target_kv_use": 0.9}), scene({"kv_use": 0.8}, {}), 0.01) == LOCAL
+    assert route(by_hand("www_serve", {"target_kv_use": 0.9}), scene({"kv_use": 0.8}, {}), 0.01) == LOCAL
 
 
 def test_www_serve_offloads_queues_and_waits_with_its_chances() -> None:
-    rule, views = Rule("www_serve"), scene(FULL, {"finish_s": 999}, {"finish_s": 1})
+    rule, views = by_hand("www_serve"), scene(FULL, {"finish_s": 999}, {"finish_s": 1})
     assert route(rule, views, 0.79, 0.01) == A  # in the order drawn, whatever is expected of it
     assert route(rule, views, 0.81, 0.19) == LOCAL
     assert route(rule, views, 0.81, 0.21) == HOLD
-    rule = Rule("www_serve", {"offload": 0.3, "queue": 0.6})
+    rule = by_hand("www_serve", {"offload": 0.3, "queue": 0.6})
     assert route(rule, views, 0.29) == A
     assert [route(rule, views, 0.31, u) for u in (0.59, 0.61)] == [LOCAL, HOLD]
 
 
 def test_www_serve_probes_three_at_most() -> None:
-    rule, peers = Rule("www_serve"), [{}, {}, {}, {}]
+    rule, peers = by_hand("www_serve"), [{}, {}, {}, {}]
     assert route(rule, scene(FULL, *peers, refused=(A,)), 0.5, 0.9) == B
     assert route(rule, scene(FULL, *peers, refused=(A, B)), 0.5, 0.9) == C
     assert route(rule, scene(FULL, *peers, refused=(A, B, C)), 0.5, 0.9) == HOLD
     assert route(rule, scene(FULL, *peers, refused=(A, B, C)), 0.5, 0.1) == LOCAL
-    assert route(Rule("www_serve", {"probes": 4}), scene(FULL, *peers, refused=(A, B, C)), 0.5, 0.9) == D
-    assert route(Rule("www_serve", {"probes": 0}), scene(FULL, *peers), 0.5, 0.9) == HOLD
+    assert route(by_hand("www_serve", {"probes": 4}), scene(FULL, *peers, refused=(A, B, C)), 0.5, 0.9) == D
+    assert route(by_hand("www_serve", {"probes": 0}), scene(FULL, *peers), 0.5, 0.9) == HOLD
     assert route(rule, scene(FULL), 0.5, 0.9) == HOLD
 
 
 def test_www_serve_runs_here_what_may_wait_no_longer() -> None:
-    assert route(Rule("www_serve"), scene(FULL, {}, refused=(HOLD,)), 0.9, 0.9) == LOCAL
+    assert route(by_hand("www_serve"), scene(FULL, {}, refused=(HOLD,)), 0.9, 0.9) == LOCAL
 
 
 def test_www_serve_accepts_below_its_target_with_nothing_held_by_chance() -> None:
-    offered = terms(Rule("www_serve"))
+    offered = terms(by_hand("www_serve"))
     assert offered.size == TERMS_SIZE
     assert accept(offered, 500.0, 0.64, 0, 0.79)  # however long the wait
     assert not accept(offered, 0.0, 0.66, 0, 0.1)
     assert not accept(offered, 0.0, 0.1, 1, 0.1)
     assert not accept(offered, 0.0, 0.1, 0, 0.81)
-    other = terms(Rule("www_serve", {"target_kv_use": 0.3, "accept": 0.5}))
+    other = terms(by_hand("www_serve", {"target_kv_use": 0.3, "accept": 0.5}))
     assert not accept(other, 0.0, 0.31, 0, 0.1) and not accept(other, 0.0, 0.1, 0, 0.51)
 
 
 def test_earliest_finish_takes_the_minimum() -> None:
-    rule = Rule("earliest_finish")
+    rule = by_hand("earliest_finish")
     views = scene({"finish_s": 30}, {"finish_s": 20}, {"finish_s": 12}, {"finish_s": 15})
     assert route(rule, views) == B
     assert route(rule, scene({"finish_s": 11}, {"finish_s": 20}, {"finish_s": 12})) == LOCAL
     views.routes[B] = 0
     assert route(rule, views) == C
-    assert route(Rule("earliest_finish", {"own_margin": 0.35}), views) == LOCAL  # 10.5 s here
+    assert route(by_hand("earliest_finish", {"own_margin": 0.35}), views) == LOCAL  # 10.5 s here
     assert route(rule, scene({"finish_s": 20}, {"finish_s": 20})) == LOCAL  # a tie stays
 
 
 @pytest.mark.parametrize(
-    "name", ["earliest_finish", "earliest_finish_trust", "deadline_first", "rank_cap", "best_value"]
+    "name", ["earliest_finish", "earliest_finish_trust", "deadline_first", "rank_cap", "trust_cap", "best_value"]
 )
 def test_rules_by_estimate_accept_up_to_a_wait(name: str) -> None:
-    assert terms(Rule(name, {"accept_wait_s": 7})).tolist() == [7, INF, 1, 0]
+    assert terms(by_hand(name, {"accept_wait_s": 7})).tolist() == [7, INF, 1, 0]
 
 
-def test_trust_discounts_each_kind_of_evidence() -> None:
-    rule, plain = Rule("earliest_finish_trust"), Rule("earliest_finish")
+@pytest.mark.parametrize(
+    "name", ["earliest_finish", "earliest_finish_trust", "deadline_first", "rank_cap", "trust_cap"]
+)
+def test_slowdown_counts_the_delay_to_those_beside(name: str) -> None:
+    views = scene({"finish_s": 30}, {"finish_s": 10, "slowdown_s": 12}, {"finish_s": 15, "slowdown_s": 4})
+    assert route(by_hand(name), views) == A
+    assert route(by_hand(name, {"slowdown": 0.5}), views) == A  # 16 and 17
+    assert route(by_hand(name, {"slowdown": 1}), views) == B  # 22 and 19
+    assert route(by_hand(name, {"slowdown": 10}), views) == LOCAL  # 130 and 55
+
+
+def test_slowdown_counts_under_a_cap_as_well() -> None:
+    nodes = {"finish_s": 99, "kv_use": 0.9}, {"finish_s": 10, "slowdown_s": 12}, {"finish_s": 15, "slowdown_s": 4}
+    views = scene(*({"kv_use": 0.2} | node for node in nodes), looseness=1, last_slack_s=1000)
+    assert route(by_hand("rank_cap"), views) == A
+    assert route(by_hand("rank_cap", {"slowdown": 1}), views) == B
+
+
+@pytest.mark.parametrize("name", ["earliest_finish_trust", "trust_cap"])
+def test_trust_discounts_each_kind_of_evidence(name: str) -> None:
+    rule, plain = by_hand(name), by_hand("earliest_finish")
     own, honest = {"finish_s": 30}, {"finish_s": 20}
     for bad in ({"pace": 1.0}, {"record": 1.0}, {"overdue_s": 15.0}):
         views = scene(own, {"finish_s": 10} | bad, honest)
         assert route(plain, views) == A
         assert route(rule, views) == B  # 10 e = 27, or 10 + 15 = 25, is more than 20
         (key,) = bad
-        ignored = Rule("earliest_finish_trust", {key.removesuffix("_s"): 0})
+        ignored = by_hand(name, {key.removesuffix("_s"): 0})
         assert route(ignored, views) == A
     # Together they multiply, and being early earns nothing.
     assert route(rule, scene(own, {"finish_s": 10, "pace": 0.4, "record": 0.4}, honest)) == B
@@ -310,7 +341,7 @@ def test_trust_discounts_each_kind_of_evidence() -> None:
 
 
 def test_deadline_first_places_tight_work_at_once_and_loose_work_where_there_is_room() -> None:
-    rule = Rule("deadline_first")
+    rule = by_hand("deadline_first")
     busy = scene({"finish_s": 50, "kv_use": 0.9}, {"finish_s": 20, "kv_use": 0.8})
     assert route(rule, busy) == A  # the tightest class
     busy.request[v.LOOSENESS] = 1
@@ -324,7 +355,7 @@ def test_deadline_first_places_tight_work_at_once_and_loose_work_where_there_is_
 
 
 def test_rank_cap_keeps_fast_nodes_free_of_loose_work() -> None:
-    rule = Rule("rank_cap")
+    rule = by_hand("rank_cap")
     fast, middle, slow = ({"speed_rank": rank} for rank in (0.0, 0.5, 1.0))  # caps 0.3, 0.55, 0.8
 
     def at_use(use: float, **request: float) -> Views:
@@ -337,16 +368,55 @@ def test_rank_cap_keeps_fast_nodes_free_of_loose_work() -> None:
     waiting = at_use(0.2, looseness=1)
     waiting.nodes[1, v.WAITING] = 1
     assert route(rule, waiting) == LOCAL
-    assert route(Rule("rank_cap", {"cap_fast": 0.8}), at_use(0.7, looseness=1)) == A
+    assert route(by_hand("rank_cap", {"cap_fast": 0.8}), at_use(0.7, looseness=1)) == A
 
 
 def test_rank_cap_never_holds_what_may_not_be_held() -> None:
     views = scene({"finish_s": 10, "kv_use": 0.9}, refused=(HOLD,), looseness=1)
-    assert route(Rule("rank_cap"), views) == route(Rule("deadline_first"), views) == LOCAL
+    assert route(by_hand("rank_cap"), views) == route(by_hand("deadline_first"), views) == LOCAL
+
+
+def test_trust_cap_without_trust_is_rank_cap() -> None:
+    views, dice = random_views(21, 400), np.full((400, 4), 0.5)
+    views.request[..., v.LAST_SLACK_S] = views.nodes[:, 0, v.FINISH_S] * np.linspace(0.5, 8, 400)
+    views.nodes[..., v.WAITING] = 0
+    blind = decide(by_hand("trust_cap", {"pace": 0, "record": 0, "overdue": 0}), views, dice)
+    capped = decide(by_hand("rank_cap"), views, dice)
+    for a, b in zip(blind, capped, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert set(np.unique(capped.route)) >= {HOLD, LOCAL, A, B, C, D}
+    assert (decide(by_hand("trust_cap"), views, dice).route != capped.route).mean() > 0.1
+
+
+def test_trust_cap_without_classes_is_earliest_finish_trust() -> None:
+    views, dice = random_views(22, 400), np.full((400, 4), 0.5)
+    views.request[..., v.LOOSENESS] = 0
+    settings = {"pace": 0.7, "record": 1.3, "overdue": 0.4, "own_margin": 0.8, "slowdown": 0.6}
+    for a, b in zip(
+        decide(by_hand("trust_cap", settings), views, dice),
+        decide(by_hand("earliest_finish_trust", settings), views, dice),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    views.request[..., v.LOOSENESS] = 1
+    routes = [decide(by_hand(name), views, dice).route for name in ("trust_cap", "earliest_finish_trust")]
+    assert (routes[0] != routes[1]).any()
+
+
+def test_trust_cap_holds_loose_work_back_from_a_peer_that_delivers_late() -> None:
+    """Loose work goes where there is room under the cap, by times that evidence discounts."""
+    nodes = {"finish_s": 60}, {"finish_s": 10, "pace": 1.0}, {"finish_s": 20}
+    views = scene(*({"kv_use": 0.2, "speed_rank": 0.5} | node for node in nodes), looseness=1, last_slack_s=1000)
+    assert route(by_hand("rank_cap"), views) == A
+    assert route(by_hand("trust_cap"), views) == B  # 27 s, and 20 s
+    views.request[v.LAST_SLACK_S] = 39  # less than twice 20 s: at once, to the earliest
+    assert route(by_hand("trust_cap", {"cap_fast": 0, "cap_slow": 0}), views) == B
+    views.request[v.LAST_SLACK_S] = 41
+    assert route(by_hand("trust_cap", {"cap_fast": 0, "cap_slow": 0}), views) == HOLD
 
 
 def test_best_value_weighs_cost_against_the_chance() -> None:
-    rule = Rule("best_value")
+    rule = by_hand("best_value")
     views = scene({"chance": 0.2}, {"chance": 0.9, "cost": 1.5}, {"chance": 0.7, "cost": 0.4}, value=2)
     assert route(rule, views) == B  # 0.4, 0.3, 1.0
     views.request[v.VALUE] = 10
@@ -360,5 +430,5 @@ def test_best_value_weighs_cost_against_the_chance() -> None:
 @pytest.mark.parametrize(("kv_use", "price"), [(0.0, 0), (0.24, 0), (0.26, 1), (0.6, 2), (1.0, 4)])
 def test_best_value_prices_by_use(kv_use: float, price: int) -> None:
     views = scene({"kv_use": kv_use}, {"kv_use": 0.9})
-    assert decide(Rule("best_value"), views, np.full(4, 0.5)).price == price
-    assert decide(Rule("best_value", {"price_slope": 1e9}), views, np.full(4, 0.5)).price == (7 if kv_use else 0)
+    assert decide(by_hand("best_value"), views, np.full(4, 0.5)).price == price
+    assert decide(by_hand("best_value", {"price_slope": 1e9}), views, np.full(4, 0.5)).price == (7 if kv_use else 0)

@@ -9,7 +9,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.decision import ADMITS, HOLD, LOCAL, PRICES, ROUTES, set_admit
-from agents.view import CHANCE, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, normalise
+from agents.view import CHANCE, HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, normalise
 from envs.batch import MarketBatch
 from envs.distribution import sample
 from envs.sb3 import OBSERVATION_SIZE, MarketVecEnv
@@ -90,6 +90,31 @@ def test_a_step_is_the_step_of_the_batch() -> None:
         assert not dones.any()
         differed |= np.ptp(rewards.reshape(3, 3), axis=1).max() > 0
     assert differed
+
+
+def test_rewards_without_arrivals_leave_out_what_no_decision_changes() -> None:
+    """For a market in which everything is held, that is all but the discount of what is held."""
+    rule = Reward(team_weight=0.3, gamma=1.0)
+    whole, rest = (MarketVecEnv(market(), markets=2, seed=5, reward=rule, arrivals=each) for each in (True, False))
+    whole.reset(), rest.reset()
+    hold, arrived = np.zeros((6, 3), np.int64), 0.0
+    for _ in range(5):  # no deadline has passed yet
+        (_, paid, _, _), (_, left, _, _) = whole.step(hold), rest.step(hold)
+        np.testing.assert_array_equal(left, (whole.batch.reward - whole.batch.given).reshape(-1))
+        np.testing.assert_allclose(left, 0.0, atol=1e-6)
+        arrived += float(paid.sum())
+    assert arrived == pytest.approx(float(whole.batch.markets.market["next_arrival"].sum())) and arrived > 3
+
+
+def test_it_counts_decisions_and_those_on_closed_routes() -> None:
+    env = MarketVecEnv([market(0.5), market(3.0)], markets=2, seed=0)
+    env.reset()
+    rng, requests = np.random.default_rng(0), 0
+    for _ in range(40):  # before any market starts again, and its counts with it
+        requests += int((env.batch.active & (env.batch.views.me[..., HAS_REQUEST] > 0.5)).sum())
+        env.step(random_actions(env, rng))
+    assert env.decisions == requests
+    assert 10 < env.invalid == env.batch.markets.providers["counts"][..., INVALID].sum() < requests
 
 
 def test_a_horizon_truncates_and_the_market_starts_again() -> None:

@@ -9,6 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from agents.checkpoint import weights_of
+from agents.network import Actor
+from train.bundle import export
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("agents", "envs", "serving", "train", "eval")
@@ -63,12 +68,21 @@ def test_wheel_holds_the_packages_their_data_and_the_license(wheel):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
 
 
+def test_base_install_has_the_command_and_it_verifies_a_bundle_without_torch(node_python, tmp_path):
+    torch.manual_seed(1)
+    export(weights_of(Actor(width=8)), tmp_path / "policy", {"training": {"seed": 1}, "agent_steps": 0})
+    command = node_python.with_name("wwwserve")
+    assert run(command, "policy", "verify", tmp_path / "policy", cwd=tmp_path).startswith("ok: ")
+    assert "width 8" in run(command, "policy", "show", tmp_path / "policy", cwd=tmp_path)
+
+
 def test_base_install_has_no_training_libraries(node_python, tmp_path):
     found = run(
         node_python,
         "-c",
         "from importlib.util import find_spec\n"
-        "print([name for name in ('torch', 'pettingzoo', 'gymnasium', 'stable_baselines3') if find_spec(name)])",
+        "names = ('torch', 'pettingzoo', 'gymnasium', 'stable_baselines3', 'onnx')\n"
+        "print([name for name in names if find_spec(name)])",
         cwd=tmp_path,
     )
     assert found.strip() == "[]"

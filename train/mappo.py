@@ -3,8 +3,10 @@
     python train/mappo.py --help
 
 One shared actor decides for every provider from its own view; a critic that sees the pooled state of the market serves
-training alone. Markets are drawn from `envs.distribution`; what is reported at the end comes from scenarios and seeds
-that training never saw. The file reads from top to bottom: arguments, markets, rollout, update, evaluation, the run.
+training alone. The actor first imitates the rule that is best for each kind of market, then improves on it by PPO.
+Markets are drawn from `envs.distribution`; what is reported at the end comes from markets, scenarios and seeds that
+training never saw. The file reads from top to bottom: arguments, the update, validation, the run; `train.rollout` plays
+the markets. Under `torchrun` each process has its share of the markets and gradients are summed over them.
 """
 
 import json
@@ -12,36 +14,37 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads else spin, which starves the markets' threads
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from agents.checkpoint import save, weights_of
-from agents.decision import HOLD, set_admit
-from agents.network import Actor, Critic
+from agents.checkpoint import weights_of
+from agents.forward import net_of
+from agents.network import Actor, Critic, Inputs
 from agents.rules import RULES, Policy, Rule
-from agents.runtime import LearnedPolicy, load
-from agents.view import CLASS_VALUE, HAS_REQUEST
-from envs.batch import MarketBatch
-from envs.distribution import KINDS, Kind, sample
+from agents.runtime import LearnedPolicy
+from envs.distribution import KINDS, Kind
 from envs.oracle import ORACLES, Oracle
-from envs.scenario import Scenario
 from envs.scenario import load as load_scenario
-from envs.state import MarketPlan, Reward, Shape, plan
+from envs.state import Reward
+from eval import regret
 from eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from eval.figures import draw
-from eval.metrics import measure, score
+from eval.rollout import scores
+from eval.tune import best_for
+from train.bundle import export
 from train.gae import estimate
-
-FloatArray = NDArray[np.float32]
+from train.rollout import Collector, Rollout, Situation, Source
 
 
 @dataclass
@@ -49,14 +52,18 @@ class Args:
     """Train a policy for providers in a simulated market, and compare it with the rules."""
 
     out: Path = Path("runs/default")
-    """folder of the run: policy/, progress.jsonl, comparison.json, figures/"""
+    """folder of the run: policy/, resume.pt, progress.jsonl, summary.json, comparison.json, figures/"""
     seed: int = 1
     """seed of everything that is random"""
-    agent_steps: int = 6_000_000
+    agent_steps: int = 8_000_000
     """length of training; one step is one provider in one tick of its market"""
-    markets: int = 96
-    """markets in a batch"""
-    rollout_steps: int = 128
+    imitate_steps: int = 5_000_000
+    """of these, the first to imitate the best rule for each kind of market; 0 starts from the prior alone"""
+    imitation: float = 0.3
+    """weight of imitation after that, beside the policy's own loss; 0 for none"""
+    markets: int = 192
+    """markets in a batch, over all processes"""
+    rollout_steps: int = 64
     """steps of every market between updates"""
     kinds: tuple[Kind, ...] = KINDS
     """kinds of random market to train on, evenly"""
@@ -66,21 +73,27 @@ class Args:
     """time that a training market then has to finish its requests"""
     max_requests: int = 6000
     """larger training markets are drawn again"""
+    reward: Literal["decision", "mean"] = "decision"
+    """what a provider is paid: what its own decisions changed in predicted values, or what became of requests"""
     team_weight: float = 1.0
-    """0: providers are paid their own profit; 1: the mean profit of their market"""
-    transfers: bool = False
-    """count payments between providers, which cancel in the mean of a market"""
+    """0: selfish, only own requests and payments count; 1: team, all requests of the market; between: a mixture"""
     dense: bool = True
-    """pay predicted value when a request is placed, not all of it when it is done"""
+    """with --reward mean: pay predicted value when a request is placed, not all of it when it is done"""
+    terms: bool = False
+    """learn the terms on which others' work is taken, and prices, as well; else they stay as imitated"""
+    central: bool = True
+    """a critic that sees the whole market; --no-central is independent PPO"""
     gamma: float = 0.99
     """discount per second"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.9
     """decay of the advantage estimate per second"""
     learning_rate: float = 1e-3
     """Adam's, falling linearly to zero"""
-    epochs: int = 3
+    epochs: int = 2
     """passes over each rollout"""
-    minibatches: int = 8
+    most_decisions: int = 8_000
+    """of a rollout's decisions, at most about so many are learned from, drawn evenly"""
+    minibatches: int = 4
     """parts of a rollout, each for one gradient step"""
     clip: float = 0.2
     """PPO's clip range"""
@@ -89,115 +102,80 @@ class Args:
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm"""
     width: int = 32
-    """width of the layers"""
+    """width of the actor's layers"""
     prior: float = 6.0
-    """initial preference for the node that is expected to be done first, as `earliest_finish_trust` expects it"""
+    """initial preference for the node that is expected to be done first; 0 for none"""
     threads: int = 2
-    """CPU threads, for markets and for torch"""
-    evaluate_every: int = 16
-    """updates between evaluations; the best policy on validation markets is kept"""
+    """CPU threads of each process, for markets and for torch"""
+    device: str = "cpu"
+    """where the networks learn, as torch names it: cpu, cuda, cuda:1; markets are always on the CPU"""
+    checkpoint_every: int = 24
+    """updates between checkpoints: the policy is validated, the run can be resumed from there, markets begin anew"""
     validation_markets: int = 12
-    """validation markets of each kind"""
-    scenarios: tuple[str, ...] = (
-        "paper/alternating",
-        "paper/alternating-queue",
-        "paper/mixed-hardware",
-        "paper/mixed-models",
-        "paper/bursty-churn",
-        "market/deadlines",
-        "liars/first",
-    )
-    """scenarios of the final comparison"""
-    compare_seeds: int = 32
-    """seeds of the final comparison; 0 leaves it out"""
+    """validation markets of each kind, and seeds of the packaged scenarios"""
+    report: bool = True
+    """compare the policy with every rule and router at the end"""
+    resume: bool = False
+    """go on from the last checkpoint in --out, if there is one"""
     wandb: bool = True
     """log to Weights & Biases, offline unless WANDB_MODE says otherwise"""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a value out of its range."""
         for name in ("agent_steps", "markets", "rollout_steps", "epochs", "minibatches", "width", "threads",
-                     "evaluate_every", "validation_markets", "max_requests"):  # fmt: skip
+                     "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         for name in ("gamma", "gae_lambda", "team_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 1")
-        if self.compare_seeds == 1 or self.compare_seeds < 0:
-            raise ValueError(f"--compare-seeds is {self.compare_seeds}, expected 0 or at least 2")
+        if self.minibatches > self.markets:
+            raise ValueError(f"--minibatches is {self.minibatches}, expected at most --markets, {self.markets}")
+        if self.imitate_steps < 0:
+            raise ValueError(f"--imitate-steps is {self.imitate_steps}, expected at least 0")
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
+            raise ValueError(f"--device is {self.device}: {str(error).splitlines()[0]}") from None
 
 
-# Seeds of training, validation and test never meet: training draws from generators spawned from `seed`, validation
-# markets have seeds from VALIDATION_SEED on, the final comparison from FIRST_TEST_SEED on.
+# Seeds of training, validation and test never meet: training draws market seeds below `eval.tune.SEED`, rules are tuned
+# from there on, validation markets have seeds from VALIDATION_SEED on, reports from FIRST_TEST_SEED on.
+TRAINING_SEEDS = FIRST_TEST_SEED // 4
 VALIDATION_SEED = FIRST_TEST_SEED // 2
 
 
-# Markets.
+class Processes:
+    """The processes of a run: one, or those that torchrun started."""
+
+    def __init__(self) -> None:
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        if self.world > 1:
+            dist.init_process_group("gloo")
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over all processes."""
+        if self.world > 1:
+            on_cpu = x.cpu()
+            dist.all_reduce(on_cpu)
+            x = on_cpu.to(x.device)
+        return x
+
+    def add_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Replace gradients by their sum over all processes."""
+        if self.world > 1:
+            flat = self.sum(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad = part.view_as(p)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
 
 
-def training_plans(args: Args) -> Iterator[MarketPlan]:
-    """Random markets without end, each with traffic of its own, the kinds in turn."""
-    rng = np.random.default_rng((args.seed, 0))
-    while True:
-        for kind in args.kinds:
-            while True:
-                scenario = replace(sample(kind, rng, args.duration_s), drain_s=args.drain_s)
-                planned = plan(scenario, int(rng.integers(VALIDATION_SEED)))
-                if 0 < planned.capacity <= args.max_requests:
-                    break
-            yield planned
-
-
-def validation_plans(args: Args) -> dict[str, list[MarketPlan]]:
-    """Validation markets by kind, the same for every training seed."""
-    plans = {}
-    for kind in KINDS:
-        rng = np.random.default_rng((VALIDATION_SEED, KINDS.index(kind)))
-        plans[kind] = [plan(sample(kind, rng), VALIDATION_SEED + k) for k in range(args.validation_markets)]
-    for name in args.scenarios:
-        plans[name] = [plan(load_scenario(name), VALIDATION_SEED + k) for k in range(4)]
-    return plans
-
-
-def worth_per_s(planned: MarketPlan) -> float:
-    """Value of the requests that arrive at a provider of this market in a second, on average, credits.
-
-    Rewards are divided by it, so that a busy market of valuable requests does not drown the others in a batch.
-    """
-    value = planned.known[planned.traffic.provider, planned.traffic.klass, CLASS_VALUE].sum()
-    return float(value / (planned.scenario.duration_s * len(planned.profiles)))
-
-
-# Rollout.
-
-
-class Decisions(NamedTuple):
-    """The decisions of a rollout that offer a choice, M in all, with what is needed to judge them anew."""
-
-    step: NDArray[np.int64]  # [M] which step, market and provider
-    market: NDArray[np.int64]
-    provider: NDArray[np.int64]
-    nodes: Tensor  # [M, NODES, F] the view
-    request: Tensor
-    me: Tensor
-    routes: Tensor  # [M, ROUTES] the mask, applied again in the update
-    summary: Tensor  # [M, S] the pooled state of the market, for the critic
-    priced: Tensor  # [M] whether the market has more than one price
-    route: Tensor  # [M] what was chosen
-    admit: Tensor
-    price: Tensor
-    log_prob: Tensor  # [M]
-    value: Tensor  # [M] in seconds' worth of arrivals, as are all rewards and values here
-
-
-class Rollout(NamedTuple):
-    """T steps of B markets of N providers."""
-
-    decisions: Decisions
-    reward: FloatArray  # [T, B, N]
-    elapsed_s: NDArray[np.float64]  # [T, B]
-    cut: NDArray[np.bool_]  # [T, B] the market's horizon came at the end of this step
-    cut_value: FloatArray  # [T, B, N] what would have followed it
-    last_value: FloatArray  # [B, N] what follows the rollout
-    agent_steps: int
+# The update.
 
 
 class ValueScale:
@@ -221,193 +199,157 @@ class ValueScale:
         return value * self.std + self.mean
 
     @torch.no_grad()
-    def update(self, returns: Tensor) -> None:
-        """Take in returns [M], ageing the old ones so that some ten rollouts count."""
-        mean, std = self.mean, self.std
+    def update(self, mean: float, square: float) -> None:
+        """Take in the mean and mean square of a rollout's returns, ageing the old so that some ten rollouts count."""
+        old_mean, old_std = self.mean, self.std
         self.count = self.count * 0.9 + 1.0
-        self.mean += (float(returns.mean()) - self.mean) / self.count
-        self.square += (float((returns**2).mean()) - self.square) / self.count
-        self.last.weight.mul_(std / self.std)
-        self.last.bias.mul_(std).add_(mean - self.mean).div_(self.std)
+        self.mean += (mean - self.mean) / self.count
+        self.square += (square - self.square) / self.count
+        self.last.weight.mul_(old_std / self.std)
+        self.last.bias.mul_(old_std).add_(old_mean - self.mean).div_(self.std)
 
 
-def log_probs(actor: Actor, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> tuple[Tensor, ...]:
-    """Log-probabilities of each choice of route, admit and price, [M, choices] each."""
-    logits = actor(nodes, request, me, routes)
-    return tuple(torch.log_softmax(each, -1) for each in logits)
+class Batch(NamedTuple):
+    """Decisions as tensors, [M, ...] each."""
+
+    view: Inputs
+    summary: Tensor  # [M, SUMMARY]
+    counted: Tensor  # [M, 3] 1 for what is learned of route, admit and price
+    choice: Tensor  # [M, 3]
+    log_prob: Tensor  # [M, 3]
+    lesson: Tensor  # [M, 3]
+    advantage: Tensor  # [M] normalised
+    goal: Tensor  # [M] normalised return
+
+    def pick(self, rows: Tensor) -> "Batch":
+        """Some of the decisions."""
+        return Batch(Inputs(*(x[rows] for x in self.view)), *(x[rows] for x in self[1:]))
 
 
-def joint(route: Tensor, admit: Tensor, price: Tensor, d: Decisions | Any) -> Tensor:
-    """Log-probability [M] of the choices in `d`; a price counts only where there is more than one."""
-    pairs = ((route, d.route), (admit, d.admit), (price, d.price))
-    routed, admitted, priced = (p.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) for p, chosen in pairs)
-    return routed + admitted + priced * d.priced
-
-
-def draw_from(log_p: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample one index per row by the Gumbel trick."""
-    noise = torch.rand(log_p.shape, generator=generator).clamp_(1e-7, 1 - 1e-7)
-    return (log_p - torch.log(-torch.log(noise))).argmax(-1)
-
-
-class Collector:
-    """Steps a batch of training markets with the current policy."""
-
-    def __init__(self, args: Args, actor: Actor, critic: Critic, scale: ValueScale) -> None:
-        self.args, self.actor, self.critic, self.scale = args, actor, critic, scale
-        self.plans = training_plans(args)
-        first = [next(self.plans) for _ in range(args.markets)]
-        widest = max(8, Shape.of(first).providers)
-        shape = Shape(widest, args.max_requests, 1)
-        # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
-        # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
-        rule = Reward(args.team_weight, transfers=args.transfers, gamma=1.0, dense=args.dense)
-        self.batch = MarketBatch(first, threads=args.threads, reward=rule, shape=shape)
-        self.actions = self.batch.actions()
-        self.generator = torch.Generator().manual_seed(args.seed)
-        self.worth = np.array([worth_per_s(planned) for planned in first], np.float32)
-        self.stagger()
-
-    def stagger(self) -> None:
-        """Bring the markets to different times, so that a rollout sees beginnings, middles and ends alike."""
-        rule = Rule("earliest_finish")
-        start_s = np.arange(self.args.markets) / self.args.markets * self.args.duration_s
-        views, batch = self.batch.views, self.batch
-        while (waiting := (batch.now_s < start_s) & ~batch.over).any():
-            held = batch.markets.market["over"].copy()
-            batch.markets.market["over"] = ~waiting
-            rule.decide(views, batch.active & waiting[:, None], batch.dice, self.actions)
-            batch.step(self.actions)
-            batch.markets.market["over"] |= held
-
-    def values(self, summary: Tensor) -> FloatArray:
-        """The critic's values [B, N] of all present situations."""
-        nodes, request, me, _ = (torch.from_numpy(a) for a in self.batch.views)
-        pooled = summary.unsqueeze(1).expand(-1, me.shape[1], -1)
-        return self.scale.unscaled(self.critic(nodes, request, me, pooled)).numpy()
-
-    def summary(self) -> Tensor:
-        """The pooled state [B, S] of every market."""
-        views = self.batch.views
-        return self.critic.summary(torch.from_numpy(views.nodes), torch.from_numpy(views.me), self.present())
-
-    def present(self) -> Tensor:
-        """Which provider slots [B, N] hold a provider."""
-        count = self.batch.markets.market["n_providers"]
-        return torch.from_numpy((np.arange(self.batch.providers) < count[:, None]).astype(np.float32))
-
-    @torch.no_grad()
-    def collect(self) -> Rollout:
-        """Play `rollout_steps` steps."""
-        args, batch = self.args, self.batch
-        torch.set_num_threads(1)  # a step's tensors are small: more threads would spend their time meeting
-        steps, shape = args.rollout_steps, (args.rollout_steps, batch.count, batch.providers)
-        reward, cut_value = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        elapsed_s, cut = np.zeros(shape[:2]), np.zeros(shape[:2], np.bool_)
-        taken: list[tuple[Any, ...]] = []
-        agent_steps = 0
-        for t in range(steps):
-            summary = self.summary()
-            priced = batch.markets.market["n_prices"] > 1
-            choice = batch.active & ((batch.views.me[..., HAS_REQUEST] > 0.5) | priced[:, None])
-            rows = np.nonzero(choice)
-            view = [torch.from_numpy(a[rows]) for a in batch.views]
-            pooled = summary[rows[0]]
-            probs = log_probs(self.actor, *view)
-            route, admit, price = (draw_from(p, self.generator) for p in probs)
-            one = Decisions(np.full(rows[0].size, t), *rows, *view, pooled, torch.from_numpy(priced[rows[0]]).float(),
-                            route, admit, price, route, route)  # fmt: skip
-            value = self.scale.unscaled(self.critic(view[0], view[1], view[2], pooled))
-            taken.append(one._replace(log_prob=joint(*probs, one), value=value))
-
-            self.actions.route[...] = HOLD
-            self.actions.route[rows] = route.numpy()
-            terms = self.actions.terms[rows]
-            set_admit(self.actions._replace(terms=terms), admit.numpy())
-            self.actions.terms[rows] = terms
-            self.actions.price[rows] = price.numpy()
-            batch.step(self.actions)
-            # What arrivals bring does not depend on decisions, and is only noise here.
-            reward[t] = (batch.reward - batch.given) / self.worth[:, None]
-            elapsed_s[t], cut[t] = batch.elapsed_s, batch.over
-            agent_steps += int(batch.markets.market["n_providers"][batch.elapsed_s > 0].sum())
-            if cut[t].any():
-                cut_value[t] = self.values(self.summary())
-                for b in np.nonzero(cut[t])[0]:
-                    planned = next(self.plans)
-                    batch.reset(int(b), planned)
-                    self.worth[b] = worth_per_s(planned)
-        columns = zip(*taken, strict=True)
-        decisions = Decisions(*(np.concatenate(c) if isinstance(c[0], np.ndarray) else torch.cat(c) for c in columns))
-        last_value = self.values(self.summary())
-        return Rollout(decisions, reward, elapsed_s, cut, cut_value, last_value, agent_steps)
-
-
-# Update.
-
-
-def targets(rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
-    """Advantage and return [M] of each decision."""
-    d = rollout.decisions
-    at = (d.step, d.market, d.provider)
-    decided = np.zeros(rollout.reward.shape, np.bool_)
-    value = np.zeros(rollout.reward.shape, np.float32)
-    decided[at] = True
-    value[at] = d.value.numpy()
-    advantage = estimate(
-        rollout.reward, rollout.elapsed_s, decided, value, rollout.cut, rollout.cut_value, rollout.last_value,
-        args.gamma, args.gae_lambda,
-    )  # fmt: skip
-    picked = torch.from_numpy(advantage[at])
-    return picked, picked + d.value
+def even_share(*keys: NDArray[np.int64] | int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each row of integer `keys`, spread evenly and always the same for the same keys."""
+    mixed = np.uint64(0)
+    for key in keys:
+        mixed = (mixed ^ np.asarray(key, np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = mixed ^ (mixed >> np.uint64(29))
+    return (mixed * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
 class Learner:
     """Adam over actor and critic."""
 
-    def __init__(self, args: Args, actor: Actor, critic: Critic, scale: ValueScale) -> None:
-        self.args, self.actor, self.critic, self.scale = args, actor, critic, scale
-        self.parameters = [*actor.parameters(), *critic.parameters()]
+    def __init__(self, args: Args, processes: Processes) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.processes = args, processes
+        self.actor = Actor(args.width, args.prior).to(args.device)
+        self.critic = Critic(central=args.central).to(args.device)
+        self.scale = ValueScale(self.critic.last)
+        self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
         self.optimiser = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=1e-5)
-        self.generator = torch.Generator().manual_seed(args.seed + 1)
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
-        """PPO on one rollout; returns the means of what is logged."""
+    @torch.no_grad()
+    def values(self, at: Situation) -> NDArray[np.float32]:
+        """The critic's values [...] of situations."""
+        on_device = (torch.from_numpy(x).to(self.args.device) for x in at)
+        return self.scale.unscaled(self.critic(*on_device)).cpu().numpy()
+
+    def batch(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+        """The decisions of a rollout with their advantages, and what is logged of them."""
         args, d = self.args, rollout.decisions
-        torch.set_num_threads(args.threads)
-        advantage, returns = targets(rollout, args)
-        self.scale.update(returns)
-        goal = (returns - self.scale.mean) / self.scale.std
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-        sums: dict[str, float] = {}
-        for _ in range(args.epochs):
-            order = torch.randperm(len(goal), generator=self.generator)
-            for part in order.chunk(args.minibatches):
-                batch = Decisions(d.step, d.market, d.provider, *(column[part] for column in d[3:]))
-                for name, x in self.descend(batch, advantage[part], goal[part]).items():
-                    sums[name] = sums.get(name, 0.0) + x / (args.epochs * args.minibatches)
-        return sums | {"return": float(returns.mean()), "decisions": float(len(goal))}
+        at = (d.step, d.market, d.provider)
+        seen = Situation(np.ascontiguousarray(d.nodes[:, 0]), d.about, rollout.summary[d.step, d.market])
+        own_value = self.values(seen)
+        decided, value = np.zeros(rollout.reward.shape, np.bool_), np.zeros(rollout.reward.shape, np.float32)
+        decided[at], value[at] = True, own_value
+        cut_value = np.zeros(rollout.reward.shape, np.float32)
+        cut_value[rollout.cut] = self.values(rollout.at_cut)
+        advantage = estimate(
+            rollout.reward, rollout.elapsed_s, decided, value, rollout.cut, cut_value, self.values(rollout.last),
+            args.gamma, args.gae_lambda,
+        )[at]  # fmt: skip
+        returns = advantage + own_value
+        moments = np.array([len(returns), returns.sum(), (returns**2).sum(), advantage.sum(), (advantage**2).sum()])
+        count, *sums = self.processes.sum(torch.from_numpy(moments)).tolist()
+        mean, square, advantage_mean, advantage_square = (x / max(count, 1) for x in sums)
+        unexplained = float(advantage_square / max(square - mean**2, 1e-9))
+        self.scale.update(mean, square)
+        spread = math.sqrt(max(advantage_square - advantage_mean**2, 0.0)) + 1e-8
+        counted = np.ones((len(returns), 3), np.float32)
+        counted[:, 1] = args.terms
+        counted[:, 2] = args.terms * rollout.priced[d.step, d.market]
+        columns = [
+            seen.summary, counted, d.choice, d.log_prob, d.lesson, (advantage - advantage_mean) / spread,
+            (returns - self.scale.mean) / self.scale.std,
+        ]  # fmt: skip
+        tensors = [torch.from_numpy(np.asarray(x)).to(args.device) for x in columns]
+        view = Inputs(
+            *(torch.from_numpy(x).to(args.device) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))
+        )
+        float_tensors = [x.float() if x.is_floating_point() else x for x in tensors]
+        logged = {"return": mean, "advantage_std": spread, "value_unexplained": unexplained, "decisions": count}
+        return Batch(view, *float_tensors), logged
 
-    def descend(self, d: Decisions, advantage: Tensor, goal: Tensor) -> dict[str, float]:
-        """One gradient step on a minibatch."""
+    def update(self, rollout: Rollout, number: int, imitate: bool) -> dict[str, float]:
+        """Learn from rollout `number` of the run; returns the means of what is logged.
+
+        A minibatch is made of whole markets, so it is the same however they are spread over processes.
+        """
         args = self.args
-        probs = log_probs(self.actor, d.nodes, d.request, d.me, d.routes)
-        log_ratio = joint(*probs, d) - d.log_prob
-        ratio = log_ratio.exp()
-        policy_loss = -torch.min(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip) * advantage).mean()
-        value_loss = nn.functional.huber_loss(self.critic(d.nodes, d.request, d.me, d.summary), goal, delta=10.0)
-        entropy = -(probs[0].exp() * probs[0].clamp_min(-50.0)).sum(-1).mean()
-        loss = policy_loss + value_loss - args.entropy * entropy
+        torch.set_num_threads(args.threads)
+        batch, logged = self.batch(rollout)
+        rng = np.random.default_rng((args.seed, 2, number))
+        place = np.arange(self.processes.rank, args.markets, self.processes.world)[rollout.decisions.market]
+        at = rollout.decisions
+        learned = even_share(at.step, place, at.provider, number) < args.most_decisions / max(1.0, logged["decisions"])
+        totals: dict[str, float] = {}
+        for _ in range(args.epochs):
+            part_of = rng.permutation(args.markets) % args.minibatches
+            part = np.where(learned, part_of[place], args.minibatches)
+            counts = self.processes.sum(torch.from_numpy(np.bincount(part, minlength=args.minibatches + 1))).tolist()
+            for k in range(args.minibatches):
+                if counts[k]:
+                    rows = torch.from_numpy(np.nonzero(part == k)[0]).to(args.device)
+                    for name, x in self.descend(batch.pick(rows), counts[k], imitate).items():
+                        totals[name] = totals.get(name, 0.0) + x / (args.epochs * args.minibatches)
+        return logged | totals
+
+    def descend(self, d: Batch, count: int, imitate: bool) -> dict[str, float]:
+        """One gradient step on a minibatch of `count` decisions, of which `d` are this process's."""
+        args = self.args
+        heads = [torch.log_softmax(logits, -1) for logits in self.actor(d.view)]
+        value_loss = nn.functional.huber_loss(
+            self.critic(d.view.nodes[:, 0], d.view.about, d.summary), d.goal, delta=10.0, reduction="sum"
+        )
+        entropy = -(heads[0].exp() * heads[0].clamp_min(-50.0)).sum()
+        named = {"value_loss": value_loss, "entropy": entropy}
+        if imitate:
+            taught = [p.gather(-1, d.lesson[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)]
+            # A teacher that was at odds with the mask held, which becomes running here.
+            loss = -sum(p.clamp_min(-30.0).sum() for p in taught)
+            named["imitation_loss"] = -taught[0].clamp_min(-30.0).sum()
+            named["agreement"] = (heads[0].argmax(-1) == d.lesson[:, 0]).sum()
+        else:
+            chosen = torch.stack([p.gather(-1, d.choice[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)], -1)
+            log_ratio = ((chosen - d.log_prob) * d.counted).sum(-1)
+            ratio = log_ratio.exp()
+            clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+            policy_loss = -torch.min(ratio * d.advantage, clipped * d.advantage).sum()
+            loss = policy_loss - args.entropy * entropy
+            if args.imitation:
+                taught = heads[0].gather(-1, d.lesson[:, :1]).clamp_min(-30.0)
+                loss = loss - args.imitation * taught.sum()
+            named |= {"policy_loss": policy_loss, "kl": (ratio - 1 - log_ratio).sum(),
+                      "clipped": ((ratio - 1).abs() > args.clip).sum()}  # fmt: skip
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        ((loss + value_loss) / count).backward()
+        for p in self.parameters:
+            if p.grad is None:  # of a head that is not learned
+                p.grad = torch.zeros_like(p)
+        self.processes.add_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
         self.optimiser.step()
-        with torch.no_grad():
-            kl = ((ratio - 1) - log_ratio).mean()
-            clipped = ((ratio - 1).abs() > args.clip).float().mean()
-        named = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "kl": kl, "clipped": clipped,
-                 "grad_norm": norm}  # fmt: skip
-        return {name: float(x.detach()) for name, x in named.items()}
+        sums = self.processes.sum(torch.stack([x.detach().float() for x in named.values()])) / count
+        return dict(zip(named, sums.tolist(), strict=True)) | {"grad_norm": float(norm)}
 
     def anneal(self, progress: float) -> None:
         """Set the learning rate for this share of the run."""
@@ -415,27 +357,12 @@ class Learner:
             group["lr"] = self.args.learning_rate * max(0.0, 1.0 - progress)
 
 
-# Evaluation.
+# Validation.
 
 
-def validate(policy: Policy, plans: dict[str, list[MarketPlan]], threads: int) -> dict[str, float]:
-    """Mean score of a policy in each family of validation markets: SLO AUC, or goodput value with classes."""
-    every = [(name, planned) for name, group in plans.items() for planned in group]
-    batch = MarketBatch([planned for _, planned in every], threads=threads)
-    actions = batch.actions()
-    while not batch.over.all():
-        policy.decide(batch.views, batch.active, batch.dice, actions)
-        batch.step(actions)
-    scores: dict[str, list[float]] = {}
-    for b, (name, planned) in enumerate(every):
-        measured = measure(batch.requests(b), planned.scenario)
-        scores.setdefault(name, []).append(float(measured[score(planned.scenario.slo)]))  # type: ignore[arg-type]
-    return {name: float(np.mean(each)) for name, each in scores.items()}
-
-
-def regrets(scores: dict[str, float], rules: dict[str, dict[str, float]]) -> dict[str, float]:
-    """How far a policy is below the best rule in each family; negative where it is above."""
-    return {name: max(rule[name] for rule in rules.values()) - x for name, x in scores.items()}
+def validation_families(args: Args) -> regret.Families:
+    """Validation markets, the same for every training seed."""
+    return regret.families(VALIDATION_SEED, args.validation_markets, max(2, args.validation_markets // 3))
 
 
 def policy_of(actor: Actor) -> LearnedPolicy:
@@ -443,63 +370,189 @@ def policy_of(actor: Actor) -> LearnedPolicy:
     return LearnedPolicy(weights_of(actor), {"name": "learned"})
 
 
+def means(policy: Policy | Oracle, among: regret.Families, threads: int) -> dict[str, float]:
+    """Mean score of a policy in each family."""
+    return {name: float(np.nanmean(scores(policy, plans, threads=threads))) for name, plans in among.items()}
+
+
 # The run.
 
 
-def train(args: Args) -> Actor:
-    """Train, keep the policy that is best on validation markets, and return it."""
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    actor, critic = Actor(args.width, args.prior), Critic(args.width)
-    scale = ValueScale(critic.last)
-    collector, learner = Collector(args, actor, critic, scale), Learner(args, actor, critic, scale)
-    plans = validation_plans(args)
-    rules = {name: validate(Rule(name), plans, args.threads) for name in RULES}
-    log = start_log(args)
-    best, best_weights = math.inf, {k: v.clone() for k, v in actor.state_dict().items()}
-    agent_steps, update, start_s = 0, 0, time.perf_counter()
-    spent = {"rollout": 0.0, "update": 0.0, "evaluation": 0.0}
-    with open(args.out / "progress.jsonl", "w") as progress, tqdm(total=args.agent_steps, unit="step", unit_scale=True,
-                                                                   dynamic_ncols=True) as bar:  # fmt: skip
-        while True:
-            last = agent_steps >= args.agent_steps
-            if update % args.evaluate_every == 0 or last:
-                began_s = time.perf_counter()
-                scores = validate(policy_of(actor), plans, args.threads)
-                behind = regrets(scores, rules)
-                worst, mean = max(behind.values()), float(np.mean(list(behind.values())))
-                if worst + mean < best:
-                    best, best_weights = worst + mean, {k: v.clone() for k, v in actor.state_dict().items()}
-                line = {"seconds": time.perf_counter() - start_s, "agent_steps": agent_steps, "scores": scores}
-                progress.write(json.dumps(line | ({"rules": by_family(rules)} if update == 0 else {})) + "\n")
-                progress.flush()
-                log({"worst_regret": worst, "mean_regret": mean} | {f"score/{k}": v for k, v in scores.items()})
-                spent["evaluation"] += time.perf_counter() - began_s
-            if last:
-                break
-            learner.anneal(agent_steps / args.agent_steps)
-            began_s = time.perf_counter()
-            rollout = collector.collect()
-            middle_s = time.perf_counter()
-            logged = learner.update(rollout)
-            spent["rollout"] += middle_s - began_s
-            spent["update"] += time.perf_counter() - middle_s
-            agent_steps += rollout.agent_steps
-            update += 1
-            rate = agent_steps / (spent["rollout"] + spent["update"])
-            log(logged | {"agent_steps": agent_steps, "agent_steps_per_s": rate})
-            bar.update(min(rollout.agent_steps, bar.total - bar.n))
-            bar.set_postfix_str(f"worst regret {worst:+.4f} mean {mean:+.4f} kl {logged['kl']:.3f} {rate / 1e3:.0f}k/s")
-    actor.load_state_dict(best_weights)
-    seconds = time.perf_counter() - start_s
-    print(f"trained {agent_steps:,} agent-steps in {seconds:.0f} s ({agent_steps / seconds:,.0f}/s): "
-          + ", ".join(f"{k} {v:.0f} s" for k, v in spent.items()))  # fmt: skip
-    return actor
+class Progress(NamedTuple):
+    """Where a run stands; with the networks and the optimiser, all that it takes to go on."""
+
+    updates: int = 0
+    agent_steps: int = 0
+    lines: int = 0  # of progress.jsonl
+    checkpoint: int = -1  # updates at the last one
+    best: float = math.inf
+    seconds: float = 0.0
+    rollout_s: float = 0.0
+    update_s: float = 0.0
+    validation_s: float = 0.0
 
 
-def by_family(rules: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Scores by family, then rule."""
-    return {family: {rule: scores[family] for rule, scores in rules.items()} for family in next(iter(rules.values()))}
+def identity(args: Args) -> dict[str, Any]:
+    """What two runs must share for one to go on where the other stopped."""
+    free = ("out", "resume", "report", "wandb")
+    return {key: str(value) for key, value in asdict(args).items() if key not in free}
+
+
+class Run:
+    """A training run: its networks, its files, its standing."""
+
+    def __init__(self, args: Args) -> None:
+        self.args, self.processes = args, Processes()
+        self.learner = Learner(args, self.processes)
+        reward = Reward(args.team_weight, gamma=1.0, dense=args.dense, transfers=args.team_weight < 1,
+                        by_decision=args.reward == "decision")  # fmt: skip
+        # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
+        # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
+        source = Source(args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS)
+        teachers = {kind: best_for(kind) for kind in args.kinds}
+        self.teachers = teachers
+        self.collector = Collector(source, reward, args.markets, threads=args.threads, rank=self.processes.rank,
+                                   world=self.processes.world)  # fmt: skip
+        self.progress = Progress()
+        self.best = weights_of(self.learner.actor)
+        self.log = start_log(args) if self.processes.rank == 0 else lambda numbers: None
+
+    def save(self) -> None:
+        """Write resume.pt, whole or not at all."""
+        learner = self.learner
+        state = {
+            "args": identity(self.args), "progress": self.progress._asdict(),
+            "actor": learner.actor.state_dict(), "critic": learner.critic.state_dict(),
+            "optimiser": learner.optimiser.state_dict(),
+            "scale": [learner.scale.count, learner.scale.mean, learner.scale.square],
+            "best": {name: torch.from_numpy(weight) for name, weight in self.best.items()},
+        }  # fmt: skip
+        draft = self.args.out / ".resume.pt"
+        torch.save(state, draft)
+        os.replace(draft, self.args.out / "resume.pt")
+
+    def restore(self) -> None:
+        """Go on where resume.pt stands. Raises ValueError if it is another run's."""
+        path = self.args.out / "resume.pt"
+        state = torch.load(path, weights_only=True, map_location=self.args.device)
+        for key, mine in identity(self.args).items():
+            if state["args"].get(key) != mine:
+                there = state["args"].get(key)
+                raise ValueError(f"{path} is of a run with {key} {there}, expected {mine}; give that or another --out")
+        learner = self.learner
+        learner.actor.load_state_dict(state["actor"])
+        learner.critic.load_state_dict(state["critic"])
+        learner.optimiser.load_state_dict(state["optimiser"])
+        learner.scale.count, learner.scale.mean, learner.scale.square = state["scale"]
+        self.best = {name: weight.cpu().numpy() for name, weight in state["best"].items()}
+        self.progress = Progress(**state["progress"])
+
+    def checkpoint(self, among: regret.Families, rules: dict[str, dict[str, float]]) -> None:
+        """Validate the policy, keep it if it is the best, write down where the run stands, begin new markets."""
+        began_s = time.perf_counter()
+        if self.processes.rank == 0:
+            achieved = means(policy_of(self.learner.actor), among, self.args.threads)
+            fair = [name for name in rules if name != "centralized"]
+            behind = {name: max(rules[rule][name] for rule in fair) - x for name, x in achieved.items()}
+            worst, mean = max(behind.values()), float(np.mean(list(behind.values())))
+            if worst + mean < self.progress.best:
+                self.best = weights_of(self.learner.actor)
+                self.progress = self.progress._replace(best=worst + mean)
+            line = {"seconds": self.progress.seconds, "agent_steps": self.progress.agent_steps, "scores": achieved,
+                    "worst_regret": worst, "mean_regret": mean}  # fmt: skip
+            if self.progress.lines == 0:
+                line["rules"] = {name: {rule: each[name] for rule, each in rules.items()} for name in among}
+            with open(self.args.out / "progress.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.log({"worst_regret": worst, "mean_regret": mean} | {f"score/{k}": v for k, v in achieved.items()})
+            tqdm.write(f"{self.progress.agent_steps / 1e6:6.1f} M steps  {self.progress.seconds:5.0f} s  "
+                       f"worst regret {worst:+.4f}  mean {mean:+.4f}", file=sys.stderr)  # fmt: skip
+        spent_s = time.perf_counter() - began_s
+        self.progress = self.progress._replace(
+            lines=self.progress.lines + 1, checkpoint=self.progress.updates,
+            validation_s=self.progress.validation_s + spent_s, seconds=self.progress.seconds + spent_s,
+        )  # fmt: skip
+        if self.processes.rank == 0:
+            self.save()
+        self.processes.wait()
+
+    def train(self) -> dict[str, Any]:
+        """Train; returns the summary of the run, and leaves the best policy on validation in `self.best`."""
+        args, collector, learner = self.args, self.collector, self.learner
+        if args.resume and (args.out / "resume.pt").exists():
+            self.restore()
+            if self.processes.rank == 0:
+                keep = (args.out / "progress.jsonl").read_text().splitlines(keepends=True)[: self.progress.lines]
+                (args.out / "progress.jsonl").write_text("".join(keep))
+        elif self.processes.rank == 0:
+            for name in ("progress.jsonl", "resume.pt"):
+                (args.out / name).unlink(missing_ok=True)
+        among = validation_families(args) if self.processes.rank == 0 else {}
+        yardsticks = [*regret.yardsticks(), Oracle("centralized")] if self.processes.rank == 0 else []
+        rules = {policy.name: means(policy, among, args.threads) for policy in yardsticks}
+        with tqdm(total=args.agent_steps, initial=self.progress.agent_steps, unit="step", unit_scale=True,
+                  dynamic_ncols=True, disable=self.processes.rank != 0) as bar:  # fmt: skip
+            while True:
+                over = self.progress.agent_steps >= args.agent_steps
+                due = self.progress.updates % args.checkpoint_every == 0 or over
+                if due and self.progress.checkpoint != self.progress.updates:
+                    self.checkpoint(among, rules)
+                if over:
+                    break
+                start_s = time.perf_counter()
+                if due:
+                    collector.renew(self.progress.updates)
+                imitate = self.progress.agent_steps < args.imitate_steps
+                collector.teachers = self.teachers if imitate or args.imitation else {}
+                learner.anneal(self.progress.agent_steps / args.agent_steps)
+                net = net_of(weights_of(learner.actor))
+                rollout = collector.collect(net, self.progress.updates, args.rollout_steps, every=args.terms)
+                middle_s = time.perf_counter()
+                logged = learner.update(rollout, self.progress.updates, imitate)
+                taken = int(self.processes.sum(torch.tensor(rollout.agent_steps)))
+                end_s = time.perf_counter()
+                was = self.progress
+                self.progress = was._replace(
+                    updates=was.updates + 1, agent_steps=was.agent_steps + taken, seconds=was.seconds + end_s - start_s,
+                    rollout_s=was.rollout_s + middle_s - start_s, update_s=was.update_s + end_s - middle_s,
+                )  # fmt: skip
+                rate = self.progress.agent_steps / self.progress.seconds
+                self.log(logged | {"agent_steps": self.progress.agent_steps, "agent_steps_per_s": rate})
+                bar.update(min(taken, bar.total - bar.n))
+                shown = f"agreement {logged['agreement']:.3f}" if imitate else f"kl {logged['kl']:.4f}"
+                bar.set_postfix_str(f"{shown}  {rate / 1e3:.0f}k/s")
+        return self.summary(rules)
+
+    def summary(self, rules: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """What summary.json says of the training itself."""
+        now, lines = self.progress, []
+        if self.processes.rank == 0:
+            lines = [json.loads(line) for line in (self.args.out / "progress.jsonl").read_text().splitlines()]
+        return {
+            "agent_steps": now.agent_steps,
+            "seconds": now.seconds,
+            "agent_steps_per_s": now.agent_steps / now.seconds,
+            "split_s": {"rollout": now.rollout_s, "update": now.update_s, "validation": now.validation_s},
+            "seconds_to_beat": {rule: seconds_to_beat(lines, each) for rule, each in rules.items()},
+            "seeds": {"training": self.args.seed, "validation_first": VALIDATION_SEED, "test_first": FIRST_TEST_SEED},
+            "processes": self.processes.world,
+            "threads": self.args.threads,
+            "device": device_name(self.args.device),
+        }
+
+
+def seconds_to_beat(lines: list[dict[str, Any]], rule: dict[str, float]) -> float | None:
+    """Seconds of training until a validation found the policy above `rule` in every `paper/` and `trace/` family."""
+    names = [name for name in rule if name.startswith(("paper/", "trace/"))]
+    for line in lines:
+        if all(line["scores"][name] > rule[name] for name in names):
+            return float(line["seconds"])
+    return None
+
+
+def device_name(device: str) -> str:
+    """The device's name as its driver tells it."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def start_log(args: Args) -> Any:
@@ -510,8 +563,7 @@ def start_log(args: Args) -> Any:
 
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    run = wandb.init(project="wwwserve", dir=args.out, config=json.loads(json.dumps(asdict(args), default=str)))
-    return run.log
+    return wandb.init(project="wwwserve", dir=args.out, config=json.loads(json.dumps(asdict(args), default=str))).log
 
 
 def refuse(reason: str) -> int:
@@ -520,32 +572,46 @@ def refuse(reason: str) -> int:
     return 2
 
 
-def report(args: Args) -> None:
-    """Compare the saved policy with every rule and router on the test seeds; print the tables, draw the figures."""
-    scenarios: list[Scenario] = [load_scenario(name) for name in args.scenarios]
-
-    policies = [load(args.out / "policy"), *(Rule(name) for name in RULES), *(Oracle(name) for name in ORACLES)]
-    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + args.compare_seeds)
+def report(args: Args, policy: Policy) -> dict[str, Any]:
+    """Judge the policy on test markets; print the tables, draw the figures. Returns `eval.regret.judge`'s result."""
+    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    rules = regret.yardsticks()
+    among = regret.families(FIRST_TEST_SEED, 48, 32)
+    judged = regret.judge(regret.measure([policy, *rules], among, threads=args.threads, report=say),
+                          [rule.name for rule in rules])  # fmt: skip
+    scenarios = [load_scenario(name) for name in regret.SCENARIOS if not name.startswith("trace/")]
+    policies = [policy, *(Rule(name) for name in RULES), *(Oracle(name) for name in ORACLES)]
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 32)
     result = compare(scenarios, policies, seeds, threads=args.threads)
     write_json(args.out / "comparison.json", result)
     for scenario in scenarios:
         print(table(result, scenario), end="\n\n")
+    print(regret.table(judged))
     draw(args.out / "comparison.json", args.out / "figures", args.out / "progress.jsonl")
-    print(f"policy: {args.out / 'policy'}   figures: {args.out / 'figures'}   numbers: {args.out / 'comparison.json'}")
+    return judged
 
 
 def main() -> None:
     """Command line; a bad argument is refused before anything runs."""
     try:
         args = tyro.cli(Args)
-        for name in args.scenarios:
-            load_scenario(name)
-    except ValueError as error:
+        args.check()
+        args.out.mkdir(parents=True, exist_ok=True)
+        run = Run(args)
+        summary = run.train()
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(refuse(str(error)))
-    actor = train(args)
-    save(actor, args.out / "policy", {"name": "learned", "training": json.loads(json.dumps(asdict(args), default=str))})
-    if args.compare_seeds:
-        report(args)
+    if run.processes.rank == 0:
+        about = {"training": json.loads(json.dumps(asdict(args), default=str)), "agent_steps": summary["agent_steps"]}
+        policy = LearnedPolicy(run.best, {"name": "learned"})
+        if args.report:
+            summary["table"] = report(args, policy)
+        write_json(args.out / "summary.json", summary)
+        export(run.best, args.out / "policy", about, summary.get("table"))
+        spent = ", ".join(f"{name} {each:.0f} s" for name, each in summary["split_s"].items())
+        print(f"trained {summary['agent_steps']:,} agent-steps in {summary['seconds']:.0f} s "
+              f"({summary['agent_steps_per_s']:,.0f}/s): {spent}")  # fmt: skip
+        print(f"policy: {args.out / 'policy'}   summary: {args.out / 'summary.json'}   figures: {args.out / 'figures'}")
 
 
 if __name__ == "__main__":

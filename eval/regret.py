@@ -1,0 +1,153 @@
+"""How far is a policy from the best rule, everywhere: `python -m eval.regret --policy NAME|BUNDLE... --json FILE`.
+
+A family is a kind of random market or a packaged scenario. A policy's regret in a family is the best rule's score there
+less its own, paired by market; it is judged by its worst regret over all families. Beside every rule with its
+defaults stand the best rules for each kind of market, tuned for that kind alone (`eval.tune`): what an operator reaches
+who knows the market.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.rules import RULES, Policy, Rule
+from envs.distribution import KINDS
+from envs.oracle import ORACLES, Oracle
+from envs.scenario import load
+from envs.state import MarketPlan, plan
+from eval.compare import FIRST_TEST_SEED, UsageError, columns, write_json
+from eval.metrics import mean_ci, paired_ci
+from eval.policies import PolicyError, load_policies
+from eval.rollout import scores
+from eval.tune import best_for, markets
+
+SCENARIOS = (
+    "paper/alternating",
+    "paper/alternating-queue",
+    "paper/mixed-hardware",
+    "paper/mixed-models",
+    "paper/bursty-churn",
+    "trace/azure-conv",
+    "market/deadlines",
+    "liars/first",
+)
+Families = Mapping[str, Sequence[MarketPlan]]
+Tree = dict[str, Any]
+
+
+def families(first_seed: int, count: int, seeds: int, scenarios: Sequence[str] = SCENARIOS) -> Families:
+    """`count` random markets of each kind and every scenario with `seeds` seeds, all seeds from `first_seed` on.
+
+    A trace, a run of which has tens of thousands of requests, is played with an eighth of the seeds, at least two.
+    """
+    named: dict[str, Sequence[MarketPlan]] = {}
+    for name in scenarios:
+        scenario = load(name)
+        runs = max(2, seeds // 8) if name.startswith("trace/") else seeds
+        named[name] = [plan(scenario, first_seed + k) for k in range(runs)]
+    if count:
+        named |= {f"random/{kind}": plans for kind, plans in markets(count, first_seed).items()}
+    return named
+
+
+def yardsticks() -> list[Policy]:
+    """Every rule with its defaults, and the best for each kind of market."""
+    return [*(Rule(name) for name in RULES), *(best_for(kind) for kind in KINDS)]
+
+
+def measure(
+    policies: Sequence[Policy | Oracle], among: Families, *, threads: int = 1,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict[str, NDArray[np.float64]]]:  # fmt: skip
+    """Scores by policy and family, one for each market."""
+    measured: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for policy in policies:
+        start_s = time.perf_counter()
+        measured[policy.name] = {name: scores(policy, plans, threads=threads) for name, plans in among.items()}
+        report(f"{policy.name}  {time.perf_counter() - start_s:.1f} s")
+    return measured
+
+
+def judge(measured: Mapping[str, Mapping[str, NDArray[np.float64]]], rules: Sequence[str]) -> Tree:
+    """By policy: score by family, regret by family against the best of `rules` there, and the worst of them.
+
+    All but the worst are [mean, half-width of the 95 % interval]; regrets are paired by market.
+    """
+    names = list(next(iter(measured.values())))
+    best = {family: max(rules, key=lambda rule: float(np.nanmean(measured[rule][family]))) for family in names}
+    result: Tree = {"best_rule": best, "policies": {}}
+    for policy, by_family in measured.items():
+        regrets = {name: paired_ci(measured[best[name]][name], by_family[name]) for name in names}
+        worst = max(names, key=lambda name: regrets[name][0])
+        result["policies"][policy] = {
+            "score": {name: list(mean_ci(by_family[name])) for name in names},
+            "regret": {name: list(regrets[name]) for name in names},
+            "worst_regret": regrets[worst][0],
+            "worst_family": worst,
+            "mean_regret": float(np.mean([regrets[name][0] for name in names])),
+        }
+    return result
+
+
+def table(result: Tree) -> str:
+    """Every policy's score less the best rule's, by family, and its worst regret; the best policies last."""
+    names = list(result["best_rule"])
+    rows = [["score less the best rule's", *(name.removeprefix("paper/") for name in names), "worst", "mean"]]
+    best = [max(each["score"][name][0] for key, each in result["policies"].items() if key == result["best_rule"][name])
+            for name in names]  # fmt: skip
+    rows.append(["(score of the best rule)", *(f"{x:.4f}" for x in best), "", ""])
+    ordered = sorted(result["policies"].items(), key=lambda item: -item[1]["worst_regret"])
+    for policy, each in ordered:
+        cells = [f"{-each['regret'][name][0]:+.4f}" for name in names]
+        rows.append([policy, *cells, f"{-each['worst_regret']:+.4f}", f"{-each['mean_regret']:+.4f}"])
+    return columns(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    parser = argparse.ArgumentParser(prog="python -m eval.regret", description="Judge policies by their worst regret.")
+    add = parser.add_argument
+    add("--policy", nargs="*", default=[], metavar="NAME|BUNDLE", help="policies beside the rules")
+    add("--markets", type=int, default=48, help="random markets of each kind (default: 48)")
+    add("--seeds", type=int, default=32, help="seeds of each packaged scenario (default: 32)")
+    add("--first-seed", type=int, default=FIRST_TEST_SEED, help=f"(default: {FIRST_TEST_SEED})")
+    add("--threads", type=int, default=2, help="(default: 2)")
+    add("--oracles", action="store_true", help="with the routers that see everything; they set no standard")
+    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    args = parser.parse_args(argv)
+    try:
+        for name, low in (("markets", 2), ("seeds", 2), ("threads", 1), ("first_seed", 0)):
+            if getattr(args, name) < low:
+                given = f"--{name.replace('_', '-')} is {getattr(args, name)}"
+                raise UsageError(f"{given}, expected at least {low}")
+        if args.json is not None and not args.json.parent.is_dir():
+            raise UsageError(f"--json {args.json}: {args.json.parent} is not a folder")
+        judged = load_policies(args.policy) if args.policy else []
+    except (UsageError, PolicyError) as error:
+        print(f"eval.regret: {error}", file=sys.stderr)
+        return 2
+    rules = yardsticks()
+    oracles = [Oracle(name) for name in ORACLES] if args.oracles else []
+    names = {rule.name for rule in rules} | set(ORACLES)
+    measured = measure(
+        [*rules, *oracles, *(p for p in judged if p.name not in names)],
+        families(args.first_seed, args.markets, args.seeds),
+        threads=args.threads,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    result = judge(measured, [rule.name for rule in rules])
+    print(table(result))
+    if args.json is not None:
+        options = {"markets": args.markets, "seeds": args.seeds, "first_seed": args.first_seed}
+        write_json(args.json, result | {"options": options})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Tunes the rules on training markets: `python -m eval.tune --json eval/tuned_rules.json`.
+
+Every rule that has settings is tried with many, drawn at random within `agents.rules.Setting.search`, on random markets
+of each kind; those that look best, overall or for a kind, are measured again on more markets. What is best over all
+kinds becomes the rule's default; the best for each kind is what an operator could reach who knew the kind of market
+and tuned for it, and stands beside the defaults wherever policies are judged.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.rules import RULES, Rule
+from envs.distribution import KINDS, Kind, sample
+from envs.state import MarketPlan, plan
+from eval.compare import FIRST_TEST_SEED, write_json
+from eval.rollout import scores
+
+TUNED = Path(__file__).parent / "tuned_rules.json"
+SEED = FIRST_TEST_SEED // 4  # apart from what policies are trained, validated and tested on
+Settings = dict[str, float]
+
+
+def markets(count: int, seed: int) -> dict[Kind, list[MarketPlan]]:
+    """`count` random markets of each kind."""
+    plans: dict[Kind, list[MarketPlan]] = {}
+    for kind in KINDS:
+        rng = np.random.default_rng((seed, KINDS.index(kind)))
+        plans[kind] = [plan(sample(kind, rng), seed + k) for k in range(count)]
+    return plans
+
+
+def draw(rule: str, rng: np.random.Generator) -> Settings:
+    """Settings of a rule drawn within their search ranges: log-uniform where that is above 0, else uniform.
+
+    One draw in four leaves a setting at its default.
+    """
+    drawn = {}
+    for key, setting in RULES[rule].items():
+        if setting.search is None or rng.random() < 0.25:
+            drawn[key] = setting.default
+            continue
+        low, high = setting.search
+        value = np.exp(rng.uniform(np.log(low), np.log(high))) if low > 0 else rng.uniform(low, high)
+        drawn[key] = float(f"{value:.3g}")
+    return drawn
+
+
+def tune(rule: str, draws: int, few: Any, many: Any, finalists: int, threads: int) -> dict[str, Any]:
+    """The best settings of a rule over all kinds and for each, with their mean scores on the many markets.
+
+    `few` and `many` are `markets`; `finalists` of the draws, by their scores on the few, go on to the many.
+    """
+    rng = np.random.default_rng((SEED, list(RULES).index(rule)))
+    tried = [{key: s.default for key, s in RULES[rule].items()}, *(draw(rule, rng) for _ in range(draws))]
+    kinds = list(KINDS)
+
+    def measured(settings: Settings, plans: dict[Kind, list[MarketPlan]]) -> list[float]:
+        """Mean score overall, then by kind."""
+        means = [float(np.mean(scores(Rule(rule, settings), plans[kind], threads=threads))) for kind in kinds]
+        return [float(np.mean(means)), *means]
+
+    first = np.array([measured(settings, few) for settings in tried])
+    chosen = sorted({0, *np.argsort(-first, axis=0)[:finalists].ravel().tolist()})
+    last = np.array([measured(tried[k], many) for k in chosen])
+    best = {
+        name: {"settings": tried[chosen[k]], "score": round(float(last[k, column]), 5)}
+        for column, (name, k) in enumerate(zip(["all", *kinds], last.argmax(0).tolist(), strict=True))
+    }
+    return best
+
+
+def tuned(objective: str) -> dict[str, Rule]:
+    """Every tunable rule with the settings that the last tuning found best for "all" or for a kind of market."""
+    table = json.loads(TUNED.read_text())["rules"]
+    return {name: Rule(name, each[objective]["settings"]) for name, each in table.items()}
+
+
+def best_for(kind: Kind) -> Rule:
+    """The best rule for a kind of market with the settings that are best for it, named `rule@kind`."""
+    table = json.loads(TUNED.read_text())["rules"]
+    name = max(table, key=lambda each: table[each][kind]["score"])
+    rule = Rule(name, table[name][kind]["settings"])
+    rule.name = f"{name}@{kind}"
+    return rule
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    parser = argparse.ArgumentParser(prog="python -m eval.tune", description="Tune the rules on training markets.")
+    parser.add_argument("--draws", type=int, default=64, help="settings drawn for each rule (default: 64)")
+    parser.add_argument("--few", type=int, default=12, help="markets of each kind for the draws (default: 12)")
+    parser.add_argument("--many", type=int, default=48, help="markets of each kind for the finalists (default: 48)")
+    parser.add_argument("--finalists", type=int, default=4, help="draws that go on, overall and by kind (default: 4)")
+    parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--json", type=Path, default=TUNED, metavar="FILE", help=f"(default: {TUNED.name} here)")
+    args = parser.parse_args(argv)
+    for name in ("draws", "few", "many", "finalists", "threads"):
+        if getattr(args, name) < 1:
+            print(f"eval.tune: --{name} is {getattr(args, name)}, expected at least 1", file=sys.stderr)
+            return 2
+    few, many = markets(args.few, SEED), markets(args.many, SEED + 10_000)
+    rules = {}
+    for rule in RULES:
+        if any(setting.search for setting in RULES[rule].values()):
+            start_s = time.perf_counter()
+            rules[rule] = tune(rule, args.draws, few, many, args.finalists, args.threads)
+            shown = ", ".join(f"{key} {value:g}" for key, value in rules[rule]["all"]["settings"].items())
+            means = " ".join(f"{name} {each['score']:.4f}" for name, each in rules[rule].items())
+            print(f"{rule}: {shown}\n  {means}  ({time.perf_counter() - start_s:.0f} s)", flush=True)
+    options = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists")}
+    write_json(args.json, {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The `wwwserve` command.
+
+    wwwserve policy show [BUNDLE] [--json]
+    wwwserve policy verify [BUNDLE]
+
+Exit status: 0 done, 1 refused or failed, with the reason on standard error, 2 not used as it should be.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from agents.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError, read, results_table
+from agents.decision import make_actions
+from agents.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
+from agents.view import Views
+
+DONE, FAILED = 0, 1  # argparse itself exits with 2
+DECISIONS = 2000  # that `verify` times
+
+Groups: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Exits by itself, with 2, if it is not used as it should be."""
+    args = _parser().parse_args(argv)
+    run: Run = args.run
+    try:
+        status = run(args)
+        sys.stdout.flush()
+    except BundleError as error:
+        print(f"wwwserve: {_printable(str(error))}", file=sys.stderr)
+        status = FAILED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FAILED
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wwwserve",
+        description="A provider among providers that serve each other's overflow.",
+        epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage.",
+    )
+    parser.add_argument("--version", action="version", version=f"wwwserve {_version()}")
+    groups = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_policy(groups)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("wwwserve")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add_command(groups: Groups, name: str, text: str, run: Run) -> argparse.ArgumentParser:
+    """A command that is carried out by `run`, which returns the exit status."""
+    command = groups.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.set_defaults(run=run)
+    return command
+
+
+# wwwserve policy
+
+
+def _add_policy(groups: Groups) -> None:
+    text = "look at a policy's bundle, or check it"
+    policy = groups.add_parser("policy", help=text, description=text[0].upper() + text[1:] + ".")
+    commands = policy.add_subparsers(metavar="COMMAND", required=True)
+    show = _add_command(commands, "show", "say what a bundle holds and how it was made", _show)
+    show.add_argument("--json", action="store_true", help="print the manifest as it is")
+    verify = _add_command(commands, "verify", "load a bundle with every check, and time its decisions", _verify)
+    for command in (show, verify):
+        command.add_argument(
+            "bundle", nargs="?", type=Path, default=DEFAULT_BUNDLE, metavar="BUNDLE",
+            help="folder of the bundle (default: the policy that is shipped)",
+        )  # fmt: skip
+
+
+def _show(args: argparse.Namespace) -> int:
+    bundle = read(args.bundle)
+    if args.json:
+        sys.stdout.write((bundle.folder / MANIFEST).read_text(encoding="utf-8"))
+    else:
+        print(describe(bundle))
+    return DONE
+
+
+def _verify(args: argparse.Namespace) -> int:
+    bundle = read(args.bundle)
+    policy = from_bundle(bundle)
+    error, spent_us = golden_error(policy, bundle), decision_us(policy, bundle.views)
+    print(f"ok: {_printable(str(args.bundle))}")
+    print(f"files    {1 + len(SEALED)}, {_bundle_bytes(bundle):,} bytes; digests, shapes and numbers as they should be")
+    print(f"golden   {len(bundle.logits)} views, logits within {error:.1e} (at most {TOLERANCE:g})")
+    print(f"speed    {spent_us:.1f} µs a decision, median of {DECISIONS}")
+    return DONE
+
+
+def decision_us(policy: LearnedPolicy, views: Views) -> float:
+    """Median time that `policy` takes to decide on one of the `views` [G], µs."""
+    nodes, request, me, routes = views
+    single = [Views(nodes[i], request[i], me[i], routes[i]) for i in (slice(k, k + 1) for k in range(len(me)))]
+    active, dice, actions = np.ones(1, np.bool_), np.zeros((1, 4)), make_actions(1)
+    spent_ns = []
+    for k in range(DECISIONS + len(single)):
+        view = single[k % len(single)]
+        start_ns = time.perf_counter_ns()
+        policy.decide(view, active, dice, actions)
+        spent_ns.append(time.perf_counter_ns() - start_ns)
+    return float(np.median(spent_ns[len(single) :])) / 1e3
+
+
+def describe(bundle: Bundle) -> str:
+    """What a bundle holds, for people."""
+    m = bundle.manifest
+    net, decisions = m["architecture"], m["decisions"]
+    facts = [
+        ("bundle", str(bundle.folder)),
+        ("name", m.get("name")),
+        ("versions", f"bundle format {m['format']}, observation spec {m['view_version']}"),
+        ("network", f"{net['name']}, width {net['width']}, {net['parameters']:,} parameters"),
+        ("sees", ", ".join(f"{len(each)} features of {part}" for part, each in m["features"].items())),
+        ("decides", f"{len(decisions['routes'])} routes, {len(decisions['admit_wait_s'])} admission waits, "
+                    f"{decisions['prices']} prices"),
+        ("trained", f"{_told(m.get('agent_steps'))} agent steps, seed {_told(m.get('seed'))}"),
+        ("markets", m.get("environment")),
+        ("git", m.get("git")),
+        ("packages", m.get("packages")),
+        ("golden", f"{len(bundle.logits)} views"),
+    ]  # fmt: skip
+    lines = [f"{name:<9} {_told(value)}" for name, value in facts]
+    rows = results_table(m)
+    lines += ["", "results   score, 95 % interval", *_columns(rows)] if rows else ["results   none in tabular form"]
+    lines += ["", "files"]
+    for name in (MANIFEST, *SEALED):
+        lines.append(f"{m['sha256'][name]}  {(bundle.folder / name).stat().st_size:>9,} bytes  {name}")
+    return "\n".join(_printable(line) for line in lines)
+
+
+def _bundle_bytes(bundle: Bundle) -> int:
+    return sum((bundle.folder / name).stat().st_size for name in (MANIFEST, *SEALED))
+
+
+def _told(value: Any) -> str:
+    """A value of the manifest in words."""
+    if value is None:
+        return "not recorded"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_told(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return "/".join(_told(each) for each in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _printable(text: str) -> str:
+    """`text` without what could command a terminal: a bundle may come from anyone."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

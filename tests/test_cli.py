@@ -1,0 +1,106 @@
+"""The `wwwserve` command."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bundle_cases import RESULTS, WITHOUT
+
+from agents.bundle import MANIFEST, SEALED, WEIGHTS, digest, seal
+from agents.checkpoint import weights_of
+from agents.network import Actor
+from serving import cli
+from train.bundle import export
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "policy"
+    torch.manual_seed(2)
+    export(weights_of(Actor(width=8)), folder, {"training": {"seed": 4}, "agent_steps": 34_000}, RESULTS)
+    return folder
+
+
+def test_verify_says_ok_with_figures(bundle, capsys):
+    assert cli.main(["policy", "verify", str(bundle)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"ok: {bundle}\n")
+    assert "golden   16 views" in out
+    assert float(re.search(r"speed +([0-9.]+) µs a decision", out)[1]) < 5000
+
+
+def test_verify_refuses_with_the_reason(bundle, tmp_path, capsys):
+    assert cli.main(["policy", "verify", str(tmp_path / "none")]) == 1
+    assert f"wwwserve: {tmp_path / 'none' / MANIFEST}: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_show_says_what_a_bundle_holds(bundle, capsys):
+    assert cli.main(["policy", "show", str(bundle)]) == 0
+    out = capsys.readouterr().out
+    for part in ("bundle format 3", "observation spec 2", "width 8", "34,000 agent steps, seed 4", "numpy ",
+                 "+0.0500 ± 0.0040", "0.8600 ± 0.0100 single"):  # fmt: skip
+        assert part in out
+    for name in SEALED:
+        assert f"{digest((bundle / name).read_bytes())}" in out
+
+
+def test_show_as_json_is_the_manifest(bundle, capsys):
+    assert cli.main(["policy", "show", "--json", str(bundle)]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((bundle / MANIFEST).read_text())
+
+
+@pytest.mark.parametrize("results", [None, [], {"policies": 3, "best_rule": {"a": []}}, {"policies": {}}, "much"])
+def test_show_copes_with_what_anyone_may_write_into_a_manifest(results, bundle, tmp_path, capsys):
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    contents = {name: (bundle / name).read_bytes() for name in SEALED}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    changed = manifest | {"results": results, "name": "\x1b[2Jmine\n", "packages": [[]], "seed": {}}
+    (tmp_path / MANIFEST).write_bytes(seal(changed, contents))
+    assert cli.main(["policy", "show", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "none in tabular form" in out
+
+
+def test_without_a_folder_it_is_the_policy_that_is_shipped():
+    args = cli._parser().parse_args(["policy", "verify"])
+    assert args.bundle == ROOT / "agents" / "data" / "policy"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["policy"], ["polish"], ["policy", "show", "--yaml"], ["policy", "verify", "a", "b"]]
+)
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: wwwserve" in capsys.readouterr().err
+
+
+def test_verify_runs_where_no_training_library_can_be_imported(bundle):
+    program = WITHOUT + "from serving.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "policy", "verify", str(bundle)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("ok: "), done.stderr
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(bundle):
+    command = f"'{sys.executable}' -m serving.cli policy show --json '{bundle}' | head -c 1"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "{" and "Traceback" not in done.stderr
+
+
+def test_weights_of_another_bundle_are_named(bundle, tmp_path, capsys):
+    for name in (MANIFEST, *SEALED):
+        (tmp_path / name).write_bytes((bundle / name).read_bytes())
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(content)
+    assert cli.main(["policy", "verify", str(tmp_path)]) == 1
+    assert f"{WEIGHTS}: its SHA-256 is not the one in {MANIFEST}" in capsys.readouterr().err

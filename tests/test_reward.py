@@ -1,0 +1,227 @@
+"""Rewards by decision: what a placement changed in predicted values, worked out by hand from the engine's profile."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+
+from agents.decision import FIRST_CANDIDATE, HOLD, LOCAL
+from agents.estimate import CONTEXT_PRIOR, chance_on_time
+from agents.kernel import Floats
+from agents.knowledge import (
+    AD_KV_TOKENS,
+    AD_MEAN_OUTPUT,
+    AD_MEAN_PROMPT,
+    AD_PER_KV_TOKEN_S,
+    AD_PER_SEQ_S,
+    AD_PER_TOKEN_S,
+    AD_PREFILL_BASE_S,
+    AD_RUNNING,
+    AD_WEIGHT_S,
+)
+from agents.rules import Rule
+from envs.batch import MarketBatch
+from envs.distribution import KINDS, Kind, sample
+from envs.engine import tokens_out
+from envs.scenario import Scenario, parse
+from envs.state import Reward
+
+HERE, TO_FIRST = LOCAL, FIRST_CANDIDATE
+
+
+def times(*times_s: float) -> dict[str, Any]:
+    return {"kind": "times", "times_s": list(times_s)}
+
+
+def lengths(prompt: int, output: int) -> dict[str, Any]:
+    return {
+        "prompt": {"median": prompt, "sigma": 0, "max": prompt},
+        "output": {"median": output, "sigma": 0, "max": output},
+    }
+
+
+DEADLINE_S = 14.0  # within it, 600 tokens of an idle node come with fair odds
+NODE = {"gpu": "rtx-4090", "model": "qwen3-8b", "lengths": lengths(100, 600)}
+
+
+def market(*providers: dict[str, Any], **top: Any) -> Scenario:
+    """Requests are worth 3; 50 ms round trip and 1 s ticks."""
+    slo = {"classes": {"chat": {"share": 1, "deadline_s": DEADLINE_S, "value": 3}}}
+    named = [{"name": f"n{i}", "serves": ["m"], **provider} for i, provider in enumerate(providers)]
+    shared = {"name": "test", "duration_s": 30, "drain_s": 30, "slo": slo}
+    return parse(shared | {"providers": named} | top)
+
+
+class Watched:
+    """One market, and what it was before its last step."""
+
+    def __init__(self, scenario: Scenario, reward: Reward) -> None:
+        self.batch = MarketBatch([scenario], [1], reward=reward)
+        self.actions = self.batch.actions()
+
+    def until(self, provider: int) -> None:
+        """Step until `provider` has a request to decide on; others run theirs where they arrive."""
+        while self.batch.markets.providers[0, provider]["head"] < 0:
+            self.step(HERE, HERE)
+
+    def step(self, *routes: int) -> NDArray[np.float32]:
+        """One step; the rewards [N]."""
+        self.now_s = float(self.batch.now_s[0])
+        self.own = [np.array(p["own"]) for p in self.batch.markets.providers[0]]
+        self.actions.route[0] = routes
+        self.actions.price[0] = 1
+        self.batch.step(self.actions)
+        return self.batch.reward[0].copy()
+
+    def predicted(self, r: int) -> float:
+        return float(self.batch.markets.requests[0]["predicted"][r])
+
+
+def times_on(own: Floats, decoding: int) -> tuple[float, float]:
+    """Time to the first token of 100 on a node without a queue, and time per token where so many decode."""
+    typical = own[AD_MEAN_PROMPT] + 0.62 * own[AD_MEAN_OUTPUT]
+    context = (own[AD_KV_TOKENS] + CONTEXT_PRIOR * typical) / (own[AD_RUNNING] + CONTEXT_PRIOR)
+    decode_s = own[AD_WEIGHT_S] + decoding * (own[AD_PER_SEQ_S] + own[AD_PER_KV_TOKEN_S] * context)
+    prefill_s = own[AD_PREFILL_BASE_S] + 100 * own[AD_PER_TOKEN_S]
+    between_s = max(0.0, prefill_s - own[AD_WEIGHT_S]) / own[AD_MEAN_OUTPUT]
+    return max(own[AD_WEIGHT_S], prefill_s) + decode_s, decode_s + decoding * between_s
+
+
+def value(waited_s: float, first_s: float, token_s: float, tokens: float) -> float:
+    """What is to be expected of 3 credits if `tokens` tokens come at this pace: log time is normal, known to 0.2."""
+    return 3.0 * chance_on_time(np.array([DEADLINE_S]), waited_s, first_s, token_s, tokens, 0.2, 1e9)
+
+
+def test_a_predicted_value_is_that_of_a_lognormal_time() -> None:
+    """600 tokens at 20 ms take 12 s at the median; 10 s are left after 1.5 s and the first token 0.5 s later."""
+    exact = 3.0 * stats.norm.cdf(np.log(10.0 / 12.0) / 0.2)
+    assert value(DEADLINE_S - 10.5, 0.5, 0.02, 600) == pytest.approx(exact, abs=0.06)
+
+
+@pytest.mark.parametrize("team_weight", [0.0, 0.3, 1.0])
+def test_a_placement_on_an_idle_node_pays_its_own_predicted_loss(team_weight: float) -> None:
+    """Its value counts in full from its arrival on, so what a placement leaves to chance is a loss."""
+    seen = Watched(market(NODE | {"traffic": times(0.25)}, {}), Reward(team_weight, by_decision=True))
+    seen.until(0)
+    assert seen.predicted(0) == 3.0
+    paid = seen.step(HERE, HERE)
+    assert seen.now_s == 1.0 and seen.own[0][AD_RUNNING] == 0
+    expected = value(0.75, *times_on(seen.own[0], 1), 600)
+    assert 0.5 < expected < 2.5
+    assert paid.tolist() == [pytest.approx(expected - 3.0, rel=1e-5), 0.0]
+    assert seen.predicted(0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("route", [HERE, TO_FIRST])
+@pytest.mark.parametrize("team_weight", [0.0, 0.3, 1.0])
+def test_who_runs_beside_a_newcomer_is_predicted_anew_at_the_cost_of_who_sent_it(
+    team_weight: float, route: int
+) -> None:
+    """Request 0 runs on node 1 for 5 s when provider 0 sends request 1 there, or else keeps it on node 0."""
+    scenario = market(NODE | {"traffic": times(5.25)}, NODE | {"traffic": times(0.25)})
+    seen = Watched(scenario, Reward(team_weight, by_decision=True))
+    seen.until(1)
+    seen.step(HERE, HERE)
+    before = seen.predicted(0)
+    seen.until(0)
+    engine, requests = seen.batch.markets.engines[0, 1], seen.batch.markets.requests[0]
+    left = 600 - int(tokens_out(engine, requests, 0))
+    assert 300 < left < 450
+    paid = seen.step(route, HERE)
+    assert seen.now_s == 6.0
+    own = value(0.75 + (0.075 if route == TO_FIRST else 0.0), *times_on(seen.own[route - HERE], route), 600)
+    if route == HERE:
+        assert paid.tolist() == [pytest.approx(own - 3.0, rel=1e-5), 0.0]
+        assert seen.predicted(0) == before
+        return
+    alone, beside = (value(5.75, 0.0, times_on(seen.own[1], decoding)[1], left) for decoding in (1, 2))
+    assert beside < alone - 0.02
+    assert paid.tolist() == [pytest.approx(own - 3.0 + team_weight * (beside - alone), rel=1e-5), 0.0]
+    assert seen.predicted(0) == pytest.approx(beside)
+    assert seen.predicted(1) == pytest.approx(own)
+    potential = seen.batch.markets.providers[0]["potential"]
+    assert potential[:2].tolist() == pytest.approx([own, beside])
+
+
+def test_the_own_request_beside_a_newcomer_counts_in_full() -> None:
+    """However selfish a provider is."""
+    seen = Watched(market(NODE | {"traffic": times(0.25, 5.25)}, {}), Reward(0.0, by_decision=True))
+    seen.until(0)
+    seen.step(HERE, HERE)
+    seen.until(0)
+    left = 600 - int(tokens_out(seen.batch.markets.engines[0, 0], seen.batch.markets.requests[0], 0))
+    paid = seen.step(HERE, HERE)
+    alone, beside = (value(5.75, 0.0, times_on(seen.own[0], decoding)[1], left) for decoding in (1, 2))
+    own = value(0.75, *times_on(seen.own[0], 2), 600)
+    assert paid[0] == pytest.approx(own - 3.0 + beside - alone, rel=1e-5)
+
+
+def test_nothing_is_paid_for_arrivals_ends_and_the_horizon() -> None:
+    """Requests arrive, are done or run out of time; only the steps of their placements pay."""
+    scenario = market(NODE | {"traffic": times(0.25, 1.25, 12.25, 29.5)}, {}, drain_s=3)
+    seen = Watched(scenario, Reward(1.0, by_decision=True))
+    paid: dict[float, float] = {}
+    while not seen.batch.over[0]:
+        deciding = seen.batch.markets.providers[0, 0]["head"] >= 0
+        rewards = seen.step(HERE, HERE)
+        assert not seen.batch.given.any() and rewards[1] == 0
+        if deciding:
+            paid[seen.now_s] = float(rewards[0])
+        else:
+            assert rewards[0] == 0
+    latency_s = seen.batch.requests(0).latency_s
+    assert np.isfinite(latency_s[:3]).all() and np.isinf(latency_s[3])
+    assert list(paid) == [1.0, 2.0, 13.0, 30.0]
+    assert all(-3 < reward < 0 for reward in paid.values())
+
+
+def test_what_was_held_too_long_is_lost_when_it_is_placed() -> None:
+    seen = Watched(market(NODE | {"traffic": times(0.25)}, {}, drain_s=60), Reward(1.0, by_decision=True))
+    paid = []
+    while not seen.batch.over[0]:
+        paid.append(float(seen.step(HOLD, HOLD)[0]))
+    assert [x for x in paid if x] == [pytest.approx(-3.0, abs=1e-3)]
+
+
+@pytest.mark.parametrize(("team_weight", "counted"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.0)])
+def test_transfers_count_as_far_as_a_provider_is_selfish(team_weight: float, counted: float) -> None:
+    """Provider 0 sends its request to provider 1, which is paid once it is done."""
+    rewards = {}
+    for transfers in (False, True):
+        rule = Reward(team_weight, transfers=transfers, by_decision=True)
+        seen = Watched(market(NODE | {"traffic": times(0.25)}, NODE), rule)
+        total = np.zeros(2)
+        while not seen.batch.over[0]:
+            total += seen.step(TO_FIRST, HERE)
+        rewards[transfers] = total
+    assert seen.batch.requests(0).executor.tolist() == [1]
+    price = seen.batch.markets.providers[0, 1]["price"]
+    assert price > 0
+    np.testing.assert_allclose(rewards[True] - rewards[False], np.array([-price, price]) * counted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_course_of_a_market_does_not_depend_on_the_reward(kind: Kind) -> None:
+    scenario = sample(kind, np.random.default_rng(3), 150.0)
+    rules = Reward(), Reward(0.3, by_decision=True), Reward(1.0, 0.9, False, False)
+    batch, rule = [MarketBatch([scenario], [4], reward=each) for each in rules], Rule("trust_cap")
+    actions = batch[0].actions()
+    differ = False
+    while not batch[0].over.all():
+        rule.decide(batch[0].views, batch[0].active, batch[0].dice, actions)
+        for each in batch:
+            each.step(actions)
+        for other in batch[1:]:
+            for a, b in zip(batch[0].views, other.views, strict=True):
+                np.testing.assert_array_equal(a, b)
+            np.testing.assert_array_equal(batch[0].active, other.active)
+            differ = differ or bool((batch[0].reward != other.reward).any())
+    assert differ
+    for other in batch[1:]:
+        for a, b in zip(batch[0].requests(0), other.requests(0), strict=True):
+            np.testing.assert_array_equal(a, b)
+        for name in ("counts", "profit", "own"):
+            np.testing.assert_array_equal(batch[0].markets.providers[name], other.markets.providers[name])
+        np.testing.assert_array_equal(batch[0].markets.accounts, other.markets.accounts)

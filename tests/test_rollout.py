@@ -1,0 +1,272 @@
+"""Rollouts of training markets: what is recorded is what was decided, however the work is spread."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from agents.checkpoint import weights_of
+from agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES
+from agents.forward import Net, net_of
+from agents.network import Actor, Inputs
+from agents.rules import Rule
+from agents.runtime import LearnedPolicy
+from agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
+from envs.distribution import Kind
+from envs.state import Reward
+from train.rollout import Collector, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
+
+KINDS: tuple[Kind, ...] = ("honest", "deadlines", "conversation")
+TEACHERS = {kind: Rule(name) for kind, name in zip(KINDS, ("random", "best_value", "trust_cap"), strict=True)}
+SOURCE = Source(seed=5, kinds=KINDS, duration_s=60.0, drain_s=20.0, max_requests=3000, seeds=1000)
+REWARD = Reward(1.0, 1.0, by_decision=True)
+MARKETS, STEPS = 7, 24
+
+
+@pytest.fixture(scope="module")
+def actor() -> Actor:
+    """An actor of whose choices none is certain."""
+    torch.manual_seed(2)
+    made = Actor(16, prior=1.0)
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return made
+
+
+@pytest.fixture(scope="module")
+def net(actor: Actor) -> Net:
+    return net_of(weights_of(actor))
+
+
+def collector(*, threads: int = 1, source: Source = SOURCE, markets: int = MARKETS, **share: Any) -> Collector:
+    made = Collector(source, REWARD, markets, threads=threads, **share)
+    made.renew(0)
+    return made
+
+
+def collected(net: Net, number: int = 0, *, steps: int = STEPS, every: bool = False, **how: Any) -> Rollout:
+    return collector(**how).collect(net, number, steps, every=every)
+
+
+@pytest.fixture(scope="module")
+def rollout(net: Net) -> Rollout:
+    return collected(net, every=True, teachers=TEACHERS)
+
+
+def flat(tree: Any) -> list[NDArray[Any]]:
+    """All arrays of nested tuples."""
+    if isinstance(tree, tuple):
+        return [array for each in tree for array in flat(each)]
+    return [np.asarray(tree)]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    for x, y in zip(flat(a), flat(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# Drawing.
+
+
+def test_draws_follow_the_softmax() -> None:
+    scores = np.array([0.3, -1.2, -1e9, 2.0, 0.9], np.float32)
+    chances = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    uniforms = ((np.arange(20_000) + 0.5) / 20_000).astype(np.float32)
+    drawn = [draw(scores, u) for u in uniforms]
+    counts = np.bincount([k for k, _ in drawn], minlength=5)
+    np.testing.assert_allclose(counts / len(drawn), chances, atol=1e-4)
+    for k, log_prob in drawn[::500]:
+        assert log_prob == pytest.approx(math.log(chances[k]), abs=1e-5)
+
+
+@pytest.mark.parametrize("u", [0.0, 1e-9, 0.5, 1 - 2**-24, 1.0])
+def test_a_draw_is_never_forbidden(u: float) -> None:
+    for scores in ([-1e9, 1.0, -1e9, 2.0, -1e9], [1.0, -1e9, -1e9], [-1e9, -1e9, 3.0], [80.0, -1e9, 79.0]):
+        chosen, log_prob = draw(np.array(scores, np.float32), np.float32(u))
+        assert scores[chosen] > -1e8 and np.isfinite(log_prob)
+
+
+def test_a_sure_choice_has_log_probability_zero() -> None:
+    assert draw(np.array([-1e9, 5.0], np.float32), np.float32(0.7)) == (1, 0.0)
+
+
+# What is recorded.
+
+
+def test_torch_finds_the_same_log_probabilities(actor: Actor, rollout: Rollout) -> None:
+    d = rollout.decisions
+    assert len(d.step) > 150
+    with torch.no_grad():
+        heads = actor(Inputs(*(torch.from_numpy(x) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))))
+        logs = [torch.log_softmax(head, -1) for head in heads]
+    again = np.stack([x.gather(1, torch.from_numpy(d.choice[:, k : k + 1]))[:, 0] for k, x in enumerate(logs)], 1)
+    np.testing.assert_allclose(d.log_prob, again, rtol=1e-4, atol=1e-4)
+    assert np.take_along_axis(d.routes, d.choice[:, :1], 1).all()
+    assert all(len(np.unique(d.choice[:, k])) >= 3 for k in range(3))
+
+
+def test_choices_are_as_frequent_as_their_probabilities(actor: Actor, net: Net) -> None:
+    """Each choice of each head, over thousands of decisions: a chi-square statistic of expected and found counts."""
+    d = collected(net, steps=60, every=True).decisions
+    with torch.no_grad():
+        heads = actor(Inputs(*(torch.from_numpy(x) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))))
+    for k, head in enumerate(heads):
+        p = torch.softmax(head, -1).numpy().astype(np.float64)
+        found = (d.choice[:, k : k + 1] == np.arange(p.shape[1])).sum(0)
+        score = (found - p.sum(0)) / np.sqrt((p * (1 - p)).sum(0) + 1.0)
+        assert np.abs(score).max() < stats.norm.isf(1e-5)
+
+
+def test_only_decisions_on_requests_are_recorded_unless_every_one_is(net: Net, rollout: Rollout) -> None:
+    start = rollout.decisions.about.shape[1] - len(SELF_FEATURES)
+    few, every = collected(net).decisions, rollout.decisions
+    assert (few.about[:, start + HAS_REQUEST] > 0).all()
+    bare = every.about[:, start + HAS_REQUEST] == 0
+    assert bare.any() and (every.about[bare, start + ADVERT_DUE] > 0).all()
+    assert (every.choice[bare, 0] == HOLD).all()
+
+
+def test_summaries_are_the_mean_and_maximum_over_the_providers_of_a_market(net: Net) -> None:
+    made = collector()
+    views, count = made.batch.views, made.batch.markets.market["n_providers"]
+    own = normalise(views.nodes[:, :, 0], NODE_FEATURES)
+    me = normalise(views.me, SELF_FEATURES)
+    seen = [np.concatenate([own[b, :n], me[b, :n]], 1) for b, n in enumerate(count)]
+    expected = [np.concatenate([x.mean(0), x.max(0)]) for x in seen]
+    rollout = made.collect(net, 0, 1, every=True)
+    asked = np.unique(rollout.decisions.market)
+    assert len(asked) >= 3
+    for b in asked:
+        np.testing.assert_allclose(rollout.summary[0, b], expected[b], rtol=1e-4, atol=1e-5)
+
+
+def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
+    made = collector()
+    worth = np.array([worth_per_s(planned) for planned in made.batch.plans], np.float32)
+    one = made.batch.plans[made.kinds.index("honest")]
+    expected = len(one.traffic.provider) / (one.scenario.duration_s * len(one.profiles))  # requests are worth 1 there
+    assert worth[made.kinds.index("honest")] == pytest.approx(expected)
+    rollout = made.collect(net, 0, 1)
+    np.testing.assert_allclose(rollout.reward[0], made.batch.reward / worth[:, None], rtol=1e-6)
+
+
+def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
+    made = collector()
+    rollouts = [made.collect(net, k, 60) for k in range(2)]
+    cuts = sum(int(each.cut.sum()) for each in rollouts)
+    assert cuts >= MARKETS - 2
+    for each in rollouts:
+        assert len(each.at_cut.own) == each.cut.sum()
+        assert np.isfinite(each.at_cut.summary).all()
+        assert each.elapsed_s.max() > 0
+    assert not made.batch.over.any()
+
+
+# However it is spread.
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_threads_change_nothing(net: Net, every: bool) -> None:
+    one, two = (collected(net, threads=k, every=every, teachers=TEACHERS, markets=48, steps=10) for k in (1, 2))
+    assert np.bincount(one.decisions.step).max() >= 2 * 16  # enough at a time that they are spread
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_decide_what_one_does(net: Net, world: int) -> None:
+    whole = collected(net, 3, teachers=TEACHERS)
+    parts = [collected(net, 3, teachers=TEACHERS, rank=rank, world=world) for rank in range(world)]
+    assert sum(part.agent_steps for part in parts) == whole.agent_steps
+    for rank, part in enumerate(parts):
+        mine = np.arange(rank, MARKETS, world)
+        for name in ("summary", "priced", "reward", "elapsed_s", "cut"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[:, mine], err_msg=name)
+        d, all_ = part.decisions, whole.decisions
+        chosen = np.isin(all_.market, mine)
+        assert chosen.any()
+        np.testing.assert_array_equal(mine[d.market], all_.market[chosen])
+        for name in Decisions._fields:
+            if name != "market":
+                np.testing.assert_array_equal(getattr(d, name), getattr(all_, name)[chosen], err_msg=name)
+
+
+def test_a_rollout_depends_on_its_number_and_the_runs_seed(net: Net) -> None:
+    first, again, other = (collected(net, number, steps=6) for number in (0, 0, 1))
+    assert_same(first, again)
+    assert (first.decisions.choice.shape != other.decisions.choice.shape) or (
+        first.decisions.choice != other.decisions.choice
+    ).any()
+    elsewhere = collected(net, steps=6, source=SOURCE._replace(seed=6))
+    assert not np.array_equal(first.reward[:, :, 0], elsewhere.reward[:, :, 0])
+
+
+def test_renewed_markets_are_those_of_their_batch_whatever_came_before(net: Net) -> None:
+    fresh = collector()
+    fresh.renew(4)
+    used = collector()
+    used.collect(net, 0, STEPS)
+    used.renew(4)
+    assert [p.seed for p in fresh.batch.plans] == [p.seed for p in used.batch.plans]
+    assert_same(fresh.collect(net, 9, STEPS), used.collect(net, 9, STEPS))
+    assert [p.seed for p in collector().batch.plans] != [p.seed for p in fresh.batch.plans]
+
+
+def test_renewed_markets_stand_at_different_times_and_go_on_from_there(net: Net) -> None:
+    """Place k of B begins at k / B of the duration; none is over, unless its horizon came before that."""
+    made = collector(source=SOURCE._replace(kinds=("honest", "deadlines")))
+    start_s = np.arange(MARKETS) / MARKETS * SOURCE.duration_s
+    now_s = made.batch.now_s.copy()
+    assert (now_s >= start_s).all() and (now_s <= start_s + 2).all()
+    assert not made.batch.over.any()
+    rollout = made.collect(net, 0, 3)
+    assert not rollout.cut.any()
+    np.testing.assert_allclose(made.batch.now_s, now_s + rollout.elapsed_s.sum(0))
+
+
+# Teachers.
+
+
+def test_lessons_are_what_the_teacher_of_the_kind_decides(net: Net) -> None:
+    made = collector(teachers=TEACHERS)
+    for k in range(8):
+        views = type(made.batch.views)(*(array.copy() for array in made.batch.views))
+        active, dice, kinds = made.batch.active.copy(), made.batch.dice.copy(), list(made.kinds)
+        d = made.collect(net, k, 1).decisions
+        for m in range(len(d.step)):
+            b, i = d.market[m], d.provider[m]
+            actions = made.batch.actions()
+            TEACHERS[kinds[b]].decide(views, active, dice, actions)
+            wait_s = actions.terms[b, i, MAX_WAIT_S]
+            admit = int(nearest_admit(np.array([wait_s]))[0])
+            assert d.lesson[m].tolist() == [actions.route[b, i], admit, min(actions.price[b, i], PRICES - 1)]
+            assert d.routes[m, d.lesson[m, 0]] == 1
+
+
+def test_without_a_teacher_there_is_no_lesson(net: Net) -> None:
+    assert (collected(net, steps=3, teachers=TEACHERS).decisions.lesson >= 0).all()
+    assert (collected(net, steps=3).decisions.lesson == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "admit"),
+    [(-1.0, 0), (ADMIT_WAIT_S[1], 1), (0.001, 1), (ADMIT_WAIT_S[2] * 1.05, 2), (ADMIT_WAIT_S[3] * 0.95, 3),
+     (ADMIT_WAIT_S[4], 4), (1e9, 5), (math.inf, 5)],
+)  # fmt: skip
+def test_the_nearest_terms(wait_s: float, admit: int) -> None:
+    assert nearest_admit(np.array([wait_s])).tolist() == [admit]
+
+
+def test_a_learned_policy_would_decide_the_most_probable_of_what_was_drawn(actor: Actor, net: Net) -> None:
+    """The collector and the policy that operators run share kernels; here they are asked about the same views."""
+    made = collector()
+    policy, actions = LearnedPolicy(weights_of(actor), {}), made.batch.actions()
+    policy.decide(made.batch.views, made.batch.active, made.batch.dice, actions)
+    d = made.collect(net, 0, 1, every=True).decisions
+    same = d.choice[:, 0] == actions.route[d.market, d.provider]
+    likely = np.exp(d.log_prob[:, 0]) > 0.5
+    assert likely.any() and same[likely].all()

@@ -1,0 +1,175 @@
+"""Tuning the rules: what is written, what reads it, and that the defaults are what it found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agents.rules import RULES, Rule
+from envs.distribution import KINDS, Kind
+from eval import tune
+from eval.compare import FIRST_TEST_SEED
+from eval.tune import TUNED, best_for, draw, markets, tuned
+
+TUNABLE = [name for name, settings in RULES.items() if any(setting.search for setting in settings.values())]
+OBJECTIVES = ("all", *KINDS)
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(TUNED.read_text())
+    return found
+
+
+def test_every_tunable_rule_has_settings_for_every_objective(table: dict[str, Any]) -> None:
+    assert list(table["rules"]) == TUNABLE
+    for rule, by_objective in table["rules"].items():
+        assert tuple(by_objective) == OBJECTIVES
+        for each in by_objective.values():
+            assert 0 < each["score"] < 1
+            assert list(each["settings"]) == list(RULES[rule])
+
+
+@pytest.mark.parametrize("rule", TUNABLE)
+def test_settings_lie_within_their_bounds(rule: str, table: dict[str, Any]) -> None:
+    for each in table["rules"][rule].values():
+        Rule(rule, each["settings"])  # raises for one out of its range
+        for key, value in each["settings"].items():
+            setting = RULES[rule][key]
+            assert setting.search is not None
+            low, high = setting.search
+            assert low <= value <= high or value == setting.default, key
+
+
+@pytest.mark.parametrize("rule", [name for name in TUNABLE if name != "www_serve"])
+def test_defaults_are_the_settings_tuned_for_all_kinds(rule: str, table: dict[str, Any]) -> None:
+    """Those of www_serve are the published ones."""
+    assert Rule(rule).settings == table["rules"][rule]["all"]["settings"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_tuned_rules_have_the_settings_of_the_file(objective: str, table: dict[str, Any]) -> None:
+    rules = tuned(objective)
+    assert list(rules) == TUNABLE
+    for name, rule in rules.items():
+        assert (rule.name, rule.settings) == (name, table["rules"][name][objective]["settings"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_for_a_kind_has_the_highest_score_there(kind: Kind, table: dict[str, Any]) -> None:
+    best = best_for(kind)
+    name, at, named = best.name.partition("@")
+    assert (at, named) == ("@", kind)
+    scores = {rule: each[kind]["score"] for rule, each in table["rules"].items()}
+    assert scores[name] == max(scores.values())
+    assert best.settings == table["rules"][name][kind]["settings"]
+
+
+def test_what_reads_the_file_reads_it_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def entry(score: float, wait_s: float) -> dict[str, Any]:
+        each = {"settings": {"accept_wait_s": wait_s}, "score": score}
+        return dict.fromkeys(OBJECTIVES, each)
+
+    path = tmp_path / "tuned.json"
+    rules = {"earliest_finish": entry(0.5, 7.0), "rank_cap": entry(0.7, 8.0), "best_value": entry(0.6, 9.0)}
+    path.write_text(json.dumps({"rules": rules}))
+    monkeypatch.setattr(tune, "TUNED", path)
+    assert best_for("lying").name == "rank_cap@lying"
+    assert best_for("lying").settings["accept_wait_s"] == 8.0
+    assert tuned("all")["best_value"].settings["accept_wait_s"] == 9.0
+
+
+@pytest.mark.parametrize("rule", TUNABLE)
+def test_draws_lie_within_the_search_ranges_and_fill_them(rule: str) -> None:
+    rng = np.random.default_rng(1)
+    drawn = [draw(rule, rng) for _ in range(300)]
+    for key, setting in RULES[rule].items():
+        values = np.array([each[key] for each in drawn])
+        usual = values == setting.default
+        assert setting.search is not None
+        low, high = setting.search
+        assert 0.15 < usual.mean() < 0.35
+        others = values[~usual]
+        assert (others >= 0.99 * low).all() and (others <= 1.01 * high).all()
+        scale = np.log if low > 0 else np.asarray
+        place = (scale(others) - scale(low)) / (scale(high) - scale(low))
+        assert place.min() < 0.1 and place.max() > 0.9
+        assert 0.4 < place.mean() < 0.6
+    assert draw(rule, np.random.default_rng(2)) == draw(rule, np.random.default_rng(2))
+
+
+def test_tuning_markets_are_those_of_their_seeds() -> None:
+    some, same, others = markets(2, 77), markets(2, 77), markets(2, 78)
+    assert list(some) == list(KINDS)
+    for kind in KINDS:
+        assert [p.seed for p in some[kind]] == [77, 78]
+        assert [p.scenario.name for p in some[kind]] == [kind] * 2
+        assert [p.scenario for p in some[kind]] == [p.scenario for p in same[kind]]
+        assert some[kind][0].scenario != others[kind][0].scenario
+
+
+def test_seeds_of_tuning_come_before_those_of_validation_and_test(table: dict[str, Any]) -> None:
+    assert table["seed"] == tune.SEED
+    last = tune.SEED + 10_000 + table["options"]["many"]
+    assert table["options"]["few"] < 10_000
+    assert last < FIRST_TEST_SEED // 2
+
+
+class Fake:
+    """Scores by settings alone, so that what is best is known: near 5 s, or for liars near 50 s."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, str]] = []
+
+    def __call__(self, rule: Rule, plans: list[str], *, threads: int) -> list[float]:
+        goal = 50.0 if plans[0] == "lying" else 5.0
+        self.asked.append((rule.settings["accept_wait_s"], plans[0]))
+        return [1.0 - abs(np.log(rule.settings["accept_wait_s"] / goal)) / 10 + len(plans) / 100]
+
+
+def test_the_best_of_the_finalists_is_chosen_for_each_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    monkeypatch.setattr(tune, "scores", fake)
+    few: Any = {kind: [kind] for kind in KINDS}
+    many: Any = {kind: [kind, kind] for kind in KINDS}
+    best = tune.tune("best_value", 30, few, many, 2, 1)
+    assert list(best) == list(OBJECTIVES)
+    tried = {wait_s for wait_s, _ in fake.asked}
+    by_distance = {goal: min(tried, key=lambda wait_s: abs(np.log(wait_s / goal))) for goal in (5.0, 50.0)}
+    assert best["lying"]["settings"]["accept_wait_s"] == by_distance[50.0]
+    assert best["honest"]["settings"]["accept_wait_s"] == by_distance[5.0]
+    assert best["all"]["settings"]["accept_wait_s"] == by_distance[5.0]
+    top = 1.0 - abs(np.log(by_distance[50.0] / 50.0)) / 10 + 0.02  # from the many, not from the few
+    assert best["lying"]["score"] == pytest.approx(top, abs=1e-5)
+    again = len(fake.asked) - 31 * len(KINDS)
+    assert 2 * len(KINDS) <= again <= (1 + 2 * (1 + len(KINDS))) * len(KINDS)
+
+
+def test_a_short_run_writes_what_the_readers_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(count: int, seed: int) -> dict[Kind, Any]:
+        rng = np.random.default_rng(seed)
+        return {kind: [tune.plan(tune.sample(kind, rng, 30.0), seed + k) for k in range(count)] for kind in KINDS}
+
+    monkeypatch.setattr(tune, "markets", short)
+    monkeypatch.setattr(tune, "RULES", {name: RULES[name] for name in ("single", "www_serve", "best_value")})
+    path = tmp_path / "tuned.json"
+    arguments = ["--draws", "1", "--few", "1", "--many", "1", "--finalists", "1", "--threads", "1", "--json", str(path)]
+    assert tune.main(arguments) == 0
+    written = json.loads(path.read_text())
+    assert list(written["rules"]) == ["www_serve", "best_value"]
+    assert written["options"] == {"draws": 1, "few": 1, "many": 1, "finalists": 1}
+    monkeypatch.setattr(tune, "TUNED", path)
+    assert set(tuned("all")) == {"www_serve", "best_value"}
+    assert best_for("honest").name.endswith("@honest")
+    shown = capsys.readouterr().out
+    assert "best_value: accept_wait_s" in shown
+
+
+@pytest.mark.parametrize("name", ["draws", "few", "many", "finalists", "threads"])
+def test_a_bad_argument_is_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([f"--{name}", "0"]) == 2
+    assert capsys.readouterr().err == f"eval.tune: --{name} is 0, expected at least 1\n"

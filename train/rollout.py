@@ -1,0 +1,360 @@
+"""Rollouts: a batch of training markets played by the current policy, and what learning needs of it.
+
+The policy's kernels read the batch's views where they lie and write the decisions where learning reads them; nothing is
+copied between environment and learner. What is random depends on the run's seed, the number of the rollout and the
+number of the market in the whole run, so it is the same however the markets are spread over threads and processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, write_terms
+from agents.forward import (
+    ABOUT,
+    EVIDENCE,
+    LOGITS,
+    Net,
+    is_node,
+    logits,
+    normalise_about,
+    normalise_node,
+    room,
+)
+from agents.kernel import kernel
+from agents.network import SUMMARY
+from agents.rules import Rule
+from agents.view import (
+    ADVERT_DUE,
+    CLASS_VALUE,
+    HAS_REQUEST,
+    NODE_FEATURES,
+    NODES,
+    REQUEST_FEATURES,
+    Views,
+)
+from envs.batch import MarketBatch
+from envs.distribution import Kind, sample
+from envs.state import MarketPlan, Reward, Shape, plan
+
+FloatArray = NDArray[np.float32]
+ADMITS = ADMIT_WAIT_S.size
+MOST_PROVIDERS = 8  # in a training market
+
+
+class Decisions(NamedTuple):
+    """Decisions and what is needed to judge them anew, [M] each; see `agents.network.Inputs` for the features."""
+
+    step: NDArray[np.int64]  # which step, market and provider
+    market: NDArray[np.int64]
+    provider: NDArray[np.int64]
+    nodes: FloatArray  # [M, NODES, len(NODE_FEATURES)]
+    about: FloatArray  # [M, ABOUT]
+    evidence: FloatArray  # [M, NODES, len(EVIDENCE)]
+    present: FloatArray  # [M, NODES]
+    routes: NDArray[np.int8]  # [M, ROUTES] the mask
+    choice: NDArray[np.int64]  # [M, 3] route, admit, price
+    log_prob: FloatArray  # [M, 3] of each
+    lesson: NDArray[np.int64]  # [M, 3] what the teacher would have chosen, -1 where there is none
+
+
+def make_decisions(count: int) -> Decisions:
+    """Room for `count` decisions."""
+    return Decisions(
+        step=np.zeros(count, np.int64),
+        market=np.zeros(count, np.int64),
+        provider=np.zeros(count, np.int64),
+        nodes=np.zeros((count, NODES, len(NODE_FEATURES)), np.float32),
+        about=np.zeros((count, ABOUT), np.float32),
+        evidence=np.zeros((count, NODES, len(EVIDENCE)), np.float32),
+        present=np.zeros((count, NODES), np.float32),
+        routes=np.zeros((count, ROUTES), np.int8),
+        choice=np.zeros((count, 3), np.int64),
+        log_prob=np.zeros((count, 3), np.float32),
+        lesson=np.full((count, 3), -1, np.int64),
+    )
+
+
+class Situation(NamedTuple):
+    """What a critic reads, leading axes [...]."""
+
+    own: FloatArray  # [..., len(NODE_FEATURES)]
+    about: FloatArray  # [..., ABOUT]
+    summary: FloatArray  # [..., SUMMARY]
+
+
+class Rollout(NamedTuple):
+    """T steps of B markets of N providers."""
+
+    decisions: Decisions
+    summary: FloatArray  # [T, B, SUMMARY] the pooled state of each market where something is decided
+    priced: NDArray[np.bool_]  # [T, B] whether the market has more than one price
+    reward: FloatArray  # [T, B, N] in seconds' worth of the market's arrivals
+    elapsed_s: NDArray[np.float64]  # [T, B]
+    cut: NDArray[np.bool_]  # [T, B] the market's horizon came at the end of this step
+    last: Situation  # [B, N] what follows the rollout
+    at_cut: Situation  # [C, N] what followed in the markets that were cut, in the order of `cut`
+    agent_steps: int
+
+
+@kernel
+def draw(scores, u):
+    """An index with probability softmax(scores [C]), by the uniform `u`, and its log-probability."""
+    top = scores[0]
+    for k in range(scores.size):
+        top = max(top, scores[k])
+    total = np.float32(0.0)
+    for k in range(scores.size):
+        total += np.exp(scores[k] - top)
+    left = u * total
+    chosen = -1
+    for k in range(scores.size):
+        weight = np.exp(scores[k] - top)
+        if weight > 0.0:
+            chosen = k
+            left -= weight
+            if left < 0.0:
+                break
+    return chosen, scores[chosen] - top - np.log(total)
+
+
+@kernel
+def act(net, views, step, first, low, high, market, provider, uniform, actions, d, work, out):
+    """Decide for the rows `low` to `high` of `market` and `provider`; row k is written to decision first + k of `d`.
+
+    `uniform` [B, N, 3]; `actions` receives the choices.
+    """
+    for k in range(low, high):
+        m, b, i = first + k, market[k], provider[k]
+        nodes, routes = views.nodes[b, i], views.routes[b, i]
+        logits(net, nodes, views.request[b, i], views.me[b, i], routes, d.nodes[m], d.about[m], work, out)
+        d.step[m], d.market[m], d.provider[m] = step, b, i
+        for n in range(NODES):
+            d.present[m, n] = 1.0 if is_node(nodes[n]) else 0.0
+            for f in range(len(EVIDENCE)):
+                d.evidence[m, n, f] = nodes[n, EVIDENCE[f]]
+        for r in range(ROUTES):
+            d.routes[m, r] = routes[r]
+        route, d.log_prob[m, 0] = draw(out[:ROUTES], uniform[b, i, 0])
+        admit, d.log_prob[m, 1] = draw(out[ROUTES : ROUTES + ADMITS], uniform[b, i, 1])
+        price, d.log_prob[m, 2] = draw(out[ROUTES + ADMITS :], uniform[b, i, 2])
+        d.choice[m, 0], d.choice[m, 1], d.choice[m, 2] = route, admit, price
+        actions.route[b, i] = route
+        write_terms(actions.terms[b, i], admit)
+        actions.price[b, i] = price
+
+
+@kernel
+def summarise(views, count, wanted, own, about, summary):
+    """Mean and maximum [B, SUMMARY] over the `count` [B] providers of each `wanted` [B] market.
+
+    What is pooled are the normalised features of provider and own node; `own` [F] and `about` [ABOUT] are room.
+    """
+    nodes = own.size
+    half = summary.shape[1] // 2
+    for b in range(wanted.size):
+        if not wanted[b]:
+            continue
+        for k in range(half):
+            summary[b, k] = 0.0
+            summary[b, half + k] = -np.inf
+        for i in range(count[b]):
+            normalise_node(views.nodes[b, i, 0], own)
+            normalise_about(views.request[b, i], views.me[b, i], about)
+            for k in range(half):
+                x = own[k] if k < nodes else about[len(REQUEST_FEATURES) + k - nodes]
+                summary[b, k] += x / count[b]
+                summary[b, half + k] = max(summary[b, half + k], x)
+
+
+@kernel
+def _situations(views, markets, own, about):
+    for k in range(markets.size):
+        b = markets[k]
+        for i in range(own.shape[1]):
+            normalise_node(views.nodes[b, i, 0], own[k, i])
+            normalise_about(views.request[b, i], views.me[b, i], about[k, i])
+
+
+def situations(views: Views, count: NDArray[np.int64], markets: NDArray[np.int64]) -> Situation:
+    """The situations [C, N] of all providers of these `markets` [C]; `count` [B] of providers in each."""
+    providers = views.me.shape[1]
+    own = np.zeros((markets.size, providers, len(NODE_FEATURES)), np.float32)
+    about = np.zeros((markets.size, providers, ABOUT), np.float32)
+    pooled = np.zeros((count.size, SUMMARY), np.float32)
+    _situations(views, markets, own, about)
+    wanted = np.zeros(count.size, np.bool_)
+    wanted[markets] = True
+    summarise(views, count, wanted, np.zeros_like(own[0, 0]), np.zeros_like(about[0, 0]), pooled)
+    return Situation(own, about, np.repeat(pooled[markets][:, None], providers, 1))
+
+
+def worth_per_s(planned: MarketPlan) -> float:
+    """Value of the requests that arrive at a provider of this market in a second, on average, credits.
+
+    Rewards are divided by it, so that a busy market of valuable requests does not drown the others in a batch.
+    """
+    value = planned.known[planned.traffic.provider, planned.traffic.klass, CLASS_VALUE].sum()
+    return float(value / (planned.scenario.duration_s * len(planned.profiles)))
+
+
+class Source(NamedTuple):
+    """Where training markets come from."""
+
+    seed: int
+    kinds: Sequence[Kind]
+    duration_s: float
+    drain_s: float
+    max_requests: int
+    seeds: int  # markets' own seeds are below this
+
+    def plans(self, batch: int, market: int) -> Iterator[tuple[Kind, MarketPlan]]:
+        """Random markets without end for place `market` of batch number `batch`, the kinds in turn."""
+        rng = np.random.default_rng((self.seed, 0, batch, market))
+        turn = market
+        while True:
+            kind = self.kinds[turn % len(self.kinds)]
+            planned = plan(
+                replace(sample(kind, rng, self.duration_s), drain_s=self.drain_s), int(rng.integers(self.seeds))
+            )
+            if 0 < planned.capacity <= self.max_requests:
+                turn += 1
+                yield kind, planned
+
+
+class Collector:
+    """Steps this process's share of the training markets: of `total`, those numbered rank, rank + world, ..."""
+
+    def __init__(
+        self, source: Source, reward: Reward, total: int, *, threads: int, rank: int = 0, world: int = 1,
+        teachers: dict[Kind, Rule] | None = None,
+    ) -> None:  # fmt: skip
+        self.source, self.reward, self.total, self.threads = source, reward, total, threads
+        self.numbers = np.arange(rank, total, world)
+        self.teachers = teachers or {}
+        self.pool = ThreadPoolExecutor(max(1, threads - 1))
+        self.decisions = make_decisions(4096)
+        self.renewals = 0
+
+    def renew(self, batch: int) -> None:
+        """Begin batch number `batch` of markets, brought to different times so that a rollout sees beginnings, middles
+        and ends alike. A run that is resumed here goes on as one that was never cut."""
+        self.streams = [self.source.plans(batch, int(number)) for number in self.numbers]
+        drawn = [next(stream) for stream in self.streams]
+        shape = Shape(MOST_PROVIDERS, self.source.max_requests, 1)
+        if not hasattr(self, "batch"):
+            plans = [planned for _, planned in drawn]
+            self.batch = MarketBatch(plans, threads=self.threads, reward=self.reward, shape=shape)
+            self.actions, self.taught = self.batch.actions(), self.batch.actions()
+        else:
+            for b, (_, planned) in enumerate(drawn):
+                self.batch.reset(b, planned)
+        for actions in (self.actions, self.taught):
+            for array, fresh in zip(actions, self.batch.actions(), strict=True):
+                array[...] = fresh
+        self.kinds = [kind for kind, _ in drawn]
+        self.worth = np.array([worth_per_s(planned) for _, planned in drawn], np.float32)
+        self._stagger(self.numbers / self.total * self.source.duration_s)
+
+    def _stagger(self, start_s: NDArray[np.float64]) -> None:
+        rule, batch = Rule("earliest_finish_trust"), self.batch
+        while (waiting := (batch.now_s < start_s) & ~batch.over).any():
+            held = batch.markets.market["over"].copy()
+            batch.markets.market["over"] = ~waiting
+            rule.decide(batch.views, batch.active & waiting[:, None], batch.dice, self.actions)
+            batch.step(self.actions)
+            batch.markets.market["over"] = np.where(waiting, batch.markets.market["over"], held)
+
+    def _room(self, count: int, used: int) -> Decisions:
+        """Decisions with room for `count`, of which `used` are kept."""
+        if count > len(self.decisions.step):
+            larger = make_decisions(2 * count)
+            for old, new in zip(self.decisions, larger, strict=True):
+                new[:used] = old[:used]
+            self.decisions = larger
+        return self.decisions
+
+    def _act(self, net: Net, t: int, used: int, rows: tuple[NDArray[np.int64], ...], uniform: FloatArray) -> None:
+        """Decide for the providers in `rows`, in threads."""
+        d, count = self._room(used + rows[0].size, used), rows[0].size
+        cuts = np.linspace(0, count, self.threads + 1).astype(int) if count >= 16 * self.threads else [0, count]
+        jobs = [
+            (net, self.batch.views, t, used, int(low), int(high), *rows, uniform, self.actions, d, *scratch)
+            for (low, high), scratch in zip(pairwise(cuts), self.scratch, strict=False)
+        ]
+        others = [self.pool.submit(act, *job) for job in jobs[1:]]
+        act(*jobs[0])
+        for other in others:
+            other.result()
+
+    def _teach(self, used: int, rows: tuple[NDArray[np.int64], ...]) -> None:
+        """Write down what the teacher of each market's kind would choose for the providers in `rows`."""
+        batch, asked = self.batch, np.zeros_like(self.batch.active)
+        asked[rows] = True
+        kinds = np.array(self.kinds)
+        for kind, teacher in self.teachers.items():
+            teacher.decide(batch.views, asked & (kinds == kind)[:, None], batch.dice, self.taught)
+        lesson = self.decisions.lesson[used : used + rows[0].size]
+        lesson[:, 0] = self.taught.route[rows]
+        lesson[:, 1] = nearest_admit(self.taught.terms[rows][:, MAX_WAIT_S])
+        lesson[:, 2] = np.minimum(self.taught.price[rows], PRICES - 1)
+
+    def collect(self, net: Net, number: int, steps: int, *, every: bool = False) -> Rollout:
+        """Play `steps` steps with the policy `net`; `number` counts the rollouts of the run.
+
+        Recorded are the decisions on requests; with `every` those on terms and prices alone as well.
+        """
+        batch, views = self.batch, self.batch.views
+        count, providers = batch.count, batch.providers
+        rng = np.random.default_rng((self.source.seed, 1, number))
+        self.scratch = [(room(net), np.zeros(LOGITS, np.float32)) for _ in range(self.threads)]
+        reward = np.zeros((steps, count, providers), np.float32)
+        summary = np.zeros((steps, count, SUMMARY), np.float32)
+        elapsed_s, cut = np.zeros((steps, count)), np.zeros((steps, count), np.bool_)
+        priced = np.zeros((steps, count), np.bool_)
+        own_row, about_row = np.zeros(len(NODE_FEATURES), np.float32), np.zeros(ABOUT, np.float32)
+        at_cut: list[Situation] = []
+        used = agent_steps = 0
+        for t in range(steps):
+            uniform = rng.random((self.total, providers, 3), np.float32)[self.numbers]
+            market = batch.markets.market
+            priced[t] = market["n_prices"] > 1
+            asked = batch.active & (views.me[..., HAS_REQUEST] > 0.5)
+            if every:
+                asked |= batch.active & (views.me[..., ADVERT_DUE] > 0.5)
+            rows = np.nonzero(asked)
+            summarise(views, market["n_providers"].copy(), asked.any(1), own_row, about_row, summary[t])
+            self.actions.route[...] = HOLD
+            self._act(net, t, used, rows, uniform)
+            if self.teachers:
+                self._teach(used, rows)
+            used += rows[0].size
+            batch.step(self.actions)
+            # What arrivals bring does not depend on decisions, and is only noise here.
+            reward[t] = (batch.reward - batch.given) / self.worth[:, None]
+            elapsed_s[t], cut[t] = batch.elapsed_s, batch.over
+            agent_steps += int(market["n_providers"][elapsed_s[t] > 0].sum())
+            if not cut[t].any():
+                continue
+            at_cut.append(situations(views, market["n_providers"].copy(), np.nonzero(cut[t])[0]))
+            for b in np.nonzero(cut[t])[0]:
+                self.kinds[b], planned = next(self.streams[b])
+                batch.reset(int(b), planned)
+                self.worth[b] = worth_per_s(planned)
+        last = situations(views, batch.markets.market["n_providers"].copy(), np.arange(count))
+        at_cut = at_cut or [Situation(*(column[:0] for column in last))]
+        cuts = Situation(*(np.concatenate(columns) for columns in zip(*at_cut, strict=True)))
+        decisions = Decisions(*(column[:used] for column in self.decisions))
+        return Rollout(decisions, summary, priced, reward, elapsed_s, cut, last, cuts, agent_steps)
+
+
+def nearest_admit(wait_s: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The admit whose longest wait is nearest, by ratio, to each of `wait_s` [M]; 0 for a negative one."""
+    bins = np.log(np.minimum(ADMIT_WAIT_S[1:], 1e4))
+    near = 1 + np.abs(np.log(np.clip(wait_s, 1e-3, 1e4))[:, None] - bins).argmin(1)
+    return np.where(wait_s < 0, 0, near)
