@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as read_safetensors
 
 from agents.decision import ADMIT_WAIT_S, ADMITS, CANDIDATES, PRICES, ROUTES
-from agents.forward import ABOUT, LOGITS, Weights, scales
-from agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, VIEW_VERSION, Views
+from agents.forward import ABOUT, LOGITS, Weights
+from agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, VIEW_VERSION, Views, scales
 
 FORMAT = 3
 ARCHITECTURE = "pooled-pointer"  # that of `agents.forward`

@@ -21,6 +21,7 @@ from agents.knowledge import (
 # A request in its decode stands, on average over the time it takes, at E[O^2] / (2 E[O]^2) of its mean output: 0.5 for
 # equal lengths, 0.62 for a lognormal of sigma 0.75 cut at about twice its median.
 CONTEXT_SHARE = 0.62
+LOGISTIC = 1.702  # the normal distribution function at z is about 1 / (1 + exp(-1.702 z))
 CONTEXT_PRIOR = 30.0  # requests' worth of belief in that, against the observed tokens per running request
 
 
@@ -99,5 +100,5 @@ def chance_on_time(
             total += 1.0
         elif tokens >= 1.0:
             z = math.log(tokens / median) / max(sigma, 1e-3)
-            total += 1.0 / (1.0 + math.exp(min(-1.702 * z, 700.0)))  # in plain Python, exp raises beyond 709
+            total += 1.0 / (1.0 + math.exp(min(-LOGISTIC * z, 700.0)))  # in plain Python, exp raises beyond 709
     return total / deadlines.size

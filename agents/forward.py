@@ -23,8 +23,8 @@ from agents.view import (
     REQUEST_FEATURES,
     SELF_FEATURES,
     SLOWDOWN_S,
-    Feature,
-    log_unit,
+    normalise_row,
+    scales,
 )
 
 Weights = dict[str, NDArray[np.float32]]
@@ -96,42 +96,22 @@ def room(net: Net) -> Singles:
     return np.zeros((NODES + 6, net.in_bias.size), np.float32)
 
 
-def scales(features: tuple[Feature, ...]) -> tuple[Singles, Singles]:
-    """Unit (0 for a linear feature) and full scale of each feature, as `agents.view.normalise` has them."""
-    unit = [log_unit(f) if f.scale == "log" else 0.0 for f in features]
-    top = [math.log1p(f.high / u) if u else f.high for f, u in zip(features, unit, strict=True)]
-    return np.array(unit, np.float32), np.array(top, np.float32)
-
-
 _NODE_UNIT, _NODE_TOP = scales(NODE_FEATURES)
 _REQUEST_UNIT, _REQUEST_TOP = scales(REQUEST_FEATURES)
 _SELF_UNIT, _SELF_TOP = scales(SELF_FEATURES)
 
 
 @kernel
-def _normalise(row: Singles, unit: Singles, top: Singles, out: Singles) -> None:
-    for k in range(row.size):
-        x = row[k]
-        if x == 0.0:
-            out[k] = 0.0
-        elif unit[k] == 0.0:
-            out[k] = x / top[k]
-        else:
-            size = np.float32(math.log1p(abs(x / unit[k])))
-            out[k] = (size if x > 0.0 else -size) / top[k]
-
-
-@kernel
 def normalise_node(row: Singles, out: Singles) -> None:
     """A node's features [len(NODE_FEATURES)] to about [-1, 1]."""
-    _normalise(row, _NODE_UNIT, _NODE_TOP, out)
+    normalise_row(row, _NODE_UNIT, _NODE_TOP, out)
 
 
 @kernel
 def normalise_about(request: Singles, me: Singles, out: Singles) -> None:
     """The features of request and provider [ABOUT] to about [-1, 1]."""
-    _normalise(request, _REQUEST_UNIT, _REQUEST_TOP, out[: len(REQUEST_FEATURES)])
-    _normalise(me, _SELF_UNIT, _SELF_TOP, out[len(REQUEST_FEATURES) :])
+    normalise_row(request, _REQUEST_UNIT, _REQUEST_TOP, out[: len(REQUEST_FEATURES)])
+    normalise_row(me, _SELF_UNIT, _SELF_TOP, out[len(REQUEST_FEATURES) :])
 
 
 @kernel

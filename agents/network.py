@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from agents.decision import ADMITS, PRICES
 from agents.forward import ABOUT, EVIDENCE, FORBIDDEN, SHORTEST_S
-from agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, log_unit
+from agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, scales
 
 USUAL_ADMIT = 4  # the terms and the price that an untrained policy prefers: up to a minute's wait, the second price
 USUAL_PRICE = 1
@@ -30,12 +30,10 @@ class Normalise(nn.Module):
 
     def __init__(self, features: tuple[Feature, ...]) -> None:
         super().__init__()
-        logs = torch.tensor([f.scale == "log" for f in features])
-        unit = torch.tensor([log_unit(f) if f.scale == "log" else 1.0 for f in features])
-        high = torch.tensor([f.high for f in features])
-        self.register_buffer("logs", logs, persistent=False)
-        self.register_buffer("unit", unit, persistent=False)
-        self.register_buffer("top", torch.where(logs, torch.log1p(high / unit), high), persistent=False)
+        unit, top = (torch.from_numpy(x) for x in scales(features))
+        self.register_buffer("logs", unit > 0, persistent=False)
+        self.register_buffer("unit", torch.where(unit > 0, unit, 1.0), persistent=False)
+        self.register_buffer("top", top, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale features [..., F]."""

@@ -5,6 +5,7 @@ them to about [-1, 1] for networks. The order, units and ranges are versioned: a
 refused. The own node and the candidates have the same features, so one encoder serves both.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -140,23 +141,45 @@ def make_views(*shape: int) -> Views:
     )
 
 
-def normalise(values: Singles, features: tuple[Feature, ...]) -> Singles:
-    """Features [..., len(features)] brought to about [-1, 1]: x / high, or sign(x) log(1 + |x|/u) / log(1 + high/u)
-    with u = 1 above a range of 10 and a thousandth of the range below."""
-    out = np.empty_like(values)
-    for k, feature in enumerate(features):
-        if feature.scale == "log":
-            unit = log_unit(feature)
-            x = values[..., k] / np.float32(unit)
-            out[..., k] = np.sign(x) * np.log1p(np.abs(x)) / np.float32(np.log1p(feature.high / unit))
-        else:
-            out[..., k] = values[..., k] / np.float32(feature.high)
-    return out
-
-
 def log_unit(feature: Feature) -> float:
     """Where a log feature turns from linear to logarithmic."""
     return 1.0 if feature.high > 10 else feature.high / 1000
+
+
+def scales(features: tuple[Feature, ...]) -> tuple[Singles, Singles]:
+    """What `normalise_row` scales each feature by: its unit, 0 for a linear feature, and its full scale."""
+    unit = [log_unit(f) if f.scale == "log" else 0.0 for f in features]
+    top = [math.log1p(f.high / u) if u else f.high for f, u in zip(features, unit, strict=True)]
+    return np.array(unit, np.float32), np.array(top, np.float32)
+
+
+@kernel
+def normalise_row(row: Singles, unit: Singles, top: Singles, out: Singles) -> None:
+    """Features [F] brought to about [-1, 1]: x / high, or sign(x) log(1 + |x|/u) / log(1 + high/u)
+    with u = 1 above a range of 10 and a thousandth of the range below; `unit` and `top` are `scales`."""
+    for k in range(row.size):
+        x = row[k]
+        if x == 0.0:
+            out[k] = 0.0
+        elif unit[k] == 0.0:
+            out[k] = x / top[k]
+        else:
+            size = np.float32(math.log1p(abs(x / unit[k])))
+            out[k] = (size if x > 0.0 else -size) / top[k]
+
+
+@kernel
+def _normalise_rows(rows: Singles, unit: Singles, top: Singles, out: Singles) -> None:
+    for k in range(rows.shape[0]):
+        normalise_row(rows[k], unit, top, out[k])
+
+
+def normalise(values: Singles, features: tuple[Feature, ...]) -> Singles:
+    """`normalise_row` for features [..., len(features)]."""
+    rows = np.ascontiguousarray(values, np.float32).reshape(-1, len(features))
+    out = np.empty_like(rows)
+    _normalise_rows(rows, *scales(features), out)
+    return out.reshape(values.shape)
 
 
 @kernel

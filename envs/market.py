@@ -18,7 +18,7 @@ from agents.decision import (
     accept,
 )
 from agents.dice import uniform
-from agents.estimate import chance_on_time, expect
+from agents.estimate import LOGISTIC, chance_on_time, expect
 from agents.hardware import BLOCK_TOKENS, KV_BLOCKS
 from agents.kernel import inlined, kernel
 from agents.knowledge import (
@@ -284,7 +284,7 @@ def _in_time(left_s, expected_s):
         return 1.0
     if 3.0 * left_s <= expected_s:
         return 0.0
-    return 1.0 / (1.0 + (expected_s / left_s) ** (1.702 / PREDICTION_SIGMA))
+    return 1.0 / (1.0 + (expected_s / left_s) ** (LOGISTIC / PREDICTION_SIGMA))
 
 
 @kernel

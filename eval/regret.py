@@ -99,8 +99,7 @@ def table(result: Tree) -> str:
     """Every policy's score less the best rule's, by family, and its worst regret; the best policies last."""
     names = list(result["best_rule"])
     rows = [["score less the best rule's", *(name.removeprefix("paper/") for name in names), "worst", "mean"]]
-    best = [max(each["score"][name][0] for key, each in result["policies"].items() if key == result["best_rule"][name])
-            for name in names]  # fmt: skip
+    best = [result["policies"][rule]["score"][name][0] for name, rule in result["best_rule"].items()]
     rows.append(["(score of the best rule)", *(f"{x:.4f}" for x in best), "", ""])
     ordered = sorted(result["policies"].items(), key=lambda item: -item[1]["worst_regret"])
     for policy, each in ordered:

@@ -23,7 +23,7 @@ from agents.network import Actor
 from agents.runtime import BundleError, LearnedPolicy, load
 from agents.view import FINISH_S, OVERDUE, PACE, RECORD, Views
 from eval.policies import PolicyError, load_policy
-from train.bundle import export, record
+from train.export import export, record
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from agents.bundle import MANIFEST, SEALED, WEIGHTS, digest, seal
 from agents.checkpoint import weights_of
 from agents.network import Actor
 from serving import cli
-from train.bundle import export
+from train.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
 

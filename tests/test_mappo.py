@@ -66,6 +66,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
 
 
+# Where there is a GPU, "cuda" is a device like any other and rightly not refused.
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 LEARNED = ("actor", "critic", "optimiser", "scale", "best")
 
@@ -224,7 +225,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         pytest.param(
             ["--device", "cuda"],
             "--device is cuda: ",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has one"),
+            marks=WITHOUT_CUDA,
         ),
     ],
 )

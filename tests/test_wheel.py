@@ -13,7 +13,7 @@ import torch
 
 from agents.checkpoint import weights_of
 from agents.network import Actor
-from train.bundle import export
+from train.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("agents", "envs", "serving", "train", "eval")

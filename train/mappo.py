@@ -42,7 +42,7 @@ from eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from eval.figures import draw
 from eval.rollout import scores
 from eval.tune import best_for
-from train.bundle import export
+from train.export import export
 from train.gae import estimate
 from train.rollout import Collector, Rollout, Situation, Source
 
@@ -574,11 +574,12 @@ def refuse(reason: str) -> int:
 
 def report(args: Args, policy: Policy) -> dict[str, Any]:
     """Judge the policy on test markets; print the tables, draw the figures. Returns `eval.regret.judge`'s result."""
-    say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     rules = regret.yardsticks()
     among = regret.families(FIRST_TEST_SEED, 48, 32)
-    judged = regret.judge(regret.measure([policy, *rules], among, threads=args.threads, report=say),
-                          [rule.name for rule in rules])  # fmt: skip
+    measured = regret.measure(
+        [policy, *rules], among, threads=args.threads, report=lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    judged = regret.judge(measured, [rule.name for rule in rules])
     scenarios = [load_scenario(name) for name in regret.SCENARIOS if not name.startswith("trace/")]
     policies = [policy, *(Rule(name) for name in RULES), *(Oracle(name) for name in ORACLES)]
     seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 32)

@@ -239,7 +239,6 @@ class Collector:
         self.teachers = teachers or {}
         self.pool = ThreadPoolExecutor(max(1, threads - 1))
         self.decisions = make_decisions(4096)
-        self.renewals = 0
 
     def renew(self, batch: int) -> None:
         """Begin batch number `batch` of markets, brought to different times so that a rollout sees beginnings, middles
@@ -333,6 +332,8 @@ class Collector:
             self._act(net, t, used, rows, uniform)
             if self.teachers:
                 self._teach(used, rows)
+            else:
+                self.decisions.lesson[used : used + rows[0].size] = -1
             used += rows[0].size
             batch.step(self.actions)
             # What arrivals bring does not depend on decisions, and is only noise here.
