@@ -80,7 +80,7 @@ def shapes(width: int) -> dict[str, tuple[int, ...]]:
         "admit": (ADMITS, width),
         "price": (PRICES, width),
     }
-    table: dict[str, tuple[int, ...]] = {"prior": (), "discount": (4,)}
+    table: dict[str, tuple[int, ...]] = {"prior": (), "discount": (5,)}
     for name, shape in layers.items():
         table[f"{name}.weight"] = shape
         table[f"{name}.bias"] = shape[:1]

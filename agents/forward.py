@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from agents.decision import ADMITS, HOLD, LOCAL, PRICES, ROUTES
 from agents.kernel import Bytes, Singles, kernel
 from agents.view import (
+    CROWD_S,
     FINISH_S,
     NODE_FEATURES,
     NODES,
@@ -35,7 +36,7 @@ LOGITS = ROUTES + ADMITS + PRICES
 SHORTEST_S = np.float32(1e-3)
 
 # What the prior reads of a node: the time to finish there, and what the rules discount it by.
-EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S)
+EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, CROWD_S)
 
 
 class Net(NamedTuple):
@@ -58,7 +59,7 @@ class Net(NamedTuple):
     admit_bias: Singles
     price: Singles  # [W, PRICES]
     price_bias: Singles
-    discount: Singles  # [4] weights of pace, record, overdue and slowdown
+    discount: Singles  # [5] weights of pace, record, overdue, slowdown and crowd
     prior: Singles  # [1]
 
 
@@ -154,7 +155,8 @@ def _dot(x: Singles, weight: Singles) -> np.float32:
 def log_time(node: Singles, discount: Singles) -> np.float32:
     """Log of the expected time to finish on a node, s, discounted as `agents.rules.trust_cap` does it."""
     trust = math.exp(discount[0] * max(node[PACE], np.float32(0.0)) + discount[1] * max(node[RECORD], np.float32(0.0)))
-    time_s = node[FINISH_S] * np.float32(trust) + discount[2] * node[OVERDUE] + discount[3] * node[SLOWDOWN_S]
+    others_s = discount[3] * node[SLOWDOWN_S] + discount[4] * node[CROWD_S]
+    time_s = node[FINISH_S] * np.float32(trust) + discount[2] * node[OVERDUE] + others_s
     return np.float32(math.log(max(time_s, SHORTEST_S)))
 
 

@@ -59,7 +59,7 @@ DUELS_LOST = 10
 DEALINGS_SIZE = 11
 
 RECORD_AGEING = 0.9  # a new completion takes the weight of old ones down by this
-LENGTH_AGEING = 0.95  # the same for mean lengths
+LENGTH_AGEING = 0.99  # the same for mean lengths, which vary more and change less
 PACE_PRIOR_TOKENS = 200.0  # evidence of tokens counts in full when there is far more than this
 NO_TIME = -1e9
 

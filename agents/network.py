@@ -62,7 +62,7 @@ class Actor(nn.Module):
     """Logits of a batch of views.
 
     The route logits contain `prior` times the log of the earliest over each node's expected time, discounted by
-    delivery against promise and by the delay to others as the rule `trust_cap` does, with weights that are learned: a
+    delivery against promise and by what it costs others as the rule `trust_cap` does, with weights that are learned: a
     weak preference for the node that is expected to be done first, which learning is free to overrule.
     """
 
@@ -84,7 +84,7 @@ class Actor(nn.Module):
         self.admit = _linear(width, ADMITS, 0.01)
         self.price = _linear(width, PRICES, 0.01)
         self.prior = nn.Parameter(torch.tensor(prior))
-        self.discount = nn.Parameter(torch.tensor([1.0, 1.0, 1.0, 0.0]))  # of pace, record, overdue, slowdown
+        self.discount = nn.Parameter(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]))  # see `agents.forward.Net`
         with torch.no_grad():
             self.hold.bias.fill_(HOLD_BIAS)
             self.admit.bias[USUAL_ADMIT] = USUAL_BONUS
@@ -114,10 +114,10 @@ class Actor(nn.Module):
 
     def log_time(self, evidence: Tensor) -> Tensor:
         """Log of the expected times to finish [M, NODES], discounted."""
-        finish_s, pace, record, overdue_s, slowdown_s = evidence.unbind(-1)
-        a, b, c, d = self.discount.clamp_min(0.0).unbind()
+        finish_s, pace, record, overdue_s, slowdown_s, crowd_s = evidence.unbind(-1)
+        a, b, c, d, e = self.discount.clamp_min(0.0).unbind()
         trust = torch.exp(a * pace.clamp_min(0.0) + b * record.clamp_min(0.0))
-        return torch.log((finish_s * trust + c * overdue_s + d * slowdown_s).clamp_min(float(SHORTEST_S)))
+        return torch.log((finish_s * trust + c * overdue_s + d * slowdown_s + e * crowd_s).clamp_min(float(SHORTEST_S)))
 
 
 class Critic(nn.Module):

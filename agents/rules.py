@@ -27,6 +27,7 @@ from agents.protocol import TARGET_KV_USE
 from agents.view import (
     CHANCE,
     COST,
+    CROWD_S,
     FINISH_S,
     HAS_REQUEST,
     KV_USE,
@@ -73,6 +74,7 @@ ACCEPT_WAIT_S = Setting(
 )
 OWN_MARGIN = Setting(1.0, "a peer must be expected to finish in less than this times the own time", search=(0.7, 1.2))
 SLOWDOWN = Setting(0.0, "weight of the delay that a request brings to those running beside it", search=(0.0, 2.0))
+CROWD = Setting(0.0, "tokens' time added for each request on the node", search=(0.0, 20.0))
 PACE_WEIGHT = Setting(1.0, "exponent of the in-flight evidence", 10.0, search=(0.0, 2.0))
 RECORD_WEIGHT = Setting(1.0, "exponent of the record of completed work", 10.0, search=(0.0, 2.0))
 OVERDUE_WEIGHT = Setting(1.0, "seconds added for each second overdue", search=(0.0, 2.0))
@@ -84,7 +86,7 @@ CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 
 PRICE_SLOPE = Setting(4.0, "own price bin at full KV use", search=(0.0, 7.0))
 
-FINISH = {"accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN}
+FINISH = {"accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN, "crowd": CROWD}
 TRUST = {"pace": PACE_WEIGHT, "record": RECORD_WEIGHT, "overdue": OVERDUE_WEIGHT}
 CAP = {"urgency": URGENCY, "cap_fast": CAP_FAST, "cap_slow": CAP_SLOW}
 
@@ -98,6 +100,7 @@ RULES: dict[str, dict[str, Setting]] = {
     "single": {},
     "random": {},
     "power_of_two": {},
+    "shortest_queue": {},
     "www_serve": {
         "target_kv_use": Setting(
             TARGET_KV_USE, "KV use below which a request runs here, and others' work is taken", search=(0.2, 1.0)
@@ -107,41 +110,57 @@ RULES: dict[str, dict[str, Setting]] = {
         "accept": Setting(0.8, "chance to take others' work", 1.0, (0.0, 1.0)),
         "probes": Setting(3, "peers probed, at most", search=(1.0, 8.0)),
     },
-    "earliest_finish": _tuned(FINISH, accept_wait_s=0.51, own_margin=0.958, slowdown=1.89),
+    "earliest_finish": _tuned(FINISH, accept_wait_s=1.55, own_margin=0.719, slowdown=0.0366, crowd=2.19),
     "earliest_finish_trust": _tuned(
-        FINISH | TRUST, accept_wait_s=0.596, own_margin=0.911, slowdown=0, pace=1, record=1.32, overdue=1
+        FINISH | TRUST,
+        accept_wait_s=0.596,
+        own_margin=0.911,
+        slowdown=0.378,
+        crowd=14.1,
+        pace=1.13,
+        record=1.03,
+        overdue=0.12,
     ),
     "deadline_first": _tuned(
-        FINISH | {"urgency": URGENCY}, accept_wait_s=5.01, own_margin=0.928, slowdown=0, urgency=1.37
+        FINISH | {"urgency": URGENCY}, accept_wait_s=1.9, own_margin=0.804, slowdown=0, crowd=6.41, urgency=1.37
     ),
     "rank_cap": _tuned(
-        FINISH | CAP, accept_wait_s=0.842, own_margin=0.993, slowdown=1.78, urgency=1.92, cap_fast=0.3, cap_slow=0.413
+        FINISH | CAP,
+        accept_wait_s=1.94,
+        own_margin=0.993,
+        slowdown=1.78,
+        crowd=6.81,
+        urgency=1.52,
+        cap_fast=0.0244,
+        cap_slow=0.708,
     ),
     "trust_cap": _tuned(
         FINISH | TRUST | CAP,
-        accept_wait_s=1.06,
+        accept_wait_s=2.79,
         own_margin=0.843,
-        slowdown=1.52,
-        pace=0.799,
+        slowdown=0.599,
+        crowd=18.1,
+        pace=1.12,
         record=1.21,
         overdue=1.43,
-        urgency=3.46,
-        cap_fast=0.0332,
-        cap_slow=0.363,
+        urgency=1.46,
+        cap_fast=0.0265,
+        cap_slow=0.395,
     ),
     "best_value": _tuned(
-        {"accept_wait_s": ACCEPT_WAIT_S, "price_slope": PRICE_SLOPE}, accept_wait_s=30, price_slope=2.38
+        {"accept_wait_s": ACCEPT_WAIT_S, "price_slope": PRICE_SLOPE}, accept_wait_s=5.04, price_slope=1.28
     ),
 }
 _IDS = {name: k for k, name in enumerate(RULES)}
 (
-    _SINGLE, _RANDOM, _POWER_OF_TWO, _WWW_SERVE, _EARLIEST, _TRUST, _DEADLINE_FIRST, _RANK_CAP, _TRUST_CAP, _BEST_VALUE,
+    _SINGLE, _RANDOM, _POWER_OF_TWO, _SHORTEST_QUEUE, _WWW_SERVE, _EARLIEST, _TRUST, _DEADLINE_FIRST, _RANK_CAP,
+    _TRUST_CAP, _BEST_VALUE,
 ) = range(len(RULES))  # fmt: skip
 # Every rule's settings as a kernel reads them; a rule that lacks one has it at a value without effect.
 (
-    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST, _CAP_SLOW, _PRICE_SLOPE,
-    _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
-) = range(15)  # fmt: skip
+    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _CROWD, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST, _CAP_SLOW,
+    _PRICE_SLOPE, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
+) = range(16)  # fmt: skip
 _COLUMNS = (*FINISH, *TRUST, *CAP, "price_slope", *RULES["www_serve"])
 _WITHOUT = {"own_margin": 1.0}
 
@@ -154,9 +173,10 @@ def _node_of(route: int) -> int:
 
 @kernel
 def _time_to(node: Singles, p: Floats) -> float:
-    """A node's expected finish, discounted by what is known of its delivery, plus the delay it brings to others, s."""
+    """A node's expected finish, discounted by what is known of its delivery, plus what it costs others, s."""
     trust = math.exp(p[_PACE] * max(0.0, node[PACE]) + p[_RECORD] * max(0.0, node[RECORD]))
-    return float(node[FINISH_S] * trust + p[_OVERDUE] * node[OVERDUE] + p[_SLOWDOWN] * node[SLOWDOWN_S])
+    late_s = p[_OVERDUE] * node[OVERDUE]
+    return float(node[FINISH_S] * trust + late_s + p[_SLOWDOWN] * node[SLOWDOWN_S] + p[_CROWD] * node[CROWD_S])
 
 
 @kernel
@@ -190,6 +210,16 @@ def _random(routes: Bytes, u: float) -> int:
 @kernel
 def _load(node: Singles) -> float:
     return float(node[RUNNING] + node[WAITING] + node[SENT_SINCE])
+
+
+@kernel
+def _shortest_queue(nodes: Singles, routes: Bytes) -> int:
+    """The legal route to the node with the fewest requests, the own one among equals."""
+    best = LOCAL
+    for route in range(FIRST_CANDIDATE, ROUTES):
+        if routes[route] and _load(nodes[_node_of(route)]) < _load(nodes[_node_of(best)]):
+            best = route
+    return best
 
 
 @kernel
@@ -248,6 +278,8 @@ def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes
     if rule == _POWER_OF_TWO:
         a, b = _random(routes, dice[0]), _random(routes, dice[1])
         return b if _load(nodes[_node_of(b)]) < _load(nodes[_node_of(a)]) else a
+    if rule == _SHORTEST_QUEUE:
+        return _shortest_queue(nodes, routes)
     if rule == _WWW_SERVE:
         return _www_serve(p, nodes, request, routes, dice)
     if rule == _BEST_VALUE:

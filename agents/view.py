@@ -34,7 +34,7 @@ from agents.knowledge import (
 )
 from agents.protocol import MICRO, PER_REQUEST
 
-VIEW_VERSION = 2
+VIEW_VERSION = 3
 
 
 class Feature(NamedTuple):
@@ -55,6 +55,7 @@ NODE_FEATURES = (
     Feature("first_token_s", "s", 0, 1e4, "log", "expected time from now to the first token"),
     Feature("token_s", "s", 0, 1, "log", "expected time per token"),
     Feature("slowdown_s", "s", 0, 1e4, "log", "delay it would bring to the requests that run there, summed"),
+    Feature("crowd_s", "s", 0, 1e4, "log", "time per token, summed over the requests there and those sent since"),
     Feature("finish_rank", "share", 0, 1, "linear", "share of the other nodes in view expected to finish it earlier"),
     Feature("speed_rank", "share", 0, 1, "linear", "share of the other nodes in view that decode faster when idle"),
     Feature("kv_use", "share", 0, 1, "linear", "share of the KV cache in use"),
@@ -97,8 +98,9 @@ SELF_FEATURES = (
 
 NODES = 1 + CANDIDATES  # slot 0 is the own node
 (
-    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, SLOWDOWN_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING, WAITING,
-    HELD_TIGHTER, HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, STAKE, PACE, RECORD, OVERDUE, AGE_S, DUEL_RATE, REFUSED,
+    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, SLOWDOWN_S, CROWD_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING,
+    WAITING, HELD_TIGHTER, HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, STAKE, PACE, RECORD, OVERDUE, AGE_S, DUEL_RATE,
+    REFUSED,
 ) = range(len(NODE_FEATURES))  # fmt: skip
 (
     PROMPT, OUTPUT, OUTPUT_SIGMA, VALUE, WAITED_S, FIRST_SLACK_S, LAST_SLACK_S, LOOSENESS, REFUSALS, N_CANDIDATES,
@@ -216,6 +218,7 @@ def write_node(
     row[FIRST_TOKEN_S] = first_s
     row[TOKEN_S] = token_s
     row[SLOWDOWN_S] = slowdown(advert, sent)
+    row[CROWD_S] = token_s * (advert[AD_RUNNING] + advert[AD_WAITING] + sent)
     row[FINISH_S] = first_s + known[CLASS_MEAN] * token_s
     row[CHANCE] = chance_on_time(
         deadlines, waited_s, first_s, token_s, known[CLASS_MEDIAN], known[CLASS_SIGMA], known[CLASS_MAX]

@@ -155,7 +155,7 @@ def _add_traffic(
                 "kind": "poisson",
                 "phases": [
                     {
-                        "until_s": duration_s * (k + 1) / phases,
+                        "until_s": min(duration_s, duration_s * (k + 1) / phases),  # which rounding may exceed
                         "rate_per_s": rate * float(1 + swing * (1 if (k + first[i]) % 2 else -1)),
                     }
                     for k in range(phases)

@@ -28,6 +28,7 @@ _STYLES: dict[str, tuple[Any, str, str]] = {
     "www_serve": ("-", "o", "#0072b2"),
     "single": (":", "x", "#777777"),
     "random": ((0, (1, 3)), "+", "#777777"),
+    "shortest_queue": ((0, (6, 1, 2, 1)), "3", "#0b5fa5"),
     "power_of_two": ((0, (5, 1, 1, 1, 1, 1)), "D", "#56b4e9"),
     "earliest_finish": ("--", "s", "#009e73"),
     "earliest_finish_trust": ("-.", "^", "#d55e00"),
@@ -39,7 +40,8 @@ _STYLES: dict[str, tuple[Any, str, str]] = {
     "omniscient": ("-.", "2", "#333333"),
 }
 _OTHERS = (("-", "H", "#a6761d"), ("--", ">", "#1b7837"), ("-.", "X", "#762a83"), (":", "p", "#b2182b"),
-           ((0, (9, 2, 1, 2)), "h", "#4d4d4d"), ((0, (2, 2)), "8", "#006d5b"))  # fmt: skip
+           ((0, (9, 2, 1, 2)), "h", "#4d4d4d"), ((0, (2, 2)), "8", "#006d5b"),
+           ((0, (6, 3)), "4", "#5a3d8a"))  # fmt: skip
 _COLUMNS = 3  # panels in a row
 _SETTINGS = {
     "figure.dpi": 150,

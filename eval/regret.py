@@ -8,8 +8,8 @@ who knows the market.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from eval.metrics import mean_ci, paired_ci
 from eval.policies import PolicyError, load_policies
 from eval.rollout import scores
 from eval.tune import best_for, markets
+from eval.workers import each
 
 SCENARIOS = (
     "paper/alternating",
@@ -38,6 +39,7 @@ SCENARIOS = (
     "liars/first",
 )
 Families = Mapping[str, Sequence[MarketPlan]]
+Scores = dict[str, NDArray[np.float64]]
 Tree = dict[str, Any]
 
 
@@ -61,16 +63,20 @@ def yardsticks() -> list[Policy]:
     return [*(Rule(name) for name in RULES), *(best_for(kind) for kind in KINDS)]
 
 
+def everywhere(among: Families, policy: Policy | Oracle) -> Scores:
+    """Scores by family, one for each market."""
+    return {name: scores(policy, plans) for name, plans in among.items()}
+
+
 def measure(
-    policies: Sequence[Policy | Oracle], among: Families, *, threads: int = 1,
+    policies: Sequence[Policy | Oracle], among: Families, *, processes: int = 1,
     report: Callable[[str], None] = lambda line: None,
-) -> dict[str, dict[str, NDArray[np.float64]]]:  # fmt: skip
+) -> dict[str, Scores]:  # fmt: skip
     """Scores by policy and family, one for each market."""
-    measured: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for policy in policies:
-        start_s = time.perf_counter()
-        measured[policy.name] = {name: scores(policy, plans, threads=threads) for name, plans in among.items()}
-        report(f"{policy.name}  {time.perf_counter() - start_s:.1f} s")
+    measured: dict[str, Scores] = {}
+    for policy, found in zip(policies, each(partial(everywhere, among), policies, processes), strict=True):
+        measured[policy.name] = found
+        report(f"{policy.name} measured")
     return measured
 
 
@@ -102,9 +108,9 @@ def table(result: Tree) -> str:
     best = [result["policies"][rule]["score"][name][0] for name, rule in result["best_rule"].items()]
     rows.append(["(score of the best rule)", *(f"{x:.4f}" for x in best), "", ""])
     ordered = sorted(result["policies"].items(), key=lambda item: -item[1]["worst_regret"])
-    for policy, each in ordered:
-        cells = [f"{-each['regret'][name][0]:+.4f}" for name in names]
-        rows.append([policy, *cells, f"{-each['worst_regret']:+.4f}", f"{-each['mean_regret']:+.4f}"])
+    for policy, judged in ordered:
+        cells = [f"{-judged['regret'][name][0]:+.4f}" for name in names]
+        rows.append([policy, *cells, f"{-judged['worst_regret']:+.4f}", f"{-judged['mean_regret']:+.4f}"])
     return columns(rows)
 
 
@@ -116,12 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--markets", type=int, default=48, help="random markets of each kind (default: 48)")
     add("--seeds", type=int, default=32, help="seeds of each packaged scenario (default: 32)")
     add("--first-seed", type=int, default=FIRST_TEST_SEED, help=f"(default: {FIRST_TEST_SEED})")
-    add("--threads", type=int, default=2, help="(default: 2)")
+    add("--processes", type=int, default=2, help="policies measured at a time (default: 2)")
     add("--oracles", action="store_true", help="with the routers that see everything; they set no standard")
     add("--json", type=Path, metavar="FILE", help="write the results to FILE")
     args = parser.parse_args(argv)
     try:
-        for name, low in (("markets", 2), ("seeds", 2), ("threads", 1), ("first_seed", 0)):
+        for name, low in (("markets", 2), ("seeds", 2), ("processes", 1), ("first_seed", 0)):
             if getattr(args, name) < low:
                 given = f"--{name.replace('_', '-')} is {getattr(args, name)}"
                 raise UsageError(f"{given}, expected at least {low}")
@@ -137,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = measure(
         [*rules, *oracles, *(p for p in judged if p.name not in names)],
         families(args.first_seed, args.markets, args.seeds),
-        threads=args.threads,
+        processes=args.processes,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     result = judge(measured, [rule.name for rule in rules])

@@ -16,6 +16,9 @@ from eval.metrics import measure, score
 REQUESTS_AT_ONCE = 200_000  # bounds memory; about 0.3 KB each
 
 
+MARKETS_PER_THREAD = 32  # threads meet at every step; with fewer markets, two took twice as long as one
+
+
 class Run(NamedTuple):
     """What came of one seed."""
 
@@ -56,7 +59,7 @@ def _chunks(scenario: Scenario, seeds: Sequence[int]) -> Iterator[list[MarketPla
 
 
 def _run(plans: list[MarketPlan], policy: Policy | Oracle, threads: int) -> list[Run]:
-    batch = MarketBatch(plans, threads=threads)
+    batch = MarketBatch(plans, threads=max(1, min(threads, len(plans) // MARKETS_PER_THREAD)))
     actions = batch.actions()
     providers = batch.markets.providers
     price_time = np.zeros(providers.shape)  # credit seconds

@@ -9,8 +9,8 @@ and tuned for it, and stands beside the defaults wherever policies are judged.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from envs.distribution import KINDS, Kind, sample
 from envs.state import MarketPlan, plan
 from eval.compare import FIRST_TEST_SEED, write_json
 from eval.rollout import scores
+from eval.workers import each
 
 TUNED = Path(__file__).parent / "tuned_rules.json"
 SEED = FIRST_TEST_SEED // 4  # apart from what policies are trained, validated and tested on
@@ -52,23 +53,24 @@ def draw(rule: str, rng: np.random.Generator) -> Settings:
     return drawn
 
 
-def tune(rule: str, draws: int, few: Any, many: Any, finalists: int, threads: int) -> dict[str, Any]:
+def tune(rule: str, draws: int, few: int, many: int, finalists: int) -> dict[str, Any]:
     """The best settings of a rule over all kinds and for each, with their mean scores on the many markets.
 
-    `few` and `many` are `markets`; `finalists` of the draws, by their scores on the few, go on to the many.
+    `few` and `many` markets of each kind; `finalists` of the draws, by their scores on the few, go on to the many.
     """
+    first_markets, last_markets = markets(few, SEED), markets(many, SEED + 10_000)
     rng = np.random.default_rng((SEED, list(RULES).index(rule)))
     tried = [{key: s.default for key, s in RULES[rule].items()}, *(draw(rule, rng) for _ in range(draws))]
     kinds = list(KINDS)
 
     def measured(settings: Settings, plans: dict[Kind, list[MarketPlan]]) -> list[float]:
         """Mean score overall, then by kind."""
-        means = [float(np.mean(scores(Rule(rule, settings), plans[kind], threads=threads))) for kind in kinds]
+        means = [float(np.mean(scores(Rule(rule, settings), plans[kind]))) for kind in kinds]
         return [float(np.mean(means)), *means]
 
-    first = np.array([measured(settings, few) for settings in tried])
+    first = np.array([measured(settings, first_markets) for settings in tried])
     chosen = sorted({0, *np.argsort(-first, axis=0)[:finalists].ravel().tolist()})
-    last = np.array([measured(tried[k], many) for k in chosen])
+    last = np.array([measured(tried[k], last_markets) for k in chosen])
     best = {
         name: {"settings": tried[chosen[k]], "score": round(float(last[k, column]), 5)}
         for column, (name, k) in enumerate(zip(["all", *kinds], last.argmax(0).tolist(), strict=True))
@@ -79,13 +81,13 @@ def tune(rule: str, draws: int, few: Any, many: Any, finalists: int, threads: in
 def tuned(objective: str) -> dict[str, Rule]:
     """Every tunable rule with the settings that the last tuning found best for "all" or for a kind of market."""
     table = json.loads(TUNED.read_text())["rules"]
-    return {name: Rule(name, each[objective]["settings"]) for name, each in table.items()}
+    return {name: Rule(name, found[objective]["settings"]) for name, found in table.items()}
 
 
 def best_for(kind: Kind) -> Rule:
     """The best rule for a kind of market with the settings that are best for it, named `rule@kind`."""
     table = json.loads(TUNED.read_text())["rules"]
-    name = max(table, key=lambda each: table[each][kind]["score"])
+    name = max(table, key=lambda name: table[name][kind]["score"])
     rule = Rule(name, table[name][kind]["settings"])
     rule.name = f"{name}@{kind}"
     return rule
@@ -98,22 +100,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--few", type=int, default=12, help="markets of each kind for the draws (default: 12)")
     parser.add_argument("--many", type=int, default=48, help="markets of each kind for the finalists (default: 48)")
     parser.add_argument("--finalists", type=int, default=4, help="draws that go on, overall and by kind (default: 4)")
-    parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--processes", type=int, default=2, help="rules tuned at a time (default: 2)")
     parser.add_argument("--json", type=Path, default=TUNED, metavar="FILE", help=f"(default: {TUNED.name} here)")
     args = parser.parse_args(argv)
-    for name in ("draws", "few", "many", "finalists", "threads"):
+    for name in ("draws", "few", "many", "finalists", "processes"):
         if getattr(args, name) < 1:
             print(f"eval.tune: --{name} is {getattr(args, name)}, expected at least 1", file=sys.stderr)
             return 2
-    few, many = markets(args.few, SEED), markets(args.many, SEED + 10_000)
+    names = [rule for rule in RULES if any(setting.search for setting in RULES[rule].values())]
+    job = partial(tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists)
     rules = {}
-    for rule in RULES:
-        if any(setting.search for setting in RULES[rule].values()):
-            start_s = time.perf_counter()
-            rules[rule] = tune(rule, args.draws, few, many, args.finalists, args.threads)
-            shown = ", ".join(f"{key} {value:g}" for key, value in rules[rule]["all"]["settings"].items())
-            means = " ".join(f"{name} {each['score']:.4f}" for name, each in rules[rule].items())
-            print(f"{rule}: {shown}\n  {means}  ({time.perf_counter() - start_s:.0f} s)", flush=True)
+    for rule, best in zip(names, each(job, names, args.processes), strict=True):
+        rules[rule] = best
+        shown = ", ".join(f"{key} {value:g}" for key, value in best["all"]["settings"].items())
+        means = " ".join(f"{name} {found['score']:.4f}" for name, found in best.items())
+        print(f"{rule}: {shown}\n  {means}", flush=True)
     options = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists")}
     write_json(args.json, {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules})
     return 0

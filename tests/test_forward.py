@@ -28,7 +28,7 @@ def actor() -> Actor:
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
-        made.discount.copy_(torch.tensor([0.7, 1.3, 0.4, 0.6]))
+        made.discount.copy_(torch.tensor([0.7, 1.3, 0.4, 0.6, 0.3]))
     return made
 
 
@@ -202,6 +202,7 @@ def node_of(**features: float) -> NDArray[np.float32]:
         (node_of(FINISH_S=10, PACE=-2, RECORD=-1), 10.0),  # to be early earns nothing
         (node_of(FINISH_S=10, PACE=0.5, RECORD=0.2, OVERDUE=30), 10 * np.exp(0.35 + 0.26) + 12),
         (node_of(FINISH_S=10, SLOWDOWN_S=5), 13.0),
+        (node_of(FINISH_S=10, CROWD_S=5), 11.5),
         (node_of(FINISH_S=0, OWN=1), float(SHORTEST_S)),
     ],
 )
@@ -216,13 +217,13 @@ def test_the_priors_time_is_that_of_trust_cap(actor: Actor, node: NDArray[np.flo
 def test_negative_discounts_count_as_none(actor: Actor, seen: Views) -> None:
     weights = weights_of(actor)
     results: list[NDArray[np.float32]] = []
-    for discount in ([-1.0, 1.0, -0.5, 0.2], [0.0, 1.0, 0.0, 0.2]):
+    for discount in ([-1.0, 1.0, -0.5, 0.2, -3.0], [0.0, 1.0, 0.0, 0.2, 0.0]):
         results.append(LearnedPolicy(weights | {"discount": np.array(discount, np.float32)}, {}).logits(seen))
     np.testing.assert_array_equal(*results)
     changed = Actor(WIDTH)
     changed.load_state_dict(actor.state_dict())
     with torch.no_grad():
-        changed.discount.copy_(torch.tensor([-1.0, 1.0, -0.5, 0.2]))
+        changed.discount.copy_(torch.tensor([-1.0, 1.0, -0.5, 0.2, -3.0]))
     assert_close(results[0], in_torch(changed, seen))
 
 
@@ -230,7 +231,7 @@ def unlearned(views: Views) -> list[int]:
     """Routes of the rule trust_cap on views without classes."""
     views.request[:, v.LOOSENESS] = 0
     actions = make_actions(len(views.me))
-    settings = {"pace": 1, "record": 1, "overdue": 1, "own_margin": 1, "slowdown": 0}
+    settings = {"pace": 1, "record": 1, "overdue": 1, "own_margin": 1, "slowdown": 0, "crowd": 0}
     Rule("trust_cap", settings).decide(views, np.ones(len(views.me), np.bool_), np.zeros((len(views.me), 4)), actions)
     routes: list[int] = actions.route.tolist()
     return routes

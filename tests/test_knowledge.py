@@ -134,8 +134,8 @@ def test_mean_lengths_follow_what_was_completed(advert: Floats) -> None:
     before = advert.copy()
     k.on_length(advert, 300, 200)
     assert changed(before, advert) == {k.AD_MEAN_PROMPT, k.AD_MEAN_OUTPUT}
-    assert advert[k.AD_MEAN_PROMPT] == pytest.approx(110.0)
-    assert advert[k.AD_MEAN_OUTPUT] == pytest.approx(390.0)
+    assert advert[k.AD_MEAN_PROMPT] == pytest.approx(102.0)
+    assert advert[k.AD_MEAN_OUTPUT] == pytest.approx(398.0)
 
 
 @pytest.mark.parametrize("speed", [1.0, 1.5])

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
     "--markets", "8", "--rollout-steps", "8", "--imitate-steps", "900", "--agent-steps", "2400",
     "--checkpoint-every", "2", "--validation-markets", "2", "--duration-s", "40", "--drain-s", "10", "--threads", "1",
+    "--processes", "1",
     "--no-report", "--no-wandb",
 ]  # fmt: skip
 
@@ -272,10 +273,10 @@ def small(**changes: Any) -> tuple[Learner, Any]:
     source = Source(1, args.kinds, 60.0, 10.0, 4000, 1000)
     reward = mappo.Reward(1.0, gamma=1.0, transfers=False, by_decision=True)
     teachers = {kind: best_for(kind) for kind in args.kinds}
-    collector = Collector(source, reward, args.markets, threads=1, teachers=teachers)
+    collector = Collector(source, reward, args.markets)
     collector.renew(0)
     net = mappo.net_of(mappo.weights_of(learner.actor))
-    return learner, collector.collect(net, 0, args.rollout_steps)
+    return learner, collector.collect(net, 0, args.rollout_steps, teachers)
 
 
 def test_imitation_comes_to_agree_with_the_teacher() -> None:

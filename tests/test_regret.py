@@ -158,7 +158,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "regret.json"
-    arguments = ["--policy", "random", "single", "--markets", "3", "--seeds", "2", "--threads", "1", "--oracles"]
+    arguments = ["--policy", "random", "single", "--markets", "3", "--seeds", "2", "--processes", "1", "--oracles"]
     assert regret.main([*arguments, "--json", str(path)]) == 0
     written = json.loads(path.read_text())
     assert written["options"] == {"markets": 3, "seeds": 2, "first_seed": FIRST_TEST_SEED}
@@ -175,7 +175,7 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     [
         (["--markets", "1"], "--markets is 1, expected at least 2"),
         (["--seeds", "1"], "--seeds is 1, expected at least 2"),
-        (["--threads", "0"], "--threads is 0, expected at least 1"),
+        (["--processes", "0"], "--processes is 0, expected at least 1"),
         (["--first-seed", "-1"], "--first-seed is -1, expected at least 0"),
         (["--policy", "nobody"], "unknown policy 'nobody'"),
         (["--policy", "random", "random"], "given twice"),

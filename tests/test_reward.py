@@ -94,6 +94,16 @@ def value(waited_s: float, first_s: float, token_s: float, tokens: float) -> flo
     return 3.0 * chance_on_time(np.array([DEADLINE_S]), waited_s, first_s, token_s, tokens, 0.2, 1e9)
 
 
+def value_in_flight(waited_s: float, token_s: float, tokens: int) -> float:
+    """What is to be expected of 3 credits while `tokens` are still to come at this pace: log-logistic of shape 8."""
+    return 3.0 / (1.0 + (tokens * token_s / (DEADLINE_S - waited_s)) ** 8)
+
+
+def test_what_is_in_flight_is_valued_nearly_as_what_is_placed() -> None:
+    for tokens in range(200, 600, 20):
+        assert value_in_flight(4.0, 0.025, tokens) == pytest.approx(value(4.0, 0.0, 0.025, tokens), abs=0.06)
+
+
 def test_a_predicted_value_is_that_of_a_lognormal_time() -> None:
     """600 tokens at 20 ms take 12 s at the median; 10 s are left after 1.5 s and the first token 0.5 s later."""
     exact = 3.0 * stats.norm.cdf(np.log(10.0 / 12.0) / 0.2)
@@ -136,7 +146,7 @@ def test_who_runs_beside_a_newcomer_is_predicted_anew_at_the_cost_of_who_sent_it
         assert paid.tolist() == [pytest.approx(own - 3.0, rel=1e-5), 0.0]
         assert seen.predicted(0) == before
         return
-    alone, beside = (value(5.75, 0.0, times_on(seen.own[1], decoding)[1], left) for decoding in (1, 2))
+    alone, beside = (value_in_flight(5.75, times_on(seen.own[1], decoding)[1], left) for decoding in (1, 2))
     assert beside < alone - 0.02
     assert paid.tolist() == [pytest.approx(own - 3.0 + team_weight * (beside - alone), rel=1e-5), 0.0]
     assert seen.predicted(0) == pytest.approx(beside)
@@ -153,7 +163,7 @@ def test_the_own_request_beside_a_newcomer_counts_in_full() -> None:
     seen.until(0)
     left = 600 - int(tokens_out(seen.batch.markets.engines[0, 0], seen.batch.markets.requests[0], 0))
     paid = seen.step(HERE, HERE)
-    alone, beside = (value(5.75, 0.0, times_on(seen.own[0], decoding)[1], left) for decoding in (1, 2))
+    alone, beside = (value_in_flight(5.75, times_on(seen.own[0], decoding)[1], left) for decoding in (1, 2))
     own = value(0.75, *times_on(seen.own[0], 2), 600)
     assert paid[0] == pytest.approx(own - 3.0 + beside - alone, rel=1e-5)
 

@@ -1,6 +1,7 @@
 """Rollouts of training markets: what is recorded is what was decided, however the work is spread."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from agents.network import Actor, Inputs
 from agents.rules import Rule
 from agents.runtime import LearnedPolicy
 from agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
+from envs.batch import MarketBatch
 from envs.distribution import Kind
 from envs.state import Reward
-from train.rollout import Collector, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
+from train.rollout import Collector, Collectors, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
 
 KINDS: tuple[Kind, ...] = ("honest", "deadlines", "conversation")
 TEACHERS = {kind: Rule(name) for kind, name in zip(KINDS, ("random", "best_value", "trust_cap"), strict=True)}
 SOURCE = Source(seed=5, kinds=KINDS, duration_s=60.0, drain_s=20.0, max_requests=3000, seeds=1000)
+NONE: Mapping[Kind, Rule] = {}
 REWARD = Reward(1.0, 1.0, by_decision=True)
 MARKETS, STEPS = 7, 24
 
@@ -43,14 +46,23 @@ def net(actor: Actor) -> Net:
     return net_of(weights_of(actor))
 
 
-def collector(*, threads: int = 1, source: Source = SOURCE, markets: int = MARKETS, **share: Any) -> Collector:
-    made = Collector(source, REWARD, markets, threads=threads, **share)
+class Begun(Collector):
+    """A collector whose markets have begun."""
+
+    batch: MarketBatch
+
+
+def collector(*, source: Source = SOURCE, **share: Any) -> Begun:
+    made = Begun(source, REWARD, MARKETS, **share)
     made.renew(0)
     return made
 
 
-def collected(net: Net, number: int = 0, *, steps: int = STEPS, every: bool = False, **how: Any) -> Rollout:
-    return collector(**how).collect(net, number, steps, every=every)
+def collected(
+    net: Net, number: int = 0, *, steps: int = STEPS, every: bool = False,
+    teachers: Mapping[Kind, Rule] = NONE, **share: Any,
+) -> Rollout:  # fmt: skip
+    return collector(**share).collect(net, number, steps, teachers, every=every)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +150,7 @@ def test_summaries_are_the_mean_and_maximum_over_the_providers_of_a_market(net: 
     me = normalise(views.me, SELF_FEATURES)
     seen = [np.concatenate([own[b, :n], me[b, :n]], 1) for b, n in enumerate(count)]
     expected = [np.concatenate([x.mean(0), x.max(0)]) for x in seen]
-    rollout = made.collect(net, 0, 1, every=True)
+    rollout = made.collect(net, 0, 1, NONE, every=True)
     asked = np.unique(rollout.decisions.market)
     assert len(asked) >= 3
     for b in asked:
@@ -151,13 +163,13 @@ def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
     one = made.batch.plans[made.kinds.index("honest")]
     expected = len(one.traffic.provider) / (one.scenario.duration_s * len(one.profiles))  # requests are worth 1 there
     assert worth[made.kinds.index("honest")] == pytest.approx(expected)
-    rollout = made.collect(net, 0, 1)
+    rollout = made.collect(net, 0, 1, NONE)
     np.testing.assert_allclose(rollout.reward[0], made.batch.reward / worth[:, None], rtol=1e-6)
 
 
 def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
     made = collector()
-    rollouts = [made.collect(net, k, 60) for k in range(2)]
+    rollouts = [made.collect(net, k, 60, NONE) for k in range(2)]
     cuts = sum(int(each.cut.sum()) for each in rollouts)
     assert cuts >= MARKETS - 2
     for each in rollouts:
@@ -170,11 +182,41 @@ def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
 # However it is spread.
 
 
-@pytest.mark.parametrize("every", [False, True])
-def test_threads_change_nothing(net: Net, every: bool) -> None:
-    one, two = (collected(net, threads=k, every=every, teachers=TEACHERS, markets=48, steps=10) for k in (1, 2))
-    assert np.bincount(one.decisions.step).max() >= 2 * 16  # enough at a time that they are spread
-    assert_same(one, two)
+def together(net: Net, threads: int, **process: int) -> Rollout:
+    """A rollout by collectors in threads, long enough for markets to end."""
+    made = Collectors(SOURCE, REWARD, MARKETS, threads=threads, **process)
+    made.renew(0)
+    return made.collect(net, 3, 60, TEACHERS, every=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_decide_what_one_does(net: Net, threads: int) -> None:
+    whole, spread = collected(net, 3, steps=60, every=True, teachers=TEACHERS), together(net, threads)
+    assert whole.numbers.tolist() == list(range(MARKETS)) == sorted(spread.numbers)
+    assert whole.cut.sum() >= 2
+    assert spread.agent_steps == whole.agent_steps
+    for name in ("summary", "priced", "reward", "elapsed_s", "cut"):
+        np.testing.assert_array_equal(getattr(spread, name), getattr(whole, name)[:, spread.numbers], err_msg=name)
+    for a, b in zip(spread.last, whole.last, strict=True):
+        np.testing.assert_array_equal(a, b[spread.numbers])
+    for rollout in (whole, spread):  # what followed a cut goes with the step and the market of the cut
+        step, market = np.nonzero(rollout.cut)
+        order = np.lexsort((rollout.numbers[market], step))
+        rollout.at_cut.own[:] = rollout.at_cut.own[order]
+    np.testing.assert_array_equal(spread.at_cut.own, whole.at_cut.own)
+    d, all_ = spread.decisions, whole.decisions
+    order, order_ = (np.lexsort((x.provider, r.numbers[x.market], x.step)) for x, r in ((d, spread), (all_, whole)))
+    np.testing.assert_array_equal(spread.numbers[d.market][order], all_.market[order_])
+    for name in Decisions._fields:
+        if name != "market":
+            np.testing.assert_array_equal(getattr(d, name)[order], getattr(all_, name)[order_], err_msg=name)
+
+
+def test_processes_with_threads_share_the_markets_out(net: Net) -> None:
+    parts = [together(net, 2, rank=rank, world=2) for rank in range(2)]
+    assert [sorted(part.numbers) for part in parts] == [[0, 2, 4, 6], [1, 3, 5]]
+    with pytest.raises(ValueError, match="7 markets for 8 threads"):
+        Collectors(SOURCE, REWARD, MARKETS, threads=4, world=2)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -209,34 +251,33 @@ def test_renewed_markets_are_those_of_their_batch_whatever_came_before(net: Net)
     fresh = collector()
     fresh.renew(4)
     used = collector()
-    used.collect(net, 0, STEPS)
+    used.collect(net, 0, STEPS, NONE)
     used.renew(4)
     assert [p.seed for p in fresh.batch.plans] == [p.seed for p in used.batch.plans]
-    assert_same(fresh.collect(net, 9, STEPS), used.collect(net, 9, STEPS))
+    assert_same(fresh.collect(net, 9, STEPS, NONE), used.collect(net, 9, STEPS, NONE))
     assert [p.seed for p in collector().batch.plans] != [p.seed for p in fresh.batch.plans]
 
 
-def test_renewed_markets_stand_at_different_times_and_go_on_from_there(net: Net) -> None:
-    """Place k of B begins at k / B of the duration; none is over, unless its horizon came before that."""
-    made = collector(source=SOURCE._replace(kinds=("honest", "deadlines")))
-    start_s = np.arange(MARKETS) / MARKETS * SOURCE.duration_s
-    now_s = made.batch.now_s.copy()
-    assert (now_s >= start_s).all() and (now_s <= start_s + 2).all()
-    assert not made.batch.over.any()
-    rollout = made.collect(net, 0, 3)
-    assert not rollout.cut.any()
-    np.testing.assert_allclose(made.batch.now_s, now_s + rollout.elapsed_s.sum(0))
+def test_the_first_markets_of_a_batch_end_at_different_times() -> None:
+    """And those after them have the full length, a sixth of it for conversation."""
+    drawn = [SOURCE.plans(0, market) for market in range(24)]
+    first, second = ([next(stream) for stream in drawn] for _ in range(2))
+    full = {kind: SOURCE.duration_s / (6 if kind == "conversation" else 1) for kind in KINDS}
+    shares = np.array([planned.scenario.duration_s / full[kind] for kind, planned in first])
+    assert (shares > 0.1).all() and (shares < 1).all() and np.ptp(shares) > 0.6
+    assert all(planned.scenario.duration_s == pytest.approx(full[kind]) for kind, planned in second)
+    assert all(planned.scenario.drain_s == SOURCE.drain_s for _, planned in first + second)
 
 
 # Teachers.
 
 
 def test_lessons_are_what_the_teacher_of_the_kind_decides(net: Net) -> None:
-    made = collector(teachers=TEACHERS)
+    made = collector()
     for k in range(8):
         views = type(made.batch.views)(*(array.copy() for array in made.batch.views))
         active, dice, kinds = made.batch.active.copy(), made.batch.dice.copy(), list(made.kinds)
-        d = made.collect(net, k, 1).decisions
+        d = made.collect(net, k, 1, TEACHERS).decisions
         for m in range(len(d.step)):
             b, i = d.market[m], d.provider[m]
             actions = made.batch.actions()
@@ -266,7 +307,7 @@ def test_a_learned_policy_would_decide_the_most_probable_of_what_was_drawn(actor
     made = collector()
     policy, actions = LearnedPolicy(weights_of(actor), {}), made.batch.actions()
     policy.decide(made.batch.views, made.batch.active, made.batch.dice, actions)
-    d = made.collect(net, 0, 1, every=True).decisions
+    d = made.collect(net, 0, 1, NONE, every=True).decisions
     same = d.choice[:, 0] == actions.route[d.market, d.provider]
     likely = np.exp(d.log_prob[:, 0]) > 0.5
     assert likely.any() and same[likely].all()

@@ -180,7 +180,7 @@ def test_actions_that_would_be_lost_are_refused() -> None:
 # Each rule, by hand.
 
 PLAIN = {
-    "accept_wait_s": 30.0, "own_margin": 1.0, "slowdown": 0.0, "pace": 1.0, "record": 1.0, "overdue": 1.0,
+    "accept_wait_s": 30.0, "own_margin": 1.0, "slowdown": 0.0, "crowd": 0.0, "pace": 1.0, "record": 1.0, "overdue": 1.0,
     "urgency": 2.0, "cap_fast": 0.3, "cap_slow": 0.8, "price_slope": 4.0,
 }  # fmt: skip
 
@@ -315,6 +315,16 @@ def test_slowdown_counts_the_delay_to_those_beside(name: str) -> None:
     assert route(by_hand(name, {"slowdown": 10}), views) == LOCAL  # 130 and 55
 
 
+@pytest.mark.parametrize(
+    "name", ["earliest_finish", "earliest_finish_trust", "deadline_first", "rank_cap", "trust_cap"]
+)
+def test_crowd_counts_those_who_are_there(name: str) -> None:
+    views = scene({"finish_s": 30}, {"finish_s": 10, "crowd_s": 3}, {"finish_s": 15, "crowd_s": 1})
+    assert route(by_hand(name, {"crowd": 2}), views) == A  # 16 and 17
+    assert route(by_hand(name, {"crowd": 3}), views) == B  # 19 and 18
+    assert route(by_hand(name, {"crowd": 20}), views) == LOCAL  # 70 and 35
+
+
 def test_slowdown_counts_under_a_cap_as_well() -> None:
     nodes = {"finish_s": 99, "kv_use": 0.9}, {"finish_s": 10, "slowdown_s": 12}, {"finish_s": 15, "slowdown_s": 4}
     views = scene(*({"kv_use": 0.2} | node for node in nodes), looseness=1, last_slack_s=1000)
@@ -391,7 +401,7 @@ def test_trust_cap_without_trust_is_rank_cap() -> None:
 def test_trust_cap_without_classes_is_earliest_finish_trust() -> None:
     views, dice = random_views(22, 400), np.full((400, 4), 0.5)
     views.request[..., v.LOOSENESS] = 0
-    settings = {"pace": 0.7, "record": 1.3, "overdue": 0.4, "own_margin": 0.8, "slowdown": 0.6}
+    settings = {"pace": 0.7, "record": 1.3, "overdue": 0.4, "own_margin": 0.8, "slowdown": 0.6, "crowd": 2.0}
     for a, b in zip(
         decide(by_hand("trust_cap", settings), views, dice),
         decide(by_hand("earliest_finish_trust", settings), views, dice),

@@ -123,7 +123,7 @@ class Fake:
     def __init__(self) -> None:
         self.asked: list[tuple[float, str]] = []
 
-    def __call__(self, rule: Rule, plans: list[str], *, threads: int) -> list[float]:
+    def __call__(self, rule: Rule, plans: list[str]) -> list[float]:
         goal = 50.0 if plans[0] == "lying" else 5.0
         self.asked.append((rule.settings["accept_wait_s"], plans[0]))
         return [1.0 - abs(np.log(rule.settings["accept_wait_s"] / goal)) / 10 + len(plans) / 100]
@@ -132,15 +132,16 @@ class Fake:
 def test_the_best_of_the_finalists_is_chosen_for_each_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake()
     monkeypatch.setattr(tune, "scores", fake)
-    few: Any = {kind: [kind] for kind in KINDS}
-    many: Any = {kind: [kind, kind] for kind in KINDS}
-    best = tune.tune("best_value", 30, few, many, 2, 1)
+    monkeypatch.setattr(tune, "markets", lambda count, seed: {kind: [kind] * count for kind in KINDS})
+    best = tune.tune("best_value", 30, 1, 2, 2)
     assert list(best) == list(OBJECTIVES)
     tried = {wait_s for wait_s, _ in fake.asked}
     by_distance = {goal: min(tried, key=lambda wait_s: abs(np.log(wait_s / goal))) for goal in (5.0, 50.0)}
     assert best["lying"]["settings"]["accept_wait_s"] == by_distance[50.0]
     assert best["honest"]["settings"]["accept_wait_s"] == by_distance[5.0]
-    assert best["all"]["settings"]["accept_wait_s"] == by_distance[5.0]
+    liars = 1 / len(KINDS)
+    for_all = min(tried, key=lambda x: (1 - liars) * abs(np.log(x / 5.0)) + liars * abs(np.log(x / 50.0)))
+    assert best["all"]["settings"]["accept_wait_s"] == for_all
     top = 1.0 - abs(np.log(by_distance[50.0] / 50.0)) / 10 + 0.02  # from the many, not from the few
     assert best["lying"]["score"] == pytest.approx(top, abs=1e-5)
     again = len(fake.asked) - 31 * len(KINDS)
@@ -157,7 +158,20 @@ def test_a_short_run_writes_what_the_readers_read(
     monkeypatch.setattr(tune, "markets", short)
     monkeypatch.setattr(tune, "RULES", {name: RULES[name] for name in ("single", "www_serve", "best_value")})
     path = tmp_path / "tuned.json"
-    arguments = ["--draws", "1", "--few", "1", "--many", "1", "--finalists", "1", "--threads", "1", "--json", str(path)]
+    arguments = [
+        "--draws",
+        "1",
+        "--few",
+        "1",
+        "--many",
+        "1",
+        "--finalists",
+        "1",
+        "--processes",
+        "1",
+        "--json",
+        str(path),
+    ]
     assert tune.main(arguments) == 0
     written = json.loads(path.read_text())
     assert list(written["rules"]) == ["www_serve", "best_value"]
@@ -169,7 +183,7 @@ def test_a_short_run_writes_what_the_readers_read(
     assert "best_value: accept_wait_s" in shown
 
 
-@pytest.mark.parametrize("name", ["draws", "few", "many", "finalists", "threads"])
+@pytest.mark.parametrize("name", ["draws", "few", "many", "finalists", "processes"])
 def test_a_bad_argument_is_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([f"--{name}", "0"]) == 2
     assert capsys.readouterr().err == f"eval.tune: --{name} is 0, expected at least 1\n"

@@ -77,8 +77,8 @@ def test_columns_are_in_the_order_of_the_spec() -> None:
 
 def test_the_spec_is_the_version_that_policies_were_trained_on() -> None:
     """A change here changes what trained policies see: raise VIEW_VERSION with it."""
-    assert v.VIEW_VERSION == 2
-    assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [23, 10, 7]
+    assert v.VIEW_VERSION == 3
+    assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [24, 10, 7]
 
 
 def test_the_own_node() -> None:
@@ -91,7 +91,7 @@ def test_the_own_node() -> None:
     chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
     expected = {
         v.OWN: 1, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
-        v.SLOWDOWN_S: slowdown(own, 0.0),
+        v.SLOWDOWN_S: slowdown(own, 0.0), v.CROWD_S: 5 * token_s,
         v.KV_USE: 0.25, v.RUNNING: 3, v.WAITING: 2, v.HELD_TIGHTER: 9, v.HELD_LOOSER: 6, v.SENT_SINCE: 0,
         v.OUT_THERE: 0, v.COST: 0, v.STAKE: 7, v.PACE: 0, v.RECORD: 0, v.OVERDUE: 0, v.AGE_S: 0.5, v.DUEL_RATE: 0.5,
         v.REFUSED: 0,
@@ -118,7 +118,7 @@ def test_a_peer() -> None:
     chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
     expected = {
         v.OWN: 0, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
-        v.SLOWDOWN_S: slowdown(adverts[3], 3.0),
+        v.SLOWDOWN_S: slowdown(adverts[3], 3.0), v.CROWD_S: 8 * token_s,
         v.KV_USE: 0.75, v.RUNNING: 4, v.WAITING: 1, v.HELD_TIGHTER: 5, v.HELD_LOOSER: 2, v.SENT_SINCE: 3,
         v.OUT_THERE: 2, v.COST: 4 * 0.24, v.STAKE: 2.5, v.PACE: math.log(801 / 200), v.RECORD: math.log(3) / 2,
         v.OVERDUE: 6, v.AGE_S: 2, v.DUEL_RATE: 0.75, v.REFUSED: 1,

@@ -14,9 +14,11 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads else spin, which starves the markets' threads
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from agents.checkpoint import weights_of
-from agents.forward import net_of
+from agents.forward import Weights, net_of
 from agents.network import Actor, Critic, Inputs
 from agents.rules import RULES, Policy, Rule
 from agents.runtime import LearnedPolicy
@@ -40,11 +42,11 @@ from envs.state import Reward
 from eval import regret
 from eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from eval.figures import draw
-from eval.rollout import scores
 from eval.tune import best_for
+from train.ablation import StakeOnly, forget_estimates
 from train.export import export
 from train.gae import estimate
-from train.rollout import Collector, Rollout, Situation, Source
+from train.rollout import Collectors, Rollout, Situation, Source
 
 
 @dataclass
@@ -55,13 +57,13 @@ class Args:
     """folder of the run: policy/, resume.pt, progress.jsonl, summary.json, comparison.json, figures/"""
     seed: int = 1
     """seed of everything that is random"""
-    agent_steps: int = 8_000_000
+    agent_steps: int = 40_000_000
     """length of training; one step is one provider in one tick of its market"""
-    imitate_steps: int = 5_000_000
+    imitate_steps: int = 24_000_000
     """of these, the first to imitate the best rule for each kind of market; 0 starts from the prior alone"""
     imitation: float = 0.3
     """weight of imitation after that, beside the policy's own loss; 0 for none"""
-    markets: int = 192
+    markets: int = 384
     """markets in a batch, over all processes"""
     rollout_steps: int = 64
     """steps of every market between updates"""
@@ -83,13 +85,17 @@ class Args:
     """learn the terms on which others' work is taken, and prices, as well; else they stay as imitated"""
     central: bool = True
     """a critic that sees the whole market; --no-central is independent PPO"""
+    estimates: bool = True
+    """let the actor read what is expected of nodes; --no-estimates leaves it counts, ages and records, and no prior"""
+    stake_only: bool = False
+    """dispatch by stake alone: a request can be handed to the first candidate drawn, to no other"""
     gamma: float = 0.99
     """discount per second"""
     gae_lambda: float = 0.9
     """decay of the advantage estimate per second"""
     learning_rate: float = 1e-3
     """Adam's, falling linearly to zero"""
-    epochs: int = 2
+    epochs: int = 1
     """passes over each rollout"""
     most_decisions: int = 8_000
     """of a rollout's decisions, at most about so many are learned from, drawn evenly"""
@@ -105,11 +111,13 @@ class Args:
     """width of the actor's layers"""
     prior: float = 6.0
     """initial preference for the node that is expected to be done first; 0 for none"""
-    threads: int = 2
-    """CPU threads of each process, for markets and for torch"""
+    processes: int = 2
+    """processes that share markets and gradients, started here unless torchrun did it"""
+    threads: int = 1
+    """CPU threads of each process, for markets and for torch; another process is faster than another thread"""
     device: str = "cpu"
     """where the networks learn, as torch names it: cpu, cuda, cuda:1; markets are always on the CPU"""
-    checkpoint_every: int = 24
+    checkpoint_every: int = 80
     """updates between checkpoints: the policy is validated, the run can be resumed from there, markets begin anew"""
     validation_markets: int = 12
     """validation markets of each kind, and seeds of the packaged scenarios"""
@@ -123,7 +131,7 @@ class Args:
     def check(self) -> None:
         """Raises ValueError for a value out of its range."""
         for name in ("agent_steps", "markets", "rollout_steps", "epochs", "minibatches", "width", "threads",
-                     "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
+                     "processes",                     "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         for name in ("gamma", "gae_lambda", "team_weight"):
@@ -168,6 +176,18 @@ class Processes:
             flat = self.sum(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
             for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad = part.view_as(p)
+
+    def shared(
+        self, among: regret.Families, measure: Callable[[regret.Families], dict[str, float]]
+    ) -> dict[str, float]:
+        """What `measure` finds in all families; every process looks at some of them."""
+        names = list(among)
+        mine = measure({name: among[name] for name in names[self.rank :: self.world]})
+        found = [mine]
+        if self.world > 1:
+            found = [{} for _ in range(self.world)]
+            dist.all_gather_object(found, mine)
+        return {name: found[k % self.world][name] for k, name in enumerate(names)}
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -242,6 +262,8 @@ class Learner:
         torch.manual_seed(args.seed)
         self.args, self.processes = args, processes
         self.actor = Actor(args.width, args.prior).to(args.device)
+        if not args.estimates:
+            forget_estimates(self.actor)
         self.critic = Critic(central=args.central).to(args.device)
         self.scale = ValueScale(self.critic.last)
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
@@ -298,7 +320,7 @@ class Learner:
         torch.set_num_threads(args.threads)
         batch, logged = self.batch(rollout)
         rng = np.random.default_rng((args.seed, 2, number))
-        place = np.arange(self.processes.rank, args.markets, self.processes.world)[rollout.decisions.market]
+        place = rollout.numbers[rollout.decisions.market]
         at = rollout.decisions
         learned = even_share(at.step, place, at.provider, number) < args.most_decisions / max(1.0, logged["decisions"])
         totals: dict[str, float] = {}
@@ -365,14 +387,15 @@ def validation_families(args: Args) -> regret.Families:
     return regret.families(VALIDATION_SEED, args.validation_markets, max(2, args.validation_markets // 3))
 
 
-def policy_of(actor: Actor) -> LearnedPolicy:
-    """The actor as operators will run it."""
-    return LearnedPolicy(weights_of(actor), {"name": "learned"})
+def policy_of(weights: Weights, args: Args) -> Policy:
+    """The policy as operators will run it, or as the ablation wants it."""
+    policy = LearnedPolicy(weights, {"name": "learned"})
+    return StakeOnly(policy) if args.stake_only else policy
 
 
-def means(policy: Policy | Oracle, among: regret.Families, threads: int) -> dict[str, float]:
+def means(policy: Policy | Oracle, among: regret.Families) -> dict[str, float]:
     """Mean score of a policy in each family."""
-    return {name: float(np.nanmean(scores(policy, plans, threads=threads))) for name, plans in among.items()}
+    return {name: float(np.nanmean(found)) for name, found in regret.everywhere(among, policy).items()}
 
 
 # The run.
@@ -394,7 +417,7 @@ class Progress(NamedTuple):
 
 def identity(args: Args) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped."""
-    free = ("out", "resume", "report", "wandb")
+    free = ("out", "resume", "report", "wandb", "processes")
     return {key: str(value) for key, value in asdict(args).items() if key not in free}
 
 
@@ -409,10 +432,9 @@ class Run:
         # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
         # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
         source = Source(args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS)
-        teachers = {kind: best_for(kind) for kind in args.kinds}
-        self.teachers = teachers
-        self.collector = Collector(source, reward, args.markets, threads=args.threads, rank=self.processes.rank,
-                                   world=self.processes.world)  # fmt: skip
+        self.teachers = {kind: best_for(kind) for kind in args.kinds}
+        self.collector = Collectors(source, reward, args.markets, threads=args.threads, rank=self.processes.rank,
+                                    world=self.processes.world, stake_only=args.stake_only)  # fmt: skip
         self.progress = Progress()
         self.best = weights_of(self.learner.actor)
         self.log = start_log(args) if self.processes.rank == 0 else lambda numbers: None
@@ -450,8 +472,8 @@ class Run:
     def checkpoint(self, among: regret.Families, rules: dict[str, dict[str, float]]) -> None:
         """Validate the policy, keep it if it is the best, write down where the run stands, begin new markets."""
         began_s = time.perf_counter()
+        achieved = self.processes.shared(among, partial(means, policy_of(weights_of(self.learner.actor), self.args)))
         if self.processes.rank == 0:
-            achieved = means(policy_of(self.learner.actor), among, self.args.threads)
             fair = [name for name in rules if name != "centralized"]
             behind = {name: max(rules[rule][name] for rule in fair) - x for name, x in achieved.items()}
             worst, mean = max(behind.values()), float(np.mean(list(behind.values())))
@@ -487,9 +509,9 @@ class Run:
         elif self.processes.rank == 0:
             for name in ("progress.jsonl", "resume.pt"):
                 (args.out / name).unlink(missing_ok=True)
-        among = validation_families(args) if self.processes.rank == 0 else {}
-        yardsticks = [*regret.yardsticks(), Oracle("centralized")] if self.processes.rank == 0 else []
-        rules = {policy.name: means(policy, among, args.threads) for policy in yardsticks}
+        among = validation_families(args)
+        yardsticks = [*regret.yardsticks(), Oracle("centralized")]
+        rules = {policy.name: self.processes.shared(among, partial(means, policy)) for policy in yardsticks}
         with tqdm(total=args.agent_steps, initial=self.progress.agent_steps, unit="step", unit_scale=True,
                   dynamic_ncols=True, disable=self.processes.rank != 0) as bar:  # fmt: skip
             while True:
@@ -503,10 +525,10 @@ class Run:
                 if due:
                     collector.renew(self.progress.updates)
                 imitate = self.progress.agent_steps < args.imitate_steps
-                collector.teachers = self.teachers if imitate or args.imitation else {}
+                teachers = self.teachers if imitate or args.imitation else {}
                 learner.anneal(self.progress.agent_steps / args.agent_steps)
                 net = net_of(weights_of(learner.actor))
-                rollout = collector.collect(net, self.progress.updates, args.rollout_steps, every=args.terms)
+                rollout = collector.collect(net, self.progress.updates, args.rollout_steps, teachers, every=args.terms)
                 middle_s = time.perf_counter()
                 logged = learner.update(rollout, self.progress.updates, imitate)
                 taken = int(self.processes.sum(torch.tensor(rollout.agent_steps)))
@@ -577,7 +599,10 @@ def report(args: Args, policy: Policy) -> dict[str, Any]:
     rules = regret.yardsticks()
     among = regret.families(FIRST_TEST_SEED, 48, 32)
     measured = regret.measure(
-        [policy, *rules], among, threads=args.threads, report=lambda line: print(line, file=sys.stderr, flush=True)
+        [policy, *rules],
+        among,
+        processes=args.processes * args.threads,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     judged = regret.judge(measured, [rule.name for rule in rules])
     scenarios = [load_scenario(name) for name in regret.SCENARIOS if not name.startswith("trace/")]
@@ -592,11 +617,20 @@ def report(args: Args, policy: Policy) -> dict[str, Any]:
     return judged
 
 
+def launch(processes: int, threads: int) -> NoReturn:
+    """Become torchrun, which starts this script in so many processes."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    os.execv(sys.executable, [*torchrun, str(Path(__file__).resolve()), *sys.argv[1:]])
+
+
 def main() -> None:
     """Command line; a bad argument is refused before anything runs."""
     try:
         args = tyro.cli(Args)
         args.check()
+        if args.processes > 1 and "WORLD_SIZE" not in os.environ:
+            launch(args.processes, args.threads)
         args.out.mkdir(parents=True, exist_ok=True)
         run = Run(args)
         summary = run.train()
@@ -604,11 +638,11 @@ def main() -> None:
         sys.exit(refuse(str(error)))
     if run.processes.rank == 0:
         about = {"training": json.loads(json.dumps(asdict(args), default=str)), "agent_steps": summary["agent_steps"]}
-        policy = LearnedPolicy(run.best, {"name": "learned"})
         if args.report:
-            summary["table"] = report(args, policy)
+            summary["table"] = report(args, policy_of(run.best, args))
         write_json(args.out / "summary.json", summary)
-        export(run.best, args.out / "policy", about, summary.get("table"))
+        if not args.stake_only:  # a node offers a policy every candidate
+            export(run.best, args.out / "policy", about, summary.get("table"))
         spent = ", ".join(f"{name} {each:.0f} s" for name, each in summary["split_s"].items())
         print(f"trained {summary['agent_steps']:,} agent-steps in {summary['seconds']:.0f} s "
               f"({summary['agent_steps_per_s']:,.0f}/s): {spent}")  # fmt: skip

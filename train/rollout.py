@@ -5,11 +5,10 @@ copied between environment and learner. What is random depends on the run's seed
 number of the market in the whole run, so it is the same however the markets are spread over threads and processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +40,7 @@ from agents.view import (
 from envs.batch import MarketBatch
 from envs.distribution import Kind, sample
 from envs.state import MarketPlan, Reward, Shape, plan
+from train.ablation import close_choice
 
 FloatArray = NDArray[np.float32]
 ADMITS = ADMIT_WAIT_S.size
@@ -91,6 +91,7 @@ class Situation(NamedTuple):
 class Rollout(NamedTuple):
     """T steps of B markets of N providers."""
 
+    numbers: NDArray[np.int64]  # [B] of the markets in the whole run
     decisions: Decisions
     summary: FloatArray  # [T, B, SUMMARY] the pooled state of each market where something is decided
     priced: NDArray[np.bool_]  # [T, B] whether the market has more than one price
@@ -214,60 +215,46 @@ class Source(NamedTuple):
     seeds: int  # markets' own seeds are below this
 
     def plans(self, batch: int, market: int) -> Iterator[tuple[Kind, MarketPlan]]:
-        """Random markets without end for place `market` of batch number `batch`, the kinds in turn."""
+        """Random markets without end for place `market` of batch number `batch`, the kinds in turn.
+
+        The first is of any length up to the full one, so that a rollout sees beginnings, middles and ends alike.
+        """
         rng = np.random.default_rng((self.seed, 0, batch, market))
-        turn = market
+        turn, share = market, rng.uniform(0.1, 1.0)
         while True:
             kind = self.kinds[turn % len(self.kinds)]
-            planned = plan(
-                replace(sample(kind, rng, self.duration_s), drain_s=self.drain_s), int(rng.integers(self.seeds))
-            )
+            scenario = replace(sample(kind, rng, share * self.duration_s), drain_s=self.drain_s)
+            planned = plan(scenario, int(rng.integers(self.seeds)))
             if 0 < planned.capacity <= self.max_requests:
-                turn += 1
+                turn, share = turn + 1, 1.0
                 yield kind, planned
 
 
 class Collector:
-    """Steps this process's share of the training markets: of `total`, those numbered rank, rank + world, ..."""
+    """Steps a share of the training markets, of `total` those numbered rank, rank + world, ..., in one thread."""
 
     def __init__(
-        self, source: Source, reward: Reward, total: int, *, threads: int, rank: int = 0, world: int = 1,
-        teachers: dict[Kind, Rule] | None = None,
-    ) -> None:  # fmt: skip
-        self.source, self.reward, self.total, self.threads = source, reward, total, threads
+        self, source: Source, reward: Reward, total: int, *, rank: int = 0, world: int = 1, stake_only: bool = False
+    ) -> None:
+        """`stake_only` leaves of the candidates the first alone; see `train.ablation`."""
+        self.source, self.reward, self.total, self.stake_only = source, reward, total, stake_only
         self.numbers = np.arange(rank, total, world)
-        self.teachers = teachers or {}
-        self.pool = ThreadPoolExecutor(max(1, threads - 1))
         self.decisions = make_decisions(4096)
+        self.batch: MarketBatch | None = None
 
     def renew(self, batch: int) -> None:
-        """Begin batch number `batch` of markets, brought to different times so that a rollout sees beginnings, middles
-        and ends alike. A run that is resumed here goes on as one that was never cut."""
+        """Begin batch number `batch` of markets. A run that is resumed here goes on as one that was never cut."""
         self.streams = [self.source.plans(batch, int(number)) for number in self.numbers]
         drawn = [next(stream) for stream in self.streams]
-        shape = Shape(MOST_PROVIDERS, self.source.max_requests, 1)
-        if not hasattr(self, "batch"):
-            plans = [planned for _, planned in drawn]
-            self.batch = MarketBatch(plans, threads=self.threads, reward=self.reward, shape=shape)
-            self.actions, self.taught = self.batch.actions(), self.batch.actions()
+        if self.batch is None:
+            shape = Shape(MOST_PROVIDERS, self.source.max_requests, 1)
+            self.batch = MarketBatch([planned for _, planned in drawn], reward=self.reward, shape=shape)
         else:
             for b, (_, planned) in enumerate(drawn):
                 self.batch.reset(b, planned)
-        for actions in (self.actions, self.taught):
-            for array, fresh in zip(actions, self.batch.actions(), strict=True):
-                array[...] = fresh
+        self.actions, self.taught = self.batch.actions(), self.batch.actions()
         self.kinds = [kind for kind, _ in drawn]
         self.worth = np.array([worth_per_s(planned) for _, planned in drawn], np.float32)
-        self._stagger(self.numbers / self.total * self.source.duration_s)
-
-    def _stagger(self, start_s: NDArray[np.float64]) -> None:
-        rule, batch = Rule("earliest_finish_trust"), self.batch
-        while (waiting := (batch.now_s < start_s) & ~batch.over).any():
-            held = batch.markets.market["over"].copy()
-            batch.markets.market["over"] = ~waiting
-            rule.decide(batch.views, batch.active & waiting[:, None], batch.dice, self.actions)
-            batch.step(self.actions)
-            batch.markets.market["over"] = np.where(waiting, batch.markets.market["over"], held)
 
     def _room(self, count: int, used: int) -> Decisions:
         """Decisions with room for `count`, of which `used` are kept."""
@@ -278,40 +265,33 @@ class Collector:
             self.decisions = larger
         return self.decisions
 
-    def _act(self, net: Net, t: int, used: int, rows: tuple[NDArray[np.int64], ...], uniform: FloatArray) -> None:
-        """Decide for the providers in `rows`, in threads."""
-        d, count = self._room(used + rows[0].size, used), rows[0].size
-        cuts = np.linspace(0, count, self.threads + 1).astype(int) if count >= 16 * self.threads else [0, count]
-        jobs = [
-            (net, self.batch.views, t, used, int(low), int(high), *rows, uniform, self.actions, d, *scratch)
-            for (low, high), scratch in zip(pairwise(cuts), self.scratch, strict=False)
-        ]
-        others = [self.pool.submit(act, *job) for job in jobs[1:]]
-        act(*jobs[0])
-        for other in others:
-            other.result()
-
-    def _teach(self, used: int, rows: tuple[NDArray[np.int64], ...]) -> None:
+    def _teach(
+        self, teachers: Mapping[Kind, Rule], batch: MarketBatch, used: int, rows: tuple[NDArray[np.int64], ...]
+    ) -> None:
         """Write down what the teacher of each market's kind would choose for the providers in `rows`."""
-        batch, asked = self.batch, np.zeros_like(self.batch.active)
+        asked = np.zeros_like(batch.active)
         asked[rows] = True
         kinds = np.array(self.kinds)
-        for kind, teacher in self.teachers.items():
+        for kind, teacher in teachers.items():
             teacher.decide(batch.views, asked & (kinds == kind)[:, None], batch.dice, self.taught)
         lesson = self.decisions.lesson[used : used + rows[0].size]
         lesson[:, 0] = self.taught.route[rows]
         lesson[:, 1] = nearest_admit(self.taught.terms[rows][:, MAX_WAIT_S])
         lesson[:, 2] = np.minimum(self.taught.price[rows], PRICES - 1)
 
-    def collect(self, net: Net, number: int, steps: int, *, every: bool = False) -> Rollout:
-        """Play `steps` steps with the policy `net`; `number` counts the rollouts of the run.
+    def collect(
+        self, net: Net, number: int, steps: int, teachers: Mapping[Kind, Rule], *, every: bool = False
+    ) -> Rollout:
+        """Play `steps` steps of what `renew` began with the policy `net`; `number` counts the rollouts of the run.
 
-        Recorded are the decisions on requests; with `every` those on terms and prices alone as well.
+        `teachers` of each kind of market are asked what they would do; there may be none. Recorded are the decisions on
+        requests; with `every` those on terms and prices alone as well.
         """
+        assert self.batch is not None, "renew comes first"
         batch, views = self.batch, self.batch.views
         count, providers = batch.count, batch.providers
         rng = np.random.default_rng((self.source.seed, 1, number))
-        self.scratch = [(room(net), np.zeros(LOGITS, np.float32)) for _ in range(self.threads)]
+        scratch = room(net), np.zeros(LOGITS, np.float32)
         reward = np.zeros((steps, count, providers), np.float32)
         summary = np.zeros((steps, count, SUMMARY), np.float32)
         elapsed_s, cut = np.zeros((steps, count)), np.zeros((steps, count), np.bool_)
@@ -329,9 +309,12 @@ class Collector:
             rows = np.nonzero(asked)
             summarise(views, market["n_providers"].copy(), asked.any(1), own_row, about_row, summary[t])
             self.actions.route[...] = HOLD
-            self._act(net, t, used, rows, uniform)
-            if self.teachers:
-                self._teach(used, rows)
+            if self.stake_only:
+                close_choice(views)
+            d = self._room(used + rows[0].size, used)
+            act(net, views, t, used, 0, rows[0].size, *rows, uniform, self.actions, d, *scratch)
+            if teachers:
+                self._teach(teachers, batch, used, rows)
             else:
                 self.decisions.lesson[used : used + rows[0].size] = -1
             used += rows[0].size
@@ -351,7 +334,67 @@ class Collector:
         at_cut = at_cut or [Situation(*(column[:0] for column in last))]
         cuts = Situation(*(np.concatenate(columns) for columns in zip(*at_cut, strict=True)))
         decisions = Decisions(*(column[:used] for column in self.decisions))
-        return Rollout(decisions, summary, priced, reward, elapsed_s, cut, last, cuts, agent_steps)
+        return Rollout(self.numbers, decisions, summary, priced, reward, elapsed_s, cut, last, cuts, agent_steps)
+
+
+class Collectors:
+    """A collector in each of `threads` threads for this process's share of the markets.
+
+    Threads that met at every step of one batch would wait for each other longer than they work.
+    """
+
+    def __init__(
+        self, source: Source, reward: Reward, total: int, *, threads: int, rank: int = 0, world: int = 1,
+        stake_only: bool = False,
+    ) -> None:  # fmt: skip
+        """Raises ValueError where a thread would have no market."""
+        if total < threads * world:
+            raise ValueError(f"{total} markets for {threads * world} threads, expected at least one for each")
+        ranks = range(rank, threads * world, world)
+        self.collectors = [
+            Collector(source, reward, total, rank=k, world=threads * world, stake_only=stake_only) for k in ranks
+        ]
+        self.pool = ThreadPoolExecutor(threads)
+
+    def renew(self, batch: int) -> None:
+        """See `Collector.renew`."""
+        list(self.pool.map(lambda each: each.renew(batch), self.collectors))
+
+    def collect(
+        self, net: Net, number: int, steps: int, teachers: Mapping[Kind, Rule], *, every: bool = False
+    ) -> Rollout:
+        """See `Collector.collect`; the teachers are those of each kind of market, none to learn without."""
+        parts = self.pool.map(lambda each: each.collect(net, number, steps, teachers, every=every), self.collectors)
+        return join(list(parts))
+
+
+def join(parts: Sequence[Rollout]) -> Rollout:
+    """One rollout of the markets of several that went on for as many steps."""
+    if len(parts) == 1:
+        return parts[0]
+    first = np.cumsum([0, *(part.numbers.size for part in parts)])
+    moved = [
+        part.decisions._replace(market=part.decisions.market + low) for part, low in zip(parts, first, strict=False)
+    ]
+    cuts = [np.argwhere(part.cut) + np.array([0, low]) for part, low in zip(parts, first, strict=False)]
+    order = np.lexsort(np.concatenate(cuts).T[::-1])
+    at_cut = [np.concatenate(columns)[order] for columns in zip(*(part.at_cut for part in parts), strict=True)]
+
+    def beside(name: str) -> Any:
+        return np.concatenate([getattr(part, name) for part in parts], axis=1)
+
+    return Rollout(
+        numbers=np.concatenate([part.numbers for part in parts]),
+        decisions=Decisions(*(np.concatenate(columns) for columns in zip(*moved, strict=True))),
+        summary=beside("summary"),
+        priced=beside("priced"),
+        reward=beside("reward"),
+        elapsed_s=beside("elapsed_s"),
+        cut=beside("cut"),
+        last=Situation(*(np.concatenate(columns) for columns in zip(*(part.last for part in parts), strict=True))),
+        at_cut=Situation(*at_cut),
+        agent_steps=sum(part.agent_steps for part in parts),
+    )
 
 
 def nearest_admit(wait_s: NDArray[np.float64]) -> NDArray[np.int64]:
