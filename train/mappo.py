@@ -130,17 +130,24 @@ class Args:
 
     def check(self) -> None:
         """Raises ValueError for a value out of its range."""
-        for name in ("agent_steps", "markets", "rollout_steps", "epochs", "minibatches", "width", "threads",
-                     "processes",                     "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
+        for name in ("agent_steps", "markets", "rollout_steps", "epochs", "most_decisions", "minibatches", "width",
+                     "processes", "threads", "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        for name in ("duration_s", "learning_rate", "clip", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
+        for name in ("seed", "imitate_steps", "drain_s", "imitation", "entropy", "prior"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
         for name in ("gamma", "gae_lambda", "team_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 1")
         if self.minibatches > self.markets:
             raise ValueError(f"--minibatches is {self.minibatches}, expected at most --markets, {self.markets}")
-        if self.imitate_steps < 0:
-            raise ValueError(f"--imitate-steps is {self.imitate_steps}, expected at least 0")
+        workers = int(os.environ.get("WORLD_SIZE", self.processes)) * self.threads
+        if workers > self.markets:
+            raise ValueError(f"--markets is {self.markets}, expected one for each of {workers} threads at least")
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
@@ -629,9 +636,9 @@ def main() -> None:
     try:
         args = tyro.cli(Args)
         args.check()
+        args.out.mkdir(parents=True, exist_ok=True)
         if args.processes > 1 and "WORLD_SIZE" not in os.environ:
             launch(args.processes, args.threads)
-        args.out.mkdir(parents=True, exist_ok=True)
         run = Run(args)
         summary = run.train()
     except (ValueError, RuntimeError, OSError) as error:
