@@ -290,7 +290,7 @@ DAMAGE = {
        for name in (MANIFEST, *SEALED)},
     "another format": (lambda f: edit(f, format=99), "format is 99, expected 3"),
     "no format": (lambda f: edit(f, format="gone"), "format is None"),
-    "another view version": (lambda f: edit(f, view_version=1), "view_version is 1, expected 2"),
+    "another view version": (lambda f: edit(f, view_version=1), "view_version is 1, expected 3"),
     "no features": (lambda f: edit(f, features={}), "features differ .* at the top: another form"),
     "a feature in another unit": (lambda f: amend(f, "features", lambda t: t["node"][1].update(unit="ms")),
                                   r"features differ .* at node\[1\]\.unit: 'ms', expected 's'"),
