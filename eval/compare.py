@@ -13,13 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from agents.rules import Policy
 from envs.oracle import ORACLES, Oracle
 from envs.scenario import Scenario, ScenarioError, load
+from eval.arguments import Parser, UsageError, integer
 from eval.metrics import mean_ci, measure, paired_ci, score, time_quantiles
 from eval.policies import DEFAULT_POLICIES, PolicyError, load_policies
 from eval.rollout import Run, rollout
@@ -29,10 +30,6 @@ DEFAULT_BASELINE = "www_serve"
 
 Tree = dict[str, Any]
 """Numbers by name, nested as results are."""
-
-
-class UsageError(ValueError):
-    """A comparison that cannot be made as asked; the message is one line."""
 
 
 def compare(
@@ -217,28 +214,8 @@ def write_json(path: Path, result: Tree) -> None:
         raise
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def _integer(low: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {low}")
-        return value
-
-    return integer
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m eval.compare", description="Compare policies on the same arrivals.")
+    parser = Parser(prog="python -m eval.compare", description="Compare policies on the same arrivals.")
     add = parser.add_argument
     add("scenarios", nargs="+", metavar="SCENARIO", help="name of a packaged scenario, or a file")
     add(
@@ -249,15 +226,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"{', '.join(DEFAULT_POLICIES)}; a rule with settings, as rank_cap:cap_fast=0.2,urgency=3; "
         "or the folder of a bundle (default: every name)",
     )
-    add("--seeds", type=_integer(1), default=32, metavar="N", help="runs of each policy in each scenario (default: 32)")
+    add("--seeds", type=integer(1), default=32, metavar="N", help="runs of each policy in each scenario (default: 32)")
     add(
         "--first-seed",
-        type=_integer(0),
+        type=integer(0),
         default=FIRST_TEST_SEED,
         metavar="S",
         help=f"they have the seeds S to S + N - 1 (default: {FIRST_TEST_SEED}; training has its seeds below that)",
     )
-    add("--threads", type=_integer(1), default=os.cpu_count() or 1, metavar="T", help="(default: one per core)")
+    add("--threads", type=integer(1), default=os.cpu_count() or 1, metavar="T", help="(default: one per core)")
     add(
         "--baseline",
         default=DEFAULT_BASELINE,

@@ -6,7 +6,6 @@ defaults stand the best rules for each kind of market, tuned for that kind alone
 who knows the market.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +20,8 @@ from envs.distribution import KINDS
 from envs.oracle import ORACLES, Oracle
 from envs.scenario import load
 from envs.state import MarketPlan, plan
-from eval.compare import FIRST_TEST_SEED, UsageError, columns, write_json
+from eval.arguments import Parser, UsageError, integer
+from eval.compare import FIRST_TEST_SEED, columns, write_json
 from eval.metrics import mean_ci, paired_ci
 from eval.policies import PolicyError, load_policies
 from eval.rollout import scores
@@ -116,21 +116,17 @@ def table(result: Tree) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = argparse.ArgumentParser(prog="python -m eval.regret", description="Judge policies by their worst regret.")
+    parser = Parser(prog="python -m eval.regret", description="Judge policies by their worst regret.")
     add = parser.add_argument
     add("--policy", nargs="*", default=[], metavar="NAME|BUNDLE", help="policies beside the rules")
-    add("--markets", type=int, default=48, help="random markets of each kind (default: 48)")
-    add("--seeds", type=int, default=32, help="seeds of each packaged scenario (default: 32)")
-    add("--first-seed", type=int, default=FIRST_TEST_SEED, help=f"(default: {FIRST_TEST_SEED})")
-    add("--processes", type=int, default=2, help="policies measured at a time (default: 2)")
+    add("--markets", type=integer(2), default=48, help="random markets of each kind (default: 48)")
+    add("--seeds", type=integer(2), default=32, help="seeds of each packaged scenario (default: 32)")
+    add("--first-seed", type=integer(0), default=FIRST_TEST_SEED, help=f"(default: {FIRST_TEST_SEED})")
+    add("--processes", type=integer(1), default=2, help="policies measured at a time (default: 2)")
     add("--oracles", action="store_true", help="with the routers that see everything; they set no standard")
     add("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    args = parser.parse_args(argv)
     try:
-        for name, low in (("markets", 2), ("seeds", 2), ("processes", 1), ("first_seed", 0)):
-            if getattr(args, name) < low:
-                given = f"--{name.replace('_', '-')} is {getattr(args, name)}"
-                raise UsageError(f"{given}, expected at least {low}")
+        args = parser.parse_args(argv)
         if args.json is not None and not args.json.parent.is_dir():
             raise UsageError(f"--json {args.json}: {args.json.parent} is not a folder")
         judged = load_policies(args.policy) if args.policy else []

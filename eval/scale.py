@@ -4,7 +4,6 @@ The same mixture of hardware and load with 4, 16, 64 and 256 providers; SLO AUC 
 decision. A decision sees eight candidates however many providers there are, so its time must not grow.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from envs.batch import MarketBatch
 from envs.distribution import capacity_per_s
 from envs.scenario import Lognormal, Scenario, parse
 from envs.state import plan
+from eval.arguments import Parser, UsageError, integer
 from eval.compare import FIRST_TEST_SEED, columns, write_json
 from eval.metrics import mean_ci, measure
 from eval.policies import PolicyError, load_policies
@@ -77,21 +77,17 @@ def play(policy: Policy, scenario: Scenario, seeds: Sequence[int], threads: int)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = argparse.ArgumentParser(prog="python -m eval.scale", description="Judge policies by the market's size.")
+    parser = Parser(prog="python -m eval.scale", description="Judge policies by the market's size.")
     add = parser.add_argument
     add("--policy", nargs="+", default=[], metavar="NAME|BUNDLE", help="policies beside the rules")
-    add("--sizes", nargs="+", type=int, default=list(SIZES), metavar="N", help="(default: 4 16 64 256)")
-    add("--requests", type=int, default=20_000, help="about so many requests for each size (default: 20000)")
-    add("--threads", type=int, default=2, help="(default: 2)")
+    add("--sizes", nargs="+", type=integer(1), default=list(SIZES), metavar="N", help="(default: 4 16 64 256)")
+    add("--requests", type=integer(1), default=20_000, help="about so many requests for each size (default: 20000)")
+    add("--threads", type=integer(1), default=2, help="(default: 2)")
     add("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    args = parser.parse_args(argv)
-    for name, value in (("sizes", min(args.sizes)), ("requests", args.requests), ("threads", args.threads)):
-        if value < 1:
-            print(f"eval.scale: --{name} has {value}, expected at least 1", file=sys.stderr)
-            return 2
     try:
+        args = parser.parse_args(argv)
         judged = load_policies(args.policy) if args.policy else []
-    except PolicyError as error:
+    except (UsageError, PolicyError) as error:
         print(f"eval.scale: {error}", file=sys.stderr)
         return 2
     policies = [*judged, *(Rule(name) for name in RULES)]

@@ -6,7 +6,6 @@ kinds becomes the rule's default; the best for each kind is what an operator cou
 and tuned for it, and stands beside the defaults wherever policies are judged.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from agents.rules import RULES, Rule
 from envs.distribution import KINDS, Kind, sample
 from envs.state import MarketPlan, plan
+from eval.arguments import Parser, UsageError, integer
 from eval.compare import FIRST_TEST_SEED, write_json
 from eval.rollout import scores
 from eval.workers import each
@@ -95,18 +95,23 @@ def best_for(kind: Kind) -> Rule:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = argparse.ArgumentParser(prog="python -m eval.tune", description="Tune the rules on training markets.")
-    parser.add_argument("--draws", type=int, default=64, help="settings drawn for each rule (default: 64)")
-    parser.add_argument("--few", type=int, default=12, help="markets of each kind for the draws (default: 12)")
-    parser.add_argument("--many", type=int, default=48, help="markets of each kind for the finalists (default: 48)")
-    parser.add_argument("--finalists", type=int, default=4, help="draws that go on, overall and by kind (default: 4)")
-    parser.add_argument("--processes", type=int, default=2, help="rules tuned at a time (default: 2)")
-    parser.add_argument("--json", type=Path, default=TUNED, metavar="FILE", help=f"(default: {TUNED.name} here)")
-    args = parser.parse_args(argv)
-    for name in ("draws", "few", "many", "finalists", "processes"):
-        if getattr(args, name) < 1:
-            print(f"eval.tune: --{name} is {getattr(args, name)}, expected at least 1", file=sys.stderr)
-            return 2
+    parser = Parser(prog="python -m eval.tune", description="Tune the rules on training markets.")
+    add = parser.add_argument
+    add("--draws", type=integer(1), default=64, help="settings drawn for each rule (default: 64)")
+    add("--few", type=integer(1), default=12, help="markets of each kind for the draws (default: 12)")
+    parser.add_argument(
+        "--many", type=integer(1), default=48, help="markets of each kind for the finalists (default: 48)"
+    )
+    parser.add_argument(
+        "--finalists", type=integer(1), default=4, help="draws that go on, overall and by kind (default: 4)"
+    )
+    add("--processes", type=integer(1), default=2, help="rules tuned at a time (default: 2)")
+    add("--json", type=Path, default=TUNED, metavar="FILE", help=f"(default: {TUNED.name} here)")
+    try:
+        args = parser.parse_args(argv)
+    except UsageError as error:
+        print(f"eval.tune: {error}", file=sys.stderr)
+        return 2
     names = [rule for rule in RULES if any(setting.search for setting in RULES[rule].values())]
     job = partial(tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists)
     rules = {}

@@ -12,7 +12,8 @@ from agents.rules import RULES, Rule
 from envs.scenario import Scenario, parse
 from eval import compare as command
 from eval import rollout as rollouts
-from eval.compare import UsageError, compare, write_json
+from eval.arguments import UsageError
+from eval.compare import compare, write_json
 from eval.metrics import attainment, paired_ci
 from eval.policies import DEFAULT_POLICIES, PolicyError, load_policies, load_policy
 from eval.rollout import Run, rollout

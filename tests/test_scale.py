@@ -45,7 +45,11 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--sizes", "0"], "--sizes has 0"), (["--requests", "0"], "--requests has 0"), (["--policy", "no"], "'no'")],
+    [
+        (["--sizes", "0"], "--sizes: got '0'"),
+        (["--requests", "0"], "--requests: got '0'"),
+        (["--policy", "no"], "'no'"),
+    ],
 )
 def test_what_cannot_be_done_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert scale.main(arguments) == 2

@@ -186,4 +186,4 @@ def test_a_short_run_writes_what_the_readers_read(
 @pytest.mark.parametrize("name", ["draws", "few", "many", "finalists", "processes"])
 def test_a_bad_argument_is_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([f"--{name}", "0"]) == 2
-    assert capsys.readouterr().err == f"eval.tune: --{name} is 0, expected at least 1\n"
+    assert capsys.readouterr().err == f"eval.tune: argument --{name}: got '0', expected an integer of at least 1\n"
