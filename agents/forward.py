@@ -123,11 +123,16 @@ def _copy(x: Singles, out: Singles) -> None:
 
 @kernel
 def _add(x: Singles, weight: Singles, out: Singles) -> None:
-    """out [O] += x [I] @ weight [I, O]; zeros, which are many, cost nothing."""
-    for i in range(x.size):
-        if x[i] != 0.0:
+    """out [O] += x [I] @ weight [I, O]: four inputs at a time, so that `out` is read and written a quarter as often."""
+    whole = x.size // 4 * 4
+    for i in range(0, whole, 4):
+        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+        if a != 0.0 or b != 0.0 or c != 0.0 or d != 0.0:
             for o in range(out.size):
-                out[o] += x[i] * weight[i, o]
+                out[o] += (a * weight[i, o] + b * weight[i + 1, o]) + (c * weight[i + 2, o] + d * weight[i + 3, o])
+    for i in range(whole, x.size):
+        for o in range(out.size):
+            out[o] += x[i] * weight[i, o]
 
 
 @kernel

@@ -110,7 +110,7 @@ RULES: dict[str, dict[str, Setting]] = {
         "accept": Setting(0.8, "chance to take others' work", 1.0, (0.0, 1.0)),
         "probes": Setting(3, "peers probed, at most", search=(1.0, 8.0)),
     },
-    "earliest_finish": _tuned(FINISH, accept_wait_s=1.55, own_margin=0.719, slowdown=0.0366, crowd=2.19),
+    "earliest_finish": _tuned(FINISH, accept_wait_s=0.596, own_margin=0.911, slowdown=0.0366, crowd=2.19),
     "earliest_finish_trust": _tuned(
         FINISH | TRUST,
         accept_wait_s=0.596,
@@ -137,15 +137,15 @@ RULES: dict[str, dict[str, Setting]] = {
     "trust_cap": _tuned(
         FINISH | TRUST | CAP,
         accept_wait_s=2.79,
-        own_margin=0.843,
+        own_margin=1.05,
         slowdown=0.599,
-        crowd=18.1,
-        pace=1.12,
-        record=1.21,
-        overdue=1.43,
+        crowd=13.9,
+        pace=0.495,
+        record=1.48,
+        overdue=0.437,
         urgency=1.46,
         cap_fast=0.0265,
-        cap_slow=0.395,
+        cap_slow=0.488,
     ),
     "best_value": _tuned(
         {"accept_wait_s": ACCEPT_WAIT_S, "price_slope": PRICE_SLOPE}, accept_wait_s=5.04, price_slope=1.28

@@ -46,8 +46,9 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
     honest: load 0.6 to 1.1 of capacity. lying: the same, and up to a third of the providers, mostly slow ones,
     advertise less load and more speed than they have. switching: they do so for a part of the run only. deadlines: load
     0.7 to 1.3, chat and batch requests, priced per 1000 tokens. conversation: honest, with short requests, many, and
-    tight thresholds, in a sixth of the time. In all, load is uneven between providers, steady,
-    alternating or bursty in time, and providers may leave or join. Raises ValueError for another kind.
+    tight thresholds, in a sixth of the time. In all, nodes are alike in a fifth of the markets and serve one model in
+    another; load is uneven between providers, steady, alternating or bursty in time, and providers may leave or join.
+    Raises ValueError for another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -84,7 +85,7 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
         mapping["slo"]["classes"] = classes
 
     count = int(rng.integers(3, 9))
-    providers = [_hardware(rng) for _ in range(count)]
+    providers = _fleet(count, rng)
     capacities = [
         capacity_per_s(profile(each["gpu"], each["model"], each["max_num_seqs"]), lengths.prompt, outputs)
         for each in providers
@@ -130,11 +131,23 @@ def _fits(gpu: str, model: str) -> bool:
 _MODELS_OF = {gpu: [model for model in _MODEL_WEIGHTS if _fits(gpu, model)] for gpu in _GPU_WEIGHTS}
 
 
-def _hardware(rng: np.random.Generator) -> dict[str, Any]:
-    """A GPU of the catalogue with a model that fits it."""
-    gpu = str(rng.choice(list(_GPU_WEIGHTS), p=list(_GPU_WEIGHTS.values())))
-    weights = np.array([_MODEL_WEIGHTS[model] for model in _MODELS_OF[gpu]])
-    model = str(rng.choice(_MODELS_OF[gpu], p=weights / weights.sum()))
+def _fleet(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Nodes that are all alike, serve the same model, or have nothing in common, in one market of five, one, three."""
+    common = rng.random()
+    first = _hardware(rng, list(_MODEL_WEIGHTS))
+    if common < 0.2:
+        return [dict(first) for _ in range(count)]
+    models = [first["model"]] if common < 0.4 else list(_MODEL_WEIGHTS)
+    return [_hardware(rng, models) for _ in range(count)]
+
+
+def _hardware(rng: np.random.Generator, models: list[str]) -> dict[str, Any]:
+    """A GPU of the catalogue with one of the `models` that fits it."""
+    fitting = {gpu: [model for model in models if model in fits] for gpu, fits in _MODELS_OF.items()}
+    weights = np.array([_GPU_WEIGHTS[gpu] if fitting[gpu] else 0.0 for gpu in _GPU_WEIGHTS])
+    gpu = str(rng.choice(list(_GPU_WEIGHTS), p=weights / weights.sum()))
+    weights = np.array([_MODEL_WEIGHTS[model] for model in fitting[gpu]])
+    model = str(rng.choice(fitting[gpu], p=weights / weights.sum()))
     return {"gpu": gpu, "model": model, "max_num_seqs": 128 if gpu in ("a100-80g", "h100") else 64}
 
 

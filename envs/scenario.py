@@ -353,7 +353,7 @@ class _At:
                 names = known or ()
                 one_of = f"a known key ({', '.join(names)})" if names else "a name as key"
                 replace(entry, value=self.value[key]).fail(one_of + _did_you_mean(str(key), names))
-            found[key] = replace(entry, below=below.get(key))
+            found[key] = _At(entry.source, entry.path, entry.value, below[key]) if key in below else entry
         return found
 
     def items(self, least: int, most: int) -> "list[_At]":

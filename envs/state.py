@@ -178,6 +178,11 @@ REQUEST = np.dtype(
     align=True,
 )
 
+_NEW_REQUEST = np.zeros((), REQUEST)
+reset_jobs(_NEW_REQUEST)
+_NEW_REQUEST["executor"] = _NEW_REQUEST["duel"] = _NEW_REQUEST["out_next"] = _NEW_REQUEST["out_prev"] = -1
+_NEW_REQUEST["answer_s"] = _NEW_REQUEST["first_answer_s"] = np.nan
+
 DUEL = np.dtype(
     [
         ("first", np.int32),  # the user's request
@@ -329,8 +334,11 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     per_request = economy.pricing == "per_request"
     prices = (1.0,) if per_request else economy.price_bins
 
+    # Without duels nothing reads requests beyond the plan's.
+    in_use = planned.capacity if economy.duel_probability == 0 else markets.requests.shape[1]
     for array in markets:
-        array[b] = np.zeros((), array.dtype)
+        if array is not markets.requests:
+            array[b] = np.zeros((), array.dtype)
     m = markets.market[b : b + 1]
     m["duration_s"], m["drain_s"] = scenario.duration_s, scenario.drain_s
     m["interval_s"], m["gossip_s"] = scenario.decision_interval_s, scenario.gossip_interval_s
@@ -376,10 +384,8 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     markets.adverts[b, :, AD_TIME_S] = NO_TIME
     markets.dealings[b] = make_dealings(*markets.dealings.shape[1:3])
 
-    requests = markets.requests[b]
-    reset_jobs(requests)
-    requests["executor"] = requests["duel"] = requests["out_next"] = requests["out_prev"] = -1
-    requests["answer_s"] = requests["first_answer_s"] = np.nan
+    requests = markets.requests[b, :in_use]
+    requests[...] = _NEW_REQUEST
     q = requests[:count]
     q["origin"], q["klass"], q["prompt"], q["output"] = traffic.provider, traffic.klass, traffic.prompt, traffic.output
     q["arrival_s"] = q["ready_s"] = traffic.time_s

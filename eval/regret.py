@@ -2,8 +2,8 @@
 
 A family is a kind of random market or a packaged scenario. A policy's regret in a family is the best rule's score there
 less its own, paired by market; it is judged by its worst regret over all families. Beside every rule with its
-defaults stand the best rules for each kind of market, tuned for that kind alone (`eval.tune`): what an operator reaches
-who knows the market.
+defaults stand the best rules for each kind of market, tuned for that kind alone (see `eval.tune`): what an operator
+reaches who knows the market.
 """
 
 import sys
@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.rules import RULES, Policy, Rule
-from envs.distribution import KINDS
 from envs.oracle import ORACLES, Oracle
 from envs.scenario import load
 from envs.state import MarketPlan, plan
@@ -25,7 +24,7 @@ from eval.compare import FIRST_TEST_SEED, columns, write_json
 from eval.metrics import mean_ci, paired_ci
 from eval.policies import PolicyError, load_policies
 from eval.rollout import scores
-from eval.tune import best_for, markets
+from eval.tune import OBJECTIVES, best_for, markets
 from eval.workers import each
 
 SCENARIOS = (
@@ -59,8 +58,8 @@ def families(first_seed: int, count: int, seeds: int, scenarios: Sequence[str] =
 
 
 def yardsticks() -> list[Policy]:
-    """Every rule with its defaults, and the best for each kind of market."""
-    return [*(Rule(name) for name in RULES), *(best_for(kind) for kind in KINDS)]
+    """Every rule with its defaults, and the best for each kind of market and for any peers."""
+    return [*(Rule(name) for name in RULES), *(best_for(objective) for objective in OBJECTIVES[1:])]
 
 
 def everywhere(among: Families, policy: Policy | Oracle) -> Scores:

@@ -3,7 +3,8 @@
 Every rule that has settings is tried with many, drawn at random within `agents.rules.Setting.search`, on random markets
 of each kind; those that look best, overall or for a kind, are measured again on more markets. What is best over all
 kinds becomes the rule's default; the best for each kind is what an operator could reach who knew the kind of market
-and tuned for it, and stands beside the defaults wherever policies are judged.
+and tuned for it, and stands beside the defaults wherever policies are judged. So does the best for "anyone": for peers
+of whom it is not known whether they are honest.
 """
 
 import json
@@ -25,6 +26,9 @@ from eval.workers import each
 
 TUNED = Path(__file__).parent / "tuned_rules.json"
 SEED = FIRST_TEST_SEED // 4  # apart from what policies are trained, validated and tested on
+ALIKE: tuple[Kind, ...] = ("honest", "lying", "switching")  # until it shows, one cannot tell which it is
+ANYONE = "anyone"
+OBJECTIVES = ("all", *KINDS, ANYONE)
 Settings = dict[str, float]
 
 
@@ -54,43 +58,48 @@ def draw(rule: str, rng: np.random.Generator) -> Settings:
 
 
 def tune(rule: str, draws: int, few: int, many: int, finalists: int) -> dict[str, Any]:
-    """The best settings of a rule over all kinds and for each, with their mean scores on the many markets.
+    """The best settings of a rule for each of `OBJECTIVES`, with their mean scores on the many markets.
 
     `few` and `many` markets of each kind; `finalists` of the draws, by their scores on the few, go on to the many.
     """
     first_markets, last_markets = markets(few, SEED), markets(many, SEED + 10_000)
     rng = np.random.default_rng((SEED, list(RULES).index(rule)))
     tried = [{key: s.default for key, s in RULES[rule].items()}, *(draw(rule, rng) for _ in range(draws))]
-    kinds = list(KINDS)
 
     def measured(settings: Settings, plans: dict[Kind, list[MarketPlan]]) -> list[float]:
-        """Mean score overall, then by kind."""
-        means = [float(np.mean(scores(Rule(rule, settings), plans[kind]))) for kind in kinds]
-        return [float(np.mean(means)), *means]
+        """Mean score for each of `OBJECTIVES`."""
+        means = {kind: float(np.mean(scores(Rule(rule, settings), plans[kind]))) for kind in KINDS}
+        overall, anyone = float(np.mean(list(means.values()))), float(np.mean([means[kind] for kind in ALIKE]))
+        return [overall, *means.values(), anyone]
 
     first = np.array([measured(settings, first_markets) for settings in tried])
     chosen = sorted({0, *np.argsort(-first, axis=0)[:finalists].ravel().tolist()})
     last = np.array([measured(tried[k], last_markets) for k in chosen])
     best = {
         name: {"settings": tried[chosen[k]], "score": round(float(last[k, column]), 5)}
-        for column, (name, k) in enumerate(zip(["all", *kinds], last.argmax(0).tolist(), strict=True))
+        for column, (name, k) in enumerate(zip(OBJECTIVES, last.argmax(0).tolist(), strict=True))
     }
     return best
 
 
 def tuned(objective: str) -> dict[str, Rule]:
-    """Every tunable rule with the settings that the last tuning found best for "all" or for a kind of market."""
+    """Every tunable rule with the settings that the last tuning found best for one of `OBJECTIVES`."""
     table = json.loads(TUNED.read_text())["rules"]
     return {name: Rule(name, found[objective]["settings"]) for name, found in table.items()}
 
 
-def best_for(kind: Kind) -> Rule:
-    """The best rule for a kind of market with the settings that are best for it, named `rule@kind`."""
+def best_for(objective: str) -> Rule:
+    """The best rule for one of `OBJECTIVES` with the settings that are best for it, named `rule@objective`."""
     table = json.loads(TUNED.read_text())["rules"]
-    name = max(table, key=lambda name: table[name][kind]["score"])
-    rule = Rule(name, table[name][kind]["settings"])
-    rule.name = f"{name}@{kind}"
+    name = max(table, key=lambda name: table[name][objective]["score"])
+    rule = Rule(name, table[name][objective]["settings"])
+    rule.name = f"{name}@{objective}"
     return rule
+
+
+def teacher_of(kind: Kind) -> Rule:
+    """The rule to imitate in a kind of market: the best for it, or for all that look like it."""
+    return best_for(ANYONE if kind in ALIKE else kind)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """The training script, run short; as a script, this file is training with few validation markets."""
 
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from agents.runtime import load
 from eval import regret
 from eval.tune import best_for
 from train import mappo
-from train.mappo import Args, Learner, Processes, ValueScale, even_share, seconds_to_beat
+from train.mappo import Args, Learner, Processes, ValueScale, seconds_to_beat
 from train.rollout import Collector, Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,7 +226,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--learning-rate", "0"], "--learning-rate is 0.0, expected more than 0"),
         (["--clip", "nan"], "--clip is nan, expected more than 0"),
         (["--seed", "-3"], "--seed is -3, expected at least 0"),
-        (["--most-decisions", "0"], "--most-decisions is 0, expected at least 1"),
+        (["--share", "0"], "--share is 0.0, expected more than 0, at most 1"),
+        (["--share", "1.5"], "--share is 1.5, expected more than 0, at most 1"),
+        (["--critic-steps", "-1"], "--critic-steps is -1, expected at least 0"),
         (["--markets", "5", "--processes", "3", "--threads", "2", "--minibatches", "1"], "one for each of 6 threads"),
         (["--device", "nothing"], "--device is nothing: "),
         pytest.param(
@@ -285,7 +288,7 @@ def small(**changes: Any) -> tuple[Learner, Any]:
 
 
 def test_imitation_comes_to_agree_with_the_teacher() -> None:
-    learner, rollout = small(most_decisions=100_000, learning_rate=3e-3)
+    learner, rollout = small(learning_rate=3e-3)
     first = learner.update(rollout, 0, True)["imitation_loss"]
     for k in range(1, 8):
         last = learner.update(rollout, k, True)["imitation_loss"]
@@ -320,30 +323,35 @@ def test_an_update_leaves_alone_what_is_not_learned() -> None:
         assert torch.equal(old, now)
 
 
-def test_a_minibatch_is_made_of_whole_markets_and_only_so_many_decisions_are_learned_from() -> None:
-    learner, rollout = small(most_decisions=40, epochs=1, minibatches=2)
+def test_a_minibatch_is_made_of_whole_markets_and_all_are_learned_from() -> None:
+    learner, rollout = small(epochs=1, minibatches=2)
     seen: list[int] = []
     descend = learner.descend
 
-    def count(d: Any, total: int, imitate: bool) -> dict[str, float]:
+    def count(d: Any, total: int, imitate: bool, judged: bool) -> dict[str, float]:
         assert len(d.choice) == total
         seen.append(total)
-        return descend(d, total, imitate)
+        return descend(d, total, imitate, judged)
 
     learner.descend = count  # type: ignore[method-assign]
     learner.update(rollout, 0, True)
-    assert len(rollout.decisions.step) > 80
-    assert 15 <= sum(seen) <= 70
+    at = rollout.decisions
+    of_each = np.bincount(at.market, minlength=6)
+    assert len(seen) == 2 and sum(seen) == len(at.step)
+    assert any(sum(of_each[list(three)]) == seen[0] for three in itertools.combinations(range(6), 3))
 
 
-def test_even_shares_are_even_and_always_the_same() -> None:
-    step, market = (x.ravel() for x in np.meshgrid(np.arange(64), np.arange(192)))
-    share = even_share(step, market, np.zeros_like(step), 3)
-    assert (share >= 0).all() and (share < 1).all()
-    counts = np.histogram(share, 20, (0, 1))[0] / len(share)
-    np.testing.assert_allclose(counts, 0.05, atol=0.01)
-    np.testing.assert_array_equal(share, even_share(step, market, np.zeros_like(step), 3))
-    assert (share != even_share(step, market, np.zeros_like(step), 4)).mean() > 0.99
+def test_the_critic_learns_only_from_what_is_judged() -> None:
+    learner, rollout = small()
+
+    def critic() -> list[torch.Tensor]:
+        return [weight.detach().clone() for weight in learner.critic.parameters()]
+
+    before = critic()
+    assert "value_loss" not in learner.update(rollout, 0, True, judged=False)
+    assert all(torch.equal(old, now) for old, now in zip(before, critic(), strict=True))
+    assert "value_loss" in learner.update(rollout, 1, True, judged=True)
+    assert not any(torch.equal(old, now) for old, now in zip(before, critic(), strict=True))
 
 
 def test_value_scale_follows_the_returns_and_leaves_the_values_as_they_were() -> None:

@@ -157,6 +157,43 @@ def test_summaries_are_the_mean_and_maximum_over_the_providers_of_a_market(net: 
         np.testing.assert_allclose(rollout.summary[0, b], expected[b], rtol=1e-4, atol=1e-5)
 
 
+def test_a_share_of_the_providers_is_learned_from_and_the_markets_go_the_same_way(net: Net) -> None:
+    whole = collected(net, steps=40, teachers=TEACHERS)
+    part = collected(net, steps=40, teachers=TEACHERS, share=0.4)
+    np.testing.assert_array_equal(part.reward, whole.reward)
+
+    def rows(d: Decisions) -> dict[tuple[int, ...], NDArray[Any]]:
+        lessons = np.concatenate([d.choice, d.lesson], 1)
+        return dict(
+            zip(zip(d.step.tolist(), d.market.tolist(), d.provider.tolist(), strict=True), lessons, strict=True)
+        )
+
+    all_of_them, some = rows(whole.decisions), rows(part.decisions)
+    kept = {key[1:] for key in some}
+    assert 0.15 < len(kept) / len({key[1:] for key in all_of_them}) < 0.65
+    assert set(some) == {key for key in all_of_them if key[1:] in kept}
+    for key, each in some.items():
+        np.testing.assert_array_equal(each, all_of_them[key])
+    for t, b, _ in some:
+        np.testing.assert_array_equal(part.summary[t, b], whole.summary[t, b])
+
+
+def test_others_are_learned_from_in_another_rollout(net: Net) -> None:
+    made = collector(share=0.4)
+    pairs = []
+    for k in range(2):
+        d = made.collect(net, k, 30, NONE).decisions
+        pairs.append(set(zip(d.market.tolist(), d.provider.tolist(), strict=True)))
+    assert pairs[0] - pairs[1] and pairs[1] - pairs[0]
+
+
+def test_what_is_not_paid_goes_the_same_way_without_rewards(net: Net) -> None:
+    paid, unpaid = (collector().collect(net, 0, 40, NONE, paid=paid) for paid in (True, False))
+    assert np.abs(paid.reward).sum() > 0 and not unpaid.reward.any()
+    assert_same(paid.decisions, unpaid.decisions)
+    assert_same(paid.elapsed_s, unpaid.elapsed_s)
+
+
 def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
     made = collector()
     worth = np.array([worth_per_s(planned) for planned in made.batch.plans], np.float32)

@@ -11,10 +11,9 @@ from agents.rules import RULES, Rule
 from envs.distribution import KINDS, Kind
 from eval import tune
 from eval.compare import FIRST_TEST_SEED
-from eval.tune import TUNED, best_for, draw, markets, tuned
+from eval.tune import ALIKE, OBJECTIVES, TUNED, best_for, draw, markets, teacher_of, tuned
 
 TUNABLE = [name for name, settings in RULES.items() if any(setting.search for setting in settings.values())]
-OBJECTIVES = ("all", *KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +56,20 @@ def test_tuned_rules_have_the_settings_of_the_file(objective: str, table: dict[s
         assert (rule.name, rule.settings) == (name, table["rules"][name][objective]["settings"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_best_for_a_kind_has_the_highest_score_there(kind: Kind, table: dict[str, Any]) -> None:
-    best = best_for(kind)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_best_for_an_objective_has_the_highest_score_there(objective: str, table: dict[str, Any]) -> None:
+    best = best_for(objective)
     name, at, named = best.name.partition("@")
-    assert (at, named) == ("@", kind)
-    scores = {rule: each[kind]["score"] for rule, each in table["rules"].items()}
+    assert (at, named) == ("@", objective)
+    scores = {rule: each[objective]["score"] for rule, each in table["rules"].items()}
     assert scores[name] == max(scores.values())
-    assert best.settings == table["rules"][name][kind]["settings"]
+    assert best.settings == table["rules"][name][objective]["settings"]
+
+
+def test_who_cannot_be_told_apart_is_taught_the_same() -> None:
+    assert {teacher_of(kind).name for kind in ALIKE} == {best_for("anyone").name}
+    for kind in set(KINDS) - set(ALIKE):
+        assert teacher_of(kind).name == best_for(kind).name
 
 
 def test_what_reads_the_file_reads_it_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,8 +149,10 @@ def test_the_best_of_the_finalists_is_chosen_for_each_objective(monkeypatch: pyt
     assert best["all"]["settings"]["accept_wait_s"] == for_all
     top = 1.0 - abs(np.log(by_distance[50.0] / 50.0)) / 10 + 0.02  # from the many, not from the few
     assert best["lying"]["score"] == pytest.approx(top, abs=1e-5)
+    among = min(tried, key=lambda x: 2 * abs(np.log(x / 5.0)) + abs(np.log(x / 50.0)))
+    assert best["anyone"]["settings"]["accept_wait_s"] == among
     again = len(fake.asked) - 31 * len(KINDS)
-    assert 2 * len(KINDS) <= again <= (1 + 2 * (1 + len(KINDS))) * len(KINDS)
+    assert 2 * len(KINDS) <= again <= (1 + 2 * len(OBJECTIVES)) * len(KINDS)
 
 
 def test_a_short_run_writes_what_the_readers_read(

@@ -42,7 +42,7 @@ from envs.state import Reward
 from eval import regret
 from eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from eval.figures import draw
-from eval.tune import best_for
+from eval.tune import teacher_of
 from train.ablation import StakeOnly, forget_estimates
 from train.export import export
 from train.gae import estimate
@@ -61,11 +61,13 @@ class Args:
     """length of training; one step is one provider in one tick of its market"""
     imitate_steps: int = 24_000_000
     """of these, the first to imitate the best rule for each kind of market; 0 starts from the prior alone"""
+    critic_steps: int = 4_000_000
+    """of the imitation's steps, the last ones in which the critic learns as well; before, nothing is rewarded"""
     imitation: float = 0.3
     """weight of imitation after that, beside the policy's own loss; 0 for none"""
     markets: int = 384
     """markets in a batch, over all processes"""
-    rollout_steps: int = 64
+    rollout_steps: int = 128
     """steps of every market between updates"""
     kinds: tuple[Kind, ...] = KINDS
     """kinds of random market to train on, evenly"""
@@ -97,9 +99,9 @@ class Args:
     """Adam's, falling linearly to zero"""
     epochs: int = 1
     """passes over each rollout"""
-    most_decisions: int = 8_000
-    """of a rollout's decisions, at most about so many are learned from, drawn evenly"""
-    minibatches: int = 4
+    share: float = 0.2
+    """of the providers, so many are learned from, others in each rollout; playing is cheaper than learning"""
+    minibatches: int = 8
     """parts of a rollout, each for one gradient step"""
     clip: float = 0.2
     """PPO's clip range"""
@@ -117,7 +119,7 @@ class Args:
     """CPU threads of each process, for markets and for torch; another process is faster than another thread"""
     device: str = "cpu"
     """where the networks learn, as torch names it: cpu, cuda, cuda:1; markets are always on the CPU"""
-    checkpoint_every: int = 80
+    checkpoint_every: int = 50
     """updates between checkpoints: the policy is validated, the run can be resumed from there, markets begin anew"""
     validation_markets: int = 12
     """validation markets of each kind, and seeds of the packaged scenarios"""
@@ -130,19 +132,21 @@ class Args:
 
     def check(self) -> None:
         """Raises ValueError for a value out of its range."""
-        for name in ("agent_steps", "markets", "rollout_steps", "epochs", "most_decisions", "minibatches", "width",
+        for name in ("agent_steps", "markets", "rollout_steps", "epochs", "minibatches", "width",
                      "processes", "threads", "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         for name in ("duration_s", "learning_rate", "clip", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
-        for name in ("seed", "imitate_steps", "drain_s", "imitation", "entropy", "prior"):
+        for name in ("seed", "imitate_steps", "critic_steps", "drain_s", "imitation", "entropy", "prior"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
         for name in ("gamma", "gae_lambda", "team_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 1")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"--share is {self.share}, expected more than 0, at most 1")
         if self.minibatches > self.markets:
             raise ValueError(f"--minibatches is {self.minibatches}, expected at most --markets, {self.markets}")
         workers = int(os.environ.get("WORLD_SIZE", self.processes)) * self.threads
@@ -253,15 +257,6 @@ class Batch(NamedTuple):
         return Batch(Inputs(*(x[rows] for x in self.view)), *(x[rows] for x in self[1:]))
 
 
-def even_share(*keys: NDArray[np.int64] | int) -> NDArray[np.float64]:
-    """A number in [0, 1) for each row of integer `keys`, spread evenly and always the same for the same keys."""
-    mixed = np.uint64(0)
-    for key in keys:
-        mixed = (mixed ^ np.asarray(key, np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = mixed ^ (mixed >> np.uint64(29))
-    return (mixed * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
 class Learner:
     """Adam over actor and critic."""
 
@@ -282,8 +277,8 @@ class Learner:
         on_device = (torch.from_numpy(x).to(self.args.device) for x in at)
         return self.scale.unscaled(self.critic(*on_device)).cpu().numpy()
 
-    def batch(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
-        """The decisions of a rollout with their advantages, and what is logged of them."""
+    def judge(self, rollout: Rollout) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
+        """Normalised advantages and returns [M] of a rollout's decisions, and what is logged of them."""
         args, d = self.args, rollout.decisions
         at = (d.step, d.market, d.provider)
         seen = Situation(np.ascontiguousarray(d.nodes[:, 0]), d.about, rollout.summary[d.step, d.market])
@@ -303,54 +298,56 @@ class Learner:
         unexplained = float(advantage_square / max(square - mean**2, 1e-9))
         self.scale.update(mean, square)
         spread = math.sqrt(max(advantage_square - advantage_mean**2, 0.0)) + 1e-8
-        counted = np.ones((len(returns), 3), np.float32)
+        logged = {"return": mean, "advantage_std": spread, "value_unexplained": unexplained}
+        return (advantage - advantage_mean) / spread, (returns - self.scale.mean) / self.scale.std, logged
+
+    def batch(self, rollout: Rollout, judged: bool = True) -> tuple[Batch, dict[str, float]]:
+        """The decisions of a rollout, with their advantages if they are `judged`; and what is logged of them."""
+        args, d = self.args, rollout.decisions
+        advantage = goal = np.zeros(len(d.step), np.float32)
+        logged: dict[str, float] = {}
+        if judged:
+            advantage, goal, logged = self.judge(rollout)
+        counted = np.ones((len(d.step), 3), np.float32)
         counted[:, 1] = args.terms
         counted[:, 2] = args.terms * rollout.priced[d.step, d.market]
-        columns = [
-            seen.summary, counted, d.choice, d.log_prob, d.lesson, (advantage - advantage_mean) / spread,
-            (returns - self.scale.mean) / self.scale.std,
-        ]  # fmt: skip
+        summary = rollout.summary[d.step, d.market]
+        columns = [summary, counted, d.choice, d.log_prob, d.lesson, advantage, goal]
         tensors = [torch.from_numpy(np.asarray(x)).to(args.device) for x in columns]
         view = Inputs(
             *(torch.from_numpy(x).to(args.device) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))
         )
         float_tensors = [x.float() if x.is_floating_point() else x for x in tensors]
-        logged = {"return": mean, "advantage_std": spread, "value_unexplained": unexplained, "decisions": count}
         return Batch(view, *float_tensors), logged
 
-    def update(self, rollout: Rollout, number: int, imitate: bool) -> dict[str, float]:
+    def update(self, rollout: Rollout, number: int, imitate: bool, judged: bool = True) -> dict[str, float]:
         """Learn from rollout `number` of the run; returns the means of what is logged.
 
-        A minibatch is made of whole markets, so it is the same however they are spread over processes.
+        The critic learns from what is `judged`, and so does the policy unless it is to `imitate`. A minibatch is made
+        of whole markets, so it is the same however they are spread over processes.
         """
         args = self.args
         torch.set_num_threads(args.threads)
-        batch, logged = self.batch(rollout)
+        batch, logged = self.batch(rollout, judged)
         rng = np.random.default_rng((args.seed, 2, number))
         place = rollout.numbers[rollout.decisions.market]
-        at = rollout.decisions
-        learned = even_share(at.step, place, at.provider, number) < args.most_decisions / max(1.0, logged["decisions"])
         totals: dict[str, float] = {}
         for _ in range(args.epochs):
-            part_of = rng.permutation(args.markets) % args.minibatches
-            part = np.where(learned, part_of[place], args.minibatches)
-            counts = self.processes.sum(torch.from_numpy(np.bincount(part, minlength=args.minibatches + 1))).tolist()
+            part = (rng.permutation(args.markets) % args.minibatches)[place]
+            counts = self.processes.sum(torch.from_numpy(np.bincount(part, minlength=args.minibatches))).tolist()
             for k in range(args.minibatches):
                 if counts[k]:
                     rows = torch.from_numpy(np.nonzero(part == k)[0]).to(args.device)
-                    for name, x in self.descend(batch.pick(rows), counts[k], imitate).items():
+                    for name, x in self.descend(batch.pick(rows), counts[k], imitate, judged).items():
                         totals[name] = totals.get(name, 0.0) + x / (args.epochs * args.minibatches)
         return logged | totals
 
-    def descend(self, d: Batch, count: int, imitate: bool) -> dict[str, float]:
+    def descend(self, d: Batch, count: int, imitate: bool, judged: bool = True) -> dict[str, float]:
         """One gradient step on a minibatch of `count` decisions, of which `d` are this process's."""
         args = self.args
         heads = [torch.log_softmax(logits, -1) for logits in self.actor(d.view)]
-        value_loss = nn.functional.huber_loss(
-            self.critic(d.view.nodes[:, 0], d.view.about, d.summary), d.goal, delta=10.0, reduction="sum"
-        )
         entropy = -(heads[0].exp() * heads[0].clamp_min(-50.0)).sum()
-        named = {"value_loss": value_loss, "entropy": entropy}
+        named = {"entropy": entropy}
         if imitate:
             taught = [p.gather(-1, d.lesson[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)]
             # A teacher that was at odds with the mask held, which becomes running here.
@@ -369,8 +366,12 @@ class Learner:
                 loss = loss - args.imitation * taught.sum()
             named |= {"policy_loss": policy_loss, "kl": (ratio - 1 - log_ratio).sum(),
                       "clipped": ((ratio - 1).abs() > args.clip).sum()}  # fmt: skip
+        if judged:
+            value = self.critic(d.view.nodes[:, 0], d.view.about, d.summary)
+            named["value_loss"] = nn.functional.huber_loss(value, d.goal, delta=10.0, reduction="sum")
+            loss = loss + named["value_loss"]
         self.optimiser.zero_grad(set_to_none=True)
-        ((loss + value_loss) / count).backward()
+        (loss / count).backward()
         for p in self.parameters:
             if p.grad is None:  # of a head that is not learned
                 p.grad = torch.zeros_like(p)
@@ -439,9 +440,10 @@ class Run:
         # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
         # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
         source = Source(args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS)
-        self.teachers = {kind: best_for(kind) for kind in args.kinds}
+        self.teachers = {kind: teacher_of(kind) for kind in args.kinds}
         self.collector = Collectors(source, reward, args.markets, threads=args.threads, rank=self.processes.rank,
-                                    world=self.processes.world, stake_only=args.stake_only)  # fmt: skip
+                                    world=self.processes.world, share=args.share,
+                                    stake_only=args.stake_only)  # fmt: skip
         self.progress = Progress()
         self.best = weights_of(self.learner.actor)
         self.log = start_log(args) if self.processes.rank == 0 else lambda numbers: None
@@ -532,12 +534,15 @@ class Run:
                 if due:
                     collector.renew(self.progress.updates)
                 imitate = self.progress.agent_steps < args.imitate_steps
+                judged = self.progress.agent_steps >= args.imitate_steps - args.critic_steps
                 teachers = self.teachers if imitate or args.imitation else {}
                 learner.anneal(self.progress.agent_steps / args.agent_steps)
                 net = net_of(weights_of(learner.actor))
-                rollout = collector.collect(net, self.progress.updates, args.rollout_steps, teachers, every=args.terms)
+                rollout = collector.collect(
+                    net, self.progress.updates, args.rollout_steps, teachers, paid=judged, every=args.terms
+                )
                 middle_s = time.perf_counter()
-                logged = learner.update(rollout, self.progress.updates, imitate)
+                logged = learner.update(rollout, self.progress.updates, imitate, judged)
                 taken = int(self.processes.sum(torch.tensor(rollout.agent_steps)))
                 end_s = time.perf_counter()
                 was = self.progress

@@ -93,7 +93,7 @@ class Rollout(NamedTuple):
 
     numbers: NDArray[np.int64]  # [B] of the markets in the whole run
     decisions: Decisions
-    summary: FloatArray  # [T, B, SUMMARY] the pooled state of each market where something is decided
+    summary: FloatArray  # [T, B, SUMMARY] the pooled state of each market where something is learned
     priced: NDArray[np.bool_]  # [T, B] whether the market has more than one price
     reward: FloatArray  # [T, B, N] in seconds' worth of the market's arrivals
     elapsed_s: NDArray[np.float64]  # [T, B]
@@ -125,29 +125,34 @@ def draw(scores, u):
 
 
 @kernel
-def act(net, views, step, first, low, high, market, provider, uniform, actions, d, work, out):
-    """Decide for the rows `low` to `high` of `market` and `provider`; row k is written to decision first + k of `d`.
+def act(net, views, step, m, market, provider, learned, uniform, actions, d, work, out):
+    """Decide for each row of `market` and `provider`; `actions` receives the choices, drawn by `uniform` [B, N, 3].
 
-    `uniform` [B, N, 3]; `actions` receives the choices.
+    Decisions of the `learned` [B, N] providers are written to `d`, from number m on; there is to be room for one more.
+    Returns the number that follows.
     """
-    for k in range(low, high):
-        m, b, i = first + k, market[k], provider[k]
+    for k in range(market.size):
+        b, i = market[k], provider[k]
         nodes, routes = views.nodes[b, i], views.routes[b, i]
         logits(net, nodes, views.request[b, i], views.me[b, i], routes, d.nodes[m], d.about[m], work, out)
+        route, d.log_prob[m, 0] = draw(out[:ROUTES], uniform[b, i, 0])
+        admit, d.log_prob[m, 1] = draw(out[ROUTES : ROUTES + ADMITS], uniform[b, i, 1])
+        price, d.log_prob[m, 2] = draw(out[ROUTES + ADMITS :], uniform[b, i, 2])
+        actions.route[b, i] = route
+        write_terms(actions.terms[b, i], admit)
+        actions.price[b, i] = price
+        if not learned[b, i]:
+            continue
         d.step[m], d.market[m], d.provider[m] = step, b, i
+        d.choice[m, 0], d.choice[m, 1], d.choice[m, 2] = route, admit, price
         for n in range(NODES):
             d.present[m, n] = 1.0 if is_node(nodes[n]) else 0.0
             for f in range(len(EVIDENCE)):
                 d.evidence[m, n, f] = nodes[n, EVIDENCE[f]]
         for r in range(ROUTES):
             d.routes[m, r] = routes[r]
-        route, d.log_prob[m, 0] = draw(out[:ROUTES], uniform[b, i, 0])
-        admit, d.log_prob[m, 1] = draw(out[ROUTES : ROUTES + ADMITS], uniform[b, i, 1])
-        price, d.log_prob[m, 2] = draw(out[ROUTES + ADMITS :], uniform[b, i, 2])
-        d.choice[m, 0], d.choice[m, 1], d.choice[m, 2] = route, admit, price
-        actions.route[b, i] = route
-        write_terms(actions.terms[b, i], admit)
-        actions.price[b, i] = price
+        m += 1
+    return m
 
 
 @kernel
@@ -234,10 +239,14 @@ class Collector:
     """Steps a share of the training markets, of `total` those numbered rank, rank + world, ..., in one thread."""
 
     def __init__(
-        self, source: Source, reward: Reward, total: int, *, rank: int = 0, world: int = 1, stake_only: bool = False
-    ) -> None:
-        """`stake_only` leaves of the candidates the first alone; see `train.ablation`."""
-        self.source, self.reward, self.total, self.stake_only = source, reward, total, stake_only
+        self, source: Source, reward: Reward, total: int, *, rank: int = 0, world: int = 1, share: float = 1.0,
+        stake_only: bool = False,
+    ) -> None:  # fmt: skip
+        """`share` of the providers are learned from, others in each rollout.
+
+        `stake_only` leaves of the candidates the first alone; see `train.ablation`.
+        """
+        self.source, self.reward, self.total, self.share, self.stake_only = source, reward, total, share, stake_only
         self.numbers = np.arange(rank, total, world)
         self.decisions = make_decisions(4096)
         self.batch: MarketBatch | None = None
@@ -265,32 +274,41 @@ class Collector:
             self.decisions = larger
         return self.decisions
 
-    def _teach(
-        self, teachers: Mapping[Kind, Rule], batch: MarketBatch, used: int, rows: tuple[NDArray[np.int64], ...]
-    ) -> None:
-        """Write down what the teacher of each market's kind would choose for the providers in `rows`."""
+    def _teach(self, teachers: Mapping[Kind, Rule], batch: MarketBatch, low: int, high: int) -> None:
+        """Write down what the teacher of each market's kind would choose where decisions `low` to `high` were made."""
+        rows = self.decisions.market[low:high], self.decisions.provider[low:high]
         asked = np.zeros_like(batch.active)
         asked[rows] = True
         kinds = np.array(self.kinds)
         for kind, teacher in teachers.items():
             teacher.decide(batch.views, asked & (kinds == kind)[:, None], batch.dice, self.taught)
-        lesson = self.decisions.lesson[used : used + rows[0].size]
+        lesson = self.decisions.lesson[low:high]
         lesson[:, 0] = self.taught.route[rows]
         lesson[:, 1] = nearest_admit(self.taught.terms[rows][:, MAX_WAIT_S])
         lesson[:, 2] = np.minimum(self.taught.price[rows], PRICES - 1)
 
     def collect(
-        self, net: Net, number: int, steps: int, teachers: Mapping[Kind, Rule], *, every: bool = False
+        self,
+        net: Net,
+        number: int,
+        steps: int,
+        teachers: Mapping[Kind, Rule],
+        *,
+        paid: bool = True,
+        every: bool = False,
     ) -> Rollout:
         """Play `steps` steps of what `renew` began with the policy `net`; `number` counts the rollouts of the run.
 
-        `teachers` of each kind of market are asked what they would do; there may be none. Recorded are the decisions on
-        requests; with `every` those on terms and prices alone as well.
+        What is not `paid` has no reward, which is quicker.
+
+        `teachers` of each kind of market are asked what they would do; there may be none. Recorded are the decisions of
+        those that are learned from: on requests; with `every` on terms and prices alone as well.
         """
         assert self.batch is not None, "renew comes first"
         batch, views = self.batch, self.batch.views
         count, providers = batch.count, batch.providers
         rng = np.random.default_rng((self.source.seed, 1, number))
+        learned = rng.random((self.total, providers))[self.numbers] < self.share
         scratch = room(net), np.zeros(LOGITS, np.float32)
         reward = np.zeros((steps, count, providers), np.float32)
         summary = np.zeros((steps, count, SUMMARY), np.float32)
@@ -302,25 +320,27 @@ class Collector:
         for t in range(steps):
             uniform = rng.random((self.total, providers, 3), np.float32)[self.numbers]
             market = batch.markets.market
+            market["by_decision"] = paid and self.reward.by_decision
             priced[t] = market["n_prices"] > 1
             asked = batch.active & (views.me[..., HAS_REQUEST] > 0.5)
             if every:
                 asked |= batch.active & (views.me[..., ADVERT_DUE] > 0.5)
             rows = np.nonzero(asked)
-            summarise(views, market["n_providers"].copy(), asked.any(1), own_row, about_row, summary[t])
             self.actions.route[...] = HOLD
             if self.stake_only:
                 close_choice(views)
-            d = self._room(used + rows[0].size, used)
-            act(net, views, t, used, 0, rows[0].size, *rows, uniform, self.actions, d, *scratch)
+            first, d = used, self._room(used + rows[0].size + 1, used)
+            used = act(net, views, t, first, *rows, learned, uniform, self.actions, d, *scratch)
+            told = (asked & learned).any(1)
+            summarise(views, market["n_providers"].copy(), told, own_row, about_row, summary[t])
             if teachers:
-                self._teach(teachers, batch, used, rows)
+                self._teach(teachers, batch, first, used)
             else:
-                self.decisions.lesson[used : used + rows[0].size] = -1
-            used += rows[0].size
+                d.lesson[first:used] = -1
             batch.step(self.actions)
             # What arrivals bring does not depend on decisions, and is only noise here.
-            reward[t] = (batch.reward - batch.given) / self.worth[:, None]
+            if paid:
+                reward[t] = (batch.reward - batch.given) / self.worth[:, None]
             elapsed_s[t], cut[t] = batch.elapsed_s, batch.over
             agent_steps += int(market["n_providers"][elapsed_s[t] > 0].sum())
             if not cut[t].any():
@@ -345,14 +365,15 @@ class Collectors:
 
     def __init__(
         self, source: Source, reward: Reward, total: int, *, threads: int, rank: int = 0, world: int = 1,
-        stake_only: bool = False,
+        share: float = 1.0, stake_only: bool = False,
     ) -> None:  # fmt: skip
         """Raises ValueError where a thread would have no market."""
         if total < threads * world:
             raise ValueError(f"{total} markets for {threads * world} threads, expected at least one for each")
         ranks = range(rank, threads * world, world)
         self.collectors = [
-            Collector(source, reward, total, rank=k, world=threads * world, stake_only=stake_only) for k in ranks
+            Collector(source, reward, total, rank=k, world=threads * world, share=share, stake_only=stake_only)
+            for k in ranks
         ]
         self.pool = ThreadPoolExecutor(threads)
 
@@ -361,11 +382,21 @@ class Collectors:
         list(self.pool.map(lambda each: each.renew(batch), self.collectors))
 
     def collect(
-        self, net: Net, number: int, steps: int, teachers: Mapping[Kind, Rule], *, every: bool = False
+        self,
+        net: Net,
+        number: int,
+        steps: int,
+        teachers: Mapping[Kind, Rule],
+        *,
+        paid: bool = True,
+        every: bool = False,
     ) -> Rollout:
         """See `Collector.collect`; the teachers are those of each kind of market, none to learn without."""
-        parts = self.pool.map(lambda each: each.collect(net, number, steps, teachers, every=every), self.collectors)
-        return join(list(parts))
+
+        def play(each: Collector) -> Rollout:
+            return each.collect(net, number, steps, teachers, paid=paid, every=every)
+
+        return join(list(self.pool.map(play, self.collectors)))
 
 
 def join(parts: Sequence[Rollout]) -> Rollout:
