@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as read_safetensors
 
 from agents.decision import ADMIT_WAIT_S, ADMITS, CANDIDATES, PRICES, ROUTES
-from agents.forward import ABOUT, LOGITS, Weights
+from agents.forward import ABOUT, LOGITS, SETTINGS, Weights
 from agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, VIEW_VERSION, Views, scales
 
-FORMAT = 3
+FORMAT = 4
 ARCHITECTURE = "pooled-pointer"  # that of `agents.forward`
 MANIFEST, WEIGHTS, ONNX, CARD = "manifest.json", "policy.safetensors", "policy.onnx", "README.md"
 SEALED = (WEIGHTS, ONNX, CARD)  # the files whose digests the manifest has
@@ -79,8 +79,9 @@ def shapes(width: int) -> dict[str, tuple[int, ...]]:
         "hold": (1, width),
         "admit": (ADMITS, width),
         "price": (PRICES, width),
+        "setting": (SETTINGS, width),
     }
-    table: dict[str, tuple[int, ...]] = {"prior": (), "discount": (5,)}
+    table: dict[str, tuple[int, ...]] = {"prior": ()}
     for name, shape in layers.items():
         table[f"{name}.weight"] = shape
         table[f"{name}.bias"] = shape[:1]

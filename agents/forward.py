@@ -15,6 +15,7 @@ from agents.kernel import Bytes, Singles, kernel
 from agents.view import (
     CROWD_S,
     FINISH_S,
+    KV_USE,
     NODE_FEATURES,
     NODES,
     OVERDUE,
@@ -24,6 +25,8 @@ from agents.view import (
     REQUEST_FEATURES,
     SELF_FEATURES,
     SLOWDOWN_S,
+    SPEED_RANK,
+    WAITING,
     normalise_row,
     scales,
 )
@@ -35,8 +38,13 @@ ABOUT = len(REQUEST_FEATURES) + len(SELF_FEATURES)
 LOGITS = ROUTES + ADMITS + PRICES
 SHORTEST_S = np.float32(1e-3)
 
-# What the prior reads of a node: the time to finish there, and what the rules discount it by.
-EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, CROWD_S)
+# What the rule within reads of a node: the time to finish there, what it discounts it by, and how full the node is.
+EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, CROWD_S, KV_USE, SPEED_RANK, WAITING)
+# Its settings, in what a softplus of 1 stands for: weights of pace, record, overdue, slowdown and crowd; sharpness of
+# the preference; KV use above which the fastest node counts as full, and the slowest; how far a full node is avoided.
+SETTING_UNITS = (1.0, 1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 10.0)
+SETTINGS = len(SETTING_UNITS)
+FULL_WIDTH = np.float32(0.05)  # of KV use, from hardly full to nearly full
 
 
 class Net(NamedTuple):
@@ -59,7 +67,8 @@ class Net(NamedTuple):
     admit_bias: Singles
     price: Singles  # [W, PRICES]
     price_bias: Singles
-    discount: Singles  # [5] weights of pace, record, overdue, slowdown and crowd
+    setting: Singles  # [W, SETTINGS]
+    setting_bias: Singles
     prior: Singles  # [1]
 
 
@@ -87,7 +96,8 @@ def net_of(w: Weights) -> Net:
         admit_bias=w["admit.bias"].copy(),
         price=turned("price"),
         price_bias=w["price.bias"].copy(),
-        discount=np.maximum(w["discount"], np.float32(0)),
+        setting=turned("setting"),
+        setting_bias=w["setting.bias"].copy(),
         prior=w["prior"].reshape(1).copy(),
     )
 
@@ -157,12 +167,35 @@ def _dot(x: Singles, weight: Singles) -> np.float32:
 
 
 @kernel
-def log_time(node: Singles, discount: Singles) -> np.float32:
-    """Log of the expected time to finish on a node, s, discounted as `agents.rules.trust_cap` does it."""
-    trust = math.exp(discount[0] * max(node[PACE], np.float32(0.0)) + discount[1] * max(node[RECORD], np.float32(0.0)))
-    others_s = discount[3] * node[SLOWDOWN_S] + discount[4] * node[CROWD_S]
-    time_s = node[FINISH_S] * np.float32(trust) + discount[2] * node[OVERDUE] + others_s
+def settings(net: Net, pooled: Singles, out: Singles) -> None:
+    """The settings of the rule within [SETTINGS], at least 0, for what is in view."""
+    _copy(net.setting_bias, out)
+    _add(pooled, net.setting, out)
+    for k in range(out.size):
+        x = out[k]
+        softplus = max(x, np.float32(0.0)) + np.float32(math.log1p(math.exp(-abs(x))))
+        out[k] = np.float32(SETTING_UNITS[k]) * softplus
+
+
+@kernel
+def log_time(
+    node: Singles, pace: np.float32, record: np.float32, overdue: np.float32, slowdown: np.float32, crowd: np.float32
+) -> np.float32:
+    """Log of the expected time to finish on a node, s, discounted as `agents.rules.trust_cap` does with these
+    weights."""
+    trust = math.exp(pace * max(node[PACE], np.float32(0.0)) + record * max(node[RECORD], np.float32(0.0)))
+    others_s = slowdown * node[SLOWDOWN_S] + crowd * node[CROWD_S]
+    time_s = node[FINISH_S] * np.float32(trust) + overdue * node[OVERDUE] + others_s
     return np.float32(math.log(max(time_s, SHORTEST_S)))
+
+
+@kernel
+def fullness(node: Singles, cap_fast: np.float32, cap_slow: np.float32) -> np.float32:
+    """How full a node is, 0 to 1: its KV use against the cap for its speed rank, smoothly; 1 with requests waiting."""
+    if node[WAITING] >= 0.5:
+        return np.float32(1.0)
+    cap = cap_fast + (cap_slow - cap_fast) * node[SPEED_RANK]
+    return np.float32(1.0 / (1.0 + math.exp(-(node[KV_USE] - cap) / FULL_WIDTH)))
 
 
 @kernel
@@ -211,21 +244,30 @@ def logits(
     _copy(net.score_bias, shared)
     _add(pooled, net.score_pool, shared)
 
-    soonest = np.float32(np.inf)
-    for n in range(NODES):
-        if routes[LOCAL + n] and is_node(nodes[n]):
-            soonest = min(soonest, log_time(nodes[n], net.discount))
+    now = out[ROUTES : ROUTES + SETTINGS]  # until admits and prices come there
+    settings(net, pooled, now)
+    pace, record, overdue, slowdown, crowd, sharpness = now[0], now[1], now[2], now[3], now[4], now[5]
+    cap_fast, cap_slow, avoid = now[6], now[7], now[8]
+    prior = net.prior[0] * sharpness
     route = out[:ROUTES]
     route[:] = FORBIDDEN
-    if routes[HOLD]:
-        route[HOLD] = net.heads_bias[1] + _dot(pooled, net.hold)
+    least, emptiest = np.float32(np.inf), np.float32(np.inf)
+    for n in range(NODES):
+        if routes[LOCAL + n] and is_node(nodes[n]):
+            full = avoid * fullness(nodes[n], cap_fast, cap_slow)
+            cost = prior * log_time(nodes[n], pace, record, overdue, slowdown, crowd) + full
+            route[LOCAL + n] = cost
+            least, emptiest = min(least, cost), min(emptiest, full)
     for n in range(NODES):
         if routes[LOCAL + n] and is_node(nodes[n]):
             _copy(shared, scored)
             _add(hidden[n], net.score_node, scored)
             _relu(scored)
-            later = log_time(nodes[n], net.discount) - soonest
-            route[LOCAL + n] = net.heads_bias[0] + _dot(scored, net.score) - net.prior[0] * later
+            route[LOCAL + n] = net.heads_bias[0] + _dot(scored, net.score) - (route[LOCAL + n] - least)
+    if routes[HOLD]:
+        route[HOLD] = net.heads_bias[1] + _dot(pooled, net.hold)
+        if emptiest < np.inf:
+            route[HOLD] += emptiest
     _copy(net.admit_bias, out[ROUTES : ROUTES + ADMITS])
     _add(pooled, net.admit, out[ROUTES : ROUTES + ADMITS])
     _copy(net.price_bias, out[ROUTES + ADMITS :])

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from agents.decision import ADMITS, PRICES
-from agents.forward import ABOUT, EVIDENCE, FORBIDDEN, SHORTEST_S
+from agents.forward import ABOUT, EVIDENCE, FORBIDDEN, FULL_WIDTH, SETTING_UNITS, SETTINGS, SHORTEST_S
 from agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, scales
 
 USUAL_ADMIT = 4  # the terms and the price that an untrained policy prefers: up to a minute's wait, the second price
 USUAL_PRICE = 1
 USUAL_BONUS = 3.0
 HOLD_BIAS = -3.0
+USUAL_SETTINGS = (1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.3, 0.7, 0.1)  # of the rule within, in `SETTING_UNITS`
 SUMMARY = 2 * (len(NODE_FEATURES) + len(SELF_FEATURES))  # mean and maximum over a market's providers
 
 
@@ -61,10 +62,13 @@ class Inputs(NamedTuple):
 class Actor(nn.Module):
     """Logits of a batch of views.
 
-    The route logits contain `prior` times the log of the earliest over each node's expected time, discounted by
-    delivery against promise and by what it costs others as the rule `trust_cap` does, with weights that are learned: a
-    weak preference for the node that is expected to be done first, which learning is free to overrule.
+    Within it is a rule, `trust_cap` made smooth: the route logits contain `prior` times the log of the earliest over
+    each node's expected time, discounted by delivery against promise and by what it costs others, less a penalty for
+    nodes that are full, which holding gets where all are. What one tunes in a rule for a kind of market, its settings,
+    is an output of the network here, made anew for every view. Learning is free to overrule the rule.
     """
+
+    setting_units: Tensor
 
     def __init__(self, width: int = 32, prior: float = 6.0) -> None:
         super().__init__()
@@ -84,8 +88,10 @@ class Actor(nn.Module):
         self.admit = _linear(width, ADMITS, 0.01)
         self.price = _linear(width, PRICES, 0.01)
         self.prior = nn.Parameter(torch.tensor(prior))
-        self.discount = nn.Parameter(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]))  # see `agents.forward.Net`
+        self.setting = _linear(width, SETTINGS, 0.01)
+        self.register_buffer("setting_units", torch.tensor(SETTING_UNITS), persistent=False)
         with torch.no_grad():
+            self.setting.bias.copy_(torch.log(torch.expm1(torch.tensor(USUAL_SETTINGS))))
             self.hold.bias.fill_(HOLD_BIAS)
             self.admit.bias[USUAL_ADMIT] = USUAL_BONUS
             self.price.bias[USUAL_PRICE] = USUAL_BONUS
@@ -104,20 +110,35 @@ class Actor(nn.Module):
         mean = hidden.sum(-2) / view.present.sum(-1, keepdim=True)
         pooled = torch.relu(self.pool(torch.cat([view.about, mean, hidden.amax(-2)], -1)))
         scored = torch.relu(self.score_node(hidden) + self.score_pool(pooled).unsqueeze(-2))
-        legal = view.routes[..., 1:] > 0
-        log_s = self.log_time(view.evidence)
-        soonest = torch.where(legal, log_s, 1e9).amin(-1, keepdim=True)
-        score = self.score(scored).squeeze(-1) - self.prior * (log_s - soonest)
-        route = torch.cat([self.hold(pooled), score], -1)
-        route = torch.where(view.routes > 0, route, float(FORBIDDEN))
+        settings = self.settings(pooled)
+        full = settings[..., 8:] * self.fullness(view.evidence, settings[..., 6:8])
+        cost = self.prior * settings[..., 5:6] * self.log_time(view.evidence, settings[..., :5]) + full
+        legal = (view.routes[..., 1:] > 0) & (view.present > 0)
+        least = torch.where(legal, cost, 1e9).amin(-1, keepdim=True)
+        emptiest = torch.where(legal, full, 1e9).amin(-1, keepdim=True)
+        hold = self.hold(pooled) + torch.where(legal.any(-1, keepdim=True), emptiest, 0.0)
+        route = torch.cat([hold, self.score(scored).squeeze(-1) - (cost - least)], -1)
+        allowed = torch.cat([view.routes[..., :1] > 0, legal], -1)
+        route = torch.where(allowed, route, float(FORBIDDEN))
         return route, self.admit(pooled), self.price(pooled)
 
-    def log_time(self, evidence: Tensor) -> Tensor:
-        """Log of the expected times to finish [M, NODES], discounted."""
-        finish_s, pace, record, overdue_s, slowdown_s, crowd_s = evidence.unbind(-1)
-        a, b, c, d, e = self.discount.clamp_min(0.0).unbind()
+    def settings(self, pooled: Tensor) -> Tensor:
+        """Settings [M, SETTINGS] of the rule within, at least 0; see `agents.forward.SETTING_UNITS`."""
+        return nn.functional.softplus(self.setting(pooled)) * self.setting_units
+
+    def log_time(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        """Log of the expected times to finish [M, NODES], discounted with weights [M, 5]."""
+        finish_s, pace, record, overdue_s, slowdown_s, crowd_s, *_ = evidence.unbind(-1)
+        a, b, c, d, e = weights.unsqueeze(-1).unbind(-2)
         trust = torch.exp(a * pace.clamp_min(0.0) + b * record.clamp_min(0.0))
         return torch.log((finish_s * trust + c * overdue_s + d * slowdown_s + e * crowd_s).clamp_min(float(SHORTEST_S)))
+
+    def fullness(self, evidence: Tensor, caps: Tensor) -> Tensor:
+        """How full nodes are [M, NODES], 0 to 1, with caps [M, 2] of the fastest and the slowest."""
+        *_, kv_use, speed_rank, waiting = evidence.unbind(-1)
+        fast, slow = caps.unsqueeze(-1).unbind(-2)
+        smooth = torch.sigmoid((kv_use - fast - (slow - fast) * speed_rank) / float(FULL_WIDTH))
+        return torch.where(waiting >= 0.5, 1.0, smooth)
 
 
 class Critic(nn.Module):

@@ -28,7 +28,6 @@ def actor() -> Actor:
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
-        made.discount.copy_(torch.tensor([0.7, 1.3, 0.4, 0.6, 0.3]))
     return made
 
 
@@ -62,7 +61,7 @@ def random_views(count: int) -> Views:
 def market_views(count: int) -> Views:
     """Views of random markets of every kind in play."""
     rng = np.random.default_rng(6)
-    batch = MarketBatch([sample(kind, rng, 120.0) for kind in KINDS for _ in range(2)])
+    batch = MarketBatch([sample(kind, rng, 120.0) for kind in KINDS for _ in range(4)])
     actions, rule, taken = batch.actions(), Rule("www_serve"), []
     for _ in range(80):
         rows = np.nonzero(batch.active)
@@ -115,7 +114,8 @@ def test_masked_routes_have_the_logit_of_the_forbidden(policy: LearnedPolicy, se
 
 
 def test_the_mask_changes_no_other_head_and_only_shifts_the_routes(policy: LearnedPolicy, seen: Views) -> None:
-    """All that the mask does to what stays legal is to move the reference of the prior, for all nodes alike."""
+    """All that the mask does to what stays legal is to move the reference of the prior, for all nodes alike; and to
+    hold is not less likely where fewer nodes are left."""
     rows = np.nonzero(seen.routes[:, LOCAL : FIRST_CANDIDATE + CANDIDATES].sum(1) >= 3)[0]
     views = Views(*(array[rows].copy() for array in seen))
     before = policy.logits(views)
@@ -128,7 +128,7 @@ def test_the_mask_changes_no_other_head_and_only_shifts_the_routes(policy: Learn
     shift = np.where(left, after[:, LOCAL:ROUTES] - before[:, LOCAL:ROUTES], np.nan)
     assert (np.nanmax(shift, 1) - np.nanmin(shift, 1)).max() < 1e-2
     held = views.routes[:, HOLD] == 1
-    np.testing.assert_array_equal(after[held, HOLD], before[held, HOLD])
+    assert held.any() and (after[held, HOLD] >= before[held, HOLD]).all()
 
 
 def test_the_order_of_candidates_does_not_matter(policy: LearnedPolicy, seen: Views) -> None:
@@ -207,31 +207,56 @@ def node_of(**features: float) -> NDArray[np.float32]:
     ],
 )
 def test_the_priors_time_is_that_of_trust_cap(actor: Actor, node: NDArray[np.float32], time_s: float) -> None:
-    discount = actor.discount.detach().numpy()
-    assert float(forward.log_time(node, discount)) == pytest.approx(np.log(time_s), rel=1e-5)
+    weights = np.array([0.7, 1.3, 0.4, 0.6, 0.3], np.float32)
+    assert float(forward.log_time(node, *weights)) == pytest.approx(np.log(time_s), rel=1e-5)
     evidence = torch.from_numpy(node[list(EVIDENCE)][None, None])
     with torch.no_grad():
-        assert float(actor.log_time(evidence)[0, 0]) == pytest.approx(np.log(time_s), rel=1e-5)
+        found = actor.log_time(evidence, torch.from_numpy(weights)[None])
+    assert float(found[0, 0]) == pytest.approx(np.log(time_s), rel=1e-5)
 
 
-def test_negative_discounts_count_as_none(actor: Actor, seen: Views) -> None:
-    weights = weights_of(actor)
-    results: list[NDArray[np.float32]] = []
-    for discount in ([-1.0, 1.0, -0.5, 0.2, -3.0], [0.0, 1.0, 0.0, 0.2, 0.0]):
-        results.append(LearnedPolicy(weights | {"discount": np.array(discount, np.float32)}, {}).logits(seen))
-    np.testing.assert_array_equal(*results)
-    changed = Actor(WIDTH)
-    changed.load_state_dict(actor.state_dict())
+def test_settings_depend_on_the_view_and_are_never_negative(actor: Actor) -> None:
+    rng = np.random.default_rng(0)
+    pooled = rng.uniform(-60, 60, (50, WIDTH)).astype(np.float32)
+    net = forward.net_of(weights_of(actor))
+    found = np.zeros((len(pooled), forward.SETTINGS), np.float32)
+    for row, out in zip(pooled, found, strict=True):
+        forward.settings(net, row, out)
+    assert (found >= 0).all() and np.isfinite(found).all() and (found.std(0) > 0.1).all()
     with torch.no_grad():
-        changed.discount.copy_(torch.tensor([-1.0, 1.0, -0.5, 0.2, -3.0]))
-    assert_close(results[0], in_torch(changed, seen))
+        np.testing.assert_allclose(found, actor.settings(torch.from_numpy(pooled)).numpy(), rtol=2e-4, atol=1e-6)
+
+
+def test_an_unlearned_policy_has_the_usual_settings() -> None:
+    net = forward.net_of(weights_of(Actor(WIDTH)))
+    found = np.zeros(forward.SETTINGS, np.float32)
+    forward.settings(net, np.zeros(WIDTH, np.float32), found)
+    assert found.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.5, 10.0, 1.0, 0.3, 0.7, 1.0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("node", "full"),
+    [
+        (node_of(KV_USE=0.3, SPEED_RANK=0), 0.5),
+        (node_of(KV_USE=0.7, SPEED_RANK=1), 0.5),
+        (node_of(KV_USE=0.55, SPEED_RANK=0.5), 1 / (1 + np.exp(-1))),
+        (node_of(KV_USE=0.0, SPEED_RANK=1), 0.0),
+        (node_of(KV_USE=1.0, SPEED_RANK=0), 1.0),
+        (node_of(KV_USE=0.0, SPEED_RANK=1, WAITING=1), 1.0),
+    ],
+)
+def test_a_node_is_full_at_the_cap_of_its_rank(actor: Actor, node: NDArray[np.float32], full: float) -> None:
+    assert float(forward.fullness(node, np.float32(0.3), np.float32(0.7))) == pytest.approx(full, abs=1e-5)
+    evidence = torch.from_numpy(node[list(EVIDENCE)][None, None])
+    with torch.no_grad():
+        assert float(actor.fullness(evidence, torch.tensor([[0.3, 0.7]]))[0, 0]) == pytest.approx(full, abs=1e-5)
 
 
 def unlearned(views: Views) -> list[int]:
     """Routes of the rule trust_cap on views without classes."""
     views.request[:, v.LOOSENESS] = 0
     actions = make_actions(len(views.me))
-    settings = {"pace": 1, "record": 1, "overdue": 1, "own_margin": 1, "slowdown": 0, "crowd": 0}
+    settings = {"pace": 1, "record": 1, "overdue": 0.5, "own_margin": 1, "slowdown": 0.5, "crowd": 10}
     Rule("trust_cap", settings).decide(views, np.ones(len(views.me), np.bool_), np.zeros((len(views.me), 4)), actions)
     routes: list[int] = actions.route.tolist()
     return routes
@@ -242,4 +267,4 @@ def test_before_it_learns_the_policy_is_nearly_a_rule() -> None:
     views = market_views(600)
     views = Views(*(array[views.me[:, v.HAS_REQUEST] > 0.5] for array in views))
     routes = LearnedPolicy(weights_of(Actor()), {}).logits(views)[:, :ROUTES].argmax(1)
-    assert (routes == np.array(unlearned(views))).mean() > 0.95
+    assert (routes == np.array(unlearned(views))).mean() > 0.9

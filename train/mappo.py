@@ -99,7 +99,7 @@ class Args:
     """Adam's, falling linearly to zero"""
     epochs: int = 1
     """passes over each rollout"""
-    share: float = 0.2
+    share: float = 0.15
     """of the providers, so many are learned from, others in each rollout; playing is cheaper than learning"""
     minibatches: int = 8
     """parts of a rollout, each for one gradient step"""
