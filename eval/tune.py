@@ -1,10 +1,10 @@
 """Tunes the rules on training markets: `python -m eval.tune --json eval/tuned_rules.json`.
 
 Every rule that has settings is tried with many, drawn at random within `agents.rules.Setting.search`, on random markets
-of each kind; those that look best, overall or for a kind, are measured again on more markets. What is best over all
-kinds becomes the rule's default; the best for each kind is what an operator could reach who knew the kind of market
-and tuned for it, and stands beside the defaults wherever policies are judged. So does the best for "anyone": for peers
-of whom it is not known whether they are honest.
+of each kind; those that look best, overall or for a kind, are measured again on more markets, and varied there. What is
+best over all kinds becomes the rule's default; the best for each kind is what an operator could reach who knew the kind
+of market and tuned for it, and stands beside the defaults wherever policies are judged. So does the best for "anyone":
+for peers of whom it is not known whether they are honest.
 """
 
 import json
@@ -57,10 +57,24 @@ def draw(rule: str, rng: np.random.Generator) -> Settings:
     return drawn
 
 
-def tune(rule: str, draws: int, few: int, many: int, finalists: int) -> dict[str, Any]:
+def vary(rule: str, settings: Settings, rng: np.random.Generator) -> Settings:
+    """Settings near some: each is changed with a chance of one half, by a third or a tenth of its search range."""
+    varied = dict(settings)
+    for key, setting in RULES[rule].items():
+        if setting.search is None or rng.random() < 0.5:
+            continue
+        low, high = setting.search
+        now = varied[key]
+        value = now * np.exp(rng.normal(0.0, 0.3)) if low > 0 else now + rng.normal(0.0, 0.1 * (high - low))
+        varied[key] = float(f"{min(max(value, low), high):.3g}")
+    return varied
+
+
+def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int) -> dict[str, Any]:
     """The best settings of a rule for each of `OBJECTIVES`, with their mean scores on the many markets.
 
     `few` and `many` markets of each kind; `finalists` of the draws, by their scores on the few, go on to the many.
+    There the best for each objective in turn is varied, `refine` times in all.
     """
     first_markets, last_markets = markets(few, SEED), markets(many, SEED + 10_000)
     rng = np.random.default_rng((SEED, list(RULES).index(rule)))
@@ -74,12 +88,17 @@ def tune(rule: str, draws: int, few: int, many: int, finalists: int) -> dict[str
 
     first = np.array([measured(settings, first_markets) for settings in tried])
     chosen = sorted({0, *np.argsort(-first, axis=0)[:finalists].ravel().tolist()})
-    last = np.array([measured(tried[k], last_markets) for k in chosen])
-    best = {
-        name: {"settings": tried[chosen[k]], "score": round(float(last[k, column]), 5)}
-        for column, (name, k) in enumerate(zip(OBJECTIVES, last.argmax(0).tolist(), strict=True))
+    kept = [tried[k] for k in chosen]
+    last = [measured(settings, last_markets) for settings in kept]
+    for k in range(refine):
+        best = int(np.argmax([found[k % len(OBJECTIVES)] for found in last]))
+        kept.append(vary(rule, kept[best], rng))
+        last.append(measured(kept[-1], last_markets))
+    winners = np.argmax(last, axis=0).tolist()
+    return {
+        name: {"settings": kept[k], "score": round(last[k][column], 5)}
+        for column, (name, k) in enumerate(zip(OBJECTIVES, winners, strict=True))
     }
-    return best
 
 
 def tuned(objective: str) -> dict[str, Rule]:
@@ -97,11 +116,6 @@ def best_for(objective: str) -> Rule:
     return rule
 
 
-def teacher_of(kind: Kind) -> Rule:
-    """The rule to imitate in a kind of market: the best for it, or for all that look like it."""
-    return best_for(ANYONE if kind in ALIKE else kind)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
     parser = Parser(prog="python -m eval.tune", description="Tune the rules on training markets.")
@@ -114,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--finalists", type=integer(1), default=4, help="draws that go on, overall and by kind (default: 4)"
     )
+    add("--refine", type=integer(0), default=28, help="variations of what is best then (default: 28)")
     add("--processes", type=integer(1), default=2, help="rules tuned at a time (default: 2)")
     add("--json", type=Path, default=TUNED, metavar="FILE", help=f"(default: {TUNED.name} here)")
     try:
@@ -122,14 +137,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eval.tune: {error}", file=sys.stderr)
         return 2
     names = [rule for rule in RULES if any(setting.search for setting in RULES[rule].values())]
-    job = partial(tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists)
+    job = partial(tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists,
+                  refine=args.refine)  # fmt: skip
     rules = {}
     for rule, best in zip(names, each(job, names, args.processes), strict=True):
         rules[rule] = best
         shown = ", ".join(f"{key} {value:g}" for key, value in best["all"]["settings"].items())
         means = " ".join(f"{name} {found['score']:.4f}" for name, found in best.items())
         print(f"{rule}: {shown}\n  {means}", flush=True)
-    options = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists")}
+    options = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists", "refine")}
     write_json(args.json, {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules})
     return 0
 

@@ -11,7 +11,7 @@ from agents.rules import RULES, Rule
 from envs.distribution import KINDS, Kind
 from eval import tune
 from eval.compare import FIRST_TEST_SEED
-from eval.tune import ALIKE, OBJECTIVES, TUNED, best_for, draw, markets, teacher_of, tuned
+from eval.tune import OBJECTIVES, TUNED, best_for, draw, markets, tuned
 
 TUNABLE = [name for name, settings in RULES.items() if any(setting.search for setting in settings.values())]
 
@@ -64,12 +64,6 @@ def test_the_best_for_an_objective_has_the_highest_score_there(objective: str, t
     scores = {rule: each[objective]["score"] for rule, each in table["rules"].items()}
     assert scores[name] == max(scores.values())
     assert best.settings == table["rules"][name][objective]["settings"]
-
-
-def test_who_cannot_be_told_apart_is_taught_the_same() -> None:
-    assert {teacher_of(kind).name for kind in ALIKE} == {best_for("anyone").name}
-    for kind in set(KINDS) - set(ALIKE):
-        assert teacher_of(kind).name == best_for(kind).name
 
 
 def test_what_reads_the_file_reads_it_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -138,7 +132,7 @@ def test_the_best_of_the_finalists_is_chosen_for_each_objective(monkeypatch: pyt
     fake = Fake()
     monkeypatch.setattr(tune, "scores", fake)
     monkeypatch.setattr(tune, "markets", lambda count, seed: {kind: [kind] * count for kind in KINDS})
-    best = tune.tune("best_value", 30, 1, 2, 2)
+    best = tune.tune("best_value", 30, 1, 2, 2, 0)
     assert list(best) == list(OBJECTIVES)
     tried = {wait_s for wait_s, _ in fake.asked}
     by_distance = {goal: min(tried, key=lambda wait_s: abs(np.log(wait_s / goal))) for goal in (5.0, 50.0)}
@@ -153,6 +147,34 @@ def test_the_best_of_the_finalists_is_chosen_for_each_objective(monkeypatch: pyt
     assert best["anyone"]["settings"]["accept_wait_s"] == among
     again = len(fake.asked) - 31 * len(KINDS)
     assert 2 * len(KINDS) <= again <= (1 + 2 * len(OBJECTIVES)) * len(KINDS)
+
+
+def test_refining_comes_nearer_to_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "markets", lambda count, seed: {kind: [kind] * count for kind in KINDS})
+
+    def found(refine: int) -> tuple[float, int]:
+        fake = Fake()
+        monkeypatch.setattr(tune, "scores", fake)
+        best = tune.tune("best_value", 2, 1, 2, 1, refine)
+        return abs(np.log(best["honest"]["settings"]["accept_wait_s"] / 5.0)), len(fake.asked)
+
+    (rough, few), (fine, many) = found(0), found(70)
+    assert many - few == 70 * len(KINDS)
+    assert fine < 0.2 * rough
+
+
+@pytest.mark.parametrize("rule", TUNABLE)
+def test_variations_are_near_and_within_the_search_ranges(rule: str) -> None:
+    rng = np.random.default_rng(3)
+    start = draw(rule, rng)
+    varied = [tune.vary(rule, start, rng) for _ in range(200)]
+    for key, setting in RULES[rule].items():
+        values = np.array([each[key] for each in varied])
+        assert setting.search is not None
+        low, high = setting.search
+        assert (values >= low).all() and (values <= high).all()
+        assert 0.3 < (values != start[key]).mean() < 0.7 or start[key] in (low, high)
+        assert np.abs(values - start[key]).mean() < 0.2 * (high - low)
 
 
 def test_a_short_run_writes_what_the_readers_read(
@@ -174,6 +196,8 @@ def test_a_short_run_writes_what_the_readers_read(
         "1",
         "--finalists",
         "1",
+        "--refine",
+        "1",
         "--processes",
         "1",
         "--json",
@@ -182,7 +206,7 @@ def test_a_short_run_writes_what_the_readers_read(
     assert tune.main(arguments) == 0
     written = json.loads(path.read_text())
     assert list(written["rules"]) == ["www_serve", "best_value"]
-    assert written["options"] == {"draws": 1, "few": 1, "many": 1, "finalists": 1}
+    assert written["options"] == {"draws": 1, "few": 1, "many": 1, "finalists": 1, "refine": 1}
     monkeypatch.setattr(tune, "TUNED", path)
     assert set(tuned("all")) == {"www_serve", "best_value"}
     assert best_for("honest").name.endswith("@honest")

@@ -42,7 +42,7 @@ from envs.state import Reward
 from eval import regret
 from eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from eval.figures import draw
-from eval.tune import teacher_of
+from eval.tune import best_for
 from train.ablation import StakeOnly, forget_estimates
 from train.export import export
 from train.gae import estimate
@@ -440,7 +440,7 @@ class Run:
         # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
         # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
         source = Source(args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS)
-        self.teachers = {kind: teacher_of(kind) for kind in args.kinds}
+        self.teachers = {kind: best_for(kind) for kind in args.kinds}
         self.collector = Collectors(source, reward, args.markets, threads=args.threads, rank=self.processes.rank,
                                     world=self.processes.world, share=args.share,
                                     stake_only=args.stake_only)  # fmt: skip
