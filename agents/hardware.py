@@ -21,7 +21,6 @@ import csv
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from numbers import Integral
 from pathlib import Path
 from statistics import median
@@ -201,7 +200,6 @@ def _roofline(gpu: Gpu, model: Model) -> tuple[float, float, float, float, float
     return weight_s, per_seq_s, per_kv_token_s, _PREFILL_BASE_SHARE * weight_s, per_token_s
 
 
-@lru_cache(maxsize=1024)
 def profile(gpu: str, model: str, max_num_seqs: int = 256, memory_utilization: float = 0.9) -> Profile:
     """Profile of a catalogue `model` served in bf16 on one catalogue `gpu`.
 

@@ -97,6 +97,31 @@ from envs.state import (
     SERVED_FOR_PEERS,
     USER,
 )
+from envs.tape import (
+    ADVERT_DUE,
+    ANSWERED,
+    ARRIVED,
+    ASKED,
+    CAME_BACK,
+    DROPPED,
+    DUELLED,
+    ENDED,
+    FINISHED,
+    GUESTS,
+    LEFT,
+    LOOK,
+    LOOKED,
+    MISSED,
+    NO_TAPE,
+    PROBED,
+    PUBLISHED,
+    REFUSED,
+    SCRAPED,
+    SENT,
+    TICKED,
+    TURN,
+    note,
+)
 
 OFFLINE_AFTER_S = 10.0  # a peer silent for so long is taken for offline (arXiv 2603.20661)
 GOSSIPS_MISSED = 3.5  # or, where gossip is slow, for so many intervals
@@ -114,6 +139,7 @@ class World(NamedTuple):
     e: NDArray[Any]  # [N] ENGINE
     q: NDArray[Any]  # [R] REQUEST
     d: NDArray[Any]  # [D] DUEL
+    tape: NDArray[Any]  # [L] NOTE
     adverts: NDArray[np.float64]  # [N, ADVERT_SIZE]
     dealings: NDArray[np.float64]  # [N, N, DEALINGS_SIZE]
     accounts: NDArray[np.int64]  # [N, ACCOUNT_SIZE]
@@ -134,6 +160,7 @@ def world_of(markets, b):
         markets.engines[b],
         markets.requests[b],
         markets.duels[b],
+        markets.tape[b],
         markets.adverts[b],
         markets.dealings[b],
         markets.accounts[b],
@@ -144,6 +171,13 @@ def world_of(markets, b):
         markets.idle_token_s[b],
         markets.looser_than[b],
     )
+
+
+@kernel
+def _note(w, kind, who, peer, request, a, b, c, d):
+    """Write a note to the tape, where the market keeps one."""
+    if w.m.noted != NO_TAPE:
+        note(w.m, w.tape, kind, who, peer, request, a, b, c, d)
 
 
 # The dispatcher: one queue a class.
@@ -230,6 +264,7 @@ def _scrape(w, i):
     e = w.e[i]
     tokens = (e.profile[KV_BLOCKS] - e.free_blocks) * BLOCK_TOKENS
     on_scrape(w.p[i].own, w.m.now_s, e.running, e.waiting, tokens, 1.0)
+    _note(w, SCRAPED, i, -1, -1, float(e.running), float(e.waiting), float(tokens), 0.0)
 
 
 @kernel
@@ -254,6 +289,7 @@ def _publish(w, i):
             advert[AD_HELD + c] *= p.lie_load
         for k in range(AD_WEIGHT_S, AD_KV_CAPACITY):
             advert[k] /= p.lie_speed
+    _note(w, PUBLISHED, i, -1, -1, w.accounts[i, STAKED] / MICRO, 0.0, 0.0, 0.0)
 
 
 @kernel
@@ -361,9 +397,12 @@ def _probe(w, r, j, directed):
         q[r].ready_s = leaves_s + PROBE_TIMEOUT_S
         p[i].counts[PROBES_UNANSWERED] += 1
         on_refused(w.dealings[i, j], w.adverts[j])
+        _note(w, REFUSED, i, j, r, 0.0, 0.0, 0.0, 0.0)
         return False
     first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
-    taken = directed or accept(p[j].terms, first_s, kv_use(w.e[j]), p[j].held, uniform(m.dice))
+    u = 0.0 if directed else uniform(m.dice)
+    taken = directed or accept(p[j].terms, first_s, kv_use(w.e[j]), p[j].held, u)
+    _note(w, PROBED, j, i, r, float(q[r].prompt), u, 1.0 if taken else 0.0, 0.0)
     price = np.int64(round(w.adverts[j, AD_PRICE] * MICRO))
     if directed and price_of(m.pricing, price, np.int64(p[i].known[q[r].klass, CLASS_MAX])) > w.accounts[i, FREE]:
         price = np.int64(0)  # a router that sees everything stands outside the economy
@@ -372,6 +411,7 @@ def _probe(w, r, j, directed):
         q[r].ready_s = leaves_s + m.rtt_s
         p[i].counts[PROBES_REFUSED] += 1
         on_refused(w.dealings[i, j], w.adverts[j])
+        _note(w, REFUSED, i, j, r, 0.0, 0.0, 0.0, 0.0)
         return False
     q[r].price, q[r].locked = price, amount
     q[r].taken_s = leaves_s + m.rtt_s
@@ -383,7 +423,9 @@ def _probe(w, r, j, directed):
     _place(w, r, j, leaves_s + 1.5 * m.rtt_s, first_s, token_s)
     _add_out(w, r)
     on_sent(w.dealings[i, j], w.adverts[j])
+    _note(w, SENT, i, j, r, 0.0, 0.0, 0.0, 0.0)
     p[j].guests += 1
+    _note(w, GUESTS, j, i, r, 1.0, 0.0, 0.0, 0.0)
     p[i].counts[DELEGATED] += 1
     return True
 
@@ -395,7 +437,9 @@ def _end_leg(w, r):
     i, j = q[r].origin, q[r].executor
     _remove_out(w, r)
     on_ended(w.dealings[i, j])
+    _note(w, ENDED, i, j, r, 0.0, 0.0, 0.0, 0.0)
     w.p[j].guests -= 1
+    _note(w, GUESTS, j, i, r, -1.0, 0.0, 0.0, 0.0)
     settle(w.accounts[i], w.accounts[j], q[r].locked, np.int64(0))
     q[r].locked = 0
 
@@ -508,6 +552,8 @@ def _hear_judge(w, r, answered):
         winner, loser = (a, b) if outcome == A_WINS else (b, a)
         w.dealings[o, winner, DUELS_WON] += 1.0
         w.dealings[o, loser, DUELS_LOST] += 1.0
+        _note(w, DUELLED, o, winner, -1, 1.0, 0.0, 0.0, 0.0)
+        _note(w, DUELLED, o, loser, -1, 0.0, 0.0, 0.0, 0.0)
 
 
 # How requests end.
@@ -524,6 +570,7 @@ def _complete(w, r):
         _hear_judge(w, r, True)
         return
     on_length(p[i].own, q[r].prompt, q[r].output)
+    _note(w, FINISHED, i, -1, r, float(q[r].prompt), float(q[r].output), 0.0, 0.0)
     back_s = 0.0
     if i != o:
         back_s = 0.5 * m.rtt_s
@@ -533,7 +580,9 @@ def _complete(w, r):
         p[o].transfers -= paid
         p[i].transfers += paid
         promised_s = q[r].promised_ttft_s + q[r].promised_tpot_s * (q[r].output - 1)
-        on_answer(w.dealings[o, i], q[r].finish_s + back_s - q[r].taken_s, promised_s)
+        took_s = q[r].finish_s + back_s - q[r].taken_s
+        on_answer(w.dealings[o, i], took_s, promised_s)
+        _note(w, ANSWERED, o, i, r, took_s, promised_s, 0.0, 0.0)
         _end_leg(w, r)
         p[i].counts[SERVED_FOR_PEERS] += 1
     u = r if q[r].kind == USER else w.d[q[r].duel].first
@@ -591,6 +640,7 @@ def _take_back(w, r):
     q[u].ready_s = w.m.now_s
     w.p[q[u].origin].counts[RETURNED] += 1
     _enqueue(w, u, True)
+    _note(w, CAME_BACK, q[u].origin, -1, u, 0.0, 0.0, 0.0, 0.0)
 
 
 @kernel
@@ -617,6 +667,7 @@ def _go_offline(w, i):
     _vacate(w, i)
     for c in range(w.m.n_classes):
         while p.held_head[c] >= 0:
+            _note(w, DROPPED, i, -1, p.held_head[c], float(c), 0.0, 0.0, 0.0)
             _fail_user(w, _dequeue(w, i, c))
     while p.out_head >= 0:
         r = p.out_head
@@ -634,6 +685,7 @@ def _go_offline(w, i):
     p.head = -1
     p.advert_due = 0
     p.arrival_rate = 0.0
+    _note(w, LEFT, i, -1, -1, 0.0, 0.0, 0.0, 0.0)
     _scrape(w, i)
 
 
@@ -724,6 +776,7 @@ def _ask(w, i, dice, fresh):
     """Set provider i's head; a new one gets candidates and dice. Returns whether there is one."""
     p = w.p[i]
     r = _next_head(w, i)
+    _note(w, ASKED, i, -1, r, float(w.accounts[i, FREE]), 0.0, 0.0, 0.0)
     if r >= 0 and (fresh or r != p.head):
         _draw_candidates(w, i)
         for k in range(dice.size):
@@ -756,6 +809,7 @@ def _write_view(w, i, nodes, request, me, routes):
 def _refresh_progress(w, i):
     """Provider i looks at the streams of what it has out, and takes back what is lost."""
     q = w.q
+    _note(w, LOOK, i, -1, -1, 0.0, 0.0, 0.0, 0.0)
     for j in range(w.m.n_providers):
         clear_progress(w.dealings[i, j])
     r = w.p[i].out_head
@@ -768,6 +822,7 @@ def _refresh_progress(w, i):
             streamed = tokens_out(w.e[j], q, r) if q[r].status == IN_ENGINE else q[r].generated
             waited_s = w.m.now_s - q[r].taken_s
             on_progress(w.dealings[i, j], waited_s, q[r].promised_ttft_s, q[r].promised_tpot_s, streamed)
+            _note(w, LOOKED, i, j, r, waited_s, q[r].promised_ttft_s, q[r].promised_tpot_s, float(streamed))
         r = after
 
 
@@ -792,6 +847,7 @@ def _tick(w):
         if p[i].online == 1:
             _scrape(w, i)
         p[i].arrival_rate *= 1.0 - m.interval_s / RATE_WINDOW_S
+        _note(w, TICKED, i, -1, -1, m.interval_s, 0.0, 0.0, 0.0)
     while m.next_arrival < m.n_arrivals and q[m.next_arrival].arrival_s <= now_s:
         r = m.next_arrival
         i = q[r].origin
@@ -804,7 +860,9 @@ def _tick(w):
             _expect_value(w, r, value)
             p[i].arrived += value
             _enqueue(w, r, False)
+            _note(w, ARRIVED, i, -1, r, float(q[r].klass), float(q[r].prompt), q[r].arrival_s, 0.0)
         else:  # it came in the last interval before the provider left
+            _note(w, MISSED, i, -1, r, 0.0, 0.0, 0.0, 0.0)
             _fail_user(w, r)
     for i in range(n):
         for c in range(m.n_classes):
@@ -816,6 +874,7 @@ def _tick(w):
             if now_s >= p[i].next_gossip_s - 1e-9:
                 _refresh_progress(w, i)
                 p[i].advert_due = 1
+                _note(w, ADVERT_DUE, i, -1, -1, 0.0, 0.0, 0.0, 0.0)
                 p[i].next_gossip_s += m.gossip_s
 
 
@@ -870,6 +929,7 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
         i = (k + m.steps) % n
         if not active[i]:
             continue
+        _note(w, TURN, i, -1, p[i].head, 0.0, 0.0, 0.0, 0.0)
         for t in range(TERMS_SIZE):
             p[i].terms[t] = terms[i, t]
         if p[i].advert_due == 1:

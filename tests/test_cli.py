@@ -43,7 +43,7 @@ def test_verify_refuses_with_the_reason(bundle, tmp_path, capsys):
 def test_show_says_what_a_bundle_holds(bundle, capsys):
     assert cli.main(["policy", "show", str(bundle)]) == 0
     out = capsys.readouterr().out
-    for part in ("bundle format 3", "observation spec 3", "width 8", "34,000 agent steps, seed 4", "numpy ",
+    for part in ("bundle format 4", "observation spec 3", "width 8", "34,000 agent steps, seed 4", "numpy ",
                  "+0.0500 ± 0.0040", "0.8600 ± 0.0100 single"):  # fmt: skip
         assert part in out
     for name in SEALED:

@@ -1,0 +1,508 @@
+"""An engine to try a network with, without a GPU: `python -m envs.emulator --gpu rtx-4090 --port 8000`.
+
+The scheduler of `envs.engine` behind the OpenAI API and vLLM's `/metrics`, in real or scaled time. Answers are filler,
+a word a token, as long as an engine's would be; a prompt counts a token for every four bytes, at least one a message.
+A stream carries what came out since the last look, which is one token a chunk unless tokens come faster than looks.
+
+When it is ready it prints one line of JSON: its address and the models it serves.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import math
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import uvicorn
+
+from agents.hardware import BLOCK_TOKENS, KV_BLOCKS, MAX_NUM_SEQS, Profile, profile
+from agents.kernel import records
+from envs.engine import (
+    ENGINE,
+    JOB,
+    MAX_SLOTS,
+    abort,
+    advance,
+    kv_use,
+    reset_engine,
+    reset_jobs,
+    submit,
+    tokens_out,
+)
+from envs.scenario import Lognormal
+
+LOOK_S = 0.004  # wall time between two looks at a busy engine
+LARGEST_BODY = 8 * 2**20  # bytes
+BYTES_PER_TOKEN = 4
+WORDS = ("a", "fair", "wind", "carries", "every", "word", "over", "the", "open", "sea", "to", "those", "who", "wait")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class ApiError(Exception):
+    """What a client is told: an HTTP status, a message, and OpenAI's type of error."""
+
+    def __init__(self, status: int, message: str, kind: str = "BadRequestError") -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request in the engine."""
+
+    slot: int
+    prompt: int
+    output: int
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # more tokens, if it streams, or done
+    streams: bool = False
+    tokens: int = 0
+    done: bool = False
+
+
+class Emulator:
+    """One engine whose clock is `speed` times as fast as the wall's."""
+
+    def __init__(
+        self, engine_profile: Profile, models: Sequence[str], *, speed: float = 1.0, max_queued: int | None = None,
+        lengths: Lognormal | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        """`lengths` are those of answers whose end is up to the model."""
+        self.profile, self.models, self.speed, self.max_queued = engine_profile, list(models), speed, max_queued
+        self.lengths = lengths or Lognormal(200.0, 0.6, 1024)
+        self.seed = seed
+        self.engine = records(1, ENGINE)
+        reset_engine(self.engine[0], engine_profile.row())
+        self.jobs = records(256, JOB)
+        reset_jobs(self.jobs)
+        self.finished = np.zeros(MAX_SLOTS + 256, np.int64)
+        self.free = list(range(len(self.jobs)))
+        self.running: dict[int, Job] = {}
+        self.counts = {"stop": 0, "length": 0, "abort": 0}
+        self.prompt_tokens = self.generation_tokens = 0
+        self.started_s = time.monotonic()
+        self.busy = asyncio.Event()
+
+    @property
+    def now_s(self) -> float:
+        """The engine's clock, s."""
+        return (time.monotonic() - self.started_s) * self.speed
+
+    def put(self, prompt: int, output: int, streams: bool) -> Job:
+        """Hand the engine a request. Raises ApiError where the queue is full."""
+        self.look()
+        if self.max_queued is not None and int(self.engine[0]["waiting"]) >= self.max_queued:
+            raise ApiError(
+                503, f"{self.max_queued} requests are waiting already, try again later", "ServiceUnavailable"
+            )
+        if not self.free:
+            larger = records(2 * len(self.jobs), JOB)
+            reset_jobs(larger)
+            larger[: len(self.jobs)] = self.jobs
+            self.free = list(range(len(self.jobs), len(larger)))
+            self.jobs, self.finished = larger, np.zeros(len(larger) + MAX_SLOTS, np.int64)
+        slot = self.free.pop()
+        reset_jobs(self.jobs[slot : slot + 1])
+        self.jobs[slot]["prompt"], self.jobs[slot]["output"] = prompt, output
+        submit(self.engine[0], self.jobs, slot, max(self.now_s, float(self.engine[0]["clock_s"])))
+        job = self.running[slot] = Job(slot, prompt, output, streams=streams)
+        self.busy.set()
+        return job
+
+    def withdraw(self, job: Job) -> None:
+        """Nobody waits for this request any more."""
+        if not job.done:
+            self.look()
+        if not job.done:
+            abort(self.engine[0], self.jobs, job.slot)
+            self.counts["abort"] += 1
+            self._end(job)
+
+    def look(self) -> None:
+        """Bring the engine to now, and say what came out."""
+        count = advance(self.engine[0], self.jobs, self.now_s, self.finished, 0)
+        for slot in self.finished[:count].tolist():
+            job = self.running[slot]
+            job.tokens = job.output
+            self.prompt_tokens += job.prompt
+            self.generation_tokens += job.output
+            self._end(job)
+        for job in self.running.values():
+            if job.streams:
+                tokens = int(tokens_out(self.engine[0], self.jobs, job.slot))
+                if tokens > job.tokens:
+                    job.tokens = tokens
+                    job.changed.set()
+
+    def _end(self, job: Job) -> None:
+        job.done = True
+        job.changed.set()
+        del self.running[job.slot]
+        self.free.append(job.slot)
+
+    async def run(self) -> None:
+        """Look at the engine for as long as it has work."""
+        while True:
+            if not self.running:
+                self.busy.clear()
+                await self.busy.wait()
+            await asyncio.sleep(LOOK_S)
+            self.look()
+
+    def metrics(self) -> str:
+        """Load and totals in vLLM's names."""
+        self.look()
+        e = self.engine[0]
+        label = f'engine="0",model_name="{self.models[0]}"'
+        blocks = int(self.profile.row()[KV_BLOCKS])
+        shown = [
+            ("vllm:num_requests_running", "gauge", label, float(e["running"])),
+            ("vllm:num_requests_waiting", "gauge", label, float(e["waiting"])),
+            ("vllm:kv_cache_usage_perc", "gauge", label, float(kv_use(e))),
+            ("vllm:num_preemptions_total", "counter", label, float(e["preemptions"])),
+            ("vllm:prompt_tokens_total", "counter", label, float(self.prompt_tokens)),
+            ("vllm:generation_tokens_total", "counter", label, float(self.generation_tokens)),
+            (
+                "vllm:cache_config_info",
+                "gauge",
+                f'block_size="{BLOCK_TOKENS}",engine="0",num_gpu_blocks="{blocks}"',
+                1.0,
+            ),
+        ]
+        lines = []
+        for name, kind, labels, value in shown:
+            lines += [f"# HELP {name} of the emulated engine", f"# TYPE {name} {kind}", f"{name}{{{labels}}} {value}"]
+        lines += ["# HELP vllm:request_success_total by reason", "# TYPE vllm:request_success_total counter"]
+        lines += [
+            f'vllm:request_success_total{{{label},finished_reason="{reason}"}} {float(count)}'
+            for reason, count in self.counts.items()
+        ]
+        return "\n".join(lines) + "\n"
+
+    # The API.
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        if scope["type"] != "http":
+            return
+        route = scope["method"], scope["path"]
+        try:
+            if route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
+                await self._complete(route[1].startswith("/v1/chat"), await _body(receive), receive, send)
+            elif route == ("GET", "/v1/models"):
+                await _answer(send, 200, {"object": "list", "data": [self._model(name) for name in self.models]})
+            elif route == ("GET", "/metrics"):
+                await _answer(send, 200, self.metrics().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+            elif route == ("GET", "/health"):
+                await _answer(send, 200, b"", b"text/plain")
+            elif route == ("POST", "/tokenize"):
+                request = _parsed(await _body(receive))
+                count = _prompt_tokens(request, "messages" in request)
+                limit = self.profile.max_model_len
+                await _answer(send, 200, {"count": count, "max_model_len": limit, "tokens": list(range(count))})
+            else:
+                raise ApiError(404, f"no {scope['method']} {scope['path']} here", "NotFoundError")
+        except ApiError as error:
+            headers = [(b"retry-after", b"1")] if error.status == 503 else []
+            told = {"message": str(error), "type": error.kind, "param": None, "code": error.status}
+            await _answer(send, error.status, {"error": told}, headers=headers)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        made = {"id": name, "object": "model", "created": 0, "owned_by": "wwwserve"}
+        return made | {"root": name, "parent": None, "max_model_len": self.profile.max_model_len}
+
+    def _output(self, request: dict[str, Any], body: bytes, room: int) -> int:
+        """How many tokens the answer will have."""
+        asked = request.get("max_completion_tokens", request.get("max_tokens"))
+        most = room if asked is None else min(_whole(asked, "max_tokens", 1), room)
+        least = _whole(request.get("min_tokens") or 0, "min_tokens", 0)
+        if request.get("ignore_eos"):
+            return most
+        digest = hashlib.sha256(self.seed.to_bytes(8, "little") + body).digest()
+        z = np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal()
+        drawn = round(math.exp(math.log(self.lengths.median) + self.lengths.sigma * z))
+        return max(1, min(max(min(drawn, self.lengths.max), least), most))
+
+    async def _complete(self, chat: bool, body: bytes, receive: Receive, send: Send) -> None:
+        request = _parsed(body)
+        model = request.get("model", self.models[0])
+        if model not in self.models:
+            raise ApiError(404, f"the model {model!r} is not served here", "NotFoundError")
+        if request.get("n") not in (None, 1):
+            raise ApiError(400, f"n is {request['n']!r}, expected 1")
+        prompt = _prompt_tokens(request, chat)
+        room = self.profile.max_model_len - prompt
+        if room < 1:
+            limit = self.profile.max_model_len
+            raise ApiError(400, f"the prompt has {prompt} tokens, expected fewer than {limit}, the model's length")
+        output = self._output(request, body, room)
+        streams = bool(request.get("stream"))
+        job = self.put(prompt, output, streams)
+        reason = (
+            "length" if output in (request.get("max_tokens"), request.get("max_completion_tokens"), room) else "stop"
+        )
+        gone = asyncio.ensure_future(_disconnect(receive))
+        reply = Reply(chat, str(model), prompt)
+        try:
+            if streams:
+                usage = bool((request.get("stream_options") or {}).get("include_usage"))
+                await self._stream(job, reply, reason, usage, gone, send)
+            elif await _first(job.changed, gone):
+                await _answer(send, 200, reply.whole(output, reason))
+            if job.done:
+                self.counts[reason] += 1
+        finally:
+            gone.cancel()
+            self.withdraw(job)
+
+    async def _stream(
+        self, job: Job, reply: "Reply", reason: str, usage: bool, gone: "asyncio.Future[None]", send: Send
+    ) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        begun, told = False, 0
+        while await _first(job.changed, gone):
+            job.changed.clear()
+            if not begun:
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                chunks = reply.opening()
+                begun = True
+            else:
+                chunks = b""
+            chunks += reply.part(told, job.tokens)
+            told = job.tokens
+            if job.done:
+                chunks += reply.closing(told, reason, usage)
+            await send({"type": "http.response.body", "body": chunks, "more_body": not job.done})
+            if job.done:
+                return
+
+
+class Reply:
+    """An answer in OpenAI's forms."""
+
+    def __init__(self, chat: bool, model: str, prompt: int) -> None:
+        self.chat, self.prompt = chat, prompt
+        self.head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{time.time_ns():x}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def usage(self, output: int) -> dict[str, int]:
+        """Tokens of prompt and answer."""
+        return {"prompt_tokens": self.prompt, "completion_tokens": output, "total_tokens": self.prompt + output}
+
+    def whole(self, output: int, reason: str) -> dict[str, Any]:
+        """The answer at once."""
+        text = _text(0, output)
+        if self.chat:
+            choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+        else:
+            choice = {"text": text}
+        choice |= {"index": 0, "logprobs": None, "finish_reason": reason}
+        return self.head | {"choices": [choice], "usage": self.usage(output)}
+
+    def _event(self, delta: dict[str, Any] | str, reason: str | None) -> bytes:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        choice = {"index": 0, ("delta" if self.chat else "text"): delta, "logprobs": None, "finish_reason": reason}
+        return b"data: " + orjson.dumps(self.head | {"object": kind, "choices": [choice]}) + b"\n\n"
+
+    def opening(self) -> bytes:
+        """What a stream begins with."""
+        return self._event({"role": "assistant", "content": ""}, None) if self.chat else b""
+
+    def part(self, first: int, end: int) -> bytes:
+        """The tokens from `first` to before `end`."""
+        if end <= first:
+            return b""
+        text = _text(first, end)
+        return self._event({"content": text} if self.chat else text, None)
+
+    def closing(self, output: int, reason: str, usage: bool) -> bytes:
+        """What a stream ends with."""
+        events = self._event({} if self.chat else "", reason)
+        if usage:
+            kind = "chat.completion.chunk" if self.chat else "text_completion"
+            last = self.head | {"object": kind, "choices": [], "usage": self.usage(output)}
+            events += b"data: " + orjson.dumps(last) + b"\n\n"
+        return events + b"data: [DONE]\n\n"
+
+
+def _text(first: int, end: int) -> str:
+    return "".join(f"{' ' if k else ''}{WORDS[k % len(WORDS)]}" for k in range(first, end))
+
+
+def _prompt_tokens(request: dict[str, Any], chat: bool) -> int:
+    """Tokens of a request's prompt. Raises ApiError for what is none."""
+    if not chat:
+        prompt = request.get("prompt")
+        if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+            return len(prompt)
+        if not isinstance(prompt, str):
+            raise ApiError(400, f"prompt is {type(prompt).__name__}, expected a string or a list of tokens")
+        return _tokens(prompt)
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise ApiError(400, "messages are missing, expected a list of at least one object")
+    total = 0
+    for each in messages:
+        content = each.get("content")
+        parts = content if isinstance(content, list) else [{"text": content or ""}]
+        total += sum(_tokens(str(part.get("text", ""))) for part in parts if isinstance(part, dict))
+    return max(total, len(messages))
+
+
+def _tokens(text: str) -> int:
+    return max(1, math.ceil(len(text.encode(errors="replace")) / BYTES_PER_TOKEN))
+
+
+def _whole(value: Any, name: str, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ApiError(400, f"{name} is {value!r}, expected an integer of at least {least}")
+    return value
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the body is no JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise ApiError(400, f"the body is a {type(request).__name__}, expected an object")
+    return request
+
+
+async def _body(receive: Receive) -> bytes:
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client is gone")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > LARGEST_BODY:
+            raise ApiError(413, f"the body is larger than {LARGEST_BODY} bytes", "RequestEntityTooLarge")
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _first(event: asyncio.Event, gone: "asyncio.Future[None]") -> bool:
+    """Wait for one of the two; returns whether the event came."""
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+    if not event.is_set():
+        waiting.cancel()
+    return event.is_set() and not gone.done()
+
+
+async def _answer(
+    send: Send, status: int, content: Any, kind: bytes = b"application/json",
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:  # fmt: skip
+    body = content if isinstance(content, bytes) else orjson.dumps(content)
+    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def serve(emulator: Emulator, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT; prints one line of JSON when ready."""
+    listener = socket.create_server((host, port))
+    config = uvicorn.Config(
+        emulator, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    looks = asyncio.create_task(emulator.run())
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    print(json.dumps({"url": url, "models": emulator.models}), flush=True)
+    await serving
+    looks.cancel()
+
+
+def read_profile(path: Path) -> Profile:
+    """A profile by field name from a JSON file. Raises ValueError for another content."""
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    names = {each.name for each in fields(Profile)}
+    if not isinstance(table, dict) or not names - {"source"} <= set(table) <= names:
+        raise ValueError(f"{path}: expected an object with {', '.join(sorted(names))}")
+    return Profile(**({"source": str(path)} | table))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    parser = argparse.ArgumentParser(prog="python -m envs.emulator", description="An emulated engine.")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="port, 0 for any that is free (default: 8000)")
+    add("--gpu", default="rtx-4090", help="of the catalogue in agents.hardware (default: rtx-4090)")
+    add("--model", default="qwen3-8b", help="of the same catalogue (default: qwen3-8b)")
+    add("--max-num-seqs", type=int, default=64, help="requests at once, at most (default: 64)")
+    add("--profile", type=Path, metavar="FILE", help="JSON of a calibrated profile, instead of gpu and model")
+    add("--served-model-name", nargs="+", metavar="NAME", help="names to answer to (default: the model's)")
+    add("--speed", type=float, default=1.0, help="engine seconds in a second (default: 1)")
+    add("--max-num-queued-reqs", type=int, help="answer 503 beyond so many waiting (default: never)")
+    add("--output-median", type=float, default=200.0, help="tokens of an answer (default: 200)")
+    add("--output-sigma", type=float, default=0.6, help="spread of their logarithm (default: 0.6)")
+    add("--output-max", type=int, default=1024, help="longest answer, tokens (default: 1024)")
+    add("--seed", type=int, default=0, help="of the lengths of answers (default: 0)")
+    args = parser.parse_args(argv)
+    try:
+        if not 0 < args.speed <= 1e4:
+            raise ValueError(f"--speed is {args.speed:g}, expected more than 0, at most 10000")
+        if not 0 <= args.port < 65536:
+            raise ValueError(f"--port is {args.port}, expected 0 to 65535")
+        chosen = read_profile(args.profile) if args.profile else profile(args.gpu, args.model, args.max_num_seqs)
+        if chosen.row()[MAX_NUM_SEQS] > MAX_SLOTS:
+            raise ValueError(f"max_num_seqs is {chosen.max_num_seqs}, expected at most {MAX_SLOTS}")
+        lengths = Lognormal(args.output_median, args.output_sigma, args.output_max)
+
+        async def run() -> None:
+            emulator = Emulator(
+                chosen, args.served_model_name or [args.model], speed=args.speed, lengths=lengths, seed=args.seed,
+                max_queued=args.max_num_queued_reqs,
+            )  # fmt: skip
+            await serve(emulator, args.host, args.port)
+
+        with asyncio.Runner(loop_factory=_loop) as runner:
+            runner.run(run())
+    except (ValueError, OSError) as error:
+        print(f"envs.emulator: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

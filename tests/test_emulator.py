@@ -1,0 +1,322 @@
+"""The emulated engine: the OpenAI API's shapes, vLLM's metrics, and the times of the engine it emulates."""
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from agents.hardware import profile
+from agents.kernel import records
+from envs.emulator import Emulator, Reply, read_profile
+from envs.engine import ENGINE, JOB, advance, reset_engine, reset_jobs, submit
+
+SPEED = 200.0
+STOPPED = (0, -signal.SIGTERM)  # the server passes the signal on when it has stopped
+
+
+class Server:
+    """An emulator in a process of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "envs.emulator", "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        ready = self.process.stdout.readline()
+        assert ready, "the emulator did not start"
+        self.url: str = json.loads(ready)["url"]
+        self.models: list[str] = json.loads(ready)["models"]
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(10)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server("--speed", str(SPEED), "--max-num-seqs", "8", "--served-model-name", "qwen3", "tiny")
+    yield made
+    made.stop()
+
+
+async def post(url: str, path: str, **body: Any) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as session, session.post(url + path, json=body) as answer:
+        return answer.status, await answer.json()
+
+
+def ask(server: Server, path: str, **body: Any) -> tuple[int, Any]:
+    return asyncio.run(post(server.url, path, **body))
+
+
+def chat(text: str = "How do you do?", **more: Any) -> dict[str, Any]:
+    return {"model": "qwen3", "messages": [{"role": "user", "content": text}], **more}
+
+
+async def events(url: str, path: str, body: dict[str, Any]) -> list[Any]:
+    async with aiohttp.ClientSession() as session, session.post(url + path, json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        text = (await answer.read()).decode()
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_models_are_those_served(server: Server) -> None:
+    async def get() -> Any:
+        async with aiohttp.ClientSession() as session, session.get(server.url + "/v1/models") as answer:
+            return await answer.json()
+
+    assert server.models == ["qwen3", "tiny"]
+    listed = asyncio.run(get())
+    assert [each["id"] for each in listed["data"]] == ["qwen3", "tiny"]
+    assert all(each["max_model_len"] > 1000 for each in listed["data"])
+
+
+def test_an_answer_has_as_many_words_as_tokens(server: Server) -> None:
+    status, answer = ask(server, "/v1/chat/completions", **chat(max_tokens=17, ignore_eos=True))
+    assert status == 200
+    message = answer["choices"][0]["message"]
+    assert message["role"] == "assistant" and len(message["content"].split()) == 17
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 17, "total_tokens": 21}
+    status, answer = ask(server, "/v1/completions", model="tiny", prompt="x" * 400, max_tokens=3, ignore_eos=True)
+    assert status == 200 and len(answer["choices"][0]["text"].split()) == 3
+    assert answer["usage"]["prompt_tokens"] == 100
+
+
+def test_a_model_ends_by_itself_and_always_in_the_same_way(server: Server) -> None:
+    answers = [ask(server, "/v1/chat/completions", **chat(f"number {k % 20}"))[1] for k in range(40)]
+    lengths = np.array([answer["usage"]["completion_tokens"] for answer in answers])
+    assert {answer["choices"][0]["finish_reason"] for answer in answers} == {"stop"}
+    assert lengths[:20].tolist() == lengths[20:].tolist()
+    assert lengths.std() > 20 and 100 < np.median(lengths) < 400
+    bounded = ask(server, "/v1/chat/completions", **chat("number 1", max_tokens=5, min_tokens=5))[1]
+    assert bounded["usage"]["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_stream_brings_the_same_answer_in_parts(server: Server, path: str) -> None:
+    prompt = chat("tell me") if "chat" in path else {"model": "qwen3", "prompt": "tell me"}
+    more = {"max_tokens": 300, "ignore_eos": True}
+    status, whole = ask(server, path, **prompt, **more)
+    assert status == 200
+    parts = asyncio.run(
+        events(server.url, path, {**prompt, **more, "stream": True, "stream_options": {"include_usage": True}})
+    )
+    choices = [part["choices"][0] for part in parts if part["choices"]]
+    if "chat" in path:
+        assert choices[0]["delta"]["role"] == "assistant"
+        text = "".join(choice["delta"].get("content", "") for choice in choices)
+        assert text == whole["choices"][0]["message"]["content"]
+    else:
+        text = "".join(choice["text"] for choice in choices)
+        assert text == whole["choices"][0]["text"]
+    assert len(choices) >= 3 and choices[-1]["finish_reason"] == "length"
+    assert parts[-1]["choices"] == [] and parts[-1]["usage"] == whole["usage"]
+
+
+def test_a_stream_without_usage_does_not_tell_it(server: Server) -> None:
+    parts = asyncio.run(events(server.url, "/v1/chat/completions", chat(max_tokens=4, stream=True)))
+    assert all("usage" not in part for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "told"),
+    [
+        ("/v1/chat/completions", chat(model="gpt"), 404, "the model 'gpt' is not served here"),
+        ("/v1/chat/completions", {"model": "qwen3"}, 400, "messages are missing"),
+        ("/v1/completions", {"model": "qwen3", "prompt": {}}, 400, "prompt is dict"),
+        ("/v1/chat/completions", chat(n=2), 400, "n is 2, expected 1"),
+        ("/v1/chat/completions", chat(max_tokens=0), 400, "max_tokens is 0"),
+        ("/v1/completions", {"model": "qwen3", "prompt": "x" * 400_000}, 400, "the prompt has 100000 tokens"),
+        ("/v1/embeddings", {}, 404, "no POST /v1/embeddings here"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_as_openai_does(
+    server: Server, path: str, body: dict[str, Any], status: int, told: str
+) -> None:
+    found, answer = ask(server, path, **body)
+    assert found == status
+    assert told in answer["error"]["message"] and answer["error"]["code"] == status
+
+
+def test_a_body_that_is_no_json_is_refused(server: Server) -> None:
+    async def send() -> tuple[int, Any]:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(server.url + "/v1/completions", data=b"{nope") as answer,
+        ):
+            return answer.status, await answer.json()
+
+    status, answer = asyncio.run(send())
+    assert status == 400 and "no JSON" in answer["error"]["message"]
+
+
+def gauge(page: str, name: str) -> float:
+    found = re.search(rf"^{name}\{{[^}}]*\}} (\S+)$", page, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def test_metrics_show_the_load_and_a_hang_up_frees_it() -> None:
+    server = Server("--speed", "1", "--max-num-seqs", "2", "--max-num-queued-reqs", "3")
+
+    async def run() -> None:
+        async with aiohttp.ClientSession() as session:
+            body = {"prompt": "x" * 2000, "max_tokens": 3000, "ignore_eos": True}
+            posted: list[asyncio.Task[Any]] = []
+
+            def send(count: int) -> None:
+                url = server.url + "/v1/completions"
+                posted.extend(asyncio.create_task(session.post(url, json=body)) for _ in range(count))
+
+            async def page() -> str:
+                async with session.get(server.url + "/metrics") as answer:
+                    return await answer.text()
+
+            async def until(running: float, waiting: float) -> str:
+                for _ in range(500):
+                    text = await page()
+                    if (gauge(text, "vllm:num_requests_running"), gauge(text, "vllm:num_requests_waiting")) == (
+                        running, waiting,
+                    ):  # fmt: skip
+                        return text
+                    await asyncio.sleep(0.01)
+                raise AssertionError(text)
+
+            send(2)
+            await until(2, 0)
+            send(3)
+            text = await until(2, 3)
+            assert 'num_gpu_blocks="' in text and gauge(text, "vllm:kv_cache_usage_perc") > 0.01
+            async with session.post(server.url + "/v1/completions", json=body) as refused:
+                assert refused.status == 503 and refused.headers["retry-after"] == "1"
+            for task in posted:
+                task.cancel()
+            await asyncio.gather(*posted, return_exceptions=True)
+            text = await until(0, 0)
+            assert gauge(text, "vllm:kv_cache_usage_perc") == 0.0
+
+    try:
+        asyncio.run(run())
+    finally:
+        assert server.stop() in STOPPED
+
+
+def test_times_are_those_of_the_engine() -> None:
+    """The same arrivals in the engine alone: latencies agree but for the looks and the way through the network."""
+    card = profile("rtx-4090", "qwen3-8b", 8)
+    rng = np.random.default_rng(4)
+    at_s, output = np.sort(rng.uniform(0, 60, 40)), rng.integers(50, 600, 40)
+
+    engine, jobs, done = records(1, ENGINE), records(40, JOB), np.zeros(400, np.int64)
+    reset_engine(engine[0], card.row())
+    reset_jobs(jobs)
+    jobs["prompt"], jobs["output"] = 50, output
+    for k in range(40):
+        advance(engine[0], jobs, at_s[k], done, 0)
+        submit(engine[0], jobs, k, at_s[k])
+    advance(engine[0], jobs, 1e6, done, 0)
+    expected_s = jobs["finish_s"] - at_s
+
+    async def run() -> list[float]:
+        emulator = Emulator(card, ["m"], speed=20.0)
+        looks = asyncio.create_task(emulator.run())
+        start = emulator.now_s
+
+        async def one(k: int) -> float:
+            await asyncio.sleep((start + at_s[k] - emulator.now_s) / 20.0)
+            began = emulator.now_s
+            job = emulator.put(50, int(output[k]), False)
+            await job.changed.wait()
+            return emulator.now_s - began
+
+        latencies = await asyncio.gather(*(one(k) for k in range(40)))
+        looks.cancel()
+        return list(latencies)
+
+    found_s = np.array(asyncio.run(run()))
+    assert abs(found_s.mean() / expected_s.mean() - 1) < 0.1
+    assert np.corrcoef(found_s, expected_s)[0, 1] > 0.95
+
+
+def test_slots_are_used_again() -> None:
+    async def run() -> Emulator:
+        emulator = Emulator(profile("rtx-4090", "qwen3-8b", 64), ["m"], speed=1e4)
+        looks = asyncio.create_task(emulator.run())
+        for _ in range(6):
+            jobs = [emulator.put(10, 20, False) for _ in range(200)]
+            await asyncio.gather(*(job.changed.wait() for job in jobs))
+        looks.cancel()
+        return emulator
+
+    emulator = asyncio.run(run())
+    assert len(emulator.jobs) == 256 and sorted(emulator.free) == list(range(256))
+    assert emulator.generation_tokens == 6 * 200 * 20
+
+
+def test_more_than_the_room_at_once_finds_room() -> None:
+    async def run() -> None:
+        emulator = Emulator(profile("rtx-4090", "qwen3-8b", 64), ["m"], speed=1e-3)
+        jobs = [emulator.put(10 + k, 20, False) for k in range(1000)]
+        assert len({job.slot for job in jobs}) == 1000 <= len(emulator.jobs)
+        assert all(int(emulator.jobs[job.slot]["prompt"]) == job.prompt for job in jobs)
+        for job in jobs:
+            emulator.withdraw(job)
+        assert len(emulator.free) == len(emulator.jobs) and not emulator.running
+        assert 'num_requests_waiting{engine="0",model_name="m"} 0.0' in emulator.metrics()
+
+    asyncio.run(run())
+
+
+def test_a_profile_comes_from_a_file(tmp_path: Any) -> None:
+    card = profile("a100-80g", "qwen3-8b", 32)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(vars(card)))
+    assert read_profile(path) == card
+    path.write_text('{"weight_s": 1}')
+    with pytest.raises(ValueError, match="expected an object with"):
+        read_profile(path)
+
+
+def test_words_of_parts_are_words_of_the_whole() -> None:
+    reply = Reply(True, "m", 3)
+    whole = reply.whole(20, "stop")["choices"][0]["message"]["content"]
+    parts = [json.loads(reply.part(k, k + 4).removeprefix(b"data: ")) for k in range(0, 20, 4)]
+    assert "".join(part["choices"][0]["delta"]["content"] for part in parts) == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--speed", "0"], "--speed is 0, expected more than 0"),
+        (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
+        (["--gpu", "abacus"], "unknown gpu 'abacus'"),
+        (["--max-num-seqs", "1000"], "max_num_seqs is 1000"),
+        (["--profile", "/nowhere.json"], "/nowhere.json"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: list[str], told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "envs.emulator", "--port", "0", *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stderr.startswith("envs.emulator: ") and told in done.stderr
+    assert done.stdout == ""
+
+
+def test_it_stops_when_told(server: Server) -> None:
+    other = Server("--speed", "1000")
+    start_s = time.monotonic()
+    assert other.stop() in STOPPED
+    assert time.monotonic() - start_s < 5
