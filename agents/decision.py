@@ -81,6 +81,12 @@ def decode(flat: NDArray[np.integer]) -> tuple[Ints, Ints, Ints]:
 
 
 @kernel
+def may_hold(waited_s: float, last_deadline_s: float) -> bool:
+    """Whether a request that waited so long since it arrived may be held: only until its last deadline."""
+    return bool(waited_s < last_deadline_s)
+
+
+@kernel
 def accept(terms: Floats, wait_s: float, kv_use: float, held: int, u: float) -> bool:
     """Whether a provider with these terms takes a probe, on its fresh own state.
 

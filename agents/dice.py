@@ -8,6 +8,7 @@ import numpy as np
 from agents.kernel import Ints, kernel
 
 WORDS = 6
+DICE_PER_DECISION = 4  # uniforms that a policy gets with each request
 _MASK = np.int64(0xFFFFFFFF)
 
 

@@ -62,6 +62,9 @@ RECORD_AGEING = 0.9  # a new completion takes the weight of old ones down by thi
 LENGTH_AGEING = 0.99  # the same for mean lengths, which vary more and change less
 PACE_PRIOR_TOKENS = 200.0  # evidence of tokens counts in full when there is far more than this
 NO_TIME = -1e9
+RATE_WINDOW_S = 60.0  # over which arrivals are averaged
+OFFLINE_AFTER_S = 10.0  # a peer silent for so long is taken for offline (arXiv 2603.20661)
+GOSSIPS_MISSED = 3.5  # or, where gossip is slow, for so many intervals
 
 
 @kernel
@@ -139,6 +142,18 @@ def on_progress(
         due = 1.0 + late_s / promised_tpot_s
         dealings[PROMISED] += due
         dealings[STREAMED] += min(float(streamed), due)
+
+
+@kernel
+def aged_rate(arrivals_per_s: float, elapsed_s: float) -> float:
+    """The rate of arrivals after a time, short against the window, without one; each adds 1 / RATE_WINDOW_S."""
+    return arrivals_per_s * (1.0 - elapsed_s / RATE_WINDOW_S)
+
+
+@kernel
+def silent_after_s(gossip_s: float) -> float:
+    """Age of its advert, s, beyond which a peer that should send one every `gossip_s` is taken for offline."""
+    return max(OFFLINE_AFTER_S, GOSSIPS_MISSED * gossip_s)
 
 
 @kernel

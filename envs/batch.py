@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.decision import Actions, make_actions
+from agents.dice import DICE_PER_DECISION
 from agents.view import make_views
 from envs.market import start_market, step_range
 from envs.scenario import Scenario
-from envs.state import DICE_PER_DECISION, MarketPlan, Reward, Shape, make_markets, plan, write_market
+from envs.state import MarketPlan, Reward, Shape, make_markets, plan, write_market
 
 
 class RequestTable(NamedTuple):

@@ -16,6 +16,7 @@ from agents.decision import (
     HOLD,
     TERMS_SIZE,
     accept,
+    may_hold,
 )
 from agents.dice import uniform
 from agents.estimate import chance_on_time, expect
@@ -34,6 +35,9 @@ from agents.knowledge import (
     DUELS_LOST,
     DUELS_WON,
     MAX_CLASSES,
+    OFFLINE_AFTER_S,
+    RATE_WINDOW_S,
+    aged_rate,
     clear_progress,
     on_answer,
     on_ended,
@@ -42,6 +46,7 @@ from agents.knowledge import (
     on_refused,
     on_scrape,
     on_sent,
+    silent_after_s,
 )
 from agents.protocol import (
     A_WINS,
@@ -123,10 +128,7 @@ from envs.tape import (
     note,
 )
 
-OFFLINE_AFTER_S = 10.0  # a peer silent for so long is taken for offline (arXiv 2603.20661)
-GOSSIPS_MISSED = 3.5  # or, where gossip is slow, for so many intervals
 PROBE_TIMEOUT_S = 2.0
-RATE_WINDOW_S = 60.0  # over which arrivals are averaged
 JUDGE_TOKENS = 16  # a judge's answer
 PREDICTION_SIGMA = 0.2  # how sure the reward's prediction is of its own estimate, in log time
 
@@ -706,7 +708,7 @@ def _decide(w, i, route, direct):
     m, q, p = w.m, w.q, w.p[i]
     r = p.head
     c = q[r].klass
-    may_hold = m.now_s - q[r].arrival_s < p.known[c, CLASS_LAST_DEADLINE_S]
+    holdable = may_hold(m.now_s - q[r].arrival_s, p.known[c, CLASS_LAST_DEADLINE_S])
     valid = True
     if direct >= 0:
         if direct >= m.n_providers or w.p[direct].online == 0 or (w.p[direct].serves & p.asks) == 0:
@@ -737,9 +739,9 @@ def _decide(w, i, route, direct):
     elif route < 0:
         valid = False
         route = HOLD
-    if not valid or (route == HOLD and not may_hold):
+    if not valid or (route == HOLD and not holdable):
         p.counts[INVALID] += 1
-    if route == HOLD and may_hold:
+    if route == HOLD and holdable:
         p.closed[c] = 1
         p.counts[HOLDS] += 1
         return
@@ -758,7 +760,7 @@ def _affords(w, i, j, c):
 def _draw_candidates(w, i):
     """Draw, by stake as advertised, the candidates for provider i's request at the head."""
     m, p = w.m, w.p[i]
-    silent_s = max(OFFLINE_AFTER_S, GOSSIPS_MISSED * m.gossip_s)
+    silent_s = silent_after_s(m.gossip_s)
     for j in range(w.stake.size):
         w.eligible[j] = (
             j < m.n_providers
@@ -793,9 +795,9 @@ def _write_view(w, i, nodes, request, me, routes):
         c = q[r].klass
         write_request_view(
             nodes, request, routes, p.own, w.adverts, w.dealings[i], p.candidates, p.n_candidates, p.refused,
-            m.now_s - q[r].arrival_s < p.known[c, CLASS_LAST_DEADLINE_S], w.accounts[i, FREE], m.now_s, m.rtt_s,
-            q[r].prompt, q[r].arrival_s, c, p.known[: m.n_classes], m.deadlines[:, : m.n_deadlines], m.pricing,
-            w.idle_token_s, w.looser_than,
+            may_hold(m.now_s - q[r].arrival_s, p.known[c, CLASS_LAST_DEADLINE_S]),
+            w.accounts[i, FREE], m.now_s, m.rtt_s, q[r].prompt, q[r].arrival_s, c,
+            p.known[: m.n_classes], m.deadlines[:, : m.n_deadlines], m.pricing, w.idle_token_s, w.looser_than,
         )  # fmt: skip
     else:
         write_idle_view(nodes, request, routes, p.own, m.now_s)
@@ -846,7 +848,7 @@ def _tick(w):
             p[i].next_gossip_s = now_s
         if p[i].online == 1:
             _scrape(w, i)
-        p[i].arrival_rate *= 1.0 - m.interval_s / RATE_WINDOW_S
+        p[i].arrival_rate = aged_rate(p[i].arrival_rate, m.interval_s)
         _note(w, TICKED, i, -1, -1, m.interval_s, 0.0, 0.0, 0.0)
     while m.next_arrival < m.n_arrivals and q[m.next_arrival].arrival_s <= now_s:
         r = m.next_arrival

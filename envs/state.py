@@ -49,8 +49,6 @@ from envs.scenario import (
 from envs.tape import NO_TAPE, NOTE
 from envs.traffic import Arrivals, arrivals, expected_output, expected_prompt
 
-DICE_PER_DECISION = 4
-
 # Where a request is.
 FUTURE, HELD, IN_ENGINE, LOST, DONE, FAILED = range(6)
 # What a request is.

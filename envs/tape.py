@@ -10,7 +10,7 @@ import numpy as np
 from agents.dice import WORDS
 from agents.kernel import kernel
 
-PLACES = 6  # numbers that a note has room for
+PLACES = 4  # numbers of a note
 NO_TAPE = -1
 
 # What a note is of, and what its numbers `x` are. `who` is the provider that is told, `peer` whom it is about.

@@ -6,15 +6,14 @@ and decisions. Knowledge, estimates and views are written by the kernels of `age
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, accept, make_actions
-from agents.dice import make_dice, uniform
+from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, accept, make_actions, may_hold
+from agents.dice import DICE_PER_DECISION, make_dice, uniform
 from agents.estimate import expect
 from agents.hardware import Profile
 from agents.kernel import Floats, Ints
@@ -32,6 +31,8 @@ from agents.knowledge import (
     DUELS_WON,
     MAX_CLASSES,
     NO_TIME,
+    RATE_WINDOW_S,
+    aged_rate,
     clear_progress,
     make_dealings,
     on_answer,
@@ -41,13 +42,13 @@ from agents.knowledge import (
     on_refused,
     on_scrape,
     on_sent,
+    silent_after_s,
     write_profile,
 )
 from agents.protocol import MICRO, PER_KTOK, PER_REQUEST, draw_by_stake
 from agents.rules import Policy
 from agents.view import (
     CLASS_LAST_DEADLINE_S,
-    CLASS_MAX,
     CLASS_SIZE,
     NODES,
     Views,
@@ -56,9 +57,6 @@ from agents.view import (
     write_request_view,
     write_self,
 )
-
-RATE_WINDOW_S = 60.0  # over which arrivals are averaged
-DICE = 4  # uniforms for each request that is decided on
 
 
 class Market(NamedTuple):
@@ -69,7 +67,7 @@ class Market(NamedTuple):
     prices: tuple[float, ...] = (1.0,)  # credits that may be posted
     per_ktok: bool = False  # prices are per 1000 tokens, else per request
     rtt_s: float = 0.05  # between two providers
-    silent_s: float = 10.5  # a peer not heard for longer is taken for offline
+    gossip_s: float = 3.0  # between two adverts of a provider
 
 
 @dataclass(slots=True, eq=False)
@@ -147,7 +145,7 @@ class Provider:
         self.closed = [False] * classes
         self.head: Request | None = None
         self.generator = make_dice(seed)[0]
-        self.dice = np.zeros((1, DICE))
+        self.dice = np.zeros((1, DICE_PER_DECISION))
         self.view = make_views(1)
         self.actions = make_actions(1)
         self._row: dict[str, int] = {}
@@ -162,7 +160,7 @@ class Provider:
 
     def ticked(self, interval_s: float) -> None:
         """A tick went by: what was held may be decided anew, with candidates drawn anew."""
-        self.arrivals_per_s *= 1.0 - interval_s / RATE_WINDOW_S
+        self.arrivals_per_s = aged_rate(self.arrivals_per_s, interval_s)
         self.closed = [False] * len(self.closed)
         self.head = None
 
@@ -259,13 +257,13 @@ class Provider:
                 if due_s < soonest_s:
                     head, soonest_s = line[0], due_s
         if head is not None and head is not self.head:
-            eligible = now_s - self.adverts[:, AD_TIME_S] <= self.market.silent_s
+            eligible = now_s - self.adverts[:, AD_TIME_S] <= silent_after_s(self.market.gossip_s)
             eligible &= self.serves
             head.n_candidates = draw_by_stake(
                 np.ascontiguousarray(self.adverts[:, AD_STAKE]), eligible, CANDIDATES, self.generator, head.candidates
             )
             head.refused = 0
-            for k in range(DICE):
+            for k in range(DICE_PER_DECISION):
                 self.dice[0, k] = uniform(self.generator)
         self.head = head
         return head
@@ -353,13 +351,7 @@ class Provider:
 
     def may_hold(self, request: Request, now_s: float) -> bool:
         """Whether its last deadline is still to come."""
-        return bool(now_s - request.arrival_s < self.market.known[request.klass, CLASS_LAST_DEADLINE_S])
-
-    def affords(self, name: str, klass: int) -> bool:
-        """Whether free credit covers the most that a request of this class can cost at a peer."""
-        longest = self.market.known[klass, CLASS_MAX] / 1000.0 if self.market.per_ktok else 1.0
-        row = self._row_of(name)
-        return bool(self.adverts[row, AD_PRICE] * longest * MICRO <= self.credit)
+        return may_hold(now_s - request.arrival_s, float(self.market.known[request.klass, CLASS_LAST_DEADLINE_S]))
 
     def _row_of(self, name: str) -> int:
         row = self._row.get(name)
@@ -372,8 +364,3 @@ class Provider:
             self.adverts = np.concatenate([self.adverts, advert])
             self.dealings = np.concatenate([self.dealings, make_dealings(1)])
         return row
-
-
-def classes_of(rows: Sequence[NDArray[np.float64]]) -> Floats:
-    """Rows [CLASS_SIZE] as the table [C, CLASS_SIZE] of a `Market`."""
-    return np.array(rows, np.float64).reshape(len(rows), CLASS_SIZE)

@@ -168,6 +168,9 @@ def view_and_rules_case(rng: np.random.Generator) -> Results:
     listed = decision.make_actions(DRAWS)
     decision.set_admit(listed, rng.integers(0, decision.ADMITS, DRAWS))
     results["terms"] = listed.terms
+    held = rng.uniform(0, 400, (DRAWS, 2))
+    results["may hold"] = np.array([decision.may_hold(*each) for each in held])
+    results["rates"] = np.array([(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held])
     results["accept"] = np.array([decision.accept(t, *rng.uniform(0, [60, 1, 2, 1])) for t in offered])
     return results
 

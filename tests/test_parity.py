@@ -63,7 +63,7 @@ class Replay:
                 prices=tuple(record["prices"][: int(record["n_prices"])].tolist()),
                 per_ktok=int(record["pricing"]) == PER_KTOK,
                 rtt_s=float(record["rtt_s"]),
-                silent_s=max(10.0, 3.5 * float(record["gossip_s"])),
+                gossip_s=float(record["gossip_s"]),
             )
             live = Provider(
                 policy, profile, market, seed=i, mean_prompt=planned.mean_prompt[i], mean_output=planned.mean_output[i]
