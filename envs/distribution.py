@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from agents.hardware import Profile, iteration_s, profile
-from envs.scenario import Lengths, Lognormal, Scenario, parse
+from agents.lengths import Lognormal
+from envs.scenario import Lengths, Scenario, parse
 
 Kind = Literal["honest", "lying", "switching", "deadlines", "conversation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -27,6 +27,7 @@ import uvicorn
 
 from agents.hardware import BLOCK_TOKENS, KV_BLOCKS, MAX_NUM_SEQS, Profile, profile
 from agents.kernel import records
+from agents.lengths import Lognormal
 from envs.engine import (
     ENGINE,
     JOB,
@@ -39,7 +40,6 @@ from envs.engine import (
     submit,
     tokens_out,
 )
-from envs.scenario import Lognormal
 
 LOOK_S = 0.004  # wall time between two looks at a busy engine
 LARGEST_BODY = 8 * 2**20  # bytes

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import yaml
 
 from agents import hardware
+from agents.lengths import Lognormal
 from envs import trace
 from envs.engine import MAX_SLOTS
 
@@ -38,38 +39,15 @@ class ScenarioError(ValueError):
         super().__init__(f"{source}: {place}: got {value}, expected {expected}")
 
 
-@dataclass(frozen=True)
-class Lognormal:
-    """A token count: lognormal, rounded, clipped to [1, max]."""
-
-    median: float
-    """Median before clipping, tokens; at least 1."""
-    sigma: float
-    """Standard deviation of the logarithm, 0 to 4."""
-    max: int
-    """Largest count, tokens; at least 1."""
-
-    def moment(self, k: int) -> float:
-        """E[min(X, max)^k], X lognormal: exp(k mu + k^2 s^2/2) Phi(z - k s) + max^k Phi(-z), z = (ln max - mu) / s."""
-        if self.sigma == 0:
-            return min(self.median, float(self.max)) ** k
-        z = math.log(self.max / self.median) / self.sigma
-        below = 0.5 * math.erfc((k * self.sigma - z) / math.sqrt(2))
-        above = 0.5 * math.erfc(z / math.sqrt(2))
-        return self.median**k * math.exp((k * self.sigma) ** 2 / 2) * below + float(self.max) ** k * above
-
-    @property
-    def mean(self) -> float:
-        """Mean count, tokens."""
-        return self.moment(1)
+PROMPT, OUTPUT = Lognormal(150.0, 0.5, 2048), Lognormal(4000.0, 0.75, 8192)  # of a long-reasoning workload
 
 
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of the requests of a provider's own users."""
 
-    prompt: Lognormal = Lognormal(150.0, 0.5, 2048)
-    output: Lognormal = Lognormal(4000.0, 0.75, 8192)
+    prompt: Lognormal = PROMPT
+    output: Lognormal = OUTPUT
 
 
 @dataclass(frozen=True)

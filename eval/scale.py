@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from agents.hardware import profile
+from agents.lengths import Lognormal
 from agents.rules import RULES, Policy, Rule
 from envs.batch import MarketBatch
 from envs.distribution import capacity_per_s
-from envs.scenario import Lognormal, Scenario, parse
+from envs.scenario import Scenario, parse
 from envs.state import plan
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import FIRST_TEST_SEED, columns, write_json

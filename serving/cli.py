@@ -1,5 +1,8 @@
 """The `wwwserve` command.
 
+    wwwserve node FILE
+    wwwserve up [--nodes N] [--base-port P] [--policy NAME|BUNDLE] ...
+    wwwserve status [URL]
     wwwserve policy show [BUNDLE] [--json]
     wwwserve policy verify [BUNDLE]
 
@@ -7,6 +10,7 @@ Exit status: 0 done, 1 refused or failed, with the reason on standard error, 2 n
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -21,6 +25,9 @@ from agents.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError,
 from agents.decision import make_actions
 from agents.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
 from agents.view import Views
+from serving import config, network, node
+from serving.config import ConfigError
+from serving.network import NetworkError
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2
 DECISIONS = 2000  # that `verify` times
@@ -36,12 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = run(args)
         sys.stdout.flush()
-    except BundleError as error:
-        print(f"wwwserve: {_printable(str(error))}", file=sys.stderr)
-        status = FAILED
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
+    except (BundleError, ConfigError, NetworkError, OSError) as error:
+        print(f"wwwserve: {_printable(str(error))}", file=sys.stderr)
+        status = FAILED
+    except KeyboardInterrupt:
+        status = DONE
     return status
 
 
@@ -53,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"wwwserve {_version()}")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_node(groups)
+    _add_up(groups)
+    _add_status(groups)
     _add_policy(groups)
     return parser
 
@@ -69,6 +81,52 @@ def _add_command(groups: Groups, name: str, text: str, run: Run) -> argparse.Arg
     command = groups.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.set_defaults(run=run)
     return command
+
+
+# wwwserve node, up, status
+
+
+def _add_node(groups: Groups) -> None:
+    node = _add_command(groups, "node", "run a node before an engine", _node)
+    node.add_argument("file", type=Path, metavar="FILE", help="its configuration, see README.md")
+
+
+def _node(args: argparse.Namespace) -> int:
+    node.run(config.load(args.file))
+    return DONE
+
+
+def _add_up(groups: Groups) -> None:
+    add = _add_command(groups, "up", "run a whole network on this machine, on emulated engines", _up).add_argument
+    add("--nodes", type=int, default=3, metavar="N", help="nodes (default: 3)")
+    add("--base-port", type=int, default=9001, metavar="P", help="port of the first node's API, the others follow; 0 "
+        "for any that are free (default: 9001)")  # fmt: skip
+    add("--policy", metavar="NAME|BUNDLE", help="a rule or a bundle, for every node (default: the shipped bundle)")
+    add("--gpu", default="rtx-4090", help="that engines emulate (default: rtx-4090)")
+    add("--model", default="qwen3-8b", help="that they serve (default: qwen3-8b)")
+    add("--max-num-seqs", type=int, default=64, help="requests at once in an engine (default: 64)")
+    add("--speed", type=float, default=1.0, help="engine seconds in a second (default: 1)")
+
+
+def _up(args: argparse.Namespace) -> int:
+    plan = network.Plan(args.nodes, args.base_port, args.policy, args.gpu, args.model, args.max_num_seqs, args.speed)
+    network.up(plan)
+    return DONE
+
+
+def _add_status(groups: Groups) -> None:
+    status = _add_command(groups, "status", "show how a node is and what it sees of its peers", _status)
+    status.add_argument("url", nargs="?", default="http://127.0.0.1:9000", help="(default: http://127.0.0.1:9000)")
+    status.add_argument("--json", action="store_true", help="print what the node says as it is")
+
+
+def _status(args: argparse.Namespace) -> int:
+    seen = network.look(args.url)
+    if args.json:
+        print(json.dumps(seen, indent=2))
+    else:
+        network.show(seen)
+    return DONE
 
 
 # wwwserve policy

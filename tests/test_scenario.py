@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
+from agents.lengths import Lognormal
 from envs import distribution, scenario
-from envs.scenario import Lognormal, MmppTraffic, PoissonTraffic, ScenarioError, TimesTraffic, TraceTraffic
+from envs.scenario import MmppTraffic, PoissonTraffic, ScenarioError, TimesTraffic, TraceTraffic
 
 FILE = """
 name: alternating

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agents.lengths import Lognormal
 from envs import scenario, trace, traffic
-from envs.scenario import Lognormal, Scenario, TraceTraffic
+from envs.scenario import Scenario, TraceTraffic
 from envs.traffic import Arrivals
 
 STEADY = {"kind": "poisson", "phases": [{"until_s": 600, "rate_per_s": 2.0}]}

@@ -1,0 +1,278 @@
+"""The node's API: OpenAI's for users, the peers' beside it, and pages to look at. Plain ASGI, bytes passed through."""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+import orjson
+
+from serving.config import NodeConfig
+from serving.dispatcher import ORIGIN, PEER_PREFIX, PROMPT, TPOT, TTFT, Ask, Dispatcher, Failed
+from serving.membership import BEAT_PATH, AdvertError
+
+log = logging.getLogger("wwwserve.app")
+
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+CLASS_HEADER = b"x-slo-class"
+MOST_PROMPT = 1 << 24  # tokens that a peer may say a prompt has
+
+T = TypeVar("T")
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Gone(Exception):
+    """The client hung up."""
+
+
+class _Reply:
+    """An answer on its way to the client."""
+
+    def __init__(self, send: Send) -> None:
+        self.started, self._send = False, send
+
+    async def start(self, status: int, content_type: str, *headers: tuple[bytes, bytes]) -> None:
+        self.started = True
+        head = [(b"content-type", content_type.encode("latin-1")), *headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": head})
+
+    async def pass_on(self, chunk: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+
+
+class App:
+    """The ASGI application of one node."""
+
+    def __init__(self, dispatcher: Dispatcher, config: NodeConfig) -> None:
+        self.dispatcher, self.config = dispatcher, config
+        self.keys = [key.encode() for key in config.keys]
+        self.classes = {name.encode(): k for k, name in enumerate(config.class_names)}
+        self.pages: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
+            "/health": self._health, "/metrics": self._metrics, "/network": self._network, "/v1/models": self._models
+        }  # fmt: skip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            raise ValueError(f"scope is of type {scope['type']}, expected http")
+        path, method = scope["path"], scope["method"]
+        try:
+            headers: dict[bytes, bytes] = dict(scope["headers"])
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > self.config.limits.header_bytes:
+                raise Failed(431, "the headers are too large", "invalid_request_error")
+            if path in COMPLETIONS:
+                _expect(method, "POST")
+                self._check_key(headers)
+                await self._complete(path, headers, receive, send)
+            elif path == BEAT_PATH:
+                _expect(method, "POST")
+                await self._beat(receive, send)
+            elif path.startswith(PEER_PREFIX) and path[len(PEER_PREFIX) :] in COMPLETIONS:
+                _expect(method, "POST")
+                await self._complete_for_peer(path[len(PEER_PREFIX) :], headers, receive, send)
+            elif path in self.pages:
+                _expect(method, "GET")
+                if path == "/v1/models":
+                    self._check_key(headers)
+                await _answer(send, *self.pages[path]())
+            else:
+                raise Failed(404, f"there is no {path}", "not_found_error")
+        except Gone:
+            pass
+        except Failed as failed:
+            await _fail(send, failed)
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        if not self.keys:
+            return
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not any([hmac.compare_digest(key, each) for each in self.keys]):
+            raise Failed(401, "this API key is not known here", "authentication_error")
+
+    # The OpenAI API.
+
+    async def _complete(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        ask = self._ask(path, headers, body)
+        reply = _Reply(send)
+        try:
+            await _unless_gone(receive, self.dispatcher.answer(ask, reply))
+        except Failed as failed:
+            if not reply.started:
+                raise
+            await reply.pass_on(b"data: " + _error(failed) + b"\n\n")
+        if reply.started:
+            await reply.end()
+
+    def _ask(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Ask:
+        request = _object(body)
+        model, stream = request.get("model"), request.get("stream", False)
+        if not isinstance(model, str):
+            raise Failed(400, "model is missing, expected a string", "invalid_request_error")
+        if model not in self.dispatcher.serves:
+            raise Failed(404, f"there is no model {model!r} here", "not_found_error")
+        if not isinstance(stream, bool | None):
+            raise Failed(400, "stream is not true or false", "invalid_request_error")
+        klass = self.classes.get(headers.get(CLASS_HEADER, self.config.class_names[0].encode()))
+        if klass is None:
+            known = ", ".join(self.config.class_names)
+            raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
+        return Ask(path, body, bool(stream), klass, _prompt_bytes(request))
+
+    async def _complete_for_peer(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """Run a peer's request, or refuse it at once."""
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        request = _object(body)
+        told = headers.get(PROMPT.encode(), b"")
+        if ORIGIN.encode() not in headers or not told.isdigit() or not 0 < int(told) < MOST_PROMPT:
+            raise Failed(400, f"expected headers {ORIGIN} and {PROMPT}, a number of tokens", "invalid_request_error")
+        prompt = int(told)
+        promise = self.dispatcher.consider(prompt) if request.get("model") in self.dispatcher.serves else None
+        if promise is None:
+            self.dispatcher.metrics.offer_refused()
+            await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
+            return
+        reply = _Reply(send)
+        head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
+        await reply.start(200, "application/octet-stream", *head)
+        ask = Ask(path, body, bool(request.get("stream")), 0, 0)
+        if await _unless_gone(receive, self.dispatcher.run_for(ask, prompt, reply)):
+            await reply.end()
+        # Else the answer stays without its end, and the server breaks the connection off.
+
+    async def _beat(self, receive: Receive, send: Send) -> None:
+        body = await _body(receive, {}, 65536)
+        try:
+            self.dispatcher.membership.received(body)
+        except AdvertError as error:
+            raise Failed(403, f"not a peer's advert: {error}", "invalid_request_error") from None
+        await _answer(send, 204, b"")
+
+    # Pages.
+
+    def _health(self) -> tuple[int, bytes, bytes]:
+        up = self.dispatcher.engine.healthy
+        status = {"status": "ok" if up else "the engine is down", "reason": self.dispatcher.engine.reason}
+        return 200 if up else 503, orjson.dumps(status), b"application/json"
+
+    def _metrics(self) -> tuple[int, bytes, bytes]:
+        d = self.dispatcher
+        page = d.metrics.page(held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers))
+        return 200, page, b"text/plain; version=0.0.4; charset=utf-8"
+
+    def _network(self) -> tuple[int, bytes, bytes]:
+        return 200, orjson.dumps(self.dispatcher.overview(), option=orjson.OPT_SERIALIZE_NUMPY), b"application/json"
+
+    def _models(self) -> tuple[int, bytes, bytes]:
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": self.config.name}
+            for name in self.dispatcher.serves
+        ]
+        return 200, orjson.dumps({"object": "list", "data": models}), b"application/json"
+
+
+def _expect(method: str, expected: str) -> None:
+    if method != expected:
+        raise Failed(405, f"method {method} is not allowed, expected {expected}", "invalid_request_error")
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        request = orjson.loads(body)
+    except ValueError:
+        raise Failed(400, "the body is not JSON", "invalid_request_error") from None
+    if not isinstance(request, dict):
+        raise Failed(400, f"the body is a {type(request).__name__}, expected an object", "invalid_request_error")
+    return request
+
+
+def _prompt_bytes(request: dict[str, Any]) -> int:
+    """Bytes of the texts that a model reads, as far as they can be seen."""
+    prompt, messages = request.get("prompt"), request.get("messages")
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, list):  # of tokens or texts
+        return sum(len(each) if isinstance(each, str | list) else 4 for each in prompt)
+    if not isinstance(messages, list):
+        return 0
+    size = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        parts: Sequence[Any] = content if isinstance(content, list) else [content]
+        for part in parts:
+            text = part.get("text") if isinstance(part, dict) else part
+            size += len(text) if isinstance(text, str) else 0
+    return size
+
+
+async def _body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
+    too_large = Failed(413, f"the body is larger than {limit} bytes", "invalid_request_error")
+    told = headers.get(b"content-length", b"0")
+    if told.isdigit() and int(told) > limit:
+        raise too_large
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    parts = [body]
+    size = len(body)
+    while message.get("more_body", False):
+        if size > limit:
+            raise too_large
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+    if message["type"] == "http.disconnect":
+        raise Gone
+    if size > limit:
+        raise too_large
+    return b"".join(parts) if len(parts) > 1 else body
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up; then raises Gone."""
+    worker = asyncio.current_task()
+    assert worker is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        worker.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone and worker.uncancel() == 0:
+            raise Gone from None
+        raise
+    finally:
+        watching.cancel()
+
+
+def _error(failed: Failed) -> bytes:
+    return orjson.dumps({"error": {"message": str(failed), "type": failed.kind, "param": None, "code": failed.status}})
+
+
+async def _fail(send: Send, failed: Failed) -> None:
+    extra = []
+    if failed.retry_after_s is not None:
+        extra.append((b"retry-after", str(failed.retry_after_s).encode()))
+    await _answer(send, failed.status, _error(failed), b"application/json", extra)
+
+
+async def _answer(
+    send: Send, status: int, body: bytes, kind: bytes = b"application/json",
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:  # fmt: skip
+    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})

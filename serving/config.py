@@ -1,0 +1,215 @@
+"""What an operator says of a node, in `node.yaml`: validated, every key with its default here."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import yaml
+
+from agents.hardware import Profile, profile
+from agents.kernel import Floats
+from agents.knowledge import MAX_CLASSES
+from agents.lengths import Lognormal
+from agents.view import (
+    CLASS_LAST_DEADLINE_S,
+    CLASS_MAX,
+    CLASS_MEAN,
+    CLASS_MEDIAN,
+    CLASS_SIGMA,
+    CLASS_SIZE,
+    CLASS_VALUE,
+)
+from serving.provider import Market
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names file, field and what was expected."""
+
+
+class Struct(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A mapping of the file; a key that it does not have is an error."""
+
+
+class CatalogueProfile(Struct, tag_field="kind", tag="catalogue"):
+    """An engine's profile by names of `agents.hardware`."""
+
+    gpu: str
+    model: str
+    max_num_seqs: int = 256
+
+
+class MeasuredProfile(Struct, tag_field="kind", tag="measured"):
+    """An engine's profile as it was measured; see `agents.hardware.Profile`."""
+
+    weight_s: float
+    per_seq_s: float
+    per_kv_token_s: float
+    prefill_base_s: float
+    per_token_s: float
+    kv_blocks: int
+    max_num_seqs: int
+    max_batched_tokens: int
+    max_model_len: int
+    source: str = "measured"
+
+
+class EngineConfig(Struct):
+    """The engine that the node stands before."""
+
+    url: str
+    profile: CatalogueProfile | MeasuredProfile
+    kind: Literal["vllm", "sglang"] = "vllm"
+    key: str | None = None  # sent as its API key
+    timeout_s: float = 600.0  # without a byte, after which an answer is given up
+
+
+class PeerConfig(Struct):
+    """A peer of a static list."""
+
+    name: str
+    url: str
+
+
+class LengthsConfig(Struct):
+    """Lognormal lengths, tokens."""
+
+    median: float
+    sigma: float
+    max: int
+
+
+class ClassConfig(Struct):
+    """An SLO class of the users' requests, which they name in the header `x-slo-class`."""
+
+    deadline_s: float
+    value: float = 1.0
+    output: LengthsConfig | None = None  # default: the node's
+
+
+class MarketConfig(Struct):
+    """What all providers of a network agree on."""
+
+    prices: tuple[float, ...] = (1.0,)
+    per_ktok: bool = False
+    rtt_s: float = 0.05
+    gossip_s: float = 3.0
+    tick_s: float = 1.0
+
+
+class LimitsConfig(Struct):
+    """What a node takes at most."""
+
+    body_bytes: int = 8 * 2**20
+    header_bytes: int = 64 * 2**10
+    held: int = 512  # users' requests that are not decided; beyond, 503
+
+
+class NodeConfig(Struct):
+    """A node."""
+
+    name: str
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 9000
+    url: str | None = None  # at which peers reach it; default: host and port
+    serves: tuple[str, ...] = ()  # model names; default: those of the engine
+    policy: str | None = None  # name of a rule, or folder of a bundle; default: the shipped bundle
+    seed: int = 0
+    stake: float = 1.0  # credits
+    credit: float = 1000.0  # credits
+    keys: tuple[str, ...] = ()  # API keys of users; none: everyone is a user
+    peers: tuple[PeerConfig, ...] = ()
+    prompt_tokens: float = 256.0  # mean of what users ask, until it is known better
+    output: LengthsConfig = msgspec.field(default_factory=lambda: LengthsConfig(median=200.0, sigma=0.8, max=4096))
+    deadlines_s: tuple[float, ...] = (10.0, 20.0, 30.0, 60.0, 120.0)
+    classes: dict[str, ClassConfig] = {}
+    market: MarketConfig = msgspec.field(default_factory=MarketConfig)
+    limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+    log: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of its users' requests; the first is what a request belongs to that names none."""
+        return tuple(self.classes) or ("default",)
+
+    def agreed(self) -> Market:
+        """The market as a provider takes it. Raises ValueError for more classes than a view shows."""
+        rows = [self._row(self.classes.get(name)) for name in self.class_names]
+        if self.classes:
+            deadlines = [[each.deadline_s] for each in self.classes.values()]
+        else:
+            deadlines = [list(self.deadlines_s)]
+        market = self.market
+        return Market(
+            known=np.array(rows), deadlines=np.array(deadlines), prices=market.prices, per_ktok=market.per_ktok,
+            rtt_s=market.rtt_s, gossip_s=market.gossip_s,
+        )  # fmt: skip
+
+    def _row(self, klass: ClassConfig | None) -> Floats:
+        told = klass.output if klass is not None and klass.output is not None else self.output
+        lengths = Lognormal(told.median, told.sigma, told.max)
+        row = np.zeros(CLASS_SIZE)
+        row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = told.median, told.sigma, told.max
+        row[CLASS_MEAN] = lengths.mean
+        row[CLASS_VALUE] = 1.0 if klass is None else klass.value
+        row[CLASS_LAST_DEADLINE_S] = self.deadlines_s[-1] if klass is None else klass.deadline_s
+        return row
+
+    def engine_profile(self) -> Profile:
+        """The engine's profile. Raises ValueError for one that cannot be."""
+        told = self.engine.profile
+        if isinstance(told, CatalogueProfile):
+            return profile(told.gpu, told.model, told.max_num_seqs)
+        return Profile(**msgspec.structs.asdict(told))
+
+
+def parse(content: object, where: str) -> NodeConfig:
+    """A node from a mapping, `where` for messages. Raises ConfigError, with the field that is wrong."""
+    try:
+        config = msgspec.convert(content, NodeConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    for field, good, expected in _checks(config):
+        if not good:
+            raise ConfigError(f"{where}: {field} must be {expected}")
+    try:
+        config.engine_profile()
+        config.agreed()
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config
+
+
+def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
+    urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
+    names = [peer.name for peer in c.peers]
+    return [
+        ("name", bool(c.name) and c.name.isprintable(), "some printable characters"),
+        ("port", 0 <= c.port < 65536, f"0 to 65535, got {c.port}"),
+        ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
+        ("peers", len({*names, c.name}) == len(names) + 1, f"of different names, and not the node itself, got {names}"),
+        ("deadlines_s", list(c.deadlines_s) == sorted(c.deadlines_s) and min(c.deadlines_s, default=0) > 0,
+         f"at least one, above 0 and ascending, got {c.deadlines_s}"),
+        ("classes", len(c.classes) <= MAX_CLASSES, f"at most {MAX_CLASSES}, got {len(c.classes)}"),
+        ("every class's deadline_s", all(k.deadline_s > 0 for k in c.classes.values()), "above 0"),
+        ("market.prices", min(c.market.prices, default=0) > 0, f"at least one, above 0, got {c.market.prices}"),
+        ("market.tick_s", 0.01 <= c.market.tick_s <= 10, f"0.01 to 10, got {c.market.tick_s:g}"),
+        ("market.gossip_s", 0.05 <= c.market.gossip_s <= 60, f"0.05 to 60, got {c.market.gossip_s:g}"),
+        ("market.rtt_s", 0 <= c.market.rtt_s <= 10, f"0 to 10, got {c.market.rtt_s:g}"),
+        ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
+        ("stake and credit", c.stake >= 0 and c.credit >= 0, "at least 0"),
+        ("limits", min(c.limits.body_bytes, c.limits.header_bytes, c.limits.held) > 0, "above 0"),
+        ("output", c.output.median > 0 and c.output.sigma >= 0 and c.output.max > 0, "of positive length"),
+    ]  # fmt: skip
+
+
+def load(path: Path) -> NodeConfig:
+    """Read `node.yaml`. Raises ConfigError, naming the file and what is wrong."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return parse(content, str(path))

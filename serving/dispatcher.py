@@ -1,0 +1,463 @@
+"""The way of a request through a node: held, run here, or handed to a peer, and answered exactly once.
+
+The dispatcher tells a `serving.provider.Provider` what happens, carries out what it decides, and does it again when a
+peer refuses or fails before the first byte of an answer has gone to the user. All of it runs on one event loop; a
+request is one task from arrival to its end.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import aiohttp
+import numpy as np
+import orjson
+
+from agents.decision import HOLD, LOCAL
+from agents.knowledge import AD_KV_CAPACITY, AD_KV_TOKENS, AD_PRICE, AD_RUNNING, AD_STAKE, AD_TIME_S, AD_WAITING
+from serving.config import NodeConfig
+from serving.engine import Engine, EngineError
+from serving.membership import Advert, Membership
+from serving.metrics import Metrics
+from serving.provider import Decision, Out, Promise, Provider, Request
+
+log = logging.getLogger("wwwserve.dispatcher")
+
+OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
+ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
+PEER_PREFIX = "/peer"
+ORIGIN, PROMPT, TTFT, TPOT = "x-wwwserve-origin", "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
+RECENT = 50  # decisions that are kept to look at
+BYTES_PER_TOKEN = 4.0  # until answers tell better
+LEARN = 0.02  # weight of one answer in that
+
+
+class Failed(Exception):
+    """A request that ends without its answer: an HTTP status, and a message for the user."""
+
+    def __init__(self, status: int, message: str, kind: str = "server_error", retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.retry_after_s = status, kind, retry_after_s
+
+
+class Reply(Protocol):
+    """Where an answer goes."""
+
+    started: bool
+
+    async def start(self, status: int, content_type: str) -> None:
+        """Begin an answer."""
+
+    async def pass_on(self, chunk: bytes) -> None:
+        """Some of its body."""
+
+
+class Ask(NamedTuple):
+    """What a user asks."""
+
+    path: str
+    body: bytes
+    stream: bool
+    klass: int
+    prompt_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A user's request on its way."""
+
+    ask: Ask
+    request: Request
+    placed: "asyncio.Future[Decision]"
+    failures: int = 0  # of the own engine
+
+
+@dataclass(slots=True, eq=False)
+class Handed:
+    """A request that a peer has taken."""
+
+    peer: str
+    taken_s: float
+    promise: Promise
+    stream: bool
+    tokens: int = 0
+    response: aiohttp.ClientResponse | None = None
+
+    def out(self, now_s: float) -> Out:
+        """As its origin sees it. An answer that is not streamed shows nothing on its way, so it is as promised."""
+        waited_s = now_s - self.taken_s
+        due = max(0.0, waited_s - self.promise.ttft_s) / max(self.promise.tpot_s, 1e-9)
+        return Out(self.peer, waited_s, *self.promise, self.tokens if self.stream else int(due) + 1)
+
+
+class Usage(NamedTuple):
+    """Tokens of an answer, as far as it says so."""
+
+    prompt: int
+    output: int
+
+
+class GaveBack(Exception):
+    """Whoever had the request did not bring an answer, and the user has seen nothing of one."""
+
+
+class Full(GaveBack):
+    """It had no room."""
+
+
+class Dispatcher:
+    """One node's requests."""
+
+    def __init__(
+        self, config: NodeConfig, provider: Provider, engine: Engine, membership: Membership,
+        session: aiohttp.ClientSession, metrics: Metrics, url: str, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
+        self.session, self.metrics, self.url, self.clock = session, metrics, url, clock
+        self.serves = list(config.serves)
+        self.peers: dict[str, Advert] = {}  # by name, those that are there
+        self.handed: set[Handed] = set()
+        self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self.bytes_per_token = BYTES_PER_TOKEN
+        self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
+        self.number = 0
+        self.generator = np.random.default_rng(config.seed)
+        self.offer_timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=OFFER_TIMEOUT_S, sock_read=config.engine.timeout_s
+        )
+
+    # Time.
+
+    async def run(self) -> None:
+        """Look, think and tell until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.membership.run(self.heard, self.gone))
+            group.create_task(self._every(self.config.market.tick_s, self.tick))
+            group.create_task(self._every(self.config.market.gossip_s, self.gossip))
+
+    async def _every(self, interval_s: float, act: Callable[[], Awaitable[None]]) -> None:
+        due_s = self.clock()
+        while True:
+            try:
+                await act()
+            except Exception:  # whatever one round met, the next one comes
+                log.exception("a round failed")
+            due_s = max(due_s + interval_s, self.clock())
+            await asyncio.sleep(due_s - self.clock())
+
+    async def tick(self) -> None:
+        """Look at the engine and at what peers have of ours; decide anew on what is held."""
+        up = self.engine.healthy
+        try:
+            await self.engine.scrape()
+            if not self.serves:
+                self.serves = await self.engine.models()
+        except EngineError as error:
+            if up and not self.engine.healthy:
+                log.warning("the engine is down", extra={"reason": str(error)})
+        if self.engine.healthy and not up:
+            log.info("the engine is up", extra={"serves": self.serves})
+        now_s = self.clock()
+        self.provider.looked(handed.out(now_s) for handed in self.handed)
+        self.provider.ticked(self.config.market.tick_s)
+        self.pump()
+
+    async def gossip(self) -> None:
+        """Say how things are here."""
+        self.provider.advert_due = True
+        self.pump()
+        if not self.serves or not self.engine.healthy:
+            return  # who cannot serve says nothing, and is taken for offline
+        now_s = self.clock()
+        self.number += 1
+        advert = Advert(
+            name=self.config.name, url=self.url, serves=tuple(self.serves), number=self.number,
+            load=tuple(self.provider.advertise(now_s).tolist()), age_s=0.0, valid_s=self.config.market.gossip_s,
+        )  # fmt: skip
+        self.membership.publish(advert, now_s)
+
+    def heard(self, advert: Advert) -> None:
+        """A peer says how things are there."""
+        if advert.name not in self.peers:
+            log.info("a peer is there", extra={"peer": advert.name, "url": advert.url})
+        self.peers[advert.name] = advert
+        load = np.array(advert.load)
+        serves = set(self.serves) <= set(advert.serves)
+        self.provider.heard(advert.name, load, self.clock() - advert.age_s, serves=serves)
+
+    def gone(self, name: str) -> None:
+        """A peer fell silent: it gets nothing more, and what it has is asked for elsewhere."""
+        log.info("a peer is gone", extra={"peer": name})
+        self.peers.pop(name, None)
+        self.provider.gone(name)
+        for handed in [each for each in self.handed if each.peer == name]:
+            if handed.response is not None:
+                handed.response.close()
+
+    def pump(self) -> None:
+        """Decide on all that can be decided on now."""
+        now_s, provider = self.clock(), self.provider
+        load = self.engine.load()
+        provider.guests = self.metrics.guests_now
+        provider.scraped(now_s, load.running, load.waiting, load.kv_tokens)
+        while (decision := provider.decide(now_s)) is not None:
+            job: Job = decision.request.key
+            where = "hold" if decision.route == HOLD else decision.peer or "local"
+            self.metrics.decided(decision.route)
+            self.decisions.append(
+                {"at_s": round(now_s, 3), "class": self.config.class_names[job.ask.klass], "to": where}
+            )
+            if decision.route != HOLD and not job.placed.done():
+                job.placed.set_result(decision)
+
+    # Users' requests.
+
+    async def answer(self, ask: Ask, reply: Reply) -> None:
+        """Answer a user's request. Raises Failed when that cannot be, and what `reply` raises."""
+        provider, arrival_s = self.provider, self.clock()
+        if provider.held >= self.config.limits.held:
+            provider.missed()
+            self.metrics.turned_away()
+            raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
+        prompt = max(1, round(ask.prompt_bytes / self.bytes_per_token))
+        request = Request(None, ask.klass, prompt, arrival_s)
+        job = Job(ask, request, asyncio.get_running_loop().create_future())
+        request.key = job
+        self.metrics.accepted()
+        outcome, where = "failed", "nowhere"
+        provider.arrived(request)
+        try:
+            while True:
+                self.pump()
+                decision = await job.placed
+                where = "local" if decision.route == LOCAL else "peer"
+                try:
+                    if decision.route == LOCAL:
+                        usage = await self._run_here(ask, prompt, reply)
+                    else:
+                        usage = await self._hand_over(job, decision, reply)
+                    break
+                except GaveBack as reason:
+                    log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
+                    self._take_back(job, decision, reason)
+            outcome = "answered"
+            self._learn(ask, usage)
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            provider.dropped(request)
+            took_s = self.clock() - arrival_s
+            on_time = outcome == "answered" and took_s <= self.last_deadlines_s[ask.klass]
+            self.metrics.ended(outcome, where, took_s, on_time)
+            provider.ticked(0.0)  # there is room again somewhere, so what is held may be decided on
+            self.pump()
+
+    def _take_back(self, job: Job, decision: Decision, reason: GaveBack) -> None:
+        """Hold a request that came back. Raises Failed where there is nobody left to ask."""
+        job.placed = asyncio.get_running_loop().create_future()
+        if decision.peer is not None:
+            self.provider.refused(decision.peer)
+            self.provider.come_back(decision)
+            return
+        job.failures += not isinstance(reason, Full)
+        if job.failures >= ENGINE_TRIES:
+            raise Failed(502, f"the engine does not answer as it should: {reason}", "engine_error")
+        if not self.provider.may_hold(job.request, self.clock()):
+            raise Failed(503, f"the engine has no room: {reason}", "overloaded", retry_after_s=1)
+        self.provider.queue(job.request, front=True)
+        if isinstance(reason, Full) or not self.peers:  # nothing has changed before the next tick
+            self.provider.closed[job.ask.klass] = True
+
+    def _learn(self, ask: Ask, usage: Usage | None) -> None:
+        if usage is not None and usage.prompt > 0:
+            self.bytes_per_token += LEARN * (ask.prompt_bytes / usage.prompt - self.bytes_per_token)
+
+    async def _run_here(self, ask: Ask, prompt: int, reply: Reply) -> Usage | None:
+        """Run a request on the own engine. Raises GaveBack if nothing came of it yet, Failed if something had."""
+        self.engine.sent(prompt)
+        usage, tokens = None, 0
+        try:
+            async with self.engine.post(ask.path, ask.body) as response:
+                if response.status == 503:
+                    raise Full("it answers 503")
+                kind = response.headers.get("content-type", "application/json")
+                if ask.stream and response.status == 200:
+                    async for chunk in response.content.iter_any():
+                        if not reply.started:
+                            await reply.start(200, kind)
+                        tokens += chunk.count(b"data:")
+                        await reply.pass_on(chunk)
+                    if not reply.started:
+                        raise GaveBack("it answers nothing")
+                else:
+                    body = await response.read()
+                    usage = _usage(body, response.status)
+                    await reply.start(response.status, kind)
+                    await reply.pass_on(body)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            if reply.started:
+                raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
+            self.engine.suspect(reason)
+            raise GaveBack(reason) from None
+        finally:
+            output = usage.output if usage else tokens
+            self.engine.returned(prompt, output)
+        if output:
+            self.provider.finished(usage.prompt if usage else prompt, output)
+        return usage
+
+    async def _hand_over(self, job: Job, decision: Decision, reply: Reply) -> Usage | None:
+        """Hand a request to a peer. Raises GaveBack if it did not take it or nothing came of it, Failed if it broke
+        off."""
+        ask, name = job.ask, decision.peer
+        advert = self.peers.get(name) if name else None
+        if advert is None or name is None:
+            raise GaveBack("it is gone")
+        headers = {"content-type": "application/json", ORIGIN: self.config.name, PROMPT: str(job.request.prompt)}
+        handed: Handed | None = None
+        usage: Usage | None = None
+        try:
+            async with asyncio.timeout(OFFER_TIMEOUT_S) as patience:
+                async with self.session.post(
+                    advert.url + PEER_PREFIX + ask.path, data=ask.body, headers=headers, timeout=self.offer_timeout
+                ) as response:
+                    if response.status != 200:
+                        raise GaveBack(f"it answers {response.status}")
+                    patience.reschedule(None)
+                    promise = Promise(float(response.headers[TTFT]), float(response.headers[TPOT]))
+                    handed = Handed(name, self.clock(), promise, ask.stream, response=response)
+                    self.handed.add(handed)
+                    self.provider.sent(name)
+                    usage = await self._fetch(ask, handed, response, reply)
+        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            if reply.started:
+                raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
+            raise GaveBack(reason) from None
+        finally:
+            if handed is not None:
+                self.handed.discard(handed)
+                self.provider.ended(name)
+        assert handed is not None
+        output = usage.output if usage else handed.tokens
+        if output:
+            promised_s = handed.promise.ttft_s + handed.promise.tpot_s * output
+            self.provider.answered(name, self.clock() - handed.taken_s, promised_s)
+        return usage
+
+    async def _fetch(self, ask: Ask, handed: Handed, response: aiohttp.ClientResponse, reply: Reply) -> Usage | None:
+        """The answer of a peer: a line that says how its engine answered, and what it answered."""
+        head = orjson.loads(await response.content.readline())
+        status, kind = int(head["status"]), str(head["type"])
+        if status >= 500:
+            raise GaveBack(f"its engine answers {status}")
+        if ask.stream and status == 200:
+            async for chunk in response.content.iter_any():
+                if not reply.started:
+                    await reply.start(200, kind)
+                handed.tokens += chunk.count(b"data:")
+                await reply.pass_on(chunk)
+            if not reply.started:
+                raise GaveBack("it answers nothing")
+            return None
+        body = await response.read()
+        usage = _usage(body, status)
+        await reply.start(status, kind)
+        await reply.pass_on(body)
+        return usage
+
+    # Peers' requests.
+
+    def consider(self, prompt: int) -> Promise | None:
+        """Whether a peer's request of `prompt` tokens is taken; what is promised if so."""
+        if not self.engine.healthy:
+            return None
+        load = self.engine.load()
+        self.provider.scraped(self.clock(), load.running, load.waiting, load.kv_tokens)
+        return self.provider.consider(prompt, float(self.generator.random()))
+
+    async def run_for(self, ask: Ask, prompt: int, reply: Reply) -> bool:
+        """Run a peer's request, whose answer begins with a line that says how the engine answers. Returns whether it
+        came to its end; if not, the connection is to be broken off."""
+        line = _HeadLine(reply)
+        self.metrics.guest(1)
+        outcome = "failed"
+        try:
+            await self._run_here(ask, prompt, line)
+            outcome = "answered"
+        except GaveBack as reason:
+            await line.start(503, "application/json")
+            log.debug("cannot run a peer's request", extra={"reason": str(reason)})
+        except Failed:
+            return False
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self.metrics.guest(-1, outcome)
+            with suppress(Exception):
+                self.provider.ticked(0.0)
+                self.pump()
+        return True
+
+    # To look at.
+
+    def overview(self) -> dict[str, Any]:
+        """The node as it is, for people and programs."""
+        now_s, load, provider = self.clock(), self.engine.load(), self.provider
+        peers = []
+        for row, name in enumerate(provider.names):
+            advert, vector = self.peers.get(name), provider.adverts[row]
+            there = advert is not None
+            peers.append(
+                {
+                    "name": name, "url": advert.url if advert else None, "there": there,
+                    "age_s": round(now_s - vector[AD_TIME_S], 3) if there else None,
+                    "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
+                    "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
+                    "price": vector[AD_PRICE], "stake": vector[AD_STAKE],
+                    "out": sum(each.peer == name for each in self.handed),
+                }
+            )  # fmt: skip
+        return {
+            "name": self.config.name, "url": self.url, "policy": provider.policy.name, "serves": self.serves,
+            "engine": {
+                "url": self.engine.url, "up": self.engine.healthy, "reason": self.engine.reason,
+                "running": load.running, "waiting": load.waiting,
+                "kv_use": load.kv_tokens / self.engine.profile.kv_tokens,
+            },
+            "held": provider.held, "guests": self.metrics.guests_now, "price": provider.price,
+            "requests": self.metrics.totals(), "peers": peers, "decisions": list(self.decisions),
+        }  # fmt: skip
+
+
+class _HeadLine:
+    """A reply whose status and type go before the body, in a line of JSON, as the HTTP status is out already."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.started, self._reply = False, reply
+
+    async def start(self, status: int, content_type: str) -> None:
+        self.started = True
+        await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n")
+
+    async def pass_on(self, chunk: bytes) -> None:
+        await self._reply.pass_on(chunk)
+
+
+def _usage(body: bytes, status: int) -> Usage | None:
+    """Tokens as a whole answer tells them. Raises GaveBack for a success that is not JSON."""
+    try:
+        usage = orjson.loads(body).get("usage")
+        return Usage(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        if status == 200:
+            raise GaveBack("its answer is not what an engine answers") from None
+        return None

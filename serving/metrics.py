@@ -1,0 +1,91 @@
+"""What a node counts, for Prometheus and for its own overview."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from agents.decision import HOLD, LOCAL
+
+LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The counts of one node."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._accepted = self._counter("requests_accepted", "users' requests that were taken")
+        self._turned_away = self._counter("requests_turned_away", "users' requests that found too many waiting")
+        self._ended = self._counter("requests_ended", "users' requests by how and where they ended", "outcome", "where")
+        self._on_time = self._counter("requests_on_time", "users' requests answered by their last deadline")
+        self._decisions = self._counter("decisions", "what was decided", "route")
+        self._guests = self._counter("guests_ended", "peers' requests by how they ended", "outcome")
+        self._offers_refused = self._counter("offers_refused", "peers' requests that were not taken")
+        self._latency = Histogram(
+            "wwwserve_latency_seconds", "from arrival to the end of the answer", registry=self.registry,
+            buckets=LATENCY_BUCKETS_S,
+        )  # fmt: skip
+        self._held = self._gauge("held", "users' requests that are not decided")
+        self._guests_now = self._gauge("guests", "peers' requests in the engine")
+        self._engine_up = self._gauge("engine_up", "whether the engine answers")
+        self._peers = self._gauge("peers", "peers that are there")
+        self._routes = {HOLD: self._decisions.labels("hold"), LOCAL: self._decisions.labels("local")}
+        self._to_peer = self._decisions.labels("peer")
+        self._counts = {
+            "accepted": 0, "answered": 0, "failed": 0, "cancelled": 0, "on_time": 0, "turned_away": 0, "handed_over": 0
+        }  # fmt: skip
+        self.guests_now = 0
+        self._total_s = 0.0
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"wwwserve_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"wwwserve_{name}", text, registry=self.registry)
+
+    def accepted(self) -> None:
+        """A user's request was taken."""
+        self._accepted.inc()
+        self._counts["accepted"] += 1
+
+    def turned_away(self) -> None:
+        """A user's request found too many waiting."""
+        self._turned_away.inc()
+        self._counts["turned_away"] += 1
+
+    def decided(self, route: int) -> None:
+        """A decision was made."""
+        self._routes.get(route, self._to_peer).inc()
+
+    def ended(self, outcome: str, where: str, took_s: float, on_time: bool) -> None:
+        """A user's request ended: "answered", "failed" or "cancelled", "local", at a "peer" or "nowhere"."""
+        self._ended.labels(outcome, where).inc()
+        self._counts[outcome] += 1
+        if outcome == "answered":
+            self._latency.observe(took_s)
+            self._total_s += took_s
+            self._counts["handed_over"] += where == "peer"
+        if on_time:
+            self._on_time.inc()
+            self._counts["on_time"] += 1
+
+    def guest(self, change: int, outcome: str = "") -> None:
+        """A peer's request came or ended."""
+        self.guests_now += change
+        if outcome:
+            self._guests.labels(outcome).inc()
+
+    def offer_refused(self) -> None:
+        """A peer's request was not taken."""
+        self._offers_refused.inc()
+
+    def totals(self) -> dict[str, float]:
+        """Counts of users' requests, and the mean latency of those answered, s."""
+        answered = self._counts["answered"]
+        return self._counts | {"mean_latency_s": round(self._total_s / answered, 4) if answered else 0.0}
+
+    def page(self, *, held: int, engine_up: bool, peers: int) -> bytes:
+        """The page that Prometheus reads."""
+        self._held.set(held)
+        self._guests_now.set(self.guests_now)
+        self._engine_up.set(engine_up)
+        self._peers.set(peers)
+        return generate_latest(self.registry)

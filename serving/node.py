@@ -1,0 +1,117 @@
+"""A node, from its configuration to a server that answers."""
+
+import asyncio
+import json
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import uvicorn
+import uvloop
+
+from agents.rules import RULES, Policy, Rule
+from agents.runtime import DEFAULT_BUNDLE
+from agents.runtime import load as load_bundle
+from serving.app import App
+from serving.config import NodeConfig
+from serving.dispatcher import Dispatcher
+from serving.engine import Engine, EngineError
+from serving.membership import StaticMembership
+from serving.metrics import Metrics
+from serving.provider import Provider
+
+log = logging.getLogger("wwwserve.node")
+
+_PLAIN = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON: time, level, logger, message, and what was given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        line: dict[str, Any] = {
+            "at": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name,
+            "message": record.getMessage(),
+        }  # fmt: skip
+        line |= {key: value for key, value in record.__dict__.items() if key not in _PLAIN}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def policy_of(named: str | None) -> Policy:
+    """A rule by its name, a bundle by its folder, or the bundle that is shipped.
+
+    Raises agents.bundle.BundleError for a bundle that cannot be used.
+    """
+    if named in RULES:
+        return Rule(named)
+    return load_bundle(Path(named) if named else DEFAULT_BUNDLE)
+
+
+async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
+    """Run a node until SIGTERM or SIGINT; `ready` is called with its URL once it listens.
+
+    Raises ValueError for a configuration that cannot be, OSError for an address that cannot be used.
+    """
+    policy = policy_of(config.policy)
+    profile = config.engine_profile()
+    provider = Provider(
+        policy, profile, config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
+        mean_prompt=config.prompt_tokens, mean_output=config.output.median,
+    )  # fmt: skip
+    listener = socket.create_server((config.host, config.port), backlog=1024)
+    url = config.url or f"http://{config.host}:{listener.getsockname()[1]}"
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
+    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+        told = config.engine
+        engine = Engine(told.kind, told.url, profile, session, key=told.key, timeout_s=told.timeout_s)
+        membership = StaticMembership([(peer.name, peer.url) for peer in config.peers], session, time.monotonic)
+        metrics = Metrics()
+        dispatcher = Dispatcher(config, provider, engine, membership, session, metrics, url)
+        web = uvicorn.Config(
+            App(dispatcher, config), http="httptools", lifespan="off", ws="none", log_config=None, log_level="critical",
+            access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=60, server_header=False,
+            date_header=False,
+        )  # fmt: skip
+        server = uvicorn.Server(web)
+        try:
+            await engine.scrape()
+            dispatcher.serves = dispatcher.serves or await engine.models()
+        except EngineError as error:
+            log.warning("the engine is not there yet", extra={"reason": str(error)})
+        acting = asyncio.create_task(dispatcher.run())
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.005)
+            log.info("ready", extra={"url": url, "policy": policy.name, "serves": dispatcher.serves})
+            ready(url)
+            await asyncio.wait({serving, acting}, return_when=asyncio.FIRST_COMPLETED)
+            if acting.done():
+                server.should_exit = True
+                acting.result()
+            await serving
+        finally:
+            server.should_exit = True
+            acting.cancel()
+            await asyncio.gather(acting, serving, return_exceptions=True)
+
+
+def run(config: NodeConfig) -> None:
+    """Run a node; prints a line of JSON with its URL when it is ready, and logs to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=config.log.upper(), handlers=[handler], force=True)
+
+    def ready(url: str) -> None:
+        print(json.dumps({"name": config.name, "url": url}), flush=True)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(config, ready))
