@@ -88,6 +88,9 @@ class App:
             pass
         except Failed as failed:
             await _fail(send, failed)
+        except Exception:  # the user sees no more of it than that it happened
+            log.exception("a request met an error", extra={"path": path})
+            await _fail(send, Failed(500, "an error inside the node", "internal_error"))
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
         if not self.keys:
@@ -108,8 +111,7 @@ class App:
             if not reply.started:
                 raise
             await reply.pass_on(b"data: " + _error(failed) + b"\n\n")
-        if reply.started:
-            await reply.end()
+        await reply.end()
 
     def _ask(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Ask:
         request = _object(body)

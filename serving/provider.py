@@ -258,7 +258,7 @@ class Provider:
                     head, soonest_s = line[0], due_s
         if head is not None and head is not self.head:
             eligible = now_s - self.adverts[:, AD_TIME_S] <= silent_after_s(self.market.gossip_s)
-            eligible &= self.serves
+            eligible &= np.array(self.serves, np.bool_)
             head.n_candidates = draw_by_stake(
                 np.ascontiguousarray(self.adverts[:, AD_STAKE]), eligible, CANDIDATES, self.generator, head.candidates
             )
@@ -320,6 +320,7 @@ class Provider:
         """The candidate of a decision refused: the request is at the head of its queue again, the refuser masked."""
         decision.request.refused |= 1 << (decision.route - FIRST_CANDIDATE)
         self.queue(decision.request, front=True)
+        self.head = decision.request  # whatever else was decided on meanwhile, its candidates are not drawn anew
 
     # What it says to others.
 

@@ -1,0 +1,475 @@
+"""The live node before engines that behave and engines that do not: the real servers, on loopback, in one process."""
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from serving import config, engine, node
+from serving.engine import NAMES, EngineError, read_load
+from serving.membership import SILENT_S, AdvertError, decode
+from serving.network import free_ports
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+MODEL = "stub"
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Servers take over signal handlers, and those in one process do not give them back in order."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@dataclass
+class Stub:
+    """An engine that does what a test wants."""
+
+    mode: str = "well"
+    waiting: int = 0
+    tokens: int = 5
+    pause_s: float = 0.0
+    bodies: list[bytes] = field(default_factory=list)
+    begun: int = 0
+    aborted: int = 0
+    url: str = ""
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        self.bodies.append(body)
+        self.begun += 1
+        if self.mode == "full":
+            return web.json_response({"error": "full"}, status=503)
+        if self.mode == "garbage":
+            return web.Response(body=b"\x00\xffgarbage", content_type="application/json")
+        if self.mode == "hangs up":
+            assert request.transport is not None
+            request.transport.close()
+            return web.Response()
+        try:
+            return await (self.stream(request) if json.loads(body).get("stream") else self.whole())
+        except (asyncio.CancelledError, ConnectionError):
+            self.aborted += 1
+            raise
+
+    async def whole(self) -> web.Response:
+        await asyncio.sleep(self.pause_s * self.tokens)
+        usage = {"prompt_tokens": 7, "completion_tokens": self.tokens, "total_tokens": 7 + self.tokens}
+        return web.json_response({"from": self.url, "choices": [], "usage": usage})
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for k in range(self.tokens):
+            if self.mode == "breaks off" and k == 2:
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            await response.write(b"data: " + json.dumps({"token": k, "from": self.url}).encode() + b"\n\n")
+            await asyncio.sleep(self.pause_s)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        lines = (
+            f'{name}{{engine="0"}} {value}' for name, value in zip(NAMES["vllm"], (0, self.waiting, 0.0), strict=True)
+        )
+        return web.Response(text="\n".join(lines))
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": MODEL}]})
+
+    @contextlib.asynccontextmanager
+    async def served(self) -> AsyncIterator["Stub"]:
+        app = web.Application(handler_args={"handler_cancellation": True})
+        app.router.add_post("/v1/chat/completions", self.complete)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/v1/models", self.models)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        assert site._server is not None
+        self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[attr-defined]
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+
+PROFILE = {"kind": "catalogue", "gpu": "rtx-4090", "model": "qwen3-8b", "max_num_seqs": 8}
+
+
+class Net:
+    """Nodes before stub engines, all each other's peers, and a client."""
+
+    def __init__(self, session: aiohttp.ClientSession, urls: list[str], stubs: list[Stub]) -> None:
+        self.session, self.urls, self.stubs = session, urls, stubs
+        self.running: list[asyncio.Task[None]] = []
+
+    async def ask(
+        self, k: int = 0, headers: dict[str, str] | None = None, **more: Any
+    ) -> tuple[int, bytes, dict[str, str]]:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello there"}]} | more
+        async with self.session.post(self.urls[k] + "/v1/chat/completions", json=body, headers=headers) as response:
+            return response.status, await response.read(), dict(response.headers)
+
+    async def see(self, k: int = 0) -> dict[str, Any]:
+        async with self.session.get(self.urls[k] + "/network") as response:
+            seen: dict[str, Any] = await response.json()
+            return seen
+
+    async def until(self, what: Callable[[], Awaitable[bool]], for_s: float = 5.0) -> None:
+        for _ in range(round(for_s / 0.02)):
+            if await what():
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"not within {for_s} s")
+
+
+@contextlib.asynccontextmanager
+async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
+    """A network of one node for each stub; `more` goes into the nodes' configurations."""
+    async with contextlib.AsyncExitStack() as stack:
+        for stub in stubs:
+            await stack.enter_async_context(stub.served())
+        ports = free_ports(len(stubs))
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        made = Net(session, urls, list(stubs))
+        for k, stub in enumerate(stubs):
+            peers = [{"name": f"n{i}", "url": url} for i, url in enumerate(urls) if i != k]
+            told = {
+                "name": f"n{k}", "port": ports[k], "policy": "earliest_finish", "peers": peers,
+                "engine": {"url": stub.url, "profile": PROFILE, "timeout_s": 2.0},
+                "market": {"tick_s": 0.1, "gossip_s": 0.2},
+            }  # fmt: skip
+            up = asyncio.get_running_loop().create_future()
+            running = asyncio.create_task(node.serve(config.parse(told | more, "test"), up.set_result))
+            made.running.append(running)
+            await asyncio.wait({up, running}, return_when=asyncio.FIRST_COMPLETED)
+            assert up.done(), running
+        try:
+            for k in range(len(stubs)):
+
+                async def all_there(k: int = k) -> bool:
+                    seen = await made.see(k)
+                    return bool(seen["engine"]["up"]) and sum(p["there"] for p in seen["peers"]) == len(stubs) - 1
+
+                await made.until(all_there)
+            yield made
+        finally:
+            for task in made.running:
+                task.cancel()
+            await asyncio.gather(*made.running, return_exceptions=True)
+
+
+def play(scene: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scene(), 30.0))
+
+
+def busy() -> Stub:
+    """An engine so full that whoever can goes elsewhere."""
+    return Stub(waiting=200)
+
+
+# One node.
+
+
+def test_a_body_goes_to_the_engine_as_it_is_and_its_answer_comes_back_as_it_is() -> None:
+    async def scene() -> None:
+        async with net(Stub()) as n:
+            body = b'{"model":"stub", "messages":[], "unheard_of": {"a":[1,2]} ,"seed":18446744073709551615}'
+            async with n.session.post(n.urls[0] + "/v1/chat/completions", data=body) as response:
+                answer = await response.read()
+                assert response.status == 200 and response.content_type == "application/json"
+            assert n.stubs[0].bodies == [body]
+            assert json.loads(answer)["usage"]["completion_tokens"] == 5
+            async with n.session.get(n.urls[0] + "/v1/models") as response:
+                assert [each["id"] for each in (await response.json())["data"]] == [MODEL]
+
+    play(scene)
+
+
+def test_a_stream_comes_chunk_by_chunk() -> None:
+    async def scene() -> None:
+        async with net(Stub(pause_s=0.1)) as n:
+            body = {"model": MODEL, "messages": [], "stream": True}
+            loop, times, parts = asyncio.get_running_loop(), [], []
+            async with n.session.post(n.urls[0] + "/v1/chat/completions", json=body) as response:
+                assert response.content_type == "text/event-stream"
+                async for chunk in response.content.iter_any():
+                    times.append(loop.time())
+                    parts.append(chunk)
+            assert b"".join(parts).count(b"data:") == 6 and b"".join(parts).endswith(b"data: [DONE]\n\n")
+            assert times[-1] - times[0] > 0.3
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "told"),
+    [
+        (b"{", {}, 400, "not JSON"),
+        (b"[1]", {}, 400, "is a list, expected an object"),
+        (b"{}", {}, 400, "model is missing"),
+        (b'{"model": "other"}', {}, 404, "no model 'other'"),
+        (b'{"model": "stub", "stream": 3}', {}, 400, "stream is not"),
+        (b'{"model": "stub"}', {"x-slo-class": "gold"}, 400, "expected one of default"),
+        (b'{"model": "stub", "pad": "' + b"x" * 3000 + b'"}', {}, 413, "larger than 2000 bytes"),
+        (b'{"model": "stub"}', {"x-pad": "y" * 3000}, 431, "headers are too large"),
+        (b'{"model": "stub"}', {"authorization": "Bearer wrong"}, 401, "API key is not known"),
+        (b'{"model": "stub"}', {"authorization": ""}, 401, "API key is not known"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_with_the_reason(
+    body: bytes, headers: dict[str, str], status: int, told: str
+) -> None:
+    async def scene() -> None:
+        async with net(Stub(), keys=["good"], limits={"body_bytes": 2000, "header_bytes": 2000}) as n:
+            sent = {"authorization": "Bearer good"} | headers
+            async with n.session.post(n.urls[0] + "/v1/chat/completions", data=body, headers=sent) as response:
+                assert response.status == status
+                assert told in (await response.json())["error"]["message"]
+            assert n.stubs[0].bodies == []
+            assert (await n.ask(headers={"authorization": "Bearer good"}))[0] == 200
+
+    play(scene)
+
+
+def test_beyond_the_bound_of_its_queue_a_node_says_when_to_come_again() -> None:
+    async def scene() -> None:
+        async with net(Stub(mode="full"), limits={"held": 3}, market={"tick_s": 5.0}) as n:
+            first = [asyncio.create_task(n.ask()) for _ in range(3)]
+
+            async def all_held() -> bool:
+                return bool((await n.see())["held"] == 3)
+
+            await n.until(all_held)
+            status, _, headers = await n.ask()
+            assert (status, headers["Retry-After"]) == (503, "1")
+            n.stubs[0].mode = "well"
+            assert [each[0] for each in await asyncio.gather(*first)] == [200] * 3
+            totals = (await n.see())["requests"]
+            assert (totals["accepted"], totals["answered"], totals["turned_away"]) == (3, 3, 1)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("mode", ["garbage", "hangs up"])
+def test_an_engine_that_fails_ends_a_request_with_an_error(mode: str) -> None:
+    async def scene() -> None:
+        async with net(Stub(mode=mode)) as n:
+            status, body, _ = await n.ask()
+            assert status == 502 and "does not answer as it should" in json.loads(body)["error"]["message"]
+            assert (await n.see())["requests"]["failed"] == 1
+
+    play(scene)
+
+
+def test_an_engine_that_never_answers_is_given_up() -> None:
+    async def scene() -> None:
+        stub = Stub(pause_s=100.0)
+        async with net(stub) as n:
+            status, _, _ = await n.ask()
+            assert status == 502
+            assert stub.begun >= 1
+
+    play(scene)
+
+
+def test_a_user_who_hangs_up_stops_the_work() -> None:
+    async def scene() -> None:
+        async with net(Stub(pause_s=0.5)) as n:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(n.ask(), 0.3)
+
+            async def stopped() -> bool:
+                return n.stubs[0].aborted == 1 and (await n.see())["requests"]["cancelled"] == 1
+
+            await n.until(stopped)
+
+    play(scene)
+
+
+# Several nodes.
+
+
+def test_overflow_goes_to_a_peer_and_comes_back_whole() -> None:
+    async def scene() -> None:
+        async with net(busy(), Stub()) as n:
+            status, body, _ = await n.ask()
+            assert status == 200 and json.loads(body)["from"] == n.stubs[1].url
+            status, body, _ = await n.ask(stream=True)
+            assert status == 200 and body.count(b"data:") == 6 and n.stubs[1].url.encode() in body
+            seen = await n.see()
+            assert seen["requests"]["handed_over"] == 2 and n.stubs[0].begun == 0
+            async with n.session.get(n.urls[1] + "/metrics") as response:
+                page = await response.text()
+            assert 'wwwserve_guests_ended_total{outcome="answered"} 2.0' in page
+            async with n.session.get(n.urls[0] + "/metrics") as response:
+                assert 'wwwserve_requests_ended_total{outcome="answered",where="peer"} 2.0' in await response.text()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", ["full", "garbage", "hangs up"])
+def test_a_peer_that_fails_before_the_first_token_is_replaced(mode: str, stream: bool) -> None:
+    if mode == "garbage" and stream:
+        pytest.skip("a stream is passed on as it comes")
+
+    async def scene() -> None:
+        async with net(busy(), Stub(mode=mode), Stub(waiting=20)) as n:
+            status, body, _ = await n.ask(stream=stream)
+            assert status == 200 and b"error" not in body
+            assert n.stubs[1].begun == 1 and n.stubs[0].begun + n.stubs[2].begun == 1
+
+    play(scene)
+
+
+def test_a_peer_that_fails_later_ends_the_stream_with_an_error_and_no_replay() -> None:
+    async def scene() -> None:
+        async with net(busy(), Stub(mode="breaks off", pause_s=0.05), Stub(waiting=20)) as n:
+            status, body, _ = await n.ask(stream=True)
+            events = [line for line in body.decode().splitlines() if line]
+            assert status == 200 and [json.loads(each[6:]).get("token") for each in events[:2]] == [0, 1]
+            assert "broke off" in json.loads(events[-1][6:])["error"]["message"]
+            assert len(events) == 3 and n.stubs[2].begun == 0
+            assert (await n.see())["requests"]["failed"] == 1
+
+    play(scene)
+
+
+def test_a_user_who_hangs_up_stops_the_work_at_a_peer() -> None:
+    async def scene() -> None:
+        async with net(busy(), Stub(pause_s=0.5)) as n:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(n.ask(), 0.4)
+
+            async def stopped() -> bool:
+                return n.stubs[1].aborted == 1 and (await n.see(1))["guests"] == 0
+
+            await n.until(stopped)
+
+    play(scene)
+
+
+def test_a_peer_that_leaves_gets_nothing_more_and_one_that_comes_back_does() -> None:
+    async def scene() -> None:
+        async with net(busy(), Stub()) as n:
+            n.running[1].cancel()
+            await asyncio.gather(n.running[1], return_exceptions=True)
+
+            async def gone() -> bool:
+                return not (await n.see())["peers"][0]["there"]
+
+            await n.until(gone, SILENT_S + 0.5)
+            n.stubs[0].waiting = 0
+            assert json.loads((await n.ask())[1])["from"] == n.stubs[0].url
+
+    play(scene)
+
+
+def test_strangers_and_nonsense_are_no_peers() -> None:
+    async def scene() -> None:
+        async with net(Stub()) as n:
+            for body in (b"", b"{}", b"\xff", json.dumps({"name": "x"}).encode()):
+                async with n.session.post(n.urls[0] + "/peer/beat", data=body) as response:
+                    assert response.status == 403
+            async with n.session.post(n.urls[0] + "/peer/v1/chat/completions", data=b'{"model": "stub"}') as response:
+                assert response.status == 400
+
+    play(scene)
+    with pytest.raises(AdvertError, match="expected 19"):
+        decode(b'{"name":"a","url":"u","serves":[],"number":1,"load":[1.0],"age_s":0,"valid_s":1}')
+
+
+# Loads and configurations.
+
+VLLM_PAGE = """# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 4.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.5
+"""
+# In the form of SGLang's documentation of its metrics; it does not run here.
+SGLANG_PAGE = """# HELP sglang:token_usage The token usage
+# TYPE sglang:token_usage gauge
+sglang:token_usage{model_name="meta-llama/Llama-3.1-8B-Instruct"} 0.28
+sglang:num_running_reqs{model_name="meta-llama/Llama-3.1-8B-Instruct"} 161.0
+sglang:num_queue_reqs{model_name="meta-llama/Llama-3.1-8B-Instruct"} 2826.0
+"""
+
+
+def test_loads_are_summed_and_the_fullest_cache_counts() -> None:
+    assert read_load(VLLM_PAGE, NAMES["vllm"], 1000) == (5.0, 4.0, 500.0)
+    assert read_load(SGLANG_PAGE, NAMES["sglang"], 1000) == (161.0, 2826.0, 280.0)
+    assert read_load("vllm:num_requests_running 1\nvllm:num_requests_waiting 2 1700\nvllm:kv_cache_usage_perc 0.1",
+                     NAMES["vllm"], 100) == (1.0, 2.0, 10.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES["vllm"])
+def test_a_missing_metric_is_named(name: str) -> None:
+    page = "\n".join(line for line in VLLM_PAGE.splitlines() if not line.startswith(name))
+    with pytest.raises(EngineError, match=f"no metric {name}"):
+        read_load(page, NAMES["vllm"], 1000)
+    with pytest.raises(EngineError, match="has no number"):
+        read_load(
+            VLLM_PAGE.replace(f'{name}{{engine="0",model_name="m"}} ', f'{name}{{engine="0"}} many'), NAMES["vllm"], 1
+        )
+
+
+def test_what_was_sent_since_the_scrape_is_counted() -> None:
+    async def scene() -> None:
+        async with Stub(waiting=0).served() as stub, aiohttp.ClientSession() as session:
+            profile = config.parse({"name": "n", "engine": {"url": stub.url, "profile": PROFILE}}, "t").engine_profile()
+            e = engine.Engine("vllm", stub.url, profile, session)
+            assert not e.healthy and e.load().waiting > 100
+            await e.scrape()
+            assert e.healthy and e.load() == (0.0, 0.0, 0.0)
+            for _ in range(10):
+                e.sent(100)
+            assert e.load() == (8.0, 2.0, 1120.0)
+            e.returned(100, 20)
+            assert e.load() == (8.0, 1.0, 1120.0 - 128.0)
+            await e.scrape()
+            assert e.load() == (0.0, 0.0, 0.0)
+
+    play(scene)
+
+
+GOOD = {"name": "n", "engine": {"url": "http://h:1", "profile": PROFILE}}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"nam": "x"}, "unknown field `nam`"),
+        ({"port": "x"}, r"Expected `int`, got `str` - at `\$.port`"),
+        ({"port": 70000}, "port must be 0 to 65535, got 70000"),
+        ({"deadlines_s": [5, 3]}, "deadlines_s must be"),
+        ({"engine": {"url": "h:1", "profile": PROFILE}}, "every url must be http"),
+        ({"engine": {"url": "http://h:1", "profile": PROFILE | {"gpu": "abacus"}}}, "abacus"),
+        ({"engine": {"url": "http://h:1", "kind": "llm", "profile": PROFILE}}, r"at `\$.engine.kind`"),
+        ({"peers": [{"name": "n", "url": "http://h:2"}]}, "of different names"),
+        ({"classes": {str(k): {"deadline_s": 5} for k in range(5)}}, "at most 4, got 5"),
+        ({"market": {"prices": []}}, "market.prices must be"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any], told: str) -> None:
+    assert config.parse(GOOD, "node.yaml").port == 9000
+    with pytest.raises(config.ConfigError, match=f"node.yaml: .*{told}"):
+        config.parse(GOOD | change, "node.yaml")
