@@ -110,29 +110,29 @@ RULES: dict[str, dict[str, Setting]] = {
         "accept": Setting(0.8, "chance to take others' work", 1.0, (0.0, 1.0)),
         "probes": Setting(3, "peers probed, at most", search=(1.0, 8.0)),
     },
-    "earliest_finish": _tuned(FINISH, accept_wait_s=0.53, own_margin=0.911, slowdown=0.0366, crowd=2.89),
+    "earliest_finish": _tuned(FINISH, accept_wait_s=0.53, own_margin=0.911, slowdown=0.0425, crowd=2.89),
     "earliest_finish_trust": _tuned(
         FINISH | TRUST,
-        accept_wait_s=0.5,
-        own_margin=0.911,
-        slowdown=0.378,
-        crowd=13.2,
-        pace=1.25,
-        record=0.818,
-        overdue=0.0846,
+        accept_wait_s=0.674,
+        own_margin=0.903,
+        slowdown=0.0796,
+        crowd=15,
+        pace=1.37,
+        record=1.09,
+        overdue=0,
     ),
     "deadline_first": _tuned(
-        FINISH | {"urgency": URGENCY}, accept_wait_s=1.42, own_margin=0.804, slowdown=0.189, crowd=6.41, urgency=1.37
+        FINISH | {"urgency": URGENCY}, accept_wait_s=1.05, own_margin=0.804, slowdown=0.378, crowd=6.41, urgency=1.37
     ),
     "rank_cap": _tuned(
         FINISH | CAP,
-        accept_wait_s=1.88,
-        own_margin=0.993,
-        slowdown=2,
-        crowd=5.98,
-        urgency=1.52,
-        cap_fast=0.0244,
-        cap_slow=0.708,
+        accept_wait_s=0.572,
+        own_margin=0.988,
+        slowdown=0.427,
+        crowd=6.4,
+        urgency=1,
+        cap_fast=0.324,
+        cap_slow=0.758,
     ),
     "trust_cap": _tuned(
         FINISH | TRUST | CAP,
@@ -148,7 +148,7 @@ RULES: dict[str, dict[str, Setting]] = {
         cap_slow=0.922,
     ),
     "best_value": _tuned(
-        {"accept_wait_s": ACCEPT_WAIT_S, "price_slope": PRICE_SLOPE}, accept_wait_s=3.91, price_slope=1.28
+        {"accept_wait_s": ACCEPT_WAIT_S, "price_slope": PRICE_SLOPE}, accept_wait_s=1.45, price_slope=0.996
     ),
 }
 _IDS = {name: k for k, name in enumerate(RULES)}

@@ -12,7 +12,7 @@ from agents.hardware import Profile, iteration_s, profile
 from agents.lengths import Lognormal
 from envs.scenario import Lengths, Scenario, parse
 
-Kind = Literal["honest", "lying", "switching", "deadlines", "conversation"]
+Kind = Literal["honest", "lying", "switching", "deadlines", "conversation", "alike", "hardware"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FAMILY = "qwen3"
@@ -47,8 +47,9 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
     honest: load 0.6 to 1.1 of capacity. lying: the same, and up to a third of the providers, mostly slow ones,
     advertise less load and more speed than they have. switching: they do so for a part of the run only. deadlines: load
     0.7 to 1.3, chat and batch requests, priced per 1000 tokens. conversation: honest, with short requests, many, and
-    tight thresholds, in a sixth of the time. In all, nodes are alike in a fifth of the markets and serve one model in
-    another; load is uneven between providers, steady, alternating or bursty in time, and providers may leave or join.
+    tight thresholds, in a sixth of the time. alike: honest, all nodes the same. hardware: honest, one model, any GPU.
+    In the other kinds, nodes are alike in a fifth of the markets and serve one model in another. Load is uneven between
+    providers, steady, alternating or bursty in time, and providers may leave or join.
     Raises ValueError for another kind.
     """
     if kind not in KINDS:
@@ -86,7 +87,8 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
         mapping["slo"]["classes"] = classes
 
     count = int(rng.integers(3, 9))
-    providers = _fleet(count, rng)
+    common = _IN_COMMON.get(kind) or str(rng.choice(["all", "model", "nothing"], p=[0.2, 0.2, 0.6]))
+    providers = _fleet(count, common, rng)
     capacities = [
         capacity_per_s(profile(each["gpu"], each["model"], each["max_num_seqs"]), lengths.prompt, outputs)
         for each in providers
@@ -132,13 +134,15 @@ def _fits(gpu: str, model: str) -> bool:
 _MODELS_OF = {gpu: [model for model in _MODEL_WEIGHTS if _fits(gpu, model)] for gpu in _GPU_WEIGHTS}
 
 
-def _fleet(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Nodes that are all alike, serve the same model, or have nothing in common, in one market of five, one, three."""
-    common = rng.random()
+_IN_COMMON = {"alike": "all", "hardware": "model"}
+
+
+def _fleet(count: int, common: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Nodes that have "all" in common, the "model" they serve, or "nothing"."""
     first = _hardware(rng, list(_MODEL_WEIGHTS))
-    if common < 0.2:
+    if common == "all":
         return [dict(first) for _ in range(count)]
-    models = [first["model"]] if common < 0.4 else list(_MODEL_WEIGHTS)
+    models = [first["model"]] if common == "model" else list(_MODEL_WEIGHTS)
     return [_hardware(rng, models) for _ in range(count)]
 
 

@@ -26,7 +26,7 @@ from eval.workers import each
 
 TUNED = Path(__file__).parent / "tuned_rules.json"
 SEED = FIRST_TEST_SEED // 4  # apart from what policies are trained, validated and tested on
-ALIKE: tuple[Kind, ...] = ("honest", "lying", "switching")  # until it shows, one cannot tell which it is
+OF_UNKNOWN_HONESTY: tuple[Kind, ...] = ("honest", "lying", "switching")  # until it shows, one cannot tell which it is
 ANYONE = "anyone"
 OBJECTIVES = ("all", *KINDS, ANYONE)
 Settings = dict[str, float]
@@ -83,8 +83,8 @@ def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int
     def measured(settings: Settings, plans: dict[Kind, list[MarketPlan]]) -> list[float]:
         """Mean score for each of `OBJECTIVES`."""
         means = {kind: float(np.mean(scores(Rule(rule, settings), plans[kind]))) for kind in KINDS}
-        overall, anyone = float(np.mean(list(means.values()))), float(np.mean([means[kind] for kind in ALIKE]))
-        return [overall, *means.values(), anyone]
+        anyone = [means[kind] for kind in OF_UNKNOWN_HONESTY]
+        return [float(np.mean(list(means.values()))), *means.values(), float(np.mean(anyone))]
 
     first = np.array([measured(settings, first_markets) for settings in tried])
     chosen = sorted({0, *np.argsort(-first, axis=0)[:finalists].ravel().tolist()})
