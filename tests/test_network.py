@@ -1,0 +1,136 @@
+"""Whole networks of processes on emulated engines: up in time, and whole when nodes die."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+
+from serving.config import ConfigError
+from serving.network import NetworkError, Plan, configurations, look, running
+
+MODEL = "qwen3-8b"
+PLAN = Plan(nodes=5, base_port=0, policy=None, gpu="rtx-4090", model=MODEL, max_num_seqs=2, speed=5.0)
+LOAD_S = 9.0
+DEAD_S = 2.0  # after which a node that died gets nothing more
+
+
+async def ask(session: aiohttp.ClientSession, url: str, stream: bool) -> str:
+    """What became of one request: "answered", "failed" with a reason, or "lost" without."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me."}], "max_tokens": 40, "stream": stream}
+    try:
+        async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+            answer = (await response.read()).decode()
+    except aiohttp.ClientError:
+        return "lost"
+    if response.status == 200 and not stream:
+        return "answered" if json.loads(answer)["usage"]["completion_tokens"] > 0 else "lost"
+    if response.status == 200 and answer.rstrip().endswith("data: [DONE]"):
+        return "answered"
+    last = answer.strip().splitlines()[-1].removeprefix("data: ")
+    return "failed" if json.loads(last)["error"]["message"] else "lost"
+
+
+async def load(urls: list[str], per_s: float, for_s: float) -> dict[str, Counter[str]]:
+    """Ask the nodes in turn, every second request for a stream; counts of what became of it for each."""
+    seen: dict[str, Counter[str]] = {url: Counter() for url in urls}
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60.0)) as session:
+
+        async def one(k: int) -> None:
+            url = urls[k % len(urls)]
+            seen[url][await ask(session, url, k // len(urls) % 2 == 0)] += 1
+
+        async with asyncio.TaskGroup() as group:
+            for k in range(round(per_s * for_s)):
+                group.create_task(one(k))
+                await asyncio.sleep(1.0 / per_s)
+    return seen
+
+
+def test_every_request_ends_once_though_nodes_are_killed_and_stopped() -> None:
+    with running(PLAN) as network:
+        users = network.urls[:2]  # of these two alone, so that they hand over; the other three have no users
+        at_s: dict[str, float] = {}
+
+        async def scene() -> dict[str, Counter[str]]:
+            loading = asyncio.create_task(load(users, 40.0, LOAD_S))
+            await asyncio.sleep(2.0)
+            network.nodes[2].kill()
+            at_s["n3"] = time.monotonic()
+            await asyncio.sleep(1.0)
+            network.nodes[3].send_signal(signal.SIGSTOP)
+            at_s["n4"] = time.monotonic()
+            await asyncio.sleep(3.5)
+            before = [look(url) for url in users]
+            for each in before:
+                assert {peer["name"]: peer["there"] for peer in each["peers"] if peer["name"] in at_s} == {
+                    "n3": False, "n4": False
+                }  # fmt: skip
+                late = [d for d in each["decisions"] if d["to"] in at_s and d["at_s"] > at_s[d["to"]] + DEAD_S]
+                assert not late
+            network.nodes[3].send_signal(signal.SIGCONT)
+            return await loading
+
+        seen = asyncio.run(scene())
+        for url in users:
+            totals = look(url)["requests"]
+            assert seen[url]["lost"] == 0
+            assert totals["answered"] == seen[url]["answered"] > 100
+            assert totals["failed"] == seen[url]["failed"] < 0.02 * totals["accepted"]
+            assert totals["accepted"] == totals["answered"] + totals["failed"] and totals["cancelled"] == 0
+            assert totals["handed_over"] > 10
+        until_s = time.monotonic() + 5.0
+        while not {p["name"]: p["there"] for p in look(users[0])["peers"]}["n4"]:  # it goes on, and is seen again
+            assert time.monotonic() < until_s
+            time.sleep(0.1)
+        assert not {p["name"]: p["there"] for p in look(users[0])["peers"]}["n3"]
+
+
+def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:
+    command = [sys.executable, "-m", "serving.cli", "up", "--nodes", "2", "--base-port", "0", "--policy", "www_serve",
+               "--speed", "20"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        client = openai.OpenAI(base_url=told["nodes"][1] + "/v1", api_key="any")
+        assert [model.id for model in client.models.list()] == [MODEL]
+        messages: list[Any] = [{"role": "user", "content": "Tell me."}]
+        whole = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=12)
+        assert whole.usage is not None and whole.usage.completion_tokens == 12
+        parts = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=12, stream=True)
+        assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+        with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
+            client.chat.completions.create(model="gpt", messages=messages)
+        assert look(told["nodes"][1])["policy"] == "www_serve"
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+        pids = [int(pid) for pid in children.stdout.split()]
+        assert len(pids) == 4
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_what_cannot_come_up_says_why() -> None:
+    with pytest.raises(NetworkError, match="--nodes is 0"):
+        configurations(PLAN._replace(nodes=0))
+    with pytest.raises(ConfigError, match="abacus"):
+        configurations(PLAN._replace(gpu="abacus"))
+    with (
+        pytest.raises(NetworkError, match=r"node 1 ended with 1: .*no-such-bundle"),
+        running(PLAN._replace(nodes=1, policy="no-such-bundle")),
+    ):
+        pass
+    with pytest.raises(NetworkError, match="does not answer as a node"):
+        look("http://127.0.0.1:9")
