@@ -33,7 +33,7 @@ class _Reply:
     """An answer on its way to the client."""
 
     def __init__(self, send: Send) -> None:
-        self.started, self._send = False, send
+        self.started, self._ended, self._send = False, False, send
 
     async def start(self, status: int, content_type: str, *headers: tuple[bytes, bytes]) -> None:
         self.started = True
@@ -43,8 +43,14 @@ class _Reply:
     async def pass_on(self, chunk: bytes) -> None:
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
+    async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        self.started = self._ended = True
+        await _answer(self._send, status, body, content_type.encode("latin-1"))
+
     async def end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b""})
+        if not self._ended:
+            self._ended = True
+            await self._send({"type": "http.response.body", "body": b""})
 
 
 class App:

@@ -56,6 +56,9 @@ class Reply(Protocol):
     async def pass_on(self, chunk: bytes) -> None:
         """Some of its body."""
 
+    async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        """All of an answer at once."""
+
 
 class Ask(NamedTuple):
     """What a user asks."""
@@ -298,8 +301,7 @@ class Dispatcher:
                 else:
                     body = await response.read()
                     usage = _usage(body, response.status)
-                    await reply.start(response.status, kind)
-                    await reply.pass_on(body)
+                    await reply.whole(response.status, kind, body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
             if reply.started:
@@ -369,8 +371,7 @@ class Dispatcher:
             return None
         body = await response.read()
         usage = _usage(body, status)
-        await reply.start(status, kind)
-        await reply.pass_on(body)
+        await reply.whole(status, kind, body)
         return usage
 
     # Peers' requests.
@@ -393,7 +394,7 @@ class Dispatcher:
             await self._run_here(ask, prompt, line)
             outcome = "answered"
         except GaveBack as reason:
-            await line.start(503, "application/json")
+            await line.whole(503, "application/json", b"")
             log.debug("cannot run a peer's request", extra={"reason": str(reason)})
         except Failed:
             return False
@@ -445,11 +446,14 @@ class _HeadLine:
         self.started, self._reply = False, reply
 
     async def start(self, status: int, content_type: str) -> None:
-        self.started = True
-        await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n")
+        await self.whole(status, content_type, b"")
 
     async def pass_on(self, chunk: bytes) -> None:
         await self._reply.pass_on(chunk)
+
+    async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        self.started = True
+        await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n" + body)
 
 
 def _usage(body: bytes, status: int) -> Usage | None:
