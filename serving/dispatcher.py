@@ -10,7 +10,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -258,7 +257,12 @@ class Dispatcher:
             took_s = self.clock() - arrival_s
             on_time = outcome == "answered" and took_s <= self.last_deadlines_s[ask.klass]
             self.metrics.ended(outcome, where, took_s, on_time)
-            provider.ticked(0.0)  # there is room again somewhere, so what is held may be decided on
+            self._room_again()
+
+    def _room_again(self) -> None:
+        """An answer is done, so what is held may be decided on."""
+        if self.provider.held:
+            self.provider.ticked(0.0)
             self.pump()
 
     def _take_back(self, job: Job, decision: Decision, reason: GaveBack) -> None:
@@ -403,9 +407,7 @@ class Dispatcher:
             raise
         finally:
             self.metrics.guest(-1, outcome)
-            with suppress(Exception):
-                self.provider.ticked(0.0)
-                self.pump()
+            self._room_again()
         return True
 
     # To look at.

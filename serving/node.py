@@ -3,10 +3,12 @@
 import asyncio
 import json
 import logging
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,17 @@ def policy_of(named: str | None) -> Policy:
     return load_bundle(Path(named) if named else DEFAULT_BUNDLE)
 
 
+class _Server(uvicorn.Server):
+    """A server that leaves signals to its process."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
 async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
-    """Run a node until SIGTERM or SIGINT; `ready` is called with its URL once it listens.
+    """Run a node until it is cancelled; `ready` is called with its URL once it listens.
 
     Raises ValueError for a configuration that cannot be, OSError for an address that cannot be used.
     """
@@ -80,7 +91,7 @@ async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
             access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=60, server_header=False,
             date_header=False,
         )  # fmt: skip
-        server = uvicorn.Server(web)
+        server = _Server(web)
         try:
             await engine.scrape()
             dispatcher.serves = dispatcher.serves or await engine.models()
@@ -105,7 +116,7 @@ async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
 
 
 def run(config: NodeConfig) -> None:
-    """Run a node; prints a line of JSON with its URL when it is ready, and logs to standard error."""
+    """Run a node until SIGTERM or SIGINT; prints its URL in a line of JSON when it is ready, logs to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=config.log.upper(), handlers=[handler], force=True)
@@ -113,5 +124,13 @@ def run(config: NodeConfig) -> None:
     def ready(url: str) -> None:
         print(json.dumps({"name": config.name, "url": url}), flush=True)
 
+    async def until_told() -> None:
+        running = asyncio.create_task(serve(config, ready))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+        await asyncio.wait({running})
+        if not running.cancelled():
+            running.result()
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(config, ready))
+        runner.run(until_told())

@@ -184,10 +184,10 @@ class Provider:
 
     def dropped(self, request: Request) -> bool:
         """The request is no longer wanted. Returns whether it was held here."""
-        try:
-            self.queues[request.klass].remove(request)
-        except ValueError:
+        line = self.queues[request.klass]
+        if request not in line:  # asked first, as what `remove` raises holds a text of all that there is
             return False
+        line.remove(request)
         self.own[AD_HELD + request.klass] -= 1.0
         return True
 

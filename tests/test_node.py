@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import json
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,6 @@ from serving.network import free_ports
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MODEL = "stub"
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Servers take over signal handlers, and those in one process do not give them back in order."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @dataclass
