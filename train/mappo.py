@@ -69,8 +69,8 @@ class Args:
     """markets in a batch, over all processes"""
     rollout_steps: int = 128
     """steps of every market between updates"""
-    kinds: tuple[Kind, ...] = KINDS
-    """kinds of random market to train on, evenly"""
+    kinds: tuple[Kind, ...] = (*KINDS, "alike", "hardware")
+    """kinds of random market to train on, in turn; one that is named twice comes twice as often"""
     duration_s: float = 600.0
     """length of a training market"""
     drain_s: float = 200.0
