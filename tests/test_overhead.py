@@ -1,0 +1,23 @@
+"""What a node adds is measured on real processes, and what comes out is what was asked."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval import overhead
+
+
+def test_a_node_and_what_stands_beside_it_are_measured(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    assert overhead.main(["--calls", "20", "--seconds", "1", "--connections", "4", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert set(found) == {"node", "fastapi_httpx"}
+    for each in found.values():
+        assert each["added_p50_ms"] > 0 and each["direct_p50_ms"] > 0
+        assert each["requests_per_s"] > 50 and each["cpu_us_per_request"] > 0 and each["cpu_us_per_chunk"] > 0
+
+
+def test_a_bad_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overhead.main(["--calls", "0"]) == 2
+    assert "expected an integer of at least 1" in capsys.readouterr().err
