@@ -251,10 +251,10 @@ def _listens(port: int) -> bool:
 
 def run(calls: int, seconds: float, connections: int, policy: str | None) -> dict[str, Any]:
     """Measure the node and what stands beside it."""
-    cores = sorted(os.sched_getaffinity(0))
+    allowed = os.sched_getaffinity(0)
+    cores = sorted(allowed)
     engine_port, node_port, other_port = free_ports(3)
     me = [sys.executable, "-m", "eval.overhead"]
-    os.sched_setaffinity(0, {cores[-1]})
     results: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -269,7 +269,11 @@ def run(calls: int, seconds: float, connections: int, policy: str | None) -> dic
         fastapi = [*me, "--serve-fastapi", str(other_port), engine]
         for name, command, port in (("node", node, node_port), ("fastapi_httpx", fastapi, other_port)):
             with started(command, cores[0], port) as pid:
-                results[name] = uvloop.run(measure(pid, port, engine_port, calls, seconds, connections))
+                os.sched_setaffinity(0, {cores[-1]})
+                try:
+                    results[name] = uvloop.run(measure(pid, port, engine_port, calls, seconds, connections))
+                finally:
+                    os.sched_setaffinity(0, allowed)
                 print(f"{name}: {results[name]}", flush=True)
     return results
 
