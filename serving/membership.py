@@ -1,7 +1,7 @@
 """Who is there, and what they say of themselves.
 
 A `Membership` tells its node of every advert of a peer, and when a peer is gone; the node tells it its own advert.
-`StaticMembership` knows its peers by a list and sends each of them its advert twice a second, so that one who falls
+`StaticMembership` knows its peers by a list and sends each of them its advert every 0.4 s, so that one who falls
 silent is noticed before two seconds are over.
 """
 
@@ -14,8 +14,8 @@ import msgspec
 
 from agents.knowledge import ADVERT_SIZE
 
-BEAT_S = 0.5  # between two signs of life
-SILENT_S = 1.6  # without one, after which a peer is gone
+BEAT_S = 0.4  # between two signs of life
+SILENT_S = 1.4  # without one, after which a peer is gone
 BEAT_PATH = "/peer/beat"
 
 

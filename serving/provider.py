@@ -202,6 +202,9 @@ class Provider:
         """A peer left or fell silent."""
         row = self._row_of(name)
         self.adverts[row, AD_TIME_S] = NO_TIME
+        for line in self.queues:
+            for request in line:
+                self._mask_gone(request)
 
     def sent(self, name: str) -> None:
         """A peer took a request of ours."""
@@ -319,6 +322,7 @@ class Provider:
     def come_back(self, decision: Decision) -> None:
         """The candidate of a decision refused: the request is at the head of its queue again, the refuser masked."""
         decision.request.refused |= 1 << (decision.route - FIRST_CANDIDATE)
+        self._mask_gone(decision.request)
         self.queue(decision.request, front=True)
         self.head = decision.request  # whatever else was decided on meanwhile, its candidates are not drawn anew
 
@@ -353,6 +357,12 @@ class Provider:
     def may_hold(self, request: Request, now_s: float) -> bool:
         """Whether its last deadline is still to come."""
         return may_hold(now_s - request.arrival_s, float(self.market.known[request.klass, CLASS_LAST_DEADLINE_S]))
+
+    def _mask_gone(self, request: Request) -> None:
+        """Candidates that are gone since they were drawn take no request."""
+        for k in range(request.n_candidates):
+            if self.adverts[request.candidates[k], AD_TIME_S] == NO_TIME:
+                request.refused |= 1 << k
 
     def _row_of(self, name: str) -> int:
         row = self._row.get(name)
