@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import aiohttp
 import orjson
+from yarl import URL
 
 from agents.hardware import BLOCK_TOKENS, Profile
 
@@ -72,6 +73,7 @@ class Engine:
         self.names, self.url, self.profile, self.session = NAMES[kind], url.rstrip("/"), profile, session
         self.headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         self.timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=timeout_s)
+        self._targets: dict[str, URL] = {}  # by path, as parsing an address for every request costs
         self.failures = FAILURES  # down until it is heard of
         self.reason = "not yet scraped"
         self.out = 0  # requests of this node that it has
@@ -147,7 +149,10 @@ class Engine:
 
     def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """Send a request; leaving the context before its end aborts it."""
-        return self.session.post(self.url + path, data=body, headers=self.headers, timeout=self.timeout)
+        target = self._targets.get(path)
+        if target is None:
+            target = self._targets[path] = URL(self.url + path)
+        return self.session.post(target, data=body, headers=self.headers, timeout=self.timeout)
 
 
 def blocks(tokens: int) -> int:
