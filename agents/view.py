@@ -32,6 +32,7 @@ from agents.knowledge import (
     refused_since,
     sent_since,
 )
+from agents.lengths import Lognormal
 from agents.protocol import MICRO, PER_REQUEST
 
 VIEW_VERSION = 3
@@ -112,6 +113,17 @@ NODES = 1 + CANDIDATES  # slot 0 is the own node
 # Columns of what an origin knows of a class of its own requests.
 CLASS_MEDIAN, CLASS_SIGMA, CLASS_MAX, CLASS_MEAN, CLASS_VALUE, CLASS_LAST_DEADLINE_S = range(6)
 CLASS_SIZE = 6
+
+
+def class_row(output: Lognormal, value: float, last_deadline_s: float) -> Floats:
+    """What an origin knows of a class of its own requests [CLASS_SIZE]: answers of such lengths, worth `value` credits
+    until `last_deadline_s` after their arrival."""
+    row = np.zeros(CLASS_SIZE)
+    row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = output.median, output.sigma, output.max
+    row[CLASS_MEAN] = output.mean
+    row[CLASS_VALUE] = value
+    row[CLASS_LAST_DEADLINE_S] = last_deadline_s
+    return row
 
 
 def bounds(features: tuple[Feature, ...]) -> tuple[Singles, Singles]:

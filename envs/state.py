@@ -26,14 +26,10 @@ from agents.knowledge import (
 )
 from agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_KTOK, PER_REQUEST, STAKED
 from agents.view import (
-    CLASS_LAST_DEADLINE_S,
-    CLASS_MAX,
     CLASS_MEAN,
-    CLASS_MEDIAN,
-    CLASS_SIGMA,
     CLASS_SIZE,
-    CLASS_VALUE,
     NODES,
+    class_row,
 )
 from envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
 from envs.scenario import (
@@ -258,13 +254,10 @@ class MarketPlan(NamedTuple):
 
 
 def _known(scenario: Scenario, provider: Provider, klass: SloClass | None) -> NDArray[np.float64]:
-    length = expected_output(provider, klass)
-    row = np.zeros(CLASS_SIZE)
-    row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = length.median, length.sigma, length.max
-    row[CLASS_MEAN] = length.mean
-    row[CLASS_VALUE] = 1.0 if klass is None else klass.value
-    row[CLASS_LAST_DEADLINE_S] = scenario.slo.thresholds_s[-1] if klass is None else klass.deadline_s
-    return row
+    output = expected_output(provider, klass)
+    if klass is None:
+        return class_row(output, 1.0, scenario.slo.thresholds_s[-1])
+    return class_row(output, klass.value, klass.deadline_s)
 
 
 def plan(scenario: Scenario, seed: int) -> MarketPlan:

@@ -11,15 +11,7 @@ from agents.hardware import Profile, profile
 from agents.kernel import Floats
 from agents.knowledge import MAX_CLASSES
 from agents.lengths import Lognormal
-from agents.view import (
-    CLASS_LAST_DEADLINE_S,
-    CLASS_MAX,
-    CLASS_MEAN,
-    CLASS_MEDIAN,
-    CLASS_SIGMA,
-    CLASS_SIZE,
-    CLASS_VALUE,
-)
+from agents.view import class_row
 from serving.provider import Market
 
 
@@ -149,12 +141,9 @@ class NodeConfig(Struct):
     def _row(self, klass: ClassConfig | None) -> Floats:
         told = klass.output if klass is not None and klass.output is not None else self.output
         lengths = Lognormal(told.median, told.sigma, told.max)
-        row = np.zeros(CLASS_SIZE)
-        row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = told.median, told.sigma, told.max
-        row[CLASS_MEAN] = lengths.mean
-        row[CLASS_VALUE] = 1.0 if klass is None else klass.value
-        row[CLASS_LAST_DEADLINE_S] = self.deadlines_s[-1] if klass is None else klass.deadline_s
-        return row
+        if klass is None:
+            return class_row(lengths, 1.0, self.deadlines_s[-1])
+        return class_row(lengths, klass.value, klass.deadline_s)
 
     def engine_profile(self) -> Profile:
         """The engine's profile. Raises ValueError for one that cannot be."""
