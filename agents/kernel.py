@@ -6,9 +6,11 @@ holds a kernel, not of the kernels it calls, and would go on running the old rul
 runs every kernel as plain Python.
 """
 
+import fcntl
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,20 +33,34 @@ _KERNEL_PACKAGES = ("agents", "envs")
 CACHE_LINE = 64  # bytes
 
 
+def cache_root() -> Path:
+    """Folder for what is made once on a machine: `$WWWSERVE_CACHE` or `~/.cache/wwwserve`."""
+    return Path(os.environ.get("WWWSERVE_CACHE") or Path.home() / ".cache" / "wwwserve")
+
+
 def _cache_dir() -> Path:
-    """Folder for compiled kernels: `$WWWSERVE_CACHE` or `~/.cache/wwwserve`, then a digest of the sources."""
+    """Folder for compiled kernels, named by a digest of the sources."""
     digest = hashlib.sha256(numba.__version__.encode())
     for package in _KERNEL_PACKAGES:
         for source in sorted((_ROOT / package).glob("*.py")):
             content = source.read_bytes()
             if b"agents.kernel import" in content:
                 digest.update(source.name.encode() + content)
-    base = os.environ.get("WWWSERVE_CACHE") or Path.home() / ".cache" / "wwwserve"
-    return Path(base) / "kernels" / digest.hexdigest()[:16]
+    return cache_root() / "kernels" / digest.hexdigest()[:16]
 
 
 if "NUMBA_CACHE_DIR" not in os.environ:
     numba.config.CACHE_DIR = str(_cache_dir())
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Where processes start together, let one compile while the others wait for what it leaves in the cache."""
+    folder = Path(numba.config.CACHE_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def kernel(function: F) -> F:

@@ -26,7 +26,7 @@ import orjson
 import uvicorn
 
 from agents.hardware import BLOCK_TOKENS, KV_BLOCKS, MAX_NUM_SEQS, Profile, profile
-from agents.kernel import records
+from agents.kernel import one_at_a_time, records
 from agents.lengths import Lognormal
 from envs.engine import (
     ENGINE,
@@ -152,6 +152,12 @@ class Emulator:
         job.changed.set()
         del self.running[job.slot]
         self.free.append(job.slot)
+
+    def rehearse(self) -> None:
+        """Run a request, as the first may have to be compiled. For a new emulator, which is not the same afterwards."""
+        with one_at_a_time():
+            self.withdraw(self.put(1, 1000, True))
+            self.metrics()
 
     async def run(self) -> None:
         """Look at the engine for as long as it has work."""
@@ -481,11 +487,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"max_num_seqs is {chosen.max_num_seqs}, expected at most {MAX_SLOTS}")
         lengths = Lognormal(args.output_median, args.output_sigma, args.output_max)
 
-        async def run() -> None:
-            emulator = Emulator(
+        emulator, rehearsal = (
+            Emulator(
                 chosen, args.served_model_name or [args.model], speed=args.speed, lengths=lengths, seed=args.seed,
                 max_queued=args.max_num_queued_reqs,
-            )  # fmt: skip
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        rehearsal.rehearse()
+
+        async def run() -> None:
             await serve(emulator, args.host, args.port)
 
         with asyncio.Runner(loop_factory=_loop) as runner:

@@ -56,16 +56,15 @@ def compare(
     }
     for scenario in scenarios:
         trees: dict[str, list[Tree]] = {}
-        cell = result["scenarios"].setdefault(scenario.name, {})
+        cells = result["scenarios"].setdefault(scenario.name, {})
         for policy in policies:
             start_s = time.perf_counter()
             runs = rollout(scenario, policy, seeds, threads=threads)
-            trees[policy.name] = [_tree(run, scenario) for run in runs]
-            cell[policy.name] = _over_seeds(trees[policy.name]) | _totals(runs)
-            cell[policy.name]["latency_s"]["quantiles"] = _quantiles(runs)
+            trees[policy.name] = measures(runs, scenario)
+            cells[policy.name] = cell(trees[policy.name], runs)
             report(f"{scenario.name}  {policy.name}  {time.perf_counter() - start_s:.1f} s")
         result["paired"]["scenarios"][scenario.name] = {
-            name: _over_seeds(each, trees[baseline]) for name, each in trees.items() if name != baseline
+            name: over_seeds(each, trees[baseline]) for name, each in trees.items() if name != baseline
         }
     return result
 
@@ -87,23 +86,34 @@ def _check(
         raise UsageError(f"baseline {baseline!r} is not among the policies")
 
 
-def _tree(run: Run, scenario: Scenario) -> Tree:
+def measures(runs: Sequence[Run], scenario: Scenario) -> list[Tree]:
+    """Every measure of each run by name, with profit and price of each provider."""
     names = [provider.name for provider in scenario.providers]
-    return {
-        **measure(run.requests, scenario),
-        "profit": dict(zip(names, run.profit.tolist(), strict=True)),
-        "price": dict(zip(names, run.price.tolist(), strict=True)),
-    }
+    return [
+        {
+            **measure(run.requests, scenario),
+            "profit": dict(zip(names, run.profit.tolist(), strict=True)),
+            "price": dict(zip(names, run.price.tolist(), strict=True)),
+        }
+        for run in runs
+    ]
 
 
-def _over_seeds(trees: Sequence[Tree], baseline: Sequence[Tree] | None = None) -> Tree:
+def cell(trees: Sequence[Tree], runs: Sequence[Run]) -> Tree:
+    """One policy in one scenario: its `measures` over the seeds, percentiles of latency, counts of requests."""
+    result = over_seeds(trees) | _totals(runs)
+    result["latency_s"]["quantiles"] = _quantiles(runs)
+    return result
+
+
+def over_seeds(trees: Sequence[Tree], baseline: Sequence[Tree] | None = None) -> Tree:
     """[mean, half-width] of each number over the seeds, or of its difference from the baseline's."""
     result: Tree = {}
     for key, value in trees[0].items():
         mine = [tree[key] for tree in trees]
         other = None if baseline is None else [tree[key] for tree in baseline]
         if isinstance(value, dict):
-            result[key] = _over_seeds(mine, other)
+            result[key] = over_seeds(mine, other)
         else:
             result[key] = [_or_none(x) for x in (mean_ci(mine) if other is None else paired_ci(mine, other))]
     return result
@@ -246,7 +256,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check_outputs(json_file: Path | None, figures: Path | None) -> None:
+def check_outputs(json_file: Path | None, figures: Path | None) -> None:
     """Raises UsageError for what could not be written at the end."""
     if json_file is not None:
         if json_file.is_dir():
@@ -274,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         baseline = policies[names.index(args.baseline)].name
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         _check(scenarios, policies, seeds, baseline)
-        _check_outputs(args.json, args.figures)
+        check_outputs(args.json, args.figures)
     except (UsageError, ScenarioError, PolicyError) as error:
         print(f"eval.compare: {error}", file=sys.stderr)
         return 2

@@ -28,11 +28,12 @@ import yaml
 
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import write_json
+from eval.processes import cpu_s
 from serving.network import free_ports
 
 MODEL = "stub"
 STREAM_CHUNKS, CHUNK_EVERY_S = 400, 0.004
-READY_S = 30.0
+READY_S = 300.0
 ANSWER = json.dumps(
     {
         "id": "1", "object": "chat.completion", "model": MODEL,
@@ -174,12 +175,6 @@ async def connect(port: int) -> Caller:
     """A connection to a port of this machine."""
     _, caller = await asyncio.get_running_loop().create_connection(Caller, "127.0.0.1", port)
     return caller
-
-
-def cpu_s(pid: int) -> float:
-    """CPU time that a process has used."""
-    values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def measure(

@@ -33,13 +33,13 @@ def rollout(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int], *
 
     The seed settles arrivals, lengths and every other chance: policies with the same seed face the same requests.
     """
-    return [run for plans in _chunks(scenario, seeds) for run in _run(plans, policy, threads)]
+    return [each for plans in _chunks(scenario, seeds) for each in run(plans, policy, threads)]
 
 
 def scores(policy: Policy | Oracle, plans: Sequence[MarketPlan], *, threads: int = 1) -> NDArray[np.float64]:
     """The score [P] of `policy` in each planned market: `eval.metrics.score` says which measure that is."""
-    runs = _run(list(plans), policy, threads)
-    named = ((measure(run.requests, p.scenario), score(p.scenario.slo)) for run, p in zip(runs, plans, strict=True))
+    runs = run(plans, policy, threads)
+    named = ((measure(each.requests, p.scenario), score(p.scenario.slo)) for each, p in zip(runs, plans, strict=True))
     return np.array([measured[name] for measured, name in named], np.float64)
 
 
@@ -58,7 +58,8 @@ def _chunks(scenario: Scenario, seeds: Sequence[int]) -> Iterator[list[MarketPla
         yield plans
 
 
-def _run(plans: list[MarketPlan], policy: Policy | Oracle, threads: int) -> list[Run]:
+def run(plans: Sequence[MarketPlan], policy: Policy | Oracle, threads: int) -> list[Run]:
+    """Run `policy` for every provider of each planned market, to the end."""
     batch = MarketBatch(plans, threads=max(1, min(threads, len(plans) // MARKETS_PER_THREAD)))
     actions = batch.actions()
     providers = batch.markets.providers

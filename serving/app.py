@@ -132,7 +132,7 @@ class App:
         if klass is None:
             known = ", ".join(self.config.class_names)
             raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
-        return Ask(path, body, bool(stream), klass, _prompt_bytes(request))
+        return Ask(path, body, model, bool(stream), klass, _prompt_bytes(request))
 
     async def _complete_for_peer(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Run a peer's request, or refuse it at once."""
@@ -142,7 +142,8 @@ class App:
         if ORIGIN.encode() not in headers or not told.isdigit() or not 0 < int(told) < MOST_PROMPT:
             raise Failed(400, f"expected headers {ORIGIN} and {PROMPT}, a number of tokens", "invalid_request_error")
         prompt = int(told)
-        promise = self.dispatcher.consider(prompt) if request.get("model") in self.dispatcher.serves else None
+        model = request.get("model")
+        promise = self.dispatcher.consider(prompt) if model in self.dispatcher.serves else None
         if promise is None:
             self.dispatcher.metrics.offer_refused()
             await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
@@ -150,7 +151,7 @@ class App:
         reply = _Reply(send)
         head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
         await reply.start(200, "application/octet-stream", *head)
-        ask = Ask(path, body, bool(request.get("stream")), 0, 0)
+        ask = Ask(path, body, str(model), bool(request.get("stream")))
         if await _unless_gone(receive, self.dispatcher.run_for(ask, prompt, reply)):
             await reply.end()
         # Else the answer stays without its end, and the server breaks the connection off.

@@ -87,6 +87,8 @@ class MarketConfig(Struct):
     rtt_s: float = 0.05
     gossip_s: float = 3.0
     tick_s: float = 1.0
+    stake_rule: Literal["load", "fixed"] = "load"
+    speed: float = 1.0  # of the market's clock; not 1 only in trials, on engines emulated at the same speed
 
 
 class LimitsConfig(Struct):
@@ -138,6 +140,11 @@ class NodeConfig(Struct):
             rtt_s=market.rtt_s, gossip_s=market.gossip_s,
         )  # fmt: skip
 
+    @property
+    def mean_output(self) -> float:
+        """Mean tokens of its users' answers."""
+        return Lognormal(self.output.median, self.output.sigma, self.output.max).mean
+
     def _row(self, klass: ClassConfig | None) -> Floats:
         told = klass.output if klass is not None and klass.output is not None else self.output
         lengths = Lognormal(told.median, told.sigma, told.max)
@@ -186,6 +193,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("market.tick_s", 0.01 <= c.market.tick_s <= 10, f"0.01 to 10, got {c.market.tick_s:g}"),
         ("market.gossip_s", 0.05 <= c.market.gossip_s <= 60, f"0.05 to 60, got {c.market.gossip_s:g}"),
         ("market.rtt_s", 0 <= c.market.rtt_s <= 10, f"0 to 10, got {c.market.rtt_s:g}"),
+        ("market.speed", 0.01 <= c.market.speed <= 100, f"0.01 to 100, got {c.market.speed:g}"),
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
         ("stake and credit", c.stake >= 0 and c.credit >= 0, "at least 0"),
         ("limits", min(c.limits.body_bytes, c.limits.header_bytes, c.limits.held) > 0, "above 0"),

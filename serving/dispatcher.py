@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import aiohttp
@@ -64,9 +64,10 @@ class Ask(NamedTuple):
 
     path: str
     body: bytes
+    model: str
     stream: bool
-    klass: int
-    prompt_bytes: int
+    klass: int = 0
+    prompt_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -117,10 +118,11 @@ class Dispatcher:
 
     def __init__(
         self, config: NodeConfig, provider: Provider, engine: Engine, membership: Membership,
-        session: aiohttp.ClientSession, metrics: Metrics, url: str, clock: Callable[[], float] = time.monotonic,
+        session: aiohttp.ClientSession, metrics: Metrics, url: str,
     ) -> None:  # fmt: skip
         self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
-        self.session, self.metrics, self.url, self.clock = session, metrics, url, clock
+        self.session, self.metrics, self.url = session, metrics, url
+        self.speed = config.market.speed
         self.serves = list(config.serves)
         self.peers: dict[str, Advert] = {}  # by name, those that are there
         self.handed: set[Handed] = set()
@@ -134,6 +136,10 @@ class Dispatcher:
         )
 
     # Time.
+
+    def clock(self) -> float:
+        """Seconds of the market."""
+        return time.monotonic() * self.speed
 
     async def run(self) -> None:
         """Look, think and tell until cancelled."""
@@ -150,7 +156,7 @@ class Dispatcher:
             except Exception:  # whatever one round met, the next one comes
                 log.exception("a round failed")
             due_s = max(due_s + interval_s, self.clock())
-            await asyncio.sleep(due_s - self.clock())
+            await asyncio.sleep((due_s - self.clock()) / self.speed)
 
     async def tick(self) -> None:
         """Look at the engine and at what peers have of ours; decide anew on what is held."""
@@ -166,6 +172,9 @@ class Dispatcher:
             log.info("the engine is up", extra={"serves": self.serves})
         now_s = self.clock()
         self.provider.looked(handed.out(now_s) for handed in self.handed)
+        if self.config.market.stake_rule == "load":
+            self._look_at_engine(now_s)
+            self.provider.restake(self.config.market.tick_s)
         self.provider.ticked(self.config.market.tick_s)
         self.pump()
 
@@ -181,7 +190,7 @@ class Dispatcher:
             name=self.config.name, url=self.url, serves=tuple(self.serves), number=self.number,
             load=tuple(self.provider.advertise(now_s).tolist()), age_s=0.0, valid_s=self.config.market.gossip_s,
         )  # fmt: skip
-        self.membership.publish(advert, now_s)
+        self.membership.publish(advert, time.monotonic())
 
     def heard(self, advert: Advert) -> None:
         """A peer says how things are there."""
@@ -189,8 +198,8 @@ class Dispatcher:
             log.info("a peer is there", extra={"peer": advert.name, "url": advert.url})
         self.peers[advert.name] = advert
         load = np.array(advert.load)
-        serves = set(self.serves) <= set(advert.serves)
-        self.provider.heard(advert.name, load, self.clock() - advert.age_s, serves=serves)
+        true_at_s = self.clock() - advert.age_s * self.speed
+        self.provider.heard(advert.name, load, true_at_s, frozenset(advert.serves))
 
     def gone(self, name: str) -> None:
         """A peer fell silent: it gets nothing more, and what it has is asked for elsewhere."""
@@ -204,9 +213,8 @@ class Dispatcher:
     def pump(self) -> None:
         """Decide on all that can be decided on now."""
         now_s, provider = self.clock(), self.provider
-        load = self.engine.load()
         provider.guests = self.metrics.guests_now
-        provider.scraped(now_s, load.running, load.waiting, load.kv_tokens)
+        self._look_at_engine(now_s)
         while (decision := provider.decide(now_s)) is not None:
             job: Job = decision.request.key
             where = "hold" if decision.route == HOLD else decision.peer or "local"
@@ -216,6 +224,10 @@ class Dispatcher:
             )
             if decision.route != HOLD and not job.placed.done():
                 job.placed.set_result(decision)
+
+    def _look_at_engine(self, now_s: float) -> None:
+        load = self.engine.load()
+        self.provider.scraped(now_s, load.running, load.waiting, load.kv_tokens)
 
     # Users' requests.
 
@@ -227,7 +239,7 @@ class Dispatcher:
             self.metrics.turned_away()
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
         prompt = max(1, round(ask.prompt_bytes / self.bytes_per_token))
-        request = Request(None, ask.klass, prompt, arrival_s)
+        request = Request(None, ask.klass, prompt, arrival_s, ask.model)
         job = Job(ask, request, asyncio.get_running_loop().create_future())
         request.key = job
         self.metrics.accepted()
@@ -384,8 +396,7 @@ class Dispatcher:
         """Whether a peer's request of `prompt` tokens is taken; what is promised if so."""
         if not self.engine.healthy:
             return None
-        load = self.engine.load()
-        self.provider.scraped(self.clock(), load.running, load.waiting, load.kv_tokens)
+        self._look_at_engine(self.clock())
         return self.provider.consider(prompt, float(self.generator.random()))
 
     async def run_for(self, ask: Ask, prompt: int, reply: Reply) -> bool:
@@ -434,9 +445,9 @@ class Dispatcher:
             "engine": {
                 "url": self.engine.url, "up": self.engine.healthy, "reason": self.engine.reason,
                 "running": load.running, "waiting": load.waiting,
-                "kv_use": load.kv_tokens / self.engine.profile.kv_tokens,
+                "kv_use": load.kv_tokens / self.engine.profile.kv_tokens, "profile": asdict(self.engine.profile),
             },
-            "held": provider.held, "guests": self.metrics.guests_now, "price": provider.price,
+            "held": provider.held, "guests": self.metrics.guests_now, "price": provider.price, "speed": self.speed,
             "requests": self.metrics.totals(), "peers": peers, "decisions": list(self.decisions),
         }  # fmt: skip
 

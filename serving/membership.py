@@ -1,12 +1,13 @@
 """Who is there, and what they say of themselves.
 
 A `Membership` tells its node of every advert of a peer, and when a peer is gone; the node tells it its own advert.
-`StaticMembership` knows its peers by a list and sends each of them its advert every 0.4 s, so that one who falls
-silent is noticed before two seconds are over.
+`StaticMembership` knows its peers by a list and sends each of them its advert when it is new and every 0.4 s, so that
+one who falls silent is noticed before two seconds are over.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import aiohttp
@@ -77,10 +78,13 @@ class StaticMembership:
         self.beaten_s: dict[str, float] = {}  # when each peer that is there was last heard
         self.numbers: dict[str, int] = {}  # of its last advert
         self._heard: Heard = lambda advert: None
+        self._news = asyncio.Event()  # there is another advert
 
     def publish(self, advert: Advert, now_s: float) -> None:
         """See `Membership`."""
         self.advert, self.true_at_s = advert, now_s
+        self._news.set()
+        self._news = asyncio.Event()
 
     def received(self, body: bytes) -> None:
         """See `Membership`. A beat of someone who is not on the list is an error as well."""
@@ -108,7 +112,7 @@ class StaticMembership:
     async def _beat(self, url: str) -> None:
         timeout = aiohttp.ClientTimeout(total=BEAT_S)
         while True:
-            start_s = self.clock()
+            start_s, news = self.clock(), self._news
             if self.advert is not None:
                 beat = msgspec.structs.replace(self.advert, age_s=start_s - self.true_at_s)
                 try:
@@ -117,4 +121,5 @@ class StaticMembership:
                         await response.read()
                 except (aiohttp.ClientError, TimeoutError, OSError):
                     pass  # it will show by its own silence
-            await asyncio.sleep(max(0.0, start_s + BEAT_S - self.clock()))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), max(0.0, start_s + BEAT_S - self.clock()))

@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from rich.table import Table
 
 from serving.config import parse
 
-READY_S = 60.0  # for a network to come up
+READY_S = 300.0  # for a network to come up, on a machine where kernels are still to be compiled
 STOP_S = 8.0  # for a process to end by itself
 REFRESH_S = 1.0
 
@@ -77,6 +77,7 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[list[str]]]:
         node = {
             "name": name, "port": ports[i], "seed": i, "policy": plan.policy, "serves": [plan.model], "peers": peers,
             "engine": {"url": f"http://127.0.0.1:{engine_ports[i]}", "profile": profile},
+            "market": {"speed": plan.speed},
         }  # fmt: skip
         parse(node, f"node {name}")
         nodes.append(node)
@@ -91,7 +92,14 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[list[str]]]:
 def running(plan: Plan) -> Iterator[Network]:
     """A network whose nodes are all ready; it ends with the context. Raises as `configurations`, and NetworkError for
     what does not come up."""
-    configured, engine_commands = configurations(plan)
+    with started(*configurations(plan)) as network:
+        yield network
+
+
+@contextmanager
+def started(configured: Sequence[dict[str, Any]], engine_commands: Sequence[list[str]]) -> Iterator[Network]:
+    """A network of the nodes `configured`, each before the engine of the same place, all ready; it ends with the
+    context. Raises NetworkError for what does not come up."""
     engines: list[subprocess.Popen[bytes]] = []
     nodes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder:

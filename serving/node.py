@@ -74,10 +74,14 @@ async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
     """
     policy = policy_of(config.policy)
     profile = config.engine_profile()
-    provider = Provider(
-        policy, profile, config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
-        mean_prompt=config.prompt_tokens, mean_output=config.output.median,
+    provider, rehearsal = (
+        Provider(
+            policy, profile, config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
+            mean_prompt=config.prompt_tokens, mean_output=config.mean_output,
+        )
+        for _ in range(2)
     )  # fmt: skip
+    rehearsal.rehearse()
     listener = socket.create_server((config.host, config.port), backlog=1024)
     url = config.url or f"http://{config.host}:{listener.getsockname()[1]}"
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)

@@ -16,7 +16,7 @@ from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, accept, ma
 from agents.dice import DICE_PER_DECISION, make_dice, uniform
 from agents.estimate import expect
 from agents.hardware import Profile
-from agents.kernel import Floats, Ints
+from agents.kernel import Floats, Ints, one_at_a_time
 from agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
@@ -26,6 +26,7 @@ from agents.knowledge import (
     AD_PRICE,
     AD_STAKE,
     AD_TIME_S,
+    AD_WAITING,
     ADVERT_SIZE,
     DUELS_LOST,
     DUELS_WON,
@@ -45,7 +46,17 @@ from agents.knowledge import (
     silent_after_s,
     write_profile,
 )
-from agents.protocol import MICRO, PER_KTOK, PER_REQUEST, draw_by_stake
+from agents.protocol import (
+    ACCOUNT_SIZE,
+    FREE,
+    MICRO,
+    PER_KTOK,
+    PER_REQUEST,
+    STAKED,
+    draw_by_stake,
+    move_stake,
+    stake_target,
+)
 from agents.rules import Policy
 from agents.view import (
     CLASS_LAST_DEADLINE_S,
@@ -78,6 +89,7 @@ class Request:
     klass: int
     prompt: int  # tokens
     arrival_s: float
+    model: str = ""
     candidates: Ints = field(default_factory=lambda: np.zeros(CANDIDATES, np.int64))  # rows of peers
     n_candidates: int = 0
     refused: int = 0  # bit k: candidate k refused it in this round
@@ -138,7 +150,7 @@ class Provider:
         self.guests = 0
         self.arrivals_per_s = 0.0
         self.names: list[str] = []
-        self.serves: list[bool] = []  # whether the peer serves what our users ask for
+        self.serves: list[frozenset[str]] = []  # model names of each peer
         self.adverts = np.zeros((0, ADVERT_SIZE))
         self.dealings = make_dealings(1)  # the last row is for the own node, of whom nothing is known by dealing
         self.queues: list[deque[Request]] = [deque() for _ in range(classes)]
@@ -163,6 +175,14 @@ class Provider:
         self.arrivals_per_s = aged_rate(self.arrivals_per_s, interval_s)
         self.closed = [False] * len(self.closed)
         self.head = None
+
+    def restake(self, interval_s: float) -> None:
+        """Move the stake for `interval_s` toward what the own load calls for, within the free credit."""
+        account = np.zeros(ACCOUNT_SIZE, np.int64)
+        account[FREE], account[STAKED] = self.credit, round(self.stake * MICRO)
+        kv_use = self.own[AD_KV_TOKENS] / self.own[AD_KV_CAPACITY]
+        move_stake(account, stake_target(kv_use, int(self.own[AD_WAITING]), self.held), interval_s)
+        self.credit, self.stake = int(account[FREE]), float(account[STAKED]) / MICRO
 
     def arrived(self, request: Request) -> None:
         """A user asks."""
@@ -191,8 +211,8 @@ class Provider:
         self.own[AD_HELD + request.klass] -= 1.0
         return True
 
-    def heard(self, name: str, advert: Floats, at_s: float, *, serves: bool = True) -> None:
-        """A peer's advert [ADVERT_SIZE], whose load was true at `at_s`."""
+    def heard(self, name: str, advert: Floats, at_s: float, serves: frozenset[str]) -> None:
+        """A peer's advert [ADVERT_SIZE], whose load was true at `at_s`, and the model names that it serves."""
         row = self._row_of(name)
         self.adverts[row] = advert
         self.adverts[row, AD_TIME_S] = at_s
@@ -261,7 +281,7 @@ class Provider:
                     head, soonest_s = line[0], due_s
         if head is not None and head is not self.head:
             eligible = now_s - self.adverts[:, AD_TIME_S] <= silent_after_s(self.market.gossip_s)
-            eligible &= np.array(self.serves, np.bool_)
+            eligible &= np.array([head.model in each for each in self.serves], np.bool_)
             head.n_candidates = draw_by_stake(
                 np.ascontiguousarray(self.adverts[:, AD_STAKE]), eligible, CANDIDATES, self.generator, head.candidates
             )
@@ -358,6 +378,26 @@ class Provider:
         """Whether its last deadline is still to come."""
         return may_hold(now_s - request.arrival_s, float(self.market.known[request.klass, CLASS_LAST_DEADLINE_S]))
 
+    def rehearse(self) -> None:
+        """Go through all that can happen once, as the first of each may have to be compiled. For a new provider, which
+        is not the same afterwards."""
+        with one_at_a_time():
+            self.restake(0.0)
+            self.heard("peer", self.advertise(0.0), 0.0, frozenset({""}))
+            self.scraped(0.0, 0.0, 0.0, 0.0)
+            self.arrived(Request(None, 0, 1, 0.0))
+            decision = self.decide(0.0)
+            if decision is not None and decision.peer is not None:
+                self.come_back(decision)
+            self.sent("peer")
+            self.looked([Out("peer", 1.0, 1.0, 1.0, 1)])
+            self.answered("peer", 1.0, 1.0)
+            self.ended("peer")
+            self.refused("peer")
+            self.finished(1, 1)
+            self.consider(1, 0.5)
+            self.ticked(1.0)
+
     def _mask_gone(self, request: Request) -> None:
         """Candidates that are gone since they were drawn take no request."""
         for k in range(request.n_candidates):
@@ -369,7 +409,7 @@ class Provider:
         if row is None:
             row = self._row[name] = len(self.names)
             self.names.append(name)
-            self.serves.append(False)
+            self.serves.append(frozenset())
             advert = np.zeros((1, ADVERT_SIZE))
             advert[0, AD_TIME_S] = NO_TIME
             self.adverts = np.concatenate([self.adverts, advert])

@@ -54,7 +54,7 @@ class Replay:
         self.pending: dict[int, Decision] = {}
         self.out: dict[int, list[Out]] = {}
         asks = [provider.serves[0] for provider in scenario.providers]
-        self.serves = [[asks[i] in peer.serves for peer in scenario.providers] for i in range(len(self.names))]
+        self.serves = [[frozenset({""} if ask in peer.serves else ()) for peer in scenario.providers] for ask in asks]
         self.providers = []
         for i, profile in enumerate(planned.profiles):
             market = Market(
@@ -109,7 +109,7 @@ class Replay:
                 np.testing.assert_array_equal(said, heard)
             for j, other in enumerate(self.providers):
                 if j != i:
-                    other.heard(self.names[i], heard, float(heard[AD_TIME_S]), serves=self.serves[j][i])
+                    other.heard(self.names[i], heard, float(heard[AD_TIME_S]), self.serves[j][i])
         elif kind == tape.SENT:
             live.sent(peer)
             decided = self.pending.get(i)

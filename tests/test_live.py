@@ -1,0 +1,137 @@
+"""Live against simulated: the same requests, through real processes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from agents.hardware import profile
+from envs.scenario import Misreport, Scenario, load, parse
+from envs.state import plan
+from eval import live as command
+from eval.arguments import UsageError
+from eval.live import check, check_lengths, node, remote
+from eval.policies import load_policy
+from serving.config import parse as parse_node
+from serving.network import Plan, running
+
+
+def busy(rate_per_s: float) -> dict[str, Any]:
+    return {"kind": "poisson", "phases": [{"until_s": 60, "rate_per_s": rate_per_s}]}
+
+
+LENGTHS = {"prompt": {"median": 200, "sigma": 0.3, "max": 500}, "output": {"median": 300, "sigma": 0.3, "max": 600}}
+MAPPING: dict[str, Any] = {
+    "name": "short",
+    "duration_s": 60,
+    "drain_s": 60,
+    "slo": {"thresholds_s": [10, 20, 40]},
+    "defaults": {"lengths": LENGTHS, "max_num_seqs": 4, "serves": ["qwen3"]},
+    "providers": [
+        {"name": "full", "gpu": "rtx-3090", "traffic": busy(1.2)},
+        {"name": "idle", "gpu": "rtx-3090", "traffic": busy(0.1)},
+    ],
+}
+
+
+def test_what_is_measured_stands_beside_what_is_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenario = tmp_path / "short.yaml"
+    scenario.write_text(yaml.safe_dump(MAPPING))
+    out = tmp_path / "out.json"
+    arguments = [str(scenario), "--policy", "single", "earliest_finish", "--runs", "1", "--speed", "8", "--stream"]
+    assert command.main([*arguments, "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    cells, predicted = result["scenarios"]["short"], result["predicted"]["short"]
+    arrivals = plan(load(scenario), command.FIRST_TEST_SEED).traffic.time_s.size
+    for name in ("single", "earliest_finish"):
+        mine, theirs = cells[name], predicted[name]
+        assert mine["requests"] == theirs["requests"] == arrivals and mine["failed"] == 0
+        assert set(theirs) <= set(mine)
+        assert mine["latency_s"]["mean"][0] == pytest.approx(theirs["latency_s"]["mean"][0], rel=0.25)
+        assert 0 < mine["first_token_s"]["mean"][0] < mine["latency_s"]["mean"][0]
+        assert mine["lag_s"] < 2 and 0 < mine["cpu_cores"]["nodes"][0] < 2
+        gap = mine["slo_auc"][0] - theirs["slo_auc"][0]
+        assert result["gap"]["short"][name]["slo_auc"][0] == pytest.approx(gap) and abs(gap) < 0.12
+    # One node alone has three times the load that it sustains; two have room.
+    assert cells["earliest_finish"]["slo_auc"][0] > cells["single"]["slo_auc"][0] + 0.2
+    assert result["paired"]["scenarios"]["short"]["earliest_finish"]["slo_auc"][0] > 0.2
+    shown = capsys.readouterr().out
+    assert "live" in shown and "simulated" in shown
+
+
+def test_a_network_that_runs_is_used_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenario = tmp_path / "short.yaml"
+    scenario.write_text(yaml.safe_dump({**MAPPING, "duration_s": 10}))
+    file, out = tmp_path / "network.yaml", tmp_path / "out.json"
+    plan_ = Plan(nodes=2, base_port=0, policy="single", gpu="rtx-4090", model="qwen3-8b", max_num_seqs=8, speed=10.0)
+    with running(plan_) as network:
+        file.write_text(yaml.safe_dump({"nodes": network.urls}))
+        arguments = [str(scenario), "--network", str(file), "--runs", "1", "--speed", "10", "--json", str(out)]
+        assert command.main([*arguments, "--policy", "single"]) == 0
+        assert command.main([*arguments, "--policy", "www_serve"]) == 2
+        assert "runs the policy single, expected www_serve" in capsys.readouterr().err
+        assert command.main([*arguments[:-4], "1", "--policy", "single"]) == 2
+        assert "runs at speed 10" in capsys.readouterr().err
+    result = json.loads(out.read_text())
+    assert result["scenarios"]["short"]["single"]["unfinished"] == 0
+    assert [each["max_num_seqs"] for each in result["network"]["profiles"]] == [8, 8]
+    assert command.main([*arguments, "--policy", "single"]) == 2
+    assert "does not answer as a node" in capsys.readouterr().err
+
+
+def test_a_node_knows_of_its_users_what_its_simulated_self_knows() -> None:
+    for name in ("market/deadlines", "paper/mixed-models", "trace/azure-conv"):
+        scenario = load(name)
+        planned = plan(scenario, 3)
+        for i, profile_ in enumerate(planned.profiles):
+            told = node(scenario, planned, i, "single", 4.0)
+            told["engine"] = {"url": "http://127.0.0.1:1", "profile": {"kind": "measured", **vars(profile_)}}
+            config = parse_node(json.loads(json.dumps(told)), name)
+            agreed = config.agreed()
+            count = max(1, len(scenario.slo.classes))
+            np.testing.assert_allclose(agreed.known, planned.known[i, :count])
+            np.testing.assert_array_equal(agreed.deadlines, planned.deadlines)
+            assert config.engine_profile() == profile_ and agreed.gossip_s == scenario.gossip_interval_s
+
+
+def changed(scenario: Scenario, **change: Any) -> Scenario:
+    first, *others = scenario.providers
+    return replace(scenario, providers=(replace(first, **change), *others))
+
+
+def test_what_cannot_be_played_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenario = parse(MAPPING)
+    check(scenario)
+    with pytest.raises(UsageError, match="full misreports"):
+        check(changed(scenario, misreport=Misreport(0.5, 1.0)))
+    with pytest.raises(UsageError, match="full is offline"):
+        check(changed(scenario, online_s=((0.0, 30.0),)))
+    with pytest.raises(UsageError, match="duels"):
+        check(replace(scenario, economy=replace(scenario.economy, duel_probability=0.5)))
+    planned = plan(scenario, 0)
+    small = replace(profile("rtx-3090", "qwen3-8b", 4), max_model_len=300)
+    with pytest.raises(UsageError, match=r"a request has \d+ tokens with its answer, the smallest engine takes 300"):
+        check_lengths(planned, [*planned.profiles, small])
+    file = tmp_path / "network.yaml"
+    for text, message in (
+        ("nodes: [http://127.0.0.1:1]", "has 1 nodes, expected 2"),
+        ("- a", "expected a mapping with nodes"),
+        ("nodes: {", "network.yaml"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            remote(file, scenario, load_policy("single"), 1.0)  # type: ignore[arg-type]
+    for arguments, message in (
+        (["--policy", "omniscient"], "sees what no node can"),
+        (["--policy", "nobody"], "no rule"),
+        (["--policy", "single", "single"], "given twice"),
+        (["--speed", "0"], "expected 0.01 to 100"),
+        (["--json", str(tmp_path / "no" / "where.json")], "not a folder"),
+        (["--network", str(file)], "takes one --policy"),
+    ):
+        assert command.main(["paper/alternating", *arguments]) == 2
+        assert message in capsys.readouterr().err
