@@ -10,7 +10,7 @@ import orjson
 
 from serving.config import NodeConfig
 from serving.dispatcher import ORIGIN, PEER_PREFIX, PROMPT, TPOT, TTFT, Ask, Dispatcher, Failed
-from serving.membership import BEAT_PATH, AdvertError
+from serving.membership import BEAT_PATH, MOST_BYTES, AdvertError
 
 log = logging.getLogger("wwwserve.app")
 
@@ -157,7 +157,7 @@ class App:
         # Else the answer stays without its end, and the server breaks the connection off.
 
     async def _beat(self, receive: Receive, send: Send) -> None:
-        body = await _body(receive, {}, 65536)
+        body = await _body(receive, {}, MOST_BYTES)
         try:
             self.dispatcher.membership.received(body)
         except AdvertError as error:

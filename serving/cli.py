@@ -106,10 +106,18 @@ def _add_up(groups: Groups) -> None:
     add("--model", default="qwen3-8b", help="that they serve (default: qwen3-8b)")
     add("--max-num-seqs", type=int, default=64, help="requests at once in an engine (default: 64)")
     add("--speed", type=float, default=1.0, help="engine seconds in a second (default: 1)")
+    add(
+        "--membership",
+        choices=("static", "zenoh"),
+        default="static",
+        help="how nodes find each other (default: static)",
+    )
 
 
 def _up(args: argparse.Namespace) -> int:
-    plan = network.Plan(args.nodes, args.base_port, args.policy, args.gpu, args.model, args.max_num_seqs, args.speed)
+    plan = network.Plan(
+        args.nodes, args.base_port, args.policy, args.gpu, args.model, args.max_num_seqs, args.speed, args.membership
+    )
     network.up(plan)
     return DONE
 

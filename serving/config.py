@@ -1,5 +1,6 @@
 """What an operator says of a node, in `node.yaml`: validated, every key with its default here."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +64,27 @@ class PeerConfig(Struct):
     url: str
 
 
+class StaticConfig(Struct, tag_field="kind", tag="static"):
+    """Membership by the list `peers`."""
+
+
+class TlsConfig(Struct):
+    """Files, PEM, by which the nodes of a network know each other."""
+
+    ca: str  # certificate of the CA that made all of them
+    certificate: str  # the own
+    key: str  # the own
+
+
+class ZenohConfig(Struct, tag_field="kind", tag="zenoh"):
+    """Membership on Eclipse Zenoh; endpoints are `tcp/HOST:PORT`, with TLS `tls/HOST:PORT`."""
+
+    network: str
+    listen: tuple[str, ...]
+    connect: tuple[str, ...] = ()  # of some nodes, from which it learns of the others
+    tls: TlsConfig | None = None
+
+
 class LengthsConfig(Struct):
     """Lognormal lengths, tokens."""
 
@@ -113,7 +135,8 @@ class NodeConfig(Struct):
     stake: float = 1.0  # credits
     credit: float = 1000.0  # credits
     keys: tuple[str, ...] = ()  # API keys of users; none: everyone is a user
-    peers: tuple[PeerConfig, ...] = ()
+    membership: StaticConfig | ZenohConfig = msgspec.field(default_factory=StaticConfig)
+    peers: tuple[PeerConfig, ...] = ()  # with static membership
     prompt_tokens: float = 256.0  # mean of what users ask, until it is known better
     output: LengthsConfig = msgspec.field(default_factory=lambda: LengthsConfig(median=200.0, sigma=0.8, max=4096))
     deadlines_s: tuple[float, ...] = (10.0, 20.0, 30.0, 60.0, 120.0)
@@ -177,6 +200,26 @@ def parse(content: object, where: str) -> NodeConfig:
     return config
 
 
+def _membership_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
+    told = c.membership
+    if isinstance(told, StaticConfig):
+        return []
+    kind = "tls" if told.tls else "tcp"
+    files = msgspec.structs.asdict(told.tls) if told.tls else {}
+
+    def good(endpoints: tuple[str, ...]) -> bool:
+        return all(re.fullmatch(rf"{kind}/[^\s/?#]+:\d{{1,5}}", each) for each in endpoints)
+
+    return [
+        ("peers", not c.peers, "left out where membership is zenoh"),
+        ("membership.network", bool(told.network) and told.network.isprintable(), "some printable characters"),
+        ("membership.listen", bool(told.listen) and good(told.listen),
+         f"at least one {kind}/HOST:PORT, got {told.listen}"),
+        ("membership.connect", good(told.connect), f"of the form {kind}/HOST:PORT, got {told.connect}"),
+        *[(f"membership.tls.{key}", Path(file).is_file(), f"a file, got {file!r}") for key, file in files.items()],
+    ]  # fmt: skip
+
+
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
     names = [peer.name for peer in c.peers]
@@ -185,6 +228,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("port", 0 <= c.port < 65536, f"0 to 65535, got {c.port}"),
         ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
         ("peers", len({*names, c.name}) == len(names) + 1, f"of different names, and not the node itself, got {names}"),
+        *_membership_checks(c),
         ("deadlines_s", list(c.deadlines_s) == sorted(c.deadlines_s) and min(c.deadlines_s, default=0) > 0,
          f"at least one, above 0 and ascending, got {c.deadlines_s}"),
         ("classes", len(c.classes) <= MAX_CLASSES, f"at most {MAX_CLASSES}, got {len(c.classes)}"),

@@ -1,8 +1,8 @@
 """Who is there, and what they say of themselves.
 
 A `Membership` tells its node of every advert of a peer, and when a peer is gone; the node tells it its own advert.
-`StaticMembership` knows its peers by a list and sends each of them its advert when it is new and every 0.4 s, so that
-one who falls silent is noticed before two seconds are over.
+Whatever carries them, each node sends its advert when it is new and every 0.4 s, so that one who falls silent is
+noticed before two seconds are over. `StaticMembership` knows its peers by a list; `serving.zenoh_membership` finds them.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from agents.knowledge import ADVERT_SIZE
 BEAT_S = 0.4  # between two signs of life
 SILENT_S = 1.4  # without one, after which a peer is gone
 BEAT_PATH = "/peer/beat"
+MOST_BYTES = 65536  # of an advert
 
 
 class AdvertError(ValueError):
@@ -55,6 +56,8 @@ class Membership(Protocol):
 
 def decode(body: bytes) -> Advert:
     """Read an advert; raises AdvertError."""
+    if len(body) > MOST_BYTES:
+        raise AdvertError(f"it has {len(body)} bytes, expected at most {MOST_BYTES}")
     try:
         advert = msgspec.json.decode(body, type=Advert)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -63,22 +66,23 @@ def decode(body: bytes) -> Advert:
         raise AdvertError(f"load has {len(advert.load)} numbers, expected {ADVERT_SIZE}")
     if not (0 <= advert.age_s < 1e6 and min(advert.load[:-7]) > -1e10 and min(advert.load[-7:]) > 0):
         raise AdvertError("load, age or profile is out of its range")
+    if not advert.url.startswith(("http://", "https://")):
+        raise AdvertError(f"url is {advert.url!r}, expected http:// or https://")
     return advert
 
 
-class StaticMembership:
-    """Peers by a list of names and URLs."""
+class Heartbeat:
+    """What every membership has: the own advert as it is sent, and the peers by their signs of life."""
 
-    def __init__(
-        self, peers: Sequence[tuple[str, str]], session: aiohttp.ClientSession, clock: Callable[[], float]
-    ) -> None:
-        self.peers, self.session, self.clock = dict(peers), session, clock
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.advert: Advert | None = None
         self.true_at_s = 0.0
         self.beaten_s: dict[str, float] = {}  # when each peer that is there was last heard
         self.numbers: dict[str, int] = {}  # of its last advert
         self._heard: Heard = lambda advert: None
         self._news = asyncio.Event()  # there is another advert
+        self._gone: Gone = lambda name: None
 
     def publish(self, advert: Advert, now_s: float) -> None:
         """See `Membership`."""
@@ -86,37 +90,65 @@ class StaticMembership:
         self._news.set()
         self._news = asyncio.Event()
 
-    def received(self, body: bytes) -> None:
-        """See `Membership`. A beat of someone who is not on the list is an error as well."""
-        advert = decode(body)
-        if self.peers.get(advert.name) != advert.url:
-            raise AdvertError(f"{advert.name!r} at {advert.url!r} is not on the list of peers")
+    def beat(self) -> bytes | None:
+        """The own advert with the age of its load; None before there is one."""
+        if self.advert is None:
+            return None
+        return msgspec.json.encode(msgspec.structs.replace(self.advert, age_s=self.clock() - self.true_at_s))
+
+    def alive(self, advert: Advert) -> None:
+        """A peer gave a sign of life."""
         self.beaten_s[advert.name] = self.clock()
         if self.numbers.get(advert.name) != advert.number:
             self.numbers[advert.name] = advert.number
             self._heard(advert)
 
+    def left(self, name: str) -> None:
+        """A peer is gone, if it was there."""
+        if name in self.beaten_s:
+            del self.beaten_s[name], self.numbers[name]
+            self._gone(name)
+
+    async def watch(self) -> None:
+        """Notice who falls silent, until cancelled."""
+        while True:
+            await asyncio.sleep(BEAT_S / 4)
+            now_s = self.clock()
+            for name in [name for name, at_s in self.beaten_s.items() if now_s - at_s > SILENT_S]:
+                self.left(name)
+
+
+class StaticMembership(Heartbeat):
+    """Peers by a list of names and URLs."""
+
+    def __init__(
+        self, peers: Sequence[tuple[str, str]], session: aiohttp.ClientSession, clock: Callable[[], float]
+    ) -> None:
+        super().__init__(clock)
+        self.peers, self.session = dict(peers), session
+
+    def received(self, body: bytes) -> None:
+        """See `Membership`. A beat of someone who is not on the list is an error as well."""
+        advert = decode(body)
+        if self.peers.get(advert.name) != advert.url:
+            raise AdvertError(f"{advert.name!r} at {advert.url!r} is not on the list of peers")
+        self.alive(advert)
+
     async def run(self, heard: Heard, gone: Gone) -> None:
         """See `Membership`."""
-        self._heard = heard
+        self._heard, self._gone = heard, gone
         async with asyncio.TaskGroup() as group:
+            group.create_task(self.watch())
             for url in self.peers.values():
-                group.create_task(self._beat(url))
-            while True:
-                await asyncio.sleep(BEAT_S / 4)
-                now_s = self.clock()
-                for name in [name for name, at_s in self.beaten_s.items() if now_s - at_s > SILENT_S]:
-                    del self.beaten_s[name], self.numbers[name]
-                    gone(name)
+                group.create_task(self._send(url))
 
-    async def _beat(self, url: str) -> None:
+    async def _send(self, url: str) -> None:
         timeout = aiohttp.ClientTimeout(total=BEAT_S)
         while True:
             start_s, news = self.clock(), self._news
-            if self.advert is not None:
-                beat = msgspec.structs.replace(self.advert, age_s=start_s - self.true_at_s)
+            body = self.beat()
+            if body is not None:
                 try:
-                    body = msgspec.json.encode(beat)
                     async with self.session.post(url + BEAT_PATH, data=body, timeout=timeout) as response:
                         await response.read()
                 except (aiohttp.ClientError, TimeoutError, OSError):

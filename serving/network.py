@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     model: str
     max_num_seqs: int
     speed: float
+    membership: Literal["static", "zenoh"] = "static"
 
 
 def free_ports(count: int) -> list[int]:
@@ -67,17 +68,26 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """
     if not 1 <= plan.nodes <= 256:
         raise NetworkError(f"--nodes is {plan.nodes}, expected 1 to 256")
-    ports = free_ports(plan.nodes) if plan.base_port == 0 else [plan.base_port + i for i in range(plan.nodes)]
-    engine_ports = free_ports(plan.nodes)
+    free = free_ports(3 * plan.nodes)
+    engine_ports, ports, endpoints = free[::3], free[1::3], [f"tcp/127.0.0.1:{port}" for port in free[2::3]]
+    if plan.base_port:
+        ports = [plan.base_port + i for i in range(plan.nodes)]
     names = [f"n{i + 1}" for i in range(plan.nodes)]
     nodes, engines = [], []
     for i, name in enumerate(names):
-        peers = [{"name": names[k], "url": f"http://127.0.0.1:{ports[k]}"} for k in range(plan.nodes) if k != i]
+        others = [k for k in range(plan.nodes) if k != i]
+        membership: dict[str, Any]
+        if plan.membership == "zenoh":
+            # Two to begin with, so that it can come back though one of them is gone; gossip tells of the others.
+            first = [endpoints[k] for k in others[:2]]
+            membership = {"membership": {"kind": "zenoh", "network": "up", "listen": [endpoints[i]], "connect": first}}
+        else:
+            membership = {"peers": [{"name": names[k], "url": f"http://127.0.0.1:{ports[k]}"} for k in others]}
         profile = {"kind": "catalogue", "gpu": plan.gpu, "model": plan.model, "max_num_seqs": plan.max_num_seqs}
         node = {
-            "name": name, "port": ports[i], "seed": i, "policy": plan.policy, "serves": [plan.model], "peers": peers,
+            "name": name, "port": ports[i], "seed": i, "policy": plan.policy, "serves": [plan.model],
             "engine": {"url": f"http://127.0.0.1:{engine_ports[i]}", "profile": profile},
-            "market": {"speed": plan.speed},
+            "market": {"speed": plan.speed}, **membership,
         }  # fmt: skip
         parse(node, f"node {name}")
         nodes.append(node)

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from agents.rules import RULES, Policy, Rule
 from agents.runtime import DEFAULT_BUNDLE
 from agents.runtime import load as load_bundle
 from serving.app import App
-from serving.config import NodeConfig
+from serving.config import NodeConfig, StaticConfig
 from serving.dispatcher import Dispatcher
 from serving.engine import Engine, EngineError
-from serving.membership import StaticMembership
+from serving.membership import Membership, StaticMembership
 from serving.metrics import Metrics
 from serving.provider import Provider
+from serving.zenoh_membership import ZenohMembership, open_session
 
 log = logging.getLogger("wwwserve.node")
 
@@ -58,6 +59,14 @@ def policy_of(named: str | None) -> Policy:
     return load_bundle(Path(named) if named else DEFAULT_BUNDLE)
 
 
+def membership_of(config: NodeConfig, session: aiohttp.ClientSession, stack: AsyncExitStack) -> Membership:
+    """The membership that is configured, until `stack` is closed. Raises OSError if it cannot be opened."""
+    told = config.membership
+    if isinstance(told, StaticConfig):
+        return StaticMembership([(peer.name, peer.url) for peer in config.peers], session, time.monotonic)
+    return ZenohMembership(config.name, told.network, stack.enter_context(open_session(told)), time.monotonic)
+
+
 class _Server(uvicorn.Server):
     """A server that leaves signals to its process."""
 
@@ -82,13 +91,14 @@ async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
         for _ in range(2)
     )  # fmt: skip
     rehearsal.rehearse()
-    listener = socket.create_server((config.host, config.port), backlog=1024)
-    url = config.url or f"http://{config.host}:{listener.getsockname()[1]}"
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
-    async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(socket.create_server((config.host, config.port), backlog=1024))
+        url = config.url or f"http://{config.host}:{listener.getsockname()[1]}"
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, auto_decompress=False))
+        membership = membership_of(config, session, stack)
         told = config.engine
         engine = Engine(told.kind, told.url, profile, session, key=told.key, timeout_s=told.timeout_s)
-        membership = StaticMembership([(peer.name, peer.url) for peer in config.peers], session, time.monotonic)
         metrics = Metrics()
         dispatcher = Dispatcher(config, provider, engine, membership, session, metrics, url)
         web = uvicorn.Config(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import openai
@@ -55,8 +55,9 @@ async def load(urls: list[str], per_s: float, for_s: float) -> dict[str, Counter
     return seen
 
 
-def test_every_request_ends_once_though_nodes_are_killed_and_stopped() -> None:
-    with running(PLAN) as network:
+@pytest.mark.parametrize("membership", ["static", "zenoh"])
+def test_every_request_ends_once_though_nodes_are_killed_and_stopped(membership: Literal["static", "zenoh"]) -> None:
+    with running(PLAN._replace(membership=membership)) as network:
         users = network.urls[:2]  # of these two alone, so that they hand over; the other three have no users
         at_s: dict[str, float] = {}
 
@@ -96,7 +97,7 @@ def test_every_request_ends_once_though_nodes_are_killed_and_stopped() -> None:
 
 def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:
     command = [sys.executable, "-m", "serving.cli", "up", "--nodes", "2", "--base-port", "0", "--policy", "www_serve",
-               "--speed", "20"]  # fmt: skip
+               "--speed", "20", "--membership", "zenoh"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert process.stdout is not None

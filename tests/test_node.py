@@ -385,6 +385,19 @@ def test_strangers_and_nonsense_are_no_peers() -> None:
         decode(b'{"name":"a","url":"u","serves":[],"number":1,"load":[1.0],"age_s":0,"valid_s":1}')
 
 
+def test_a_node_that_zenoh_tells_of_its_peers_takes_no_beats() -> None:
+    async def scene() -> None:
+        listen = f"tcp/127.0.0.1:{free_ports(1)[0]}"
+        async with (
+            net(Stub(), membership=ZENOH | {"listen": [listen]}) as n,
+            n.session.post(n.urls[0] + "/peer/beat", data=b"{}") as response,
+        ):
+            assert response.status == 403
+            assert "no beats are sent to it" in (await response.json())["error"]["message"]
+
+    play(scene)
+
+
 # Loads and configurations.
 
 VLLM_PAGE = """# HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -444,15 +457,23 @@ def test_what_was_sent_since_the_scrape_is_counted() -> None:
 
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs/node.md").read_text()
-    inner = {"engine": config.EngineConfig, "market": config.MarketConfig, "limits": config.LimitsConfig}
-    names = set(config.NodeConfig.__struct_fields__) - set(inner)
+    inner = {
+        "engine": config.EngineConfig, "market": config.MarketConfig, "limits": config.LimitsConfig,
+        "membership": config.ZenohConfig, "membership.tls": config.TlsConfig,
+    }  # fmt: skip
+    names = set(config.NodeConfig.__struct_fields__)
     names |= {f"{part}.{name}" for part, struct in inner.items() for name in struct.__struct_fields__}
+    names = names - set(inner) | {"membership.kind"}
     assert {name for name in names if f"`{name}`" not in page} == set()
     shown = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     assert config.parse(shown, "docs").peers[0].name == "south"
+    shown = yaml.safe_load(page.split("```yaml\n")[2].partition("```")[0])
+    assert config.parse(GOOD | shown, "docs").membership.network == "campus"  # type: ignore[union-attr]
 
 
 GOOD = {"name": "n", "engine": {"url": "http://h:1", "profile": PROFILE}}
+ZENOH = {"kind": "zenoh", "network": "x", "listen": ["tcp/127.0.0.1:1"]}
+TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
 
 
 @pytest.mark.parametrize(
@@ -468,6 +489,18 @@ GOOD = {"name": "n", "engine": {"url": "http://h:1", "profile": PROFILE}}
         ({"peers": [{"name": "n", "url": "http://h:2"}]}, "of different names"),
         ({"classes": {str(k): {"deadline_s": 5} for k in range(5)}}, "at most 4, got 5"),
         ({"market": {"prices": []}}, "market.prices must be"),
+        ({"membership": {"kind": "rumour"}}, r"at `\$.membership.kind`"),
+        ({"membership": {"kind": "static", "network": "x"}}, "unknown field `network`"),
+        ({"membership": {"kind": "zenoh", "network": "x"}}, "missing required field `listen`"),
+        ({"membership": ZENOH | {"network": ""}}, "membership.network must be some printable"),
+        ({"membership": ZENOH | {"listen": []}}, "membership.listen must be at least one tcp/HOST:PORT"),
+        ({"membership": ZENOH | {"connect": ["h:7447"]}}, r"membership.connect must be .* got \('h:7447',\)"),
+        ({"membership": ZENOH | {"tls": TLS}}, "membership.listen must be at least one tls/HOST:PORT"),
+        (
+            {"membership": ZENOH | {"listen": ["tls/h:1"], "tls": TLS}},
+            "membership.tls.key must be a file, got 'no.key'",
+        ),
+        ({"membership": ZENOH, "peers": [{"name": "p", "url": "http://h:2"}]}, "peers must be left out"),
     ],
 )
 def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any], told: str) -> None:

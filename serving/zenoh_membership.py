@@ -1,0 +1,117 @@
+"""Membership on Eclipse Zenoh: a node that knows one of the others finds them all, by gossip.
+
+In peer mode every node has a session with every other. Under `wwwserve/NETWORK` each has a liveliness token,
+`alive/NAME`, and publishes its advert as `advert/NAME`. Who is killed loses the token as its connections break, within
+milliseconds; who hangs keeps it and shows by silence.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from urllib.parse import quote, unquote
+
+import zenoh
+
+from serving.config import ZenohConfig
+from serving.membership import BEAT_S, AdvertError, Gone, Heard, Heartbeat, decode
+
+log = logging.getLogger("wwwserve.membership")
+
+MOST_PEERS = 1024  # names that are ever heard, as a node keeps what it knows of each
+MOST_MESSAGE_BYTES = 2**20  # larger ones are dropped by Zenoh
+
+
+def open_session(told: ZenohConfig) -> zenoh.Session:
+    """A session that listens, and connects in the background. Raises OSError for an address or file that cannot be
+    used."""
+    settings = {
+        "mode": "peer",
+        "listen/endpoints": told.listen,
+        "connect/endpoints": told.connect,
+        "connect/retry": {"period_init_ms": 100, "period_max_ms": 500, "period_increase_factor": 2},
+        "open/return_conditions/connect_scouted": False,
+        "scouting/gossip/enabled": True,  # not multihop, with which 40 nodes that start together take half a minute
+        "scouting/multicast/enabled": False,
+        "transport/shared_memory/enabled": False,
+        "transport/link/protocols": ["tls" if told.tls else "tcp"],
+        "transport/link/rx/max_message_size": MOST_MESSAGE_BYTES,
+    }
+    if told.tls:
+        tls = "transport/link/tls/"
+        settings |= {tls + "enable_mtls": True, tls + "root_ca_certificate": told.tls.ca}
+        for side in ("listen", "connect"):
+            settings[tls + side + "_certificate"] = told.tls.certificate
+            settings[tls + side + "_private_key"] = told.tls.key
+    config = zenoh.Config()
+    for key, value in settings.items():
+        config.insert_json5(key, json.dumps(value))
+    try:
+        return zenoh.open(config)
+    except zenoh.ZError as error:
+        raise OSError(f"membership: {str(error).partition(' at /')[0]}") from None  # without where in its source
+
+
+class ZenohMembership(Heartbeat):
+    """Peers that are found by a Zenoh session."""
+
+    def __init__(self, name: str, network: str, session: zenoh.Session, clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self.name, self.network, self.session = name, network, session
+        self.names: set[str] = set()  # of all peers that were ever heard
+
+    def received(self, body: bytes) -> None:
+        """See `Membership`. All that comes this way is an error."""
+        raise AdvertError("the membership of this node is zenoh, no beats are sent to it")
+
+    async def run(self, heard: Heard, gone: Gone) -> None:
+        """See `Membership`."""
+        self._heard, self._gone = heard, gone
+        loop = asyncio.get_running_loop()
+
+        # Zenoh calls these two on its own threads.
+        def on_advert(sample: zenoh.Sample) -> None:
+            loop.call_soon_threadsafe(self._take, str(sample.key_expr), sample.payload.to_bytes())
+
+        def on_token(sample: zenoh.Sample) -> None:
+            if sample.kind == zenoh.SampleKind.DELETE:
+                loop.call_soon_threadsafe(self.left, unquote(str(sample.key_expr).rpartition("/")[2]))
+
+        call = zenoh.handlers.Callback
+        liveliness = self.session.liveliness()
+        with (
+            self.session.declare_subscriber(
+                self._key("advert"), call(on_advert, indirect=False), allowed_origin=zenoh.Locality.REMOTE
+            ),
+            liveliness.declare_subscriber(self._key("alive"), call(on_token, indirect=False), history=True),
+            liveliness.declare_token(self._key("alive", self.name)),
+        ):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.watch())
+                group.create_task(self._send())
+
+    def _key(self, what: str, name: str | None = None) -> str:
+        """A node's key, or all nodes'. Names are quoted, as some characters mean something in a key."""
+        return f"wwwserve/{quote(self.network, safe='')}/{what}/{'*' if name is None else quote(name, safe='')}"
+
+    def _take(self, key: str, body: bytes) -> None:
+        try:
+            advert = decode(body)
+            if key != self._key("advert", advert.name):
+                raise AdvertError(f"it is of {advert.name!r}, whose key is another")
+            if advert.name == self.name:
+                raise AdvertError("a peer has the name of this node")
+            if advert.name not in self.names and len(self.names) >= MOST_PEERS:
+                raise AdvertError(f"{MOST_PEERS} peers are known already")
+        except AdvertError as error:
+            log.warning("an advert is refused", extra={"key": key, "reason": str(error)})
+            return
+        self.names.add(advert.name)
+        self.alive(advert)
+
+    async def _send(self) -> None:
+        while True:
+            body = self.beat()
+            if body is not None:
+                self.session.put(self._key("advert", self.name), body)
+            await asyncio.sleep(BEAT_S)
