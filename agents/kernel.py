@@ -31,16 +31,21 @@ _KERNEL_PACKAGES = ("agents", "envs")
 CACHE_LINE = 64  # bytes
 
 
+def cache_root() -> Path:
+    """Folder for what is made once on a machine: `$WWWSERVE_CACHE`, `$XDG_CACHE_HOME/wwwserve` or `~/.cache/wwwserve`."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("WWWSERVE_CACHE") or caches / "wwwserve")
+
+
 def _cache_dir() -> Path:
-    """Folder for compiled kernels: `$WWWSERVE_CACHE` or `~/.cache/wwwserve`, then a digest of the sources."""
+    """Folder for compiled kernels, named by a digest of the sources."""
     digest = hashlib.sha256(numba.__version__.encode())
     for package in _KERNEL_PACKAGES:
         for source in sorted((_ROOT / package).glob("*.py")):
             content = source.read_bytes()
             if b"agents.kernel import" in content:
                 digest.update(source.name.encode() + content)
-    base = os.environ.get("WWWSERVE_CACHE") or Path.home() / ".cache" / "wwwserve"
-    return Path(base) / "kernels" / digest.hexdigest()[:16]
+    return cache_root() / "kernels" / digest.hexdigest()[:16]
 
 
 if "NUMBA_CACHE_DIR" not in os.environ:
