@@ -6,8 +6,10 @@ Two kinds of probe, with prompts of words drawn anew so that no prefix is cached
 - A stream that joins others: between its first token and its last, every iteration decodes all of them. How many tokens
   it got is told at its end; dividing gives the time of an iteration.
 
-Of each load some repetitions are taken, and of these the median. The coefficients are the nonnegative ones with the
-least squared relative error. Some loads in between are held out, and tell how far the fit is off where it was not made.
+All loads are measured in turn, several times over, and of each the median is taken, so that what disturbs the engine
+for a while disturbs one measurement of each. The coefficients are nonnegative, with the least relative errors, in which
+loads far off count less than squared. Some loads in between are held out, and tell how far off the fit is where it was
+not made.
 """
 
 import asyncio
@@ -32,6 +34,8 @@ from serving.config import MeasuredProfile
 from serving.engine import NAMES, EngineError, read_load
 
 FLOOR = 1e-12  # s; a profile has no zeros
+CLOSE = 0.02  # relative error from which on it counts as such, no longer squared
+MARGIN = 4  # tokens that others may get while one is timed, in its tokens
 MOST_SEQS = 1024  # looked for at most
 ANSWER_S = 600.0  # without a byte, after which an engine has failed
 WORDS = (
@@ -93,7 +97,7 @@ class Sample(NamedTuple):
     kv_tokens: float  # their context, in total and on average
     prefill_tokens: float  # the prompt whose first token was timed; 0 where iterations without prefill were
     time_s: float  # of an iteration, or to the first token
-    held_out: bool  # not fitted
+    held_out: bool = False  # not fitted
 
 
 class Errors(NamedTuple):
@@ -159,13 +163,24 @@ def nonnegative(columns: Floats, target: Floats) -> Floats:
     return best
 
 
+def robust(columns: Floats, target: Floats) -> Floats:
+    """As `nonnegative`, with errors beyond `CLOSE` counted as they are: least squares, weighted anew until it is so."""
+    weights = np.ones(len(target))
+    for _ in range(20):
+        found = nonnegative(columns * weights[:, None], target * weights)
+        weights = np.maximum(np.abs(columns @ found - target), CLOSE) ** -0.5
+    return found
+
+
 def fit_decode(rows: Floats) -> Floats:
-    """weight_s, per_seq_s and per_kv_token_s of iterations [n, (decoding, KV tokens, 0, s)], by least squared relative
-    error. Raises CalibrationError where there are not two batch sizes."""
+    """weight_s, per_seq_s and per_kv_token_s of iterations [n, (decoding, KV tokens, 0, s)].
+
+    Raises CalibrationError where there are not two batch sizes.
+    """
     if np.unique(rows[:, 0]).size < 2:
         raise CalibrationError(f"a fit needs at least two different numbers of requests at once, got {rows[:, 0]}")
     columns = np.column_stack([np.ones(len(rows)), rows[:, 0], rows[:, 1]])
-    return nonnegative(columns / rows[:, 3:], np.ones(len(rows)))
+    return robust(columns / rows[:, 3:], np.ones(len(rows)))
 
 
 def fit_prefill(rows: Floats, weight_s: float) -> tuple[float, float, float]:
@@ -184,9 +199,9 @@ def fit_prefill(rows: Floats, weight_s: float) -> tuple[float, float, float]:
         overhead = np.full(len(rows), float(hidden > 0))
         columns = np.column_stack([bound, bound * rows[:, 2], overhead])
         target = 1.0 - ~bound * weight_s / rows[:, 3]
-        base_s, token_s, overhead_s = nonnegative(columns / rows[:, 3:], target)
+        base_s, token_s, overhead_s = robust(columns / rows[:, 3:], target)
         found_s = overhead_s + np.maximum(weight_s, base_s + token_s * rows[:, 2])
-        error = float(((found_s / rows[:, 3] - 1.0) ** 2).sum())
+        error = float(np.abs(found_s / rows[:, 3] - 1.0).sum())
         if error < least:
             best, least = (float(base_s), float(token_s), float(overhead_s)), error
     return best
@@ -246,6 +261,7 @@ class Prober:
         self.url, self.model, self.settings, self.session = url.rstrip("/"), model, settings, session
         self.random = random.Random(settings.seed)
         self.words_per_token = 1.0
+        self.iteration_s = 0.0  # the last that was timed
 
     def words(self, tokens: int) -> str:
         """A prompt of about so many tokens that has not been seen before."""
@@ -303,17 +319,21 @@ class Prober:
         seen = await self.ask(" ".join(words), 8)
         self.words_per_token = len(words) / seen.prompt
 
-    async def prefill(self, prompt: int, held_out: bool) -> Sample:
+    async def prefill(self, prompt: int) -> Sample:
         """Time to first token of a prompt alone."""
-        asked = [await self.ask(self.words(prompt), 1) for _ in range(self.settings.repeats)]
-        time_s = statistics.median(seen.first_s - seen.sent_s for seen in asked)
-        return Sample(0.0, 0.0, statistics.mean(seen.prompt for seen in asked), time_s, held_out)
+        seen = await self.ask(self.words(prompt), 1)
+        return Sample(0.0, 0.0, seen.prompt, seen.first_s - seen.sent_s)
 
     @asynccontextmanager
     async def others(self, count: int, prompt: int, tokens: int) -> AsyncIterator[list[Stream]]:
         """So many streams that all decode; they are given up at the end."""
         streams = [Stream() for _ in range(count)]
-        tasks = [asyncio.create_task(self.ask(self.words(prompt), tokens, stream)) for stream in streams]
+        # Always the same prompts, and their beginnings: the engine may have them cached, as they are not timed.
+        count_words = max(1, round(prompt * self.words_per_token))
+        texts = [" ".join(random.Random(k).choices(WORDS, k=count_words)) for k in range(count)]
+        tasks = [
+            asyncio.create_task(self.ask(text, tokens, stream)) for text, stream in zip(texts, streams, strict=True)
+        ]
         try:
             while not all(stream.begun.is_set() for stream in streams):
                 await asyncio.sleep(0.005)
@@ -326,36 +346,26 @@ class Prober:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def decode(self, decoding: int, prompt: int, held_out: bool) -> list[Sample]:
+    async def decode(self, decoding: int, prompt: int) -> tuple[Sample, Sample]:
         """Time of an iteration that decodes so many streams, each of about `prompt` tokens of context, and the time to
         the first token of the last that came."""
         tokens = self.settings.tokens
-        times, contexts, firsts, prompts = [], [], [], []
-        # The others outlast all repetitions: each has its prefill too, during which they may get a token an iteration.
-        lasting = self.settings.repeats * (tokens + 2) * 2
-        async with self.others(decoding - 1, prompt, lasting) as streams:
-            for _ in range(self.settings.repeats):
-                # Somewhere within an iteration of theirs, as a user's request would come.
-                await asyncio.sleep(self.random.random() * max(times, default=0.0))
-                before = [stream.chunks for stream in streams]
-                seen = await self.ask(self.words(prompt), tokens)
-                after = [stream.chunks for stream in streams]
-                if any(stream.tokens for stream in streams):
-                    raise CalibrationError(
-                        f"{self.url}: a stream ended while another was timed; take fewer repetitions"
-                    )
-                times.append((seen.last_s - seen.first_s) / (tokens - 1))
-                per_chunk = tokens / seen.chunks
-                theirs = sum(seen.prompt + per_chunk * (a + b) / 2 for a, b in zip(after, before, strict=True))
-                contexts.append(theirs + seen.prompt + tokens / 2)
-                firsts.append(seen.first_s - seen.sent_s)
-                prompts.append(seen.prompt)
-        context, mean_prompt = statistics.mean(contexts), statistics.mean(prompts)
-        samples = [Sample(float(decoding), context, 0.0, statistics.median(times), held_out)]
-        if decoding > 1 and mean_prompt + decoding <= self.settings.max_batched_tokens:
-            joined = context * (decoding - 1) / decoding - tokens / 2
-            samples.append(Sample(decoding - 1.0, joined, mean_prompt, statistics.mean(firsts), True))
-        return samples
+        async with self.others(decoding - 1, prompt, MARGIN * tokens) as streams:
+            # Somewhere within an iteration of theirs, as a user's request would come.
+            await asyncio.sleep(self.random.random() * self.iteration_s)
+            before = [stream.chunks for stream in streams]
+            seen = await self.ask(self.words(prompt), tokens)
+            after = [stream.chunks for stream in streams]
+            if any(stream.tokens for stream in streams):
+                raise CalibrationError(f"{self.url}: a stream ended while another was timed")
+        self.iteration_s = (seen.last_s - seen.first_s) / (tokens - 1)
+        per_chunk = tokens / seen.chunks
+        then = [seen.prompt + per_chunk * chunks for chunks in before]  # their contexts
+        context = sum(then) + per_chunk * (sum(after) - sum(before)) / 2 + seen.prompt + tokens / 2
+        return (
+            Sample(decoding, context, 0.0, self.iteration_s),
+            Sample(decoding - 1, sum(then), seen.prompt, seen.first_s - seen.sent_s),
+        )
 
     async def load(self, count: int, tokens: int) -> None:
         """Keep the engine busy with so many requests until cancelled."""
@@ -445,14 +455,13 @@ async def find_max_num_seqs(prober: Prober) -> int:
     raise CalibrationError(f"{prober.url} runs {MOST_SEQS} requests at once and more; say --max-num-seqs")
 
 
-def decode_loads(limits: Limits, tokens: int, repeats: int) -> list[tuple[int, int, bool]]:
+def decode_loads(limits: Limits, tokens: int) -> list[tuple[int, int, bool]]:
     """Streams at once, context of each, and whether it is held out: a grid within the limits, every second held out."""
     most = max(2, limits.max_num_seqs)
     counts = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n < most), most})
-    growth = repeats * (tokens + 2) * 2
     loads = []
     for row, count in enumerate(counts):
-        longest = min(limits.max_model_len, limits.kv_tokens // count) - growth - 32
+        longest = min(limits.max_model_len, limits.kv_tokens // count) - MARGIN * tokens - 32
         if longest < 32:
             break
         contexts = sorted({32, max(32, longest // 4), max(32, longest // 2)})
@@ -505,14 +514,28 @@ async def _measure(prober: Prober, max_model_len: int, say: Say) -> Calibration:
     max_num_seqs = settings.max_num_seqs or await find_max_num_seqs(prober)
     limits = Limits(kv_tokens, max_num_seqs, max_model_len)
     say(f"{prober.model}: {kv_tokens} KV tokens, {max_num_seqs} requests at once, length {max_model_len}")
-    samples = []
-    for prompt, held_out in prefill_loads(limits, settings.max_batched_tokens):
-        samples.append(await prober.prefill(prompt, held_out))
-        say(f"prompt of {samples[-1].prefill_tokens:.0f} tokens: {samples[-1].time_s * 1e3:.1f} ms to the first token")
-    for decoding, context, held_out in decode_loads(limits, settings.tokens, settings.repeats):
-        taken = await prober.decode(decoding, context, held_out)
-        samples += taken
-        say(f"{decoding} at once, {taken[0].kv_tokens:.0f} KV tokens: {taken[0].time_s * 1e3:.2f} ms an iteration")
+    alone = prefill_loads(limits, settings.max_batched_tokens)
+    together = decode_loads(limits, settings.tokens)
+    prefills: list[list[Sample]] = [[] for _ in alone]
+    decodes: list[list[Sample]] = [[] for _ in together]
+    joining: list[list[Sample]] = [[] for _ in together]
+    for turn in range(settings.repeats):
+        for k, (prompt, _) in enumerate(alone):
+            prefills[k].append(await prober.prefill(prompt))
+        say(f"turn {turn + 1} of {settings.repeats}: {len(alone)} prompts alone are measured")
+        for k, (decoding, context, _) in enumerate(together):
+            decode, join = await prober.decode(decoding, context)
+            decodes[k].append(decode)
+            joining[k].append(join)
+            say(f"{decoding} at once, {decode.kv_tokens:.0f} KV tokens: {decode.time_s * 1e3:.2f} ms an iteration")
+    samples = [_median(taken, held_out) for taken, (_, held_out) in zip(prefills, alone, strict=True)]
+    samples += [_median(taken, held_out) for taken, (_, _, held_out) in zip(decodes, together, strict=True)]
+    # A prompt that joins others is never fitted.
+    samples += [
+        _median(taken, True)
+        for taken in joining
+        if 0 < taken[0].decoding <= settings.max_batched_tokens - taken[0].prefill_tokens
+    ]
     coefficients, overhead_s = fit(samples)
     source = f"measured: {prober.model}, {len(samples)} loads"
     weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s = map(float, coefficients)
@@ -521,3 +544,14 @@ async def _measure(prober: Prober, max_model_len: int, say: Say) -> Calibration:
         settings.max_batched_tokens, max_model_len, source,
     )  # fmt: skip
     return Calibration(url, prober.model, profile, overhead_s, errors(coefficients, overhead_s, samples), samples)
+
+
+def _median(taken: Sequence[Sample], held_out: bool) -> Sample:
+    """One sample of several of the same load: its mean, and the median of its time."""
+    return Sample(
+        taken[0].decoding,
+        statistics.mean(sample.kv_tokens for sample in taken),
+        statistics.mean(sample.prefill_tokens for sample in taken),
+        statistics.median(sample.time_s for sample in taken),
+        held_out,
+    )

@@ -1,7 +1,7 @@
 """The `wwwserve` command.
 
     wwwserve node FILE
-    wwwserve up [--nodes N] [--base-port P] [--policy NAME|BUNDLE] ...
+    wwwserve up [--nodes N] [--engine emulated|vllm] [--base-port P] [--policy NAME|BUNDLE] ...
     wwwserve status [URL]
     wwwserve calibrate URL [--model NAME] [--json FILE|-] [--beside URL] ...
     wwwserve policy show [BUNDLE] [--json]
@@ -27,10 +27,11 @@ from agents.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError,
 from agents.decision import make_actions
 from agents.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
 from agents.view import Views
-from serving import calibrate, config, network, node
+from serving import calibrate, config, local_vllm, network, node
 from serving.calibrate import CalibrationError
 from serving.config import ConfigError
 from serving.engine import NAMES
+from serving.local_vllm import PrepareError
 from serving.network import NetworkError
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
-    except (BundleError, CalibrationError, ConfigError, NetworkError, OSError) as error:
+    except (BundleError, CalibrationError, ConfigError, NetworkError, PrepareError, OSError) as error:
         print("wwwserve: " + "\n".join(map(_printable, str(error).splitlines())), file=sys.stderr)
         status = FAILED
     except KeyboardInterrupt:
@@ -102,20 +103,30 @@ def _node(args: argparse.Namespace) -> int:
 
 
 def _add_up(groups: Groups) -> None:
-    add = _add_command(groups, "up", "run a whole network on this machine, on emulated engines", _up).add_argument
+    text = "run a whole network on this machine, on emulated engines or real vLLM"
+    add = _add_command(groups, "up", text, _up).add_argument
     add("--nodes", type=int, default=3, metavar="N", help="nodes (default: 3)")
     add("--base-port", type=int, default=9001, metavar="P", help="port of the first node's API, the others follow; 0 "
         "for any that are free (default: 9001)")  # fmt: skip
     add("--policy", metavar="NAME|BUNDLE", help="a rule or a bundle, for every node (default: the shipped bundle)")
+    add("--engine", choices=["emulated", "vllm"], default="emulated", help="vllm: real vLLM with a small model, a CPU "
+        "core and 2.8 GB each; what it needs is installed at the first time (default: emulated)")  # fmt: skip
+    add("--model", help=f"that they serve: if emulated, of the catalogue (default: qwen3-8b), with vllm "
+        f"{' or '.join(local_vllm.PROFILES)} (default: {local_vllm.SMOLLM2})")  # fmt: skip
+    add("--calibrate", action="store_true", help="measure every engine first, for minutes (default: known profiles)")
     add("--gpu", default="rtx-4090", help="that engines emulate (default: rtx-4090)")
-    add("--model", default="qwen3-8b", help="that they serve (default: qwen3-8b)")
-    add("--max-num-seqs", type=int, default=64, help="requests at once in an engine (default: 64)")
-    add("--speed", type=float, default=1.0, help="engine seconds in a second (default: 1)")
+    add("--max-num-seqs", type=int, default=64, help="requests at once in an emulated engine (default: 64)")
+    add("--speed", type=float, default=1.0, help="emulated seconds in a second (default: 1)")
 
 
 def _up(args: argparse.Namespace) -> int:
-    plan = network.Plan(args.nodes, args.base_port, args.policy, args.gpu, args.model, args.max_num_seqs, args.speed)
-    network.up(plan)
+    model = args.model or {"emulated": "qwen3-8b", "vllm": local_vllm.SMOLLM2}[args.engine]
+    network.up(
+        network.Plan(
+            args.nodes, args.base_port, args.policy, args.gpu, model, args.max_num_seqs, args.speed, args.engine,
+            args.calibrate,
+        )
+    )  # fmt: skip
     return DONE
 
 

@@ -31,6 +31,22 @@ NOT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")  # their builds are fo
 SMOLLM2, RANDOM = "SmolLM2-135M-Instruct", "qwen3-random"  # the second answers fast, and nothing of worth
 MAX_MODEL_LEN, MAX_NUM_SEQS = 2048, 16
 KV_GIB = 1  # KV cache of a server, GiB
+
+# What `wwwserve calibrate` found of a server on one core of a 2-core machine, see docs/node.md; by model.
+_SHARED: dict[str, float | int | str] = {
+    "kv_blocks": 2912, "max_num_seqs": MAX_NUM_SEQS, "max_batched_tokens": 2048, "max_model_len": MAX_MODEL_LEN,
+}  # fmt: skip
+PROFILES = {
+    SMOLLM2: {
+        "weight_s": 0.0284, "per_seq_s": 0.001, "per_kv_token_s": 1.3e-06, "prefill_base_s": 0.0067,
+        "per_token_s": 0.0015, **_SHARED,
+    },
+    RANDOM: {
+        "weight_s": 0.0284, "per_seq_s": 0.001, "per_kv_token_s": 1.3e-06, "prefill_base_s": 0.0067,
+        "per_token_s": 0.0015, **_SHARED,
+    },
+}  # fmt: skip
+
 RECIPE = "recipe"
 ERROR_LINES = 8  # of what a step said that fails
 
