@@ -34,8 +34,9 @@ CACHE_LINE = 64  # bytes
 
 
 def cache_root() -> Path:
-    """Folder for what is made once on a machine: `$WWWSERVE_CACHE` or `~/.cache/wwwserve`."""
-    return Path(os.environ.get("WWWSERVE_CACHE") or Path.home() / ".cache" / "wwwserve")
+    """Folder for what a machine keeps: `$WWWSERVE_CACHE`, `$XDG_CACHE_HOME/wwwserve` or `~/.cache/wwwserve`."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("WWWSERVE_CACHE") or caches / "wwwserve")
 
 
 def _cache_dir() -> Path:

@@ -36,8 +36,11 @@ from eval.metrics import threshold_key
 from eval.policies import LEARNED, PolicyError, load_policy
 from eval.processes import cpu_s
 from eval.rollout import Run, run
+from serving import local_vllm
+from serving.calibrate import CalibrationError, Settings, calibrate
 from serving.config import ConfigError, parse
-from serving.network import NetworkError, free_ports, look, started
+from serving.local_vllm import SMOLLM2, PrepareError
+from serving.network import READY_S, Command, NetworkError, free_ports, look, served, started
 
 LOWEST_TOKEN, HIGHEST_TOKEN = 1000, 30_000  # of made-up prompts: in every vocabulary, and none of them special
 SETTLE_S = 2.0  # between a network's being ready and the first arrival
@@ -105,33 +108,64 @@ def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, sp
 
 
 @contextmanager
-def emulated(planned: MarketPlan, policy: str | None, speed: float) -> Iterator[Live]:
-    """A network of the plan's providers on emulated engines. Raises NetworkError."""
+def own(
+    planned: MarketPlan, policy: str | None, speed: float, measured: Sequence[Profile] | None = None
+) -> Iterator[Live]:
+    """A network of the plan's providers on emulated engines; with the profiles `measured`, on real vLLM with a small
+    model, each on a core. Raises NetworkError, and serving.local_vllm.PrepareError."""
     scenario = planned.scenario
     count = len(scenario.providers)
     ports = free_ports(2 * count)
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     names = [provider.name for provider in scenario.providers]
-    nodes, engines = [], []
-    for i, (provider, profile) in enumerate(zip(scenario.providers, planned.profiles, strict=True)):
+    engines = _emulators(planned, ports[count:], speed) if measured is None else _servers(ports[count:])
+    models = [SMOLLM2 if measured else provider.serves[0] for provider in scenario.providers]
+    profiles = list(measured or planned.profiles)
+    nodes = []
+    for i, (provider, profile) in enumerate(zip(scenario.providers, profiles, strict=True)):
         told = node(scenario, planned, i, policy, speed)
+        told["serves"] = [SMOLLM2] if measured else told["serves"]
         told["port"] = ports[i]
         told["peers"] = [{"name": names[k], "url": urls[k]} for k in range(count) if k != i]
         told["engine"] = {"url": urls[count + i], "profile": {"kind": "measured", **asdict(profile)}}
         plain = orjson.loads(orjson.dumps(told))
         parse(plain, f"node {provider.name}")
         nodes.append(plain)
-        engines.append(
-            [sys.executable, "-m", "envs.emulator", "--port", str(ports[count + i]), "--gpu", provider.gpu, "--model",
+    with started(nodes, engines, READY_S["vllm" if measured else "emulated"]) as network:
+        sites = [Site(*each) for each in zip(network.urls, models, profiles, strict=True)]
+        yield Live(sites, {"nodes": [p.pid for p in network.nodes], "engines": [p.pid for p in network.engines]})
+
+
+def _emulators(planned: MarketPlan, ports: Sequence[int], speed: float) -> list[Command]:
+    return [
+        Command(
+            [sys.executable, "-m", "envs.emulator", "--port", str(port), "--gpu", provider.gpu, "--model",
              provider.model, "--max-num-seqs", str(provider.max_num_seqs), "--served-model-name", *provider.serves,
              "--speed", str(speed), "--seed", str(i)]
-        )  # fmt: skip
-    with started(nodes, engines) as network:
-        sites = [
-            Site(url, provider.serves[0], profile)
-            for url, provider, profile in zip(network.urls, scenario.providers, planned.profiles, strict=True)
-        ]
-        yield Live(sites, {"nodes": [p.pid for p in network.nodes], "engines": [p.pid for p in network.engines]})
+        )
+        for i, (port, provider) in enumerate(zip(ports, planned.scenario.providers, strict=True))
+    ]  # fmt: skip
+
+
+def _servers(ports: Sequence[int]) -> list[Command]:
+    made, cores = local_vllm.prepare(), local_vllm.cores()
+    return [Command(*local_vllm.server(made, SMOLLM2, port, cores[i % len(cores)])) for i, port in enumerate(ports)]
+
+
+def calibrated(count: int) -> list[Profile]:
+    """Profiles of `count` real vLLM servers, of each while the others are kept busy.
+
+    Raises NetworkError, serving.local_vllm.PrepareError and serving.calibrate.CalibrationError.
+    """
+    urls = [f"http://127.0.0.1:{port}" for port in free_ports(count)]
+    with served(_servers([int(url.rpartition(":")[2]) for url in urls]), urls, READY_S["vllm"]):
+        found = []
+        for url in urls:
+            settings = Settings(beside=tuple(each for each in urls if each != url))
+            found.append(asyncio.run(calibrate(url, settings, lambda line: print(line, file=sys.stderr))))
+    for url, each in zip(urls, found, strict=True):
+        print(f"{url}: {each.report()}", file=sys.stderr)
+    return [each.profile for each in found]
 
 
 def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live:
@@ -369,6 +403,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"they have the seeds S to S + N - 1 (default: {FIRST_TEST_SEED})")  # fmt: skip
     add("--speed", type=_speed, default=1.0, metavar="X", help="market seconds in a second (default: 1)")
     add("--stream", action="store_true", help="ask for streams, so that times to first token are seen")
+    add("--engine", choices=("emulated", "vllm"), default="emulated", help="vllm: real vLLM with a small model in "
+        "every place, calibrated first (default: emulated)")  # fmt: skip
     add("--network", type=Path, metavar="FILE",
         help="of a network that runs: YAML with nodes, URLs in the order of the providers")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the results to FILE")
@@ -387,7 +423,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaded = [load_policy(argument) for argument in args.policy]
         check_outputs(args.json, None)
         seeds = range(args.first_seed, args.first_seed + args.runs)
-        check_lengths(plan(scenario, seeds[0]), plan(scenario, seeds[0]).profiles)
+        if args.engine == "vllm" and (args.speed != 1 or args.network is not None):
+            raise UsageError("--engine vllm goes with --speed 1 and without --network")
         if args.network is not None:
             if len(loaded) != 1:
                 raise UsageError("--network takes one --policy, the one that its nodes run")
@@ -401,15 +438,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.network is not None:
             yield running
             return
-        with emulated(planned, policy, args.speed) as network:
+        with own(planned, policy, args.speed, profiles) as network:
             yield network
 
     try:
+        profiles = calibrated(len(scenario.providers)) if args.engine == "vllm" else None
         result = live(
             scenario, told, loaded, seeds, args.speed, args.stream, opened,
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
-    except (NetworkError, ConfigError, UsageError) as error:
+    except (NetworkError, ConfigError, UsageError, CalibrationError, PrepareError) as error:
         print(f"eval.live: {error}", file=sys.stderr)
         return 1
     print(table(result, scenario))

@@ -1,8 +1,9 @@
 """The `wwwserve` command.
 
     wwwserve node FILE
-    wwwserve up [--nodes N] [--base-port P] [--policy NAME|BUNDLE] ...
+    wwwserve up [--nodes N] [--engine emulated|vllm] [--base-port P] [--policy NAME|BUNDLE] ...
     wwwserve status [URL]
+    wwwserve calibrate URL [--model NAME] [--json FILE|-] [--beside URL] ...
     wwwserve policy show [BUNDLE] [--json]
     wwwserve policy verify [BUNDLE]
 
@@ -10,6 +11,7 @@ Exit status: 0 done, 1 refused or failed, with the reason on standard error, 2 n
 """
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -25,8 +27,11 @@ from agents.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError,
 from agents.decision import make_actions
 from agents.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
 from agents.view import Views
-from serving import config, network, node
+from serving import calibrate, config, local_vllm, network, node
+from serving.calibrate import CalibrationError
 from serving.config import ConfigError
+from serving.engine import NAMES
+from serving.local_vllm import PrepareError
 from serving.network import NetworkError
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2
@@ -46,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
-    except (BundleError, ConfigError, NetworkError, OSError) as error:
-        print(f"wwwserve: {_printable(str(error))}", file=sys.stderr)
+    except (BundleError, CalibrationError, ConfigError, NetworkError, PrepareError, OSError) as error:
+        print("wwwserve: " + "\n".join(map(_printable, str(error).splitlines())), file=sys.stderr)
         status = FAILED
     except KeyboardInterrupt:
         status = DONE
@@ -65,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_node(groups)
     _add_up(groups)
     _add_status(groups)
+    _add_calibrate(groups)
     _add_policy(groups)
     return parser
 
@@ -97,28 +103,32 @@ def _node(args: argparse.Namespace) -> int:
 
 
 def _add_up(groups: Groups) -> None:
-    add = _add_command(groups, "up", "run a whole network on this machine, on emulated engines", _up).add_argument
+    text = "run a whole network on this machine, on emulated engines or real vLLM"
+    add = _add_command(groups, "up", text, _up).add_argument
     add("--nodes", type=int, default=3, metavar="N", help="nodes (default: 3)")
     add("--base-port", type=int, default=9001, metavar="P", help="port of the first node's API, the others follow; 0 "
         "for any that are free (default: 9001)")  # fmt: skip
     add("--policy", metavar="NAME|BUNDLE", help="a rule or a bundle, for every node (default: the shipped bundle)")
+    add("--engine", choices=["emulated", "vllm"], default="emulated", help="vllm: real vLLM with a small model, a CPU "
+        "core and 2.8 GB each; what it needs is installed at the first time (default: emulated)")  # fmt: skip
+    add("--model", help=f"that they serve: if emulated, of the catalogue (default: qwen3-8b), with vllm "
+        f"{' or '.join(local_vllm.PROFILES)} (default: {local_vllm.SMOLLM2})")  # fmt: skip
+    add("--calibrate", action="store_true", help="measure every engine first, for minutes (default: known profiles)")
     add("--gpu", default="rtx-4090", help="that engines emulate (default: rtx-4090)")
-    add("--model", default="qwen3-8b", help="that they serve (default: qwen3-8b)")
-    add("--max-num-seqs", type=int, default=64, help="requests at once in an engine (default: 64)")
-    add("--speed", type=float, default=1.0, help="engine seconds in a second (default: 1)")
-    add(
-        "--membership",
-        choices=("static", "zenoh"),
-        default="static",
-        help="how nodes find each other (default: static)",
-    )
+    add("--max-num-seqs", type=int, default=64, help="requests at once in an emulated engine (default: 64)")
+    add("--speed", type=float, default=1.0, help="emulated seconds in a second (default: 1)")
+    add("--membership", choices=("static", "zenoh"), default="static", help="how nodes find each other "
+        "(default: static)")  # fmt: skip
 
 
 def _up(args: argparse.Namespace) -> int:
-    plan = network.Plan(
-        args.nodes, args.base_port, args.policy, args.gpu, args.model, args.max_num_seqs, args.speed, args.membership
-    )
-    network.up(plan)
+    model = args.model or {"emulated": "qwen3-8b", "vllm": local_vllm.SMOLLM2}[args.engine]
+    network.up(
+        network.Plan(
+            args.nodes, args.base_port, args.policy, args.gpu, model, args.max_num_seqs, args.speed, args.engine,
+            args.calibrate, args.membership,
+        )
+    )  # fmt: skip
     return DONE
 
 
@@ -134,6 +144,53 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps(seen, indent=2))
     else:
         network.show(seen)
+    return DONE
+
+
+# wwwserve calibrate
+
+
+def _add_calibrate(groups: Groups) -> None:
+    default = calibrate.Settings()
+    add = _add_command(
+        groups, "calibrate", "measure what a running engine can do, for node.yaml", _calibrate
+    ).add_argument
+    add("url", metavar="URL", help="of the engine, without /v1; it should have nothing else to do")
+    add("--model", metavar="NAME", help="as the engine calls it (default: its first)")
+    add("--json", metavar="FILE|-", help="write everything that was measured there as well; - prints only that")
+    add("--key", help="API key that the engine wants")
+    add("--kind", default=default.kind, choices=list(NAMES), help=f"names of its metrics (default: {default.kind})")
+    add("--max-num-seqs", type=int, metavar="N", help="requests that it runs at once (default: found by trying)")
+    add("--kv-tokens", type=int, metavar="N", help="tokens of its KV cache (default: as vLLM says)")
+    add("--max-batched-tokens", type=int, default=default.max_batched_tokens, metavar="N",
+        help=f"that it computes in one iteration (default: {default.max_batched_tokens})")  # fmt: skip
+    add("--tokens", type=int, default=default.tokens, metavar="N",
+        help=f"of an answer that is timed (default: {default.tokens})")  # fmt: skip
+    add("--repeats", type=int, default=default.repeats, metavar="N",
+        help=f"measurements of each load (default: {default.repeats})")  # fmt: skip
+    add("--beside", action="append", default=[], metavar="URL", help="keep this engine busy meanwhile; may be repeated")
+    add("--beside-requests", type=int, default=default.beside_requests, metavar="N",
+        help=f"requests that it has all the time (default: {default.beside_requests})")  # fmt: skip
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    try:
+        settings = calibrate.Settings(
+            model=args.model, key=args.key, kind=args.kind, max_num_seqs=args.max_num_seqs, kv_tokens=args.kv_tokens,
+            max_batched_tokens=args.max_batched_tokens, tokens=args.tokens, repeats=args.repeats,
+            beside=tuple(args.beside), beside_requests=args.beside_requests,
+        )  # fmt: skip
+    except ValueError as error:
+        raise CalibrationError(str(error)) from None
+    found = asyncio.run(calibrate.calibrate(args.url, settings, lambda line: print(line, file=sys.stderr)))
+    told = json.dumps(found.json(), indent=2) + "\n"
+    if args.json == "-":
+        sys.stdout.write(told)
+        return DONE
+    if args.json:
+        Path(args.json).write_text(told)
+    print("\n".join(f"# {line}" for line in found.report().splitlines()))
+    print(found.yaml(), end="")
     return DONE
 
 

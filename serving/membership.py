@@ -2,7 +2,8 @@
 
 A `Membership` tells its node of every advert of a peer, and when a peer is gone; the node tells it its own advert.
 Whatever carries them, each node sends its advert when it is new and every 0.4 s, so that one who falls silent is
-noticed before two seconds are over. `StaticMembership` knows its peers by a list; `serving.zenoh_membership` finds them.
+noticed before two seconds are over. `StaticMembership` knows its peers by a list, `serving.zenoh_membership` finds
+them.
 """
 
 import asyncio

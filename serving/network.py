@@ -1,5 +1,6 @@
 """A whole network on this machine: engines, nodes before them, and a table of what they do."""
 
+import asyncio
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,9 +21,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from serving import calibrate, local_vllm
 from serving.config import parse
 
-READY_S = 300.0  # for a network to come up, on a machine where kernels are still to be compiled
+READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
+LOG_LINES = 10  # shown of an engine that ends
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_S = 8.0  # for a process to end by itself
 REFRESH_S = 1.0
 
@@ -32,9 +36,10 @@ class NetworkError(RuntimeError):
 
 
 class Network(NamedTuple):
-    """A network that runs: the nodes' URLs, and its processes."""
+    """A network that runs: URLs of its nodes and their engines, and its processes."""
 
     urls: list[str]
+    engine_urls: list[str]
     engines: list["subprocess.Popen[bytes]"]
     nodes: list["subprocess.Popen[bytes]"]
 
@@ -45,11 +50,20 @@ class Plan(NamedTuple):
     nodes: int
     base_port: int
     policy: str | None
-    gpu: str
+    gpu: str  # this and the next three: of emulated engines
     model: str
     max_num_seqs: int
     speed: float
+    engine: Literal["emulated", "vllm"] = "emulated"
+    calibrate: bool = False  # measure each engine, instead of taking the profile as it is known
     membership: Literal["static", "zenoh"] = "static"
+
+
+class Command(NamedTuple):
+    """A program to start, with its environment."""
+
+    argv: list[str]
+    environment: Mapping[str, str] = os.environ
 
 
 def free_ports(count: int) -> list[int]:
@@ -61,10 +75,11 @@ def free_ports(count: int) -> list[int]:
         return [int(each.getsockname()[1]) for each in sockets]
 
 
-def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[list[str]]]:
+def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
     """The nodes' configurations, and the commands of their engines.
 
-    Raises serving.config.ConfigError for what cannot be, NetworkError for too few nodes.
+    Raises serving.config.ConfigError for what cannot be, NetworkError for a number of nodes or a model that cannot be,
+    serving.local_vllm.PrepareError where vLLM cannot be prepared.
     """
     if not 1 <= plan.nodes <= 256:
         raise NetworkError(f"--nodes is {plan.nodes}, expected 1 to 256")
@@ -73,7 +88,8 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[list[str]]]:
     if plan.base_port:
         ports = [plan.base_port + i for i in range(plan.nodes)]
     names = [f"n{i + 1}" for i in range(plan.nodes)]
-    nodes, engines = [], []
+    profile, engines = (_vllm if plan.engine == "vllm" else _emulated)(plan, engine_ports)
+    nodes = []
     for i, name in enumerate(names):
         others = [k for k in range(plan.nodes) if k != i]
         membership: dict[str, Any]
@@ -83,94 +99,173 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[list[str]]]:
             membership = {"membership": {"kind": "zenoh", "network": "up", "listen": [endpoints[i]], "connect": first}}
         else:
             membership = {"peers": [{"name": names[k], "url": f"http://127.0.0.1:{ports[k]}"} for k in others]}
-        profile = {"kind": "catalogue", "gpu": plan.gpu, "model": plan.model, "max_num_seqs": plan.max_num_seqs}
         node = {
             "name": name, "port": ports[i], "seed": i, "policy": plan.policy, "serves": [plan.model],
             "engine": {"url": f"http://127.0.0.1:{engine_ports[i]}", "profile": profile},
-            "market": {"speed": plan.speed}, **membership,
+            "market": {"speed": plan.speed if plan.engine == "emulated" else 1.0}, **membership,
         }  # fmt: skip
         parse(node, f"node {name}")
         nodes.append(node)
-        engines.append(
-            [sys.executable, "-m", "envs.emulator", "--port", str(engine_ports[i]), "--gpu", plan.gpu, "--model",
-             plan.model, "--max-num-seqs", str(plan.max_num_seqs), "--speed", str(plan.speed), "--seed", str(i)]
-        )  # fmt: skip
     return nodes, engines
+
+
+def _emulated(plan: Plan, ports: Sequence[int]) -> tuple[dict[str, Any], list[Command]]:
+    """Profile and commands of emulated engines."""
+    shared = ["--gpu", plan.gpu, "--model", plan.model, "--max-num-seqs", str(plan.max_num_seqs), "--speed",
+              str(plan.speed)]  # fmt: skip
+    return (
+        {"kind": "catalogue", "gpu": plan.gpu, "model": plan.model, "max_num_seqs": plan.max_num_seqs},
+        [Command([sys.executable, "-m", "envs.emulator", "--port", str(port), "--seed", str(i), *shared])
+         for i, port in enumerate(ports)],
+    )  # fmt: skip
+
+
+def _vllm(plan: Plan, ports: Sequence[int]) -> tuple[dict[str, Any], list[Command]]:
+    """Profile and commands of vLLM servers, each on one core, in turn."""
+    if plan.model not in local_vllm.PROFILES:
+        known = ", ".join(local_vllm.PROFILES)
+        raise NetworkError(f"--model is {plan.model!r}, expected one of {known} with --engine vllm")
+    made, cores = local_vllm.prepare(), local_vllm.cores()
+    commands = [
+        Command(*local_vllm.server(made, plan.model, port, cores[i % len(cores)])) for i, port in enumerate(ports)
+    ]
+    return {"kind": "measured", **local_vllm.PROFILES[plan.model]}, commands
 
 
 @contextmanager
 def running(plan: Plan) -> Iterator[Network]:
     """A network whose nodes are all ready; it ends with the context. Raises as `configurations`, and NetworkError for
     what does not come up."""
-    with started(*configurations(plan)) as network:
+    nodes, engines = configurations(plan)
+    with started(nodes, engines, READY_S[plan.engine], plan.calibrate) as network:
         yield network
 
 
 @contextmanager
-def started(configured: Sequence[dict[str, Any]], engine_commands: Sequence[list[str]]) -> Iterator[Network]:
-    """A network of the nodes `configured`, each before the engine of the same place, all ready; it ends with the
-    context. Raises NetworkError for what does not come up."""
+def served(commands: Sequence[Command], urls: Sequence[str], ready_s: float) -> Iterator[None]:
+    """Engines alone, started by `commands`, which answer at `urls`; they end with the context. Raises NetworkError."""
     engines: list[subprocess.Popen[bytes]] = []
-    nodes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder:
         try:
-            for k, command in enumerate(engine_commands):
+            for k, command in enumerate(commands):
                 engines.append(_start(command, Path(folder, f"engine{k + 1}.log")))
+            _wait(urls, _serves, {"engine": engines}, Path(folder), ready_s)
+            yield
+        finally:
+            _stop(engines)
+
+
+@contextmanager
+def started(
+    configured: Sequence[dict[str, Any]], commands: Sequence[Command], ready_s: float = 300.0, measure: bool = False
+) -> Iterator[Network]:
+    """A network of the nodes `configured`, each before the engine started by the command in the same place, all ready;
+    it ends with the context.
+
+    With `measure`, the engines' profiles are measured first. Raises NetworkError for what is not ready in `ready_s`,
+    serving.calibrate.CalibrationError for an engine that cannot be measured.
+    """
+    engines: list[subprocess.Popen[bytes]] = []
+    nodes: list[subprocess.Popen[bytes]] = []
+    processes = {"engine": engines, "node": nodes}
+    urls = [f"http://127.0.0.1:{node['port']}" for node in configured]
+    engine_urls = [node["engine"]["url"] for node in configured]
+    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder:
+        try:
+            for k, command in enumerate(commands):
+                engines.append(_start(command, Path(folder, f"engine{k + 1}.log")))
+            if measure:
+                _wait(engine_urls, _serves, processes, Path(folder), ready_s)
+                _measure(configured)
             for k, node in enumerate(configured):
                 file = Path(folder, f"{node['name']}.yaml")
                 file.write_text(yaml.safe_dump(node))
-                command = [sys.executable, "-m", "serving.cli", "node", str(file)]
+                command = Command([sys.executable, "-m", "serving.cli", "node", str(file)])
                 nodes.append(_start(command, Path(folder, f"node{k + 1}.log")))
-            urls = [f"http://127.0.0.1:{node['port']}" for node in configured]
-            _wait(urls, {"engine": engines, "node": nodes}, Path(folder))
-            yield Network(urls, engines, nodes)
+            _wait(urls, lambda url: _sees_all(url, len(urls) - 1), processes, Path(folder), ready_s)
+            yield Network(urls, engine_urls, engines, nodes)
         finally:
             _stop(nodes)
             _stop(engines)
 
 
-def _start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
+def _start(command: Command, log: Path) -> "subprocess.Popen[bytes]":
     with log.open("wb") as out:
         return subprocess.Popen(
-            command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True, env=os.environ
-        )
+            command.argv, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+            env=command.environment,
+        )  # fmt: skip
 
 
-def _wait(urls: list[str], started: "dict[str, list[subprocess.Popen[bytes]]]", folder: Path) -> None:
-    """Until every node has an engine and sees all others."""
-    until_s = time.monotonic() + READY_S
+def _measure(configured: Sequence[dict[str, Any]]) -> None:
+    """Measure the engines, one after the other, while the others are idle."""
+    for node in configured:
+        local_vllm.on_stderr(f"measuring the engine of {node['name']}, which takes minutes")
+        found = asyncio.run(calibrate.calibrate(node["engine"]["url"], calibrate.Settings()))
+        node["engine"]["profile"] = {"kind": "measured", **calibrate.measured(found.profile)}
+
+
+def _wait(
+    urls: Sequence[str], ready: Callable[[str], bool], started: "dict[str, list[subprocess.Popen[bytes]]]",
+    folder: Path, ready_s: float,
+) -> None:  # fmt: skip
+    """Until every URL is ready."""
+    until_s = time.monotonic() + ready_s
     waiting = list(urls)
     while waiting:
         for what, processes in started.items():
             for k, process in enumerate(processes):
                 if process.poll() is not None:
                     said = (folder / f"{what}{k + 1}.log").read_text(errors="replace").strip().splitlines()
-                    word = said[-1] if said else "no word"
+                    word = "\n".join(said[-LOG_LINES:] if what == "engine" else said[-1:]) or "no word"
                     raise NetworkError(f"{what} {k + 1} ended with {process.returncode}: {word}")
-        try:
-            seen = look(waiting[0])
-            if seen["engine"]["up"] and sum(peer["there"] for peer in seen["peers"]) == len(urls) - 1:
-                waiting.pop(0)
-                continue
-        except NetworkError:
-            pass
-        if time.monotonic() > until_s:
-            raise NetworkError(f"{waiting[0]} was not ready within {READY_S:g} s")
-        time.sleep(0.05)
+        if ready(waiting[0]):
+            waiting.pop(0)
+        elif time.monotonic() > until_s:
+            raise NetworkError(f"{waiting[0]} was not ready within {ready_s:g} s")
+        else:
+            time.sleep(0.05)
 
 
-def _stop(processes: "list[subprocess.Popen[bytes]]") -> None:
+def _serves(url: str) -> bool:
+    """Whether an engine answers."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=2.0) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _sees_all(url: str, peers: int) -> bool:
+    """Whether a node has its engine and sees so many peers."""
+    try:
+        seen = look(url)
+    except NetworkError:
+        return False
+    return bool(seen["engine"]["up"]) and sum(peer["there"] for peer in seen["peers"]) == peers
+
+
+def _stop(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """End processes and all that they started, which is in the group of each."""
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
-            process.send_signal(signal.SIGCONT)  # one that was stopped could not end
+        _signal(process, signal.SIGTERM)
+        _signal(process, signal.SIGCONT)  # one that was stopped could not end
     until_s = time.monotonic() + STOP_S
     for process in processes:
-        try:
-            process.wait(max(0.1, until_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        while _signal(process, 0):
+            process.poll()
+            if time.monotonic() > until_s:
+                _signal(process, signal.SIGKILL)
+            time.sleep(0.02)
+
+
+def _signal(process: "subprocess.Popen[bytes]", number: int) -> bool:
+    """Send a signal to the group of a process; returns whether there is any process in it."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def look(url: str) -> dict[str, Any]:
@@ -224,9 +319,12 @@ def up(plan: Plan) -> None:
     ready. Raises as `running`."""
 
     def stop(number: int, frame: object) -> None:
+        for each in STOPPING:  # a second one would leave processes behind
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for each in STOPPING:
+        signal.signal(each, stop)
     console = Console()
     try:
         with running(plan) as network:

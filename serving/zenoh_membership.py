@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import quote, unquote
 
 import zenoh
@@ -111,7 +112,8 @@ class ZenohMembership(Heartbeat):
 
     async def _send(self) -> None:
         while True:
-            body = self.beat()
+            news, body = self._news, self.beat()
             if body is not None:
                 self.session.put(self._key("advert", self.name), body)
-            await asyncio.sleep(BEAT_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), BEAT_S)

@@ -1,0 +1,557 @@
+"""Measure what a running engine can do: the coefficients of `agents.hardware.Profile`, from its answers' times.
+
+Two kinds of probe, with prompts of words drawn anew so that no prefix is cached:
+
+- A prompt alone, of which the time to first token is one iteration with prefill, and what the way to the engine adds.
+- A stream that joins others: between its first token and its last, every iteration decodes all of them. How many tokens
+  it got is told at its end; dividing gives the time of an iteration.
+
+All loads are measured in turn, several times over, and of each the median is taken, so that what disturbs the engine
+for a while disturbs one measurement of each. The coefficients are nonnegative, with the least relative errors, in which
+loads far off count less than squared. Some loads in between are held out, and tell how far off the fit is where it was
+not made.
+"""
+
+import asyncio
+import itertools
+import random
+import re
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import aiohttp
+import numpy as np
+import orjson
+import yaml
+
+from agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS, Profile, predict_s
+from agents.kernel import Floats
+from serving.config import MeasuredProfile
+from serving.engine import NAMES, EngineError, read_load
+
+FLOOR = 1e-12  # s; a profile has no zeros
+CLOSE = 0.02  # relative error from which on it counts as such, no longer squared
+MARGIN = 4  # tokens that others may get while one is timed, in its tokens
+MOST_SEQS = 1024  # looked for at most
+ANSWER_S = 600.0  # without a byte, after which an engine has failed
+WORDS = (
+    "amber", "birch", "cloud", "delta", "ember", "frost", "grove", "haven", "inlet", "jewel", "knoll", "lemon",
+    "maple", "north", "ocean", "pearl", "quiet", "river", "stone", "tiger", "under", "vivid", "water", "young",
+)  # fmt: skip
+
+Say = Callable[[str], None]
+
+
+class CalibrationError(RuntimeError):
+    """The engine cannot be measured; the message says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. Raises ValueError for what cannot be."""
+
+    model: str | None = None
+    """As the engine calls it; default: its first."""
+    key: str | None = None
+    """API key that the engine wants."""
+    kind: str = "vllm"
+    """Names of its metrics, see `serving.engine.NAMES`."""
+    max_num_seqs: int | None = None
+    """Requests that the engine runs at once; default: found by asking for ever more at once."""
+    kv_tokens: int | None = None
+    """Tokens that its KV cache holds; default: as vLLM says in `vllm:cache_config_info`."""
+    max_batched_tokens: int = CHUNK_TOKENS
+    """Tokens that the engine computes in one iteration at most; it does not say."""
+    tokens: int = 48
+    """Tokens of an answer that is timed."""
+    repeats: int = 3
+    """Measurements of each load, of which the median is taken."""
+    beside: tuple[str, ...] = ()
+    """Engines that are kept busy meanwhile, as neighbours on the same machine would be."""
+    beside_requests: int = 4
+    """Requests that each of those has all the time."""
+    seed: int = 0
+    """Of the prompts."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in NAMES:
+            raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(NAMES)}")
+        least = {
+            "max_num_seqs": 2, "kv_tokens": 1024, "max_batched_tokens": 64, "tokens": 8, "repeats": 1,
+            "beside_requests": 1,
+        }  # fmt: skip
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} is {value}, expected at least {bound}")
+
+
+class Sample(NamedTuple):
+    """A measured load; `hardware.fit` takes the first four as columns."""
+
+    decoding: float  # sequences that decode all the while, or that a prompt joins
+    kv_tokens: float  # their context, in total and on average
+    prefill_tokens: float  # the prompt whose first token was timed; 0 where iterations without prefill were
+    time_s: float  # of an iteration, or to the first token
+    held_out: bool = False  # not fitted
+
+
+class Errors(NamedTuple):
+    """Relative errors of a fit, over so many loads."""
+
+    loads: int
+    mean: float
+    p90: float
+
+
+class Calibration(NamedTuple):
+    """What was found."""
+
+    url: str
+    model: str
+    profile: Profile
+    overhead_s: float  # of a request, beside the engine's iterations: to the engine, tokens of its words, and back
+    errors: dict[str, Errors]  # by kind of load, fitted and held out
+    samples: list[Sample]
+
+    def yaml(self) -> str:
+        """The engine as node.yaml has it, with its profile."""
+        engine = {"url": self.url, "profile": {"kind": "measured", **measured(self.profile)}}
+        return yaml.safe_dump({"engine": engine}, sort_keys=False, width=120)
+
+    def json(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "url": self.url, "model": self.model, "profile": measured(self.profile), "overhead_s": self.overhead_s,
+            "errors": {name: each._asdict() for name, each in self.errors.items()},
+            "samples": [sample._asdict() for sample in self.samples],
+        }  # fmt: skip
+
+    def report(self) -> str:
+        """The errors in words."""
+        lines = [f"{name:<31}{e.loads:3d} loads, relative error mean {e.mean:6.1%}, p90 {e.p90:6.1%}"
+                 for name, e in self.errors.items()]  # fmt: skip
+        return "\n".join(
+            [*lines, f"beside iterations, a request takes {self.overhead_s * 1e3:.1f} ms; not in the profile"]
+        )
+
+
+def measured(profile: Profile) -> dict[str, Any]:
+    """A profile as node.yaml has it, its times rounded to five digits."""
+    values = {name: getattr(profile, name) for name in MeasuredProfile.__struct_fields__}
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in values.items()}
+
+
+# The fit.
+
+
+def nonnegative(columns: Floats, target: Floats) -> Floats:
+    """The x of no negative element with the least |columns x - target|², for a few columns: the best of the solutions
+    on every subset of them."""
+    best, least = np.zeros(columns.shape[1]), float(target @ target)
+    for count in range(1, columns.shape[1] + 1):
+        for chosen in map(list, itertools.combinations(range(columns.shape[1]), count)):
+            found = np.linalg.lstsq(columns[:, chosen], target, rcond=None)[0]
+            error = float(((columns[:, chosen] @ found - target) ** 2).sum())
+            if found.min() >= 0 and error < least:
+                best, least = np.zeros(columns.shape[1]), error
+                best[chosen] = found
+    return best
+
+
+def robust(columns: Floats, target: Floats) -> Floats:
+    """As `nonnegative`, with errors beyond `CLOSE` counted as they are: least squares, weighted anew until it is so."""
+    weights = np.ones(len(target))
+    for _ in range(20):
+        found = nonnegative(columns * weights[:, None], target * weights)
+        weights = np.maximum(np.abs(columns @ found - target), CLOSE) ** -0.5
+    return found
+
+
+def fit_decode(rows: Floats) -> Floats:
+    """weight_s, per_seq_s and per_kv_token_s of iterations [n, (decoding, KV tokens, 0, s)].
+
+    Raises CalibrationError where there are not two batch sizes.
+    """
+    if np.unique(rows[:, 0]).size < 2:
+        raise CalibrationError(f"a fit needs at least two different numbers of requests at once, got {rows[:, 0]}")
+    columns = np.column_stack([np.ones(len(rows)), rows[:, 0], rows[:, 1]])
+    return robust(columns / rows[:, 3:], np.ones(len(rows)))
+
+
+def fit_prefill(rows: Floats, weight_s: float) -> tuple[float, float, float]:
+    """prefill_base_s, per_token_s and the overhead, s, of times to first token [n, (0, 0, prompt, s)].
+
+    A time is overhead + max(weight_s, base + per token * prompt). Which prompts are short enough to hide under the
+    weight read is found by trying. Raises CalibrationError where there are not two prompts.
+    """
+    if np.unique(rows[:, 2]).size < 2:
+        raise CalibrationError(f"a fit needs at least two lengths of prompt, got {rows[:, 2]}")
+    rows = rows[rows[:, 2].argsort()]
+    best, least = (0.0, 0.0, 0.0), np.inf
+    for hidden in range(len(rows) - 1):
+        bound = np.arange(len(rows)) >= hidden  # by compute
+        # Without a hidden prompt nothing tells the overhead from the base.
+        overhead = np.full(len(rows), float(hidden > 0))
+        columns = np.column_stack([bound, bound * rows[:, 2], overhead])
+        target = 1.0 - ~bound * weight_s / rows[:, 3]
+        base_s, token_s, overhead_s = robust(columns / rows[:, 3:], target)
+        found_s = overhead_s + np.maximum(weight_s, base_s + token_s * rows[:, 2])
+        error = float(np.abs(found_s / rows[:, 3] - 1.0).sum())
+        if error < least:
+            best, least = (float(base_s), float(token_s), float(overhead_s)), error
+    return best
+
+
+def fit(samples: Sequence[Sample]) -> tuple[Floats, float]:
+    """The five coefficients, see `agents.hardware`, and the overhead of a request, s, from the loads not held out.
+
+    Raises CalibrationError for too few.
+    """
+    rows = np.array([sample[:4] for sample in samples if not sample.held_out])
+    decode = fit_decode(rows[rows[:, 2] == 0])
+    base_s, token_s, overhead_s = fit_prefill(rows[(rows[:, 2] > 0) & (rows[:, 0] == 0)], float(decode[0]))
+    return np.maximum([*decode, base_s, token_s], FLOOR), overhead_s
+
+
+def errors(coefficients: Floats, overhead_s: float, samples: Sequence[Sample]) -> dict[str, Errors]:
+    """Relative errors of the times that the coefficients give, by kind of load.
+
+    A prompt that joins others waits for half of an iteration without it, on average.
+    """
+    rows = np.array([sample[:4] for sample in samples])
+    prefill, held_out = rows[:, 2] > 0, np.array([sample.held_out for sample in samples])
+    joining = prefill & (rows[:, 0] > 0)
+    waits_s = joining * predict_s(coefficients, rows * [1, 1, 0, 1]) / 2
+    off = np.abs((predict_s(coefficients, rows) + waits_s + overhead_s * prefill) / rows[:, 3] - 1.0)
+    kinds = {
+        "decode, fitted": ~prefill & ~held_out, "decode, held out": ~prefill & held_out,
+        "prefill alone, fitted": prefill & ~held_out, "prefill alone, held out": prefill & ~joining & held_out,
+        "prefill among others, held out": joining,
+    }  # fmt: skip
+    return {
+        name: Errors(int(kind.sum()), float(off[kind].mean()), float(np.quantile(off[kind], 0.9)))
+        for name, kind in kinds.items()
+        if kind.any()
+    }
+
+
+# The probes.
+
+
+class Stream:
+    """An answer on its way."""
+
+    def __init__(self) -> None:
+        self.sent_s = time.perf_counter()
+        self.first_s = self.last_s = 0.0  # when its first and last tokens came
+        self.chunks = 0  # with tokens
+        self.prompt = self.tokens = 0  # as the engine says at its end
+        self.begun = asyncio.Event()
+
+
+class Prober:
+    """One engine that answers probes."""
+
+    def __init__(self, url: str, model: str, settings: Settings, session: aiohttp.ClientSession) -> None:
+        self.url, self.model, self.settings, self.session = url.rstrip("/"), model, settings, session
+        self.random = random.Random(settings.seed)
+        self.words_per_token = 1.0
+        self.iteration_s = 0.0  # the last that was timed
+
+    def words(self, tokens: int) -> str:
+        """A prompt of about so many tokens that has not been seen before."""
+        count = max(1, round(tokens * self.words_per_token))
+        return " ".join(self.random.choice(WORDS) for _ in range(count))
+
+    async def ask(self, prompt: str, tokens: int, stream: Stream | None = None) -> Stream:
+        """One answer of exactly so many tokens. Raises CalibrationError when it is none."""
+        seen = stream or Stream()
+        body = {
+            "model": self.model, "prompt": prompt, "max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True,
+            "temperature": 0.0, "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        seen.sent_s = time.perf_counter()
+        try:
+            async with self.session.post(f"{self.url}/v1/completions", data=orjson.dumps(body)) as response:
+                if response.status != 200:
+                    said = (await response.text(errors="replace"))[:300]
+                    raise CalibrationError(
+                        f"{self.url}/v1/completions answers {response.status} to a probe with ignore_eos, min_tokens "
+                        f"and stream_options: {said}"
+                    )
+                async for line in response.content:
+                    if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                        self._take(orjson.loads(line[6:]), seen)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise CalibrationError(f"{self.url}/v1/completions: {error or type(error).__name__}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CalibrationError(f"{self.url} does not stream as the OpenAI API does: {error!r}") from None
+        if not seen.tokens or not seen.chunks:
+            raise CalibrationError(f"{self.url} ends a stream without tokens, or does not say how many there were")
+        if seen.tokens != tokens:
+            raise CalibrationError(
+                f"{self.url} gives {seen.tokens} tokens for {tokens}: it ignores ignore_eos or min_tokens"
+            )
+        return seen
+
+    def _take(self, event: Any, seen: Stream) -> None:
+        if event.get("error"):
+            raise CalibrationError(f"{self.url} ends a stream with an error: {str(event['error'])[:300]}")
+        if event["choices"]:
+            choice = event["choices"][0]
+            seen.last_s = time.perf_counter()
+            if choice["text"] or not choice.get("finish_reason"):  # a token need not make text yet
+                seen.chunks += 1
+                if not seen.begun.is_set():
+                    seen.first_s = seen.last_s
+                    seen.begun.set()
+        if event.get("usage"):
+            seen.prompt, seen.tokens = event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]
+
+    async def learn_words(self) -> None:
+        """How many words make a token; the engine's first answers, which may be slow, are not timed."""
+        words = self.words(128).split()
+        seen = await self.ask(" ".join(words), 8)
+        self.words_per_token = len(words) / seen.prompt
+
+    async def prefill(self, prompt: int) -> Sample:
+        """Time to first token of a prompt alone."""
+        seen = await self.ask(self.words(prompt), 1)
+        return Sample(0.0, 0.0, seen.prompt, seen.first_s - seen.sent_s)
+
+    @asynccontextmanager
+    async def others(self, count: int, prompt: int, tokens: int) -> AsyncIterator[list[Stream]]:
+        """So many streams that all decode; they are given up at the end."""
+        streams = [Stream() for _ in range(count)]
+        # Always the same prompts, and their beginnings: the engine may have them cached, as they are not timed.
+        count_words = max(1, round(prompt * self.words_per_token))
+        texts = [" ".join(random.Random(k).choices(WORDS, k=count_words)) for k in range(count)]
+        tasks = [
+            asyncio.create_task(self.ask(text, tokens, stream)) for text, stream in zip(texts, streams, strict=True)
+        ]
+        try:
+            while not all(stream.begun.is_set() for stream in streams):
+                await asyncio.sleep(0.005)
+                for task in tasks:
+                    if task.done():
+                        task.result()
+            yield streams
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def decode(self, decoding: int, prompt: int) -> tuple[Sample, Sample]:
+        """Time of an iteration that decodes so many streams, each of about `prompt` tokens of context, and the time to
+        the first token of the last that came."""
+        tokens = self.settings.tokens
+        async with self.others(decoding - 1, prompt, MARGIN * tokens) as streams:
+            # Somewhere within an iteration of theirs, as a user's request would come.
+            await asyncio.sleep(self.random.random() * self.iteration_s)
+            before = [stream.chunks for stream in streams]
+            seen = await self.ask(self.words(prompt), tokens)
+            after = [stream.chunks for stream in streams]
+            if any(stream.tokens for stream in streams):
+                raise CalibrationError(f"{self.url}: a stream ended while another was timed")
+        self.iteration_s = (seen.last_s - seen.first_s) / (tokens - 1)
+        per_chunk = tokens / seen.chunks
+        then = [seen.prompt + per_chunk * chunks for chunks in before]  # their contexts
+        context = sum(then) + per_chunk * (sum(after) - sum(before)) / 2 + seen.prompt + tokens / 2
+        return (
+            Sample(decoding, context, 0.0, self.iteration_s),
+            Sample(decoding - 1, sum(then), seen.prompt, seen.first_s - seen.sent_s),
+        )
+
+    async def load(self, count: int, tokens: int) -> None:
+        """Keep the engine busy with so many requests until cancelled."""
+
+        async def one() -> None:
+            while True:
+                await self.ask(self.words(64), tokens)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(count):
+                group.create_task(one())
+
+
+class Limits(NamedTuple):
+    """What an engine takes."""
+
+    kv_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+
+
+async def _get(session: aiohttp.ClientSession, url: str) -> str:
+    try:
+        async with session.get(url) as response:
+            if response.status != 200:
+                raise CalibrationError(f"{url} answers {response.status}")
+            return await response.text(errors="replace")
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        raise CalibrationError(f"{url}: {error or type(error).__name__}") from None
+
+
+async def find_model(session: aiohttp.ClientSession, url: str, name: str | None) -> tuple[str, int]:
+    """Name and length of the model, the first where none is named. Raises CalibrationError."""
+    page = await _get(session, f"{url}/v1/models")
+    try:
+        listed = {str(each["id"]): each for each in orjson.loads(page)["data"]}
+        found = name or next(iter(listed))
+        if found not in listed:
+            raise CalibrationError(f"{url} has no model {found!r}, it has {', '.join(listed)}")
+        return found, int(listed[found]["max_model_len"])
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise CalibrationError(f"{url}/v1/models does not list models with max_model_len: {error!r}") from None
+
+
+def kv_tokens_of(page: str, url: str) -> int:
+    """Tokens of KV cache by `vllm:cache_config_info` on a page of metrics, summed over its engines. Raises
+    CalibrationError for a page without it."""
+    total = 0
+    for line in page.splitlines():
+        if line.startswith("vllm:cache_config_info{"):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+            try:
+                total += int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+            except (KeyError, ValueError):
+                raise CalibrationError(f"{url}/metrics has a vllm:cache_config_info without num_gpu_blocks") from None
+    if total < BLOCK_TOKENS:
+        raise CalibrationError(f"{url}/metrics says nothing of the KV cache in vllm:cache_config_info; say --kv-tokens")
+    return total
+
+
+async def find_max_num_seqs(prober: Prober) -> int:
+    """How many requests the engine runs at once: ever more are asked for until some wait. Raises CalibrationError."""
+    count = 8
+    while count <= MOST_SEQS:
+        tasks = [asyncio.create_task(prober.ask(prober.words(8), 1024)) for _ in range(count)]
+        try:
+            seen = None
+            while True:
+                await asyncio.sleep(0.25)
+                for task in tasks:
+                    if task.done():
+                        task.result()
+                page = await _get(prober.session, f"{prober.url}/metrics")
+                load = read_load(page, NAMES[prober.settings.kind], 1)
+                if load.running + load.waiting >= count and load == seen:
+                    break
+                seen = load
+        except EngineError as error:
+            raise CalibrationError(f"{prober.url}/metrics: {error}") from None
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if load.waiting:
+            return int(load.running)
+        count *= 2
+    raise CalibrationError(f"{prober.url} runs {MOST_SEQS} requests at once and more; say --max-num-seqs")
+
+
+def decode_loads(limits: Limits, tokens: int) -> list[tuple[int, int, bool]]:
+    """Streams at once, context of each, and whether it is held out: a grid within the limits, every second held out."""
+    most = max(2, limits.max_num_seqs)
+    counts = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64, 128, 256) if n < most), most})
+    loads = []
+    for row, count in enumerate(counts):
+        longest = min(limits.max_model_len, limits.kv_tokens // count) - MARGIN * tokens - 32
+        if longest < 32:
+            break
+        contexts = sorted({32, max(32, longest // 4), max(32, longest // 2)})
+        loads += [(count, each, (row + column) % 2 == 1) for column, each in enumerate(contexts)]
+    return loads
+
+
+def prefill_loads(limits: Limits, max_batched_tokens: int) -> list[tuple[int, bool]]:
+    """Lengths of prompts, and whether it is held out: from a few tokens to one iteration's, every third held out."""
+    longest = min(limits.max_model_len - 64, max_batched_tokens, CHUNK_TOKENS)
+    lengths = sorted({max(4, round(8 * (longest * 0.9 / 8) ** (k / 12))) for k in range(13)})
+    return [(each, k % 3 == 1) for k, each in enumerate(lengths)]
+
+
+async def calibrate(url: str, settings: Settings, say: Say = lambda line: None) -> Calibration:
+    """Measure the engine at `url`, which should have nothing else to do. Raises CalibrationError."""
+    headers = {"content-type": "application/json"}
+    headers |= {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=ANSWER_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
+        url = url.rstrip("/")
+        model, max_model_len = await find_model(session, url, settings.model)
+        prober = Prober(url, model, settings, session)
+        busy = []
+        try:
+            for each in settings.beside:
+                named, _ = await find_model(session, each.rstrip("/"), None)
+                neighbour = Prober(each, named, replace(settings, seed=settings.seed + 1), session)
+                busy.append(asyncio.create_task(neighbour.load(settings.beside_requests, 256)))
+            measuring = asyncio.create_task(_measure(prober, max_model_len, say))
+            await asyncio.wait({measuring, *busy}, return_when=asyncio.FIRST_COMPLETED)
+            for task in busy:
+                if task.done():
+                    measuring.cancel()
+                    task.result()
+            return await measuring
+        except ExceptionGroup as group:
+            raise CalibrationError(str(group.exceptions[0])) from None
+        finally:
+            for task in busy:
+                task.cancel()
+            await asyncio.gather(*busy, return_exceptions=True)
+
+
+async def _measure(prober: Prober, max_model_len: int, say: Say) -> Calibration:
+    settings, url = prober.settings, prober.url
+    kv_tokens = settings.kv_tokens or kv_tokens_of(await _get(prober.session, f"{url}/metrics"), url)
+    await prober.learn_words()
+    max_num_seqs = settings.max_num_seqs or await find_max_num_seqs(prober)
+    limits = Limits(kv_tokens, max_num_seqs, max_model_len)
+    say(f"{prober.model}: {kv_tokens} KV tokens, {max_num_seqs} requests at once, length {max_model_len}")
+    alone = prefill_loads(limits, settings.max_batched_tokens)
+    together = decode_loads(limits, settings.tokens)
+    prefills: list[list[Sample]] = [[] for _ in alone]
+    decodes: list[list[Sample]] = [[] for _ in together]
+    joining: list[list[Sample]] = [[] for _ in together]
+    for turn in range(settings.repeats):
+        for k, (prompt, _) in enumerate(alone):
+            prefills[k].append(await prober.prefill(prompt))
+        say(f"turn {turn + 1} of {settings.repeats}: {len(alone)} prompts alone are measured")
+        for k, (decoding, context, _) in enumerate(together):
+            decode, join = await prober.decode(decoding, context)
+            decodes[k].append(decode)
+            joining[k].append(join)
+            say(f"{decoding} at once, {decode.kv_tokens:.0f} KV tokens: {decode.time_s * 1e3:.2f} ms an iteration")
+    samples = [_median(taken, held_out) for taken, (_, held_out) in zip(prefills, alone, strict=True)]
+    samples += [_median(taken, held_out) for taken, (_, _, held_out) in zip(decodes, together, strict=True)]
+    # A prompt that joins others is never fitted.
+    samples += [
+        _median(taken, True)
+        for taken in joining
+        if 0 < taken[0].decoding <= settings.max_batched_tokens - taken[0].prefill_tokens
+    ]
+    coefficients, overhead_s = fit(samples)
+    source = f"measured: {prober.model}, {len(samples)} loads"
+    weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s = map(float, coefficients)
+    profile = Profile(
+        weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s, kv_tokens // BLOCK_TOKENS, max_num_seqs,
+        settings.max_batched_tokens, max_model_len, source,
+    )  # fmt: skip
+    return Calibration(url, prober.model, profile, overhead_s, errors(coefficients, overhead_s, samples), samples)
+
+
+def _median(taken: Sequence[Sample], held_out: bool) -> Sample:
+    """One sample of several of the same load: its mean, and the median of its time."""
+    return Sample(
+        taken[0].decoding,
+        statistics.mean(sample.kv_tokens for sample in taken),
+        statistics.mean(sample.prefill_tokens for sample in taken),
+        statistics.median(sample.time_s for sample in taken),
+        held_out,
+    )

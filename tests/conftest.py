@@ -1,0 +1,17 @@
+"""What several tests share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from serving import network
+from serving.local_vllm import SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def vllm_network() -> Iterator[network.Network]:
+    """Two nodes before real vLLM servers of SmolLM2, `engine_urls`; they take 5.6 GB, so only one test file may ask for
+    them, as each worker of pytest-xdist has its own."""
+    plan = network.Plan(2, 0, None, gpu="", model=SMOLLM2, max_num_seqs=0, speed=1.0, engine="vllm")
+    with network.running(plan) as made:
+        yield made

