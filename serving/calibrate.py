@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -31,13 +31,14 @@ import yaml
 from agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS, Profile, predict_s
 from agents.kernel import Floats
 from serving.config import MeasuredProfile
-from serving.engine import NAMES, EngineError, read_load
+from serving.engine import NAMES, EngineError, Load, read_load
 
 FLOOR = 1e-12  # s; a profile has no zeros
 CLOSE = 0.02  # relative error from which on it counts as such, no longer squared
 MARGIN = 4  # tokens that others may get while one is timed, in its tokens
 MOST_SEQS = 1024  # looked for at most
-ANSWER_S = 600.0  # without a byte, after which an engine has failed
+SETTLE_S = 15.0  # for an engine to be done with what it has
+ANSWER_S = 120.0  # without a byte, after which an engine has failed
 WORDS = (
     "amber", "birch", "cloud", "delta", "ember", "frost", "grove", "haven", "inlet", "jewel", "knoll", "lemon",
     "maple", "north", "ocean", "pearl", "quiet", "river", "stone", "tiger", "under", "vivid", "water", "young",
@@ -74,8 +75,6 @@ class Settings:
     """Engines that are kept busy meanwhile, as neighbours on the same machine would be."""
     beside_requests: int = 4
     """Requests that each of those has all the time."""
-    seed: int = 0
-    """Of the prompts."""
 
     def __post_init__(self) -> None:
         if self.kind not in NAMES:
@@ -259,7 +258,7 @@ class Prober:
 
     def __init__(self, url: str, model: str, settings: Settings, session: aiohttp.ClientSession) -> None:
         self.url, self.model, self.settings, self.session = url.rstrip("/"), model, settings, session
-        self.random = random.Random(settings.seed)
+        self.random = random.Random()  # from the system: a second run must not find the prompts of the first cached
         self.words_per_token = 1.0
         self.iteration_s = 0.0  # the last that was timed
 
@@ -426,11 +425,32 @@ def kv_tokens_of(page: str, url: str) -> int:
     return total
 
 
-async def find_max_num_seqs(prober: Prober) -> int:
+async def _load(prober: Prober) -> Load:
+    """Its requests that run and wait. Raises CalibrationError."""
+    page = await _get(prober.session, f"{prober.url}/metrics")
+    try:
+        return read_load(page, NAMES[prober.settings.kind], 1)
+    except EngineError as error:
+        raise CalibrationError(f"{prober.url}/metrics: {error}") from None
+
+
+async def settle(prober: Prober) -> None:
+    """Until the engine has nothing to do. Raises CalibrationError if that takes longer than `SETTLE_S`."""
+    until_s = time.monotonic() + SETTLE_S
+    while (load := await _load(prober)).running + load.waiting > 0:
+        if time.monotonic() > until_s:
+            count = load.running + load.waiting
+            raise CalibrationError(
+                f"{prober.url} has {count:.0f} requests of others; it should have nothing else to do"
+            )
+        await asyncio.sleep(0.1)
+
+
+async def find_max_num_seqs(prober: Prober, max_model_len: int) -> int:
     """How many requests the engine runs at once: ever more are asked for until some wait. Raises CalibrationError."""
     count = 8
     while count <= MOST_SEQS:
-        tasks = [asyncio.create_task(prober.ask(prober.words(8), 1024)) for _ in range(count)]
+        tasks = [asyncio.create_task(prober.ask(prober.words(8), min(1024, max_model_len - 32))) for _ in range(count)]
         try:
             seen = None
             while True:
@@ -438,13 +458,10 @@ async def find_max_num_seqs(prober: Prober) -> int:
                 for task in tasks:
                     if task.done():
                         task.result()
-                page = await _get(prober.session, f"{prober.url}/metrics")
-                load = read_load(page, NAMES[prober.settings.kind], 1)
+                load = await _load(prober)
                 if load.running + load.waiting >= count and load == seen:
                     break
                 seen = load
-        except EngineError as error:
-            raise CalibrationError(f"{prober.url}/metrics: {error}") from None
         finally:
             for task in tasks:
                 task.cancel()
@@ -490,7 +507,7 @@ async def calibrate(url: str, settings: Settings, say: Say = lambda line: None) 
         try:
             for each in settings.beside:
                 named, _ = await find_model(session, each.rstrip("/"), None)
-                neighbour = Prober(each, named, replace(settings, seed=settings.seed + 1), session)
+                neighbour = Prober(each, named, settings, session)
                 busy.append(asyncio.create_task(neighbour.load(settings.beside_requests, 256)))
             measuring = asyncio.create_task(_measure(prober, max_model_len, say))
             await asyncio.wait({measuring, *busy}, return_when=asyncio.FIRST_COMPLETED)
@@ -511,7 +528,7 @@ async def _measure(prober: Prober, max_model_len: int, say: Say) -> Calibration:
     settings, url = prober.settings, prober.url
     kv_tokens = settings.kv_tokens or kv_tokens_of(await _get(prober.session, f"{url}/metrics"), url)
     await prober.learn_words()
-    max_num_seqs = settings.max_num_seqs or await find_max_num_seqs(prober)
+    max_num_seqs = settings.max_num_seqs or await find_max_num_seqs(prober, max_model_len)
     limits = Limits(kv_tokens, max_num_seqs, max_model_len)
     say(f"{prober.model}: {kv_tokens} KV tokens, {max_num_seqs} requests at once, length {max_model_len}")
     alone = prefill_loads(limits, settings.max_batched_tokens)
@@ -520,6 +537,7 @@ async def _measure(prober: Prober, max_model_len: int, say: Say) -> Calibration:
     decodes: list[list[Sample]] = [[] for _ in together]
     joining: list[list[Sample]] = [[] for _ in together]
     for turn in range(settings.repeats):
+        await settle(prober)
         for k, (prompt, _) in enumerate(alone):
             prefills[k].append(await prober.prefill(prompt))
         say(f"turn {turn + 1} of {settings.repeats}: {len(alone)} prompts alone are measured")
