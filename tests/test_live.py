@@ -65,7 +65,9 @@ def test_what_is_measured_stands_beside_what_is_simulated(tmp_path: Path, capsys
 
 def test_a_network_that_runs_is_used_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scenario = tmp_path / "short.yaml"
-    scenario.write_text(yaml.safe_dump({**MAPPING, "duration_s": 10}))
+    short: dict[str, Any] = {"kind": "poisson", "phases": [{"until_s": 10, "rate_per_s": 0.5}]}
+    providers = [each | {"traffic": short} for each in MAPPING["providers"]]
+    scenario.write_text(yaml.safe_dump({**MAPPING, "duration_s": 10, "providers": providers}))
     file, out = tmp_path / "network.yaml", tmp_path / "out.json"
     plan_ = Plan(nodes=2, base_port=0, policy="single", gpu="rtx-4090", model="qwen3-8b", max_num_seqs=8, speed=10.0)
     with running(plan_) as network:
@@ -74,7 +76,7 @@ def test_a_network_that_runs_is_used_as_it_is(tmp_path: Path, capsys: pytest.Cap
         assert command.main([*arguments, "--policy", "single"]) == 0
         assert command.main([*arguments, "--policy", "www_serve"]) == 2
         assert "runs the policy single, expected www_serve" in capsys.readouterr().err
-        assert command.main([*arguments[:-4], "1", "--policy", "single"]) == 2
+        assert command.main([*arguments, "--speed", "1", "--policy", "single"]) == 2
         assert "runs at speed 10" in capsys.readouterr().err
     result = json.loads(out.read_text())
     assert result["scenarios"]["short"]["single"]["unfinished"] == 0
