@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ from serving.config import parse
 
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
 LOG_LINES = 10  # shown of an engine that ends
+# On Linux, programs end with the thread that started them, even if we are killed.
+WITH_US = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOP_S = 8.0  # for a process to end by itself
 REFRESH_S = 1.0
@@ -192,7 +195,7 @@ def started(
 def _start(command: Command, log: Path) -> "subprocess.Popen[bytes]":
     with log.open("wb") as out:
         return subprocess.Popen(
-            command.argv, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+            [*WITH_US, *command.argv], stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
             env=command.environment,
         )  # fmt: skip
 
