@@ -31,6 +31,7 @@ OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 PEER_PREFIX = "/peer"
 ORIGIN, PROMPT, TTFT, TPOT = "x-wwwserve-origin", "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
+LAST = b"data: [DONE]\n\n"  # of a stream; with it users hang up, and the answer is whole
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
 LEARN = 0.02  # weight of one answer in that
@@ -312,6 +313,8 @@ class Dispatcher:
                             await reply.start(200, kind)
                         tokens += chunk.count(b"data:")
                         await reply.pass_on(chunk)
+                        if chunk.endswith(LAST):
+                            break
                     if not reply.started:
                         raise GaveBack("it answers nothing")
                 else:
@@ -382,6 +385,8 @@ class Dispatcher:
                     await reply.start(200, kind)
                 handed.tokens += chunk.count(b"data:")
                 await reply.pass_on(chunk)
+                if chunk.endswith(LAST):
+                    break
             if not reply.started:
                 raise GaveBack("it answers nothing")
             return None

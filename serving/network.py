@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,22 +14,19 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from serving import calibrate, local_vllm
+from serving import calibrate, guard, local_vllm
 from serving.config import parse
 
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
 LOG_LINES = 10  # shown of an engine that ends
-# On Linux, programs end with the thread that started them, even if we are killed.
-WITH_US = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOP_S = 8.0  # for a process to end by itself
 REFRESH_S = 1.0
 
 
@@ -148,10 +144,10 @@ def running(plan: Plan) -> Iterator[Network]:
 def served(commands: Sequence[Command], urls: Sequence[str], ready_s: float) -> Iterator[None]:
     """Engines alone, started by `commands`, which answer at `urls`; they end with the context. Raises NetworkError."""
     engines: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder, _guarded() as told:
         try:
             for k, command in enumerate(commands):
-                engines.append(_start(command, Path(folder, f"engine{k + 1}.log")))
+                engines.append(_start(command, Path(folder, f"engine{k + 1}.log"), told))
             _wait(urls, _serves, {"engine": engines}, Path(folder), ready_s)
             yield
         finally:
@@ -173,10 +169,10 @@ def started(
     processes = {"engine": engines, "node": nodes}
     urls = [f"http://127.0.0.1:{node['port']}" for node in configured]
     engine_urls = [node["engine"]["url"] for node in configured]
-    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder, _guarded() as told:
         try:
             for k, command in enumerate(commands):
-                engines.append(_start(command, Path(folder, f"engine{k + 1}.log")))
+                engines.append(_start(command, Path(folder, f"engine{k + 1}.log"), told))
             if measure:
                 _wait(engine_urls, _serves, processes, Path(folder), ready_s)
                 _measure(configured)
@@ -184,7 +180,7 @@ def started(
                 file = Path(folder, f"{node['name']}.yaml")
                 file.write_text(yaml.safe_dump(node))
                 command = Command([sys.executable, "-m", "serving.cli", "node", str(file)])
-                nodes.append(_start(command, Path(folder, f"node{k + 1}.log")))
+                nodes.append(_start(command, Path(folder, f"node{k + 1}.log"), told))
             _wait(urls, lambda url: _sees_all(url, len(urls) - 1), processes, Path(folder), ready_s)
             yield Network(urls, engine_urls, engines, nodes)
         finally:
@@ -192,12 +188,27 @@ def started(
             _stop(engines)
 
 
-def _start(command: Command, log: Path) -> "subprocess.Popen[bytes]":
+@contextmanager
+def _guarded() -> Iterator[IO[bytes]]:
+    """Where the programs that are started are told, so that they end though we are killed."""
+    command = [sys.executable, "-I", guard.__file__]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+    assert process.stdin is not None
+    try:
+        yield process.stdin
+    finally:
+        process.stdin.close()  # which also ends what a program of ours left behind
+        process.wait()
+
+
+def _start(command: Command, log: Path, told: IO[bytes]) -> "subprocess.Popen[bytes]":
     with log.open("wb") as out:
-        return subprocess.Popen(
-            [*WITH_US, *command.argv], stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+        process = subprocess.Popen(
+            command.argv, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
             env=command.environment,
         )  # fmt: skip
+    told.write(b"%d\n" % process.pid)
+    return process
 
 
 def _measure(configured: Sequence[dict[str, Any]]) -> None:
@@ -253,7 +264,7 @@ def _stop(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
     for process in processes:
         _signal(process, signal.SIGTERM)
         _signal(process, signal.SIGCONT)  # one that was stopped could not end
-    until_s = time.monotonic() + STOP_S
+    until_s = time.monotonic() + guard.STOP_S
     for process in processes:
         while _signal(process, 0):
             process.poll()

@@ -30,6 +30,7 @@ class Stub:
     waiting: int = 0
     tokens: int = 5
     pause_s: float = 0.0
+    linger_s: float = 0.0  # after the last event of a stream, before its end
     bodies: list[bytes] = field(default_factory=list)
     begun: int = 0
     aborted: int = 0
@@ -69,6 +70,7 @@ class Stub:
             await response.write(b"data: " + json.dumps({"token": k, "from": self.url}).encode() + b"\n\n")
             await asyncio.sleep(self.pause_s)
         await response.write(b"data: [DONE]\n\n")
+        await asyncio.sleep(self.linger_s)
         return response
 
     async def metrics(self, request: web.Request) -> web.Response:
@@ -310,6 +312,30 @@ def test_overflow_goes_to_a_peer_and_comes_back_whole() -> None:
             assert 'wwwserve_guests_ended_total{outcome="answered"} 2.0' in page
             async with n.session.get(n.urls[0] + "/metrics") as response:
                 assert 'wwwserve_requests_ended_total{outcome="answered",where="peer"} 2.0' in await response.text()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("where", ["local", "peer"])
+def test_a_user_who_hangs_up_at_the_last_event_has_been_answered(where: str) -> None:
+    async def scene() -> None:
+        slow = Stub(linger_s=1.0)
+        async with net(*([slow] if where == "local" else [busy(), slow])) as n:
+            body = {"model": MODEL, "messages": [], "stream": True}
+            async with n.session.post(n.urls[0] + "/v1/chat/completions", json=body) as response:
+                async for line in response.content:
+                    if line == b"data: [DONE]\n":
+                        break
+            ended = f'wwwserve_requests_ended_total{{outcome="answered",where="{where}"}} 1.0'
+
+            async def counted() -> bool:
+                async with n.session.get(n.urls[0] + "/metrics") as response:
+                    return ended in await response.text()
+
+            await n.until(counted, 0.8)
+            if where == "peer":
+                async with n.session.get(n.urls[1] + "/metrics") as response:
+                    assert 'wwwserve_guests_ended_total{outcome="answered"} 1.0' in await response.text()
 
     play(scene)
 
