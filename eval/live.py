@@ -13,7 +13,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,8 @@ from serving.local_vllm import SMOLLM2, PrepareError
 from serving.network import READY_S, Command, NetworkError, free_ports, look, served, started
 
 LOWEST_TOKEN, HIGHEST_TOKEN = 1000, 30_000  # of made-up prompts: in every vocabulary, and none of them special
+MARGIN = 64  # tokens, of the longest request that engines are measured with beyond the scenario's
+REPEATS = 2  # of each load, when engines are measured
 SETTLE_S = 2.0  # between a network's being ready and the first arrival
 MOST_SPEED = 100.0
 
@@ -60,6 +62,14 @@ class Live(NamedTuple):
 
     sites: list[Site]
     pids: dict[str, list[int]]
+
+
+class Servers(NamedTuple):
+    """Engines that run already, one for each provider."""
+
+    urls: list[str]
+    profiles: list[Profile]
+    pids: list[int]
 
 
 class Measured(NamedTuple):
@@ -108,32 +118,31 @@ def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, sp
 
 
 @contextmanager
-def own(
-    planned: MarketPlan, policy: str | None, speed: float, measured: Sequence[Profile] | None = None
-) -> Iterator[Live]:
-    """A network of the plan's providers on emulated engines; with the profiles `measured`, on real vLLM with a small
-    model, each on a core. Raises NetworkError, and serving.local_vllm.PrepareError."""
+def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers | None = None) -> Iterator[Live]:
+    """A network of the plan's providers, on emulated engines of its own or before `servers`. Raises NetworkError."""
     scenario = planned.scenario
     count = len(scenario.providers)
     ports = free_ports(2 * count)
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    urls = [f"http://127.0.0.1:{port}" for port in ports[:count]]
     names = [provider.name for provider in scenario.providers]
-    engines = _emulators(planned, ports[count:], speed) if measured is None else _servers(ports[count:])
-    models = [SMOLLM2 if measured else provider.serves[0] for provider in scenario.providers]
-    profiles = list(measured or planned.profiles)
+    engines = [] if servers else _emulators(planned, ports[count:], speed)
+    engine_urls = servers.urls if servers else [f"http://127.0.0.1:{port}" for port in ports[count:]]
+    models = [SMOLLM2 if servers else provider.serves[0] for provider in scenario.providers]
+    profiles = servers.profiles if servers else list(planned.profiles)
     nodes = []
     for i, (provider, profile) in enumerate(zip(scenario.providers, profiles, strict=True)):
         told = node(scenario, planned, i, policy, speed)
-        told["serves"] = [SMOLLM2] if measured else told["serves"]
+        told["serves"] = [SMOLLM2] if servers else told["serves"]
         told["port"] = ports[i]
         told["peers"] = [{"name": names[k], "url": urls[k]} for k in range(count) if k != i]
-        told["engine"] = {"url": urls[count + i], "profile": {"kind": "measured", **asdict(profile)}}
+        told["engine"] = {"url": engine_urls[i], "profile": {"kind": "measured", **asdict(profile)}}
         plain = orjson.loads(orjson.dumps(told))
         parse(plain, f"node {provider.name}")
         nodes.append(plain)
-    with started(nodes, engines, READY_S["vllm" if measured else "emulated"]) as network:
+    with started(nodes, engines, READY_S["emulated"]) as network:
         sites = [Site(*each) for each in zip(network.urls, models, profiles, strict=True)]
-        yield Live(sites, {"nodes": [p.pid for p in network.nodes], "engines": [p.pid for p in network.engines]})
+        pids = servers.pids if servers else [p.pid for p in network.engines]
+        yield Live(sites, {"nodes": [p.pid for p in network.nodes], "engines": pids})
 
 
 def _emulators(planned: MarketPlan, ports: Sequence[int], speed: float) -> list[Command]:
@@ -147,25 +156,51 @@ def _emulators(planned: MarketPlan, ports: Sequence[int], speed: float) -> list[
     ]  # fmt: skip
 
 
-def _servers(ports: Sequence[int]) -> list[Command]:
-    made, cores = local_vllm.prepare(), local_vllm.cores()
-    return [Command(*local_vllm.server(made, SMOLLM2, port, cores[i % len(cores)])) for i, port in enumerate(ports)]
+@contextmanager
+def vllm_servers(count: int, longest: int, file: Path | None) -> Iterator[Servers]:
+    """Real vLLM with a small model, each on a core. `file` has their profiles; where it does not exist, it is written.
 
-
-def calibrated(count: int) -> list[Profile]:
-    """Profiles of `count` real vLLM servers, of each while the others are kept busy.
-
-    Raises NetworkError, serving.local_vllm.PrepareError and serving.calibrate.CalibrationError.
+    Else each is measured while the others are kept busy, with requests of up to `longest` tokens. Raises UsageError for
+    a file of another kind, NetworkError, serving.local_vllm.PrepareError and serving.calibrate.CalibrationError.
     """
-    urls = [f"http://127.0.0.1:{port}" for port in free_ports(count)]
-    with served(_servers([int(url.rpartition(":")[2]) for url in urls]), urls, READY_S["vllm"]):
-        found = []
-        for url in urls:
-            settings = Settings(beside=tuple(each for each in urls if each != url))
-            found.append(asyncio.run(calibrate(url, settings, lambda line: print(line, file=sys.stderr))))
-    for url, each in zip(urls, found, strict=True):
-        print(f"{url}: {each.report()}", file=sys.stderr)
+    known = read_profiles(file, count) if file is not None and file.exists() else None
+    made, cores, ports = local_vllm.prepare(), local_vllm.cores(), free_ports(count)
+    commands = [Command(*local_vllm.server(made, SMOLLM2, port, cores[i % len(cores)])) for i, port in enumerate(ports)]
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    with served(commands, urls, READY_S["vllm"]) as processes:
+        profiles = known or _calibrated(urls, longest)
+        if known is None and file is not None:
+            write_profiles(file, profiles)
+        yield Servers(urls, profiles, [process.pid for process in processes])
+
+
+def _calibrated(urls: Sequence[str], longest: int) -> list[Profile]:
+    found = []
+    for url in urls:
+        settings = Settings(
+            beside=tuple(each for each in urls if each != url), longest=longest, repeats=REPEATS,
+            max_num_seqs=local_vllm.MAX_NUM_SEQS,
+        )  # fmt: skip
+        start_s = time.monotonic()
+        found.append(asyncio.run(calibrate(url, settings)))
+        print(f"{url}, measured in {time.monotonic() - start_s:.0f} s:\n{found[-1].report()}", file=sys.stderr)
     return [each.profile for each in found]
+
+
+def write_profiles(file: Path, profiles: Sequence[Profile]) -> None:
+    """Write engines' profiles, for `read_profiles`."""
+    write_json(file, {"profiles": [asdict(profile) for profile in profiles]})
+
+
+def read_profiles(file: Path, count: int) -> list[Profile]:
+    """`count` engines' profiles. Raises UsageError for another file."""
+    try:
+        profiles = [Profile(**each) for each in orjson.loads(file.read_bytes())["profiles"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--profiles {file}: no profiles as this command writes them: {error!r}") from None
+    if len(profiles) != count:
+        raise UsageError(f"--profiles {file}: has {len(profiles)} profiles, expected {count}, one for each provider")
+    return profiles
 
 
 def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live:
@@ -202,7 +237,7 @@ def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live
 
 def check_lengths(planned: MarketPlan, profiles: Sequence[Profile]) -> None:
     """Raises UsageError for a request that one of the engines could not run whole."""
-    longest = int((planned.traffic.prompt + planned.traffic.output).max(initial=0))
+    longest = _longest(planned)
     room = min(min(profile.max_model_len, profile.kv_tokens) for profile in profiles)
     if longest > room:
         raise UsageError(
@@ -210,13 +245,21 @@ def check_lengths(planned: MarketPlan, profiles: Sequence[Profile]) -> None:
         )
 
 
-async def play(network: Live, planned: MarketPlan, speed: float, stream: bool) -> Measured:
-    """Send every request at its time; measure until all are answered, or the scenario's drain is over."""
+def _longest(planned: MarketPlan) -> int:
+    """Tokens of the longest request with its answer."""
+    return int((planned.traffic.prompt + planned.traffic.output).max(initial=0))
+
+
+async def play(network: Live, planned: MarketPlan, speed: float, stream: bool, turn: int = 0) -> Measured:
+    """Send every request at its time; measure until all are answered, or the scenario's drain is over.
+
+    With another `turn`, prompts are other ones of the same lengths, so that no engine has them cached.
+    """
     traffic, scenario = planned.traffic, planned.scenario
     count = traffic.time_s.size
     latency_s, first_s = np.full(count, np.inf), np.full(count, np.inf)
     lag_s, failed = 0.0, 0
-    tokens = np.random.default_rng((planned.seed, 2))
+    tokens = np.random.default_rng((planned.seed, 2, turn))
     classes = [each.name for each in scenario.slo.classes]
     prices: list[list[float]] = []
 
@@ -315,12 +358,12 @@ def live(
     profiles: list[Profile] = []
     for seed in seeds:
         drawn = plan(scenario, seed)
-        for name, told in policies.items():
+        for turn, (name, told) in enumerate(policies.items()):
             with opened(drawn, told) as network:
                 profiles = [site.profile for site in network.sites]
                 check_lengths(drawn, profiles)
                 time.sleep(SETTLE_S)
-                seen[name].append(asyncio.run(play(network, drawn, speed, stream)))
+                seen[name].append(asyncio.run(play(network, drawn, speed, stream, turn)))
             plans[name].append(drawn._replace(profiles=tuple(profiles)))
             last = seen[name][-1]
             report(
@@ -405,6 +448,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--stream", action="store_true", help="ask for streams, so that times to first token are seen")
     add("--engine", choices=("emulated", "vllm"), default="emulated", help="vllm: real vLLM with a small model in "
         "every place, calibrated first (default: emulated)")  # fmt: skip
+    add("--profiles", type=Path, metavar="FILE", help="with --engine vllm: the engines' profiles; measured, and "
+        "written there, if there is no such file (default: measured)")  # fmt: skip
     add("--network", type=Path, metavar="FILE",
         help="of a network that runs: YAML with nodes, URLs in the order of the providers")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the results to FILE")
@@ -425,6 +470,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = range(args.first_seed, args.first_seed + args.runs)
         if args.engine == "vllm" and (args.speed != 1 or args.network is not None):
             raise UsageError("--engine vllm goes with --speed 1 and without --network")
+        if args.profiles is not None and args.engine != "vllm":
+            raise UsageError("--profiles goes with --engine vllm")
         if args.network is not None:
             if len(loaded) != 1:
                 raise UsageError("--network takes one --policy, the one that its nodes run")
@@ -438,15 +485,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.network is not None:
             yield running
             return
-        with own(planned, policy, args.speed, profiles) as network:
+        with own(planned, policy, args.speed, servers) as network:
             yield network
 
     try:
-        profiles = calibrated(len(scenario.providers)) if args.engine == "vllm" else None
-        result = live(
-            scenario, told, loaded, seeds, args.speed, args.stream, opened,
-            report=lambda line: print(line, file=sys.stderr, flush=True),
-        )  # fmt: skip
+        with ExitStack() as stack:
+            servers = None
+            if args.engine == "vllm":
+                longest = max(_longest(plan(scenario, seed)) for seed in seeds) + MARGIN
+                servers = stack.enter_context(vllm_servers(len(scenario.providers), longest, args.profiles))
+            result = live(
+                scenario, told, loaded, seeds, args.speed, args.stream, opened,
+                report=lambda line: print(line, file=sys.stderr, flush=True),
+            )  # fmt: skip
     except (NetworkError, ConfigError, UsageError, CalibrationError, PrepareError) as error:
         print(f"eval.live: {error}", file=sys.stderr)
         return 1

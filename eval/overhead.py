@@ -2,9 +2,10 @@
 
 A bare engine answers at once, on one core, which it shares with the client; what is measured stands between them on
 another: a node with its policy, and beside it, in the same run, a plain FastAPI application that passes requests on
-with httpx. All are asked over kept connections. `added_p50_ms` is the difference of median latencies, one request at a
-time, direct and not in turn; `requests_per_s` is with `--connections` at once; `cpu_us_per_chunk` is the CPU time of
-the process for each chunk of a stream.
+with httpx, and vLLM's router, which is written in Rust, where it is installed (`pip install -e '.[bench]'`). All are
+asked over kept connections. `added_p50_ms` is the difference of median latencies, one request at a time, direct and not
+in turn; `requests_per_s` is with `--connections` at once; `cpu_us_per_chunk` is the CPU time of the process for each
+chunk of a stream.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -248,7 +250,7 @@ def run(calls: int, seconds: float, connections: int, policy: str | None) -> dic
     """Measure the node and what stands beside it."""
     allowed = os.sched_getaffinity(0)
     cores = sorted(allowed)
-    engine_port, node_port, other_port = free_ports(3)
+    engine_port, node_port, other_port, router_port = free_ports(4)
     me = [sys.executable, "-m", "eval.overhead"]
     results: dict[str, Any] = {}
     with (
@@ -262,7 +264,13 @@ def run(calls: int, seconds: float, connections: int, policy: str | None) -> dic
         file.write_text(yaml.safe_dump(config))
         node = [sys.executable, "-m", "serving.cli", "node", str(file)]
         fastapi = [*me, "--serve-fastapi", str(other_port), engine]
-        for name, command, port in (("node", node, node_port), ("fastapi_httpx", fastapi, other_port)):
+        measured = [("node", node, node_port), ("fastapi_httpx", fastapi, other_port)]
+        if find_spec("vllm_router"):
+            router = [sys.executable, "-m", "vllm_router.launch_router", "--worker-urls", engine, "--host", "127.0.0.1",
+                      "--port", str(router_port), "--prometheus-port", str(free_ports(1)[0]), "--policy", "round_robin",
+                      "--log-level", "error"]  # fmt: skip
+            measured.append(("vllm_router", router, router_port))
+        for name, command, port in measured:
             with started(command, cores[0], port) as pid:
                 os.sched_setaffinity(0, {cores[-1]})
                 try:

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import orjson
 
 from serving.config import NodeConfig
-from serving.dispatcher import ORIGIN, PEER_PREFIX, PROMPT, TPOT, TTFT, Ask, Dispatcher, Failed
+from serving.dispatcher import ORIGIN, PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
 from serving.membership import BEAT_PATH, MOST_BYTES, AdvertError
+from serving.reply import Ask, Failed
 
 log = logging.getLogger("wwwserve.app")
 
@@ -33,7 +34,7 @@ class _Reply:
     """An answer on its way to the client."""
 
     def __init__(self, send: Send) -> None:
-        self.started, self._ended, self._send = False, False, send
+        self.started, self.resumable, self._ended, self._send = False, False, False, send
 
     async def start(self, status: int, content_type: str, *headers: tuple[bytes, bytes]) -> None:
         self.started = True

@@ -67,6 +67,8 @@ class Settings:
     """Tokens that its KV cache holds; default: as vLLM says in `vllm:cache_config_info`."""
     max_batched_tokens: int = CHUNK_TOKENS
     """Tokens that the engine computes in one iteration at most; it does not say."""
+    longest: int | None = None
+    """Tokens of the longest request that is measured; default: what the engine takes. Shorter ones take less time."""
     tokens: int = 48
     """Tokens of an answer that is timed."""
     repeats: int = 3
@@ -80,7 +82,7 @@ class Settings:
         if self.kind not in NAMES:
             raise ValueError(f"kind is {self.kind!r}, expected one of {', '.join(NAMES)}")
         least = {
-            "max_num_seqs": 2, "kv_tokens": 1024, "max_batched_tokens": 64, "tokens": 8, "repeats": 1,
+            "max_num_seqs": 2, "kv_tokens": 1024, "max_batched_tokens": 64, "longest": 256, "tokens": 8, "repeats": 1,
             "beside_requests": 1,
         }  # fmt: skip
         for name, bound in least.items():
@@ -529,7 +531,7 @@ async def _measure(prober: Prober, max_model_len: int, say: Say) -> Calibration:
     kv_tokens = settings.kv_tokens or kv_tokens_of(await _get(prober.session, f"{url}/metrics"), url)
     await prober.learn_words()
     max_num_seqs = settings.max_num_seqs or await find_max_num_seqs(prober, max_model_len)
-    limits = Limits(kv_tokens, max_num_seqs, max_model_len)
+    limits = Limits(kv_tokens, max_num_seqs, min(max_model_len, settings.longest or max_model_len))
     say(f"{prober.model}: {kv_tokens} KV tokens, {max_num_seqs} requests at once, length {max_model_len}")
     alone = prefill_loads(limits, settings.max_batched_tokens)
     together = decode_loads(limits, settings.tokens)

@@ -166,6 +166,8 @@ def _add_calibrate(groups: Groups) -> None:
         help=f"that it computes in one iteration (default: {default.max_batched_tokens})")  # fmt: skip
     add("--tokens", type=int, default=default.tokens, metavar="N",
         help=f"of an answer that is timed (default: {default.tokens})")  # fmt: skip
+    add("--longest", type=int, metavar="N",
+        help="tokens of the longest request that is measured (default: what the engine takes)")  # fmt: skip
     add("--repeats", type=int, default=default.repeats, metavar="N",
         help=f"measurements of each load (default: {default.repeats})")  # fmt: skip
     add("--beside", action="append", default=[], metavar="URL", help="keep this engine busy meanwhile; may be repeated")
@@ -178,6 +180,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         settings = calibrate.Settings(
             model=args.model, key=args.key, kind=args.kind, max_num_seqs=args.max_num_seqs, kv_tokens=args.kv_tokens,
             max_batched_tokens=args.max_batched_tokens, tokens=args.tokens, repeats=args.repeats,
+            longest=args.longest,
             beside=tuple(args.beside), beside_requests=args.beside_requests,
         )  # fmt: skip
     except ValueError as error:

@@ -141,6 +141,7 @@ class NodeConfig(Struct):
     output: LengthsConfig = msgspec.field(default_factory=lambda: LengthsConfig(median=200.0, sigma=0.8, max=4096))
     deadlines_s: tuple[float, ...] = (10.0, 20.0, 30.0, 60.0, 120.0)
     classes: dict[str, ClassConfig] = {}
+    resume: bool = False  # streams that break off go on elsewhere
     market: MarketConfig = msgspec.field(default_factory=MarketConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     log: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,8 +1,8 @@
 """The way of a request through a node: held, run here, or handed to a peer, and answered exactly once.
 
 The dispatcher tells a `serving.provider.Provider` what happens, carries out what it decides, and does it again when a
-peer refuses or fails before the first byte of an answer has gone to the user. All of it runs on one event loop; a
-request is one task from arrival to its end.
+peer refuses, fails before the first byte of an answer has gone to the user, or later if the answer can be resumed. All
+of it runs on one event loop; a request is one task from arrival to its end.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
@@ -24,6 +24,8 @@ from serving.engine import Engine, EngineError
 from serving.membership import Advert, Membership
 from serving.metrics import Metrics
 from serving.provider import Decision, Out, Promise, Provider, Request
+from serving.reply import LAST, Ask, Failed, Full, GaveBack, Reply
+from serving.resume import Resumed, resumable
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -31,44 +33,9 @@ OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 PEER_PREFIX = "/peer"
 ORIGIN, PROMPT, TTFT, TPOT = "x-wwwserve-origin", "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
-LAST = b"data: [DONE]\n\n"  # of a stream; with it users hang up, and the answer is whole
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
 LEARN = 0.02  # weight of one answer in that
-
-
-class Failed(Exception):
-    """A request that ends without its answer: an HTTP status, and a message for the user."""
-
-    def __init__(self, status: int, message: str, kind: str = "server_error", retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.retry_after_s = status, kind, retry_after_s
-
-
-class Reply(Protocol):
-    """Where an answer goes."""
-
-    started: bool
-
-    async def start(self, status: int, content_type: str) -> None:
-        """Begin an answer."""
-
-    async def pass_on(self, chunk: bytes) -> None:
-        """Some of its body."""
-
-    async def whole(self, status: int, content_type: str, body: bytes) -> None:
-        """All of an answer at once."""
-
-
-class Ask(NamedTuple):
-    """What a user asks."""
-
-    path: str
-    body: bytes
-    model: str
-    stream: bool
-    klass: int = 0
-    prompt_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -104,14 +71,6 @@ class Usage(NamedTuple):
 
     prompt: int
     output: int
-
-
-class GaveBack(Exception):
-    """Whoever had the request did not bring an answer, and the user has seen nothing of one."""
-
-
-class Full(GaveBack):
-    """It had no room."""
 
 
 class Dispatcher:
@@ -245,20 +204,27 @@ class Dispatcher:
         request.key = job
         self.metrics.accepted()
         outcome, where = "failed", "nowhere"
+        again = Resumed(ask, reply) if self.config.resume and resumable(ask) else None
         provider.arrived(request)
         try:
             while True:
                 self.pump()
                 decision = await job.placed
                 where = "local" if decision.route == LOCAL else "peer"
+                if again is not None:
+                    job.ask, reply = again.ask(), again
                 try:
                     if decision.route == LOCAL:
-                        usage = await self._run_here(ask, prompt, reply)
+                        usage = await self._run_here(job.ask, request.prompt, reply)
                     else:
                         usage = await self._hand_over(job, decision, reply)
                     break
                 except GaveBack as reason:
                     log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
+                    if again is not None and await again.finish():
+                        usage = None
+                        break
+                    request.prompt = prompt + (again.tokens if again is not None else 0)
                     self._take_back(job, decision, reason)
             outcome = "answered"
             self._learn(ask, usage)
@@ -315,15 +281,14 @@ class Dispatcher:
                         await reply.pass_on(chunk)
                         if chunk.endswith(LAST):
                             break
-                    if not reply.started:
-                        raise GaveBack("it answers nothing")
+                    _check_end(reply)
                 else:
                     body = await response.read()
                     usage = _usage(body, response.status)
                     await reply.whole(response.status, kind, body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
-            if reply.started:
+            if reply.started and not reply.resumable:
                 raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
             self.engine.suspect(reason)
             raise GaveBack(reason) from None
@@ -359,7 +324,7 @@ class Dispatcher:
                     usage = await self._fetch(ask, handed, response, reply)
         except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            if reply.started:
+            if reply.started and not reply.resumable:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
             raise GaveBack(reason) from None
         finally:
@@ -387,8 +352,7 @@ class Dispatcher:
                 await reply.pass_on(chunk)
                 if chunk.endswith(LAST):
                     break
-            if not reply.started:
-                raise GaveBack("it answers nothing")
+            _check_end(reply)
             return None
         body = await response.read()
         usage = _usage(body, status)
@@ -461,7 +425,7 @@ class _HeadLine:
     """A reply whose status and type go before the body, in a line of JSON, as the HTTP status is out already."""
 
     def __init__(self, reply: Reply) -> None:
-        self.started, self._reply = False, reply
+        self.started, self.resumable, self._reply = False, False, reply
 
     async def start(self, status: int, content_type: str) -> None:
         await self.whole(status, content_type, b"")
@@ -472,6 +436,14 @@ class _HeadLine:
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
         self.started = True
         await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n" + body)
+
+
+def _check_end(reply: Reply) -> None:
+    """Raises GaveBack for a stream that came to an end without being whole, as far as that can be told."""
+    if not reply.started:
+        raise GaveBack("it answers nothing")
+    if reply.resumable:
+        raise GaveBack("its stream ends before its last event")
 
 
 def _usage(body: bytes, status: int) -> Usage | None:

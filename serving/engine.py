@@ -4,6 +4,7 @@ An engine is vLLM, SGLang or the emulator, which speaks as vLLM does. Its load i
 tick; in between, what was sent there and what came back is counted, as the page is then no longer true.
 """
 
+import re
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from agents.hardware import BLOCK_TOKENS, Profile
 
 SCRAPE_TIMEOUT_S = 2.0
 DOWN_WAITING = 1000.0  # requests said to wait at an engine that is down
+OF_ONE_PRIORITY = re.compile(r'[{,]priority="[^"]')
 FAILURES = 2  # scrapes in a row that fail before an engine counts as down
 
 
@@ -47,12 +49,13 @@ class Load(NamedTuple):
 def read_load(page: str, names: Names, kv_capacity: int) -> Load:
     """The load on a Prometheus page: counts are summed over its engines, of KV use the highest is taken.
 
+    Rows of a `priority` are parts of the one without, as SGLang writes them where it schedules by priority.
     Raises EngineError for a page that lacks one of the metrics, or has no number there.
     """
     found: dict[str, list[float]] = {name: [] for name in names}
     for line in page.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
-        if name in found:
+        if name in found and not OF_ONE_PRIORITY.search(line):
             try:
                 found[name].append(float(line.rpartition("}")[2].split()[0 if "}" in line else 1]))
             except (ValueError, IndexError):

@@ -141,7 +141,9 @@ def running(plan: Plan) -> Iterator[Network]:
 
 
 @contextmanager
-def served(commands: Sequence[Command], urls: Sequence[str], ready_s: float) -> Iterator[None]:
+def served(
+    commands: Sequence[Command], urls: Sequence[str], ready_s: float
+) -> Iterator[list["subprocess.Popen[bytes]"]]:
     """Engines alone, started by `commands`, which answer at `urls`; they end with the context. Raises NetworkError."""
     engines: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder, _guarded() as told:
@@ -149,7 +151,7 @@ def served(commands: Sequence[Command], urls: Sequence[str], ready_s: float) -> 
             for k, command in enumerate(commands):
                 engines.append(_start(command, Path(folder, f"engine{k + 1}.log"), told))
             _wait(urls, _serves, {"engine": engines}, Path(folder), ready_s)
-            yield
+            yield engines
         finally:
             _stop(engines)
 
@@ -158,8 +160,8 @@ def served(commands: Sequence[Command], urls: Sequence[str], ready_s: float) -> 
 def started(
     configured: Sequence[dict[str, Any]], commands: Sequence[Command], ready_s: float = 300.0, measure: bool = False
 ) -> Iterator[Network]:
-    """A network of the nodes `configured`, each before the engine started by the command in the same place, all ready;
-    it ends with the context.
+    """A network of the nodes `configured`, all ready; it ends with the context, and so do its engines, started by
+    `commands`. Without any, engines run already.
 
     With `measure`, the engines' profiles are measured first. Raises NetworkError for what is not ready in `ready_s`,
     serving.calibrate.CalibrationError for an engine that cannot be measured.

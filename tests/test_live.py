@@ -134,6 +134,21 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path, capsys: pytest.Capture
         (["--speed", "0"], "expected 0.01 to 100"),
         (["--json", str(tmp_path / "no" / "where.json")], "not a folder"),
         (["--network", str(file)], "takes one --policy"),
+        (["--profiles", str(file)], "goes with --engine vllm"),
+        (["--engine", "vllm", "--speed", "2"], "goes with --speed 1"),
     ):
         assert command.main(["paper/alternating", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_profiles_are_read_as_they_were_written(tmp_path: Path) -> None:
+    file = tmp_path / "profiles.json"
+    known = [profile("rtx-3090", "qwen3-8b", 4), profile("h100", "qwen3-8b", 8)]
+    command.write_profiles(file, known)
+    assert command.read_profiles(file, 2) == known
+    with pytest.raises(UsageError, match="has 2 profiles, expected 3, one for each provider"):
+        command.read_profiles(file, 3)
+    for text in ("", "[]", '{"profiles": [{"weight_s": 1}]}', '{"profiles": [{"weight_s": -1}]}'):
+        file.write_text(text)
+        with pytest.raises(UsageError, match="no profiles as this command writes them"):
+            command.read_profiles(file, 1)

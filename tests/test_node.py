@@ -30,6 +30,7 @@ class Stub:
     waiting: int = 0
     tokens: int = 5
     pause_s: float = 0.0
+    breaks: int = 99  # of its first answers break off, where that is its mode
     linger_s: float = 0.0  # after the last event of a stream, before its end
     bodies: list[bytes] = field(default_factory=list)
     begun: int = 0
@@ -62,16 +63,40 @@ class Stub:
     async def stream(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
-        for k in range(self.tokens):
-            if self.mode == "breaks off" and k == 2:
-                assert request.transport is not None
-                request.transport.abort()
+        asked = json.loads(await request.read())
+        said = asked["messages"][-1]["content"].count("w") if asked.get("continue_final_message") else 0
+        names = {"id": self.url, "object": "chat.completion.chunk", "model": MODEL}
+        await self.event(response, names, {"role": "assistant", "content": ""})
+        for k in range(said, said + min(self.tokens - said, asked.get("max_tokens", self.tokens))):
+            if (
+                self.mode in ("breaks off", "ends early", "tells of an error")
+                and k == said + 2
+                and self.begun <= self.breaks
+            ):
+                if self.mode == "breaks off":
+                    assert request.transport is not None
+                    request.transport.abort()
+                if self.mode == "tells of an error":
+                    await response.write(b'data: {"error": {"message": "the engine is dead"}}\n\n')
                 return response
-            await response.write(b"data: " + json.dumps({"token": k, "from": self.url}).encode() + b"\n\n")
+            await self.event(response, names, {"content": f"w{k} "}, None if k < self.tokens - 1 else "stop")
             await asyncio.sleep(self.pause_s)
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            usage = {
+                "prompt_tokens": 7 + said,
+                "completion_tokens": self.tokens - said,
+                "total_tokens": 7 + self.tokens,
+            }
+            await response.write(b"data: " + json.dumps(names | {"choices": [], "usage": usage}).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         await asyncio.sleep(self.linger_s)
         return response
+
+    async def event(
+        self, response: web.StreamResponse, names: dict[str, str], delta: dict[str, str], reason: str | None = None
+    ) -> None:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        await response.write(b"data: " + json.dumps(names | {"choices": [choice]}).encode() + b"\n\n")
 
     async def metrics(self, request: web.Request) -> web.Response:
         lines = (
@@ -204,7 +229,7 @@ def test_a_stream_comes_chunk_by_chunk() -> None:
                 async for chunk in response.content.iter_any():
                     times.append(loop.time())
                     parts.append(chunk)
-            assert b"".join(parts).count(b"data:") == 6 and b"".join(parts).endswith(b"data: [DONE]\n\n")
+            assert b"".join(parts).count(b"data:") == 7 and b"".join(parts).endswith(b"data: [DONE]\n\n")
             assert times[-1] - times[0] > 0.3
 
     play(scene)
@@ -304,7 +329,7 @@ def test_overflow_goes_to_a_peer_and_comes_back_whole() -> None:
             status, body, _ = await n.ask()
             assert status == 200 and json.loads(body)["from"] == n.stubs[1].url
             status, body, _ = await n.ask(stream=True)
-            assert status == 200 and body.count(b"data:") == 6 and n.stubs[1].url.encode() in body
+            assert status == 200 and body.count(b"data:") == 7 and n.stubs[1].url.encode() in body
             seen = await n.see()
             assert seen["requests"]["handed_over"] == 2 and n.stubs[0].begun == 0
             async with n.session.get(n.urls[1] + "/metrics") as response:
@@ -359,10 +384,66 @@ def test_a_peer_that_fails_later_ends_the_stream_with_an_error_and_no_replay() -
         async with net(busy(), Stub(mode="breaks off", pause_s=0.05), Stub(waiting=20)) as n:
             status, body, _ = await n.ask(stream=True)
             events = [line for line in body.decode().splitlines() if line]
-            assert status == 200 and [json.loads(each[6:]).get("token") for each in events[:2]] == [0, 1]
+            texts = [json.loads(each[6:])["choices"][0]["delta"]["content"] for each in events[:3]]
+            assert status == 200 and texts == ["", "w0 ", "w1 "]
             assert "broke off" in json.loads(events[-1][6:])["error"]["message"]
-            assert len(events) == 3 and n.stubs[2].begun == 0
+            assert len(events) == 4 and n.stubs[2].begun == 0
             assert (await n.see())["requests"]["failed"] == 1
+
+    play(scene)
+
+
+def told_by(body: bytes) -> tuple[list[dict[str, Any]], str]:
+    """Events of a stream but for the last, and the text that they make."""
+    events = body.decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""], events
+    told = [json.loads(event[6:]) for event in events[:-2]]
+    return told, "".join(choice["delta"].get("content", "") for event in told for choice in event["choices"])
+
+
+@pytest.mark.parametrize("mode", ["breaks off", "ends early", "tells of an error"])
+@pytest.mark.parametrize("where", ["local", "peer"])
+def test_a_stream_that_breaks_off_goes_on_elsewhere_if_the_node_is_to_resume(mode: str, where: str) -> None:
+    async def scene() -> None:
+        broken = Stub(mode=mode, breaks=1, pause_s=0.05)
+        stubs = [broken, Stub(waiting=20)] if where == "local" else [busy(), broken, Stub(waiting=20)]
+        async with net(*stubs, resume=True) as n:
+            status, body, _ = await n.ask(
+                stream=True, max_tokens=5, min_tokens=4, stream_options={"include_usage": True}
+            )
+            events, text = told_by(body)
+            assert status == 200 and text == "w0 w1 w2 w3 w4 "
+            assert {(event["id"], event["object"]) for event in events} == {(broken.url, "chat.completion.chunk")}
+            assert sum("role" in choice["delta"] for event in events for choice in event["choices"]) == 1
+            assert events[-1]["usage"] == {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+            asked = [json.loads(each) for stub in n.stubs for each in stub.bodies]
+            [rest] = [each for each in asked if "continue_final_message" in each]
+            assert len(asked) == 2 and broken.begun >= 1
+            assert rest["messages"][-1] == {"role": "assistant", "content": "w0 w1 "}
+            assert rest["continue_final_message"] is True and rest["add_generation_prompt"] is False
+            assert (rest["max_tokens"], rest["min_tokens"]) == (3, 2)
+            assert (await n.see())["requests"]["answered"] == 1
+
+    play(scene)
+
+
+def test_a_stream_that_nobody_can_finish_ends_with_an_error() -> None:
+    async def scene() -> None:
+        async with net(Stub(mode="breaks off", tokens=50), resume=True) as n:
+            _, body, _ = await n.ask(stream=True)
+            last = json.loads(body.decode().strip().splitlines()[-1][6:])
+            assert "does not answer as it should" in last["error"]["message"]
+            assert body.count(b"w0 ") == body.count(b"w5 ") == 1 and n.stubs[0].begun == 3
+
+    play(scene)
+
+
+@pytest.mark.parametrize("more", [{"n": 2}, {"tools": [{}]}, {"response_format": {"type": "json_object"}}])
+def test_what_cannot_be_resumed_is_not(more: dict[str, Any]) -> None:
+    async def scene() -> None:
+        async with net(Stub(mode="breaks off"), Stub(waiting=20), resume=True) as n:
+            _, body, _ = await n.ask(stream=True, **more)
+            assert b"broke off" in body and n.stubs[0].begun == 1 and n.stubs[1].begun == 0
 
     play(scene)
 
@@ -435,18 +516,26 @@ vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
 vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.5
 """
-# In the form of SGLang's documentation of its metrics; it does not run here.
-SGLANG_PAGE = """# HELP sglang:token_usage The token usage
-# TYPE sglang:token_usage gauge
-sglang:token_usage{model_name="meta-llama/Llama-3.1-8B-Instruct"} 0.28
-sglang:num_running_reqs{model_name="meta-llama/Llama-3.1-8B-Instruct"} 161.0
-sglang:num_queue_reqs{model_name="meta-llama/Llama-3.1-8B-Instruct"} 2826.0
-"""
+# As the metrics collector of SGLang 0.5.23 writes it, scheduling by priority; the engine itself does not run here, so
+# the collector was given 12 requests running, 4 waiting and a KV use of 0.28.
+SGLANG = 'engine_type="unified",moe_ep_rank="0",model_name="qwen3-8b",pp_rank="0",priority="{}",tp_rank="0"'
+SGLANG_PAGE = "\n".join(
+    f"{name}{{{SGLANG.format(priority)}}} {value}"
+    for name, rows in {
+        "sglang:num_running_reqs": {"": 12.0, "0": 9.0, "5": 3.0},
+        "sglang:num_queue_reqs": {"": 4.0, "0": 4.0, "5": 0.0},
+        "sglang:token_usage": {"": 0.28},
+        "sglang:full_token_usage": {"": 0.28},
+        "sglang:num_used_tokens": {"": 7168.0},
+    }.items()
+    for priority, value in rows.items()
+)
 
 
 def test_loads_are_summed_and_the_fullest_cache_counts() -> None:
     assert read_load(VLLM_PAGE, NAMES["vllm"], 1000) == (5.0, 4.0, 500.0)
-    assert read_load(SGLANG_PAGE, NAMES["sglang"], 1000) == (161.0, 2826.0, 280.0)
+    assert read_load(SGLANG_PAGE, NAMES["sglang"], 1000) == (12.0, 4.0, 280.0)
+    assert read_load(SGLANG_PAGE.replace('priority="",', ""), NAMES["sglang"], 1000) == (12.0, 4.0, 280.0)
     assert read_load("vllm:num_requests_running 1\nvllm:num_requests_waiting 2 1700\nvllm:kv_cache_usage_perc 0.1",
                      NAMES["vllm"], 100) == (1.0, 2.0, 10.0)  # fmt: skip
 

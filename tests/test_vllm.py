@@ -3,6 +3,8 @@
 All tests that need it are here, so that they share the two servers of `vllm_network`.
 """
 
+import asyncio
+import itertools
 import json
 import os
 import signal
@@ -10,17 +12,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
+import orjson
 import pytest
 
+from agents.hardware import Profile
 from agents.kernel import cache_root
+from envs.scenario import load
+from eval import live
+from eval.policies import load_policy
 from serving import local_vllm, network
 from serving.local_vllm import RANDOM, SMOLLM2, Prepared, PrepareError
 from serving.network import Network, NetworkError, look
+from serving.reply import Ask
+from serving.resume import Resumed
 
 ANSWERED_S = 10.0  # from when a network is ready
 SAID: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -71,6 +82,90 @@ def test_overflow_goes_to_the_other_node(vllm_network: Network) -> None:
         thread.join()
     assert answers == [48] * 20
     assert look(vllm_network.urls[0])["requests"]["handed_over"] > before
+
+
+def test_a_scenario_is_played_live_and_simulated(vllm_network: Network) -> None:
+    """A short form of `python -m eval.live live/pair --engine vllm`."""
+    scenario = replace(load("live/pair"), duration_s=12.0, drain_s=60.0)
+    profiles = [Profile(**local_vllm.PROFILES[SMOLLM2], source="known")] * 2  # type: ignore[arg-type]
+    servers = live.Servers(vllm_network.engine_urls, profiles, [process.pid for process in vllm_network.engines])
+    policies = ("single", "www_serve", "learned")
+    result = live.live(
+        scenario, {name: None if name == "learned" else name for name in policies},
+        [load_policy(name) for name in policies], [0], 1.0, False,
+        lambda planned, policy: live.own(planned, policy, 1.0, servers),
+    )  # fmt: skip
+    seen, predicted = result["scenarios"]["live/pair"], result["predicted"]["live/pair"]
+    for name in policies:
+        assert seen[name]["failed"] == 0 and seen[name]["requests"] == predicted[name]["requests"] > 40
+        assert 0.3 < seen[name]["latency_s"]["mean"][0] / predicted[name]["latency_s"]["mean"][0] < 3
+        assert seen[name]["cpu_cores"]["engines"][0] > 0.5
+    # The first node has 1.4 times what it sustains, the second nearly nothing.
+    for name in ("www_serve", "learned"):
+        assert seen[name]["latency_s"]["mean"][0] < seen["single"]["latency_s"]["mean"][0]
+
+
+class Kept:
+    """A reply that is kept."""
+
+    def __init__(self) -> None:
+        self.started = self.resumable = False
+        self.body = b""
+
+    async def start(self, status: int, content_type: str) -> None:
+        self.started = True
+
+    async def pass_on(self, chunk: bytes) -> None:
+        self.body += chunk
+
+    async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        raise AssertionError(status, body)
+
+    @property
+    def text(self) -> str:
+        """What the user reads. Raises AssertionError for a stream that is not whole."""
+        *events, last, nothing = self.body.decode().split("\n\n")
+        assert (last, nothing) == ("data: [DONE]", "")
+        choices = [choice for event in events for choice in json.loads(event[6:])["choices"]]
+        assert choices[-1]["finish_reason"] in ("length", "stop")
+        return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": SAID}),
+        ("/v1/completions", {"prompt": "Once upon a", "ignore_eos": True}),
+    ],
+)
+def test_a_resumed_answer_is_the_one_that_would_have_been(
+    vllm_network: Network, path: str, asked: dict[str, Any]
+) -> None:
+    """Greedy, so that an engine that is asked for the rest must say what it would have said."""
+    body = asked | {"model": SMOLLM2, "max_tokens": 32, "temperature": 0.0, "stream": True}
+    ask = Ask(path, orjson.dumps(body), SMOLLM2, stream=True)
+
+    async def told(breaks: Sequence[int]) -> str:
+        kept = Kept()
+        resumed = Resumed(ask, kept)
+        urls = itertools.cycle(vllm_network.engine_urls)
+        async with aiohttp.ClientSession(headers={"content-type": "application/json"}) as session:
+            for url, tokens in zip(urls, [*breaks, 99], strict=False):
+                async with session.post(url + path, data=resumed.ask().body) as response:
+                    assert response.status == 200, await response.text()
+                    await resumed.start(200, "text/event-stream")
+                    async for line in response.content:
+                        await resumed.pass_on(line)
+                        if resumed.tokens >= tokens:
+                            break
+                if not resumed.resumable:
+                    return kept.text
+        raise AssertionError(kept.body)
+
+    whole = asyncio.run(told([]))
+    assert len(whole) > 20
+    assert asyncio.run(told([3])) == whole
+    assert asyncio.run(told([2, 5])) == whole
 
 
 def test_the_serving_benchmark_of_vllm_runs_against_a_node(vllm_network: Network, tmp_path: Path) -> None:
