@@ -33,6 +33,7 @@ OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 PEER_PREFIX = "/peer"
 ORIGIN, PROMPT, TTFT, TPOT = "x-wwwserve-origin", "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
+EVENTS = "text/event-stream"
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
 LEARN = 0.02  # weight of one answer in that
@@ -273,7 +274,7 @@ class Dispatcher:
                 if response.status == 503:
                     raise Full("it answers 503")
                 kind = response.headers.get("content-type", "application/json")
-                if ask.stream and response.status == 200:
+                if ask.stream and response.status == 200 and kind.startswith(EVENTS):
                     async for chunk in response.content.iter_any():
                         if not reply.started:
                             await reply.start(200, kind)
@@ -344,7 +345,7 @@ class Dispatcher:
         status, kind = int(head["status"]), str(head["type"])
         if status >= 500:
             raise GaveBack(f"its engine answers {status}")
-        if ask.stream and status == 200:
+        if ask.stream and status == 200 and kind.startswith(EVENTS):
             async for chunk in response.content.iter_any():
                 if not reply.started:
                     await reply.start(200, kind)

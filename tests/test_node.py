@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,16 @@ class Net:
 
     def __init__(self, session: aiohttp.ClientSession, urls: list[str], stubs: list[Stub]) -> None:
         self.session, self.urls, self.stubs = session, urls, stubs
+        self.told: list[dict[str, Any]] = []
         self.running: list[asyncio.Task[None]] = []
+
+    async def start(self, k: int) -> None:
+        """Run node k, for the first time or again."""
+        up = asyncio.get_running_loop().create_future()
+        running = asyncio.create_task(node.serve(config.parse(self.told[k], "test"), up.set_result))
+        self.running[k:] = [running, *self.running[k + 1 :]]
+        await asyncio.wait({up, running}, return_when=asyncio.FIRST_COMPLETED)
+        assert up.done(), running
 
     async def ask(
         self, k: int = 0, headers: dict[str, str] | None = None, **more: Any
@@ -172,11 +183,8 @@ async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
                 "engine": {"url": stub.url, "profile": PROFILE, "timeout_s": 2.0},
                 "market": {"tick_s": 0.1, "gossip_s": 0.2},
             }  # fmt: skip
-            up = asyncio.get_running_loop().create_future()
-            running = asyncio.create_task(node.serve(config.parse(told | more, "test"), up.set_result))
-            made.running.append(running)
-            await asyncio.wait({up, running}, return_when=asyncio.FIRST_COMPLETED)
-            assert up.done(), running
+            made.told.append(told | more)
+            await made.start(k)
         try:
             for k in range(len(stubs)):
 
@@ -474,6 +482,83 @@ def test_a_peer_that_leaves_gets_nothing_more_and_one_that_comes_back_does() -> 
             await n.until(gone, SILENT_S + 0.5)
             n.stubs[0].waiting = 0
             assert json.loads((await n.ask())[1])["from"] == n.stubs[0].url
+
+    play(scene)
+
+
+async def loaded(n: Net, users: Sequence[int], per_s: float, for_s: float) -> list[Counter[str]]:
+    """Ask the nodes `users` in turn, every second time for a stream; what clients saw of each."""
+    seen = [Counter[str]() for _ in n.urls]
+
+    async def one(k: int) -> None:
+        stream = k // len(users) % 2 == 0
+        status, body, _ = await n.ask(users[k % len(users)], stream=stream)
+        told = body.decode()
+        whole = told.endswith("data: [DONE]\n\n") if stream else '"usage"' in told
+        if status == 200 and whole:
+            outcome = "answered"
+        else:  # told what went wrong, in JSON of its own or as the last event
+            assert json.loads(told.strip().splitlines()[-1].removeprefix("data: "))["error"]["message"]
+            outcome = "failed"
+        seen[users[k % len(users)]][outcome] += 1
+
+    async with asyncio.TaskGroup() as group:
+        for k in range(round(per_s * for_s)):
+            group.create_task(one(k))
+            await asyncio.sleep(1.0 / per_s)
+    return seen
+
+
+async def check_counts(n: Net, seen: list[Counter[str]]) -> None:
+    """What `/metrics` counts is what clients saw."""
+    for k, counts in enumerate(seen):
+        if not counts:
+            continue
+        async with n.session.get(n.urls[k] + "/metrics") as response:
+            page = await response.text()
+        ended: Counter[str] = Counter()
+        for outcome, value in re.findall(r'^wwwserve_requests_ended_total{outcome="(\w+)",.*} (\S+)$', page, re.M):
+            ended[outcome] += int(float(value))
+        assert ended == counts
+        assert f"wwwserve_requests_accepted_total {float(counts.total())}" in page
+
+
+@pytest.mark.parametrize("stub", [Stub(mode="garbage"), Stub(pause_s=60.0), Stub(mode="breaks off", pause_s=0.02)])
+def test_every_request_ends_once_whatever_an_engine_does(stub: Stub) -> None:
+    """One of five engines, which has users of its own and those of others."""
+
+    async def scene() -> None:
+        broken = replace(stub, bodies=[])
+        async with net(*(Stub(pause_s=0.02, waiting=2) for _ in range(4)), broken) as n:
+            seen = await loaded(n, [0, 1, 4], 60.0, 3.0)
+            assert broken.begun > 5
+            assert sum(counts["answered"] for counts in seen) > 100
+            await check_counts(n, seen)
+
+    play(scene)
+
+
+def test_every_request_ends_once_while_a_node_leaves_and_another_joins() -> None:
+    async def scene() -> None:
+        async with net(busy(), busy(), Stub(pause_s=0.02), Stub(pause_s=0.02), Stub(pause_s=0.02)) as n:
+            loading = asyncio.create_task(loaded(n, [0, 1], 60.0, 5.0))
+            await asyncio.sleep(1.0)
+            n.running[4].cancel()
+            await asyncio.gather(n.running[4], return_exceptions=True)
+            left = n.stubs[4].begun
+
+            async def there(wanted: bool) -> bool:
+                seen = [await n.see(k) for k in (0, 1)]
+                return all({p["name"]: p["there"] for p in each["peers"]}["n4"] is wanted for each in seen)
+
+            await n.until(lambda: there(False), SILENT_S + 0.5)
+            assert n.stubs[4].begun == left > 0
+            await n.start(4)
+            await n.until(lambda: there(True))
+            seen = await loading
+            assert n.stubs[4].begun > left
+            assert sum(counts["failed"] for counts in seen) <= 0.02 * sum(counts.total() for counts in seen)
+            await check_counts(n, seen)
 
     play(scene)
 
