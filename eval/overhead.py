@@ -83,7 +83,7 @@ class Engine(asyncio.Protocol):
     def answer(self, path: bytes, body: bytes) -> None:
         """Answer one request."""
         assert self.transport is not None
-        if path == b"/v1/chat/completions" and b'"stream": true' in body:
+        if path == b"/v1/chat/completions" and b'"stream":true' in body.replace(b" ", b""):
             self.streaming = asyncio.ensure_future(self.stream())
             return
         content = {b"/metrics": METRICS, b"/v1/models": MODELS}.get(path, ANSWER)
