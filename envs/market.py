@@ -26,6 +26,8 @@ from agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
+    AD_PER_KV_TOKEN_S,
+    AD_PER_SEQ_S,
     AD_PRICE,
     AD_RUNNING,
     AD_STAKE,
@@ -377,6 +379,25 @@ def _place(w, r, j, at_s, first_s, token_s):
             value = w.p[o].known[c, CLASS_VALUE] * chance
             w.p[o].effect += value - q[r].predicted
             _expect_value(w, r, value)
+
+
+@kernel
+def _charge_wait(w, i, r):
+    """Charge provider i for what the wait of its request r made impossible.
+
+    A held request is worth no more than if it began at once, alone on the own engine. Were only its placement charged,
+    to put that off would be worth its discount.
+    """
+    m, q, own = w.m, w.q, w.p[i].own
+    context = q[r].prompt + 0.5 * q[r].output
+    token_s = own[AD_WEIGHT_S] + own[AD_PER_SEQ_S] + own[AD_PER_KV_TOKEN_S] * context
+    deadlines = m.deadlines[q[r].klass][: m.n_deadlines]
+    waited_s = m.now_s - q[r].arrival_s
+    chance = chance_on_time(deadlines, waited_s, 0.0, token_s, float(q[r].output), PREDICTION_SIGMA, 1e9)
+    best = w.p[i].known[q[r].klass, CLASS_VALUE] * chance
+    if best < q[r].predicted:
+        w.p[i].effect += best - q[r].predicted
+        _expect_value(w, r, best)
 
 
 @kernel
@@ -742,6 +763,8 @@ def _decide(w, i, route, direct):
     if not valid or (route == HOLD and not holdable):
         p.counts[INVALID] += 1
     if route == HOLD and holdable:
+        if m.by_decision == 1:
+            _charge_wait(w, i, r)
         p.closed[c] = 1
         p.counts[HOLDS] += 1
         return

@@ -230,7 +230,8 @@ class Reward(NamedTuple):
     by_decision: bool = False
     """Pay each provider what its own decisions changed in the predicted value of all requests, those of others with
     `team_weight`, instead of what became of requests: a difference reward (Wolpert and Tumer 2002), free of what chance
-    and others did. `dense` and `gamma` are then not read, and what arrivals bring is not part of it."""
+    and others did. Holding a request costs what its wait makes impossible. `dense` and `gamma` are then not read, and
+    what arrivals bring is not part of it."""
 
 
 class MarketPlan(NamedTuple):

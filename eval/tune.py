@@ -2,9 +2,11 @@
 
 Every rule that has settings is tried with many, drawn at random within `agents.rules.Setting.search`, on random markets
 of each kind; those that look best, overall or for a kind, are measured again on more markets, and varied there. What is
-best over all kinds becomes the rule's default; the best for each kind is what an operator could reach who knew the kind
-of market and tuned for it, and stands beside the defaults wherever policies are judged. So does the best for "anyone":
-for peers of whom it is not known whether they are honest.
+best over all kinds becomes the rule's default. At last all that was found best for something, of any rule, meets on
+markets that are new to all: the best for each kind there is what an operator could reach who knew the kind of market
+and tuned for it, and stands beside the defaults wherever policies are judged. So does the best for "anyone": for peers
+of whom it is not known whether they are honest. What a policy in training should imitate is told apart further, by
+load.
 """
 
 import json
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agents.rules import RULES, Rule
-from envs.distribution import KINDS, Kind, sample
+from envs.distribution import KINDS, Kind, condition, sample
 from envs.state import MarketPlan, plan
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import FIRST_TEST_SEED, write_json
@@ -30,6 +33,7 @@ OF_UNKNOWN_HONESTY: tuple[Kind, ...] = ("honest", "lying", "switching")  # until
 ANYONE = "anyone"
 OBJECTIVES = ("all", *KINDS, ANYONE)
 Settings = dict[str, float]
+Tree = dict[str, Any]
 
 
 def markets(count: int, seed: int) -> dict[Kind, list[MarketPlan]]:
@@ -70,6 +74,18 @@ def vary(rule: str, settings: Settings, rng: np.random.Generator) -> Settings:
     return varied
 
 
+def by_market(rule: Rule, plans: dict[Kind, list[MarketPlan]]) -> dict[Kind, NDArray[np.float64]]:
+    """Scores of a rule by kind, one for each market."""
+    return {kind: np.asarray(scores(rule, plans[kind])) for kind in KINDS}
+
+
+def by_objective(found: dict[Kind, NDArray[np.float64]]) -> list[float]:
+    """Mean score for each of `OBJECTIVES`."""
+    means = {kind: float(np.mean(each)) for kind, each in found.items()}
+    anyone = [means[kind] for kind in OF_UNKNOWN_HONESTY]
+    return [float(np.mean(list(means.values()))), *means.values(), float(np.mean(anyone))]
+
+
 def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int) -> dict[str, Any]:
     """The best settings of a rule for each of `OBJECTIVES`, with their mean scores on the many markets.
 
@@ -81,10 +97,7 @@ def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int
     tried = [{key: s.default for key, s in RULES[rule].items()}, *(draw(rule, rng) for _ in range(draws))]
 
     def measured(settings: Settings, plans: dict[Kind, list[MarketPlan]]) -> list[float]:
-        """Mean score for each of `OBJECTIVES`."""
-        means = {kind: float(np.mean(scores(Rule(rule, settings), plans[kind]))) for kind in KINDS}
-        anyone = [means[kind] for kind in OF_UNKNOWN_HONESTY]
-        return [float(np.mean(list(means.values()))), *means.values(), float(np.mean(anyone))]
+        return by_objective(by_market(Rule(rule, settings), plans))
 
     first = np.array([measured(settings, first_markets) for settings in tried])
     chosen = sorted({0, *np.argsort(-first, axis=0)[:finalists].ravel().tolist()})
@@ -101,6 +114,30 @@ def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int
     }
 
 
+def play_off(rules: dict[str, dict[str, Any]], count: int, processes: int) -> tuple[Tree, Tree]:
+    """The best of any rule on `count` new markets of each kind: for each of `OBJECTIVES`, and in each `condition`.
+
+    `rules` is what `tune` found for each; there meet all the settings in it, and the rules that have none to tune.
+    """
+    entrants: list[Rule] = [Rule(name) for name in RULES if name not in rules]
+    for name, found in rules.items():
+        distinct = {tuple(each["settings"].items()): each["settings"] for each in found.values()}
+        entrants += [Rule(name, settings) for settings in distinct.values()]
+    plans = markets(count, SEED + 20_000)
+    last = list(each(partial(by_market, plans=plans), entrants, processes))
+
+    def best(scores: Sequence[float]) -> dict[str, Any]:
+        k = int(np.argmax(scores))
+        return {"rule": entrants[k].name, "settings": entrants[k].settings, "score": round(scores[k], 5)}
+
+    columns = zip(*map(by_objective, last), strict=True)
+    objectives = {name: best(column) for name, column in zip(OBJECTIVES, columns, strict=True)}
+    at = np.array([condition(planned) for kind in KINDS for planned in plans[kind]])
+    every = [np.concatenate([found[kind] for kind in KINDS]) for found in last]
+    conditions = {str(name): best([float(found[at == name].mean()) for found in every]) for name in np.unique(at)}
+    return objectives, conditions
+
+
 def tuned(objective: str) -> dict[str, Rule]:
     """Every tunable rule with the settings that the last tuning found best for one of `OBJECTIVES`."""
     table = json.loads(TUNED.read_text())["rules"]
@@ -109,10 +146,18 @@ def tuned(objective: str) -> dict[str, Rule]:
 
 def best_for(objective: str) -> Rule:
     """The best rule for one of `OBJECTIVES` with the settings that are best for it, named `rule@objective`."""
-    table = json.loads(TUNED.read_text())["rules"]
-    name = max(table, key=lambda name: table[name][objective]["score"])
-    rule = Rule(name, table[name][objective]["settings"])
-    rule.name = f"{name}@{objective}"
+    return _named("best", objective)
+
+
+def teachers() -> dict[str, Rule]:
+    """By `envs.distribution.condition`, the best rule there: what a policy that imitates should do."""
+    return {name: _named("conditions", name) for name in json.loads(TUNED.read_text())["conditions"]}
+
+
+def _named(table: str, key: str) -> Rule:
+    best = json.loads(TUNED.read_text())[table][key]
+    rule = Rule(best["rule"], best["settings"])
+    rule.name = f"{rule.name}@{key}"
     return rule
 
 
@@ -129,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--finalists", type=integer(1), default=4, help="draws that go on, overall and by kind (default: 4)"
     )
     add("--refine", type=integer(0), default=28, help="variations of what is best then (default: 28)")
+    add("--last", type=integer(1), default=192, help="markets of each kind where all that is best meets (default: 192)")
     add("--processes", type=integer(1), default=2, help="rules tuned at a time (default: 2)")
     add("--json", type=Path, default=TUNED, metavar="FILE", help=f"(default: {TUNED.name} here)")
     try:
@@ -145,8 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = ", ".join(f"{key} {value:g}" for key, value in best["all"]["settings"].items())
         means = " ".join(f"{name} {found['score']:.4f}" for name, found in best.items())
         print(f"{rule}: {shown}\n  {means}", flush=True)
-    options = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists", "refine")}
-    write_json(args.json, {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules})
+    best, conditions = play_off(rules, args.last, args.processes)
+    print("\n".join(f"{name}: {found['rule']} {found['score']:.4f}" for name, found in (best | conditions).items()))
+    options = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists", "refine", "last")}
+    content = {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules}
+    write_json(args.json, content | {"best": best, "conditions": conditions})
     return 0
 
 

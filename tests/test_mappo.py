@@ -18,7 +18,7 @@ import torch
 from agents.rules import Rule
 from agents.runtime import load
 from eval import regret
-from eval.tune import best_for
+from eval.tune import best_for, teachers
 from train import mappo
 from train.mappo import Args, Learner, Processes, ValueScale, seconds_to_beat
 from train.rollout import Collector, Source
@@ -70,7 +70,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 # Where there is a GPU, "cuda" is a device like any other and rightly not refused.
 WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-LEARNED = ("actor", "critic", "optimiser", "scale", "best")
+LEARNED = ("actor", "averaged", "critic", "optimiser", "scale", "best")
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -280,11 +280,10 @@ def small(**changes: Any) -> tuple[Learner, Any]:
     learner = Learner(args, Processes())
     source = Source(1, args.kinds, 60.0, 10.0, 4000, 1000)
     reward = mappo.Reward(1.0, gamma=1.0, transfers=False, by_decision=True)
-    teachers = {kind: best_for(kind) for kind in args.kinds}
     collector = Collector(source, reward, args.markets)
     collector.renew(0)
     net = mappo.net_of(mappo.weights_of(learner.actor))
-    return learner, collector.collect(net, 0, args.rollout_steps, teachers)
+    return learner, collector.collect(net, 0, args.rollout_steps, teachers())
 
 
 def test_imitation_comes_to_agree_with_the_teacher() -> None:
@@ -321,6 +320,23 @@ def test_an_update_leaves_alone_what_is_not_learned() -> None:
     learner.update(rollout, 0, False)
     for old, now in zip(before, (learner.actor.admit.weight, learner.actor.price.weight), strict=True):
         assert torch.equal(old, now)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.75])
+def test_what_is_kept_is_an_average_of_the_last_updates(average: float) -> None:
+    learner, rollout = small(average=average)
+    expected = None
+    for k in range(3):
+        learner.update(rollout, k, True)
+        now = {name: np.array(weight) for name, weight in mappo.weights_of(learner.actor).items()}
+        if expected is None:
+            expected = now  # there is nothing to average with at the first
+        expected = {name: average * expected[name] + (1 - average) * now[name] for name in now}
+    kept = learner.policy()
+    assert expected is not None and set(kept) == set(expected)
+    assert any(not np.array_equal(kept[name], now[name]) for name in now) == (average > 0)
+    for name, weight in kept.items():
+        np.testing.assert_allclose(weight, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_minibatch_is_made_of_whole_markets_and_all_are_learned_from() -> None:

@@ -187,12 +187,33 @@ def test_nothing_is_paid_for_arrivals_ends_and_the_horizon() -> None:
     assert all(-3 < reward < 0 for reward in paid.values())
 
 
-def test_what_was_held_too_long_is_lost_when_it_is_placed() -> None:
+def test_a_wait_costs_what_it_makes_impossible_when_it_does() -> None:
+    """A held request is worth at most what it would be, begun at once and alone on the own engine."""
+    seen = Watched(market(NODE | {"traffic": times(0.25)}, {}, drain_s=60), Reward(1.0, by_decision=True))
+    seen.until(0)
+    own = np.array(seen.batch.markets.providers[0, 0]["own"])
+    token_s = own[AD_WEIGHT_S] + own[AD_PER_SEQ_S] + 400 * own[AD_PER_KV_TOKEN_S]
+    worth, lost = 3.0, []
+    for _ in range(8):
+        paid = seen.step(HOLD, HOLD)
+        before, worth = worth, min(worth, value(seen.now_s - 0.25, 0.0, token_s, 600))
+        assert paid.tolist() == [pytest.approx(worth - before, rel=1e-4, abs=1e-6), 0.0]
+        assert seen.predicted(0) == pytest.approx(worth)
+        lost.append(float(paid[0]))
+    assert min(lost) < -0.3 and len([x for x in lost if x < -0.01]) > 3
+    placed = seen.step(HERE, HERE)
+    late = value(seen.now_s - 0.25, *times_on(seen.own[0], 1), 600)
+    assert placed[0] == pytest.approx(late - worth, rel=1e-4)
+
+
+def test_what_is_held_too_long_is_lost_by_then() -> None:
     seen = Watched(market(NODE | {"traffic": times(0.25)}, {}, drain_s=60), Reward(1.0, by_decision=True))
     paid = []
     while not seen.batch.over[0]:
         paid.append(float(seen.step(HOLD, HOLD)[0]))
-    assert [x for x in paid if x] == [pytest.approx(-3.0, abs=1e-3)]
+    assert max(paid) <= 0.0
+    assert sum(paid) == pytest.approx(-3.0, abs=1e-3)
+    assert len([x for x in paid if x < -0.01]) > 3  # not at once
 
 
 @pytest.mark.parametrize(("team_weight", "counted"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.0)])

@@ -14,7 +14,7 @@ from agents.checkpoint import weights_of
 from agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES
 from agents.forward import Net, net_of
 from agents.network import Actor, Inputs
-from agents.rules import Rule
+from agents.rules import RULES, Rule
 from agents.runtime import LearnedPolicy
 from agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
 from envs.batch import MarketBatch
@@ -23,9 +23,10 @@ from envs.state import Reward
 from train.rollout import Collector, Collectors, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
 
 KINDS: tuple[Kind, ...] = ("honest", "deadlines", "conversation")
-TEACHERS = {kind: Rule(name) for kind, name in zip(KINDS, ("random", "best_value", "trust_cap"), strict=True)}
+CONDITIONS = [f"{kind}/{load}" for kind in (*KINDS, "alike", "hardware") for load in ("light", "heavy")]
+TEACHERS = {name: Rule(list(RULES)[k]) for k, name in enumerate(CONDITIONS)}
 SOURCE = Source(seed=5, kinds=KINDS, duration_s=60.0, drain_s=20.0, max_requests=3000, seeds=1000)
-NONE: Mapping[Kind, Rule] = {}
+NONE: Mapping[str, Rule] = {}
 REWARD = Reward(1.0, 1.0, by_decision=True)
 MARKETS, STEPS = 7, 24
 
@@ -197,9 +198,10 @@ def test_what_is_not_paid_goes_the_same_way_without_rewards(net: Net) -> None:
 def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
     made = collector()
     worth = np.array([worth_per_s(planned) for planned in made.batch.plans], np.float32)
-    one = made.batch.plans[made.kinds.index("honest")]
+    at = [planned.scenario.name for planned in made.batch.plans].index("honest")
+    one = made.batch.plans[at]
     expected = len(one.traffic.provider) / (one.scenario.duration_s * len(one.profiles))  # requests are worth 1 there
-    assert worth[made.kinds.index("honest")] == pytest.approx(expected)
+    assert worth[at] == pytest.approx(expected)
     rollout = made.collect(net, 0, 1, NONE)
     np.testing.assert_allclose(rollout.reward[0], made.batch.reward / worth[:, None], rtol=1e-6)
 
@@ -300,25 +302,25 @@ def test_the_first_markets_of_a_batch_end_at_different_times() -> None:
     drawn = [SOURCE.plans(0, market) for market in range(24)]
     first, second = ([next(stream) for stream in drawn] for _ in range(2))
     full = {kind: SOURCE.duration_s / (6 if kind == "conversation" else 1) for kind in KINDS}
-    shares = np.array([planned.scenario.duration_s / full[kind] for kind, planned in first])
+    shares = np.array([planned.scenario.duration_s / full[planned.scenario.name] for _, planned in first])
     assert (shares > 0.1).all() and (shares < 1).all() and np.ptp(shares) > 0.6
-    assert all(planned.scenario.duration_s == pytest.approx(full[kind]) for kind, planned in second)
+    assert all(planned.scenario.duration_s == pytest.approx(full[planned.scenario.name]) for _, planned in second)
     assert all(planned.scenario.drain_s == SOURCE.drain_s for _, planned in first + second)
 
 
 # Teachers.
 
 
-def test_lessons_are_what_the_teacher_of_the_kind_decides(net: Net) -> None:
+def test_lessons_are_what_the_teacher_of_the_condition_decides(net: Net) -> None:
     made = collector()
     for k in range(8):
         views = type(made.batch.views)(*(array.copy() for array in made.batch.views))
-        active, dice, kinds = made.batch.active.copy(), made.batch.dice.copy(), list(made.kinds)
+        active, dice, conditions = made.batch.active.copy(), made.batch.dice.copy(), list(made.conditions)
         d = made.collect(net, k, 1, TEACHERS).decisions
         for m in range(len(d.step)):
             b, i = d.market[m], d.provider[m]
             actions = made.batch.actions()
-            TEACHERS[kinds[b]].decide(views, active, dice, actions)
+            TEACHERS[conditions[b]].decide(views, active, dice, actions)
             wait_s = actions.terms[b, i, MAX_WAIT_S]
             admit = int(nearest_admit(np.array([wait_s]))[0])
             assert d.lesson[m].tolist() == [actions.route[b, i], admit, min(actions.price[b, i], PRICES - 1)]

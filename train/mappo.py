@@ -3,10 +3,11 @@
     python train/mappo.py --help
 
 One shared actor decides for every provider from its own view; a critic that sees the pooled state of the market serves
-training alone. The actor first imitates the rule that is best for each kind of market, then improves on it by PPO.
-Markets are drawn from `envs.distribution`; what is reported at the end comes from markets, scenarios and seeds that
-training never saw. The file reads from top to bottom: arguments, the update, validation, the run; `train.rollout` plays
-the markets. Under `torchrun` each process has its share of the markets and gradients are summed over them.
+training alone. The actor first imitates the rule that is best for each kind and load of market, then improves on it by
+PPO; what is kept is the average of its last updates. Markets are drawn from `envs.distribution`; what is reported at
+the end comes from markets, scenarios and seeds that training never saw. The file reads from top to bottom: arguments,
+the update, validation, the run; `train.rollout` plays the markets. Under `torchrun` each process has its share of the
+markets and gradients are summed over them.
 """
 
 import json
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads else spin, which starves the markets' threads
 
@@ -28,6 +29,7 @@ import torch.distributed as dist
 import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from agents.checkpoint import weights_of
@@ -42,7 +44,7 @@ from envs.state import Reward
 from eval import regret
 from eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from eval.figures import draw
-from eval.tune import best_for
+from eval.tune import teachers
 from train.ablation import StakeOnly, forget_estimates
 from train.export import export
 from train.gae import estimate
@@ -60,7 +62,7 @@ class Args:
     agent_steps: int = 40_000_000
     """length of training; one step is one provider in one tick of its market"""
     imitate_steps: int = 24_000_000
-    """of these, the first to imitate the best rule for each kind of market; 0 starts from the prior alone"""
+    """of these, the first to imitate the best rule for each kind and load of market; 0 starts from the prior alone"""
     critic_steps: int = 4_000_000
     """of the imitation's steps, the last ones in which the critic learns as well; before, nothing is rewarded"""
     imitation: float = 0.3
@@ -103,6 +105,8 @@ class Args:
     """of the providers, so many are learned from, others in each rollout; playing is cheaper than learning"""
     minibatches: int = 8
     """parts of a rollout, each for one gradient step"""
+    average: float = 0.9
+    """share of itself that the averaged policy, which is validated and kept, keeps at each update; 0: the last alone"""
     clip: float = 0.2
     """PPO's clip range"""
     entropy: float = 0.003
@@ -142,7 +146,7 @@ class Args:
         for name in ("seed", "imitate_steps", "critic_steps", "drain_s", "imitation", "entropy", "prior"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
-        for name in ("gamma", "gae_lambda", "team_weight"):
+        for name in ("gamma", "gae_lambda", "team_weight", "average"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 1")
         if not 0 < self.share <= 1:
@@ -266,6 +270,7 @@ class Learner:
         self.actor = Actor(args.width, args.prior).to(args.device)
         if not args.estimates:
             forget_estimates(self.actor)
+        self.averaged = AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(args.average))
         self.critic = Critic(central=args.central).to(args.device)
         self.scale = ValueScale(self.critic.last)
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
@@ -340,6 +345,7 @@ class Learner:
                     rows = torch.from_numpy(np.nonzero(part == k)[0]).to(args.device)
                     for name, x in self.descend(batch.pick(rows), counts[k], imitate, judged).items():
                         totals[name] = totals.get(name, 0.0) + x / (args.epochs * args.minibatches)
+        self.averaged.update_parameters(self.actor)
         return logged | totals
 
     def descend(self, d: Batch, count: int, imitate: bool, judged: bool = True) -> dict[str, float]:
@@ -380,6 +386,10 @@ class Learner:
         self.optimiser.step()
         sums = self.processes.sum(torch.stack([x.detach().float() for x in named.values()])) / count
         return dict(zip(named, sums.tolist(), strict=True)) | {"grad_norm": float(norm)}
+
+    def policy(self) -> Weights:
+        """The policy as it would be kept now: an average of the last updates, which are noisy each."""
+        return weights_of(cast(Actor, self.averaged.module))
 
     def anneal(self, progress: float) -> None:
         """Set the learning rate for this share of the run."""
@@ -440,12 +450,12 @@ class Run:
         # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
         # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
         source = Source(args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS)
-        self.teachers = {kind: best_for(kind) for kind in args.kinds}
+        self.teachers = teachers()
         self.collector = Collectors(source, reward, args.markets, threads=args.threads, rank=self.processes.rank,
                                     world=self.processes.world, share=args.share,
                                     stake_only=args.stake_only)  # fmt: skip
         self.progress = Progress()
-        self.best = weights_of(self.learner.actor)
+        self.best = self.learner.policy()
         self.log = start_log(args) if self.processes.rank == 0 else lambda numbers: None
 
     def save(self) -> None:
@@ -453,8 +463,8 @@ class Run:
         learner = self.learner
         state = {
             "args": identity(self.args), "progress": self.progress._asdict(),
-            "actor": learner.actor.state_dict(), "critic": learner.critic.state_dict(),
-            "optimiser": learner.optimiser.state_dict(),
+            "actor": learner.actor.state_dict(), "averaged": learner.averaged.state_dict(),
+            "critic": learner.critic.state_dict(), "optimiser": learner.optimiser.state_dict(),
             "scale": [learner.scale.count, learner.scale.mean, learner.scale.square],
             "best": {name: torch.from_numpy(weight) for name, weight in self.best.items()},
         }  # fmt: skip
@@ -472,6 +482,7 @@ class Run:
                 raise ValueError(f"{path} is of a run with {key} {there}, expected {mine}; give that or another --out")
         learner = self.learner
         learner.actor.load_state_dict(state["actor"])
+        learner.averaged.load_state_dict(state["averaged"])
         learner.critic.load_state_dict(state["critic"])
         learner.optimiser.load_state_dict(state["optimiser"])
         learner.scale.count, learner.scale.mean, learner.scale.square = state["scale"]
@@ -481,13 +492,14 @@ class Run:
     def checkpoint(self, among: regret.Families, rules: dict[str, dict[str, float]]) -> None:
         """Validate the policy, keep it if it is the best, write down where the run stands, begin new markets."""
         began_s = time.perf_counter()
-        achieved = self.processes.shared(among, partial(means, policy_of(weights_of(self.learner.actor), self.args)))
+        policy = self.learner.policy()
+        achieved = self.processes.shared(among, partial(means, policy_of(policy, self.args)))
         if self.processes.rank == 0:
             fair = [name for name in rules if name != "centralized"]
             behind = {name: max(rules[rule][name] for rule in fair) - x for name, x in achieved.items()}
             worst, mean = max(behind.values()), float(np.mean(list(behind.values())))
             if worst + mean < self.progress.best:
-                self.best = weights_of(self.learner.actor)
+                self.best = policy
                 self.progress = self.progress._replace(best=worst + mean)
             line = {"seconds": self.progress.seconds, "agent_steps": self.progress.agent_steps, "scores": achieved,
                     "worst_regret": worst, "mean_regret": mean}  # fmt: skip
@@ -535,11 +547,11 @@ class Run:
                     collector.renew(self.progress.updates)
                 imitate = self.progress.agent_steps < args.imitate_steps
                 judged = self.progress.agent_steps >= args.imitate_steps - args.critic_steps
-                teachers = self.teachers if imitate or args.imitation else {}
+                asked = self.teachers if imitate or args.imitation else {}
                 learner.anneal(self.progress.agent_steps / args.agent_steps)
                 net = net_of(weights_of(learner.actor))
                 rollout = collector.collect(
-                    net, self.progress.updates, args.rollout_steps, teachers, paid=judged, every=args.terms
+                    net, self.progress.updates, args.rollout_steps, asked, paid=judged, every=args.terms
                 )
                 middle_s = time.perf_counter()
                 logged = learner.update(rollout, self.progress.updates, imitate, judged)

@@ -38,7 +38,7 @@ from agents.view import (
     Views,
 )
 from envs.batch import MarketBatch
-from envs.distribution import Kind, sample
+from envs.distribution import Kind, condition, sample
 from envs.state import MarketPlan, Reward, Shape, plan
 from train.ablation import close_choice
 
@@ -219,8 +219,9 @@ class Source(NamedTuple):
     max_requests: int
     seeds: int  # markets' own seeds are below this
 
-    def plans(self, batch: int, market: int) -> Iterator[tuple[Kind, MarketPlan]]:
-        """Random markets without end for place `market` of batch number `batch`, the kinds in turn.
+    def plans(self, batch: int, market: int) -> Iterator[tuple[str, MarketPlan]]:
+        """Random markets without end, each with its condition, for place `market` of batch number `batch`; the kinds
+        come in turn.
 
         The first is of any length up to the full one, so that a rollout sees beginnings, middles and ends alike.
         """
@@ -232,7 +233,7 @@ class Source(NamedTuple):
             planned = plan(scenario, int(rng.integers(self.seeds)))
             if 0 < planned.capacity <= self.max_requests:
                 turn, share = turn + 1, 1.0
-                yield kind, planned
+                yield condition(planned), planned
 
 
 class Collector:
@@ -262,7 +263,7 @@ class Collector:
             for b, (_, planned) in enumerate(drawn):
                 self.batch.reset(b, planned)
         self.actions, self.taught = self.batch.actions(), self.batch.actions()
-        self.kinds = [kind for kind, _ in drawn]
+        self.conditions = [name for name, _ in drawn]
         self.worth = np.array([worth_per_s(planned) for _, planned in drawn], np.float32)
 
     def _room(self, count: int, used: int) -> Decisions:
@@ -274,14 +275,15 @@ class Collector:
             self.decisions = larger
         return self.decisions
 
-    def _teach(self, teachers: Mapping[Kind, Rule], batch: MarketBatch, low: int, high: int) -> None:
-        """Write down what the teacher of each market's kind would choose where decisions `low` to `high` were made."""
+    def _teach(self, teachers: Mapping[str, Rule], batch: MarketBatch, low: int, high: int) -> None:
+        """Write down what the teacher in each market's condition would choose where decisions `low` to `high` were
+        made."""
         rows = self.decisions.market[low:high], self.decisions.provider[low:high]
         asked = np.zeros_like(batch.active)
         asked[rows] = True
-        kinds = np.array(self.kinds)
-        for kind, teacher in teachers.items():
-            teacher.decide(batch.views, asked & (kinds == kind)[:, None], batch.dice, self.taught)
+        conditions = np.array(self.conditions)
+        for name, teacher in teachers.items():
+            teacher.decide(batch.views, asked & (conditions == name)[:, None], batch.dice, self.taught)
         lesson = self.decisions.lesson[low:high]
         lesson[:, 0] = self.taught.route[rows]
         lesson[:, 1] = nearest_admit(self.taught.terms[rows][:, MAX_WAIT_S])
@@ -292,7 +294,7 @@ class Collector:
         net: Net,
         number: int,
         steps: int,
-        teachers: Mapping[Kind, Rule],
+        teachers: Mapping[str, Rule],
         *,
         paid: bool = True,
         every: bool = False,
@@ -301,8 +303,8 @@ class Collector:
 
         What is not `paid` has no reward, which is quicker.
 
-        `teachers` of each kind of market are asked what they would do; there may be none. Recorded are the decisions of
-        those that are learned from: on requests; with `every` on terms and prices alone as well.
+        The `teachers` of each condition of market are asked what they would do; there may be none. Recorded are the
+        decisions of those that are learned from: on requests; with `every` on terms and prices alone as well.
         """
         assert self.batch is not None, "renew comes first"
         batch, views = self.batch, self.batch.views
@@ -347,7 +349,7 @@ class Collector:
                 continue
             at_cut.append(situations(views, market["n_providers"].copy(), np.nonzero(cut[t])[0]))
             for b in np.nonzero(cut[t])[0]:
-                self.kinds[b], planned = next(self.streams[b])
+                self.conditions[b], planned = next(self.streams[b])
                 batch.reset(int(b), planned)
                 self.worth[b] = worth_per_s(planned)
         last = situations(views, batch.markets.market["n_providers"].copy(), np.arange(count))
@@ -386,12 +388,12 @@ class Collectors:
         net: Net,
         number: int,
         steps: int,
-        teachers: Mapping[Kind, Rule],
+        teachers: Mapping[str, Rule],
         *,
         paid: bool = True,
         every: bool = False,
     ) -> Rollout:
-        """See `Collector.collect`; the teachers are those of each kind of market, none to learn without."""
+        """See `Collector.collect`; the teachers are those of each condition of market, none to learn without."""
 
         def play(each: Collector) -> Rollout:
             return each.collect(net, number, steps, teachers, paid=paid, every=every)
