@@ -11,13 +11,10 @@ import numpy as np
 from agents.hardware import Profile, iteration_s, profile
 from agents.lengths import Lognormal
 from envs.scenario import Lengths, Scenario, parse
-from envs.state import MarketPlan
 
 Kind = Literal["honest", "lying", "switching", "deadlines", "conversation", "alike", "hardware"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-HEAVY = 0.85
-"""Offered load beyond which a market is a heavy one."""
 FAMILY = "qwen3"
 """The name that all users ask for and all providers serve."""
 CHAT_SHARE = 0.7
@@ -30,45 +27,29 @@ _GPU_WEIGHTS = {
 _MODEL_WEIGHTS = {"qwen3-8b": 0.6, "qwen3-4b": 0.25, "qwen3-14b": 0.15}
 
 
-def tokens_per_s(engine: Profile, mean_prompt: float, mean_output: float, context: float) -> float:
-    """Output tokens/s that an engine sustains where a running request holds `context` tokens on average.
-
-    Concurrency c is `max_num_seqs`, or as many as the KV cache holds at that context. An iteration at c decodes c
-    tokens and prefills c * E[prompt] / E[output], the prompts of those that take the place of the finished.
-    """
-    concurrency = min(engine.max_num_seqs, engine.kv_tokens / context)
-    prefill = concurrency * mean_prompt / mean_output
-    return float(concurrency / iteration_s(engine.row(), concurrency, concurrency * context, prefill))
-
-
 def capacity_per_s(engine: Profile, prompt: Lognormal, outputs: Sequence[tuple[float, Lognormal]]) -> float:
-    """Requests/s that an engine sustains; `outputs` has (share, lengths).
+    """Requests/s that an engine sustains: concurrency / (E[output] * iteration time). `outputs` has (share, lengths).
 
-    The mean context of a running request is E[prompt] + E[output^2] / (2 E[output]).
+    Concurrency c is `max_num_seqs`, or as many as the KV cache holds at the mean context of a running request, which
+    is E[prompt] + E[output^2] / (2 E[output]). An iteration at c decodes c tokens and prefills
+    c * E[prompt] / E[output], the prompts of those that take the place of the finished.
     """
     output_tokens = sum(share * each.mean for share, each in outputs)
     context = prompt.mean + sum(share * each.moment(2) for share, each in outputs) / (2 * output_tokens)
-    return tokens_per_s(engine, prompt.mean, output_tokens, context) / output_tokens
+    concurrency = min(engine.max_num_seqs, engine.kv_tokens / context)
+    prefill = concurrency * prompt.mean / output_tokens
+    return float(concurrency / (output_tokens * iteration_s(engine.row(), concurrency, concurrency * context, prefill)))
 
 
-def offered_load(planned: MarketPlan) -> float:
-    """Output tokens that a market's users ask for, over what its engines sustain while requests arrive."""
-    prompt, output = planned.traffic.prompt.mean(), planned.traffic.output.astype(np.float64)
-    context = prompt + (output**2).mean() / (2 * output.mean())
-    sustained = sum(tokens_per_s(engine, prompt, output.mean(), context) for engine in planned.profiles)
-    return float(output.sum() / planned.scenario.duration_s / sustained)
+def kind_of(scenario: Scenario) -> Kind:
+    """The kind of a random market by what it came out as.
 
-
-def condition(planned: MarketPlan) -> str:
-    """What decides which rule is best in a random market: its kind, and whether its load is light or heavy.
-
-    An honest market of nodes that are all the same, or serve one model, is of the kind that has these alone.
+    An honest one of nodes that are all the same, or serve one model, is of the kind that has these alone.
     """
-    providers = planned.scenario.providers
-    kind = planned.scenario.name
-    if kind == "honest" and len({provider.model for provider in providers}) == 1:
-        kind = "alike" if len({provider.gpu for provider in providers}) == 1 else "hardware"
-    return f"{kind}/{'heavy' if offered_load(planned) > HEAVY else 'light'}"
+    kind: Kind = scenario.name  # type: ignore[assignment]
+    if kind != "honest" or len({provider.model for provider in scenario.providers}) > 1:
+        return kind
+    return "hardware" if len({provider.gpu for provider in scenario.providers}) > 1 else "alike"
 
 
 def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> Scenario:

@@ -5,8 +5,7 @@ of each kind; those that look best, overall or for a kind, are measured again on
 best over all kinds becomes the rule's default. At last all that was found best for something, of any rule, meets on
 markets that are new to all: the best for each kind there is what an operator could reach who knew the kind of market
 and tuned for it, and stands beside the defaults wherever policies are judged. So does the best for "anyone": for peers
-of whom it is not known whether they are honest. What a policy in training should imitate is told apart further, by
-load.
+of whom it is not known whether they are honest.
 """
 
 import json
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.rules import RULES, Rule
-from envs.distribution import KINDS, Kind, condition, sample
+from envs.distribution import KINDS, Kind, sample
 from envs.state import MarketPlan, plan
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import FIRST_TEST_SEED, write_json
@@ -33,7 +31,6 @@ OF_UNKNOWN_HONESTY: tuple[Kind, ...] = ("honest", "lying", "switching")  # until
 ANYONE = "anyone"
 OBJECTIVES = ("all", *KINDS, ANYONE)
 Settings = dict[str, float]
-Tree = dict[str, Any]
 
 
 def markets(count: int, seed: int) -> dict[Kind, list[MarketPlan]]:
@@ -74,14 +71,9 @@ def vary(rule: str, settings: Settings, rng: np.random.Generator) -> Settings:
     return varied
 
 
-def by_market(rule: Rule, plans: dict[Kind, list[MarketPlan]]) -> dict[Kind, NDArray[np.float64]]:
-    """Scores of a rule by kind, one for each market."""
-    return {kind: np.asarray(scores(rule, plans[kind])) for kind in KINDS}
-
-
-def by_objective(found: dict[Kind, NDArray[np.float64]]) -> list[float]:
-    """Mean score for each of `OBJECTIVES`."""
-    means = {kind: float(np.mean(each)) for kind, each in found.items()}
+def measured(rule: Rule, plans: dict[Kind, list[MarketPlan]]) -> list[float]:
+    """Mean score of a rule for each of `OBJECTIVES`."""
+    means = {kind: float(np.mean(scores(rule, plans[kind]))) for kind in KINDS}
     anyone = [means[kind] for kind in OF_UNKNOWN_HONESTY]
     return [float(np.mean(list(means.values()))), *means.values(), float(np.mean(anyone))]
 
@@ -96,17 +88,14 @@ def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int
     rng = np.random.default_rng((SEED, list(RULES).index(rule)))
     tried = [{key: s.default for key, s in RULES[rule].items()}, *(draw(rule, rng) for _ in range(draws))]
 
-    def measured(settings: Settings, plans: dict[Kind, list[MarketPlan]]) -> list[float]:
-        return by_objective(by_market(Rule(rule, settings), plans))
-
-    first = np.array([measured(settings, first_markets) for settings in tried])
+    first = np.array([measured(Rule(rule, settings), first_markets) for settings in tried])
     chosen = sorted({0, *np.argsort(-first, axis=0)[:finalists].ravel().tolist()})
     kept = [tried[k] for k in chosen]
-    last = [measured(settings, last_markets) for settings in kept]
+    last = [measured(Rule(rule, settings), last_markets) for settings in kept]
     for k in range(refine):
         best = int(np.argmax([found[k % len(OBJECTIVES)] for found in last]))
         kept.append(vary(rule, kept[best], rng))
-        last.append(measured(kept[-1], last_markets))
+        last.append(measured(Rule(rule, kept[-1]), last_markets))
     winners = np.argmax(last, axis=0).tolist()
     return {
         name: {"settings": kept[k], "score": round(last[k][column], 5)}
@@ -114,8 +103,8 @@ def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int
     }
 
 
-def play_off(rules: dict[str, dict[str, Any]], count: int, processes: int) -> tuple[Tree, Tree]:
-    """The best of any rule on `count` new markets of each kind: for each of `OBJECTIVES`, and in each `condition`.
+def play_off(rules: dict[str, dict[str, Any]], count: int, processes: int) -> dict[str, Any]:
+    """The best for each of `OBJECTIVES`, of any rule, on `count` new markets of each kind.
 
     `rules` is what `tune` found for each; there meet all the settings in it, and the rules that have none to tune.
     """
@@ -123,19 +112,12 @@ def play_off(rules: dict[str, dict[str, Any]], count: int, processes: int) -> tu
     for name, found in rules.items():
         distinct = {tuple(each["settings"].items()): each["settings"] for each in found.values()}
         entrants += [Rule(name, settings) for settings in distinct.values()]
-    plans = markets(count, SEED + 20_000)
-    last = list(each(partial(by_market, plans=plans), entrants, processes))
-
-    def best(scores: Sequence[float]) -> dict[str, Any]:
-        k = int(np.argmax(scores))
-        return {"rule": entrants[k].name, "settings": entrants[k].settings, "score": round(scores[k], 5)}
-
-    columns = zip(*map(by_objective, last), strict=True)
-    objectives = {name: best(column) for name, column in zip(OBJECTIVES, columns, strict=True)}
-    at = np.array([condition(planned) for kind in KINDS for planned in plans[kind]])
-    every = [np.concatenate([found[kind] for kind in KINDS]) for found in last]
-    conditions = {str(name): best([float(found[at == name].mean()) for found in every]) for name in np.unique(at)}
-    return objectives, conditions
+    last = list(each(partial(measured, plans=markets(count, SEED + 20_000)), entrants, processes))
+    winners = np.argmax(last, axis=0).tolist()
+    return {
+        name: {"rule": entrants[k].name, "settings": entrants[k].settings, "score": round(last[k][column], 5)}
+        for column, (name, k) in enumerate(zip(OBJECTIVES, winners, strict=True))
+    }
 
 
 def tuned(objective: str) -> dict[str, Rule]:
@@ -146,18 +128,9 @@ def tuned(objective: str) -> dict[str, Rule]:
 
 def best_for(objective: str) -> Rule:
     """The best rule for one of `OBJECTIVES` with the settings that are best for it, named `rule@objective`."""
-    return _named("best", objective)
-
-
-def teachers() -> dict[str, Rule]:
-    """By `envs.distribution.condition`, the best rule there: what a policy that imitates should do."""
-    return {name: _named("conditions", name) for name in json.loads(TUNED.read_text())["conditions"]}
-
-
-def _named(table: str, key: str) -> Rule:
-    best = json.loads(TUNED.read_text())[table][key]
+    best = json.loads(TUNED.read_text())["best"][objective]
     rule = Rule(best["rule"], best["settings"])
-    rule.name = f"{rule.name}@{key}"
+    rule.name = f"{rule.name}@{objective}"
     return rule
 
 
@@ -191,11 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = ", ".join(f"{key} {value:g}" for key, value in best["all"]["settings"].items())
         means = " ".join(f"{name} {found['score']:.4f}" for name, found in best.items())
         print(f"{rule}: {shown}\n  {means}", flush=True)
-    best, conditions = play_off(rules, args.last, args.processes)
-    print("\n".join(f"{name}: {found['rule']} {found['score']:.4f}" for name, found in (best | conditions).items()))
+    best = play_off(rules, args.last, args.processes)
+    print("\n".join(f"{name}: {found['rule']} {found['score']:.4f}" for name, found in best.items()))
     options = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists", "refine", "last")}
-    content = {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules}
-    write_json(args.json, content | {"best": best, "conditions": conditions})
+    content = {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules, "best": best}
+    write_json(args.json, content)
     return 0
 
 

@@ -18,7 +18,7 @@ import torch
 from agents.rules import Rule
 from agents.runtime import load
 from eval import regret
-from eval.tune import best_for, teachers
+from eval.tune import best_for
 from train import mappo
 from train.mappo import Args, Learner, Processes, ValueScale, seconds_to_beat
 from train.rollout import Collector, Source
@@ -283,7 +283,7 @@ def small(**changes: Any) -> tuple[Learner, Any]:
     collector = Collector(source, reward, args.markets)
     collector.renew(0)
     net = mappo.net_of(mappo.weights_of(learner.actor))
-    return learner, collector.collect(net, 0, args.rollout_steps, teachers())
+    return learner, collector.collect(net, 0, args.rollout_steps, mappo.teachers())
 
 
 def test_imitation_comes_to_agree_with_the_teacher() -> None:

@@ -23,10 +23,11 @@ from envs.state import Reward
 from train.rollout import Collector, Collectors, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
 
 KINDS: tuple[Kind, ...] = ("honest", "deadlines", "conversation")
-CONDITIONS = [f"{kind}/{load}" for kind in (*KINDS, "alike", "hardware") for load in ("light", "heavy")]
-TEACHERS = {name: Rule(list(RULES)[k]) for k, name in enumerate(CONDITIONS)}
+TEACHERS: dict[Kind, Rule] = {
+    kind: Rule(list(RULES)[k]) for k, kind in enumerate((*KINDS, "alike", "hardware"), start=1)
+}
 SOURCE = Source(seed=5, kinds=KINDS, duration_s=60.0, drain_s=20.0, max_requests=3000, seeds=1000)
-NONE: Mapping[str, Rule] = {}
+NONE: Mapping[Kind, Rule] = {}
 REWARD = Reward(1.0, 1.0, by_decision=True)
 MARKETS, STEPS = 7, 24
 
@@ -311,16 +312,16 @@ def test_the_first_markets_of_a_batch_end_at_different_times() -> None:
 # Teachers.
 
 
-def test_lessons_are_what_the_teacher_of_the_condition_decides(net: Net) -> None:
+def test_lessons_are_what_the_teacher_of_the_kind_decides(net: Net) -> None:
     made = collector()
     for k in range(8):
         views = type(made.batch.views)(*(array.copy() for array in made.batch.views))
-        active, dice, conditions = made.batch.active.copy(), made.batch.dice.copy(), list(made.conditions)
+        active, dice, kinds = made.batch.active.copy(), made.batch.dice.copy(), list(made.kinds)
         d = made.collect(net, k, 1, TEACHERS).decisions
         for m in range(len(d.step)):
             b, i = d.market[m], d.provider[m]
             actions = made.batch.actions()
-            TEACHERS[conditions[b]].decide(views, active, dice, actions)
+            TEACHERS[kinds[b]].decide(views, active, dice, actions)
             wait_s = actions.terms[b, i, MAX_WAIT_S]
             admit = int(nearest_admit(np.array([wait_s]))[0])
             assert d.lesson[m].tolist() == [actions.route[b, i], admit, min(actions.price[b, i], PRICES - 1)]

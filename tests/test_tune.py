@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from agents.rules import RULES, Rule
-from envs.distribution import HEAVY, KINDS, Kind, condition, offered_load
+from envs.distribution import KINDS, Kind, kind_of
 from eval import tune
 from eval.compare import FIRST_TEST_SEED
-from eval.tune import OBJECTIVES, TUNED, best_for, draw, markets, teachers, tuned
+from eval.tune import OBJECTIVES, TUNED, best_for, draw, markets, tuned
 
 TUNABLE = [name for name, settings in RULES.items() if any(setting.search for setting in settings.values())]
 
@@ -70,34 +70,18 @@ def test_the_best_for_an_objective_is_one_that_was_tuned_or_needs_no_tuning(
         assert best.settings in [each["settings"] for each in table["rules"][name].values()]
 
 
-def test_there_is_a_teacher_for_every_condition(table: dict[str, Any]) -> None:
-    known = teachers()
-    assert set(known) == {f"{kind}/{load}" for kind in KINDS for load in ("light", "heavy")}
-    for name, rule in known.items():
-        found = table["conditions"][name]
-        assert (rule.name, rule.settings) == (f"{found['rule']}@{name}", found["settings"])
-
-
-def test_a_market_is_told_by_its_kind_and_load() -> None:
-    """Honest markets of equal nodes, or of one model, are of the kinds that have these alone."""
+def test_an_honest_market_is_of_the_kind_that_it_came_out_as() -> None:
+    seen = set()
     for kind, plans in markets(24, 91).items():
         for planned in plans:
-            models = {p.model for p in planned.scenario.providers}
-            gpus = {p.gpu for p in planned.scenario.providers}
-            expected = str(kind)
+            providers = planned.scenario.providers
+            models, gpus = {each.model for each in providers}, {each.gpu for each in providers}
+            expected = kind
             if kind == "honest" and len(models) == 1:
                 expected = "hardware" if len(gpus) > 1 else "alike"
-            load = "heavy" if offered_load(planned) > HEAVY else "light"
-            assert condition(planned) == f"{expected}/{load}"
-
-
-def test_the_offered_load_is_what_is_asked_over_what_is_sustained() -> None:
-    """Random markets have 0.6 to 1.1 times their capacity by what they were drawn from, and less when some are away."""
-    loads = np.array([offered_load(planned) for planned in markets(40, 92)["alike"]])
-    assert 0.65 < np.median(loads) < 0.95 and loads.max() < 1.6
-    busy = markets(1, 93)["hardware"][0]
-    traffic = busy.traffic._replace(output=busy.traffic.output * 2)
-    assert offered_load(busy._replace(traffic=traffic)) > 1.5 * offered_load(busy)
+            assert kind_of(planned.scenario) == expected
+            seen.add((kind, expected))
+    assert len(seen) == len(KINDS) + 2
 
 
 def test_what_reads_the_file_reads_it_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -159,7 +143,7 @@ class Fake:
     def __call__(self, rule: Rule, plans: list[str]) -> list[float]:
         goal = 50.0 if plans[0] == "lying" else 5.0
         self.asked.append((rule.settings["accept_wait_s"], plans[0]))
-        return [1.0 - abs(np.log(rule.settings["accept_wait_s"] / goal)) / 10 + len(plans) / 100]
+        return [1.0 - abs(np.log(rule.settings["accept_wait_s"] / goal)) / 10 + len(plans) / 100] * len(plans)
 
 
 def test_the_best_of_the_finalists_is_chosen_for_each_objective(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +170,6 @@ def test_the_best_of_the_finalists_is_chosen_for_each_objective(monkeypatch: pyt
 def test_all_that_was_found_best_meets_on_new_markets(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was best for liars is best for them there, though another rule had the higher score where it was tuned."""
     fake, seeds = Fake(), []
-    monkeypatch.setattr(tune, "condition", lambda kind: f"{kind}/light")
 
     def new(count: int, seed: int) -> dict[Kind, Any]:
         seeds.append(seed)
@@ -203,9 +186,7 @@ def test_all_that_was_found_best_meets_on_new_markets(monkeypatch: pytest.Monkey
         }
         for name, by_kind in waits.items()
     }
-    best, conditions = tune.play_off(rules, 3, 1)
-    assert set(conditions) == {f"{kind}/light" for kind in KINDS}
-    assert all(best[name.removesuffix("/light")] == each for name, each in conditions.items())
+    best = tune.play_off(rules, 3, 1)
     assert list(best) == list(OBJECTIVES)
     assert seeds and min(seeds) >= tune.SEED + 20_000
     assert (best["lying"]["rule"], best["lying"]["settings"]["accept_wait_s"]) == ("earliest_finish", 40.0)

@@ -38,7 +38,7 @@ from agents.view import (
     Views,
 )
 from envs.batch import MarketBatch
-from envs.distribution import Kind, condition, sample
+from envs.distribution import Kind, kind_of, sample
 from envs.state import MarketPlan, Reward, Shape, plan
 from train.ablation import close_choice
 
@@ -219,21 +219,22 @@ class Source(NamedTuple):
     max_requests: int
     seeds: int  # markets' own seeds are below this
 
-    def plans(self, batch: int, market: int) -> Iterator[tuple[str, MarketPlan]]:
-        """Random markets without end, each with its condition, for place `market` of batch number `batch`; the kinds
-        come in turn.
+    def plans(self, batch: int, market: int) -> Iterator[tuple[Kind, MarketPlan]]:
+        """Random markets without end, each with its kind as it came out, for place `market` of batch number `batch`;
+        the kinds come in turn.
 
         The first is of any length up to the full one, so that a rollout sees beginnings, middles and ends alike.
         """
         rng = np.random.default_rng((self.seed, 0, batch, market))
         turn, share = market, rng.uniform(0.1, 1.0)
         while True:
-            kind = self.kinds[turn % len(self.kinds)]
-            scenario = replace(sample(kind, rng, share * self.duration_s), drain_s=self.drain_s)
+            scenario = replace(
+                sample(self.kinds[turn % len(self.kinds)], rng, share * self.duration_s), drain_s=self.drain_s
+            )
             planned = plan(scenario, int(rng.integers(self.seeds)))
             if 0 < planned.capacity <= self.max_requests:
                 turn, share = turn + 1, 1.0
-                yield condition(planned), planned
+                yield kind_of(scenario), planned
 
 
 class Collector:
@@ -263,7 +264,7 @@ class Collector:
             for b, (_, planned) in enumerate(drawn):
                 self.batch.reset(b, planned)
         self.actions, self.taught = self.batch.actions(), self.batch.actions()
-        self.conditions = [name for name, _ in drawn]
+        self.kinds = [kind for kind, _ in drawn]
         self.worth = np.array([worth_per_s(planned) for _, planned in drawn], np.float32)
 
     def _room(self, count: int, used: int) -> Decisions:
@@ -275,15 +276,14 @@ class Collector:
             self.decisions = larger
         return self.decisions
 
-    def _teach(self, teachers: Mapping[str, Rule], batch: MarketBatch, low: int, high: int) -> None:
-        """Write down what the teacher in each market's condition would choose where decisions `low` to `high` were
-        made."""
+    def _teach(self, teachers: Mapping[Kind, Rule], batch: MarketBatch, low: int, high: int) -> None:
+        """Write down what the teacher of each market's kind would choose where decisions `low` to `high` were made."""
         rows = self.decisions.market[low:high], self.decisions.provider[low:high]
         asked = np.zeros_like(batch.active)
         asked[rows] = True
-        conditions = np.array(self.conditions)
-        for name, teacher in teachers.items():
-            teacher.decide(batch.views, asked & (conditions == name)[:, None], batch.dice, self.taught)
+        kinds = np.array(self.kinds)
+        for kind, teacher in teachers.items():
+            teacher.decide(batch.views, asked & (kinds == kind)[:, None], batch.dice, self.taught)
         lesson = self.decisions.lesson[low:high]
         lesson[:, 0] = self.taught.route[rows]
         lesson[:, 1] = nearest_admit(self.taught.terms[rows][:, MAX_WAIT_S])
@@ -294,7 +294,7 @@ class Collector:
         net: Net,
         number: int,
         steps: int,
-        teachers: Mapping[str, Rule],
+        teachers: Mapping[Kind, Rule],
         *,
         paid: bool = True,
         every: bool = False,
@@ -303,7 +303,7 @@ class Collector:
 
         What is not `paid` has no reward, which is quicker.
 
-        The `teachers` of each condition of market are asked what they would do; there may be none. Recorded are the
+        The `teachers` of each kind of market are asked what they would do; there may be none. Recorded are the
         decisions of those that are learned from: on requests; with `every` on terms and prices alone as well.
         """
         assert self.batch is not None, "renew comes first"
@@ -349,7 +349,7 @@ class Collector:
                 continue
             at_cut.append(situations(views, market["n_providers"].copy(), np.nonzero(cut[t])[0]))
             for b in np.nonzero(cut[t])[0]:
-                self.conditions[b], planned = next(self.streams[b])
+                self.kinds[b], planned = next(self.streams[b])
                 batch.reset(int(b), planned)
                 self.worth[b] = worth_per_s(planned)
         last = situations(views, batch.markets.market["n_providers"].copy(), np.arange(count))
@@ -388,12 +388,12 @@ class Collectors:
         net: Net,
         number: int,
         steps: int,
-        teachers: Mapping[str, Rule],
+        teachers: Mapping[Kind, Rule],
         *,
         paid: bool = True,
         every: bool = False,
     ) -> Rollout:
-        """See `Collector.collect`; the teachers are those of each condition of market, none to learn without."""
+        """See `Collector.collect`; the teachers are those of each kind of market, none to learn without."""
 
         def play(each: Collector) -> Rollout:
             return each.collect(net, number, steps, teachers, paid=paid, every=every)
