@@ -171,8 +171,8 @@ VALIDATION_SEED = FIRST_TEST_SEED // 2
 def teachers() -> dict[Kind, Rule]:
     """Who is imitated in each kind of market: the rule that is best for it, see `eval.tune`.
 
-    In two kinds others are equal to it within noise (0.0005 of 0.9 on 192 markets), and better on validation seeds of the
-    `paper/` scenarios of that kind, by 0.002 and 0.003: these are imitated there.
+    In two kinds others are equal to it within noise (0.0005 of 0.9 on 192 markets), and better by 0.002 and 0.003 on
+    validation seeds of the `paper/` scenarios of that kind: these are imitated there.
     """
     equal_and_better = {"alike": Rule("shortest_queue"), "hardware": Rule("rank_cap")}
     return {kind: best_for(kind) for kind in KINDS} | equal_and_better
