@@ -275,7 +275,7 @@ class Dispatcher:
                     raise Full("it answers 503")
                 kind = response.headers.get("content-type", "application/json")
                 if ask.stream and response.status == 200 and kind.startswith(EVENTS):
-                    async for chunk in response.content.iter_any():
+                    async for chunk in response.iter_any():
                         if not reply.started:
                             await reply.start(200, kind)
                         tokens += chunk.count(b"data:")

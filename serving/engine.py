@@ -5,14 +5,13 @@ tick; in between, what was sent there and what came back is counted, as the page
 """
 
 import re
-from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
 import aiohttp
 import orjson
-from yarl import URL
 
 from agents.hardware import BLOCK_TOKENS, Profile
+from serving.upstream import Exchange, Upstream
 
 SCRAPE_TIMEOUT_S = 2.0
 DOWN_WAITING = 1000.0  # requests said to wait at an engine that is down
@@ -75,8 +74,7 @@ class Engine:
     ) -> None:  # fmt: skip
         self.names, self.url, self.profile, self.session = NAMES[kind], url.rstrip("/"), profile, session
         self.headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-        self.timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=timeout_s)
-        self._targets: dict[str, URL] = {}  # by path, as parsing an address for every request costs
+        self.upstream = Upstream(self.url, self.headers, timeout_s)
         self.failures = FAILURES  # down until it is heard of
         self.reason = "not yet scraped"
         self.out = 0  # requests of this node that it has
@@ -150,12 +148,9 @@ class Engine:
         self._requests -= 1
         self._tokens -= blocks(prompt + output)
 
-    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    def post(self, path: str, body: bytes) -> Exchange:
         """Send a request; leaving the context before its end aborts it."""
-        target = self._targets.get(path)
-        if target is None:
-            target = self._targets[path] = URL(self.url + path)
-        return self.session.post(target, data=body, headers=self.headers, timeout=self.timeout)
+        return self.upstream.post(path, body)
 
 
 def blocks(tokens: int) -> int:

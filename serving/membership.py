@@ -154,5 +154,6 @@ class StaticMembership(Heartbeat):
                         await response.read()
                 except (aiohttp.ClientError, TimeoutError, OSError):
                     pass  # it will show by its own silence
-            with suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), max(0.0, start_s + BEAT_S - self.clock()))
+            with suppress(TimeoutError):  # not by `wait_for`, which in Python 3.11 can lose that it is cancelled
+                async with asyncio.timeout(max(0.0, start_s + BEAT_S - self.clock())):
+                    await news.wait()

@@ -99,6 +99,7 @@ async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
         membership = membership_of(config, session, stack)
         told = config.engine
         engine = Engine(told.kind, told.url, profile, session, key=told.key, timeout_s=told.timeout_s)
+        stack.callback(engine.upstream.close)
         metrics = Metrics()
         dispatcher = Dispatcher(config, provider, engine, membership, session, metrics, url)
         web = uvicorn.Config(

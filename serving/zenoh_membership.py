@@ -115,5 +115,6 @@ class ZenohMembership(Heartbeat):
             news, body = self._news, self.beat()
             if body is not None:
                 self.session.put(self._key("advert", self.name), body)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), BEAT_S)
+            with suppress(TimeoutError):  # not by `wait_for`, which in Python 3.11 can lose that it is cancelled
+                async with asyncio.timeout(BEAT_S):
+                    await news.wait()

@@ -143,6 +143,22 @@ def test_members_and_late_joiners_hear_of_all_others_and_not_of_themselves(kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_member_can_leave_whatever_it_has_just_said(kind: str) -> None:
+    async def scene() -> None:
+        async with network(kind) as n:
+            for turns in range(4):  # of the event loop, between what it says and the end
+                a, b = await n.join("a"), await n.join("b")
+                await until(lambda a=a, b=b: a.there == {"b"} and b.there == {"a"})  # type: ignore[misc]
+                a.membership.publish(advert("a", 2, n.urls["a"]), time.monotonic())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await asyncio.wait_for(n.leave("a"), SOON_S)
+                await n.leave("b")
+
+    play(scene)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_advert_is_told_once_though_it_is_sent_again_and_again(kind: str) -> None:
     async def scene() -> None:
         async with network(kind) as n:

@@ -601,39 +601,32 @@ vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
 vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.5
 """
-# As the metrics collector of SGLang 0.5.23 writes it, scheduling by priority; the engine itself does not run here, so
-# the collector was given 12 requests running, 4 waiting and a KV use of 0.28.
-SGLANG = 'engine_type="unified",moe_ep_rank="0",model_name="qwen3-8b",pp_rank="0",priority="{}",tp_rank="0"'
-SGLANG_PAGE = "\n".join(
-    f"{name}{{{SGLANG.format(priority)}}} {value}"
-    for name, rows in {
-        "sglang:num_running_reqs": {"": 12.0, "0": 9.0, "5": 3.0},
-        "sglang:num_queue_reqs": {"": 4.0, "0": 4.0, "5": 0.0},
-        "sglang:token_usage": {"": 0.28},
-        "sglang:full_token_usage": {"": 0.28},
-        "sglang:num_used_tokens": {"": 7168.0},
-    }.items()
-    for priority, value in rows.items()
-)
+# Recorded; each file says how.
+SGLANG_PAGES = {
+    kind: Path(__file__).with_name("sglang").joinpath(f"0.5.23-{kind}.txt").read_text(encoding="utf-8")
+    for kind in ("data-parallel", "priority")
+}
 
 
 def test_loads_are_summed_and_the_fullest_cache_counts() -> None:
     assert read_load(VLLM_PAGE, NAMES["vllm"], 1000) == (5.0, 4.0, 500.0)
-    assert read_load(SGLANG_PAGE, NAMES["sglang"], 1000) == (12.0, 4.0, 280.0)
-    assert read_load(SGLANG_PAGE.replace('priority="",', ""), NAMES["sglang"], 1000) == (12.0, 4.0, 280.0)
+    assert read_load(SGLANG_PAGES["data-parallel"], NAMES["sglang"], 1000) == (12.0, 4.0, 410.0)
+    assert read_load(SGLANG_PAGES["priority"], NAMES["sglang"], 1000) == (12.0, 4.0, 280.0)
     assert read_load("vllm:num_requests_running 1\nvllm:num_requests_waiting 2 1700\nvllm:kv_cache_usage_perc 0.1",
                      NAMES["vllm"], 100) == (1.0, 2.0, 10.0)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES["vllm"])
-def test_a_missing_metric_is_named(name: str) -> None:
-    page = "\n".join(line for line in VLLM_PAGE.splitlines() if not line.startswith(name))
+@pytest.mark.parametrize(
+    ("kind", "page", "name"),
+    [("vllm", VLLM_PAGE, name) for name in NAMES["vllm"]]
+    + [("sglang", page, name) for page in SGLANG_PAGES.values() for name in NAMES["sglang"]],
+)
+def test_a_missing_metric_is_named(kind: str, page: str, name: str) -> None:
+    without = "\n".join(line for line in page.splitlines() if not line.startswith(f"{name}{{"))
     with pytest.raises(EngineError, match=f"no metric {name}"):
-        read_load(page, NAMES["vllm"], 1000)
-    with pytest.raises(EngineError, match="has no number"):
-        read_load(
-            VLLM_PAGE.replace(f'{name}{{engine="0",model_name="m"}} ', f'{name}{{engine="0"}} many'), NAMES["vllm"], 1
-        )
+        read_load(without, NAMES[kind], 1000)
+    with pytest.raises(EngineError, match=f"metric {name} has no number"):
+        read_load(re.sub(rf"^({name}{{.*}}) .*$", r"\1 many", page, flags=re.MULTILINE), NAMES[kind], 1000)
 
 
 def test_what_was_sent_since_the_scrape_is_counted() -> None:

@@ -1,0 +1,277 @@
+"""A request to an engine ends with its response or an error, and its connection is kept only if it is fit to be."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import wraps
+from typing import Any
+
+import pytest
+import uvloop
+
+from serving.upstream import MOST_UNREAD, Upstream
+
+LONG_S = 20.0
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\ncontent-length: 5\r\n\r\nhello"
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that runs in an event loop, a node's."""
+
+    @wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        uvloop.run(test(*args, **kwargs))
+
+    return run
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    """One request, head and body."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    size = int(head.lower().split(b"content-length: ", 1)[1].split(b"\r\n", 1)[0])
+    return head + await reader.readexactly(size)
+
+
+class Site:
+    """A server that does as it is told on each connection, and what became of them."""
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.requests: list[bytes] = []
+        self.closed = asyncio.Event()  # by the client
+
+
+@asynccontextmanager
+async def site(
+    *turns: bytes | Serve | None, read_s: float = LONG_S, path: str = ""
+) -> AsyncIterator[tuple[Site, Upstream]]:
+    """A server that answers its requests by `turns`, one after the other: bytes, a coroutine, or None to hang up."""
+    seen, left = Site(), list(turns)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.connections += 1
+        try:
+            while True:
+                seen.requests.append(await read_request(reader))
+                turn = left.pop(0)
+                if turn is None:
+                    break
+                if isinstance(turn, bytes):
+                    writer.write(turn)
+                else:
+                    await turn(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            seen.closed.set()
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    upstream = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{path}", {"x-one": "1"}, read_s)
+    try:
+        yield seen, upstream
+    finally:
+        upstream.close()
+        server.close()
+
+
+async def whole(upstream: Upstream, body: bytes = b"{}") -> tuple[int, dict[str, str], bytes]:
+    async with upstream.post("/v1/x", body) as response:
+        return response.status, response.headers, await response.read()
+
+
+@in_loop
+async def test_a_request_goes_as_it_is_and_its_connection_is_kept() -> None:
+    async with site(WHOLE, WHOLE, path="/base/") as (seen, upstream):
+        status, headers, body = await whole(upstream, b'{"a": 1}')
+        assert (status, body) == (200, b"hello")
+        assert headers == {"content-type": "text/plain", "content-length": "5"}
+        await whole(upstream)
+    head, _, sent = seen.requests[0].partition(b"\r\n\r\n")
+    assert sent == b'{"a": 1}'
+    assert head.startswith(b"POST /base/v1/x HTTP/1.1\r\n")
+    assert set(head.split(b"\r\n")[1:]) == {
+        b"host: 127.0.0.1:%d" % upstream.port, b"x-one: 1", b"content-length: 8"
+    }  # fmt: skip
+    assert seen.connections == 1 and len(seen.requests) == 2
+
+
+@in_loop
+async def test_at_once_each_has_a_connection_of_its_own() -> None:
+    all_there = asyncio.Event()
+
+    async def together(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(seen.requests) == 3:
+            all_there.set()
+        await all_there.wait()
+        writer.write(WHOLE)
+
+    async with site(together, together, together) as (seen, upstream):
+        answers = await asyncio.wait_for(asyncio.gather(*(whole(upstream) for _ in range(3))), LONG_S)
+        assert [body for _, _, body in answers] == [b"hello"] * 3
+        assert seen.connections == len(upstream.idle) == 3
+
+
+@in_loop
+async def test_chunks_come_one_by_one_and_an_interim_response_is_passed_over() -> None:
+    more = asyncio.Event()
+
+    async def stream(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 100 Continue\r\nx: y\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n")
+        await more.wait()
+        writer.write(b"3\r\ntwo\r\n0\r\n\r\n")
+
+    async with site(stream, WHOLE) as (seen, upstream):
+        async with upstream.post("/", b"") as response:
+            assert response.status == 200 and "x" not in response.headers
+            pieces = response.iter_any()
+            assert await anext(pieces) == b"one"
+            more.set()
+            assert [piece async for piece in pieces] == [b"two"]
+        await whole(upstream)
+        assert seen.connections == 1
+
+
+@in_loop
+async def test_without_a_length_the_body_goes_to_the_end_of_the_connection() -> None:
+    async def to_the_end(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\nall of it")
+        writer.close()
+
+    async with site(to_the_end) as (_, upstream):
+        assert (await whole(upstream))[2] == b"all of it"
+        assert not upstream.idle
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"", b"HTTP/1.1 200 OK\r\ncontent-le", b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n", b"SSH-2.0-OpenSSH\r\n",
+    ],
+)  # fmt: skip
+@in_loop
+async def test_what_breaks_off_or_is_not_http_is_an_error(part: bytes) -> None:
+    async def break_off(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(part)
+        writer.close()
+
+    async with site(break_off) as (_, upstream):
+        with pytest.raises(ConnectionError):
+            await whole(upstream)
+        assert not upstream.idle
+
+
+@in_loop
+async def test_a_kept_connection_that_is_closed_is_replaced_once() -> None:
+    async with site(WHOLE, None, WHOLE, None, None) as (seen, upstream):
+        await whole(upstream)
+        assert (await whole(upstream))[2] == b"hello"  # on a second connection, as the first hangs up when asked
+        assert seen.connections == 2 and len(seen.requests) == 3
+        with pytest.raises(ConnectionError):
+            await whole(upstream)
+        assert seen.connections == 3 and len(seen.requests) == 5
+
+
+@in_loop
+async def test_a_connection_that_its_server_closes_is_forgotten() -> None:
+    closing = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    async with site(closing, WHOLE, None) as (_, upstream):
+        await whole(upstream)
+        assert not upstream.idle
+        await whole(upstream)
+        [kept] = upstream.idle
+        kept.transport.write(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n")  # to which the server hangs up
+        async with asyncio.timeout(LONG_S):
+            while upstream.idle:
+                await asyncio.sleep(0.005)
+
+
+@in_loop
+async def test_a_second_response_to_one_request_reaches_nobody() -> None:
+    async with site(WHOLE + WHOLE.replace(b"hello", b"stray"), WHOLE) as (seen, upstream):
+        assert (await whole(upstream))[2] == b"hello"
+        assert (await whole(upstream))[2] == b"hello"
+        assert seen.connections == 2
+
+
+@in_loop
+async def test_leaving_before_the_end_breaks_off() -> None:
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n")
+        await reader.readexactly(1)
+
+    async with site(endless) as (seen, upstream):
+        async with upstream.post("/", b"") as response:
+            assert response.status == 200
+        await asyncio.wait_for(seen.closed.wait(), LONG_S)
+        assert not upstream.idle
+
+
+@in_loop
+async def test_cancelled_before_the_head_it_breaks_off() -> None:
+    asked = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.readexactly(1)
+
+    async with site(silent) as (seen, upstream):
+        task = asyncio.create_task(whole(upstream))
+        await asyncio.wait_for(asked.wait(), LONG_S)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+        await asyncio.wait_for(seen.closed.wait(), LONG_S)
+
+
+@in_loop
+async def test_silence_is_given_up_but_not_a_slow_sender() -> None:
+    async def slow(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n")
+        for _ in range(5):
+            await asyncio.sleep(0.3)
+            writer.write(b"a")
+
+    async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        await reader.readexactly(1)
+
+    async with site(slow, silent, silent, read_s=1.0) as (seen, upstream):
+        assert (await whole(upstream))[2] == b"aaaaa"
+        with pytest.raises(TimeoutError, match="1 s"):
+            await whole(upstream)
+        assert len(seen.requests) == 2  # not asked again
+        await asyncio.wait_for(seen.closed.wait(), LONG_S)
+
+
+@in_loop
+async def test_a_slow_reader_makes_its_sender_wait_and_gets_all() -> None:
+    size, sent = 64 * MOST_UNREAD, 0
+
+    async def large(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size)
+        while sent < size:
+            writer.write(b"x" * MOST_UNREAD)
+            await writer.drain()
+            sent += MOST_UNREAD
+
+    async with site(large, WHOLE, read_s=0.3) as (seen, upstream):
+        async with upstream.post("/", b"") as response:
+            await asyncio.sleep(0.8)  # longer than its sender may be silent
+            assert sent < size
+            got = 0
+            async for piece in response.iter_any():
+                got += len(piece)
+            assert got == size
+        await whole(upstream)
+        assert seen.connections == 1
+
+
+@in_loop
+async def test_nobody_there_is_an_error_at_once() -> None:
+    async with site() as (_, upstream):
+        pass
+    with pytest.raises(OSError):
+        await asyncio.wait_for(whole(upstream), LONG_S)
