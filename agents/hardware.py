@@ -4,7 +4,12 @@ Iteration time of a continuous-batching engine, in seconds:
 
     decode only:   weight_s + per_seq_s * decoding + per_kv_token_s * kv_tokens
     with prefill:  the same with, as its first term,
-                   max(weight_s, prefill_base_s + per_token_s * (prefill_tokens + decoding))
+                   max(weight_s, prefill_base_s + per_token_s * (prefill_tokens + seq_tokens * decoding)
+                                 + per_pair_s * pairs)
+
+where `pairs` counts prompt tokens with each token before them, as attention does: half the square of a whole prompt.
+On a GPU a sequence computes as a prompt token does (seq_tokens is 1), and what pairs cost is little up to
+`CHUNK_TOKENS` (per_pair_s is 0); neither holds on a CPU, where both are measured.
 
 Decode reads the weights once, then each sequence's KV cache. A small prefill hides under the weight read (up to about
 90 tokens for Llama-3-8B on an A100); a larger one is bound by compute. The form is for prefill up to `CHUNK_TOKENS`.
@@ -20,19 +25,21 @@ parameters on a fast GPU comes out optimistic.
 import csv
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from numbers import Integral
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
 from agents.kernel import Floats, kernel
 
-# Columns of a profile row; the first five are the coefficients of the iteration time.
+# Columns of a profile row; the first five and the last two are the coefficients of the iteration time.
 WEIGHT_S, PER_SEQ_S, PER_KV_TOKEN_S, PREFILL_BASE_S, PER_TOKEN_S = range(5)
 KV_BLOCKS, MAX_NUM_SEQS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN = range(5, 9)
-PROFILE_SIZE = 9
+SEQ_TOKENS, PER_PAIR_S = range(9, 11)
+PROFILE_SIZE = 11
 COEFFICIENTS = 5
 
 BLOCK_TOKENS = 16  # tokens of one KV block, vLLM's default
@@ -42,15 +49,23 @@ MIN_KV_TOKENS = 2048  # a node that holds less than one chunk is of no use
 
 
 @kernel
-def iteration_s(profile_row: Floats, decoding: float, kv_tokens: float, prefill_tokens: float) -> float:
+def iteration_s(
+    profile_row: Floats,
+    decoding: float,
+    kv_tokens: float,
+    prefill_tokens: float,
+    seq_tokens: float = 1.0,
+    pairs_s: float = 0.0,
+) -> float:
     """Seconds of one engine iteration.
 
     `decoding` sequences produce a token each, over `kv_tokens` of context in total; `prefill_tokens` prompt tokens are
-    computed beside them. Reads the first five columns of `profile_row` only.
+    computed beside them, whose pairs take `pairs_s`. Reads the first five columns of `profile_row` only.
     """
     first = profile_row[WEIGHT_S]
     if prefill_tokens > 0:
-        compute = profile_row[PREFILL_BASE_S] + profile_row[PER_TOKEN_S] * (prefill_tokens + decoding)
+        compute = profile_row[PREFILL_BASE_S] + profile_row[PER_TOKEN_S] * (prefill_tokens + seq_tokens * decoding)
+        compute += pairs_s
         first = max(first, compute)
     time_s: float = first + profile_row[PER_SEQ_S] * decoding + profile_row[PER_KV_TOKEN_S] * kv_tokens
     return time_s
@@ -58,7 +73,7 @@ def iteration_s(profile_row: Floats, decoding: float, kv_tokens: float, prefill_
 
 @dataclass(frozen=True)
 class Profile:
-    """What one engine can do. All values are positive; times in seconds."""
+    """What one engine can do. All values are positive, the last two may be zero; times in seconds."""
 
     weight_s: float
     """Reading the weights once: the floor of an iteration."""
@@ -80,12 +95,18 @@ class Profile:
     """Most tokens of prompt and output of one request."""
     source: str
     """Where the coefficients come from: "fitted: ..." or "roofline: ..."."""
+    seq_tokens: float = 1.0
+    """Compute of a sequence that decodes beside a prefill, in tokens of that."""
+    per_pair_s: float = 0.0
+    """Each prompt token with each before it."""
 
     def __post_init__(self) -> None:
-        for field in fields(self)[:PROFILE_SIZE]:
+        for field in _numbers(self):
             value = getattr(self, field.name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"profile field {field.name} must be positive and finite, got {value!r}")
+            may_be_zero = field.name in ("seq_tokens", "per_pair_s")
+            if not (math.isfinite(value) and (value > 0 or (may_be_zero and value == 0))):
+                expected = "finite and not negative" if may_be_zero else "positive and finite"
+                raise ValueError(f"profile field {field.name} must be {expected}, got {value!r}")
             if field.type is int and not isinstance(value, Integral):
                 raise ValueError(f"profile field {field.name} must be an integer, got {value!r}")
 
@@ -96,7 +117,12 @@ class Profile:
 
     def row(self) -> Floats:
         """The profile as a vector of `PROFILE_SIZE`, as kernels take it."""
-        return np.array([getattr(self, field.name) for field in fields(self)[:PROFILE_SIZE]], dtype=np.float64)
+        return np.array([getattr(self, field.name) for field in _numbers(self)], dtype=np.float64)
+
+
+def _numbers(made: Profile) -> list[Field[Any]]:
+    """The fields of a row."""
+    return [field for field in fields(made) if field.name != "source"]
 
 
 @dataclass(frozen=True)

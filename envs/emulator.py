@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -454,8 +454,9 @@ def read_profile(path: Path) -> Profile:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
     names = {each.name for each in fields(Profile)}
-    if not isinstance(table, dict) or not names - {"source"} <= set(table) <= names:
-        raise ValueError(f"{path}: expected an object with {', '.join(sorted(names))}")
+    needed = {each.name for each in fields(Profile) if each.default is MISSING} - {"source"}
+    if not isinstance(table, dict) or not needed <= set(table) <= names:
+        raise ValueError(f"{path}: expected an object with {', '.join(sorted(needed))}")
     return Profile(**({"source": str(path)} | table))
 
 

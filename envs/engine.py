@@ -26,8 +26,10 @@ from agents.hardware import (
     MAX_BATCHED_TOKENS,
     MAX_NUM_SEQS,
     PER_KV_TOKEN_S,
+    PER_PAIR_S,
     PER_SEQ_S,
     PROFILE_SIZE,
+    SEQ_TOKENS,
     WEIGHT_S,
     iteration_s,
 )
@@ -246,8 +248,11 @@ def _mixed_iteration(e, q, until_s, done, n_done):
     first_new = e.running
     prefill = np.int64(0)
     chunk = np.int64(0)
+    pairs = 0.0  # of prompt tokens with those before them
     if first_new > decoding:  # at most one prompt is begun and not done: the newest
-        chunk = min(np.int64(q[e.slots[first_new - 1]].prefill_left), budget)
+        r = e.slots[first_new - 1]
+        chunk = min(np.int64(q[r].prefill_left), budget)
+        pairs += chunk * (q[r].prompt + q[r].generated - q[r].prefill_left + 0.5 * chunk)
         budget -= chunk
         prefill += chunk
     need = e.phase[e.tick % BLOCK_TOKENS]
@@ -259,11 +264,14 @@ def _mixed_iteration(e, q, until_s, done, n_done):
         if first_new + admitted >= e.profile[MAX_NUM_SEQS] or blocks_for(tokens) > spare:
             break
         spare -= blocks_for(tokens)
-        prefill += min(tokens, budget)
-        budget -= min(tokens, budget)
+        part = min(tokens, budget)
+        prefill += part
+        pairs += 0.5 * part * part
+        budget -= part
         admitted += 1
         r = q[r].next
-    end_s = e.clock_s + iteration_s(e.profile, decoding, e.kv_tokens, prefill)
+    pairs_s = e.profile[PER_PAIR_S] * pairs
+    end_s = e.clock_s + iteration_s(e.profile, decoding, e.kv_tokens, prefill, e.profile[SEQ_TOKENS], pairs_s)
     if end_s > until_s:
         return -1
 

@@ -13,7 +13,6 @@ not made.
 """
 
 import asyncio
-import itertools
 import random
 import re
 import statistics
@@ -28,13 +27,14 @@ import numpy as np
 import orjson
 import yaml
 
-from agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS, Profile, predict_s
-from agents.kernel import Floats
+from agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS, Profile, iteration_s
+from agents.kernel import Bools, Floats
 from serving.config import MeasuredProfile
 from serving.engine import NAMES, EngineError, Load, read_load
 
 FLOOR = 1e-12  # s; a profile has no zeros
 CLOSE = 0.02  # relative error from which on it counts as such, no longer squared
+PLAIN = 8  # iterations of others that are timed before one joins them
 MARGIN = 4  # tokens that others may get while one is timed, in its tokens
 MOST_SEQS = 1024  # looked for at most
 SETTLE_S = 15.0  # for an engine to be done with what it has
@@ -92,12 +92,12 @@ class Settings:
 
 
 class Sample(NamedTuple):
-    """A measured load; `hardware.fit` takes the first four as columns."""
+    """A measured load."""
 
     decoding: float  # sequences that decode all the while, or that a prompt joins
     kv_tokens: float  # their context, in total and on average
-    prefill_tokens: float  # the prompt whose first token was timed; 0 where iterations without prefill were
-    time_s: float  # of an iteration, or to the first token
+    prefill_tokens: float  # the prompt that was computed; 0 where iterations without prefill were timed
+    time_s: float  # of an iteration; of a prompt alone, to the first token
     held_out: bool = False  # not fitted
 
 
@@ -151,17 +151,29 @@ def measured(profile: Profile) -> dict[str, Any]:
 
 
 def nonnegative(columns: Floats, target: Floats) -> Floats:
-    """The x of no negative element with the least |columns x - target|², for a few columns: the best of the solutions
-    on every subset of them."""
-    best, least = np.zeros(columns.shape[1]), float(target @ target)
-    for count in range(1, columns.shape[1] + 1):
-        for chosen in map(list, itertools.combinations(range(columns.shape[1]), count)):
-            found = np.linalg.lstsq(columns[:, chosen], target, rcond=None)[0]
-            error = float(((columns[:, chosen] @ found - target) ** 2).sum())
-            if found.min() >= 0 and error < least:
-                best, least = np.zeros(columns.shape[1]), error
-                best[chosen] = found
-    return best
+    """The x of no negative element with the least |columns x - target|² (Lawson and Hanson's active sets)."""
+    scale = np.maximum(np.sqrt((columns**2).sum(axis=0)), FLOOR)
+    scaled = columns / scale
+    found = np.zeros(scaled.shape[1])
+    free = np.zeros(len(found), bool)
+    for _ in range(10 * len(found)):
+        gradient = np.where(free, 0.0, scaled.T @ (target - scaled @ found))
+        if gradient.max() <= 1e-10 * max(1.0, float(np.abs(target).max())):
+            break
+        free[gradient.argmax()] = True
+        while True:
+            best = np.zeros(len(found))
+            best[free] = np.linalg.lstsq(scaled[:, free], target, rcond=None)[0]
+            below = free & (best <= 0)
+            if not below.any():
+                break
+            step = float((found[below] / (found[below] - best[below])).min())
+            found += step * (best - found)
+            free &= found > 1e-15
+            found[~free] = 0.0
+        found = best
+    made: Floats = found / scale
+    return made
 
 
 def robust(columns: Floats, target: Floats) -> Floats:
@@ -173,71 +185,86 @@ def robust(columns: Floats, target: Floats) -> Floats:
     return found
 
 
-def fit_decode(rows: Floats) -> Floats:
-    """weight_s, per_seq_s and per_kv_token_s of iterations [n, (decoding, KV tokens, 0, s)].
+class Fit(NamedTuple):
+    """Coefficients of `agents.hardware`, and what a request takes beside iterations, s."""
 
-    Raises CalibrationError where there are not two batch sizes.
+    coefficients: tuple[float, float, float, float, float]  # the first five
+    seq_tokens: float
+    per_pair_s: float
+    overhead_s: float
+
+    def times_s(self, rows: Floats) -> Floats:
+        """Of iterations [n, (decoding, KV tokens, prompt, ...)]; where nothing decodes, of first tokens."""
+        five = np.array(self.coefficients)
+        found = [
+            iteration_s(five, d, kv, p, self.seq_tokens, self.per_pair_s * p * p / 2) + self.overhead_s * (d == 0)
+            for d, kv, p in rows[:, :3].tolist()
+        ]
+        return np.array(found)
+
+
+def fit(samples: Sequence[Sample]) -> Fit:
+    """The fit to the loads that are not held out.
+
+    Which prompts are short enough to hide under the weight read is found by trying, from each length on. Raises
+    CalibrationError where there are not two numbers of requests that decode at once, and two lengths of prompt.
     """
-    if np.unique(rows[:, 0]).size < 2:
-        raise CalibrationError(f"a fit needs at least two different numbers of requests at once, got {rows[:, 0]}")
-    columns = np.column_stack([np.ones(len(rows)), rows[:, 0], rows[:, 1]])
-    return robust(columns / rows[:, 3:], np.ones(len(rows)))
-
-
-def fit_prefill(rows: Floats, weight_s: float) -> tuple[float, float, float]:
-    """prefill_base_s, per_token_s and the overhead, s, of times to first token [n, (0, 0, prompt, s)].
-
-    A time is overhead + max(weight_s, base + per token * prompt). Which prompts are short enough to hide under the
-    weight read is found by trying. Raises CalibrationError where there are not two prompts.
-    """
-    if np.unique(rows[:, 2]).size < 2:
-        raise CalibrationError(f"a fit needs at least two lengths of prompt, got {rows[:, 2]}")
-    rows = rows[rows[:, 2].argsort()]
-    best, least = (0.0, 0.0, 0.0), np.inf
-    for hidden in range(len(rows) - 1):
-        bound = np.arange(len(rows)) >= hidden  # by compute
-        # Without a hidden prompt nothing tells the overhead from the base.
-        overhead = np.full(len(rows), float(hidden > 0))
-        columns = np.column_stack([bound, bound * rows[:, 2], overhead])
-        target = 1.0 - ~bound * weight_s / rows[:, 3]
-        base_s, token_s, overhead_s = robust(columns / rows[:, 3:], target)
-        found_s = overhead_s + np.maximum(weight_s, base_s + token_s * rows[:, 2])
-        error = float(np.abs(found_s / rows[:, 3] - 1.0).sum())
+    rows = np.array([sample[:4] for sample in samples if not sample.held_out])
+    decode, alone = rows[:, 2] == 0, (rows[:, 2] > 0) & (rows[:, 0] == 0)
+    if np.unique(rows[decode, 0]).size < 2:
+        raise CalibrationError(f"a fit needs at least two different numbers of requests at once, got {rows[decode, 0]}")
+    lengths = np.unique(rows[alone, 2])
+    if lengths.size < 2:
+        raise CalibrationError(f"a fit needs at least two lengths of prompt, got {lengths}")
+    best, least = None, np.inf
+    for shortest in lengths[:-1]:
+        bound = rows[:, 2] >= shortest  # by compute
+        for _ in range(10):
+            found = _fit(rows, bound)
+            five = np.array(found.coefficients)
+            computed_s = (
+                five[3]
+                + five[4] * (rows[:, 2] + found.seq_tokens * rows[:, 0])
+                + (found.per_pair_s * rows[:, 2] ** 2 / 2)
+            )
+            is_bound = ~decode & (computed_s > five[0])
+            if (is_bound == bound).all():
+                break
+            bound = is_bound
+        error = float(np.abs(found.times_s(rows) / rows[:, 3] - 1.0).sum())
         if error < least:
-            best, least = (float(base_s), float(token_s), float(overhead_s)), error
+            best, least = found, error
+    assert best is not None
     return best
 
 
-def fit(samples: Sequence[Sample]) -> tuple[Floats, float]:
-    """The five coefficients, see `agents.hardware`, and the overhead of a request, s, from the loads not held out.
+def _fit(rows: Floats, bound: Bools) -> Fit:
+    """The fit to `rows` of which those that are `bound` have their prompts' compute for their first term."""
+    decoding, kv_tokens, prompt, time_s = rows.T
+    alone, mixed = (prompt > 0) & (decoding == 0), (prompt > 0) & (decoding > 0)
+    # Without a hidden prompt, and one that joins others, nothing tells the overhead from the base.
+    apart = (alone & ~bound).any() or mixed.any()
+    columns = [~bound, decoding, kv_tokens, bound, bound * prompt, bound * prompt**2 / 2, alone * apart]
+    columns.append(bound * decoding if mixed.any() else np.zeros(len(rows)))
+    x = robust(np.column_stack(columns) / time_s[:, None], np.ones(len(rows)))
+    weight_s, per_seq_s, per_kv_token_s, base_s, token_s, pair_s, overhead_s, beside_s = map(float, x)
+    token_s = max(token_s, FLOOR)
+    seq_tokens = beside_s / token_s if mixed.any() else 1.0
+    five = max(weight_s, FLOOR), max(per_seq_s, FLOOR), max(per_kv_token_s, FLOOR), max(base_s, FLOOR), token_s
+    return Fit(five, seq_tokens, pair_s, overhead_s)
 
-    Raises CalibrationError for too few.
-    """
-    rows = np.array([sample[:4] for sample in samples if not sample.held_out])
-    decode = fit_decode(rows[rows[:, 2] == 0])
-    base_s, token_s, overhead_s = fit_prefill(rows[(rows[:, 2] > 0) & (rows[:, 0] == 0)], float(decode[0]))
-    return np.maximum([*decode, base_s, token_s], FLOOR), overhead_s
 
-
-def errors(coefficients: Floats, overhead_s: float, samples: Sequence[Sample]) -> dict[str, Errors]:
-    """Relative errors of the times that the coefficients give, by kind of load.
-
-    A prompt that joins others waits for half of an iteration without it, on average.
-    """
+def errors(found: Fit, samples: Sequence[Sample]) -> dict[str, Errors]:
+    """Relative errors of the times that a fit gives, by kind of load."""
     rows = np.array([sample[:4] for sample in samples])
-    prefill, held_out = rows[:, 2] > 0, np.array([sample.held_out for sample in samples])
-    joining = prefill & (rows[:, 0] > 0)
-    waits_s = joining * predict_s(coefficients, rows * [1, 1, 0, 1]) / 2
-    off = np.abs((predict_s(coefficients, rows) + waits_s + overhead_s * prefill) / rows[:, 3] - 1.0)
-    kinds = {
-        "decode, fitted": ~prefill & ~held_out, "decode, held out": ~prefill & held_out,
-        "prefill alone, fitted": prefill & ~held_out, "prefill alone, held out": prefill & ~joining & held_out,
-        "prefill among others, held out": joining,
-    }  # fmt: skip
+    prefill, beside, held_out = rows[:, 2] > 0, rows[:, 0] > 0, np.array([sample.held_out for sample in samples])
+    off = np.abs(found.times_s(rows) / rows[:, 3] - 1.0)
+    kinds = {"decode": ~prefill, "prefill alone": prefill & ~beside, "prefill among others": prefill & beside}
     return {
-        name: Errors(int(kind.sum()), float(off[kind].mean()), float(np.quantile(off[kind], 0.9)))
+        f"{name}, {which}": Errors(int(chosen.sum()), float(off[chosen].mean()), float(np.quantile(off[chosen], 0.9)))
         for name, kind in kinds.items()
-        if kind.any()
+        for which, chosen in (("fitted", kind & ~held_out), ("held out", kind & held_out))
+        if chosen.any()
     }
 
 
@@ -250,9 +277,19 @@ class Stream:
     def __init__(self) -> None:
         self.sent_s = time.perf_counter()
         self.first_s = self.last_s = 0.0  # when its first and last tokens came
-        self.chunks = 0  # with tokens
+        self.times_s: list[float] = []  # when chunks with tokens came
         self.prompt = self.tokens = 0  # as the engine says at its end
         self.begun = asyncio.Event()
+
+
+def joined_s(beside: Stream, joining: Stream) -> float:
+    """Time of the iteration that computed the prompt of `joining`, s, as a stream `beside` it shows: what passed
+    between its tokens while the other came in, but for the iterations before that."""
+    times_s = np.array(beside.times_s)
+    sent = int(times_s.searchsorted(joining.sent_s)) - 1
+    first = int(np.abs(times_s - joining.first_s).argmin())
+    plain_s = (times_s[sent] - times_s[sent - PLAIN]) / PLAIN
+    return float(times_s[first] - times_s[sent] - max(0, first - sent - 1) * plain_s)
 
 
 class Prober:
@@ -269,7 +306,7 @@ class Prober:
         count = max(1, round(tokens * self.words_per_token))
         return " ".join(self.random.choice(WORDS) for _ in range(count))
 
-    async def ask(self, prompt: str, tokens: int, stream: Stream | None = None) -> Stream:
+    async def ask(self, prompt: str | list[int], tokens: int, stream: Stream | None = None) -> Stream:
         """One answer of exactly so many tokens. Raises CalibrationError when it is none."""
         seen = stream or Stream()
         body = {
@@ -292,7 +329,7 @@ class Prober:
             raise CalibrationError(f"{self.url}/v1/completions: {error or type(error).__name__}") from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CalibrationError(f"{self.url} does not stream as the OpenAI API does: {error!r}") from None
-        if not seen.tokens or not seen.chunks:
+        if not seen.tokens or not len(seen.times_s):
             raise CalibrationError(f"{self.url} ends a stream without tokens, or does not say how many there were")
         if seen.tokens != tokens:
             raise CalibrationError(
@@ -307,7 +344,7 @@ class Prober:
             choice = event["choices"][0]
             seen.last_s = time.perf_counter()
             if choice["text"] or not choice.get("finish_reason"):  # a token need not make text yet
-                seen.chunks += 1
+                seen.times_s.append(seen.last_s)
                 if not seen.begun.is_set():
                     seen.first_s = seen.last_s
                     seen.begun.set()
@@ -352,20 +389,22 @@ class Prober:
         the first token of the last that came."""
         tokens = self.settings.tokens
         async with self.others(decoding - 1, prompt, MARGIN * tokens) as streams:
+            while streams and len(streams[0].times_s) < PLAIN + 1:
+                await asyncio.sleep(0.005)
             # Somewhere within an iteration of theirs, as a user's request would come.
             await asyncio.sleep(self.random.random() * self.iteration_s)
-            before = [stream.chunks for stream in streams]
+            before = [len(stream.times_s) for stream in streams]
             seen = await self.ask(self.words(prompt), tokens)
-            after = [stream.chunks for stream in streams]
+            after = [len(stream.times_s) for stream in streams]
             if any(stream.tokens for stream in streams):
                 raise CalibrationError(f"{self.url}: a stream ended while another was timed")
         self.iteration_s = (seen.last_s - seen.first_s) / (tokens - 1)
-        per_chunk = tokens / seen.chunks
+        per_chunk = tokens / len(seen.times_s)
         then = [seen.prompt + per_chunk * chunks for chunks in before]  # their contexts
         context = sum(then) + per_chunk * (sum(after) - sum(before)) / 2 + seen.prompt + tokens / 2
         return (
             Sample(decoding, context, 0.0, self.iteration_s),
-            Sample(decoding - 1, sum(then), seen.prompt, seen.first_s - seen.sent_s),
+            Sample(decoding - 1, sum(then) + decoding - 1, seen.prompt, joined_s(streams[0], seen) if streams else 0.0),
         )
 
     async def load(self, count: int, tokens: int) -> None:
@@ -386,6 +425,14 @@ class Limits(NamedTuple):
     kv_tokens: int
     max_num_seqs: int
     max_model_len: int
+
+
+def connected(settings: Settings) -> aiohttp.ClientSession:
+    """A session for probes."""
+    headers = {"content-type": "application/json"}
+    headers |= {"authorization": f"Bearer {settings.key}"} if settings.key else {}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=ANSWER_S)
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers, timeout=timeout)
 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> str:
@@ -497,11 +544,7 @@ def prefill_loads(limits: Limits, max_batched_tokens: int) -> list[tuple[int, bo
 
 async def calibrate(url: str, settings: Settings, say: Say = lambda line: None) -> Calibration:
     """Measure the engine at `url`, which should have nothing else to do. Raises CalibrationError."""
-    headers = {"content-type": "application/json"}
-    headers |= {"authorization": f"Bearer {settings.key}"} if settings.key else {}
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=ANSWER_S)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
+    async with connected(settings) as session:
         url = url.rstrip("/")
         model, max_model_len = await find_model(session, url, settings.model)
         prober = Prober(url, model, settings, session)
@@ -526,44 +569,68 @@ async def calibrate(url: str, settings: Settings, say: Say = lambda line: None) 
             await asyncio.gather(*busy, return_exceptions=True)
 
 
+class Measurement:
+    """An engine that is measured in turns, each of which measures every load once."""
+
+    def __init__(self, prober: Prober, limits: Limits, max_model_len: int, say: Say = lambda line: None) -> None:
+        self.prober, self.limits, self.max_model_len, self.say = prober, limits, max_model_len, say
+        self.alone = prefill_loads(limits, prober.settings.max_batched_tokens)
+        self.together = decode_loads(limits, prober.settings.tokens)
+        self.prefills: list[list[Sample]] = [[] for _ in self.alone]
+        self.decodes: list[list[Sample]] = [[] for _ in self.together]
+        self.joining: list[list[Sample]] = [[] for _ in self.together]
+
+    @classmethod
+    async def begin(cls, prober: Prober, max_model_len: int, say: Say = lambda line: None) -> "Measurement":
+        """Find the engine's limits. Raises CalibrationError."""
+        settings, url = prober.settings, prober.url
+        kv_tokens = settings.kv_tokens or kv_tokens_of(await _get(prober.session, f"{url}/metrics"), url)
+        await prober.learn_words()
+        max_num_seqs = settings.max_num_seqs or await find_max_num_seqs(prober, max_model_len)
+        limits = Limits(kv_tokens, max_num_seqs, min(max_model_len, settings.longest or max_model_len))
+        say(f"{prober.model}: {kv_tokens} KV tokens, {max_num_seqs} requests at once, length {max_model_len}")
+        return cls(prober, limits, max_model_len, say)
+
+    async def turn(self) -> None:
+        """Measure every load. Raises CalibrationError."""
+        await settle(self.prober)
+        for k, (prompt, _) in enumerate(self.alone):
+            self.prefills[k].append(await self.prober.prefill(prompt))
+        self.say(f"{len(self.alone)} prompts alone are measured")
+        for k, (decoding, context, _) in enumerate(self.together):
+            decode, join = await self.prober.decode(decoding, context)
+            self.decodes[k].append(decode)
+            self.joining[k].append(join)
+            self.say(f"{decoding} at once, {decode.kv_tokens:.0f} KV tokens: {decode.time_s * 1e3:.2f} ms an iteration")
+
+    def found(self) -> Calibration:
+        """What the turns so far, of which there is one at least, show. Raises CalibrationError."""
+        settings, prober = self.prober.settings, self.prober
+        samples = [_median(taken, held_out) for taken, (_, held_out) in zip(self.prefills, self.alone, strict=True)]
+        samples += [
+            _median(taken, held_out) for taken, (_, _, held_out) in zip(self.decodes, self.together, strict=True)
+        ]
+        # A prompt that joins others, where both fit into an iteration.
+        samples += [
+            _median(taken, held_out)
+            for taken, (_, _, held_out) in zip(self.joining, self.together, strict=True)
+            if 0 < taken[0].decoding <= settings.max_batched_tokens - taken[0].prefill_tokens
+        ]
+        found = fit(samples)
+        profile = Profile(
+            *found.coefficients, self.limits.kv_tokens // BLOCK_TOKENS, self.limits.max_num_seqs,
+            settings.max_batched_tokens, self.max_model_len, f"measured: {prober.model}, {len(samples)} loads",
+            found.seq_tokens, found.per_pair_s,
+        )  # fmt: skip
+        return Calibration(prober.url, prober.model, profile, found.overhead_s, errors(found, samples), samples)
+
+
 async def _measure(prober: Prober, max_model_len: int, say: Say) -> Calibration:
-    settings, url = prober.settings, prober.url
-    kv_tokens = settings.kv_tokens or kv_tokens_of(await _get(prober.session, f"{url}/metrics"), url)
-    await prober.learn_words()
-    max_num_seqs = settings.max_num_seqs or await find_max_num_seqs(prober, max_model_len)
-    limits = Limits(kv_tokens, max_num_seqs, min(max_model_len, settings.longest or max_model_len))
-    say(f"{prober.model}: {kv_tokens} KV tokens, {max_num_seqs} requests at once, length {max_model_len}")
-    alone = prefill_loads(limits, settings.max_batched_tokens)
-    together = decode_loads(limits, settings.tokens)
-    prefills: list[list[Sample]] = [[] for _ in alone]
-    decodes: list[list[Sample]] = [[] for _ in together]
-    joining: list[list[Sample]] = [[] for _ in together]
-    for turn in range(settings.repeats):
-        await settle(prober)
-        for k, (prompt, _) in enumerate(alone):
-            prefills[k].append(await prober.prefill(prompt))
-        say(f"turn {turn + 1} of {settings.repeats}: {len(alone)} prompts alone are measured")
-        for k, (decoding, context, _) in enumerate(together):
-            decode, join = await prober.decode(decoding, context)
-            decodes[k].append(decode)
-            joining[k].append(join)
-            say(f"{decoding} at once, {decode.kv_tokens:.0f} KV tokens: {decode.time_s * 1e3:.2f} ms an iteration")
-    samples = [_median(taken, held_out) for taken, (_, held_out) in zip(prefills, alone, strict=True)]
-    samples += [_median(taken, held_out) for taken, (_, _, held_out) in zip(decodes, together, strict=True)]
-    # A prompt that joins others is never fitted.
-    samples += [
-        _median(taken, True)
-        for taken in joining
-        if 0 < taken[0].decoding <= settings.max_batched_tokens - taken[0].prefill_tokens
-    ]
-    coefficients, overhead_s = fit(samples)
-    source = f"measured: {prober.model}, {len(samples)} loads"
-    weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s = map(float, coefficients)
-    profile = Profile(
-        weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s, kv_tokens // BLOCK_TOKENS, max_num_seqs,
-        settings.max_batched_tokens, max_model_len, source,
-    )  # fmt: skip
-    return Calibration(url, prober.model, profile, overhead_s, errors(coefficients, overhead_s, samples), samples)
+    measurement = await Measurement.begin(prober, max_model_len, say)
+    for turn in range(prober.settings.repeats):
+        say(f"turn {turn + 1} of {prober.settings.repeats}")
+        await measurement.turn()
+    return measurement.found()
 
 
 def _median(taken: Sequence[Sample], held_out: bool) -> Sample:

@@ -45,6 +45,8 @@ class MeasuredProfile(Struct, tag_field="kind", tag="measured"):
     max_batched_tokens: int
     max_model_len: int
     source: str = "measured"
+    seq_tokens: float = 1.0
+    per_pair_s: float = 0.0
 
 
 class EngineConfig(Struct):

@@ -96,9 +96,11 @@ class ReferenceEngine:
         decoding = [job for job in self.running if job.prefilled]
         budget = self.profile.max_batched_tokens - len(decoding)
         prefill = []
+        pairs = 0.0
         for job in self.running:
             if not job.prefilled:
                 tokens = min(job.prompt + job.generated - job.cached, budget)
+                pairs += tokens * job.cached + tokens * tokens / 2
                 prefill.append((job, tokens))
                 budget -= tokens
         spare = self.free - sum(job.cached % BLOCK == 0 for job in decoding)
@@ -109,6 +111,7 @@ class ReferenceEngine:
             if job.submit_s > self.clock_s or budget <= 0 or slots <= 0 or blocks(whole) > spare:
                 break
             tokens = min(whole, budget)
+            pairs += tokens * tokens / 2
             prefill.append((job, tokens))
             admitted.append(job)
             budget -= tokens
@@ -116,7 +119,8 @@ class ReferenceEngine:
         p, count, computed = self.profile, len(decoding), sum(tokens for _, tokens in prefill)
         time_s = p.weight_s
         if computed > 0:
-            time_s = max(p.weight_s, p.prefill_base_s + p.per_token_s * (computed + count))
+            computed_s = p.per_token_s * (computed + p.seq_tokens * count) + p.per_pair_s * pairs
+            time_s = max(p.weight_s, p.prefill_base_s + computed_s)
         time_s += p.per_seq_s * count + p.per_kv_token_s * sum(job.cached for job in decoding)
         return Iteration(self.clock_s + time_s, decoding, prefill, admitted)
 

@@ -17,50 +17,64 @@ import pytest
 import yaml
 from scipy.optimize import nnls
 
-from agents.hardware import Profile, predict_s
+from agents.hardware import Profile
 from serving import cli
-from serving.calibrate import CalibrationError, Sample, Settings, calibrate, errors, fit, kv_tokens_of, nonnegative
+from serving.calibrate import CalibrationError, Fit, Sample, Settings, calibrate, errors, fit, kv_tokens_of, nonnegative
 from serving.config import parse
 
-TRUTH = Profile(0.04, 1.5e-3, 2e-6, 0.02, 4e-4, 512, 4, 1024, 1024, "made up")
+TRUTH = Profile(0.04, 1.5e-3, 2e-6, 0.02, 4e-4, 512, 4, 1024, 1024, "made up", seq_tokens=0.4, per_pair_s=3e-7)
 OVERHEAD_S = 5e-3
+KNOWN = Fit((0.04, 1.5e-3, 2e-6, 0.02, 4e-4), 0.4, 3e-7, OVERHEAD_S)
 LOADS = np.array(
     [(n, n * c, 0) for n in (1, 2, 4, 8, 16) for c in (40, 400, 900)]
-    + [(0, 0, p) for p in (8, 16, 32, 64, 128, 256, 512, 900)],
+    + [(0, 0, p) for p in (8, 16, 32, 64, 128, 256, 512, 900)]
+    + [(n, n * p, p) for n in (1, 3, 7, 15) for p in (16, 100, 700)],
     dtype=np.float64,
 )  # fmt: skip
 
 
 def measured(noise: np.ndarray) -> list[Sample]:
     """The loads with times of the truth, each multiplied by its noise."""
-    rows = np.column_stack([LOADS, np.ones(len(LOADS))])
-    times_s = (predict_s(TRUTH.row(), rows) + OVERHEAD_S * (rows[:, 2] > 0)) * noise
+    times_s = KNOWN.times_s(LOADS) * noise
     return [Sample(*map(float, row), float(time_s)) for row, time_s in zip(LOADS, times_s, strict=True)]
 
 
+def test_times_are_those_of_the_formula() -> None:
+    rows = np.array([(8, 3000, 0), (0, 0, 20), (0, 0, 200), (8, 3000, 200)])
+    computed_s = 0.02 + 4e-4 * 200 + 3e-7 * 200 * 200 / 2
+    decode_s = 8 * 1.5e-3 + 3000 * 2e-6
+    expected = [0.04 + decode_s, 0.04 + 5e-3, computed_s + 5e-3, computed_s + 4e-4 * 0.4 * 8 + decode_s]
+    np.testing.assert_allclose(KNOWN.times_s(rows), expected)
+
+
 def test_the_fit_finds_the_coefficients_of_exact_times() -> None:
-    coefficients, overhead_s = fit(measured(np.ones(len(LOADS))))
-    np.testing.assert_allclose(coefficients, TRUTH.row()[:5], rtol=1e-6)
-    assert overhead_s == pytest.approx(OVERHEAD_S, rel=1e-6)
-    assert max(each.p90 for each in errors(coefficients, overhead_s, measured(np.ones(len(LOADS)))).values()) < 1e-6
+    found = fit(measured(np.ones(len(LOADS))))
+    np.testing.assert_allclose(found.coefficients, KNOWN.coefficients, rtol=1e-6)
+    np.testing.assert_allclose(found[1:], KNOWN[1:], rtol=1e-5)
+    assert max(each.p90 for each in errors(found, measured(np.ones(len(LOADS)))).values()) < 1e-6
 
 
 def test_the_fit_bears_noise_and_loads_that_were_disturbed() -> None:
     rng = np.random.default_rng(3)
     noise = 1 + 0.01 * rng.standard_normal(len(LOADS))
-    noise[[4, 11, 19]] = 3.0
-    coefficients, overhead_s = fit(measured(noise))
-    rows = np.column_stack([LOADS, np.ones(len(LOADS))])
-    truth_s = predict_s(TRUTH.row(), rows)
-    assert np.abs(predict_s(coefficients, rows) / truth_s - 1).max() < 0.06
-    assert overhead_s < 2 * OVERHEAD_S
+    noise[[4, 11, 19, 30]] = 3.0
+    found = fit(measured(noise))
+    assert np.abs(found.times_s(LOADS) / KNOWN.times_s(LOADS) - 1).max() < 0.06
+    assert found.overhead_s < 2 * OVERHEAD_S
+
+
+def test_without_prompts_that_join_others_a_sequence_computes_as_a_token() -> None:
+    samples = [sample for sample in measured(np.ones(len(LOADS))) if not (sample.decoding and sample.prefill_tokens)]
+    found = fit(samples)
+    assert found.seq_tokens == 1.0
+    np.testing.assert_allclose(found.coefficients, KNOWN.coefficients, rtol=1e-6)
 
 
 def test_a_coefficient_that_the_times_deny_is_none() -> None:
     falling = [Sample(n, 100.0 * n, 0.0, 0.05 - 0.001 * n) for n in (1, 2, 4, 8)]
-    prompts = [Sample(0.0, 0.0, p, 0.01 + 1e-3 * p) for p in (8, 64, 512)]
-    coefficients, _ = fit(falling + prompts)
-    assert (coefficients > 0).all() and coefficients[1] < 1e-9
+    prompts = [Sample(0.0, 0.0, p, 0.06 + 1e-3 * p) for p in (8, 64, 512)]
+    coefficients = fit(falling + prompts).coefficients
+    assert min(coefficients) > 0 and coefficients[1] < 1e-9
     with pytest.raises(CalibrationError, match="two different numbers of requests"):
         fit(falling[:1] + prompts)
     with pytest.raises(CalibrationError, match="two lengths of prompt"):
@@ -70,8 +84,8 @@ def test_a_coefficient_that_the_times_deny_is_none() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_nonnegative_least_squares_are_those_of_scipy(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    columns, target = rng.standard_normal((12, 3)), rng.standard_normal(12)
-    np.testing.assert_allclose(nonnegative(columns, target), nnls(columns, target)[0], atol=1e-9)
+    columns, target = rng.standard_normal((20, 8)) * 10.0 ** rng.integers(-6, 3, 8), rng.standard_normal(20)
+    np.testing.assert_allclose(columns @ nonnegative(columns, target), columns @ nnls(columns, target)[0], atol=1e-8)
 
 
 @contextmanager
@@ -107,14 +121,17 @@ def test_the_profile_of_an_emulated_engine_is_found(tmp_path: Path, capsys: pyte
     node = {"name": "n", **yaml.safe_load(out)}  # as it is pasted
     found = parse(node, "what was printed").engine_profile()
     assert (found.kv_blocks, found.max_num_seqs, found.max_model_len) == (512, 4, 1024)
-    rows = np.array([(n, n * c, p, 1) for n in (1, 2, 4) for c in (50, 400, 900) for p in (0, 200, 900)], dtype=float)
-    off = np.abs(predict_s(found.row(), rows) / predict_s(TRUTH.row(), rows) - 1)
+    coefficients = found.weight_s, found.per_seq_s, found.per_kv_token_s, found.prefill_base_s, found.per_token_s
+    told_fit = Fit(coefficients, found.seq_tokens, found.per_pair_s, OVERHEAD_S)
+    rows = np.array([(n, n * c, p) for n in (1, 2, 4) for c in (50, 400, 900) for p in (0, 200, 900)], dtype=float)
+    off = np.abs(told_fit.times_s(rows) / KNOWN.times_s(rows) - 1)
     assert off.mean() < 0.02 and off.max() < 0.05
     told = json.loads(file.read_text())
-    for kind in ("decode, fitted", "decode, held out", "prefill alone, fitted", "prefill alone, held out"):
-        assert told["errors"][kind]["loads"] >= 4 and told["errors"][kind]["mean"] < 0.05
-        assert f"# {kind}" in out
-    assert told["errors"]["prefill among others, held out"]["mean"] < 0.25
+    for kind in ("decode", "prefill alone", "prefill among others"):
+        for which in ("fitted", "held out"):
+            error = told["errors"][f"{kind}, {which}"]
+            assert error["loads"] >= 2 and error["mean"] < 0.1
+            assert f"# {kind}, {which}" in out
     assert told["overhead_s"] < 0.02
     assert len(told["samples"]) > 20 and told["model"] == "m"
 

@@ -178,6 +178,17 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
     assert engine.finish_s() == pytest.approx([alone, both])
 
 
+def test_a_measured_engine_attends_and_decodes_beside_a_prefill_as_it_was_measured() -> None:
+    profile = Profile(1.0, 0.1, 0.01, 0.5, 0.05, 100, 8, 16, 4096, "test", seq_tokens=0.5, per_pair_s=0.001)
+    engine = Engine(profile, [(4, 10, 0.0), (40, 2, 0.5)])
+    engine.advance(FAR_S)
+    first = 1.0  # the prompt of 4, hidden
+    chunk_1 = first + (0.5 + 0.05 * (15 + 0.5) + 0.001 * 15 * 7.5) + 0.1 + 0.04
+    chunk_2 = chunk_1 + (0.5 + 0.05 * (15 + 0.5) + 0.001 * 15 * (15 + 7.5)) + 0.1 + 0.05
+    chunk_3 = chunk_2 + (0.5 + 0.05 * (10 + 0.5) + 0.001 * 10 * (30 + 5)) + 0.1 + 0.06
+    assert engine.first_token_s() == pytest.approx([first, chunk_3])
+
+
 def test_a_prompt_that_exceeds_the_budget_leaves_the_next_one_waiting() -> None:
     engine = Engine(round_profile(max_batched_tokens=16), [(20, 1, 0.0), (10, 1, 0.0), (30, 1, 0.0)])
     engine.advance(FAR_S)
@@ -322,11 +333,17 @@ steps = st.tuples(
     budget=st.integers(0, 60),
     script=st.lists(steps, max_size=40),
     busy=st.sampled_from([0.02, 0.2, 1.0]),
+    measured=st.sampled_from([(), (0.3, 0.00171)]),
 )
 def test_the_engine_agrees_with_the_reference(
-    kv_blocks: int, slots: int, budget: int, script: list[tuple[int, tuple]], busy: float
+    kv_blocks: int,
+    slots: int,
+    budget: int,
+    script: list[tuple[int, tuple]],
+    busy: float,
+    measured: tuple[float, ...],
 ) -> None:
-    profile = Profile(*ODD, kv_blocks, slots, slots + budget, 4096, "test")
+    profile = Profile(*ODD, kv_blocks, slots, slots + budget, 4096, "test", *measured)
     engine, reference = Engine(profile), ReferenceEngine(profile)
     jobs: list[Job] = []
     now_s = 0.0

@@ -154,6 +154,8 @@ def test_row_has_the_fields_in_the_named_columns(llama: Profile) -> None:
         ("per_seq_s", -1e-6, "per_seq_s must be positive"),
         ("per_token_s", math.nan, "per_token_s must be positive and finite"),
         ("prefill_base_s", math.inf, "prefill_base_s must be positive and finite"),
+        ("seq_tokens", -0.1, "seq_tokens must be finite and not negative"),
+        ("per_pair_s", math.nan, "per_pair_s must be finite and not negative"),
         ("kv_blocks", 0, "kv_blocks must be positive"),
         ("max_num_seqs", 1.5, "max_num_seqs must be an integer"),
     ],
