@@ -9,7 +9,8 @@ Iteration time of a continuous-batching engine, in seconds:
 
 where `pairs` counts prompt tokens with each token before them, as attention does: half the square of a whole prompt.
 On a GPU a sequence computes as a prompt token does (seq_tokens is 1), and what pairs cost is little up to
-`CHUNK_TOKENS` (per_pair_s is 0); neither holds on a CPU, where both are measured.
+`CHUNK_TOKENS` (per_pair_s is 0); neither holds on a CPU, where both are measured. An iteration without prefill of a
+measured engine takes `batch_s` more or less than the line says, as kernels do not grow evenly with the batch.
 
 Decode reads the weights once, then each sequence's KV cache. A small prefill hides under the weight read (up to about
 90 tokens for Llama-3-8B on an A100); a larger one is bound by compute. The form is for prefill up to `CHUNK_TOKENS`.
@@ -35,11 +36,13 @@ import numpy as np
 
 from agents.kernel import Floats, kernel
 
-# Columns of a profile row; the first five and the last two are the coefficients of the iteration time.
+# Columns of a profile row; all but the four of its limits are the coefficients of the iteration time.
 WEIGHT_S, PER_SEQ_S, PER_KV_TOKEN_S, PREFILL_BASE_S, PER_TOKEN_S = range(5)
 KV_BLOCKS, MAX_NUM_SEQS, MAX_BATCHED_TOKENS, MAX_MODEL_LEN = range(5, 9)
 SEQ_TOKENS, PER_PAIR_S = range(9, 11)
-PROFILE_SIZE = 11
+BATCH_S = 11  # and the next, at 1, 2, 4, ... sequences
+KNOTS = 9
+PROFILE_SIZE = BATCH_S + KNOTS
 COEFFICIENTS = 5
 
 BLOCK_TOKENS = 16  # tokens of one KV block, vLLM's default
@@ -71,9 +74,21 @@ def iteration_s(
     return time_s
 
 
+@kernel
+def off_line_s(profile_row: Floats, decoding: int) -> float:
+    """Seconds that an iteration of `decoding` sequences, 1 to 256, without prefill takes beyond `iteration_s`."""
+    knot, at = 0, 1
+    while knot < KNOTS - 2 and 2 * at <= decoding:
+        knot += 1
+        at *= 2
+    part = (decoding - at) / at
+    time_s: float = (1.0 - part) * profile_row[BATCH_S + knot] + part * profile_row[BATCH_S + knot + 1]
+    return time_s
+
+
 @dataclass(frozen=True)
 class Profile:
-    """What one engine can do. All values are positive, the last two may be zero; times in seconds."""
+    """What one engine can do. All values are positive but those with a default; times in seconds."""
 
     weight_s: float
     """Reading the weights once: the floor of an iteration."""
@@ -99,8 +114,13 @@ class Profile:
     """Compute of a sequence that decodes beside a prefill, in tokens of that."""
     per_pair_s: float = 0.0
     """Each prompt token with each before it."""
+    batch_s: tuple[float, ...] = ()
+    """Beyond the line, where nothing is prefilled: at 1, 2, 4, ... sequences, the last for all beyond; none is zero."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_s", tuple(self.batch_s))  # from JSON it is a list
+        if len(self.batch_s) > KNOTS or not all(map(math.isfinite, self.batch_s)):
+            raise ValueError(f"profile field batch_s must be at most {KNOTS} finite numbers, got {self.batch_s!r}")
         for field in _numbers(self):
             value = getattr(self, field.name)
             may_be_zero = field.name in ("seq_tokens", "per_pair_s")
@@ -117,12 +137,14 @@ class Profile:
 
     def row(self) -> Floats:
         """The profile as a vector of `PROFILE_SIZE`, as kernels take it."""
-        return np.array([getattr(self, field.name) for field in _numbers(self)], dtype=np.float64)
+        last = self.batch_s[-1:] or (0.0,)
+        batch_s = self.batch_s + last * (KNOTS - len(self.batch_s))
+        return np.array([*(getattr(self, field.name) for field in _numbers(self)), *batch_s], dtype=np.float64)
 
 
 def _numbers(made: Profile) -> list[Field[Any]]:
-    """The fields of a row."""
-    return [field for field in fields(made) if field.name != "source"]
+    """The fields that are numbers, in the order of a row."""
+    return [field for field in fields(made) if field.name not in ("source", "batch_s")]
 
 
 @dataclass(frozen=True)

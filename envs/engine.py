@@ -32,6 +32,7 @@ from agents.hardware import (
     SEQ_TOKENS,
     WEIGHT_S,
     iteration_s,
+    off_line_s,
 )
 from agents.kernel import kernel
 
@@ -375,6 +376,7 @@ def advance(e, q, until_s, done, n_done):
         decoding = e.decoding
         growth_s = e.profile[PER_KV_TOKEN_S] * decoding
         first_s = e.profile[WEIGHT_S] + e.profile[PER_SEQ_S] * decoding + e.profile[PER_KV_TOKEN_S] * e.kv_tokens
+        first_s += off_line_s(e.profile, decoding)
         ticks = min(e.next_finish - e.tick, _ticks_within(first_s, growth_s, until_s - e.clock_s))
         if fits:  # the head is still on its way and joins at the next boundary after it comes
             ticks = min(ticks, np.int64(1))

@@ -240,7 +240,10 @@ def own_vllm(model: str) -> Iterator[str]:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 2:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected more than 0, less than 2")
     return value

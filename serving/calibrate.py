@@ -4,12 +4,13 @@ Two kinds of probe, with prompts of words drawn anew so that no prefix is cached
 
 - A prompt alone, of which the time to first token is one iteration with prefill, and what the way to the engine adds.
 - A stream that joins others: between its first token and its last, every iteration decodes all of them. How many tokens
-  it got is told at its end; dividing gives the time of an iteration.
+  it got is told at its end; dividing gives the time of an iteration. The one that computed its prompt is where the
+  others' tokens were longer apart.
 
 All loads are measured in turn, several times over, and of each the median is taken, so that what disturbs the engine
 for a while disturbs one measurement of each. The coefficients are nonnegative, with the least relative errors, in which
-loads far off count less than squared. Some loads in between are held out, and tell how far off the fit is where it was
-not made.
+loads far off count less than squared. Errors are those of a fit for which some loads in between were held out, and tell
+how far off it is where it was not made; the profile is a fit to all loads.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ import numpy as np
 import orjson
 import yaml
 
-from agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS, Profile, iteration_s
+from agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS, KNOTS, Profile, iteration_s
 from agents.kernel import Bools, Floats
 from serving.config import MeasuredProfile
 from serving.engine import NAMES, EngineError, Load, read_load
@@ -144,7 +145,8 @@ class Calibration(NamedTuple):
 def measured(profile: Profile) -> dict[str, Any]:
     """A profile as node.yaml has it, its times rounded to five digits."""
     values = {name: getattr(profile, name) for name in MeasuredProfile.__struct_fields__}
-    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in values.items()}
+    rounded = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in values.items()}
+    return rounded | {"batch_s": [float(f"{each:.3g}") for each in profile.batch_s]}
 
 
 # The fit.
@@ -192,14 +194,18 @@ class Fit(NamedTuple):
     seq_tokens: float
     per_pair_s: float
     overhead_s: float
+    batch_s: tuple[float, ...] = ()
 
     def times_s(self, rows: Floats) -> Floats:
         """Of iterations [n, (decoding, KV tokens, prompt, ...)]; where nothing decodes, of first tokens."""
         five = np.array(self.coefficients)
-        found = [
-            iteration_s(five, d, kv, p, self.seq_tokens, self.per_pair_s * p * p / 2) + self.overhead_s * (d == 0)
-            for d, kv, p in rows[:, :3].tolist()
-        ]
+        found = []
+        for decoding, kv_tokens, prompt in rows[:, :3].tolist():
+            pairs_s = self.per_pair_s * prompt * prompt / 2
+            time_s = iteration_s(five, decoding, kv_tokens, prompt, self.seq_tokens, pairs_s)
+            if prompt == 0 and self.batch_s:
+                time_s += float(np.interp(decoding, 2.0 ** np.arange(len(self.batch_s)), self.batch_s))
+            found.append(time_s + self.overhead_s * (decoding == 0))
         return np.array(found)
 
 
@@ -235,7 +241,16 @@ def fit(samples: Sequence[Sample]) -> Fit:
         if error < least:
             best, least = found, error
     assert best is not None
-    return best
+    return best._replace(batch_s=_off_line(best, rows[decode]))
+
+
+def _off_line(line: Fit, rows: Floats) -> tuple[float, ...]:
+    """Medians of what iterations [n, (decoding, KV tokens, 0, s)] of 1, 2, 4, ... sequences take beyond the line."""
+    beyond_s = rows[:, 3] - line.times_s(rows)
+    found: list[float] = []
+    while (at := rows[:, 0] == 2.0 ** len(found)).any() and len(found) < KNOTS:
+        found.append(float(np.median(beyond_s[at])))
+    return tuple(found)
 
 
 def _fit(rows: Floats, bound: Bools) -> Fit:
@@ -610,19 +625,21 @@ class Measurement:
         samples += [
             _median(taken, held_out) for taken, (_, _, held_out) in zip(self.decodes, self.together, strict=True)
         ]
-        # A prompt that joins others, where both fit into an iteration.
-        samples += [
-            _median(taken, held_out)
-            for taken, (_, _, held_out) in zip(self.joining, self.together, strict=True)
+        # Prompts that join others, where both fit into an iteration; every third is held out.
+        fitting = [
+            taken
+            for taken in self.joining
             if 0 < taken[0].decoding <= settings.max_batched_tokens - taken[0].prefill_tokens
         ]
-        found = fit(samples)
+        samples += [_median(taken, k % 3 == 1) for k, taken in enumerate(fitting)]
+        checked = errors(fit(samples), samples)
+        found = fit([sample._replace(held_out=False) for sample in samples])
         profile = Profile(
             *found.coefficients, self.limits.kv_tokens // BLOCK_TOKENS, self.limits.max_num_seqs,
             settings.max_batched_tokens, self.max_model_len, f"measured: {prober.model}, {len(samples)} loads",
-            found.seq_tokens, found.per_pair_s,
+            found.seq_tokens, found.per_pair_s, found.batch_s,
         )  # fmt: skip
-        return Calibration(prober.url, prober.model, profile, found.overhead_s, errors(found, samples), samples)
+        return Calibration(prober.url, prober.model, profile, found.overhead_s, checked, samples)
 
 
 async def _measure(prober: Prober, max_model_len: int, say: Say) -> Calibration:

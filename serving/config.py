@@ -47,6 +47,7 @@ class MeasuredProfile(Struct, tag_field="kind", tag="measured"):
     source: str = "measured"
     seq_tokens: float = 1.0
     per_pair_s: float = 0.0
+    batch_s: tuple[float, ...] = ()
 
 
 class EngineConfig(Struct):

@@ -17,7 +17,7 @@ import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from agents.kernel import cache_root
 
@@ -34,10 +34,11 @@ KV_GIB = 1  # KV cache of a server, GiB
 
 # What `wwwserve calibrate` found of servers on one core of a 2-core machine (docs/node.md), by model; of the second
 # while other work took about half of the machine.
-PROFILES: dict[str, dict[str, float]] = {
+PROFILES: dict[str, dict[str, Any]] = {
     SMOLLM2: {
-        "weight_s": 0.0308, "per_seq_s": 0.00115, "per_kv_token_s": 3.6e-06, "prefill_base_s": 0.0132,
-        "per_token_s": 0.00139, "kv_blocks": 2912,
+        "weight_s": 0.031, "per_seq_s": 0.00107, "per_kv_token_s": 2.64e-06, "prefill_base_s": 0.0288,
+        "per_token_s": 0.00123, "kv_blocks": 2912, "seq_tokens": 0.315, "per_pair_s": 8.6e-07,
+        "batch_s": (0.0001, 0.0029, -0.0040, -0.0016, 0.0042),
     },
     RANDOM: {
         "weight_s": 0.0102, "per_seq_s": 0.00051, "per_kv_token_s": 1e-12, "prefill_base_s": 1e-12,

@@ -7,6 +7,8 @@ iteration in progress anew.
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from agents.hardware import Profile
 
 BLOCK = 16
@@ -121,6 +123,9 @@ class ReferenceEngine:
         if computed > 0:
             computed_s = p.per_token_s * (computed + p.seq_tokens * count) + p.per_pair_s * pairs
             time_s = max(p.weight_s, p.prefill_base_s + computed_s)
+        elif p.batch_s:
+            knots = 2.0 ** np.arange(len(p.batch_s))
+            time_s += float(np.interp(count, knots, p.batch_s))
         time_s += p.per_seq_s * count + p.per_kv_token_s * sum(job.cached for job in decoding)
         return Iteration(self.clock_s + time_s, decoding, prefill, admitted)
 

@@ -50,7 +50,8 @@ def test_times_are_those_of_the_formula() -> None:
 def test_the_fit_finds_the_coefficients_of_exact_times() -> None:
     found = fit(measured(np.ones(len(LOADS))))
     np.testing.assert_allclose(found.coefficients, KNOWN.coefficients, rtol=1e-6)
-    np.testing.assert_allclose(found[1:], KNOWN[1:], rtol=1e-5)
+    np.testing.assert_allclose(found[1:4], KNOWN[1:4], rtol=1e-5)
+    np.testing.assert_allclose(found.batch_s, np.zeros(5), atol=1e-9)
     assert max(each.p90 for each in errors(found, measured(np.ones(len(LOADS)))).values()) < 1e-6
 
 
@@ -61,6 +62,18 @@ def test_the_fit_bears_noise_and_loads_that_were_disturbed() -> None:
     found = fit(measured(noise))
     assert np.abs(found.times_s(LOADS) / KNOWN.times_s(LOADS) - 1).max() < 0.06
     assert found.overhead_s < 2 * OVERHEAD_S
+
+
+def test_batches_off_the_line_are_found_as_they_are() -> None:
+    uneven = KNOWN._replace(batch_s=(-2e-3, 4e-3, -3e-3, 2e-3, 0.0))
+    samples = [
+        sample._replace(time_s=float(time_s))
+        for sample, time_s in zip(measured(np.ones(len(LOADS))), uneven.times_s(LOADS), strict=True)
+    ]
+    assert uneven.times_s(np.array([(6, 100, 0)])) == pytest.approx(0.04 + 9e-3 + 2e-4 - 0.5e-3)
+    found = fit(samples)
+    assert np.abs(found.times_s(LOADS) / uneven.times_s(LOADS) - 1).max() < 0.01
+    assert np.ptp(found.batch_s) > 5e-3
 
 
 def test_without_prompts_that_join_others_a_sequence_computes_as_a_token() -> None:
@@ -122,7 +135,7 @@ def test_the_profile_of_an_emulated_engine_is_found(tmp_path: Path, capsys: pyte
     found = parse(node, "what was printed").engine_profile()
     assert (found.kv_blocks, found.max_num_seqs, found.max_model_len) == (512, 4, 1024)
     coefficients = found.weight_s, found.per_seq_s, found.per_kv_token_s, found.prefill_base_s, found.per_token_s
-    told_fit = Fit(coefficients, found.seq_tokens, found.per_pair_s, OVERHEAD_S)
+    told_fit = Fit(coefficients, found.seq_tokens, found.per_pair_s, OVERHEAD_S, found.batch_s)
     rows = np.array([(n, n * c, p) for n in (1, 2, 4) for c in (50, 400, 900) for p in (0, 200, 900)], dtype=float)
     off = np.abs(told_fit.times_s(rows) / KNOWN.times_s(rows) - 1)
     assert off.mean() < 0.02 and off.max() < 0.05

@@ -333,7 +333,7 @@ steps = st.tuples(
     budget=st.integers(0, 60),
     script=st.lists(steps, max_size=40),
     busy=st.sampled_from([0.02, 0.2, 1.0]),
-    measured=st.sampled_from([(), (0.3, 0.00171)]),
+    measured=st.sampled_from([(), (0.3, 0.00171), (0.7, 0.0, (0.1013, -0.0471, 0.0317))]),
 )
 def test_the_engine_agrees_with_the_reference(
     kv_blocks: int,
@@ -341,7 +341,7 @@ def test_the_engine_agrees_with_the_reference(
     budget: int,
     script: list[tuple[int, tuple]],
     busy: float,
-    measured: tuple[float, ...],
+    measured: tuple,
 ) -> None:
     profile = Profile(*ODD, kv_blocks, slots, slots + budget, 4096, "test", *measured)
     engine, reference = Engine(profile), ReferenceEngine(profile)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agents import hardware
-from agents.hardware import BLOCK_TOKENS, FITTED, GPUS, MODELS, Profile, iteration_s, profile
+from agents.hardware import BLOCK_TOKENS, FITTED, GPUS, MODELS, Profile, iteration_s, off_line_s, profile
 
 PAIRS = [(gpu, model) for gpu in GPUS for model in MODELS]
 TOO_LARGE = {("rtx-4090", "qwen3-14b"), ("rtx-3090", "qwen3-14b")}
@@ -155,6 +155,8 @@ def test_row_has_the_fields_in_the_named_columns(llama: Profile) -> None:
         ("per_token_s", math.nan, "per_token_s must be positive and finite"),
         ("prefill_base_s", math.inf, "prefill_base_s must be positive and finite"),
         ("seq_tokens", -0.1, "seq_tokens must be finite and not negative"),
+        ("batch_s", (0.1, math.inf), "batch_s must be at most 9 finite numbers"),
+        ("batch_s", (0.0,) * 10, "batch_s must be at most 9 finite numbers"),
         ("per_pair_s", math.nan, "per_pair_s must be finite and not negative"),
         ("kv_blocks", 0, "kv_blocks must be positive"),
         ("max_num_seqs", 1.5, "max_num_seqs must be an integer"),
@@ -196,6 +198,14 @@ def test_time_grows_with_each_argument(gpu: str) -> None:
                 assert iteration_s(row, *more) >= iteration_s(row, *state)
             else:
                 assert iteration_s(row, *more) > iteration_s(row, *state)
+
+
+def test_beyond_the_line_a_batch_takes_what_was_measured(llama: Profile) -> None:
+    row = replace(llama, batch_s=(0.001, -0.002, 0.004)).row()
+    expected = {1: 0.001, 2: -0.002, 3: 0.001, 4: 0.004, 6: 0.004, 256: 0.004}
+    assert {batch: off_line_s(row, batch) for batch in expected} == pytest.approx(expected)
+    assert off_line_s(replace(llama, batch_s=tuple(range(9))).row(), 192) == pytest.approx(7.5)
+    assert {off_line_s(llama.row(), batch) for batch in range(1, 257)} == {0.0}
 
 
 def test_a_small_prefill_hides_under_the_weight_read(llama: Profile) -> None:

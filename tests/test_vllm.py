@@ -25,7 +25,7 @@ import pytest
 from agents.hardware import Profile
 from agents.kernel import cache_root
 from envs.scenario import load
-from eval import live
+from eval import fidelity, live
 from eval.policies import load_policy
 from serving import local_vllm, network
 from serving.local_vllm import RANDOM, SMOLLM2, Prepared, PrepareError
@@ -88,7 +88,7 @@ def test_a_scenario_is_played_live_and_simulated(vllm_network: Network) -> None:
     """A short form of `python -m eval.live live/pair --engine vllm`; how far off the prediction is, it cannot say, as
     other tests take time of the engines' cores."""
     scenario = replace(load("live/pair"), duration_s=8.0, drain_s=90.0)
-    profiles = [Profile(**local_vllm.PROFILES[SMOLLM2], source="known")] * 2  # type: ignore[arg-type]
+    profiles = [Profile(**local_vllm.PROFILES[SMOLLM2], source="known")] * 2
     servers = live.Servers(vllm_network.engine_urls, profiles, [process.pid for process in vllm_network.engines])
     policies = ("single", "learned")
     result = live.live(
@@ -103,6 +103,23 @@ def test_a_scenario_is_played_live_and_simulated(vllm_network: Network) -> None:
         assert seen[name]["cpu_cores"]["engines"][0] > 0.3
     # The first node has 1.4 times what it sustains, the second nearly nothing.
     assert seen["learned"]["latency_s"]["mean"][0] < seen["single"]["latency_s"]["mean"][0]
+
+
+def test_arrivals_are_played_on_an_engine_and_simulated(vllm_network: Network, tmp_path: Path) -> None:
+    """A short form of `python -m eval.fidelity`, on the known profile; the error itself depends on what runs beside."""
+    calibration, out = tmp_path / "calibration.json", tmp_path / "out.json"
+    profile = Profile(**local_vllm.PROFILES[SMOLLM2], source="known")
+    calibration.write_text(json.dumps({"profile": vars(profile), "overhead_s": 0.001}))
+    arguments = ["--url", vllm_network.engine_urls[1], "--loads", "0.5", "--seconds", "6", "--repeats", "1",
+                 "--max-num-seqs", "16", "--prompt", "24", "0.4", "60", "--output", "8", "0.4", "20"]  # fmt: skip
+    assert fidelity.main([*arguments, "--calibration", str(calibration), "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["engine"]["model"] == SMOLLM2 and result["loads"]["burst"]["requests"] == 64
+    load = result["loads"]["0.5"]
+    assert load["requests"] > 5
+    for measure in ("ttft_s", "latency_s"):
+        assert load["measured"][0][measure]["mean"] > 0.5 * load["simulated"][measure]["mean"] > 0.01
+    assert load["measured"][0]["ttft_s"]["p50"] < load["measured"][0]["latency_s"]["p50"]
 
 
 class Kept:
