@@ -143,8 +143,9 @@ def test_row_has_the_fields_in_the_named_columns(llama: Profile) -> None:
     row = llama.row()
     assert row.shape == (hardware.PROFILE_SIZE,)
     assert row.dtype == np.float64
-    names = [field.name for field in fields(llama) if field.name != "source"]
+    names = [field.name for field in fields(llama) if field.name not in ("source", "batch_s")]
     assert {name: row[getattr(hardware, name.upper())] for name in names} == {n: getattr(llama, n) for n in names}
+    assert row[hardware.BATCH_S :].tolist() == [0.0] * hardware.KNOTS
 
 
 @pytest.mark.parametrize(
