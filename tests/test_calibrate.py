@@ -72,7 +72,7 @@ def test_batches_off_the_line_are_found_as_they_are() -> None:
     ]
     assert uneven.times_s(np.array([(6, 100, 0)])) == pytest.approx(0.04 + 9e-3 + 2e-4 - 0.5e-3)
     found = fit(samples)
-    assert np.abs(found.times_s(LOADS) / uneven.times_s(LOADS) - 1).max() < 0.01
+    assert np.abs(found.times_s(LOADS) / uneven.times_s(LOADS) - 1).max() < 0.02
     assert np.ptp(found.batch_s) > 5e-3
 
 
