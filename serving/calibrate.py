@@ -36,7 +36,7 @@ from serving.engine import NAMES, EngineError, Load, read_load
 FLOOR = 1e-12  # s; a profile has no zeros
 CLOSE = 0.02  # relative error from which on it counts as such, no longer squared
 PLAIN = 8  # iterations of others that are timed before one joins them
-MARGIN = 4  # tokens that others may get while one is timed, in its tokens
+MARGIN = 6  # tokens that others may get while one is timed, in its tokens
 MOST_SEQS = 1024  # looked for at most
 SETTLE_S = 15.0  # for an engine to be done with what it has
 ANSWER_S = 120.0  # without a byte, after which an engine has failed
