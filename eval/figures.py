@@ -44,7 +44,6 @@ _OTHERS = (("-", "H", "#a6761d"), ("--", ">", "#1b7837"), ("-.", "X", "#762a83")
            ((0, (9, 2, 1, 2)), "h", "#4d4d4d"), ((0, (2, 2)), "8", "#006d5b"),
            ((0, (6, 3)), "4", "#5a3d8a"), ((0, (8, 1, 1, 1)), "|", "#8a3d5a"), ((0, (3, 3)), "_", "#3d5a8a"),
            ((0, (1, 2, 4, 2)), "$o$", "#5a8a3d"))  # fmt: skip
-_COLUMNS = 3  # panels in a row
 SETTINGS = {
     "figure.dpi": 150,
     "font.size": 9,
@@ -107,9 +106,14 @@ def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
     return {"linestyle": line, "marker": marker, "color": color, "label": name, "markerfacecolor": "none"}
 
 
+def _in_row(count: int) -> int:
+    """Panels side by side: at most three, four as two and two."""
+    return 2 if count == 4 else min(count, 3)
+
+
 def panels(count: int, height: float, labels: Iterable[str]) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, `height` inches each, and room to their right for a legend with these labels."""
-    columns = min(count, _COLUMNS)
+    columns = _in_row(count)
     rows = math.ceil(count / columns)
     size = (3.3 * columns + 0.8 + 0.07 * max(map(len, labels)), height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -124,7 +128,7 @@ def by_scenario(cells: Tree, panel: Any, label: str) -> Figure:
         panel(each, policies)
         each.set_title(scenario)
         each.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-    for each in axes[::_COLUMNS]:
+    for each in axes[:: _in_row(len(axes))]:
         each.set_ylabel(label)
     legend(figure, axes)
     return figure
@@ -173,7 +177,7 @@ def latency_summary(cells: Tree) -> Figure:
                 mean, places, xerr=half, fmt=marker, color="black", markerfacecolor=face, label=key,
                 elinewidth=0.8, capsize=2, markersize=4.5, markeredgewidth=1.0,
             )  # fmt: skip
-        each.set_yticks(places, names if k % _COLUMNS == 0 else [])
+        each.set_yticks(places, names if k % _in_row(len(axes)) == 0 else [])
         each.invert_yaxis()
         each.set_xlim(left=0)
         each.set_xlabel("latency of finished requests (s)")
@@ -196,7 +200,7 @@ def _learning(progress: Sequence[Tree]) -> Figure:
         each.plot(steps, [line["scores"][name] for line in progress], zorder=5, **{**style, "marker": None, "lw": 2.0})
         each.set_title(name)
         each.set_xlabel("agent steps (millions)")
-    for each in axes[::_COLUMNS]:
+    for each in axes[:: _in_row(len(axes))]:
         each.set_ylabel("SLO AUC, or goodput value")
     legend(figure, axes, f"{progress[-1]['seconds'] / 60:.0f} min of training")
     return figure

@@ -39,9 +39,13 @@ def fit(rates: ArrayLike, judges: int = JUDGES) -> NDArray[np.float64]:
     is taken off all alike. By fixed-point iteration, to 1e-12.
     """
     target = np.asarray(rates, np.float64)
+    if not ((target > 0) & (target < 1)).all():
+        raise ValueError(f"win rates must be between 0 and 1, got {target.tolist()}")
     target = target - target.mean() + 0.5
     strengths = np.zeros(target.size)
     for _ in range(100_000):
+        if np.abs(strengths).max() > 100:
+            break
         gap = target - win_rates(strengths, judges)
         if np.abs(gap).max() < 1e-12:
             return strengths - strengths.mean()

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from agents.hardware import ATTENTIONS, LAUNCH_S, Profile, profile
 from agents.rules import Policy, Rule
 from envs.oracle import Oracle
 from envs.scenario import PoissonTraffic, Scenario
@@ -72,10 +73,9 @@ def run(name: str, seeds: Sequence[int]) -> Tree:
     result: Tree = {"classes": list(groups), "best_rule": chosen[BEST_RULE].name, "policies": {}, "loads": {}}
     for policy_name, policy in chosen.items():
         result["policies"][policy_name] = measure(scenario, policy, seeds)
-    if scenario.economy.duel_probability == 0:
-        for load in LOADS:
-            found = measure(at_load(scenario, load), Rule(PUBLISHED), seeds)
-            result["loads"][f"{load:g}"] = found["share"]
+    for load in LOADS:
+        found = measure(at_load(scenario, load), Rule(PUBLISHED), seeds)
+        result["loads"][f"{load:g}"] = {key: found[key] for key in ("share", "grown", "grown_apart")}
     return result
 
 
@@ -158,7 +158,7 @@ def draw(name: str, published: Mapping[str, float] | None, data: Tree, out: Path
         if published is None:
             _courses(axes[1], data, "stake", "stake of a node (credits)")
             _bars(axes[2], names, {"against other classes": ours["win_rate"]}, "share of duels won")
-        elif data["loads"]:
+        elif not any(ours["duels"]):
             total = sum(published.values())
             bars = {"published": [[published[each] / total, None] for each in names]}
             bars |= {policy: found["share"] for policy, found in data["policies"].items()}
@@ -199,7 +199,7 @@ def tables(published: Mapping[str, float] | None, data: Tree) -> list[Table]:
             ]
             found.append(Table(["head to head", *names], rows))
     rows = []
-    if data["loads"] and published is not None:
+    if published is not None and not any(fought):
         total = sum(published.values())
         served = [f"{published[each]:.0f} ({published[each] / total:.3f})" for each in names]
         rows.append(["published", "requests served (share)", *served])
@@ -214,20 +214,33 @@ def tables(published: Mapping[str, float] | None, data: Tree) -> list[Table]:
             rows.append([label, "stake won less lost", *(shown(x, 1) for x in measured["won_less_lost"])])
             rows.append([label, "stake at the end", *(shown(x, 2) for x in measured["last_stake"])])
     found.append(Table(["a node, by policy", "", *names], rows))
-    if data["loads"]:
-        rows = [[f"{load} times", *(shown(x, 3) for x in shares)] for load, shares in data["loads"].items()]
+    if any(fought):
+        rows = [[f"{load} times", *(shown(x, 1) for x in each["grown"])] for load, each in data["loads"].items()]
+        found.append(Table(["credits gained with `www_serve`, by load", *names], rows))
+    else:
+        rows = [[f"{load} times", *(shown(x, 3) for x in each["share"])] for load, each in data["loads"].items()]
         found.append(Table(["share served with `www_serve`, by load", *names], rows))
     return found
 
 
-def ordered(data: Tree, policy: str = PUBLISHED) -> bool:
+def ordered(measured: Tree) -> bool:
     """Whether credits grew in the order of the classes, the first the most."""
-    return all(apart[0] > 0 for apart in data["policies"][policy]["grown_apart"])
+    return all(apart[0] > 0 for apart in measured["grown_apart"])
+
+
+def _at_loads(data: Tree) -> str:
+    """At which loads the order of growth is that of the classes."""
+    same = [load for load, found in data["loads"].items() if ordered(found)]
+    return f"The order holds at {', '.join(same) or 'none'} times this load, of {', '.join(data['loads'])}."
 
 
 def _growth(data: Tree, policy: str = PUBLISHED) -> str:
     grown = data["policies"][policy]["grown"]
     return ", ".join(f"`{name}` {x[0]:.0f}" for name, x in zip(data["classes"], grown, strict=True))
+
+
+def _served(data: Tree, policy: str) -> str:
+    return ", ".join(f"{x[0]:.0f}" for x in data["policies"][policy]["served"])
 
 
 def _apart(data: Tree) -> str:
@@ -246,8 +259,8 @@ def _names(data: Tree) -> dict[str, str]:
 def _others(data: Tree) -> str:
     """The order of growth under the other policies."""
     return "; ".join(
-        f"with {named} {holds(ordered(data, policy), 'the order is the same', 'the order is another')} "
-        f"({_growth(data, policy)})"
+        f"with {named} {holds(ordered(data['policies'][policy]), 'the order is the same', 'the order is another')} "
+        f"({_growth(data, policy)}, {_served(data, policy)} requests served)"
         for policy, named in _names(data).items()
     )
 
@@ -259,12 +272,12 @@ def quality_findings(data: Tree) -> list[str]:
     stake, lost, rate = ours["last_stake"][last], ours["won_less_lost"][last], ours["win_rate"][last]
     return [
         f"Published: credits grow with quality and random responders lose theirs. Here a node gains {_growth(data)} "
-        f"credits ({_apart(data)}): {holds(ordered(data))}.",
+        f"credits ({_apart(data)}): {holds(ordered(ours))}.",
         f"Random responders win {100 * rate[0]:.1f} % of {ours['duels'][last]} duels with others and lose "
-        f"{-lost[0]:.0f} credits of stake each, more than they began with and earned; at the end {shown(stake, 2)} are "
-        f"staked, where the others stake {', '.join(f'{x[0]:.2f}' for x in ours['last_stake'][:last])}: "
+        f"{-lost[0]:.0f} credits of stake each, which is what they began with and earned; at the end {shown(stake, 2)} "
+        f"are staked, where the others stake {', '.join(f'{x[0]:.2f}' for x in ours['last_stake'][:last])}: "
         f"{holds(stake[0] < 0.5 * min(x[0] for x in ours['last_stake'][:last]))}.",
-        f"Under other policies: {_others(data)}.",
+        f"{_at_loads(data)} Under other policies: {_others(data)}.",
     ]
 
 
@@ -281,8 +294,8 @@ def rate_findings(published: Mapping[str, float], data: Tree) -> list[str]:
         f"{holds(within, 'within their intervals and the rounding of the published ones', 'outside their intervals')}; "
         f"that of `{names[1]}` is {holds(told, 'told', 'not told')} from 0.50.",
         f"Not fitted: the order in which credits grow. Here a node gains {_growth(data)} credits ({_apart(data)}): "
-        f"{holds(ordered(data))}. Requests served are nearly alike "
-        f"({', '.join(f'{x[0]:.0f}' for x in ours['served'])}), so it is stakes that make the order.",
+        f"{holds(ordered(ours))}. Requests served are nearly alike "
+        f"({_served(data, PUBLISHED)}), so it is stakes that make the order. {_at_loads(data)}",
         f"Under other policies: {_others(data)}.",
     ]
 
@@ -294,12 +307,12 @@ def served_findings(published: Mapping[str, int], data: Tree) -> list[str]:
     wanted = [published[each] / total for each in names]
     shares = [x[0] for x in ours["share"]]
     off = max(abs(a - b) for a, b in zip(shares, wanted, strict=True))
-    same = [load for load, found in data["loads"].items() if in_order([x[0] for x in found], wanted)]
+    same = [load for load, found in data["loads"].items() if in_order([x[0] for x in found["share"]], wanted)]
     return [
         f"Published: {' / '.join(str(published[each]) for each in names)} requests served, shares of "
         f"{', '.join(f'{x:.3f}' for x in wanted)}. Here the shares are {', '.join(f'{x:.3f}' for x in shares)} with "
         f"`www_serve`, off by at most {off:.3f}: the order is {holds(in_order(shares, wanted))}, shares nearer than "
-        f"{LEVEL} taken as level. Credits grow by what is served, a credit each: {_growth(data)}.",
+        f"{LEVEL} taken as level. Credits grow by what is served, a credit each: {_growth(data)} ({_apart(data)}).",
         f"The load is not published; ours was chosen near the published shares, so their size is no test, their order "
         f"is: it is as published at {', '.join(same) or 'none'} times this load, of {', '.join(data['loads'])}.",
         "Under other policies the shares are "
@@ -330,6 +343,14 @@ def _experiment(
     )  # fmt: skip
 
 
+def _of(gpu: str, quantization: str = "bf16") -> Profile:
+    return profile(gpu, "qwen3-8b", quantization=quantization)
+
+
+def _weight_ms(quantization: str) -> float:
+    return 1e3 * _of("rtx-6000-ada", quantization).weight_s
+
+
 DUEL = _experiment(
     "duel",
     "Duels: four classes of quality",
@@ -337,9 +358,10 @@ DUEL = _experiment(
     None,
     quality_findings,
     "The three models have the strengths fitted below; how random answers compare with any model's is a guess (a "
-    "log-strength of -4). Here a judge sees the two answers as they are, whoever it is: judges that vote at random, "
-    "and would lose by it, are not modelled. Every request handed over is a duel; at a lower chance of duels "
-    "random responders lose more slowly than they earn by serving and judging.",
+    f"log-strength of {load_scenario('paper/duel').providers[-1].strength:g}). Here a judge sees the two answers as "
+    "they are, whoever it is: judges that vote at random, and would lose by it, are not modelled. Every request handed "
+    "over is a duel, and each judge of it is paid a credit too, so that rare duels would cost random responders less "
+    "than they earn.",
 )
 MODEL_SIZE_EXPERIMENT = _experiment(
     "model-size",
@@ -347,9 +369,10 @@ MODEL_SIZE_EXPERIMENT = _experiment(
     "Qwen3-8B, 4B and 0.6B win 0.57, 0.53 and 0.39 of their duels, and credits grow in that order.",
     MODEL_SIZE,
     partial(rate_findings, MODEL_SIZE),
-    "Published rates of a round robin must have a mean of one half; these sum to 1.49, so each is met to 0.0033. A "
-    "policy that looks for the earliest finish sends most work to the small, fast model, whatever judges think of its "
-    "answers: a record of lost duels is in view, but nothing that it is trained or tuned for depends on quality.",
+    f"Published rates of a round robin must have a mean of one half; these sum to {sum(MODEL_SIZE.values()):.2f}, so "
+    f"each is met to {abs(0.5 - sum(MODEL_SIZE.values()) / 3):.4f}. A policy that looks for the earliest finish sends "
+    "most work to the small, fast model, whatever judges think of its answers: a record of lost duels is in view, but "
+    "nothing that it is trained or tuned for depends on quality.",
 )
 QUANTIZATION_EXPERIMENT = _experiment(
     "quantization",
@@ -357,8 +380,9 @@ QUANTIZATION_EXPERIMENT = _experiment(
     "fp8wo, int4wo-128 and int4wo-32 win 0.54, 0.49 and 0.47 of their duels.",
     QUANTIZATION,
     partial(rate_findings, QUANTIZATION),
-    "Fewer bytes of weights make int4 faster to decode than fp8; that its kernels lose efficiency in large batches is "
-    "not modelled. At a load that fills the slower nodes this speed would work against the order of quality.",
+    f"Fewer bytes of weights make int4 faster to decode than fp8 (a weight read of {_weight_ms('int4wo-128'):.1f} and "
+    f"{_weight_ms('int4wo-32'):.1f} ms against {_weight_ms('fp8wo'):.1f}), so where speed decides it works against "
+    "quality. That int4 kernels lose efficiency in large batches is not modelled.",
 )
 ATTENTION = _experiment(
     "attention",
@@ -367,8 +391,8 @@ ATTENTION = _experiment(
     SERVED_ATTENTION,
     partial(served_findings, SERVED_ATTENTION),
     "FlashInfer and Triton have one profile, as their kernels are measured to be level. SDPA is slower because it "
-    "gathers the keys and values of each sequence and launches five kernels for each sequence and layer; the time of a "
-    "launch (5 µs) is the lower end of what is reported.",
+    f"moves keys and values {ATTENTIONS['sdpa'].kv_passes:g} times and launches {ATTENTIONS['sdpa'].launches} kernels "
+    f"for each sequence and layer; the time of a launch ({1e6 * LAUNCH_S:g} µs) is the lower end of what is reported.",
 )
 HARDWARE = _experiment(
     "hardware",
@@ -376,7 +400,8 @@ HARDWARE = _experiment(
     "An A100, an RTX 4090 and an RTX 3090 serve 1717, 1195 and 1088 requests.",
     SERVED_HARDWARE,
     partial(served_findings, SERVED_HARDWARE),
-    "Profiles are rooflines of published bandwidth and FLOP/s, in which the two cards of 24 GB differ by 8 % in decode "
-    "and hold equally much; stake follows the share of KV cache in use, which tells the A100 from the two but hardly "
-    "one of them from the other.",
+    "Profiles are rooflines of published bandwidth and FLOP/s, in which the cards of 24 GB differ by "
+    f"{100 * (_of('rtx-3090').weight_s / _of('rtx-4090').weight_s - 1):.0f} % in the weight read and hold "
+    f"{_of('rtx-4090').kv_tokens} and {_of('rtx-3090').kv_tokens} tokens, the A100 {_of('a100-80g').kv_tokens}. "
+    "Stake follows the share of that in use, which tells the A100 from the two but hardly one of them from the other.",
 )

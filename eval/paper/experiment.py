@@ -1,4 +1,4 @@
-"""What an experiment is, and what several of them use: policies and how the best rule is found."""
+"""What an experiment is, and what several of them use: the best rule, the load of a scenario, numbers as text."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from agents.hardware import profile
 from agents.rules import Policy, Rule
+from envs.distribution import capacity_per_s
 from envs.oracle import Oracle
-from envs.scenario import Scenario
+from envs.scenario import PoissonTraffic, Scenario
 from envs.state import plan
 from eval.metrics import MeanCi, mean_ci
 from eval.policies import LEARNED, load_policy
@@ -51,9 +53,37 @@ class Experiment(NamedTuple):
     """What explains it, or limits it."""
 
 
-def load(name: str) -> Policy | Oracle:
-    """A policy by name; `best rule@NAME` names are made by `best_rule`."""
-    return load_policy(name)
+class Load(NamedTuple):
+    """Requests that come over requests that can be served, in a stretch of a run."""
+
+    market: float
+    """Of all users over all nodes that are online."""
+    least: float
+    """Of the users of one node over what it sustains: the node with the least,"""
+    most: float
+    """and the node with the most."""
+
+
+def load_between(scenario: Scenario, from_s: float, until_s: float) -> Load:
+    """Load of a scenario of Poisson arrivals and one class; capacity as `envs.distribution.capacity_per_s` has it."""
+    rates, capacities = [], []
+    for each in scenario.providers:
+        rate = 0.0
+        if isinstance(each.traffic, PoissonTraffic):
+            start_s = 0.0
+            for phase in each.traffic.phases:
+                shared_s = max(0.0, min(phase.until_s, until_s) - max(start_s, from_s))
+                rate += phase.rate_per_s * shared_s / (until_s - from_s)
+                start_s = phase.until_s
+        engine = profile(
+            each.gpu, each.model, each.max_num_seqs, quantization=each.quantization, attention=each.attention
+        )
+        here_s = sum(max(0.0, min(end, until_s) - max(start, from_s)) for start, end in each.online_s)
+        capacity = capacity_per_s(engine, each.lengths.prompt, [(1.0, each.lengths.output)])
+        rates.append(rate)
+        capacities.append(capacity * here_s / (until_s - from_s))
+    own = [rate / capacity for rate, capacity in zip(rates, capacities, strict=True) if rate > 0]
+    return Load(sum(rates) / sum(capacities), min(own), max(own))
 
 
 def best_rule(scenario: Scenario, seeds: Sequence[int]) -> Policy:
@@ -85,11 +115,6 @@ def shown(value: Sequence[float | None], digits: int, sign: str = "") -> str:
     if mean is None:
         return "none"
     return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def percent(value: Sequence[float | None]) -> str:
-    """A share with its half-width, as percentages."""
-    return shown([None if x is None else 100 * x for x in value], 1) + " %"
 
 
 def holds(what: bool, yes: str = "as published", no: str = "not as published") -> str:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from agents.decision import Actions
 from agents.kernel import Bools, Floats
-from agents.rules import Policy, Rule
+from agents.rules import RULES, Policy, Rule
 from agents.view import Views
 from envs.scenario import Scenario
 from envs.scenario import load as load_scenario
@@ -102,7 +102,8 @@ def draw(data: Tree, out: Path) -> list[Path]:
             panel.set_xlabel("time (s)")
             panel.set_ylabel("requests running on the node")
             panel.set_title(f"running requests {title}")
-            panel.legend(frameon=False, fontsize=8)
+            panel.set_ylim(0, 1.35 * max(map(max, course["running"])))
+            panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
         x, mean, half = np.array(data["offload"], np.float64).T
         style = figures.style_of(PUBLISHED, [PUBLISHED])
         axes[2].errorbar(x, mean, yerr=np.nan_to_num(half), capsize=3, **style)
@@ -173,6 +174,6 @@ POLICY = Experiment(
     draw,
     tables,
     findings,
-    "A probe that is refused goes to the next candidate, up to three in all, so shares follow neither stake nor "
-    "acceptance in proportion. Levels and loads are our choice.",
+    f"A probe that is refused goes to the next candidate, up to {RULES[PUBLISHED]['probes'].default:g} in all, so "
+    "shares follow neither stake nor acceptance in proportion. Levels and loads are our choice.",
 )

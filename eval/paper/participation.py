@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from eval.paper.experiment import (
     Tree,
     contenders,
     holds,
+    load_between,
     pair,
     pairs,
     shown,
@@ -51,6 +53,7 @@ def run(seeds: Sequence[int]) -> Tree:
         "edges_s": edges_s.tolist(),
         "changes_s": changes,
         "online": [sum(each) for each in online],
+        "load": [load_between(scenario, start, end).market for start, end in pairwise(changes)],
         "policies": {},
     }
     for name, policy in policies.items():
@@ -95,8 +98,8 @@ def tables(data: Tree) -> list[Table]:
     """Mean latency by stretch, SLO AUC and what was not answered."""
     changes = data["changes_s"]
     head = [
-        f"{start:.0f} to {end:.0f} s, {count} nodes"
-        for start, end, count in zip(changes[:-1], changes[1:], data["online"], strict=True)
+        f"{start:.0f} to {end:.0f} s, {count} nodes, load {load:.2f}"
+        for (start, end), count, load in zip(pairwise(changes), data["online"], data["load"], strict=True)
     ]
     rows = [
         [
@@ -118,7 +121,8 @@ def findings(data: Tree) -> list[str]:
     return [
         f"Published: latency rises when a node leaves and falls again when nodes join. Here, with `www_serve`, it goes "
         f"from {ours[0]:.0f} s to {ours[1]:.0f} s when one of {data['online'][0]} nodes leaves, and to {ours[2]:.0f} s "
-        f"and {ours[3]:.0f} s as two join: {holds(up and down)}.",
+        f"and {ours[3]:.0f} s as two join: {holds(up and down)}. The load on the nodes that are online is "
+        f"{', '.join(f'{x:.2f}' for x in data['load'])} of what they sustain.",
         f"With the learned policy the same four stretches have {', '.join(f'{x:.0f}' for x in learned)} s, with the "
         f"best rule (`{data['best_rule']}`) {', '.join(f'{x:.0f}' for x in best)} s; `single` has "
         f"{', '.join(f'{x:.0f}' for x in stretches[OPEN])} s. Nothing is lost with the leaving node but what peers "
@@ -137,7 +141,7 @@ PARTICIPATION = Experiment(
     draw,
     tables,
     findings,
-    "A request that a departed node held is run from its beginning elsewhere, so the latency of those that came "
-    "shortly before the departure rises first. Which nodes come and go, and when, is our choice; the paper gives no "
-    "numbers for this figure.",
+    "Where load is above 1, requests pile up under every policy, so latency follows the load. Which nodes come and "
+    "go, and when, is our choice; the paper gives no numbers for this figure. `single` only ever gets worse, as the "
+    "nodes that come and go have no users, and it never uses them.",
 )
