@@ -14,6 +14,7 @@ from envs.scenario import load
 from eval import regret
 from eval.paper import credits
 from eval.paper.command import EXPERIMENTS, NAMES, main, make
+from eval.paper.experiment import load_between
 from eval.paper.flexible import ACCEPT, Mixed
 from eval.paper.settings import SCENARIOS, headline
 
@@ -116,6 +117,16 @@ def test_each_provider_of_a_mixture_follows_its_own_policy() -> None:
     mixed.decide(batch.views, batch.active, batch.dice, actions)
     np.testing.assert_allclose(actions.terms[0, 1:, 2], ACCEPT)
     np.testing.assert_array_equal(actions.terms[1, 2], before)
+
+
+def test_load_is_what_comes_over_what_can_be_served() -> None:
+    scenario = load("paper/participation")
+    whole, gone = load_between(scenario, 0, 400), load_between(scenario, 400, 700)
+    assert gone.market == pytest.approx(1.5 * whole.market)  # three equal nodes, then two
+    assert gone.least == gone.most == pytest.approx(gone.market)
+    swing = load_between(load("paper/alternating"), 0, 300)
+    assert swing.most == pytest.approx(4 * swing.least)
+    assert swing.market == pytest.approx((swing.most + swing.least) / 2)
 
 
 def cells(single: float, www_serve: float) -> dict:

@@ -223,6 +223,35 @@ def tables(published: Mapping[str, float] | None, data: Tree) -> list[Table]:
     return found
 
 
+def lines(published: Mapping[str, float] | None, data: Tree) -> list[Sequence[str]]:
+    """Win rates or served requests, and credits, of the classes in the published order."""
+    names, ours = data["classes"], data["policies"][PUBLISHED]
+    order = " > ".join(f"`{each}`" for each in names)
+    grown = ", ".join(f"{x[0]:.0f}" for x in ours["grown"])
+    if published is None:
+        last = ours["last_stake"][-1]
+        return [
+            (f"credits gained: {', '.join(names)}", order, grown),
+            (
+                f"stake of `{names[-1]}` at the end",
+                "lost",
+                f"{shown(last, 2)}, of others {ours['last_stake'][0][0]:.2f}",
+            ),
+        ]
+    if any(ours["duels"]):
+        rates = ", ".join(f"{published[each]:.2f}" for each in names)
+        return [
+            (f"duels won: {', '.join(names)}", rates, ", ".join(shown(x, 3) for x in ours["win_rate"])),
+            ("credits gained, in the same order", order, grown),
+        ]
+    total = sum(published.values())
+    shares = ", ".join(f"{published[each] / total:.3f}" for each in names)
+    return [
+        (f"requests served, share: {', '.join(names)}", shares, ", ".join(shown(x, 3) for x in ours["share"])),
+        ("credits gained, in the same order", order, grown),
+    ]
+
+
 def ordered(measured: Tree) -> bool:
     """Whether credits grew in the order of the classes, the first the most."""
     return all(apart[0] > 0 for apart in measured["grown_apart"])
@@ -339,7 +368,7 @@ def _experiment(
     scenario = f"paper/{name}"
     return Experiment(
         name, title, (scenario,), text, name, partial(run, scenario), partial(draw, name, published),
-        partial(tables, published), findings, why,
+        partial(tables, published), partial(lines, published), findings, why,
     )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """What an experiment is, and what several of them use: the best rule, the load of a scenario, numbers as text."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agents.hardware import profile
 from agents.rules import Policy, Rule
@@ -47,6 +48,8 @@ class Experiment(NamedTuple):
     draw: Callable[[Tree, Path], list[Path]]
     """Draws its data into a folder; the files, PNG and SVG."""
     tables: Callable[[Tree], list[Table]]
+    lines: Callable[[Tree], list[Sequence[str]]]
+    """Its numbers beside the published ones: what is measured, as published, as it is here."""
     findings: Callable[[Tree], list[str]]
     """What agrees with the paper and what does not, in sentences with their numbers."""
     why: str
@@ -86,17 +89,21 @@ def load_between(scenario: Scenario, from_s: float, until_s: float) -> Load:
     return Load(sum(rates) / sum(capacities), min(own), max(own))
 
 
-def best_rule(scenario: Scenario, seeds: Sequence[int]) -> Policy:
-    """Of every rule with its defaults or tuned for a kind of market, the one with the highest mean score here."""
+def rule_scores(scenario: Scenario, seeds: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+    """The score with each seed of every rule, with its defaults or tuned for a kind of market, by its name."""
     plans = [plan(scenario, seed) for seed in seeds]
-    rules = yardsticks()
-    means = [float(np.nanmean(scores(rule, plans))) for rule in rules]
-    return rules[int(np.argmax(means))]
+    return {rule.name: scores(rule, plans) for rule in yardsticks()}
+
+
+def best_of(measured: Mapping[str, NDArray[np.float64]]) -> Policy:
+    """The rule with the highest mean."""
+    best = max(measured, key=lambda name: float(np.nanmean(measured[name])))
+    return next(rule for rule in yardsticks() if rule.name == best)
 
 
 def contenders(scenario: Scenario, seeds: Sequence[int]) -> dict[str, Policy | Oracle]:
     """The published policy, the best rule here and the learned policy, by the names that figures give them."""
-    return {PUBLISHED: Rule(PUBLISHED), BEST_RULE: best_rule(scenario, seeds), LEARNED: load_policy(LEARNED)}
+    return {PUBLISHED: Rule(PUBLISHED), BEST_RULE: best_of(rule_scores(scenario, seeds)), LEARNED: load_policy(LEARNED)}
 
 
 def pair(values: MeanCi) -> list[float | None]:

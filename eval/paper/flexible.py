@@ -141,6 +141,28 @@ def tables(data: Tree) -> list[Table]:
     ]
 
 
+def lines(data: Tree) -> list[Sequence[str]]:
+    """Running requests by stake and acceptance, attainment by offloading."""
+    stake, accept = data["stake"][PUBLISHED]["mean"], data["acceptance"]["mean"]
+    return [
+        (
+            f"requests running at stakes of {', '.join(f'{x:g}' for x in data['stakes'])}",
+            "more with more stake",
+            ", ".join(f"{x[0]:.1f}" for x in stake),
+        ),
+        (
+            f"requests running at acceptance of {', '.join(f'{x:g}' for x in data['accept'])}",
+            "more with more acceptance",
+            ", ".join(f"{x[0]:.1f}" for x in accept),
+        ),
+        (
+            f"SLO AUC at offload frequencies of {', '.join(f'{x[0]:g}' for x in data['offload'])}",
+            "more with more offloading",
+            ", ".join(f"{x[1]:.3f}" for x in data["offload"]),
+        ),
+    ]
+
+
 def findings(data: Tree) -> list[str]:
     """Whether requests follow stake and acceptance, and what offloading brings."""
     stake = [x[0] for x in data["stake"][PUBLISHED]["mean"]]
@@ -173,6 +195,7 @@ POLICY = Experiment(
     run,
     draw,
     tables,
+    lines,
     findings,
     f"A probe that is refused goes to the next candidate, up to {RULES[PUBLISHED]['probes'].default:g} in all, so "
     "shares follow neither stake nor acceptance in proportion. Levels and loads are our choice.",

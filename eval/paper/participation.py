@@ -113,6 +113,18 @@ def tables(data: Tree) -> list[Table]:
     return [Table(["mean latency by arrival, s", *head, "SLO AUC", "unanswered"], rows)]
 
 
+def lines(data: Tree) -> list[Sequence[str]]:
+    """Mean latency as nodes leave and join."""
+    here = ", ".join(f"{x[0]:.0f}" for x in data["policies"][PUBLISHED]["stretches_s"])
+    return [
+        (
+            f"mean latency with {', '.join(map(str, data['online']))} nodes, s",
+            "rises as nodes leave, falls as they join",
+            here,
+        )
+    ]
+
+
 def findings(data: Tree) -> list[str]:
     """Latency with fewer nodes and with more again, by policy."""
     stretches = {name: [x[0] for x in found["stretches_s"]] for name, found in data["policies"].items()}
@@ -140,6 +152,7 @@ PARTICIPATION = Experiment(
     run,
     draw,
     tables,
+    lines,
     findings,
     "Where load is above 1, requests pile up under every policy, so latency follows the load. Which nodes come and "
     "go, and when, is our choice; the paper gives no numbers for this figure. `single` only ever gets worse, as the "

@@ -34,6 +34,12 @@ def intro(experiments: Sequence[Experiment], options: Tree) -> list[str]:
     ]
 
 
+def summary(experiments: Sequence[Experiment], data: Mapping[str, Tree]) -> Table:
+    """Every figure's numbers beside the published ones."""
+    rows = [(each.title, *line) for each in experiments for line in each.lines(data[each.data])]
+    return Table(["figure", "what", "published", "here, `www_serve`"], rows)
+
+
 def command(experiments: Sequence[Experiment], options: Tree) -> str:
     """The command that makes this report again."""
     names = [] if options["all"] else [each.name for each in experiments]
@@ -43,6 +49,7 @@ def command(experiments: Sequence[Experiment], options: Tree) -> str:
 def as_html(experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree, files: Mapping) -> str:
     """One page with all images in it, that asks for nothing from anywhere. `files` are the images by experiment."""
     parts = [f"<h1>{TITLE}</h1>", *(f"<p>{_inline(text)}</p>" for text in intro(experiments, options))]
+    parts.append(_table_html(summary(experiments, data)))
     for each in experiments:
         parts.append(f'<h2 id="{each.name}">{html.escape(each.title)}</h2>')
         scenarios = ", ".join(f"`{name}`" for name in each.scenarios)
@@ -64,7 +71,7 @@ def as_markdown(
     experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree, files: Mapping, folder: str
 ) -> str:
     """The same as Markdown, its images in `folder`."""
-    parts = [f"# {TITLE}", *intro(experiments, options)]
+    parts = [f"# {TITLE}", *intro(experiments, options), _table_markdown(summary(experiments, data))]
     for each in experiments:
         scenarios = ", ".join(f"`{name}`" for name in each.scenarios)
         parts += [f"## {each.title}", f"{each.published} Here: {scenarios}."]
