@@ -157,6 +157,7 @@ def test_orders_with_levels() -> None:
         (["nothing"], r"unknown figure 'nothing', expected slo, latency"),
         (["slo", "--docs", "x"], r"--docs needs every figure"),
         (["--seeds", "1"], r"expected an integer of at least 2"),
+        (["slo", "--out", "/dev/null/x"], r"--out /dev/null/x: Not a directory"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(

@@ -72,6 +72,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UsageError(f"unknown figure {name!r}, expected {', '.join(NAMES)}")
     if args.docs is not None and args.figures:
         raise UsageError("--docs needs every figure")
+    for option, folder in (("--out", args.out), ("--docs", args.docs)):
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{option} {folder}: {error.strerror}") from None
     return args
 
 

@@ -33,7 +33,6 @@ LOADS = (0.5, 1.0, 2.0, 4.0)  # times the scenario's
 SELECTION_SEEDS = 8  # for the best rule
 SERVED_ATTENTION = {"flashinfer": 788, "triton": 786, "sdpa": 426}
 SERVED_HARDWARE = {"a100-80g": 1717, "rtx-4090": 1195, "rtx-3090": 1088}
-QUALITY = {"high": None, "mid": None, "low": None, "random": None}  # published as an order alone
 ROUNDING = 0.005  # of a published rate
 LEVEL = 0.015  # two shares of served requests nearer than this are level
 _DRAWN = (("-", "o", "0.0"), ("--", "s", "0.25"), ("-.", "^", "0.45"), (":", "x", "0.0"))
