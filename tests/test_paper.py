@@ -13,7 +13,7 @@ from envs.batch import MarketBatch
 from envs.scenario import load
 from eval import regret
 from eval.paper import credits
-from eval.paper.command import EXPERIMENTS, NAMES, main, make
+from eval.paper.command import EXPERIMENTS, NAMES, main, make, policy_digest
 from eval.paper.experiment import load_between
 from eval.paper.flexible import ACCEPT, Mixed
 from eval.paper.settings import SCENARIOS, headline
@@ -168,11 +168,12 @@ def test_what_cannot_be_done_is_said_in_one_line(
     assert re.search(told, error) and error.count("\n") == 1
 
 
-def test_the_documentation_is_what_the_command_wrote() -> None:
+def test_the_documentation_is_what_the_command_wrote_with_the_shipped_policy() -> None:
     docs = Path(__file__).parent.parent / "docs"
     text = (docs / "paper.md").read_text(encoding="utf-8")
     for experiment in EXPERIMENTS:
         assert f"## {experiment.title}\n" in text
         assert experiment.why in text
+    assert f"`{policy_digest()}`" in text  # else run it again: python -m eval.paper --docs docs
     images = re.findall(r"\]\((paper/[^)]+)\)", text)
     assert len(images) == 10 and all((docs / name).is_file() for name in images)

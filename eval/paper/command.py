@@ -1,12 +1,14 @@
 """The command `python -m eval.paper [FIGURE...]`: run, draw and write up the paper's experiments."""
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from agents.bundle import DEFAULT_BUNDLE, WEIGHTS
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import FIRST_TEST_SEED, write_json
 from eval.paper import credits, flexible, participation, report, settings
@@ -33,6 +35,11 @@ def _data(seeds: Sequence[int], name: str) -> Tree:
     return next(x for x in EXPERIMENTS if x.data == name).run(seeds)
 
 
+def policy_digest() -> str:
+    """Beginning of the SHA-256 of the shipped policy's weights."""
+    return hashlib.sha256((DEFAULT_BUNDLE / WEIGHTS).read_bytes()).hexdigest()[:12]
+
+
 def make(
     names: Sequence[str], seeds: Sequence[int], out: Path, *, processes: int = 1, docs: Path | None = None
 ) -> dict[str, Tree]:
@@ -43,7 +50,13 @@ def make(
     experiments = [x for x in EXPERIMENTS if x.name in names]
     keys = list(dict.fromkeys(x.data for x in experiments))
     data = dict(zip(keys, each(partial(_data, seeds), keys, processes), strict=True))
-    options = {"seeds": len(seeds), "first_seed": seeds[0], "all": len(experiments) == len(EXPERIMENTS)}
+    options = {
+        "seeds": len(seeds),
+        "first_seed": seeds[0],
+        "all": len(experiments) == len(EXPERIMENTS),
+        "policy": policy_digest(),
+        "docs": None if docs is None else docs.as_posix(),
+    }
     out.mkdir(parents=True, exist_ok=True)
     files = {x.name: x.draw(data[x.data], out / "figures") for x in experiments}
     write_json(out / "paper.json", {"options": options, "figures": data})

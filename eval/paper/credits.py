@@ -4,7 +4,7 @@ In each of these scenarios one provider has all users, and the others, named `CL
 cannot. They have no users of their own, so all that they own they earned or won.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -362,7 +362,12 @@ def in_order(shares: Sequence[float], wanted: Sequence[float]) -> bool:
 
 
 def _experiment(
-    name: str, title: str, text: str, published: Mapping[str, float] | None, findings, why: str
+    name: str,
+    title: str,
+    text: str,
+    published: Mapping[str, float] | None,
+    findings: Callable[[Tree], list[str]],
+    why: str,
 ) -> Experiment:
     scenario = f"paper/{name}"
     return Experiment(

@@ -29,7 +29,8 @@ def intro(experiments: Sequence[Experiment], options: Tree) -> list[str]:
         "paper's own.",
         f"Made by `{command(experiments, options)}`, which gives the same numbers every time: {options['seeds']} seeds "
         f"from {options['first_seed']} on, every policy on the same arrivals; ± is the half-width of a 95 % interval "
-        "over seeds, of duels Wilson's. `learned` is the policy that is shipped, `best rule` that of all rules, with "
+        "over seeds, of duels Wilson's. `learned` is the policy that is shipped (its weights' SHA-256 begins with "
+        f"`{options['policy']}`), `best rule` that of all rules, with "
         "their defaults or tuned for one kind of market, which scores highest in the scenario shown.",
     ]
 
@@ -43,7 +44,8 @@ def summary(experiments: Sequence[Experiment], data: Mapping[str, Tree]) -> Tabl
 def command(experiments: Sequence[Experiment], options: Tree) -> str:
     """The command that makes this report again."""
     names = [] if options["all"] else [each.name for each in experiments]
-    return " ".join(["python -m eval.paper", *names, f"--seeds {options['seeds']}"])
+    docs = [f"--docs {options['docs']}"] if options["docs"] else []
+    return " ".join(["python -m eval.paper", *names, f"--seeds {options['seeds']}", *docs])
 
 
 def as_html(experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree, files: Mapping) -> str:
