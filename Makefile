@@ -1,5 +1,6 @@
 # make train   learn a policy           make train ARGS="--help" lists its arguments
 # make test    every check that CI runs
+# make paper   the experiments of WWW.Serve, as runs/paper/report.html; minutes on 2 cores
 # make clean   back to a fresh clone; results in runs/ and wandb/ stay
 
 PYTHON ?= python3
@@ -11,10 +12,13 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: train test clean
+.PHONY: train test paper clean
 
 train: $(INSTALLED)
 	$(BIN)/python train/mappo.py $(ARGS)
+
+paper: $(INSTALLED)
+	$(BIN)/python -m eval.paper $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -175,12 +175,14 @@ class Model:
     """Sizes of a released model; bf16 weights and KV cache."""
 
     parameters: int
+    embedding: int
+    """Of these, the embedding's and an untied output head's, which quantization leaves in bf16."""
     layers: int
     kv_heads: int
     head_dim: int
     max_model_len: int
     strength: float
-    """Bradley-Terry log-strength: the model wins a duel against another with probability 1 / (1 + exp(other - own))."""
+    """Bradley-Terry log-strength: a judge prefers its answer to another's with chance 1 / (1 + exp(other - own))."""
     source: str
 
     @property
@@ -188,24 +190,75 @@ class Model:
         """Bytes of the weights in bf16."""
         return 2 * self.parameters
 
+    def quantized_bytes(self, bytes_per_weight: float) -> float:
+        """Bytes of the weights with all but the embedding at `bytes_per_weight`."""
+        return 2 * self.embedding + bytes_per_weight * (self.parameters - self.embedding)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in bf16."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
-# Parameters are counted from the shapes in config.json (tied embeddings once). Strengths of qwen3-8b, 4b and 0.6b solve
-# a round robin of the three for the win rates 0.57, 0.53 and 0.39 that WWW.Serve (arXiv 2603.20661) reports. The rest
-# are guesses: qwen3-14b continues the line from 4b to 8b over log parameters, llama-3-8b lies halfway between 0.6b and
-# 4b, llama-2-7b is level with 0.6b.
+# Parameters are counted from the shapes in config.json (tied embeddings once). Strengths of qwen3-8b, 4b and 0.6b are
+# those with which a round robin of the three, three judges a duel, comes to the win rates 0.57, 0.53 and 0.39 that
+# WWW.Serve (arXiv 2603.20661) reports: `python -m eval.strength`. The rest are guesses: qwen3-14b continues the line
+# from 4b to 8b over log parameters, llama-3-8b lies halfway between 0.6b and 4b, llama-2-7b is level with 0.6b.
 MODELS: dict[str, Model] = {
-    "qwen3-0.6b": Model(596_049_920, 28, 8, 128, 40960, -0.289, "Qwen/Qwen3-0.6B config.json"),
-    "qwen3-4b": Model(4_022_468_096, 36, 8, 128, 40960, 0.090, "Qwen/Qwen3-4B config.json"),
-    "qwen3-8b": Model(8_190_735_360, 36, 8, 128, 40960, 0.199, "Qwen/Qwen3-8B config.json"),
-    "qwen3-14b": Model(14_768_307_200, 40, 8, 128, 40960, 0.289, "Qwen/Qwen3-14B config.json"),
-    "llama-3-8b": Model(8_030_261_248, 32, 8, 128, 8192, -0.099, "meta-llama/Meta-Llama-3-8B config.json"),
-    "llama-2-7b": Model(6_738_415_616, 32, 32, 128, 4096, -0.289, "meta-llama/Llama-2-7b-hf config.json"),
+    "qwen3-0.6b": Model(596_049_920, 155_582_464, 28, 8, 128, 40960, -0.192, "Qwen/Qwen3-0.6B config.json"),
+    "qwen3-4b": Model(4_022_468_096, 388_956_160, 36, 8, 128, 40960, 0.060, "Qwen/Qwen3-4B config.json"),
+    "qwen3-8b": Model(8_190_735_360, 1_244_659_712, 36, 8, 128, 40960, 0.132, "Qwen/Qwen3-8B config.json"),
+    "qwen3-14b": Model(14_768_307_200, 1_555_824_640, 40, 8, 128, 40960, 0.192, "Qwen/Qwen3-14B config.json"),
+    "llama-3-8b": Model(8_030_261_248, 1_050_673_152, 32, 8, 128, 8192, -0.066, "Meta-Llama-3-8B config.json"),
+    "llama-2-7b": Model(6_738_415_616, 262_144_000, 32, 32, 128, 4096, -0.192, "Llama-2-7b-hf config.json"),
 }
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of the linear layers are stored; activations, embedding and KV cache stay in bf16.
+
+    Only what is read changes: a step bound by compute takes as long as in bf16.
+    """
+
+    bytes_per_weight: float
+    """With the scales and zero points of its groups."""
+    strength: float
+    """Added to the model's log-strength in duels."""
+    source: str
+
+
+# A group of int4 weights has a scale and a zero point in bf16: 4 bytes. That fp8 costs no quality is a guess; the other
+# two strengths follow from it by the win rates 0.54, 0.49 and 0.47 that WWW.Serve reports: `python -m eval.strength`.
+QUANTIZATIONS: dict[str, Quantization] = {
+    "bf16": Quantization(2.0, 0.0, "weights as released"),
+    "fp8wo": Quantization(1.0, 0.0, "torchao Float8WeightOnlyConfig: a scale a channel"),
+    "int4wo-128": Quantization(0.5 + 4 / 128, -0.089, "torchao Int4WeightOnlyConfig, group size 128"),
+    "int4wo-32": Quantization(0.5 + 4 / 32, -0.125, "torchao Int4WeightOnlyConfig, group size 32"),
+}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What reads the KV cache in decode."""
+
+    kv_passes: float
+    """How often it moves the keys and values of the context through memory."""
+    launches: int
+    """Kernels launched for each sequence and layer, one after the other; 0 if one serves the whole batch."""
+    source: str
+
+
+LAUNCH_S = 5e-6  # an eager PyTorch operation takes the host 5 to 25 us; the lower end
+ATTENTIONS: dict[str, Attention] = {
+    "flashinfer": Attention(1.0, 0, "one paged kernel for the batch, as in the engines that the fits are of"),
+    "triton": Attention(1.0, 0, "level with the best CUDA kernels (105.9 %): Ringlein et al., arXiv 2511.11581"),
+    "sdpa": Attention(
+        3.0, 5,
+        "SGLang torch_native_backend.py: for each sequence, gathers its keys and values (read, write, read again) in "
+        "three kernels, then attends and stores",
+    ),
+}  # fmt: skip
 
 # `fit` over every row of `iteration_times()`: weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s.
 FITTED: dict[tuple[str, str], tuple[float, float, float, float, float]] = {
@@ -248,25 +301,38 @@ def _roofline(gpu: Gpu, model: Model) -> tuple[float, float, float, float, float
     return weight_s, per_seq_s, per_kv_token_s, _PREFILL_BASE_SHARE * weight_s, per_token_s
 
 
-def profile(gpu: str, model: str, max_num_seqs: int = 256, memory_utilization: float = 0.9) -> Profile:
-    """Profile of a catalogue `model` served in bf16 on one catalogue `gpu`.
+def profile(
+    gpu: str,
+    model: str,
+    max_num_seqs: int = 256,
+    memory_utilization: float = 0.9,
+    *,
+    quantization: str = "bf16",
+    attention: str = "flashinfer",
+) -> Profile:
+    """Profile of a catalogue `model` served on one catalogue `gpu`.
 
     `memory_utilization` is the share of GPU memory that the engine may use. What weights and `RESERVED_BYTES` leave of
     it is KV cache; `max_model_len` is the model's own, or the KV cache where that is smaller, as an operator has to
     set it. Raises ValueError for an unknown name, and for a pair that leaves less than `MIN_KV_TOKENS`.
     """
-    if gpu not in GPUS:
-        raise ValueError(f"unknown gpu {gpu!r}, known: {', '.join(GPUS)}")
-    if model not in MODELS:
-        raise ValueError(f"unknown model {model!r}, known: {', '.join(MODELS)}")
+    for what, name, known in (
+        ("gpu", gpu, GPUS),
+        ("model", model, MODELS),
+        ("quantization", quantization, QUANTIZATIONS),
+        ("attention", attention, ATTENTIONS),
+    ):
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}, known: {', '.join(known)}")
     if not 0 < memory_utilization <= 1:
         raise ValueError(f"memory_utilization must be in (0, 1], got {memory_utilization!r}")
     card, sizes = GPUS[gpu], MODELS[model]
-    kv_bytes = card.memory_gib * 2**30 * memory_utilization - sizes.weight_bytes - RESERVED_BYTES
+    weight_bytes = sizes.quantized_bytes(QUANTIZATIONS[quantization].bytes_per_weight)
+    kv_bytes = card.memory_gib * 2**30 * memory_utilization - weight_bytes - RESERVED_BYTES
     kv_blocks = math.floor(kv_bytes / (sizes.kv_bytes_per_token * BLOCK_TOKENS))
     if kv_blocks * BLOCK_TOKENS < MIN_KV_TOKENS:
         raise ValueError(
-            f"{model} does not fit on {gpu}: {sizes.weight_bytes / 1e9:.1f} GB of weights leave "
+            f"{model} does not fit on {gpu}: {weight_bytes / 1e9:.1f} GB of weights leave "
             f"{max(kv_blocks, 0) * BLOCK_TOKENS} KV tokens of {card.memory_gib * memory_utilization:.1f} GiB, "
             f"at least {MIN_KV_TOKENS} are needed"
         )
@@ -274,8 +340,20 @@ def profile(gpu: str, model: str, max_num_seqs: int = 256, memory_utilization: f
         coefficients, source = FITTED[gpu, model], _FITTED_SOURCE
     else:
         coefficients, source = _roofline(card, sizes), f"roofline: {card.source}; {sizes.source}"
+    weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s = coefficients
+    if quantization != "bf16":
+        weight_s *= weight_bytes / sizes.weight_bytes
+        prefill_base_s *= weight_bytes / sizes.weight_bytes
+        source += f"; {quantization}: {QUANTIZATIONS[quantization].source}"
+    if attention != "flashinfer":
+        per_seq_s += ATTENTIONS[attention].launches * sizes.layers * LAUNCH_S
+        per_kv_token_s *= ATTENTIONS[attention].kv_passes
+        source += f"; {attention}: {ATTENTIONS[attention].source}"
     max_model_len = min(sizes.max_model_len, kv_blocks * BLOCK_TOKENS)
-    return Profile(*coefficients, kv_blocks, max_num_seqs, CHUNK_TOKENS, max_model_len, source)
+    return Profile(
+        weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s, kv_blocks, max_num_seqs, CHUNK_TOKENS,
+        max_model_len, source,
+    )  # fmt: skip
 
 
 # Columns of a table of iteration times.

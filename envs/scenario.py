@@ -170,6 +170,10 @@ class Provider:
     """A name in `agents.hardware.GPUS`."""
     model: str = "qwen3-8b"
     """A name in `agents.hardware.MODELS`."""
+    quantization: str = "bf16"
+    """A name in `agents.hardware.QUANTIZATIONS`."""
+    attention: str = "flashinfer"
+    """A name in `agents.hardware.ATTENTIONS`."""
     max_num_seqs: int = 64
     """Most requests that the engine runs at once, 1 to `MAX_SLOTS`."""
     serves: tuple[str, ...] = ()
@@ -181,7 +185,11 @@ class Provider:
     """Windows in which it takes part. One that reaches the end of arrivals has an infinite end: through the drain."""
     misreport: Misreport | None = None
     strength: float | None = None
-    """Log-strength in duels, in place of the model's; -20 to 20."""
+    """Log-strength in duels, in place of its model's and quantization's; -20 to 20."""
+    initial_credit: float | None = None
+    """Its free credit at the start, in place of the economy's."""
+    initial_stake: float | None = None
+    """Its staked credit at the start, in place of the economy's."""
 
     def __post_init__(self) -> None:
         if not self.serves:
@@ -464,6 +472,8 @@ def _provider_checks(duration_s: float, folder: Path | None) -> Checks:
         "name": _text,
         "gpu": _choice(hardware.GPUS),
         "model": _choice(hardware.MODELS),
+        "quantization": _choice(hardware.QUANTIZATIONS),
+        "attention": _choice(hardware.ATTENTIONS),
         "max_num_seqs": _integer(1, MAX_SLOTS),
         "serves": _serves,
         "lengths": _record(Lengths, {"prompt": _lognormal, "output": _lognormal}),
@@ -471,6 +481,8 @@ def _provider_checks(duration_s: float, folder: Path | None) -> Checks:
         "online_s": _online(duration_s),
         "misreport": _optional(_misreport(duration_s)),
         "strength": _optional(_number(-20, 20)),
+        "initial_credit": _optional(_number(0, 1e9)),
+        "initial_stake": _optional(_number(0, 1e9)),
     }
 
 
@@ -578,7 +590,13 @@ def _check_providers(at: _At, scenario: Scenario) -> None:
             )
         seen[provider.name] = i
         try:
-            hardware.profile(provider.gpu, provider.model, provider.max_num_seqs)
+            hardware.profile(
+                provider.gpu,
+                provider.model,
+                provider.max_num_seqs,
+                quantization=provider.quantization,
+                attention=provider.attention,
+            )
         except ValueError as error:
             replace(place, path=f"{place.path}.model", value=provider.model).fail(
                 f"a model that fits on {provider.gpu} ({error})"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from agents.decision import CANDIDATES, PRICES, TERMS_SIZE
 from agents.dice import WORDS, make_dice
-from agents.hardware import MODELS, Profile, profile
+from agents.hardware import MODELS, QUANTIZATIONS, Profile, profile
 from agents.kernel import records
 from agents.knowledge import (
     AD_MEAN_OUTPUT,
@@ -271,7 +271,10 @@ def plan(scenario: Scenario, seed: int) -> MarketPlan:
         scenario=scenario,
         seed=seed,
         traffic=arrivals(scenario, seed),
-        profiles=tuple(profile(p.gpu, p.model, p.max_num_seqs) for p in scenario.providers),
+        profiles=tuple(
+            profile(p.gpu, p.model, p.max_num_seqs, quantization=p.quantization, attention=p.attention)
+            for p in scenario.providers
+        ),
         known=known,
         deadlines=deadlines,
         mean_prompt=np.array([expected_prompt(p).mean for p in scenario.providers]),
@@ -370,14 +373,15 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
         p["windows"][0, : len(provider.online_s)] = provider.online_s
         lie = provider.misreport or Misreport(1.0, 1.0, np.inf, np.inf)
         p["lie_load"], p["lie_speed"], p["lie_from_s"], p["lie_until_s"] = lie.load, lie.speed, lie.from_s, lie.until_s
-        p["strength"] = MODELS[provider.model].strength if provider.strength is None else provider.strength
+        strength = MODELS[provider.model].strength + QUANTIZATIONS[provider.quantization].strength
+        p["strength"] = strength if provider.strength is None else provider.strength
+        credit = economy.initial_credit if provider.initial_credit is None else provider.initial_credit
+        stake = economy.initial_stake if provider.initial_stake is None else provider.initial_stake
+        markets.accounts[b, i, FREE], markets.accounts[b, i, STAKED] = round(credit * MICRO), round(stake * MICRO)
         p["max_len"] = min(planned_profile.max_model_len, planned_profile.kv_tokens)
         write_profile(p["own"][0], planned_profile.row(), 1.0)
         reset_engine(engines[i], planned_profile.row())
 
-    stake = round(economy.initial_stake * MICRO)
-    markets.accounts[b, :n, FREE] = round(economy.initial_credit * MICRO)
-    markets.accounts[b, :n, STAKED] = stake
     m["minted"] = markets.accounts[b].sum()
     markets.adverts[b, :, AD_TIME_S] = NO_TIME
     markets.dealings[b] = make_dealings(*markets.dealings.shape[1:3])

@@ -36,6 +36,7 @@ _STYLES: dict[str, tuple[Any, str, str]] = {
     "rank_cap": ((0, (7, 2)), "P", "#e69f00"),
     "trust_cap": ((0, (4, 1, 1, 1, 1, 1, 1, 1)), "d", "#117733"),
     "best_value": ((0, (1, 1)), "<", "#8c6bb1"),
+    "best rule": ("--", "s", "#009e73"),
     "centralized": ("--", "1", "#333333"),
     "omniscient": ("-.", "2", "#333333"),
 }
@@ -43,8 +44,7 @@ _OTHERS = (("-", "H", "#a6761d"), ("--", ">", "#1b7837"), ("-.", "X", "#762a83")
            ((0, (9, 2, 1, 2)), "h", "#4d4d4d"), ((0, (2, 2)), "8", "#006d5b"),
            ((0, (6, 3)), "4", "#5a3d8a"), ((0, (8, 1, 1, 1)), "|", "#8a3d5a"), ((0, (3, 3)), "_", "#3d5a8a"),
            ((0, (1, 2, 4, 2)), "$o$", "#5a8a3d"))  # fmt: skip
-_COLUMNS = 3  # panels in a row
-_SETTINGS = {
+SETTINGS = {
     "figure.dpi": 150,
     "font.size": 9,
     "axes.spines.top": False,
@@ -85,30 +85,35 @@ def draw(result_file: Path, out: Path, training: Path | None = None) -> list[Pat
 def draw_comparison(result: Tree, out: Path) -> list[Path]:
     """`slo`, `latency` and `latency-summary` from what `eval.compare.compare` returns; the files written."""
     cells = result["scenarios"]
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         return [
-            *_save(_by_scenario(cells, _slo_panel, "share of requests within the threshold"), out, "slo"),
-            *_save(_by_scenario(cells, _latency_panel, "share of requests answered within it"), out, "latency"),
-            *_save(_latency_summary(cells), out, "latency-summary"),
+            *save(by_scenario(cells, slo_panel, "share of requests within the threshold"), out, "slo"),
+            *save(by_scenario(cells, latency_panel, "share of requests answered within it"), out, "latency"),
+            *save(latency_summary(cells), out, "latency-summary"),
         ]
 
 
 def draw_learning(progress: Sequence[Tree], out: Path) -> list[Path]:
     """`learning` from the lines of a training log; the files written."""
-    with plt.rc_context(_SETTINGS):
-        return _save(_learning(progress), out, "learning")
+    with plt.rc_context(SETTINGS):
+        return save(_learning(progress), out, "learning")
 
 
-def _style(name: str, names: Sequence[str]) -> dict[str, Any]:
+def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
     """How a policy is drawn; those without a style of their own get one by their place among these."""
     unknown = [each for each in names if each not in _STYLES]
     line, marker, color = _STYLES[name] if name in _STYLES else _OTHERS[unknown.index(name) % len(_OTHERS)]
     return {"linestyle": line, "marker": marker, "color": color, "label": name, "markerfacecolor": "none"}
 
 
-def _panels(count: int, height: float, labels: Iterable[str]) -> tuple[Figure, list[Axes]]:
+def _in_row(count: int) -> int:
+    """Panels side by side: at most three, four as two and two."""
+    return 2 if count == 4 else min(count, 3)
+
+
+def panels(count: int, height: float, labels: Iterable[str]) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, `height` inches each, and room to their right for a legend with these labels."""
-    columns = min(count, _COLUMNS)
+    columns = _in_row(count)
     rows = math.ceil(count / columns)
     size = (3.3 * columns + 0.8 + 0.07 * max(map(len, labels)), height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -117,31 +122,31 @@ def _panels(count: int, height: float, labels: Iterable[str]) -> tuple[Figure, l
     return figure, list(axes.flat[:count])
 
 
-def _by_scenario(cells: Tree, panel: Any, label: str) -> Figure:
-    figure, axes = _panels(len(cells), 2.9, next(iter(cells.values())))
+def by_scenario(cells: Tree, panel: Any, label: str) -> Figure:
+    figure, axes = panels(len(cells), 2.9, next(iter(cells.values())))
     for each, (scenario, policies) in zip(axes, cells.items(), strict=True):
         panel(each, policies)
         each.set_title(scenario)
         each.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-    for each in axes[::_COLUMNS]:
+    for each in axes[:: _in_row(len(axes))]:
         each.set_ylabel(label)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
-def _slo_panel(axes: Axes, policies: Tree) -> None:
+def slo_panel(axes: Axes, policies: Tree) -> None:
     """Attainment against the threshold, with 95 % intervals over seeds."""
     for name, cell in policies.items():
         points = [(float(key), mean, half or 0.0) for key, (mean, half) in cell["slo"].items() if mean is not None]
         if points:
             x, mean, half = np.array(points).T
-            style = _style(name, list(policies))
+            style = style_of(name, list(policies))
             axes.plot(x, mean, **style)
             axes.fill_between(x, mean - half, np.minimum(mean + half, 1.0), color=style["color"], alpha=0.1, lw=0)
     axes.set_xlabel("latency threshold (s)")
 
 
-def _latency_panel(axes: Axes, policies: Tree) -> None:
+def latency_panel(axes: Axes, policies: Tree) -> None:
     """Distribution of latency over all requests: quantiles of the finished, scaled by their share."""
     for name, cell in policies.items():
         if cell["requests"] == cell["unfinished"]:
@@ -149,7 +154,7 @@ def _latency_panel(axes: Axes, policies: Tree) -> None:
         finished = 1 - cell["unfinished"] / cell["requests"]
         quantiles = cell["latency_s"]["quantiles"]
         shares = finished * np.arange(1, len(quantiles) + 1) / (len(quantiles) + 1)
-        axes.plot(quantiles, shares, markevery=(4, 12), **_style(name, list(policies)))
+        axes.plot(quantiles, shares, markevery=(4, 12), **style_of(name, list(policies)))
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)
     axes.set_xlabel("latency (s)")
@@ -158,10 +163,10 @@ def _latency_panel(axes: Axes, policies: Tree) -> None:
 _SUMMARY = (("p50", "o", "white"), ("mean", "x", "black"), ("p90", "s", "white"), ("p99", "D", "#999999"))
 
 
-def _latency_summary(cells: Tree) -> Figure:
+def latency_summary(cells: Tree) -> Figure:
     """Mean and percentiles by policy, with 95 % intervals over seeds."""
     names = list(next(iter(cells.values())))
-    figure, axes = _panels(len(cells), 0.9 + 0.2 * len(names), names)
+    figure, axes = panels(len(cells), 0.9 + 0.2 * len(names), names)
     for k, (each, (scenario, policies)) in enumerate(zip(axes, cells.items(), strict=True)):
         places = np.arange(len(policies))
         for key, marker, face in _SUMMARY:
@@ -172,12 +177,12 @@ def _latency_summary(cells: Tree) -> Figure:
                 mean, places, xerr=half, fmt=marker, color="black", markerfacecolor=face, label=key,
                 elinewidth=0.8, capsize=2, markersize=4.5, markeredgewidth=1.0,
             )  # fmt: skip
-        each.set_yticks(places, names if k % _COLUMNS == 0 else [])
+        each.set_yticks(places, names if k % _in_row(len(axes)) == 0 else [])
         each.invert_yaxis()
         each.set_xlim(left=0)
         each.set_xlabel("latency of finished requests (s)")
         each.set_title(scenario)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -186,29 +191,29 @@ def _learning(progress: Sequence[Tree]) -> Figure:
     rules = progress[0].get("rules", {})
     steps = np.array([line["agent_steps"] for line in progress]) / 1e6
     names = list(progress[0]["scores"])
-    figure, axes = _panels(len(names), 2.9, next(iter(rules.values()), ["learned"]))
+    figure, axes = panels(len(names), 2.9, next(iter(rules.values()), ["learned"]))
     for each, name in zip(axes, names, strict=True):
         for rule, level in rules.get(name, {}).items():
-            style = _style(rule, list(rules[name]))
+            style = style_of(rule, list(rules[name]))
             each.plot([steps[0], steps[-1]], [level, level], markevery=[1], clip_on=False, **{**style, "lw": 1.0})
-        style = _style("learned", ["learned"])
+        style = style_of("learned", ["learned"])
         each.plot(steps, [line["scores"][name] for line in progress], zorder=5, **{**style, "marker": None, "lw": 2.0})
         each.set_title(name)
         each.set_xlabel("agent steps (millions)")
-    for each in axes[::_COLUMNS]:
+    for each in axes[:: _in_row(len(axes))]:
         each.set_ylabel("SLO AUC, or goodput value")
-    _legend(figure, axes, f"{progress[-1]['seconds'] / 60:.0f} min of training")
+    legend(figure, axes, f"{progress[-1]['seconds'] / 60:.0f} min of training")
     return figure
 
 
-def _legend(figure: Figure, axes: Sequence[Axes], title: str | None = None) -> None:
+def legend(figure: Figure, axes: Sequence[Axes], title: str | None = None) -> None:
     """One legend for all panels, to their right."""
     entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
     place = {"loc": "outside right upper", "frameon": False, "handlelength": 3.6}
     figure.legend(entries.values(), entries.keys(), title=title, alignment="left", **place)
 
 
-def _save(figure: Figure, out: Path, name: str) -> list[Path]:
+def save(figure: Figure, out: Path, name: str) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{name}.png", out / f"{name}.svg"]
     figure.savefig(files[0])

@@ -1,6 +1,6 @@
 """Running a policy through a scenario in the simulated market."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ def rollout(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int], *
 
     The seed settles arrivals, lengths and every other chance: policies with the same seed face the same requests.
     """
-    return [each for plans in _chunks(scenario, seeds) for each in run(plans, policy, threads)]
+    return [each for plans in chunks(scenario, seeds) for each in run(plans, policy, threads)]
 
 
 def scores(policy: Policy | Oracle, plans: Sequence[MarketPlan], *, threads: int = 1) -> NDArray[np.float64]:
@@ -43,7 +43,7 @@ def scores(policy: Policy | Oracle, plans: Sequence[MarketPlan], *, threads: int
     return np.array([measured[name] for measured, name in named], np.float64)
 
 
-def _chunks(scenario: Scenario, seeds: Sequence[int]) -> Iterator[list[MarketPlan]]:
+def chunks(scenario: Scenario, seeds: Sequence[int]) -> Iterator[list[MarketPlan]]:
     """Plans in groups whose request arrays have at most `REQUESTS_AT_ONCE` entries, or of one plan."""
     plans: list[MarketPlan] = []
     widest = 0
@@ -58,8 +58,13 @@ def _chunks(scenario: Scenario, seeds: Sequence[int]) -> Iterator[list[MarketPla
         yield plans
 
 
-def run(plans: Sequence[MarketPlan], policy: Policy | Oracle, threads: int) -> list[Run]:
-    """Run `policy` for every provider of each planned market, to the end."""
+def run(
+    plans: Sequence[MarketPlan],
+    policy: Policy | Oracle,
+    threads: int,
+    watch: Callable[[MarketBatch], None] = lambda batch: None,
+) -> list[Run]:
+    """Run `policy` for every provider of each planned market, to the end; `watch` sees the batch after each step."""
     batch = MarketBatch(plans, threads=max(1, min(threads, len(plans) // MARKETS_PER_THREAD)))
     actions = batch.actions()
     providers = batch.markets.providers
@@ -72,6 +77,7 @@ def run(plans: Sequence[MarketPlan], policy: Policy | Oracle, threads: int) -> l
         before_s = batch.now_s.copy()
         batch.step(actions)
         price_time += providers["price"] * (batch.now_s - before_s)[:, None]
+        watch(batch)
     return [
         Run(
             seed=planned.seed,

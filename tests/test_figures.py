@@ -54,7 +54,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Figure]:
         found[name] = figure
         return []
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     figures.draw_comparison(RESULT, tmp_path)
     figures.draw_learning(LOG, tmp_path)
     return found

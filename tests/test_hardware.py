@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from agents import hardware
-from agents.hardware import BLOCK_TOKENS, FITTED, GPUS, MODELS, Profile, iteration_s, off_line_s, profile
+from agents.hardware import (
+    BLOCK_TOKENS,
+    FITTED,
+    GPUS,
+    MODELS,
+    QUANTIZATIONS,
+    Profile,
+    iteration_s,
+    off_line_s,
+    profile,
+)
 
 PAIRS = [(gpu, model) for gpu in GPUS for model in MODELS]
 TOO_LARGE = {("rtx-4090", "qwen3-14b"), ("rtx-3090", "qwen3-14b")}
@@ -132,11 +142,36 @@ def test_kv_bytes_per_token() -> None:
     assert {name: model.kv_bytes_per_token / 1024 for name, model in MODELS.items()} == sizes
 
 
-def test_strengths_give_the_published_win_rates() -> None:
-    names = ["qwen3-8b", "qwen3-4b", "qwen3-0.6b"]
-    for name, published in zip(names, (0.57, 0.53, 0.39), strict=True):
-        rates = [1 / (1 + math.exp(MODELS[o].strength - MODELS[name].strength)) for o in names if o != name]
-        assert sum(rates) / 2 == pytest.approx(published, abs=0.005)
+def test_weight_only_quantization_shrinks_the_weights_and_leaves_the_compute() -> None:
+    plain = profile("rtx-4090", "qwen3-8b")
+    made = {name: profile("rtx-4090", "qwen3-8b", quantization=name) for name in QUANTIZATIONS}
+    assert made["bf16"] == plain
+    assert made["fp8wo"].weight_s > made["int4wo-32"].weight_s > made["int4wo-128"].weight_s
+    assert made["fp8wo"].kv_blocks < made["int4wo-32"].kv_blocks < made["int4wo-128"].kv_blocks
+    for name, each in made.items():
+        assert (each.per_seq_s, each.per_token_s) == (plain.per_seq_s, plain.per_token_s)
+        assert ("; " + name in each.source) == (name != "bf16")
+    # 1.24 of 8.19 billion parameters stay in bf16: half of the rest's bytes is 0.576 of all.
+    assert made["fp8wo"].weight_s == pytest.approx(0.576 * plain.weight_s, rel=1e-3)
+    with pytest.raises(ValueError, match="unknown quantization 'int3', known: bf16, fp8wo"):
+        profile("a40", "qwen3-8b", quantization="int3")
+
+
+def test_a_larger_model_fits_when_it_is_quantized() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        profile("rtx-4090", "qwen3-14b")
+    assert profile("rtx-4090", "qwen3-14b", quantization="int4wo-128").kv_tokens > 50_000
+
+
+def test_an_attention_backend_changes_what_sequences_and_context_cost() -> None:
+    plain = profile("a100-80g", "qwen3-8b")
+    triton, sdpa = (profile("a100-80g", "qwen3-8b", attention=name) for name in ("triton", "sdpa"))
+    assert (triton.row() == plain.row()).all()
+    assert sdpa.per_kv_token_s == pytest.approx(3 * plain.per_kv_token_s)
+    assert sdpa.per_seq_s - plain.per_seq_s == pytest.approx(36 * 5 * 5e-6)  # 36 layers, 5 launches
+    assert (sdpa.weight_s, sdpa.kv_blocks) == (plain.weight_s, plain.kv_blocks)
+    with pytest.raises(ValueError, match="unknown attention 'magic', known: flashinfer"):
+        profile("a40", "qwen3-8b", attention="magic")
 
 
 def test_row_has_the_fields_in_the_named_columns(llama: Profile) -> None:

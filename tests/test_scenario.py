@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
+from agents.hardware import MODELS, QUANTIZATIONS, profile
 from agents.lengths import Lognormal
 from envs import distribution, scenario
 from envs.scenario import MmppTraffic, PoissonTraffic, ScenarioError, TimesTraffic, TraceTraffic
+from envs.state import Reward, Shape, make_markets, plan, write_market
 
 FILE = """
 name: alternating
@@ -106,6 +108,52 @@ def test_defaults_of_what_a_file_leaves_out() -> None:
     assert (provider.gpu, provider.model, provider.max_num_seqs) == ("rtx-4090", "qwen3-8b", 64)
     assert (provider.traffic, provider.misreport, provider.strength) == (None, None, None)
     assert provider.online_s == ((0.0, math.inf),)
+
+
+def test_a_provider_may_have_an_engine_and_credits_of_its_own() -> None:
+    mapping = good()
+    own = {"quantization": "int4wo-32", "attention": "sdpa", "initial_credit": 12.5, "initial_stake": 0}
+    mapping["providers"][1] |= own
+    del mapping["providers"][1]["strength"]
+    got = scenario.parse(mapping)
+    provider = got.providers[1]
+    assert {key: getattr(provider, key) for key in own} == own
+    assert scenario.parse(got.to_mapping()) == got
+    planned = plan(got, 0)
+    markets = make_markets(1, Shape.of([planned]))
+    write_market(markets, 0, planned, Reward())
+    assert markets.accounts[0, 1, :2].tolist() == [12_500_000, 0]
+    assert markets.accounts[0, 0, :2].tolist() == [1000 * 10**6, 2 * 10**6]
+    assert markets.market["minted"][0] == markets.accounts.sum()
+    engine = profile(provider.gpu, provider.model, provider.max_num_seqs, quantization="int4wo-32", attention="sdpa")
+    assert planned.profiles[1] == engine
+    expected = MODELS[provider.model].strength + QUANTIZATIONS["int4wo-32"].strength
+    assert markets.providers["strength"][0, 1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("quantization", "int4", "one of bf16, fp8wo, int4wo-128, int4wo-32"),
+        ("attention", "flash", "one of flashinfer, triton, sdpa; did you mean 'flashinfer'"),
+        ("initial_credit", -1, r"a number in \[0, 1e\+09\]"),
+        ("initial_stake", "much", r"a number in \[0, 1e\+09\]"),
+    ],
+)
+def test_bad_engines_and_credits_are_refused(key: str, value: object, told: str) -> None:
+    mapping = good()
+    mapping["providers"][1][key] = value
+    with pytest.raises(ScenarioError, match=rf"providers\[1\].{key}: .*{told}"):
+        scenario.parse(mapping)
+
+
+def test_a_model_that_fits_only_when_quantized() -> None:
+    mapping = good()
+    mapping["providers"][1] |= {"gpu": "rtx-4090", "model": "qwen3-14b"}
+    with pytest.raises(ScenarioError, match="a model that fits on rtx-4090"):
+        scenario.parse(mapping)
+    mapping["providers"][1]["quantization"] = "fp8wo"
+    assert scenario.parse(mapping).providers[1].model == "qwen3-14b"
 
 
 def test_what_lasts_until_the_end_of_arrivals_lasts_through_the_drain() -> None:

@@ -1,0 +1,7 @@
+"""`python -m eval.paper`; what it does is in a module that the processes it starts can import."""
+
+import sys
+
+from eval.paper.command import main
+
+sys.exit(main())

@@ -1,0 +1,113 @@
+"""The command `python -m eval.paper [FIGURE...]`: run, draw and write up the paper's experiments."""
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from agents.bundle import DEFAULT_BUNDLE, WEIGHTS
+from eval.arguments import Parser, UsageError, integer
+from eval.compare import FIRST_TEST_SEED, write_json
+from eval.paper import credits, flexible, participation, report, settings
+from eval.paper.experiment import Experiment, Tree
+from eval.policies import LEARNED, PolicyError, load_policy
+from eval.workers import each
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    settings.SLO,
+    settings.LATENCY,
+    participation.PARTICIPATION,
+    flexible.POLICY,
+    credits.DUEL,
+    credits.MODEL_SIZE_EXPERIMENT,
+    credits.QUANTIZATION_EXPERIMENT,
+    credits.ATTENTION,
+    credits.HARDWARE,
+)
+NAMES = tuple(experiment.name for experiment in EXPERIMENTS)
+
+
+def _data(seeds: Sequence[int], name: str) -> Tree:
+    """The data of the experiments whose runs go by this name; by name, so that a process can be asked for it."""
+    return next(x for x in EXPERIMENTS if x.data == name).run(seeds)
+
+
+def policy_digest() -> str:
+    """Beginning of the SHA-256 of the shipped policy's weights."""
+    return hashlib.sha256((DEFAULT_BUNDLE / WEIGHTS).read_bytes()).hexdigest()[:12]
+
+
+def make(
+    names: Sequence[str], seeds: Sequence[int], out: Path, *, processes: int = 1, docs: Path | None = None
+) -> dict[str, Tree]:
+    """Run and draw these figures into the folder `out`, with `paper.json` and `report.html`; the data.
+
+    `docs` is a folder that gets `paper.md` and its images.
+    """
+    experiments = [x for x in EXPERIMENTS if x.name in names]
+    keys = list(dict.fromkeys(x.data for x in experiments))
+    data = dict(zip(keys, each(partial(_data, seeds), keys, processes), strict=True))
+    options = {
+        "seeds": len(seeds),
+        "first_seed": seeds[0],
+        "all": len(experiments) == len(EXPERIMENTS),
+        "policy": policy_digest(),
+        "docs": None if docs is None else docs.as_posix(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    files = {x.name: x.draw(data[x.data], out / "figures") for x in experiments}
+    write_json(out / "paper.json", {"options": options, "figures": data})
+    (out / "report.html").write_text(report.as_html(experiments, data, options, files), encoding="utf-8")
+    if docs is not None:
+        folder = docs / "paper"
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (file for found in files.values() for file in found if file.suffix == ".png"):
+            (folder / file.name).write_bytes(file.read_bytes())
+        text = report.as_markdown(experiments, data, options, files, folder.name)
+        (docs / "paper.md").write_text(text, encoding="utf-8")
+    return data
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m eval.paper", description="Reproduce the experiments of WWW.Serve.")
+    add = parser.add_argument
+    add("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(NAMES)} (default: all)")
+    add("--seeds", type=integer(2), default=64, metavar="N", help="runs of each policy in each scenario (default: 64)")
+    add("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="(default: runs/paper)")
+    add("--processes", type=integer(1), default=2, metavar="P", help="experiments run at a time (default: 2)")
+    add("--docs", type=Path, metavar="DIR", help="write paper.md and its images into DIR too")
+    args = parser.parse_args(argv)
+    for name in args.figures:
+        if name not in NAMES:
+            raise UsageError(f"unknown figure {name!r}, expected {', '.join(NAMES)}")
+    if args.docs is not None and args.figures:
+        raise UsageError("--docs needs every figure")
+    for option, folder in (("--out", args.out), ("--docs", args.docs)):
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{option} {folder}: {error.strerror}") from None
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    try:
+        args = _arguments(argv)
+        load_policy(LEARNED)
+    except (UsageError, PolicyError) as error:
+        print(f"eval.paper: {error}", file=sys.stderr)
+        return 2
+    start_s = time.perf_counter()
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + args.seeds)
+    names = args.figures or NAMES
+    data = make(names, seeds, args.out, processes=args.processes, docs=args.docs)
+    for experiment in EXPERIMENTS:
+        if experiment.name in names:
+            print(f"{experiment.title}\n" + "\n".join(f"  {x}" for x in experiment.findings(data[experiment.data])))
+    print(f"{args.out / 'report.html'}: {time.perf_counter() - start_s:.0f} s", file=sys.stderr)
+    return 0

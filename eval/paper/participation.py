@@ -1,0 +1,160 @@
+"""Latency through departures and joins."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from agents.rules import Policy, Rule
+from envs.oracle import Oracle
+from envs.scenario import load as load_scenario
+from eval import figures
+from eval.history import windowed
+from eval.metrics import mean_ci, measure
+from eval.paper.experiment import (
+    BEST_RULE,
+    OPEN,
+    PUBLISHED,
+    Experiment,
+    Table,
+    Tree,
+    contenders,
+    holds,
+    load_between,
+    pair,
+    pairs,
+    shown,
+)
+from eval.policies import LEARNED
+from eval.rollout import rollout
+
+SCENARIO = "paper/participation"
+WINDOW_S = 50.0
+
+
+def run(seeds: Sequence[int]) -> Tree:
+    """Mean latency by policy and window of arrival, and over stretches with the same nodes online."""
+    scenario = load_scenario(SCENARIO)
+    chosen = contenders(scenario, seeds)
+    policies: dict[str, Policy | Oracle] = {OPEN: Rule(OPEN), **chosen, "centralized": Oracle("centralized")}
+    edges_s = np.arange(0.0, scenario.duration_s + WINDOW_S / 2, WINDOW_S)
+    changes = sorted(
+        {time_s for p in scenario.providers for window in p.online_s for time_s in window if math.isfinite(time_s)}
+        | {0.0, scenario.duration_s}
+    )
+    online = [
+        [sum(start <= time_s < end for start, end in p.online_s) for p in scenario.providers] for time_s in changes[:-1]
+    ]
+    result: Tree = {
+        "best_rule": chosen[BEST_RULE].name,
+        "edges_s": edges_s.tolist(),
+        "changes_s": changes,
+        "online": [sum(each) for each in online],
+        "load": [load_between(scenario, start, end).market for start, end in pairwise(changes)],
+        "policies": {},
+    }
+    for name, policy in policies.items():
+        runs = rollout(scenario, policy, seeds)
+        tables = [run.requests for run in runs]
+        result["policies"][name] = {
+            "latency_s": pairs([windowed(each.latency_s, each.arrival_s, edges_s.tolist()) for each in tables]),
+            "stretches_s": pairs([windowed(each.latency_s, each.arrival_s, changes) for each in tables]),
+            "slo_auc": pair(mean_ci([measure(each, scenario)["slo_auc"] for each in tables])),
+            "unfinished": sum(int(np.isinf(each.latency_s).sum()) for each in tables),
+        }
+    return result
+
+
+def draw(data: Tree, out: Path) -> list[Path]:
+    """Windowed mean latency over time, with the moments at which nodes come and go."""
+    edges_s = np.array(data["edges_s"])
+    middle_s = (edges_s[1:] + edges_s[:-1]) / 2
+    with plt.rc_context(figures.SETTINGS):
+        figure, (axes,) = figures.panels(1, 3.4, data["policies"])
+        figure.set_size_inches(8.0, 3.4)
+        for name, found in data["policies"].items():
+            mean, half = (np.array([x[k] or 0.0 for x in found["latency_s"]], np.float64) for k in (0, 1))
+            style = figures.style_of(name, list(data["policies"]))
+            axes.plot(middle_s, mean, markevery=3, **style)
+            axes.fill_between(middle_s, mean - half, mean + half, color=style["color"], alpha=0.1, lw=0)
+        for k, time_s in enumerate(data["changes_s"][1:-1]):
+            axes.axvline(time_s, color="black", lw=0.8, ls=(0, (1, 2)))
+            word = "leaves" if data["online"][k + 1] < data["online"][k] else "joins"
+            axes.annotate(
+                f"a node {word}", (time_s, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
+                textcoords="offset points", fontsize=8,
+            )  # fmt: skip
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("arrival (s)")
+        axes.set_ylabel(f"mean latency, {WINDOW_S:.0f} s windows (s)")
+        figures.legend(figure, [axes])
+        return figures.save(figure, out, "participation")
+
+
+def tables(data: Tree) -> list[Table]:
+    """Mean latency by stretch, SLO AUC and what was not answered."""
+    changes = data["changes_s"]
+    head = [
+        f"{start:.0f} to {end:.0f} s, {count} nodes, load {load:.2f}"
+        for (start, end), count, load in zip(pairwise(changes), data["online"], data["load"], strict=True)
+    ]
+    rows = [
+        [
+            name if name != BEST_RULE else f"{BEST_RULE} (`{data['best_rule']}`)",
+            *(shown(x, 1) for x in found["stretches_s"]),
+            shown(found["slo_auc"], 3),
+            str(found["unfinished"]),
+        ]
+        for name, found in data["policies"].items()
+    ]
+    return [Table(["mean latency by arrival, s", *head, "SLO AUC", "unanswered"], rows)]
+
+
+def lines(data: Tree) -> list[Sequence[str]]:
+    """Mean latency as nodes leave and join."""
+    here = ", ".join(f"{x[0]:.0f}" for x in data["policies"][PUBLISHED]["stretches_s"])
+    return [
+        (
+            f"mean latency with {', '.join(map(str, data['online']))} nodes, s",
+            "rises as nodes leave, falls as they join",
+            here,
+        )
+    ]
+
+
+def findings(data: Tree) -> list[str]:
+    """Latency with fewer nodes and with more again, by policy."""
+    stretches = {name: [x[0] for x in found["stretches_s"]] for name, found in data["policies"].items()}
+    ours, learned, best = stretches[PUBLISHED], stretches[LEARNED], stretches[BEST_RULE]
+    up, down = ours[1] > ours[0], ours[3] < ours[1]
+    return [
+        f"Published: latency rises when a node leaves and falls again when nodes join. Here, with `www_serve`, it goes "
+        f"from {ours[0]:.0f} s to {ours[1]:.0f} s when one of {data['online'][0]} nodes leaves, and to {ours[2]:.0f} s "
+        f"and {ours[3]:.0f} s as two join: {holds(up and down)}. The load on the nodes that are online is "
+        f"{', '.join(f'{x:.2f}' for x in data['load'])} of what they sustain.",
+        f"With the learned policy the same four stretches have {', '.join(f'{x:.0f}' for x in learned)} s, with the "
+        f"best rule (`{data['best_rule']}`) {', '.join(f'{x:.0f}' for x in best)} s; `single` has "
+        f"{', '.join(f'{x:.0f}' for x in stretches[OPEN])} s. Nothing is lost with the leaving node but what peers "
+        f"notice after 10 s and place anew: {data['policies'][PUBLISHED]['unfinished']} requests stay unanswered with "
+        f"`www_serve`, {data['policies'][LEARNED]['unfinished']} with the learned policy.",
+    ]
+
+
+PARTICIPATION = Experiment(
+    "participation",
+    "Dynamic participation",
+    (SCENARIO,),
+    "Windowed mean latency through joins and departures of nodes.",
+    "participation",
+    run,
+    draw,
+    tables,
+    lines,
+    findings,
+    "Where load is above 1, requests pile up under every policy, so latency follows the load. Which nodes come and "
+    "go, and when, is our choice; the paper gives no numbers for this figure. `single` only ever gets worse, as the "
+    "nodes that come and go have no users, and it never uses them.",
+)

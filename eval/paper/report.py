@@ -1,0 +1,104 @@
+"""What the figures say, as one self-contained web page and as a page of the documentation."""
+
+import base64
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eval.paper.experiment import Experiment, Table, Tree
+
+TITLE = "WWW.Serve's experiments, reproduced"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 72rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h2 { margin-top: 2.5rem; border-top: 1px solid #ccc; padding-top: 1.5rem; }
+img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { border: 1px solid #ccc; padding: 0.25rem 0.6rem; text-align: left; white-space: nowrap; }
+th { background: #f2f2f2; font-weight: 600; white-space: normal; }
+code { background: #f2f2f2; padding: 0 0.2em; }
+"""
+
+
+def intro(experiments: Sequence[Experiment], options: Tree) -> list[str]:
+    """What all figures have in common."""
+    return [
+        "Wang, Xia, Chen and Chen, WWW.Serve: Interconnecting Global LLM Services through Decentralization, arXiv "
+        "2603.20661 (March 2026), in the simulated market, with learned policies, more rules and intervals beside the "
+        "paper's own.",
+        f"Made by `{command(experiments, options)}`, which gives the same numbers every time: {options['seeds']} seeds "
+        f"from {options['first_seed']} on, every policy on the same arrivals; ± is the half-width of a 95 % interval "
+        "over seeds, of duels Wilson's. `learned` is the policy that is shipped (its weights' SHA-256 begins with "
+        f"`{options['policy']}`), `best rule` that of all rules, with "
+        "their defaults or tuned for one kind of market, which scores highest in the scenario shown.",
+    ]
+
+
+def summary(experiments: Sequence[Experiment], data: Mapping[str, Tree]) -> Table:
+    """Every figure's numbers beside the published ones."""
+    rows = [(each.title, *line) for each in experiments for line in each.lines(data[each.data])]
+    return Table(["figure", "what", "published", "here, `www_serve`"], rows)
+
+
+def command(experiments: Sequence[Experiment], options: Tree) -> str:
+    """The command that makes this report again."""
+    names = [] if options["all"] else [each.name for each in experiments]
+    docs = [f"--docs {options['docs']}"] if options["docs"] else []
+    return " ".join(["python -m eval.paper", *names, f"--seeds {options['seeds']}", *docs])
+
+
+def as_html(experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree, files: Mapping) -> str:
+    """One page with all images in it, that asks for nothing from anywhere. `files` are the images by experiment."""
+    parts = [f"<h1>{TITLE}</h1>", *(f"<p>{_inline(text)}</p>" for text in intro(experiments, options))]
+    parts.append(_table_html(summary(experiments, data)))
+    for each in experiments:
+        parts.append(f'<h2 id="{each.name}">{html.escape(each.title)}</h2>')
+        scenarios = ", ".join(f"`{name}`" for name in each.scenarios)
+        parts.append(f"<p>{_inline(f'{each.published} Here: {scenarios}.')}</p>")
+        for file in _images(files[each.name]):
+            image = base64.b64encode(file.read_bytes()).decode("ascii")
+            parts.append(f'<img alt="{html.escape(each.title)}" src="data:image/png;base64,{image}">')
+        parts += [_table_html(table) for table in each.tables(data[each.data])]
+        parts.append("<ul>" + "".join(f"<li>{_inline(text)}</li>" for text in each.findings(data[each.data])) + "</ul>")
+        parts.append(f"<p>{_inline(each.why)}</p>")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{TITLE}</title><style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def as_markdown(
+    experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree, files: Mapping, folder: str
+) -> str:
+    """The same as Markdown, its images in `folder`."""
+    parts = [f"# {TITLE}", *intro(experiments, options), _table_markdown(summary(experiments, data))]
+    for each in experiments:
+        scenarios = ", ".join(f"`{name}`" for name in each.scenarios)
+        parts += [f"## {each.title}", f"{each.published} Here: {scenarios}."]
+        parts += [f"![{each.title}]({folder}/{file.name})" for file in _images(files[each.name])]
+        parts.append("\n".join(f"- {text}" for text in each.findings(data[each.data])))
+        parts.append(each.why)
+        parts += [_table_markdown(table) for table in each.tables(data[each.data])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _images(files: Sequence[Path]) -> list[Path]:
+    return [file for file in files if file.suffix == ".png"]
+
+
+def _inline(text: str) -> str:
+    """Text with `code` marked, as HTML."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def _table_html(table: Table) -> str:
+    head = "".join(f"<th>{_inline(cell)}</th>" for cell in table.head)
+    rows = "".join("<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _table_markdown(table: Table) -> str:
+    lines = [table.head, ["---"] * len(table.head), *table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
