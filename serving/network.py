@@ -314,18 +314,23 @@ def table(seen: list[dict[str, Any]]) -> Table:
 
 
 def show(seen: dict[str, Any]) -> None:
-    """Print a node and what it sees of its peers."""
+    """Print a node and what it sees of its peers, in lines that fit a narrow terminal."""
     console = Console()
-    console.print(table([seen]))
+    own = Table(title="wwwserve", show_header=False)
+    for column in table([seen]).columns:  # one node, so names stand before their values
+        own.add_row(column.header, *column.cells)
+    console.print(own)
     peers = Table(title=f"peers as {seen['name']} sees them")
-    for name in ("peer", "API", "there", "age s", "running", "waiting", "KV", "price", "stake", "ours there"):
-        peers.add_column(name)
+    peers.add_column("peer", overflow="fold")
+    for name in ("there", "age s", "run", "wait", "KV", "price", "stake", "ours"):
+        peers.add_column(name, no_wrap=True)
+    peers.add_column("API", overflow="fold")
     for each in seen["peers"]:
+        age_s, kv_use = each["age_s"], each["kv_use"]
         peers.add_row(
-            each["name"], str(each["url"]), "yes" if each["there"] else "no", str(each["age_s"]),
-            f"{each['running']:.0f}", f"{each['waiting']:.0f}",
-            "-" if each["kv_use"] is None else f"{each['kv_use']:.0%}", f"{each['price']:g}", f"{each['stake']:g}",
-            str(each["out"]),
+            each["name"], "yes" if each["there"] else "no", "-" if age_s is None else f"{age_s:.1f}",
+            f"{each['running']:.0f}", f"{each['waiting']:.0f}", "-" if kv_use is None else f"{kv_use:.0%}",
+            f"{each['price']:g}", f"{each['stake']:.3g}", str(each["out"]), each["url"] or "-",
         )  # fmt: skip
     console.print(peers)
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import openai
 import pytest
 
 from serving.config import ConfigError
-from serving.network import NetworkError, Plan, configurations, look, running
+from serving.network import NetworkError, Plan, configurations, look, running, show
 
 MODEL = "qwen3-8b"
 PLAN = Plan(nodes=5, base_port=0, policy=None, gpu="rtx-4090", model=MODEL, max_num_seqs=2, speed=5.0)
@@ -121,6 +122,34 @@ def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_node_is_shown_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    requests = {"accepted": 10, "answered": 9, "handed_over": 3, "on_time": 9, "mean_latency_s": 1.25}
+    there = {"name": "south", "url": "http://10.0.0.2:9", "there": True, "age_s": 1.26, "running": 2.0, "waiting": 1.0,
+             "kv_use": 0.1, "price": 1.0, "stake": 1.2345, "out": 4}  # fmt: skip
+    gone = there | {"name": "west", "url": None, "there": False, "age_s": None, "kv_use": None}
+    show(
+        {
+            "name": "north", "url": "http://10.0.0.1:9000", "price": 1.5, "held": 6, "guests": 7, "requests": requests,
+            "engine": {"up": False, "running": 3.0, "waiting": 5.0, "kv_use": 0.25}, "peers": [there, gone],
+            "decisions": [{"to": "local"}, {"to": "south"}],
+        }
+    )  # fmt: skip
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    told = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert (told["API"], told["engine"], told["KV"]) == ("http://10.0.0.1:9000", "down", "25%")
+    assert (told["asked"], told["in time"], told["last decisions"]) == ("10", "100%", "local south")
+    assert next(row for row in rows if row[:1] == ["peer"])[1:-1] == [
+        "there", "age s", "run", "wait", "KV", "price", "stake", "ours"
+    ]  # fmt: skip
+    assert [row[:-1] for row in rows if row[:1] == ["south"]] == [
+        ["south", "yes", "1.3", "2", "1", "10%", "1", "1.23", "4"]
+    ]
+    assert [row for row in rows if row[:1] == ["west"]] == [["west", "no", "-", "2", "1", "-", "1", "1.23", "4", "-"]]
 
 
 def test_what_cannot_come_up_says_why() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from aiohttp import web
 
-from serving import config, engine, node
+from serving import config, dispatcher, engine, node
 from serving.engine import NAMES, EngineError, read_load
 from serving.membership import SILENT_S, AdvertError, decode
 from serving.network import free_ports
@@ -561,6 +562,42 @@ def test_every_request_ends_once_while_a_node_leaves_and_another_joins() -> None
             await check_counts(n, seen)
 
     play(scene)
+
+
+def test_logs_are_lines_of_json_without_prompts_answers_or_keys(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    key, engine_key, prompt = "sk-of-a-user", "sk-of-an-engine", "a prompt to be kept secret"
+    sent: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "stream": True}
+
+    async def scene() -> None:
+        stubs = Stub(mode="breaks off"), Stub()
+        async with net(*stubs, keys=[key], resume=True) as n:
+            n.told[0]["engine"]["key"] = engine_key
+            n.running[0].cancel()
+            await asyncio.gather(n.running[0], return_exceptions=True)
+            await n.start(0)
+            allowed = {"authorization": f"Bearer {key}"}
+            for mode in ("breaks off", "tells of an error", "garbage", "hangs up", "well"):
+                n.stubs[0].mode = mode
+                await n.ask(headers=allowed, **sent)
+                await n.ask(headers={"authorization": f"Bearer {key}?"}, **sent)
+
+            async def fail(*_: Any) -> None:
+                raise RuntimeError("inside")
+
+            monkeypatch.setattr(dispatcher.Dispatcher, "answer", fail)
+            assert (await n.ask(headers=allowed, **sent))[0] == 500
+
+    play(scene)
+    lines = [node.JsonLines().format(record) for record in caplog.records]
+    told = [json.loads(line) for line in lines]
+    assert all({"at", "level", "logger", "message"} <= line.keys() for line in told)
+    assert {"ready", "a peer is there", "given back", "a request met an error"} <= {line["message"] for line in told}
+    page = "\n".join(lines)
+    for secret in (key, engine_key, prompt, "w0 "):
+        assert secret not in page
 
 
 def test_strangers_and_nonsense_are_no_peers() -> None:
