@@ -11,12 +11,14 @@ import stat
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from functools import lru_cache
+from hashlib import sha512
 from pathlib import Path
 from typing import Self
 
 import orjson
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -96,6 +98,17 @@ class Identity:
     def sign(self, message: bytes) -> bytes:
         """Its signature [64 bytes]."""
         return self._private.sign(message)
+
+    def shared(self, name: str) -> bytes:
+        """A secret [32 bytes] that only this one and `name` can make. Raises SignatureError for what is no name.
+
+        X25519 between the Montgomery forms of the two keys (RFC 7748, section 4.1).
+        """
+        y = int.from_bytes(public_key(name).public_bytes_raw(), "little") & (2**255 - 1)
+        u = (1 + y) * pow(1 - y, -1, _PRIME) % _PRIME
+        scalar = sha512(self._private.private_bytes_raw()).digest()[:32]
+        other = X25519PublicKey.from_public_bytes(u.to_bytes(32, "little"))
+        return X25519PrivateKey.from_private_bytes(scalar).exchange(other)
 
 
 def verify(name: str, message: bytes, signature: bytes) -> None:
