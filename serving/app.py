@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import orjson
 
 from serving.config import NodeConfig
-from serving.dispatcher import ORIGIN, PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
-from serving.membership import BEAT_PATH, MOST_BYTES, AdvertError
+from serving.dispatcher import PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
+from serving.membership import BEAT_PATH, MOST_BYTES
 from serving.reply import Ask, Failed
+from serving.signed import SIGNATURE, Refusals, Refused
 
 log = logging.getLogger("wwwserve.app")
 
@@ -57,8 +58,8 @@ class _Reply:
 class App:
     """The ASGI application of one node."""
 
-    def __init__(self, dispatcher: Dispatcher, config: NodeConfig) -> None:
-        self.dispatcher, self.config = dispatcher, config
+    def __init__(self, dispatcher: Dispatcher, config: NodeConfig, refusals: Refusals) -> None:
+        self.dispatcher, self.config, self.refusals = dispatcher, config, refusals
         self.keys = [key.encode() for key in config.keys]
         self.classes = {name.encode(): k for k, name in enumerate(config.class_names)}
         self.pages: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
@@ -72,8 +73,6 @@ class App:
         path, method = scope["path"], scope["method"]
         try:
             headers: dict[bytes, bytes] = dict(scope["headers"])
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > self.config.limits.header_bytes:
-                raise Failed(431, "the headers are too large", "invalid_request_error")
             if path in COMPLETIONS:
                 _expect(method, "POST")
                 self._check_key(headers)
@@ -83,7 +82,7 @@ class App:
                 await self._beat(receive, send)
             elif path.startswith(PEER_PREFIX) and path[len(PEER_PREFIX) :] in COMPLETIONS:
                 _expect(method, "POST")
-                await self._complete_for_peer(path[len(PEER_PREFIX) :], headers, receive, send)
+                await self._complete_for_peer(scope, headers, receive, send)
             elif path in self.pages:
                 _expect(method, "GET")
                 if path == "/v1/models":
@@ -95,6 +94,9 @@ class App:
             pass
         except Failed as failed:
             await _fail(send, failed)
+        except Refused as refused:
+            self.refusals(refused)
+            await _fail(send, Failed(403, str(refused), refused.kind))
         except Exception:  # the user sees no more of it than that it happened
             log.exception("a request met an error", extra={"path": path})
             await _fail(send, Failed(500, "an error inside the node", "internal_error"))
@@ -117,7 +119,7 @@ class App:
         except Failed as failed:
             if not reply.started:
                 raise
-            await reply.pass_on(b"data: " + _error(failed) + b"\n\n")
+            await reply.pass_on(b"data: " + failed.body() + b"\n\n")
         await reply.end()
 
     def _ask(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Ask:
@@ -135,13 +137,16 @@ class App:
             raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
         return Ask(path, body, model, bool(stream), klass, _prompt_bytes(request))
 
-    async def _complete_for_peer(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Run a peer's request, or refuse it at once."""
+        messages, path = self.dispatcher.messages, scope["path"][len(PEER_PREFIX) :]
+        claim = messages.open(scope["path"], scope["headers"])
         body = await _body(receive, headers, self.config.limits.body_bytes)
+        claim.check(body)
         request = _object(body)
         told = headers.get(PROMPT.encode(), b"")
-        if ORIGIN.encode() not in headers or not told.isdigit() or not 0 < int(told) < MOST_PROMPT:
-            raise Failed(400, f"expected headers {ORIGIN} and {PROMPT}, a number of tokens", "invalid_request_error")
+        if not (told.isdigit() and len(told) < 10 and 0 < int(told) < MOST_PROMPT):
+            raise Failed(400, f"expected a header {PROMPT}, a number of tokens", "invalid_request_error")
         prompt = int(told)
         model = request.get("model")
         promise = self.dispatcher.consider(prompt) if model in self.dispatcher.serves else None
@@ -151,6 +156,7 @@ class App:
             return
         reply = _Reply(send)
         head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
+        head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
         await reply.start(200, "application/octet-stream", *head)
         ask = Ask(path, body, str(model), bool(request.get("stream")))
         if await _unless_gone(receive, self.dispatcher.run_for(ask, prompt, reply)):
@@ -158,11 +164,7 @@ class App:
         # Else the answer stays without its end, and the server breaks the connection off.
 
     async def _beat(self, receive: Receive, send: Send) -> None:
-        body = await _body(receive, {}, MOST_BYTES)
-        try:
-            self.dispatcher.membership.received(body)
-        except AdvertError as error:
-            raise Failed(403, f"not a peer's advert: {error}", "invalid_request_error") from None
+        self.dispatcher.membership.received(await _body(receive, {}, MOST_BYTES))
         await _answer(send, 204, b"")
 
     # Pages.
@@ -225,7 +227,7 @@ def _prompt_bytes(request: dict[str, Any]) -> int:
 async def _body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
     too_large = Failed(413, f"the body is larger than {limit} bytes", "invalid_request_error")
     told = headers.get(b"content-length", b"0")
-    if told.isdigit() and int(told) > limit:
+    if told.isdigit() and (len(told) > 18 or int(told) > limit):
         raise too_large
     message = await receive()
     body: bytes = message.get("body", b"")
@@ -268,15 +270,11 @@ async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         watching.cancel()
 
 
-def _error(failed: Failed) -> bytes:
-    return orjson.dumps({"error": {"message": str(failed), "type": failed.kind, "param": None, "code": failed.status}})
-
-
 async def _fail(send: Send, failed: Failed) -> None:
     extra = []
     if failed.retry_after_s is not None:
         extra.append((b"retry-after", str(failed.retry_after_s).encode()))
-    await _answer(send, failed.status, _error(failed), b"application/json", extra)
+    await _answer(send, failed.status, failed.body(), b"application/json", extra)
 
 
 async def _answer(

@@ -3,6 +3,8 @@
     wwwserve node FILE
     wwwserve up [--nodes N] [--engine emulated|vllm] [--base-port P] [--policy NAME|BUNDLE] ...
     wwwserve status [URL]
+    wwwserve key new FILE
+    wwwserve key show FILE
     wwwserve calibrate URL [--model NAME] [--json FILE|-] [--beside URL] ...
     wwwserve policy show [BUNDLE] [--json]
     wwwserve policy verify [BUNDLE]
@@ -31,6 +33,7 @@ from serving import calibrate, config, local_vllm, network, node
 from serving.calibrate import CalibrationError
 from serving.config import ConfigError
 from serving.engine import NAMES
+from serving.identity import Identity, IdentityError
 from serving.local_vllm import PrepareError
 from serving.network import NetworkError
 
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
-    except (BundleError, CalibrationError, ConfigError, NetworkError, PrepareError, OSError) as error:
+    except (BundleError, CalibrationError, ConfigError, IdentityError, NetworkError, PrepareError, OSError) as error:
         print("wwwserve: " + "\n".join(map(_printable, str(error).splitlines())), file=sys.stderr)
         status = FAILED
     except KeyboardInterrupt:
@@ -70,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_node(groups)
     _add_up(groups)
     _add_status(groups)
+    _add_key(groups)
     _add_calibrate(groups)
     _add_policy(groups)
     return parser
@@ -144,6 +148,31 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps(seen, indent=2))
     else:
         network.show(seen)
+    return DONE
+
+
+# wwwserve key
+
+
+def _add_key(groups: Groups) -> None:
+    text = "make a node's key, or show its public half"
+    key = groups.add_parser("key", help=text, description=text[0].upper() + text[1:] + ".")
+    commands = key.add_subparsers(metavar="COMMAND", required=True)
+    new = _add_command(commands, "new", "make a key in a new file, and print its public half", _key_new)
+    show = _add_command(commands, "show", "print the public half of a key, by which peers name the node", _key_show)
+    for command in (new, show):
+        command.add_argument("file", type=Path, metavar="FILE", help="where the key is kept")
+
+
+def _key_new(args: argparse.Namespace) -> int:
+    identity = Identity.generate()
+    identity.save(args.file)
+    print(identity.name)
+    return DONE
+
+
+def _key_show(args: argparse.Namespace) -> int:
+    print(Identity.load(args.file).name)
     return DONE
 
 

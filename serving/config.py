@@ -13,6 +13,8 @@ from agents.kernel import Floats
 from agents.knowledge import MAX_CLASSES
 from agents.lengths import Lognormal
 from agents.view import class_row
+from serving.identity import SignatureError, public_key
+from serving.membership import MOST_LABEL
 from serving.provider import Market
 
 
@@ -63,7 +65,7 @@ class EngineConfig(Struct):
 class PeerConfig(Struct):
     """A peer of a static list."""
 
-    name: str
+    key: str  # public
     url: str
 
 
@@ -122,12 +124,15 @@ class LimitsConfig(Struct):
     body_bytes: int = 8 * 2**20
     header_bytes: int = 64 * 2**10
     held: int = 512  # users' requests that are not decided; beyond, 503
+    connections: int = 4096  # open at once; beyond, 503
+    receive_s: float = 30.0  # for a request to come, from its first byte to its last
 
 
 class NodeConfig(Struct):
     """A node."""
 
-    name: str
+    name: str  # for people; among peers its public key is its name
+    key: str  # file of its private key, made by `wwwserve key new`
     engine: EngineConfig
     host: str = "127.0.0.1"
     port: int = 9000
@@ -224,14 +229,24 @@ def _membership_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
+def _is_key(name: str) -> bool:
+    try:
+        public_key(name)
+    except SignatureError:
+        return False
+    return True
+
+
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
-    names = [peer.name for peer in c.peers]
+    keys = [peer.key for peer in c.peers]
     return [
-        ("name", bool(c.name) and c.name.isprintable(), "some printable characters"),
+        ("name", 0 < len(c.name) <= MOST_LABEL and c.name.isprintable(), f"1 to {MOST_LABEL} printable characters"),
+        ("key", bool(c.key), "a file"),
         ("port", 0 <= c.port < 65536, f"0 to 65535, got {c.port}"),
         ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
-        ("peers", len({*names, c.name}) == len(names) + 1, f"of different names, and not the node itself, got {names}"),
+        ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
+        *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],
         *_membership_checks(c),
         ("deadlines_s", list(c.deadlines_s) == sorted(c.deadlines_s) and min(c.deadlines_s, default=0) > 0,
          f"at least one, above 0 and ascending, got {c.deadlines_s}"),
@@ -244,7 +259,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("market.speed", 0.01 <= c.market.speed <= 100, f"0.01 to 100, got {c.market.speed:g}"),
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
         ("stake and credit", c.stake >= 0 and c.credit >= 0, "at least 0"),
-        ("limits", min(c.limits.body_bytes, c.limits.header_bytes, c.limits.held) > 0, "above 0"),
+        ("limits", min(msgspec.structs.astuple(c.limits)) > 0, "above 0"),
         ("output", c.output.median > 0 and c.output.sigma >= 0 and c.output.max > 0, "of positive length"),
     ]  # fmt: skip
 

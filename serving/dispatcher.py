@@ -26,14 +26,17 @@ from serving.metrics import Metrics
 from serving.provider import Decision, Out, Promise, Provider, Request
 from serving.reply import LAST, Ask, Failed, Full, GaveBack, Reply
 from serving.resume import Resumed, resumable
+from serving.signed import SIGNATURE, Messages, Refused
 
 log = logging.getLogger("wwwserve.dispatcher")
 
 OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 PEER_PREFIX = "/peer"
-ORIGIN, PROMPT, TTFT, TPOT = "x-wwwserve-origin", "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
+PROMPT, TTFT, TPOT = "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
 EVENTS = "text/event-stream"
+MOST_ANSWER = 64 * 2**20  # bytes of a peer's answer that is not streamed
+MOST_REASON = 500  # bytes of a peer's refusal that are logged
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
 LEARN = 0.02  # weight of one answer in that
@@ -79,10 +82,10 @@ class Dispatcher:
 
     def __init__(
         self, config: NodeConfig, provider: Provider, engine: Engine, membership: Membership,
-        session: aiohttp.ClientSession, metrics: Metrics, url: str,
+        messages: Messages, session: aiohttp.ClientSession, metrics: Metrics, url: str,
     ) -> None:  # fmt: skip
         self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
-        self.session, self.metrics, self.url = session, metrics, url
+        self.messages, self.session, self.metrics, self.url = messages, session, metrics, url
         self.speed = config.market.speed
         self.serves = list(config.serves)
         self.peers: dict[str, Advert] = {}  # by name, those that are there
@@ -148,7 +151,8 @@ class Dispatcher:
         now_s = self.clock()
         self.number += 1
         advert = Advert(
-            name=self.config.name, url=self.url, serves=tuple(self.serves), number=self.number,
+            name=self.messages.name, label=self.config.name, url=self.url, serves=tuple(self.serves),
+            run=self.messages.run, number=self.number,
             load=tuple(self.provider.advertise(now_s).tolist()), age_s=0.0, valid_s=self.config.market.gossip_s,
         )  # fmt: skip
         self.membership.publish(advert, time.monotonic())
@@ -156,7 +160,7 @@ class Dispatcher:
     def heard(self, advert: Advert) -> None:
         """A peer says how things are there."""
         if advert.name not in self.peers:
-            log.info("a peer is there", extra={"peer": advert.name, "url": advert.url})
+            log.info("a peer is there", extra={"peer": advert.name, "label": advert.label, "url": advert.url})
         self.peers[advert.name] = advert
         load = np.array(advert.load)
         true_at_s = self.clock() - advert.age_s * self.speed
@@ -307,22 +311,31 @@ class Dispatcher:
         advert = self.peers.get(name) if name else None
         if advert is None or name is None:
             raise GaveBack("it is gone")
-        headers = {"content-type": "application/json", ORIGIN: self.config.name, PROMPT: str(job.request.prompt)}
+        path = PEER_PREFIX + ask.path
+        headers = {"content-type": "application/json", PROMPT: str(job.request.prompt)}
+        sealed = headers[SIGNATURE] = self.messages.sign(name, advert.run, path, headers, ask.body)
         handed: Handed | None = None
         usage: Usage | None = None
         try:
             async with asyncio.timeout(OFFER_TIMEOUT_S) as patience:
                 async with self.session.post(
-                    advert.url + PEER_PREFIX + ask.path, data=ask.body, headers=headers, timeout=self.offer_timeout
+                    advert.url + path, data=ask.body, headers=headers, timeout=self.offer_timeout
                 ) as response:
                     if response.status != 200:
+                        if response.status == 403:
+                            answer = (await response.content.read(MOST_REASON)).decode(errors="replace")
+                            log.warning("a peer refuses a message", extra={"peer": name, "answer": answer})
                         raise GaveBack(f"it answers {response.status}")
+                    self.messages.check_answer(name, sealed, response.raw_headers)
                     patience.reschedule(None)
                     promise = Promise(float(response.headers[TTFT]), float(response.headers[TPOT]))
                     handed = Handed(name, self.clock(), promise, ask.stream, response=response)
                     self.handed.add(handed)
                     self.provider.sent(name)
                     usage = await self._fetch(ask, handed, response, reply)
+        except Refused as refused:
+            self.metrics.message_refused(refused.kind)
+            raise GaveBack(str(refused)) from None
         except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             if reply.started and not reply.resumable:
@@ -355,7 +368,13 @@ class Dispatcher:
                     break
             _check_end(reply)
             return None
-        body = await response.read()
+        parts, size = [], 0
+        async for chunk in response.content.iter_any():
+            parts.append(chunk)
+            size += len(chunk)
+            if size > MOST_ANSWER:
+                raise GaveBack(f"its answer has more than {MOST_ANSWER} bytes")
+        body = b"".join(parts)
         usage = _usage(body, status)
         await reply.whole(status, kind, body)
         return usage
@@ -402,7 +421,8 @@ class Dispatcher:
             there = advert is not None
             peers.append(
                 {
-                    "name": name, "url": advert.url if advert else None, "there": there,
+                    "key": name, "label": advert.label if advert else None,
+                    "url": advert.url if advert else None, "there": there,
                     "age_s": round(now_s - vector[AD_TIME_S], 3) if there else None,
                     "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
                     "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
@@ -411,7 +431,8 @@ class Dispatcher:
                 }
             )  # fmt: skip
         return {
-            "name": self.config.name, "url": self.url, "policy": provider.policy.name, "serves": self.serves,
+            "name": self.config.name, "key": self.messages.name, "url": self.url, "policy": provider.policy.name,
+            "serves": self.serves,
             "engine": {
                 "url": self.engine.url, "up": self.engine.healthy, "reason": self.engine.reason,
                 "running": load.running, "waiting": load.waiting,

@@ -19,6 +19,7 @@ class Metrics:
         self._decisions = self._counter("decisions", "what was decided", "route")
         self._guests = self._counter("guests_ended", "peers' requests by how they ended", "outcome")
         self._offers_refused = self._counter("offers_refused", "peers' requests that were not taken")
+        self._refused = self._counter("messages_refused", "peers' messages that were not taken as theirs", "kind")
         self._latency = Histogram(
             "wwwserve_latency_seconds", "from arrival to the end of the answer", registry=self.registry,
             buckets=LATENCY_BUCKETS_S,
@@ -76,6 +77,10 @@ class Metrics:
     def offer_refused(self) -> None:
         """A peer's request was not taken."""
         self._offers_refused.inc()
+
+    def message_refused(self, kind: str) -> None:
+        """A message came that is no peer's, or not as its peer sent it; `kind` as `serving.signed` has it."""
+        self._refused.labels(kind).inc()
 
     def totals(self) -> dict[str, float]:
         """Counts of users' requests, and the mean latency of those answered, s."""

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple, Protocol
 
+import orjson
+
 LAST = b"data: [DONE]\n\n"  # event of a stream; with it users hang up, and the answer is whole
 
 
@@ -38,6 +40,10 @@ class Failed(Exception):
     def __init__(self, status: int, message: str, kind: str = "server_error", retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.status, self.kind, self.retry_after_s = status, kind, retry_after_s
+
+    def body(self) -> bytes:
+        """It as the OpenAI API tells of errors."""
+        return orjson.dumps({"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}})
 
 
 class GaveBack(Exception):
