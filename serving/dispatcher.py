@@ -431,7 +431,8 @@ class Dispatcher:
                 }
             )  # fmt: skip
         return {
-            "name": self.config.name, "key": self.messages.name, "url": self.url, "policy": provider.policy.name,
+            "name": self.config.name, "key": self.messages.name, "run": self.messages.run, "url": self.url,
+            "policy": provider.policy.name,
             "serves": self.serves,
             "engine": {
                 "url": self.engine.url, "up": self.engine.healthy, "reason": self.engine.reason,
