@@ -63,8 +63,9 @@ def policy_of(named: str | None) -> Policy:
 
 
 def membership_of(
-    config: NodeConfig, identity: Identity, session: aiohttp.ClientSession, stack: AsyncExitStack, refusals: Refusals
-) -> Membership:
+    config: NodeConfig, identity: Identity, session: aiohttp.ClientSession, stack: AsyncExitStack, refusals: Refusals,
+    wall_clock: Callable[[], float],
+) -> Membership:  # fmt: skip
     """The membership that is configured, until `stack` is closed. Raises OSError if it cannot be opened, ConfigError
     for a list of peers that has the node itself."""
     told = config.membership
@@ -72,9 +73,9 @@ def membership_of(
         peers = {peer.key: peer.url for peer in config.peers}
         if identity.name in peers:
             raise ConfigError(f"peers must be others, got {identity.name}, which is the key of this node")
-        return StaticMembership(peers, identity, session, time.monotonic)
+        return StaticMembership(peers, identity, session, time.monotonic, wall_clock)
     zenoh = stack.enter_context(open_session(told))
-    return ZenohMembership(identity, told.network, zenoh, time.monotonic, refusals)
+    return ZenohMembership(identity, told.network, zenoh, time.monotonic, refusals, wall_clock)
 
 
 class _Server(uvicorn.Server):
@@ -86,7 +87,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(config: NodeConfig, ready: Callable[[str, str], None]) -> None:
+async def serve(
+    config: NodeConfig, ready: Callable[[str, str], None], wall_clock: Callable[[], float] = time.time
+) -> None:
     """Run a node until it is cancelled; `ready` is called with its public key and its URL once it listens.
 
     Raises ValueError for a configuration or a key that cannot be, OSError for an address that cannot be used.
@@ -109,8 +112,8 @@ async def serve(config: NodeConfig, ready: Callable[[str, str], None]) -> None:
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, auto_decompress=False))
         metrics = Metrics()
         refusals = Refusals(metrics.message_refused)
-        membership = membership_of(config, identity, session, stack, refusals)
-        messages = Messages(identity, membership.knows)
+        membership = membership_of(config, identity, session, stack, refusals, wall_clock)
+        messages = Messages(identity, membership.knows, wall_clock)
         told = config.engine
         engine = Engine(told.kind, told.url, profile, session, key=told.key, timeout_s=told.timeout_s)
         stack.callback(engine.upstream.close)

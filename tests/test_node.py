@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -142,11 +143,11 @@ class Net:
         self.keys: list[Identity] = []
         self.running: list[asyncio.Task[None]] = []
 
-    async def start(self, k: int) -> None:
+    async def start(self, k: int, wall_clock: Callable[[], float] = time.time) -> None:
         """Run node k, for the first time or again."""
         up = asyncio.get_running_loop().create_future()
         ready: Callable[[str, str], None] = lambda key, url: up.set_result(key)  # noqa: E731
-        running = asyncio.create_task(node.serve(config.parse(self.told[k], "test"), ready))
+        running = asyncio.create_task(node.serve(config.parse(self.told[k], "test"), ready, wall_clock))
         self.running[k:] = [running, *self.running[k + 1 :]]
         await asyncio.wait({up, running}, return_when=asyncio.FIRST_COMPLETED)
         assert up.done(), running
