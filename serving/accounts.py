@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
@@ -17,7 +18,6 @@ import numpy as np
 
 from agents.protocol import ACCOUNT_SIZE, FREE, MICRO, STAKED, move_stake, price_of
 from serving.ledger import NOTHING, PART, WHOLE, ChannelLedger, Full, LedgerError, Telling, Terms
-from serving.reply import Reply
 from serving.statements import StatementError, digest
 
 log = logging.getLogger("wwwserve.accounts")
@@ -26,6 +26,7 @@ LEDGER_PATH = "/peer/ledger"
 ESCROW = "x-wwwserve-escrow"  # ID AMOUNT PRICE of a request that is handed over
 EXCHANGE_S = 0.2  # between two vouchers to a peer, unless its exposure runs out
 SOONEST_S = 0.02
+DISAGREED_S = 2.0  # until a peer that declined is told again
 PRICES_KEPT = 4  # adverts back, of which the price still holds
 
 SendTo = Callable[[str, bytes], Awaitable[bytes]]
@@ -63,39 +64,32 @@ class Payment:
 
 
 class Delivery:
-    """A `serving.reply.Reply` to a peer that is to pay."""
+    """Of one request of a peer that was taken; to be ended exactly once, by `end`."""
 
-    def __init__(self, ledger: ChannelLedger, peer: str, id: int, most: int, reply: Reply) -> None:
-        self.started, self.resumable = False, False
-        self._ledger, self._peer, self._id, self._most, self._reply = ledger, peer, id, most, reply
-        self._digest, self._bytes, self._events = sha256(), 0, 0
+    def __init__(self, ledger: ChannelLedger, peer: str, terms: Terms, most: int) -> None:
+        self._ledger, self._peer, self._id, self._most = ledger, peer, terms.id, most
+        self._digest, self._bytes, self._events, self._tokens = sha256(), 0, 0, 0
         self._status = 200
-        self.tokens = 0  # of an answer that is no stream
 
-    async def start(self, status: int, content_type: str) -> None:
-        """See `serving.reply.Reply`."""
-        self.started, self._status = True, status
-        await self._reply.start(status, content_type)
+    def begin(self, status: int) -> None:
+        """How the engine answers."""
+        self._status = status
 
-    async def pass_on(self, chunk: bytes) -> None:
-        """See `serving.reply.Reply`."""
-        await self._reply.pass_on(chunk)
+    def feed(self, chunk: bytes) -> None:
+        """Some of a stream was sent."""
         self._digest.update(chunk)
         self._bytes += len(chunk)
         self._events += chunk.count(b"data:")
 
-    async def whole(self, status: int, content_type: str, body: bytes) -> None:
-        """See `serving.reply.Reply`."""
-        self.started, self._status = True, status
-        await self._reply.whole(status, content_type, body)
+    def feed_whole(self, body: bytes) -> None:
+        """All of an answer was sent."""
         self._digest.update(body)
         self._bytes += len(body)
-        if status == 200:
-            self.tokens = tokens_of(body)
+        self._tokens = tokens_of(body) if self._status == 200 else 0
 
     def end(self, whole: bool) -> None:
         """It is over, and all of it was sent, or not."""
-        tokens = min(self.tokens or stream_tokens(self._events), self._most)
+        tokens = min(self._tokens or stream_tokens(self._events), self._most)
         served = self._status == 200 and self._bytes > 0
         came = NOTHING if not served else WHOLE if whole else PART
         answer = self._digest.hexdigest() if served else ""
@@ -114,6 +108,8 @@ class Accounts:
         self._tasks: set[asyncio.Task[None]] = set()
         self._untold: dict[str, list[str]] = {}  # statements about stake for each peer
         self._there: set[str] = set()
+        self._again_s: dict[str, float] = {}  # when a peer that declined is told again
+        self._reasons: dict[str, str] = {}  # why it did
         ledger.news = self.tell_all
 
     # Requests of own users.
@@ -153,9 +149,9 @@ class Accounts:
         self.ledger.take(peer, terms, digest(body))
         return terms
 
-    def delivery(self, peer: str, terms: Terms, reply: Reply) -> Delivery:
-        """Where the answer to a request that was taken goes."""
-        return Delivery(self.ledger, peer, terms.id, most_of(self.pricing, terms), reply)
+    def delivery(self, peer: str, terms: Terms) -> Delivery:
+        """Of a request that was taken."""
+        return Delivery(self.ledger, peer, terms, most_of(self.pricing, terms))
 
     # Messages.
 
@@ -169,15 +165,15 @@ class Accounts:
         loop = asyncio.get_running_loop()
         while True:
             for peer in self._there - self._busy:
+                if loop.time() < self._again_s.get(peer, 0.0):
+                    continue
                 self._busy.add(peer)
                 task = loop.create_task(self._exchange(peer))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             await asyncio.sleep(SOONEST_S)
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._urgent.wait(), EXCHANGE_S - SOONEST_S)
-            except TimeoutError:
-                pass
             self._urgent.clear()
 
     async def _exchange(self, peer: str) -> None:
@@ -196,7 +192,10 @@ class Accounts:
             pass  # it is told again
         except (LedgerError, StatementError) as error:
             self.rejected += 1
-            log.warning("a peer's ledger and ours do not agree", extra={"peer": peer, "reason": str(error)})
+            self._again_s[peer] = asyncio.get_running_loop().time() + DISAGREED_S
+            if self._reasons.get(peer) != str(error):
+                self._reasons[peer] = str(error)
+                log.warning("a peer's ledger and ours do not agree", extra={"peer": peer, "reason": str(error)})
         finally:
             self._busy.discard(peer)
 

@@ -8,16 +8,21 @@ from typing import Any, TypeVar
 
 import orjson
 
+from serving.accounts import ESCROW, LEDGER_PATH
+from serving.channel import LedgerError
 from serving.config import NodeConfig
 from serving.dispatcher import PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
+from serving.journal import Full
 from serving.membership import BEAT_PATH, MOST_BYTES
 from serving.reply import Ask, Failed
 from serving.signed import SIGNATURE, Refusals, Refused
+from serving.statements import StatementError
 
 log = logging.getLogger("wwwserve.app")
 
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 CLASS_HEADER = b"x-slo-class"
+MOST_CHOICES = 128  # that a user may ask for at once
 MOST_PROMPT = 1 << 24  # tokens that a peer may say a prompt has
 
 T = TypeVar("T")
@@ -83,6 +88,9 @@ class App:
             elif path.startswith(PEER_PREFIX) and path[len(PEER_PREFIX) :] in COMPLETIONS:
                 _expect(method, "POST")
                 await self._complete_for_peer(scope, headers, receive, send)
+            elif path == LEDGER_PATH:
+                _expect(method, "POST")
+                await self._on_ledger(scope, headers, receive, send)
             elif path in self.pages:
                 _expect(method, "GET")
                 if path == "/v1/models":
@@ -135,7 +143,7 @@ class App:
         if klass is None:
             known = ", ".join(self.config.class_names)
             raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
-        return Ask(path, body, model, bool(stream), klass, _prompt_bytes(request))
+        return Ask(path, body, model, bool(stream), klass, _prompt_bytes(request), _most(request))
 
     async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Run a peer's request, or refuse it at once."""
@@ -154,14 +162,39 @@ class App:
             self.dispatcher.metrics.offer_refused()
             await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
             return
+        terms = None
+        accounts = self.dispatcher.accounts
+        if accounts is not None:
+            try:
+                terms = accounts.take(claim.sender, headers.get(ESCROW.encode(), b""), body)
+            except (LedgerError, Full) as error:
+                self.dispatcher.metrics.offer_refused()
+                raise Failed(402, f"it is not taken: {error}", "payment_error") from None
         reply = _Reply(send)
         head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
         await reply.start(200, "application/octet-stream", *head)
         ask = Ask(path, body, str(model), bool(request.get("stream")))
-        if await _unless_gone(receive, self.dispatcher.run_for(ask, prompt, reply)):
+        paid = accounts.delivery(claim.sender, terms) if accounts is not None and terms is not None else None
+        if await _unless_gone(receive, self.dispatcher.run_for(ask, prompt, reply, paid)):
             await reply.end()
         # Else the answer stays without its end, and the server breaks the connection off.
+
+    async def _on_ledger(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """A peer tells of payment or stake."""
+        accounts = self.dispatcher.accounts
+        if accounts is None:
+            raise Failed(404, "this node keeps no ledger", "not_found_error")
+        claim = self.dispatcher.messages.open(scope["path"], scope["headers"])
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        claim.check(body)
+        try:
+            answer = await accounts.received(claim.sender, body)
+        except (LedgerError, StatementError) as error:
+            raise Failed(409, str(error), "ledger_error") from None
+        except Full as error:
+            raise Failed(507, f"there is no room for the ledger: {error}", "overloaded") from None
+        await _answer(send, 200, answer)
 
     async def _beat(self, receive: Receive, send: Send) -> None:
         self.dispatcher.membership.received(await _body(receive, {}, MOST_BYTES))
@@ -176,7 +209,11 @@ class App:
 
     def _metrics(self) -> tuple[int, bytes, bytes]:
         d = self.dispatcher
-        page = d.metrics.page(held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers))
+        balances = d.accounts.ledger.balances() if d.accounts is not None else []
+        page = d.metrics.page(
+            held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers), balances=balances,
+            ledger_full=d.accounts is not None and bool(d.accounts.ledger.full),
+        )  # fmt: skip
         return 200, page, b"text/plain; version=0.0.4; charset=utf-8"
 
     def _network(self) -> tuple[int, bytes, bytes]:
@@ -203,6 +240,14 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(request, dict):
         raise Failed(400, f"the body is a {type(request).__name__}, expected an object", "invalid_request_error")
     return request
+
+
+def _most(request: dict[str, Any]) -> int:
+    """Tokens that the answer may have at most; 0 where the user sets no limit."""
+    limits = [request.get("max_completion_tokens"), request.get("max_tokens")]
+    told = [each for each in limits if isinstance(each, int) and not isinstance(each, bool) and each > 0]
+    choices = request.get("n", 1)
+    return told[0] * (choices if isinstance(choices, int) and 1 <= choices <= MOST_CHOICES else 1) if told else 0
 
 
 def _prompt_bytes(request: dict[str, Any]) -> int:

@@ -33,18 +33,21 @@ from agents.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
 from agents.view import Views
 from serving import audit, calibrate, config, local_vllm, network, node
 from serving.calibrate import CalibrationError
+from serving.channel import LedgerError
 from serving.config import ConfigError
 from serving.engine import NAMES
 from serving.identity import Identity, IdentityError
 from serving.journal import JournalError
 from serving.local_vllm import PrepareError
 from serving.network import NetworkError
+from serving.statements import StatementError
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2
 DECISIONS = 2000  # that `verify` times
 
 REFUSED = (
-    BundleError, CalibrationError, ConfigError, IdentityError, JournalError, NetworkError, PrepareError, OSError
+    BundleError, CalibrationError, ConfigError, IdentityError, JournalError, LedgerError, NetworkError, PrepareError,
+    StatementError, OSError,
 )  # fmt: skip
 
 Groups: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

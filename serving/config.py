@@ -17,6 +17,8 @@ from serving.identity import SignatureError, public_key
 from serving.membership import MOST_LABEL
 from serving.provider import Market
 
+MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names file, field and what was expected."""
@@ -128,6 +130,22 @@ class LimitsConfig(Struct):
     receive_s: float = 30.0  # for a request to come, from its first byte to its last
 
 
+class LimitConfig(Struct):
+    """What two set for each other, credits; the peer has the same two the other way round."""
+
+    ours: float  # that we may come to owe it
+    theirs: float  # that it may come to owe us
+
+
+class LedgerConfig(Struct):
+    """Where accounts are kept, and what credit begins with."""
+
+    file: str
+    genesis: str | None = None  # file of what each key begins with, the same on all nodes
+    limits: dict[str, LimitConfig] = {}  # by key, where there is no genesis
+    exposure: float = 100.0  # credits that a peer may have of ours in escrow, and we of a peer's
+
+
 class NodeConfig(Struct):
     """A node."""
 
@@ -151,6 +169,7 @@ class NodeConfig(Struct):
     classes: dict[str, ClassConfig] = {}
     resume: bool = False  # streams that break off go on elsewhere
     market: MarketConfig = msgspec.field(default_factory=MarketConfig)
+    ledger: LedgerConfig | None = None  # none: nothing is paid
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     log: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -237,6 +256,21 @@ def _is_key(name: str) -> bool:
     return True
 
 
+def _ledger_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
+    told = c.ledger
+    if told is None:
+        return []
+    amounts = [amount for each in told.limits.values() for amount in (each.ours, each.theirs)]
+    return [
+        ("ledger.file", bool(told.file), "a file"),
+        ("ledger", (told.genesis is None) != (not told.limits), "with either a genesis or limits"),
+        ("ledger.genesis", told.genesis is None or Path(told.genesis).is_file(), f"a file, got {told.genesis!r}"),
+        *[("ledger.limits", _is_key(each), f"by public keys, got {each!r}") for each in told.limits],
+        ("ledger.limits", all(0 <= each <= MOST_CREDITS for each in amounts), f"0 to {MOST_CREDITS:,} credits"),
+        ("ledger.exposure", 0 < told.exposure <= MOST_CREDITS, f"above 0, got {told.exposure:g}"),
+    ]
+
+
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
     keys = [peer.key for peer in c.peers]
@@ -248,6 +282,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
         *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],
         *_membership_checks(c),
+        *_ledger_checks(c),
         ("deadlines_s", list(c.deadlines_s) == sorted(c.deadlines_s) and min(c.deadlines_s, default=0) > 0,
          f"at least one, above 0 and ascending, got {c.deadlines_s}"),
         ("classes", len(c.classes) <= MAX_CLASSES, f"at most {MAX_CLASSES}, got {len(c.classes)}"),

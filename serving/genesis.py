@@ -11,12 +11,10 @@ import msgspec
 import yaml
 
 from agents.protocol import MICRO
-from serving.config import ConfigError, LedgerConfig, Struct
+from serving.config import MOST_CREDITS, ConfigError, LedgerConfig, Struct
 from serving.identity import NAME_CHARS, SignatureError, public_key
 from serving.ledger import Grant
 from serving.statements import digest
-
-MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
 
 class Account(Struct):
@@ -80,9 +78,7 @@ def _check(names: Mapping[str, object], where: str) -> None:
         try:
             public_key(name)
         except SignatureError:
-            raise ConfigError(
-                f"{where}: {name!r} must be a public key, {NAME_CHARS} characters of base64url"
-            ) from None
+            raise ConfigError(f"{where}: {name!r} must be a public key, {NAME_CHARS} characters of base64url") from None
 
 
 def _micro(credits: float) -> int:

@@ -58,6 +58,7 @@ log = logging.getLogger("wwwserve.ledger")
 RETRY_S = 0.5  # between two tries to write where there is no room
 SNAPSHOT_EVERY = 20_000  # entries
 MOST_UNACKED = 20_000  # receipts that a peer has not acknowledged, beyond which it gets no more requests
+SHORT_SHARE = 20  # part of what a peer paid that it may be short of, beside the exposure: kills and lost links happen
 ENDED_KEPT = 1 << 16  # ids of requests that have ended, below which none is taken
 
 
@@ -178,6 +179,7 @@ class ChannelLedger:
         self.grants, self.exposure, self.pricing = dict(grants), exposure, pricing
         self.books = Books(self.name)
         self.stakes = Stakes(funds)
+        self.changed: set[str] = set()  # peers with whom something changed, for whoever looks and takes them out
         self.full = ""  # why nothing can be written now
         self.news: Callable[[bytes], None] = lambda statement: None  # of evidence that was found here
         self._batch: list[Event] = []
@@ -189,6 +191,7 @@ class ChannelLedger:
         self._ended: dict[str, set[int]] = {}
         self._floor: dict[str, int] = {}
         self._replay()
+        self.changed.update(self.books.channels)
 
     def _replay(self) -> None:
         """Come to what the journal says; what was under way when it ended was not answered."""
@@ -214,6 +217,7 @@ class ChannelLedger:
         self.books.apply(event)
         self._batch.append(event)
         self._touched.add(event.peer)
+        self.changed.add(event.peer)
         self._added += 1
         self._work.set()
 
@@ -232,7 +236,11 @@ class ChannelLedger:
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "ledger") as thread:
             while True:
-                await self._work.wait()
+                try:
+                    await self._work.wait()
+                except asyncio.CancelledError:
+                    self._put_back([], [], None, Full("the node stops"))
+                    raise
                 batch = self._take_batch()
                 writing = loop.run_in_executor(thread, self._write, *batch)
                 try:
@@ -246,15 +254,25 @@ class ChannelLedger:
                 else:
                     self._wrote(len(batch[0]))
 
-    async def _finish(
-        self, writing: "asyncio.Future[None]", batch: tuple[list[Event], list[Balance], bytes | None]
-    ) -> None:
+    def close(self) -> None:
+        """Write what is left, and the journal is done."""
         try:
-            await writing
-            self._wrote(len(batch[0]))
             self.flush()
         except Full as reason:
             log.error("the ledger ends without room for its last entries", extra={"reason": str(reason)})
+        self.journal.close()
+
+    async def _finish(
+        self, writing: "asyncio.Future[None]", batch: tuple[list[Event], list[Balance], bytes | None]
+    ) -> None:
+        """What is being written when the node stops; nothing is durable after, until `close`."""
+        try:
+            await writing
+            self._wrote(len(batch[0]))
+        except Full as reason:
+            self._put_back(*batch, reason)
+        self.full = self.full or "the node stops"
+        self._put_back([], [], None, Full(self.full))
 
     def _take_batch(self) -> tuple[list[Event], list[Balance], bytes | None]:
         self._work.clear()
@@ -271,9 +289,10 @@ class ChannelLedger:
             self.journal.write([msgspec.json.encode(event) for event in batch], balances, snapshot)
 
     def _put_back(self, batch: list[Event], balances: list[Balance], snapshot: bytes | None, reason: Full) -> None:
-        if not self.full:
+        if not self.full and batch:
             log.error("there is no room for the ledger, so nothing is delegated", extra={"reason": str(reason)})
         self.full = str(reason)
+        self.changed.update(self.books.channels)
         self._batch = batch + self._batch
         self._touched |= {each.peer for each in balances}
         if snapshot is not None:
@@ -288,6 +307,7 @@ class ChannelLedger:
         if self.full and count:
             log.info("there is room for the ledger again")
             self.full = ""
+            self.changed.update(self.books.channels)
         self._written += count
         still = []
         for number, future in self._waiting:
@@ -349,7 +369,7 @@ class ChannelLedger:
         """See `Ledger`."""
         self._check_room()
         channel = self.books.channel(peer)
-        if channel.short > self.exposure:
+        if channel.short > self.exposure + channel.paid_total // SHORT_SHARE:
             raise LedgerError(f"{peer} paid {channel.short} micro-credits less than it was delivered")
         if terms.id <= self._floor.get(peer, 0) or terms.id in self._ended.get(peer, ()):
             raise LedgerError(f"request {terms.id} of {peer} has ended already")

@@ -25,7 +25,10 @@ from serving.config import ConfigError, NodeConfig, StaticConfig
 from serving.connection import Connection
 from serving.dispatcher import Dispatcher
 from serving.engine import Engine, EngineError
+from serving.genesis import agreed
 from serving.identity import Identity
+from serving.journal import SqliteJournal
+from serving.ledger import ChannelLedger, micro
 from serving.membership import Membership, StaticMembership
 from serving.metrics import Metrics
 from serving.provider import Provider
@@ -78,6 +81,18 @@ def membership_of(
     return ZenohMembership(identity, told.network, zenoh, time.monotonic, refusals, wall_clock)
 
 
+def ledger_of(config: NodeConfig, identity: Identity, pricing: int, stack: AsyncExitStack) -> ChannelLedger | None:
+    """The ledger that is configured, until `stack` is closed. Raises ConfigError, JournalError, LedgerError."""
+    told = config.ledger
+    if told is None:
+        return None
+    grants, funds = agreed(told, identity.name)
+    journal = SqliteJournal(Path(told.file), identity.name)
+    ledger = ChannelLedger(identity, journal, grants, funds, exposure=micro(told.exposure), pricing=pricing)
+    stack.callback(ledger.close)
+    return ledger
+
+
 class _Server(uvicorn.Server):
     """A server that leaves signals to its process."""
 
@@ -117,7 +132,8 @@ async def serve(
         told = config.engine
         engine = Engine(told.kind, told.url, profile, session, key=told.key, timeout_s=told.timeout_s)
         stack.callback(engine.upstream.close)
-        dispatcher = Dispatcher(config, provider, engine, membership, messages, session, metrics, url)
+        ledger = ledger_of(config, identity, provider.pricing, stack)
+        dispatcher = Dispatcher(config, provider, engine, membership, messages, session, metrics, url, ledger)
         web = uvicorn.Config(
             App(dispatcher, config, refusals), http=Connection.limited(config.limits), lifespan="off", ws="none",
             log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=5,

@@ -16,6 +16,7 @@ class Ask(NamedTuple):
     stream: bool
     klass: int = 0
     prompt_bytes: int = 0
+    most: int = 0  # tokens of the answer, as the user limits it; 0 without a limit
 
 
 class Reply(Protocol):
