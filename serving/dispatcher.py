@@ -178,10 +178,9 @@ class Dispatcher:
         self.membership.publish(advert, time.monotonic())
 
     async def _restake(self, accounts: Accounts) -> None:
-        """State the stake that the load calls for, or the configured one, and know the own credit."""
+        """State the stake that the load calls for, or the configured one."""
         target = self.provider.stake_target() if self.config.market.stake_rule == "load" else micro(self.config.stake)
         self.provider.stake = await accounts.restake(target, self.config.market.gossip_s)
-        self.provider.credit = accounts.ledger.free_credit()
 
     async def _tell_ledger(self, peer: str, body: bytes) -> bytes:
         """What a peer's ledger answers to a message. Raises as aiohttp does, and LedgerError for a refusal."""
@@ -240,6 +239,8 @@ class Dispatcher:
 
     def _look_at_ledger(self, ledger: ChannelLedger) -> None:
         """A peer with whom nothing more may be in escrow is no candidate."""
+        if ledger.changed:
+            self.provider.credit = ledger.free_credit()
         while ledger.changed:
             peer = ledger.changed.pop()
             if peer in ledger.books.channels:

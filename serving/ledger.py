@@ -191,6 +191,7 @@ class ChannelLedger:
         self._ended: dict[str, set[int]] = {}
         self._floor: dict[str, int] = {}
         self._replay()
+        self.changed.add(self.name)  # all is news
         self.changed.update(self.books.channels)
 
     def _replay(self) -> None:
