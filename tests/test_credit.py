@@ -349,7 +349,7 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
                 n.file(k).unlink()
                 n.told[k]["ledger"] = {
                     "file": str(n.file(k)),
-                    "limits": {n.keys[1 - k]: {"ours": 3.0 - k, "theirs": 2.0 + k}},
+                    "limits": {n.keys[1 - k]: {"ours": 30.0 - 10 * k, "theirs": 20.0 + 10 * k}},
                 }
             for k in range(2):
                 await n.start(k)
@@ -360,7 +360,7 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
             await n.until(opened)
             await n.until(lambda: handed(n))
             channel = await n.channel(0, 1)
-            assert channel["free"] + channel["escrow"] + channel["peer_free"] + channel["peer_escrow"] == 5.0
+            assert channel["free"] + channel["escrow"] + channel["peer_free"] + channel["peer_escrow"] == pytest.approx(50.0)
 
     async def handed(n: Net) -> bool:
         assert (await n.ask())[0] == 200
