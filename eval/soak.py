@@ -43,6 +43,7 @@ NODES = 5
 MODEL, GPU, SPEED = "qwen3-8b", "rtx-4090", 10.0
 CREDIT, STAKE, PRICE = 400.0, 4.0, 1.0  # credits; the price is of 1000 tokens
 READY_S, CALM_S, ANSWER_S = 300.0, 120.0, 90.0
+MOST_DOWN = 2  # nodes, killed and not back yet
 OFF_S = 60.0  # of a clock
 LARGEST = resource.RLIM_INFINITY
 
@@ -104,6 +105,7 @@ class Soak:
         self.faults: dict[str, Any] = {}
         self.kills = self.audited = 0
         self._asking: set[asyncio.Task[None]] = set()
+        self._returning: dict[Node, asyncio.Task[None]] = {}
 
     # Nodes.
 
@@ -138,7 +140,8 @@ class Soak:
         return True
 
     async def all_ready(self) -> None:
-        """Until every node sees all others."""
+        """Until every node is back and sees all others."""
+        await asyncio.gather(*self._returning.values())
         await self.until("all nodes see each other", lambda: self.ready(self.nodes, NODES - 1), READY_S)
 
     # Load.
@@ -192,21 +195,28 @@ class Soak:
     # Faults.
 
     async def kill(self) -> None:
-        """Kill a node at some moment, check what it leaves, and start it again."""
-        node = self.draw.choice(self.nodes)
+        """Kill a node at some moment; it is back later. Two may be down at once."""
+        while len(self._returning) >= MOST_DOWN:
+            await asyncio.wait(self._returning.values(), return_when=asyncio.FIRST_COMPLETED)
+        node = self.draw.choice([each for each in self.nodes if each not in self._returning])
         await asyncio.sleep(self.draw.uniform(0.0, 1.0))
         node.kill()
         self.kills += 1
+        task = self._returning[node] = asyncio.create_task(self.bring_back(node, self.kills))
+        task.add_done_callback(lambda done: self._returning.pop(node, None))
+
+    async def bring_back(self, node: Node, kill: int) -> None:
+        """Check what a node left when it was killed, and start it again."""
         problems = await asyncio.to_thread(_problems, node.ledger)
         self.audited += 1
-        self.problems += [f"after kill {self.kills}, n{node.k}: {each}" for each in problems]
+        self.problems += [f"after kill {kill}, n{node.k}: {each}" for each in problems]
         self.start(node)
 
         async def back() -> bool:
             seen = await self.see(node)
             return seen is not None and bool(seen["engine"]["up"])
 
-        await self.until(f"n{node.k} is back after kill {self.kills}", back, READY_S)
+        await self.until(f"n{node.k} is back after kill {kill}", back, READY_S)
 
     async def fill(self) -> None:
         """Leave a node no room for its ledger, and then some again."""
@@ -235,6 +245,7 @@ class Soak:
 
     async def clock(self) -> None:
         """Run a node whose clock is ahead, and then with the right one."""
+        await self.all_ready()
         node = self.draw.choice(self.nodes)
         node.kill()
         self.start(node, OFF_S)

@@ -359,8 +359,9 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
 
             await n.until(opened)
             await n.until(lambda: handed(n))
-            channel = await n.channel(0, 1)
-            assert channel["free"] + channel["escrow"] + channel["peer_free"] + channel["peer_escrow"] == pytest.approx(50.0)
+            found = await n.channel(0, 1)
+            total = sum(found[name] for name in ("free", "escrow", "peer_free", "peer_escrow"))
+            assert total == pytest.approx(50.0)
 
     async def handed(n: Net) -> bool:
         assert (await n.ask())[0] == 200
