@@ -77,6 +77,22 @@ def price_of(pricing: int, price_micro: int, tokens: int) -> int:
 
 
 @kernel
+def price_of_part(pricing: int, price_micro: int, tokens: int, most: int) -> int:
+    """What `tokens` tokens cost of an answer that broke off or was not wanted any more, in micro-credits, rounded down;
+    where a request has one price, the share that they are of `most`, the longest that it could have been."""
+    if pricing == PER_REQUEST:
+        return price_micro * min(tokens, most) // max(most, 1)
+    return price_micro * tokens // 1000
+
+
+@kernel
+def room(payer: Ints, exposed: int, limit: int) -> int:
+    """How much more the payer may put in escrow with one payee who has `exposed` of it already: within its free credit
+    and `limit`."""
+    return max(0, min(int(payer[FREE]), limit - exposed))
+
+
+@kernel
 def lock(payer: Ints, amount: int) -> bool:
     """Move `amount` from the payer's free credit to escrow; False, and nothing moved, if it has less."""
     if payer[FREE] < amount:
@@ -170,6 +186,15 @@ def settle_duel(accounts: Ints, a: int, b: int, judges: Ints, votes: Ints) -> in
             accounts[judges[k], STAKED] += each + extra
             extra = 0
     return outcome
+
+
+@kernel
+def forfeit(accounts: Ints, cheat: int, victim: int) -> int:
+    """The whole stake of one who cheated goes to the victim's. `accounts` [N, ACCOUNT_SIZE]; returns the stake."""
+    stake = int(accounts[cheat, STAKED])
+    accounts[cheat, STAKED] = 0
+    accounts[victim, STAKED] += stake
+    return stake
 
 
 @kernel

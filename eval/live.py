@@ -123,8 +123,6 @@ def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers 
     scenario = planned.scenario
     count = len(scenario.providers)
     ports = free_ports(2 * count)
-    urls = [f"http://127.0.0.1:{port}" for port in ports[:count]]
-    names = [provider.name for provider in scenario.providers]
     engines = [] if servers else _emulators(planned, ports[count:], speed)
     engine_urls = servers.urls if servers else [f"http://127.0.0.1:{port}" for port in ports[count:]]
     models = [SMOLLM2 if servers else provider.serves[0] for provider in scenario.providers]
@@ -134,10 +132,9 @@ def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers 
         told = node(scenario, planned, i, policy, speed)
         told["serves"] = [SMOLLM2] if servers else told["serves"]
         told["port"] = ports[i]
-        told["peers"] = [{"name": names[k], "url": urls[k]} for k in range(count) if k != i]
         told["engine"] = {"url": engine_urls[i], "profile": {"kind": "measured", **asdict(profile)}}
         plain = orjson.loads(orjson.dumps(told))
-        parse(plain, f"node {provider.name}")
+        parse(plain | {"key": "made when it starts"}, f"node {provider.name}")
         nodes.append(plain)
     with started(nodes, engines, READY_S["emulated"]) as network:
         sites = [Site(*each) for each in zip(network.urls, models, profiles, strict=True)]

@@ -31,6 +31,7 @@ import yaml
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import write_json
 from eval.processes import cpu_s
+from serving.identity import Identity
 from serving.network import free_ports
 
 MODEL = "stub"
@@ -259,7 +260,10 @@ def run(calls: int, seconds: float, connections: int, policy: str | None) -> dic
     ):
         profile = {"kind": "catalogue", "gpu": "h100", "model": "qwen3-8b", "max_num_seqs": 256}
         engine = f"http://127.0.0.1:{engine_port}"
-        config = {"name": "n", "port": node_port, "policy": policy, "engine": {"url": engine, "profile": profile}}
+        key = Path(folder, "node.pem")
+        Identity.generate().save(key)
+        config = {"name": "n", "key": str(key), "port": node_port, "policy": policy,
+                  "engine": {"url": engine, "profile": profile}}  # fmt: skip
         file = Path(folder, "node.yaml")
         file.write_text(yaml.safe_dump(config))
         node = [sys.executable, "-m", "serving.cli", "node", str(file)]

@@ -8,15 +8,21 @@ from typing import Any, TypeVar
 
 import orjson
 
+from serving.accounts import ESCROW, LEDGER_PATH
+from serving.channel import LedgerError
 from serving.config import NodeConfig
-from serving.dispatcher import ORIGIN, PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
-from serving.membership import BEAT_PATH, MOST_BYTES, AdvertError
+from serving.dispatcher import PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
+from serving.journal import Full
+from serving.membership import BEAT_PATH, MOST_BYTES
 from serving.reply import Ask, Failed
+from serving.signed import SIGNATURE, Refusals, Refused
+from serving.statements import StatementError
 
 log = logging.getLogger("wwwserve.app")
 
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 CLASS_HEADER = b"x-slo-class"
+MOST_CHOICES = 128  # that a user may ask for at once
 MOST_PROMPT = 1 << 24  # tokens that a peer may say a prompt has
 
 T = TypeVar("T")
@@ -57,8 +63,8 @@ class _Reply:
 class App:
     """The ASGI application of one node."""
 
-    def __init__(self, dispatcher: Dispatcher, config: NodeConfig) -> None:
-        self.dispatcher, self.config = dispatcher, config
+    def __init__(self, dispatcher: Dispatcher, config: NodeConfig, refusals: Refusals) -> None:
+        self.dispatcher, self.config, self.refusals = dispatcher, config, refusals
         self.keys = [key.encode() for key in config.keys]
         self.classes = {name.encode(): k for k, name in enumerate(config.class_names)}
         self.pages: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
@@ -72,8 +78,6 @@ class App:
         path, method = scope["path"], scope["method"]
         try:
             headers: dict[bytes, bytes] = dict(scope["headers"])
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > self.config.limits.header_bytes:
-                raise Failed(431, "the headers are too large", "invalid_request_error")
             if path in COMPLETIONS:
                 _expect(method, "POST")
                 self._check_key(headers)
@@ -83,7 +87,10 @@ class App:
                 await self._beat(receive, send)
             elif path.startswith(PEER_PREFIX) and path[len(PEER_PREFIX) :] in COMPLETIONS:
                 _expect(method, "POST")
-                await self._complete_for_peer(path[len(PEER_PREFIX) :], headers, receive, send)
+                await self._complete_for_peer(scope, headers, receive, send)
+            elif path == LEDGER_PATH:
+                _expect(method, "POST")
+                await self._on_ledger(scope, headers, receive, send)
             elif path in self.pages:
                 _expect(method, "GET")
                 if path == "/v1/models":
@@ -95,6 +102,9 @@ class App:
             pass
         except Failed as failed:
             await _fail(send, failed)
+        except Refused as refused:
+            self.refusals(refused)
+            await _fail(send, Failed(403, str(refused), refused.kind))
         except Exception:  # the user sees no more of it than that it happened
             log.exception("a request met an error", extra={"path": path})
             await _fail(send, Failed(500, "an error inside the node", "internal_error"))
@@ -117,7 +127,7 @@ class App:
         except Failed as failed:
             if not reply.started:
                 raise
-            await reply.pass_on(b"data: " + _error(failed) + b"\n\n")
+            await reply.pass_on(b"data: " + failed.body() + b"\n\n")
         await reply.end()
 
     def _ask(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Ask:
@@ -133,15 +143,18 @@ class App:
         if klass is None:
             known = ", ".join(self.config.class_names)
             raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
-        return Ask(path, body, model, bool(stream), klass, _prompt_bytes(request))
+        return Ask(path, body, model, bool(stream), klass, _prompt_bytes(request), _most(request))
 
-    async def _complete_for_peer(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+    async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Run a peer's request, or refuse it at once."""
+        messages, path = self.dispatcher.messages, scope["path"][len(PEER_PREFIX) :]
+        claim = messages.open(scope["path"], scope["headers"])
         body = await _body(receive, headers, self.config.limits.body_bytes)
+        claim.check(body)
         request = _object(body)
         told = headers.get(PROMPT.encode(), b"")
-        if ORIGIN.encode() not in headers or not told.isdigit() or not 0 < int(told) < MOST_PROMPT:
-            raise Failed(400, f"expected headers {ORIGIN} and {PROMPT}, a number of tokens", "invalid_request_error")
+        if not (told.isdigit() and len(told) < 10 and 0 < int(told) < MOST_PROMPT):
+            raise Failed(400, f"expected a header {PROMPT}, a number of tokens", "invalid_request_error")
         prompt = int(told)
         model = request.get("model")
         promise = self.dispatcher.consider(prompt) if model in self.dispatcher.serves else None
@@ -149,20 +162,42 @@ class App:
             self.dispatcher.metrics.offer_refused()
             await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
             return
+        terms = None
+        accounts = self.dispatcher.accounts
+        if accounts is not None:
+            try:
+                terms = accounts.take(claim.sender, headers.get(ESCROW.encode(), b""), body)
+            except (LedgerError, Full) as error:
+                self.dispatcher.metrics.offer_refused()
+                raise Failed(402, f"it is not taken: {error}", "payment_error") from None
         reply = _Reply(send)
         head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
+        head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
         await reply.start(200, "application/octet-stream", *head)
         ask = Ask(path, body, str(model), bool(request.get("stream")))
-        if await _unless_gone(receive, self.dispatcher.run_for(ask, prompt, reply)):
+        paid = accounts.delivery(claim.sender, terms) if accounts is not None and terms is not None else None
+        if await _unless_gone(receive, self.dispatcher.run_for(ask, prompt, reply, paid)):
             await reply.end()
         # Else the answer stays without its end, and the server breaks the connection off.
 
-    async def _beat(self, receive: Receive, send: Send) -> None:
-        body = await _body(receive, {}, MOST_BYTES)
+    async def _on_ledger(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """A peer tells of payment or stake."""
+        accounts = self.dispatcher.accounts
+        if accounts is None:
+            raise Failed(404, "this node keeps no ledger", "not_found_error")
+        claim = self.dispatcher.messages.open(scope["path"], scope["headers"])
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        claim.check(body)
         try:
-            self.dispatcher.membership.received(body)
-        except AdvertError as error:
-            raise Failed(403, f"not a peer's advert: {error}", "invalid_request_error") from None
+            answer = await accounts.received(claim.sender, body)
+        except (LedgerError, StatementError) as error:
+            raise Failed(409, str(error), "ledger_error") from None
+        except Full as error:
+            raise Failed(507, f"there is no room for the ledger: {error}", "overloaded") from None
+        await _answer(send, 200, answer)
+
+    async def _beat(self, receive: Receive, send: Send) -> None:
+        self.dispatcher.membership.received(await _body(receive, {}, MOST_BYTES))
         await _answer(send, 204, b"")
 
     # Pages.
@@ -174,7 +209,11 @@ class App:
 
     def _metrics(self) -> tuple[int, bytes, bytes]:
         d = self.dispatcher
-        page = d.metrics.page(held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers))
+        balances = d.accounts.ledger.balances() if d.accounts is not None else []
+        page = d.metrics.page(
+            held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers), balances=balances,
+            ledger_full=d.accounts is not None and bool(d.accounts.ledger.full),
+        )  # fmt: skip
         return 200, page, b"text/plain; version=0.0.4; charset=utf-8"
 
     def _network(self) -> tuple[int, bytes, bytes]:
@@ -203,6 +242,14 @@ def _object(body: bytes) -> dict[str, Any]:
     return request
 
 
+def _most(request: dict[str, Any]) -> int:
+    """Tokens that the answer may have at most; 0 where the user sets no limit."""
+    limits = [request.get("max_completion_tokens"), request.get("max_tokens")]
+    told = [each for each in limits if isinstance(each, int) and not isinstance(each, bool) and each > 0]
+    choices = request.get("n", 1)
+    return told[0] * (choices if isinstance(choices, int) and 1 <= choices <= MOST_CHOICES else 1) if told else 0
+
+
 def _prompt_bytes(request: dict[str, Any]) -> int:
     """Bytes of the texts that a model reads, as far as they can be seen."""
     prompt, messages = request.get("prompt"), request.get("messages")
@@ -225,7 +272,7 @@ def _prompt_bytes(request: dict[str, Any]) -> int:
 async def _body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
     too_large = Failed(413, f"the body is larger than {limit} bytes", "invalid_request_error")
     told = headers.get(b"content-length", b"0")
-    if told.isdigit() and int(told) > limit:
+    if told.isdigit() and (len(told) > 18 or int(told) > limit):
         raise too_large
     message = await receive()
     body: bytes = message.get("body", b"")
@@ -268,15 +315,11 @@ async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         watching.cancel()
 
 
-def _error(failed: Failed) -> bytes:
-    return orjson.dumps({"error": {"message": str(failed), "type": failed.kind, "param": None, "code": failed.status}})
-
-
 async def _fail(send: Send, failed: Failed) -> None:
     extra = []
     if failed.retry_after_s is not None:
         extra.append((b"retry-after", str(failed.retry_after_s).encode()))
-    await _answer(send, failed.status, _error(failed), b"application/json", extra)
+    await _answer(send, failed.status, failed.body(), b"application/json", extra)
 
 
 async def _answer(

@@ -3,7 +3,11 @@
     wwwserve node FILE
     wwwserve up [--nodes N] [--engine emulated|vllm] [--base-port P] [--policy NAME|BUNDLE] ...
     wwwserve status [URL]
+    wwwserve key new FILE
+    wwwserve key show FILE
     wwwserve calibrate URL [--model NAME] [--json FILE|-] [--beside URL] ...
+    wwwserve ledger show FILE
+    wwwserve ledger verify FILE [FILE]
     wwwserve policy show [BUNDLE] [--json]
     wwwserve policy verify [BUNDLE]
 
@@ -27,15 +31,24 @@ from agents.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError,
 from agents.decision import make_actions
 from agents.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
 from agents.view import Views
-from serving import calibrate, config, local_vllm, network, node
+from serving import audit, calibrate, config, local_vllm, network, node
 from serving.calibrate import CalibrationError
+from serving.channel import LedgerError
 from serving.config import ConfigError
 from serving.engine import NAMES
+from serving.identity import Identity, IdentityError
+from serving.journal import JournalError
 from serving.local_vllm import PrepareError
 from serving.network import NetworkError
+from serving.statements import StatementError
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2
 DECISIONS = 2000  # that `verify` times
+
+REFUSED = (
+    BundleError, CalibrationError, ConfigError, IdentityError, JournalError, LedgerError, NetworkError, PrepareError,
+    StatementError, OSError,
+)  # fmt: skip
 
 Groups: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run = Callable[[argparse.Namespace], int]
@@ -51,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
-    except (BundleError, CalibrationError, ConfigError, NetworkError, PrepareError, OSError) as error:
+    except REFUSED as error:
         print("wwwserve: " + "\n".join(map(_printable, str(error).splitlines())), file=sys.stderr)
         status = FAILED
     except KeyboardInterrupt:
@@ -70,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_node(groups)
     _add_up(groups)
     _add_status(groups)
+    _add_key(groups)
     _add_calibrate(groups)
+    _add_ledger(groups)
     _add_policy(groups)
     return parser
 
@@ -147,6 +162,31 @@ def _status(args: argparse.Namespace) -> int:
     return DONE
 
 
+# wwwserve key
+
+
+def _add_key(groups: Groups) -> None:
+    text = "make a node's key, or show its public half"
+    key = groups.add_parser("key", help=text, description=text[0].upper() + text[1:] + ".")
+    commands = key.add_subparsers(metavar="COMMAND", required=True)
+    new = _add_command(commands, "new", "make a key in a new file, and print its public half", _key_new)
+    show = _add_command(commands, "show", "print the public half of a key, by which peers name the node", _key_show)
+    for command in (new, show):
+        command.add_argument("file", type=Path, metavar="FILE", help="where the key is kept")
+
+
+def _key_new(args: argparse.Namespace) -> int:
+    identity = Identity.generate()
+    identity.save(args.file)
+    print(identity.name)
+    return DONE
+
+
+def _key_show(args: argparse.Namespace) -> int:
+    print(Identity.load(args.file).name)
+    return DONE
+
+
 # wwwserve calibrate
 
 
@@ -194,6 +234,44 @@ def _calibrate(args: argparse.Namespace) -> int:
         Path(args.json).write_text(told)
     print("\n".join(f"# {line}" for line in found.report().splitlines()))
     print(found.yaml(), end="")
+    return DONE
+
+
+# wwwserve ledger
+
+
+def _add_ledger(groups: Groups) -> None:
+    text = "look at a node's ledger, or check it"
+    ledger = groups.add_parser("ledger", help=text, description=text[0].upper() + text[1:] + ".")
+    commands = ledger.add_subparsers(metavar="COMMAND", required=True)
+    show = _add_command(commands, "show", "say what a node owns, owes and has in escrow", _show_ledger)
+    show.add_argument("file", type=Path, metavar="FILE", help="of the ledger")
+    verify = _add_command(commands, "verify", "check chain, signatures and sums of ledgers", _verify_ledger)
+    verify.add_argument("file", type=Path, metavar="FILE", help="of the ledger")
+    verify.add_argument(
+        "other", type=Path, nargs="?", metavar="FILE", help="of a peer: whether both sides of the channel agree"
+    )
+
+
+def _show_ledger(args: argparse.Namespace) -> int:
+    print(audit.describe(audit.audit(args.file)))
+    return DONE
+
+
+def _verify_ledger(args: argparse.Namespace) -> int:
+    files = [args.file] if args.other is None else [args.file, args.other]
+    found = [audit.audit(file) for file in files]
+    problems = [f"{file}: {each}" for file, one in zip(files, found, strict=True) for each in one.problems]
+    if len(found) == 2:
+        problems += audit.compare(*found)
+    if problems:
+        print("\n".join(f"wwwserve: {_printable(each)}" for each in problems), file=sys.stderr)
+        return FAILED
+    for file, one in zip(files, found, strict=True):
+        print(f"ok: {_printable(str(file))}")
+        print(f"    {one.entries:,} entries of {one.owner}: chain, signatures, sums and balances as they should be")
+    if len(found) == 2:
+        print("    the two agree on what both signed" + (", and nothing is under way" if audit.settled(*found) else ""))
     return DONE
 
 

@@ -13,7 +13,11 @@ from agents.kernel import Floats
 from agents.knowledge import MAX_CLASSES
 from agents.lengths import Lognormal
 from agents.view import class_row
+from serving.identity import SignatureError, public_key
+from serving.membership import MOST_LABEL
 from serving.provider import Market
+
+MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
 
 class ConfigError(ValueError):
@@ -63,7 +67,7 @@ class EngineConfig(Struct):
 class PeerConfig(Struct):
     """A peer of a static list."""
 
-    name: str
+    key: str  # public
     url: str
 
 
@@ -122,12 +126,31 @@ class LimitsConfig(Struct):
     body_bytes: int = 8 * 2**20
     header_bytes: int = 64 * 2**10
     held: int = 512  # users' requests that are not decided; beyond, 503
+    connections: int = 4096  # open at once; beyond, 503
+    receive_s: float = 30.0  # for a request to come, from its first byte to its last
+
+
+class LimitConfig(Struct):
+    """What two set for each other, credits; the peer has the same two the other way round."""
+
+    ours: float  # that we may come to owe it
+    theirs: float  # that it may come to owe us
+
+
+class LedgerConfig(Struct):
+    """Where accounts are kept, and what credit begins with."""
+
+    file: str
+    genesis: str | None = None  # file of what each key begins with, the same on all nodes
+    limits: dict[str, LimitConfig] = {}  # by key, where there is no genesis
+    exposure: float = 100.0  # credits that a peer may have of ours in escrow, and we of a peer's
 
 
 class NodeConfig(Struct):
     """A node."""
 
-    name: str
+    name: str  # for people; among peers its public key is its name
+    key: str  # file of its private key, made by `wwwserve key new`
     engine: EngineConfig
     host: str = "127.0.0.1"
     port: int = 9000
@@ -146,6 +169,7 @@ class NodeConfig(Struct):
     classes: dict[str, ClassConfig] = {}
     resume: bool = False  # streams that break off go on elsewhere
     market: MarketConfig = msgspec.field(default_factory=MarketConfig)
+    ledger: LedgerConfig | None = None  # none: nothing is paid
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     log: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -224,15 +248,41 @@ def _membership_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
+def _is_key(name: str) -> bool:
+    try:
+        public_key(name)
+    except SignatureError:
+        return False
+    return True
+
+
+def _ledger_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
+    told = c.ledger
+    if told is None:
+        return []
+    amounts = [amount for each in told.limits.values() for amount in (each.ours, each.theirs)]
+    return [
+        ("ledger.file", bool(told.file), "a file"),
+        ("ledger", (told.genesis is None) != (not told.limits), "with either a genesis or limits"),
+        ("ledger.genesis", told.genesis is None or Path(told.genesis).is_file(), f"a file, got {told.genesis!r}"),
+        *[("ledger.limits", _is_key(each), f"by public keys, got {each!r}") for each in told.limits],
+        ("ledger.limits", all(0 <= each <= MOST_CREDITS for each in amounts), f"0 to {MOST_CREDITS:,} credits"),
+        ("ledger.exposure", 0 < told.exposure <= MOST_CREDITS, f"above 0, got {told.exposure:g}"),
+    ]
+
+
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
-    names = [peer.name for peer in c.peers]
+    keys = [peer.key for peer in c.peers]
     return [
-        ("name", bool(c.name) and c.name.isprintable(), "some printable characters"),
+        ("name", 0 < len(c.name) <= MOST_LABEL and c.name.isprintable(), f"1 to {MOST_LABEL} printable characters"),
+        ("key", bool(c.key), "a file"),
         ("port", 0 <= c.port < 65536, f"0 to 65535, got {c.port}"),
         ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
-        ("peers", len({*names, c.name}) == len(names) + 1, f"of different names, and not the node itself, got {names}"),
+        ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
+        *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],
         *_membership_checks(c),
+        *_ledger_checks(c),
         ("deadlines_s", list(c.deadlines_s) == sorted(c.deadlines_s) and min(c.deadlines_s, default=0) > 0,
          f"at least one, above 0 and ascending, got {c.deadlines_s}"),
         ("classes", len(c.classes) <= MAX_CLASSES, f"at most {MAX_CLASSES}, got {len(c.classes)}"),
@@ -244,7 +294,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("market.speed", 0.01 <= c.market.speed <= 100, f"0.01 to 100, got {c.market.speed:g}"),
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
         ("stake and credit", c.stake >= 0 and c.credit >= 0, "at least 0"),
-        ("limits", min(c.limits.body_bytes, c.limits.header_bytes, c.limits.held) > 0, "above 0"),
+        ("limits", min(msgspec.structs.astuple(c.limits)) > 0, "above 0"),
         ("output", c.output.median > 0 and c.output.sigma >= 0 and c.output.max > 0, "of positive length"),
     ]  # fmt: skip
 

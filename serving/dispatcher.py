@@ -19,21 +19,30 @@ import orjson
 
 from agents.decision import HOLD, LOCAL
 from agents.knowledge import AD_KV_CAPACITY, AD_KV_TOKENS, AD_PRICE, AD_RUNNING, AD_STAKE, AD_TIME_S, AD_WAITING
+from serving.accounts import ESCROW, LEDGER_PATH, Accounts, Delivery, Payment, stream_tokens, tokens_of
+from serving.channel import LedgerError
 from serving.config import NodeConfig
 from serving.engine import Engine, EngineError
+from serving.journal import Full as LedgerFull
+from serving.ledger import ChannelLedger, micro
 from serving.membership import Advert, Membership
 from serving.metrics import Metrics
 from serving.provider import Decision, Out, Promise, Provider, Request
 from serving.reply import LAST, Ask, Failed, Full, GaveBack, Reply
 from serving.resume import Resumed, resumable
+from serving.signed import SIGNATURE, Messages, Refused
 
 log = logging.getLogger("wwwserve.dispatcher")
 
 OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
+LEDGER_TIMEOUT_S = 5.0
+MOST_ANSWER = 65536  # bytes of a ledger's
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 PEER_PREFIX = "/peer"
-ORIGIN, PROMPT, TTFT, TPOT = "x-wwwserve-origin", "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
+PROMPT, TTFT, TPOT = "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
 EVENTS = "text/event-stream"
+MOST_ANSWER = 64 * 2**20  # bytes of a peer's answer that is not streamed
+MOST_REASON = 500  # bytes of a peer's refusal that are logged
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
 LEARN = 0.02  # weight of one answer in that
@@ -59,6 +68,8 @@ class Handed:
     stream: bool
     tokens: int = 0
     response: aiohttp.ClientResponse | None = None
+    payment: Payment | None = None
+    cancelled: bool = False  # by who asked
 
     def out(self, now_s: float) -> Out:
         """As its origin sees it. An answer that is not streamed shows nothing on its way, so it is as promised."""
@@ -79,10 +90,12 @@ class Dispatcher:
 
     def __init__(
         self, config: NodeConfig, provider: Provider, engine: Engine, membership: Membership,
-        session: aiohttp.ClientSession, metrics: Metrics, url: str,
+        messages: Messages, session: aiohttp.ClientSession, metrics: Metrics, url: str,
+        ledger: ChannelLedger | None = None,
     ) -> None:  # fmt: skip
         self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
-        self.session, self.metrics, self.url = session, metrics, url
+        self.messages, self.session, self.metrics, self.url = messages, session, metrics, url
+        self.accounts = Accounts(ledger, provider.pricing, self._tell_ledger) if ledger is not None else None
         self.speed = config.market.speed
         self.serves = list(config.serves)
         self.peers: dict[str, Advert] = {}  # by name, those that are there
@@ -92,6 +105,9 @@ class Dispatcher:
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
         self.number = 0
         self.generator = np.random.default_rng(config.seed)
+        if self.accounts is not None:
+            provider.room = np.zeros(len(provider.names))
+        self.ledger_timeout = aiohttp.ClientTimeout(total=LEDGER_TIMEOUT_S)
         self.offer_timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=OFFER_TIMEOUT_S, sock_read=config.engine.timeout_s
         )
@@ -106,6 +122,8 @@ class Dispatcher:
         """Look, think and tell until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.membership.run(self.heard, self.gone))
+            if self.accounts is not None:
+                group.create_task(self.accounts.run())
             group.create_task(self._every(self.config.market.tick_s, self.tick))
             group.create_task(self._every(self.config.market.gossip_s, self.gossip))
 
@@ -135,7 +153,8 @@ class Dispatcher:
         self.provider.looked(handed.out(now_s) for handed in self.handed)
         if self.config.market.stake_rule == "load":
             self._look_at_engine(now_s)
-            self.provider.restake(self.config.market.tick_s)
+            if self.accounts is None:
+                self.provider.restake(self.config.market.tick_s)
         self.provider.ticked(self.config.market.tick_s)
         self.pump()
 
@@ -145,20 +164,48 @@ class Dispatcher:
         self.pump()
         if not self.serves or not self.engine.healthy:
             return  # who cannot serve says nothing, and is taken for offline
+        if self.accounts is not None:
+            await self._restake(self.accounts)
         now_s = self.clock()
         self.number += 1
         advert = Advert(
-            name=self.config.name, url=self.url, serves=tuple(self.serves), number=self.number,
+            name=self.messages.name, label=self.config.name, url=self.url, serves=tuple(self.serves),
+            run=self.messages.run, number=self.number,
             load=tuple(self.provider.advertise(now_s).tolist()), age_s=0.0, valid_s=self.config.market.gossip_s,
         )  # fmt: skip
+        if self.accounts is not None:
+            self.accounts.posted(self.provider.price)
         self.membership.publish(advert, time.monotonic())
+
+    async def _restake(self, accounts: Accounts) -> None:
+        """State the stake that the load calls for, or the configured one."""
+        target = self.provider.stake_target() if self.config.market.stake_rule == "load" else micro(self.config.stake)
+        self.provider.stake = await accounts.restake(target, self.config.market.gossip_s)
+
+    async def _tell_ledger(self, peer: str, body: bytes) -> bytes:
+        """What a peer's ledger answers to a message. Raises as aiohttp does, and LedgerError for a refusal."""
+        advert = self.peers.get(peer)
+        if advert is None:
+            raise OSError("it is gone")
+        headers = {"content-type": "application/json"}
+        headers[SIGNATURE] = self.messages.sign(peer, advert.run, LEDGER_PATH, headers, body)
+        async with self.session.post(
+            advert.url + LEDGER_PATH, data=body, headers=headers, timeout=self.ledger_timeout
+        ) as response:
+            answer = await response.content.read(MOST_ANSWER)
+            if response.status != 200:
+                raise LedgerError(f"it answers {response.status}: {answer[:MOST_REASON].decode(errors='replace')}")
+            return answer
 
     def heard(self, advert: Advert) -> None:
         """A peer says how things are there."""
         if advert.name not in self.peers:
-            log.info("a peer is there", extra={"peer": advert.name, "url": advert.url})
+            log.info("a peer is there", extra={"peer": advert.name, "label": advert.label, "url": advert.url})
         self.peers[advert.name] = advert
         load = np.array(advert.load)
+        if self.accounts is not None:  # a stake is what is signed, and granted
+            self.accounts.heard(advert.name)
+            load[AD_STAKE] = self.accounts.stake(advert.name)
         true_at_s = self.clock() - advert.age_s * self.speed
         self.provider.heard(advert.name, load, true_at_s, frozenset(advert.serves))
 
@@ -167,6 +214,8 @@ class Dispatcher:
         log.info("a peer is gone", extra={"peer": name})
         self.peers.pop(name, None)
         self.provider.gone(name)
+        if self.accounts is not None:
+            self.accounts.gone(name)
         for handed in [each for each in self.handed if each.peer == name]:
             if handed.response is not None:
                 handed.response.close()
@@ -176,6 +225,8 @@ class Dispatcher:
         now_s, provider = self.clock(), self.provider
         provider.guests = self.metrics.guests_now
         self._look_at_engine(now_s)
+        if self.accounts is not None:
+            self._look_at_ledger(self.accounts.ledger)
         while (decision := provider.decide(now_s)) is not None:
             job: Job = decision.request.key
             where = "hold" if decision.route == HOLD else decision.peer or "local"
@@ -185,6 +236,15 @@ class Dispatcher:
             )
             if decision.route != HOLD and not job.placed.done():
                 job.placed.set_result(decision)
+
+    def _look_at_ledger(self, ledger: ChannelLedger) -> None:
+        """A peer with whom nothing more may be in escrow is no candidate."""
+        if ledger.changed:
+            self.provider.credit = ledger.free_credit()
+        while ledger.changed:
+            peer = ledger.changed.pop()
+            if peer in ledger.books.channels:
+                self.provider.may_escrow(peer, ledger.room(peer))
 
     def _look_at_engine(self, now_s: float) -> None:
         load = self.engine.load()
@@ -200,7 +260,8 @@ class Dispatcher:
             self.metrics.turned_away()
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
         prompt = max(1, round(ask.prompt_bytes / self.bytes_per_token))
-        request = Request(None, ask.klass, prompt, arrival_s, ask.model)
+        most = ask.most or self.config.output.max
+        request = Request(None, ask.klass, prompt, arrival_s, ask.model, most)
         job = Job(ask, request, asyncio.get_running_loop().create_future())
         request.key = job
         self.metrics.accepted()
@@ -307,22 +368,40 @@ class Dispatcher:
         advert = self.peers.get(name) if name else None
         if advert is None or name is None:
             raise GaveBack("it is gone")
-        headers = {"content-type": "application/json", ORIGIN: self.config.name, PROMPT: str(job.request.prompt)}
+        path = PEER_PREFIX + ask.path
+        headers = {"content-type": "application/json", PROMPT: str(job.request.prompt)}
+        payment = await self._escrow(name, job.request.most, ask.body) if self.accounts is not None else None
+        if payment is not None:
+            headers[ESCROW] = payment.header
+        sealed = headers[SIGNATURE] = self.messages.sign(name, advert.run, path, headers, ask.body)
         handed: Handed | None = None
         usage: Usage | None = None
         try:
             async with asyncio.timeout(OFFER_TIMEOUT_S) as patience:
                 async with self.session.post(
-                    advert.url + PEER_PREFIX + ask.path, data=ask.body, headers=headers, timeout=self.offer_timeout
+                    advert.url + path, data=ask.body, headers=headers, timeout=self.offer_timeout
                 ) as response:
                     if response.status != 200:
+                        if payment is not None:
+                            payment.refused = True
+                        if response.status == 403:
+                            answer = (await response.content.read(MOST_REASON)).decode(errors="replace")
+                            log.warning("a peer refuses a message", extra={"peer": name, "answer": answer})
                         raise GaveBack(f"it answers {response.status}")
+                    self.messages.check_answer(name, sealed, response.raw_headers)
                     patience.reschedule(None)
                     promise = Promise(float(response.headers[TTFT]), float(response.headers[TPOT]))
-                    handed = Handed(name, self.clock(), promise, ask.stream, response=response)
+                    handed = Handed(name, self.clock(), promise, ask.stream, response=response, payment=payment)
                     self.handed.add(handed)
                     self.provider.sent(name)
                     usage = await self._fetch(ask, handed, response, reply)
+        except Refused as refused:
+            self.metrics.message_refused(refused.kind)
+            raise GaveBack(str(refused)) from None
+        except asyncio.CancelledError:
+            if handed is not None:
+                handed.cancelled = True
+            raise
         except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             if reply.started and not reply.resumable:
@@ -332,6 +411,10 @@ class Dispatcher:
             if handed is not None:
                 self.handed.discard(handed)
                 self.provider.ended(name)
+            if payment is not None:
+                if handed is not None and not payment.whole:
+                    payment.tokens = self._came(handed)
+                payment.end()
         assert handed is not None
         output = usage.output if usage else handed.tokens
         if output:
@@ -339,10 +422,28 @@ class Dispatcher:
             self.provider.answered(name, self.clock() - handed.taken_s, promised_s)
         return usage
 
+    async def _escrow(self, peer: str, most: int, body: bytes) -> Payment:
+        """Raises GaveBack if nothing can be in escrow with the peer."""
+        assert self.accounts is not None
+        try:
+            return await self.accounts.escrow(peer, micro(self.provider.posted(peer)), most, body)
+        except LedgerFull as error:
+            raise GaveBack(f"there is no room for the ledger: {error}") from None
+        except LedgerError as error:
+            raise GaveBack(str(error)) from None
+
+    def _came(self, handed: Handed) -> int:
+        """Tokens that are due of an answer that did not come to its end: of a stream what came; of another, if it was
+        the user who did not wait, what was generated by then, as promised."""
+        if handed.stream:
+            return stream_tokens(handed.tokens)
+        return handed.out(self.clock()).streamed if handed.cancelled else 0
+
     async def _fetch(self, ask: Ask, handed: Handed, response: aiohttp.ClientResponse, reply: Reply) -> Usage | None:
         """The answer of a peer: a line that says how its engine answered, and what it answered."""
         head = orjson.loads(await response.content.readline())
         status, kind = int(head["status"]), str(head["type"])
+        payment = handed.payment
         if status >= 500:
             raise GaveBack(f"its engine answers {status}")
         if ask.stream and status == 200 and kind.startswith(EVENTS):
@@ -350,13 +451,26 @@ class Dispatcher:
                 if not reply.started:
                     await reply.start(200, kind)
                 handed.tokens += chunk.count(b"data:")
+                if payment is not None:
+                    payment.feed(chunk)
+                    payment.whole = chunk.endswith(LAST)
+                    payment.tokens = stream_tokens(handed.tokens)
                 await reply.pass_on(chunk)
                 if chunk.endswith(LAST):
                     break
             _check_end(reply)
             return None
-        body = await response.read()
+        parts, size = [], 0
+        async for chunk in response.content.iter_any():
+            parts.append(chunk)
+            size += len(chunk)
+            if size > MOST_ANSWER:
+                raise GaveBack(f"its answer has more than {MOST_ANSWER} bytes")
+        body = b"".join(parts)
         usage = _usage(body, status)
+        if payment is not None and status == 200:
+            payment.feed(body)
+            payment.whole, payment.tokens = True, tokens_of(body)
         await reply.whole(status, kind, body)
         return usage
 
@@ -369,10 +483,10 @@ class Dispatcher:
         self._look_at_engine(self.clock())
         return self.provider.consider(prompt, float(self.generator.random()))
 
-    async def run_for(self, ask: Ask, prompt: int, reply: Reply) -> bool:
+    async def run_for(self, ask: Ask, prompt: int, reply: Reply, paid: Delivery | None = None) -> bool:
         """Run a peer's request, whose answer begins with a line that says how the engine answers. Returns whether it
         came to its end; if not, the connection is to be broken off."""
-        line = _HeadLine(reply)
+        line = _HeadLine(reply, paid)
         self.metrics.guest(1)
         outcome = "failed"
         try:
@@ -387,6 +501,8 @@ class Dispatcher:
             outcome = "cancelled"
             raise
         finally:
+            if paid is not None:
+                paid.end(outcome == "answered")
             self.metrics.guest(-1, outcome)
             self._room_again()
         return True
@@ -402,7 +518,8 @@ class Dispatcher:
             there = advert is not None
             peers.append(
                 {
-                    "name": name, "url": advert.url if advert else None, "there": there,
+                    "key": name, "label": advert.label if advert else None,
+                    "url": advert.url if advert else None, "there": there,
                     "age_s": round(now_s - vector[AD_TIME_S], 3) if there else None,
                     "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
                     "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
@@ -411,7 +528,9 @@ class Dispatcher:
                 }
             )  # fmt: skip
         return {
-            "name": self.config.name, "url": self.url, "policy": provider.policy.name, "serves": self.serves,
+            "name": self.config.name, "key": self.messages.name, "run": self.messages.run, "url": self.url,
+            "policy": provider.policy.name,
+            "serves": self.serves,
             "engine": {
                 "url": self.engine.url, "up": self.engine.healthy, "reason": self.engine.reason,
                 "running": load.running, "waiting": load.waiting,
@@ -419,23 +538,33 @@ class Dispatcher:
             },
             "held": provider.held, "guests": self.metrics.guests_now, "price": provider.price, "speed": self.speed,
             "requests": self.metrics.totals(), "peers": peers, "decisions": list(self.decisions),
+            "ledger": self.accounts.overview() if self.accounts is not None else None,
         }  # fmt: skip
 
 
 class _HeadLine:
     """A reply whose status and type go before the body, in a line of JSON, as the HTTP status is out already."""
 
-    def __init__(self, reply: Reply) -> None:
-        self.started, self.resumable, self._reply = False, False, reply
+    def __init__(self, reply: Reply, paid: Delivery | None) -> None:
+        self.started, self.resumable, self._reply, self._paid = False, False, reply, paid
 
     async def start(self, status: int, content_type: str) -> None:
-        await self.whole(status, content_type, b"")
+        await self._begin(status, content_type, b"")
 
     async def pass_on(self, chunk: bytes) -> None:
         await self._reply.pass_on(chunk)
+        if self._paid is not None:
+            self._paid.feed(chunk)
 
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        await self._begin(status, content_type, body)
+        if self._paid is not None:
+            self._paid.feed_whole(body)
+
+    async def _begin(self, status: int, content_type: str, body: bytes) -> None:
         self.started = True
+        if self._paid is not None:
+            self._paid.begin(status)
         await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n" + body)
 
 

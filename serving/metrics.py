@@ -1,8 +1,12 @@
 """What a node counts, for Prometheus and for its own overview."""
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from agents.decision import HOLD, LOCAL
+from agents.protocol import MICRO
+from serving.journal import Balance
 
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
@@ -19,6 +23,7 @@ class Metrics:
         self._decisions = self._counter("decisions", "what was decided", "route")
         self._guests = self._counter("guests_ended", "peers' requests by how they ended", "outcome")
         self._offers_refused = self._counter("offers_refused", "peers' requests that were not taken")
+        self._refused = self._counter("messages_refused", "peers' messages that were not taken as theirs", "kind")
         self._latency = Histogram(
             "wwwserve_latency_seconds", "from arrival to the end of the answer", registry=self.registry,
             buckets=LATENCY_BUCKETS_S,
@@ -27,6 +32,11 @@ class Metrics:
         self._guests_now = self._gauge("guests", "peers' requests in the engine")
         self._engine_up = self._gauge("engine_up", "whether the engine answers")
         self._peers = self._gauge("peers", "peers that are there")
+        self._credits = Gauge(
+            "wwwserve_credits", "credits in the channel with a peer, by whose they are and whether free or in escrow",
+            ("peer", "whose", "state"), registry=self.registry,
+        )  # fmt: skip
+        self._ledger_full = self._gauge("ledger_full", "whether there is no room for the ledger")
         self._routes = {HOLD: self._decisions.labels("hold"), LOCAL: self._decisions.labels("local")}
         self._to_peer = self._decisions.labels("peer")
         self._counts = {
@@ -77,13 +87,24 @@ class Metrics:
         """A peer's request was not taken."""
         self._offers_refused.inc()
 
+    def message_refused(self, kind: str) -> None:
+        """A message came that is no peer's, or not as its peer sent it; `kind` as `serving.signed` has it."""
+        self._refused.labels(kind).inc()
+
     def totals(self) -> dict[str, float]:
         """Counts of users' requests, and the mean latency of those answered, s."""
         answered = self._counts["answered"]
         return self._counts | {"mean_latency_s": round(self._total_s / answered, 4) if answered else 0.0}
 
-    def page(self, *, held: int, engine_up: bool, peers: int) -> bytes:
+    def page(
+        self, *, held: int, engine_up: bool, peers: int, balances: Sequence[Balance] = (), ledger_full: bool = False
+    ) -> bytes:
         """The page that Prometheus reads."""
+        for each in balances:
+            for whose, free, escrow in (("own", each.free, each.escrow), ("peer", each.peer_free, each.peer_escrow)):
+                self._credits.labels(each.peer, whose, "free").set(free / MICRO)
+                self._credits.labels(each.peer, whose, "escrow").set(escrow / MICRO)
+        self._ledger_full.set(ledger_full)
         self._held.set(held)
         self._guests_now.set(self.guests_now)
         self._engine_up.set(engine_up)

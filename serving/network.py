@@ -23,6 +23,7 @@ from rich.table import Table
 
 from serving import calibrate, guard, local_vllm
 from serving.config import parse
+from serving.identity import Identity
 
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
 LOG_LINES = 10  # shown of an engine that ends
@@ -35,9 +36,10 @@ class NetworkError(RuntimeError):
 
 
 class Network(NamedTuple):
-    """A network that runs: URLs of its nodes and their engines, and its processes."""
+    """A network that runs: URLs and public keys of its nodes, URLs of their engines, and its processes."""
 
     urls: list[str]
+    keys: list[str]
     engine_urls: list[str]
     engines: list["subprocess.Popen[bytes]"]
     nodes: list["subprocess.Popen[bytes]"]
@@ -97,13 +99,13 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
             first = [endpoints[k] for k in others[:2]]
             membership = {"membership": {"kind": "zenoh", "network": "up", "listen": [endpoints[i]], "connect": first}}
         else:
-            membership = {"peers": [{"name": names[k], "url": f"http://127.0.0.1:{ports[k]}"} for k in others]}
+            membership = {}
         node = {
             "name": name, "port": ports[i], "seed": i, "policy": plan.policy, "serves": [plan.model],
             "engine": {"url": f"http://127.0.0.1:{engine_ports[i]}", "profile": profile},
             "market": {"speed": plan.speed if plan.engine == "emulated" else 1.0}, **membership,
         }  # fmt: skip
-        parse(node, f"node {name}")
+        parse(node | {"key": "made when it starts"}, f"node {name}")
         nodes.append(node)
     return nodes, engines
 
@@ -161,7 +163,7 @@ def started(
     configured: Sequence[dict[str, Any]], commands: Sequence[Command], ready_s: float = 300.0, measure: bool = False
 ) -> Iterator[Network]:
     """A network of the nodes `configured`, all ready; it ends with the context, and so do its engines, started by
-    `commands`. Without any, engines run already.
+    `commands`. Without any, engines run already. Every node gets a key, and with static membership all others as peers.
 
     With `measure`, the engines' profiles are measured first. Raises NetworkError for what is not ready in `ready_s`,
     serving.calibrate.CalibrationError for an engine that cannot be measured.
@@ -171,23 +173,35 @@ def started(
     processes = {"engine": engines, "node": nodes}
     urls = [f"http://127.0.0.1:{node['port']}" for node in configured]
     engine_urls = [node["engine"]["url"] for node in configured]
-    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder, _guarded() as told:
+    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder, _guarded() as guarded:
         try:
             for k, command in enumerate(commands):
-                engines.append(_start(command, Path(folder, f"engine{k + 1}.log"), told))
+                engines.append(_start(command, Path(folder, f"engine{k + 1}.log"), guarded))
             if measure:
                 _wait(engine_urls, _serves, processes, Path(folder), ready_s)
                 _measure(configured)
+            keys = [_new_key(Path(folder, f"node{k + 1}.pem")) for k in range(len(configured))]
             for k, node in enumerate(configured):
-                file = Path(folder, f"{node['name']}.yaml")
-                file.write_text(yaml.safe_dump(node))
+                told = node | {"key": str(Path(folder, f"node{k + 1}.pem"))}
+                if "membership" not in node:
+                    others = [i for i in range(len(keys)) if i != k]
+                    told["peers"] = [{"key": keys[i], "url": urls[i]} for i in others]
+                file = Path(folder, f"node{k + 1}.yaml")
+                file.write_text(yaml.safe_dump(told))
                 command = Command([sys.executable, "-m", "serving.cli", "node", str(file)])
-                nodes.append(_start(command, Path(folder, f"node{k + 1}.log"), told))
+                nodes.append(_start(command, Path(folder, f"node{k + 1}.log"), guarded))
             _wait(urls, lambda url: _sees_all(url, len(urls) - 1), processes, Path(folder), ready_s)
-            yield Network(urls, engine_urls, engines, nodes)
+            yield Network(urls, keys, engine_urls, engines, nodes)
         finally:
             _stop(nodes)
             _stop(engines)
+
+
+def _new_key(file: Path) -> str:
+    """The public key of a new one, which is kept in the file."""
+    identity = Identity.generate()
+    identity.save(file)
+    return identity.name
 
 
 @contextmanager
@@ -303,14 +317,20 @@ def table(seen: list[dict[str, Any]]) -> Table:
     for each in seen:
         engine, requests = each["engine"], each["requests"]
         answered = requests["answered"]
+        labels = {peer["key"]: _who(peer) for peer in each["peers"]}
         view.add_row(
             each["name"], each["url"], "up" if engine["up"] else "down", f"{engine['running']:.0f}",
             f"{engine['waiting']:.0f}", f"{engine['kv_use']:.0%}", str(each["held"]), str(each["guests"]),
             f"{each['price']:g}", str(requests["accepted"]), str(answered), str(requests["handed_over"]),
             f"{requests['on_time'] / answered:.0%}" if answered else "-", f"{requests['mean_latency_s']:.2f}",
-            " ".join(decision["to"] for decision in each["decisions"][-6:]),
+            " ".join(labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]),
         )  # fmt: skip
     return view
+
+
+def _who(peer: Mapping[str, Any]) -> str:
+    """What a peer calls itself; of one that is gone the beginning of its key."""
+    return str(peer["label"] or peer["key"][:8])
 
 
 def show(seen: dict[str, Any]) -> None:
@@ -324,13 +344,14 @@ def show(seen: dict[str, Any]) -> None:
     peers.add_column("peer", overflow="fold")
     for name in ("there", "age s", "run", "wait", "KV", "price", "stake", "ours"):
         peers.add_column(name, no_wrap=True)
-    peers.add_column("API", overflow="fold")
+    for name in ("key", "API"):
+        peers.add_column(name, overflow="fold")
     for each in seen["peers"]:
         age_s, kv_use = each["age_s"], each["kv_use"]
         peers.add_row(
-            each["name"], "yes" if each["there"] else "no", "-" if age_s is None else f"{age_s:.1f}",
+            _who(each), "yes" if each["there"] else "no", "-" if age_s is None else f"{age_s:.1f}",
             f"{each['running']:.0f}", f"{each['waiting']:.0f}", "-" if kv_use is None else f"{kv_use:.0%}",
-            f"{each['price']:g}", f"{each['stake']:.3g}", str(each["out"]), each["url"] or "-",
+            f"{each['price']:g}", f"{each['stake']:.3g}", str(each["out"]), each["key"], each["url"] or "-",
         )  # fmt: skip
     console.print(peers)
 

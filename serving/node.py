@@ -21,12 +21,18 @@ from agents.rules import RULES, Policy, Rule
 from agents.runtime import DEFAULT_BUNDLE
 from agents.runtime import load as load_bundle
 from serving.app import App
-from serving.config import NodeConfig, StaticConfig
+from serving.config import ConfigError, NodeConfig, StaticConfig
+from serving.connection import Connection
 from serving.dispatcher import Dispatcher
 from serving.engine import Engine, EngineError
+from serving.genesis import agreed
+from serving.identity import Identity
+from serving.journal import SqliteJournal
+from serving.ledger import ChannelLedger, micro
 from serving.membership import Membership, StaticMembership
 from serving.metrics import Metrics
 from serving.provider import Provider
+from serving.signed import Messages, Refusals
 from serving.zenoh_membership import ZenohMembership, open_session
 
 log = logging.getLogger("wwwserve.node")
@@ -59,12 +65,32 @@ def policy_of(named: str | None) -> Policy:
     return load_bundle(Path(named) if named else DEFAULT_BUNDLE)
 
 
-def membership_of(config: NodeConfig, session: aiohttp.ClientSession, stack: AsyncExitStack) -> Membership:
-    """The membership that is configured, until `stack` is closed. Raises OSError if it cannot be opened."""
+def membership_of(
+    config: NodeConfig, identity: Identity, session: aiohttp.ClientSession, stack: AsyncExitStack, refusals: Refusals,
+    wall_clock: Callable[[], float],
+) -> Membership:  # fmt: skip
+    """The membership that is configured, until `stack` is closed. Raises OSError if it cannot be opened, ConfigError
+    for a list of peers that has the node itself."""
     told = config.membership
     if isinstance(told, StaticConfig):
-        return StaticMembership([(peer.name, peer.url) for peer in config.peers], session, time.monotonic)
-    return ZenohMembership(config.name, told.network, stack.enter_context(open_session(told)), time.monotonic)
+        peers = {peer.key: peer.url for peer in config.peers}
+        if identity.name in peers:
+            raise ConfigError(f"peers must be others, got {identity.name}, which is the key of this node")
+        return StaticMembership(peers, identity, session, time.monotonic, wall_clock)
+    zenoh = stack.enter_context(open_session(told))
+    return ZenohMembership(identity, told.network, zenoh, time.monotonic, refusals, wall_clock)
+
+
+def ledger_of(config: NodeConfig, identity: Identity, pricing: int, stack: AsyncExitStack) -> ChannelLedger | None:
+    """The ledger that is configured, until `stack` is closed. Raises ConfigError, JournalError, LedgerError."""
+    told = config.ledger
+    if told is None:
+        return None
+    grants, funds = agreed(told, identity.name)
+    journal = SqliteJournal(Path(told.file), identity.name)
+    ledger = ChannelLedger(identity, journal, grants, funds, exposure=micro(told.exposure), pricing=pricing)
+    stack.callback(ledger.close)
+    return ledger
 
 
 class _Server(uvicorn.Server):
@@ -76,11 +102,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
-    """Run a node until it is cancelled; `ready` is called with its URL once it listens.
+async def serve(
+    config: NodeConfig, ready: Callable[[str, str], None], wall_clock: Callable[[], float] = time.time
+) -> None:
+    """Run a node until it is cancelled; `ready` is called with its public key and its URL once it listens.
 
-    Raises ValueError for a configuration that cannot be, OSError for an address that cannot be used.
+    Raises ValueError for a configuration or a key that cannot be, OSError for an address that cannot be used.
     """
+    identity = Identity.load(Path(config.key))
     policy = policy_of(config.policy)
     profile = config.engine_profile()
     provider, rehearsal = (
@@ -96,16 +125,19 @@ async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
         url = config.url or f"http://{config.host}:{listener.getsockname()[1]}"
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, auto_decompress=False))
-        membership = membership_of(config, session, stack)
+        metrics = Metrics()
+        refusals = Refusals(metrics.message_refused)
+        membership = membership_of(config, identity, session, stack, refusals, wall_clock)
+        messages = Messages(identity, membership.knows, wall_clock)
         told = config.engine
         engine = Engine(told.kind, told.url, profile, session, key=told.key, timeout_s=told.timeout_s)
         stack.callback(engine.upstream.close)
-        metrics = Metrics()
-        dispatcher = Dispatcher(config, provider, engine, membership, session, metrics, url)
+        ledger = ledger_of(config, identity, provider.pricing, stack)
+        dispatcher = Dispatcher(config, provider, engine, membership, messages, session, metrics, url, ledger)
         web = uvicorn.Config(
-            App(dispatcher, config), http="httptools", lifespan="off", ws="none", log_config=None, log_level="critical",
-            access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=60, server_header=False,
-            date_header=False, proxy_headers=False,
+            App(dispatcher, config, refusals), http=Connection.limited(config.limits), lifespan="off", ws="none",
+            log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=5,
+            timeout_keep_alive=60, server_header=False, date_header=False, proxy_headers=False,
         )  # fmt: skip
         server = _Server(web)
         try:
@@ -118,8 +150,10 @@ async def serve(config: NodeConfig, ready: Callable[[str], None]) -> None:
         try:
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
-            log.info("ready", extra={"url": url, "policy": policy.name, "serves": dispatcher.serves})
-            ready(url)
+            log.info(
+                "ready", extra={"key": identity.name, "url": url, "policy": policy.name, "serves": dispatcher.serves}
+            )
+            ready(identity.name, url)
             await asyncio.wait({serving, acting}, return_when=asyncio.FIRST_COMPLETED)
             if acting.done():
                 server.should_exit = True
@@ -137,8 +171,8 @@ def run(config: NodeConfig) -> None:
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=config.log.upper(), handlers=[handler], force=True)
 
-    def ready(url: str) -> None:
-        print(json.dumps({"name": config.name, "url": url}), flush=True)
+    def ready(key: str, url: str) -> None:
+        print(json.dumps({"name": config.name, "key": key, "url": url}), flush=True)
 
     async def until_told() -> None:
         running = asyncio.create_task(serve(config, ready))

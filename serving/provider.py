@@ -90,6 +90,7 @@ class Request:
     prompt: int  # tokens
     arrival_s: float
     model: str = ""
+    most: int = 0  # tokens of the longest answer that it may get
     candidates: Ints = field(default_factory=lambda: np.zeros(CANDIDATES, np.int64))  # rows of peers
     n_candidates: int = 0
     refused: int = 0  # bit k: candidate k refused it in this round
@@ -152,6 +153,7 @@ class Provider:
         self.names: list[str] = []
         self.serves: list[frozenset[str]] = []  # model names of each peer
         self.adverts = np.zeros((0, ADVERT_SIZE))
+        self.room: Floats | None = None  # [N] micro-credits that may be escrowed with each peer; None: nothing is paid
         self.dealings = make_dealings(1)  # the last row is for the own node, of whom nothing is known by dealing
         self.queues: list[deque[Request]] = [deque() for _ in range(classes)]
         self.closed = [False] * classes
@@ -180,9 +182,13 @@ class Provider:
         """Move the stake for `interval_s` toward what the own load calls for, within the free credit."""
         account = np.zeros(ACCOUNT_SIZE, np.int64)
         account[FREE], account[STAKED] = self.credit, round(self.stake * MICRO)
-        kv_use = self.own[AD_KV_TOKENS] / self.own[AD_KV_CAPACITY]
-        move_stake(account, stake_target(kv_use, int(self.own[AD_WAITING]), self.held), interval_s)
+        move_stake(account, self.stake_target(), interval_s)
         self.credit, self.stake = int(account[FREE]), float(account[STAKED]) / MICRO
+
+    def stake_target(self) -> int:
+        """The stake that the own load calls for, micro-credits."""
+        kv_use = self.own[AD_KV_TOKENS] / self.own[AD_KV_CAPACITY]
+        return stake_target(kv_use, int(self.own[AD_WAITING]), self.held)
 
     def arrived(self, request: Request) -> None:
         """A user asks."""
@@ -217,6 +223,17 @@ class Provider:
         self.adverts[row] = advert
         self.adverts[row, AD_TIME_S] = at_s
         self.serves[row] = serves
+
+    def may_escrow(self, name: str, amount: int) -> None:
+        """So many micro-credits may be put in escrow with a peer."""
+        if self.room is None:
+            self.room = np.zeros(len(self.names))
+        row = self._row_of(name)
+        self.room[row] = amount
+
+    def posted(self, name: str) -> float:
+        """The price of a peer, credits."""
+        return float(self.adverts[self._row_of(name), AD_PRICE])
 
     def gone(self, name: str) -> None:
         """A peer left or fell silent."""
@@ -282,6 +299,9 @@ class Provider:
         if head is not None and head is not self.head:
             eligible = now_s - self.adverts[:, AD_TIME_S] <= silent_after_s(self.market.gossip_s)
             eligible &= np.array([head.model in each for each in self.serves], np.bool_)
+            if self.room is not None:
+                units = head.most / 1000.0 if self.market.per_ktok else 1.0
+                eligible &= self.room >= self.adverts[:, AD_PRICE] * (MICRO * units)
             head.n_candidates = draw_by_stake(
                 np.ascontiguousarray(self.adverts[:, AD_STAKE]), eligible, CANDIDATES, self.generator, head.candidates
             )
@@ -414,4 +434,6 @@ class Provider:
             advert[0, AD_TIME_S] = NO_TIME
             self.adverts = np.concatenate([self.adverts, advert])
             self.dealings = np.concatenate([self.dealings, make_dealings(1)])
+            if self.room is not None:
+                self.room = np.concatenate([self.room, np.zeros(1)])
         return row

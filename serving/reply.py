@@ -2,6 +2,8 @@
 
 from typing import NamedTuple, Protocol
 
+import orjson
+
 LAST = b"data: [DONE]\n\n"  # event of a stream; with it users hang up, and the answer is whole
 
 
@@ -14,6 +16,7 @@ class Ask(NamedTuple):
     stream: bool
     klass: int = 0
     prompt_bytes: int = 0
+    most: int = 0  # tokens of the answer, as the user limits it; 0 without a limit
 
 
 class Reply(Protocol):
@@ -38,6 +41,10 @@ class Failed(Exception):
     def __init__(self, status: int, message: str, kind: str = "server_error", retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.status, self.kind, self.retry_after_s = status, kind, retry_after_s
+
+    def body(self) -> bytes:
+        """It as the OpenAI API tells of errors."""
+        return orjson.dumps({"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}})
 
 
 class GaveBack(Exception):

@@ -1,23 +1,24 @@
 """Membership on Eclipse Zenoh: a node that knows one of the others finds them all, by gossip.
 
 In peer mode every node has a session with every other. Under `wwwserve/NETWORK` each has a liveliness token,
-`alive/NAME`, and publishes its advert as `advert/NAME`. Who is killed loses the token as its connections break, within
-milliseconds; who hangs keeps it and shows by silence.
+`alive/KEY`, and publishes its advert as `advert/KEY`. Who is killed loses the token as its connections break, within
+milliseconds; who hangs keeps it and shows by silence. A token is not signed, and anyone can take one back in the name
+of another: a peer that lost its token is gone only if it takes no connection either, or falls silent.
 """
 
 import asyncio
 import json
-import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from urllib.parse import quote, unquote
+from urllib.parse import quote, urlsplit
 
 import zenoh
 
 from serving.config import ZenohConfig
-from serving.membership import BEAT_S, AdvertError, Gone, Heard, Heartbeat, decode
-
-log = logging.getLogger("wwwserve.membership")
+from serving.identity import Identity
+from serving.membership import BEAT_S, SILENT_S, Gone, Heard, Heartbeat
+from serving.signed import Refused
 
 MOST_PEERS = 1024  # names that are ever heard, as a node keeps what it knows of each
 MOST_MESSAGE_BYTES = 2**20  # larger ones are dropped by Zenoh
@@ -56,14 +57,27 @@ def open_session(told: ZenohConfig) -> zenoh.Session:
 class ZenohMembership(Heartbeat):
     """Peers that are found by a Zenoh session."""
 
-    def __init__(self, name: str, network: str, session: zenoh.Session, clock: Callable[[], float]) -> None:
-        super().__init__(clock)
-        self.name, self.network, self.session = name, network, session
+    def __init__(
+        self, identity: Identity, network: str, session: zenoh.Session, clock: Callable[[], float],
+        refused: Callable[[Refused], None], wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        super().__init__(identity, clock, wall_clock)
+        self.network, self.session, self.refused = network, session, refused
         self.names: set[str] = set()  # of all peers that were ever heard
+        self._urls: dict[str, str] = {}
+        self._doubted: dict[str, asyncio.Task[None]] = {}
+
+    def knows(self, name: str) -> bool:
+        """See `Membership`."""
+        return name in self.names
+
+    def may_be(self, name: str) -> bool:
+        """See `Heartbeat`."""
+        return name in self.names or len(self.names) < MOST_PEERS
 
     def received(self, body: bytes) -> None:
-        """See `Membership`. All that comes this way is an error."""
-        raise AdvertError("the membership of this node is zenoh, no beats are sent to it")
+        """See `Membership`. All that comes this way is refused."""
+        raise Refused("malformed", "the membership of this node is zenoh, no beats are sent to it")
 
     async def run(self, heard: Heard, gone: Gone) -> None:
         """See `Membership`."""
@@ -76,7 +90,7 @@ class ZenohMembership(Heartbeat):
 
         def on_token(sample: zenoh.Sample) -> None:
             if sample.kind == zenoh.SampleKind.DELETE:
-                loop.call_soon_threadsafe(self.left, unquote(str(sample.key_expr).rpartition("/")[2]))
+                loop.call_soon_threadsafe(self._doubt, str(sample.key_expr).rpartition("/")[2])
 
         call = zenoh.handlers.Callback
         liveliness = self.session.liveliness()
@@ -87,28 +101,46 @@ class ZenohMembership(Heartbeat):
             liveliness.declare_subscriber(self._key("alive"), call(on_token, indirect=False), history=True),
             liveliness.declare_token(self._key("alive", self.name)),
         ):
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self.watch())
-                group.create_task(self._send())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self.watch())
+                    group.create_task(self._send())
+            finally:
+                for looking in self._doubted.values():
+                    looking.cancel()
 
-    def _key(self, what: str, name: str | None = None) -> str:
-        """A node's key, or all nodes'. Names are quoted, as some characters mean something in a key."""
-        return f"wwwserve/{quote(self.network, safe='')}/{what}/{'*' if name is None else quote(name, safe='')}"
+    def _key(self, what: str, name: str = "*") -> str:
+        """A node's key, or all nodes'. The network's name is quoted, as some characters mean something in a key."""
+        return f"wwwserve/{quote(self.network, safe='')}/{what}/{name}"
 
     def _take(self, key: str, body: bytes) -> None:
         try:
-            advert = decode(body)
+            advert = self.take(body)
             if key != self._key("advert", advert.name):
-                raise AdvertError(f"it is of {advert.name!r}, whose key is another")
-            if advert.name == self.name:
-                raise AdvertError("a peer has the name of this node")
-            if advert.name not in self.names and len(self.names) >= MOST_PEERS:
-                raise AdvertError(f"{MOST_PEERS} peers are known already")
-        except AdvertError as error:
-            log.warning("an advert is refused", extra={"key": key, "reason": str(error)})
+                raise Refused("forged", f"it came as {key!r}, which is another's")
+        except Refused as refused:
+            self.refused(refused)
             return
         self.names.add(advert.name)
+        self._urls[advert.name] = advert.url
         self.alive(advert)
+
+    def _doubt(self, name: str) -> None:
+        """A peer lost its token: see whether it is still there."""
+        if name in self.beaten_s and name not in self._doubted:
+            self._doubted[name] = asyncio.create_task(self._look_for(name))
+            self._doubted[name].add_done_callback(lambda task: self._doubted.pop(name, None))
+
+    async def _look_for(self, name: str) -> None:
+        """One that takes no connection is gone; of one that does its silence will tell."""
+        try:
+            url = urlsplit(self._urls[name])
+            port = url.port or {"http": 80, "https": 443}[url.scheme]
+            async with asyncio.timeout(SILENT_S):
+                _, writer = await asyncio.open_connection(url.hostname, port)
+            writer.close()
+        except (OSError, ValueError):
+            self.left(name)
 
     async def _send(self) -> None:
         while True:

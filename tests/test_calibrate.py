@@ -131,7 +131,7 @@ def test_the_profile_of_an_emulated_engine_is_found(tmp_path: Path, capsys: pyte
         ]
         assert cli.main(["calibrate", url, *arguments]) == 0
     out = capsys.readouterr().out
-    node = {"name": "n", **yaml.safe_load(out)}  # as it is pasted
+    node = {"name": "n", "key": "n.pem", **yaml.safe_load(out)}  # as it is pasted
     found = parse(node, "what was printed").engine_profile()
     assert (found.kv_blocks, found.max_num_seqs, found.max_model_len) == (512, 4, 1024)
     coefficients = found.weight_s, found.per_seq_s, found.per_kv_token_s, found.prefill_base_s, found.per_token_s

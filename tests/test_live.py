@@ -91,6 +91,7 @@ def test_a_node_knows_of_its_users_what_its_simulated_self_knows() -> None:
         planned = plan(scenario, 3)
         for i, profile_ in enumerate(planned.profiles):
             told = node(scenario, planned, i, "single", 4.0)
+            told["key"] = "made when it starts"
             told["engine"] = {"url": "http://127.0.0.1:1", "profile": {"kind": "measured", **vars(profile_)}}
             config = parse_node(json.loads(json.dumps(told)), name)
             agreed = config.agreed()

@@ -60,21 +60,22 @@ async def load(urls: list[str], per_s: float, for_s: float) -> dict[str, Counter
 def test_every_request_ends_once_though_nodes_are_killed_and_stopped(membership: Literal["static", "zenoh"]) -> None:
     with running(PLAN._replace(membership=membership)) as network:
         users = network.urls[:2]  # of these two alone, so that they hand over; the other three have no users
+        killed, stopped = network.keys[2:4]
         at_s: dict[str, float] = {}
 
         async def scene() -> dict[str, Counter[str]]:
             loading = asyncio.create_task(load(users, 40.0, LOAD_S))
             await asyncio.sleep(2.0)
             network.nodes[2].kill()
-            at_s["n3"] = time.monotonic()
+            at_s[killed] = time.monotonic()
             await asyncio.sleep(1.0)
             network.nodes[3].send_signal(signal.SIGSTOP)
-            at_s["n4"] = time.monotonic()
+            at_s[stopped] = time.monotonic()
             await asyncio.sleep(3.5)
             before = [look(url) for url in users]
             for each in before:
-                assert {peer["name"]: peer["there"] for peer in each["peers"] if peer["name"] in at_s} == {
-                    "n3": False, "n4": False
+                assert {peer["key"]: peer["there"] for peer in each["peers"] if peer["key"] in at_s} == {
+                    killed: False, stopped: False
                 }  # fmt: skip
                 late = [d for d in each["decisions"] if d["to"] in at_s and d["at_s"] > at_s[d["to"]] + DEAD_S]
                 assert not late
@@ -90,10 +91,10 @@ def test_every_request_ends_once_though_nodes_are_killed_and_stopped(membership:
             assert totals["accepted"] == totals["answered"] + totals["failed"] and totals["cancelled"] == 0
             assert totals["handed_over"] > 10
         until_s = time.monotonic() + 5.0
-        while not {p["name"]: p["there"] for p in look(users[0])["peers"]}["n4"]:  # it goes on, and is seen again
+        while not {p["key"]: p["there"] for p in look(users[0])["peers"]}[stopped]:  # it goes on, and is seen again
             assert time.monotonic() < until_s
             time.sleep(0.1)
-        assert not {p["name"]: p["there"] for p in look(users[0])["peers"]}["n3"]
+        assert not {p["key"]: p["there"] for p in look(users[0])["peers"]}[killed]
 
 
 def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:

@@ -5,6 +5,8 @@ import contextlib
 import json
 import logging
 import re
+import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +20,10 @@ from aiohttp import web
 
 from serving import config, dispatcher, engine, node
 from serving.engine import NAMES, EngineError, read_load
-from serving.membership import SILENT_S, AdvertError, decode
+from serving.identity import Identity
+from serving.membership import SILENT_S, decode
 from serving.network import free_ports
+from serving.signed import Refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MODEL = "stub"
@@ -137,12 +141,14 @@ class Net:
     def __init__(self, session: aiohttp.ClientSession, urls: list[str], stubs: list[Stub]) -> None:
         self.session, self.urls, self.stubs = session, urls, stubs
         self.told: list[dict[str, Any]] = []
+        self.keys: list[Identity] = []
         self.running: list[asyncio.Task[None]] = []
 
-    async def start(self, k: int) -> None:
+    async def start(self, k: int, wall_clock: Callable[[], float] = time.time) -> None:
         """Run node k, for the first time or again."""
         up = asyncio.get_running_loop().create_future()
-        running = asyncio.create_task(node.serve(config.parse(self.told[k], "test"), up.set_result))
+        ready: Callable[[str, str], None] = lambda key, url: up.set_result(key)  # noqa: E731
+        running = asyncio.create_task(node.serve(config.parse(self.told[k], "test"), ready, wall_clock))
         self.running[k:] = [running, *self.running[k + 1 :]]
         await asyncio.wait({up, running}, return_when=asyncio.FIRST_COMPLETED)
         assert up.done(), running
@@ -177,10 +183,15 @@ async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         session = await stack.enter_async_context(aiohttp.ClientSession())
         made = Net(session, urls, list(stubs))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for k in range(len(stubs)):
+            made.keys.append(Identity.generate())
+            made.keys[k].save(folder / f"n{k}.pem")
         for k, stub in enumerate(stubs):
-            peers = [{"name": f"n{i}", "url": url} for i, url in enumerate(urls) if i != k]
+            peers = [{"key": made.keys[i].name, "url": url} for i, url in enumerate(urls) if i != k]
             told = {
-                "name": f"n{k}", "port": ports[k], "policy": "earliest_finish", "peers": peers,
+                "name": f"n{k}", "key": str(folder / f"n{k}.pem"), "port": ports[k],
+                "policy": "earliest_finish", "peers": peers,
                 "engine": {"url": stub.url, "profile": PROFILE, "timeout_s": 2.0},
                 "market": {"tick_s": 0.1, "gossip_s": 0.2},
             }  # fmt: skip
@@ -550,7 +561,7 @@ def test_every_request_ends_once_while_a_node_leaves_and_another_joins() -> None
 
             async def there(wanted: bool) -> bool:
                 seen = [await n.see(k) for k in (0, 1)]
-                return all({p["name"]: p["there"] for p in each["peers"]}["n4"] is wanted for each in seen)
+                return all({p["key"]: p["there"] for p in each["peers"]}[n.keys[4].name] is wanted for each in seen)
 
             await n.until(lambda: there(False), SILENT_S + 0.5)
             assert n.stubs[4].begun == left > 0
@@ -603,15 +614,19 @@ def test_logs_are_lines_of_json_without_prompts_answers_or_keys(
 def test_strangers_and_nonsense_are_no_peers() -> None:
     async def scene() -> None:
         async with net(Stub()) as n:
-            for body in (b"", b"{}", b"\xff", json.dumps({"name": "x"}).encode()):
+            for body in (b"", b"{}", b"\xff", json.dumps({"name": "x" * 200}).encode()):
                 async with n.session.post(n.urls[0] + "/peer/beat", data=body) as response:
                     assert response.status == 403
             async with n.session.post(n.urls[0] + "/peer/v1/chat/completions", data=b'{"model": "stub"}') as response:
-                assert response.status == 400
+                assert response.status == 403
+                assert (await response.json())["error"]["type"] == "unsigned"
+            page = await (await n.session.get(n.urls[0] + "/metrics")).text()
+            assert 'wwwserve_messages_refused_total{kind="unsigned"} 1.0' in page
+            assert 'wwwserve_messages_refused_total{kind="malformed"} 3.0' in page
 
     play(scene)
-    with pytest.raises(AdvertError, match="expected 19"):
-        decode(b'{"name":"a","url":"u","serves":[],"number":1,"load":[1.0],"age_s":0,"valid_s":1}')
+    with pytest.raises(Refused, match="expected 19"):
+        decode(b'{"name":"a","label":"","url":"u","serves":[],"run":1,"number":1,"load":[1.0],"age_s":0,"valid_s":1}')
 
 
 def test_a_node_that_zenoh_tells_of_its_peers_takes_no_beats() -> None:
@@ -669,7 +684,9 @@ def test_a_missing_metric_is_named(kind: str, page: str, name: str) -> None:
 def test_what_was_sent_since_the_scrape_is_counted() -> None:
     async def scene() -> None:
         async with Stub(waiting=0).served() as stub, aiohttp.ClientSession() as session:
-            profile = config.parse({"name": "n", "engine": {"url": stub.url, "profile": PROFILE}}, "t").engine_profile()
+            profile = config.parse(
+                {"name": "n", "key": "n.pem", "engine": {"url": stub.url, "profile": PROFILE}}, "t"
+            ).engine_profile()
             e = engine.Engine("vllm", stub.url, profile, session)
             assert not e.healthy and e.load().waiting > 100
             await e.scrape()
@@ -696,13 +713,14 @@ def test_every_key_is_documented() -> None:
     names = names - set(inner) | {"membership.kind"}
     assert {name for name in names if f"`{name}`" not in page} == set()
     shown = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
-    assert config.parse(shown, "docs").peers[0].name == "south"
+    assert config.parse(shown, "docs").peers[0].url == "http://10.0.0.2:9000"
     shown = yaml.safe_load(page.split("```yaml\n")[2].partition("```")[0])
     assert config.parse(GOOD | shown, "docs").membership.network == "campus"  # type: ignore[union-attr]
 
 
-GOOD = {"name": "n", "engine": {"url": "http://h:1", "profile": PROFILE}}
+GOOD = {"name": "n", "key": "n.pem", "engine": {"url": "http://h:1", "profile": PROFILE}}
 ZENOH = {"kind": "zenoh", "network": "x", "listen": ["tcp/127.0.0.1:1"]}
+KEY = Identity.generate().name
 TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
 
 
@@ -716,7 +734,10 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
         ({"engine": {"url": "h:1", "profile": PROFILE}}, "every url must be http"),
         ({"engine": {"url": "http://h:1", "profile": PROFILE | {"gpu": "abacus"}}}, "abacus"),
         ({"engine": {"url": "http://h:1", "kind": "llm", "profile": PROFILE}}, r"at `\$.engine.kind`"),
-        ({"peers": [{"name": "n", "url": "http://h:2"}]}, "of different names"),
+        ({"key": ""}, "key must be a file"),
+        ({"name": "x" * 65}, "name must be 1 to 64"),
+        ({"peers": [{"key": KEY, "url": "http://h:2"}] * 2}, "peers must be of different keys"),
+        ({"peers": [{"key": "north", "url": "http://h:2"}]}, "every peer's key must be a public key, got 'north'"),
         ({"classes": {str(k): {"deadline_s": 5} for k in range(5)}}, "at most 4, got 5"),
         ({"market": {"prices": []}}, "market.prices must be"),
         ({"membership": {"kind": "rumour"}}, r"at `\$.membership.kind`"),
@@ -730,7 +751,7 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
             {"membership": ZENOH | {"listen": ["tls/h:1"], "tls": TLS}},
             "membership.tls.key must be a file, got 'no.key'",
         ),
-        ({"membership": ZENOH, "peers": [{"name": "p", "url": "http://h:2"}]}, "peers must be left out"),
+        ({"membership": ZENOH, "peers": [{"key": KEY, "url": "http://h:2"}]}, "peers must be left out"),
     ],
 )
 def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any], told: str) -> None:

@@ -30,9 +30,12 @@ from agents.protocol import (
     delivered_value,
     draw_by_stake,
     duel_outcome,
+    forfeit,
     lock,
     move_stake,
     price_of,
+    price_of_part,
+    room,
     settle,
     settle_duel,
     stake_target,
@@ -130,6 +133,32 @@ def test_prices_round_down(pricing: int, price: int, tokens: int, cost: int) -> 
 
 def account(free: int = 0, staked: int = 0, escrow: int = 0) -> Ints:
     return np.array([free, staked, escrow])
+
+
+@pytest.mark.parametrize(
+    ("pricing", "price", "tokens", "most", "cost"),
+    [
+        (PER_REQUEST, 999, 0, 10, 0), (PER_REQUEST, 999, 3, 10, 299), (PER_REQUEST, 999, 11, 10, 999),
+        (PER_REQUEST, 999, 1, 0, 0), (PER_KTOK, 999, 3, 10, 2), (PER_KTOK, 1000, 7, 1, 7),
+    ],
+)  # fmt: skip
+def test_part_of_an_answer_costs_its_share(pricing: int, price: int, tokens: int, most: int, cost: int) -> None:
+    assert price_of_part(pricing, price, tokens, most) == cost
+
+
+@pytest.mark.parametrize(
+    ("free", "exposed", "limit", "left"), [(10, 0, 5, 5), (10, 3, 5, 2), (1, 3, 5, 1), (10, 7, 5, 0), (0, 0, 5, 0)]
+)
+def test_room_is_within_the_credit_and_the_limit(free: int, exposed: int, limit: int, left: int) -> None:
+    account = np.zeros(ACCOUNT_SIZE, np.int64)
+    account[FREE] = free
+    assert room(account, exposed, limit) == left
+
+
+def test_who_cheats_loses_its_stake_to_the_victim() -> None:
+    accounts = np.array([[5, 7, 3], [1, 2, 0], [4, 4, 4]])
+    assert forfeit(accounts, 0, 1) == 7
+    assert accounts.tolist() == [[5, 0, 3], [1, 9, 0], [4, 4, 4]]
 
 
 def test_lock_and_settle_by_hand() -> None:

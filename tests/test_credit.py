@@ -1,0 +1,387 @@
+"""Live nodes that pay each other: on loopback, in one process, before engines that do what a test wants."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+from aiohttp import web
+
+from agents.protocol import MICRO
+from serving import config, node
+from serving.audit import Audit, audit, compare, settled
+from serving.engine import NAMES
+from serving.identity import Identity
+from serving.network import free_ports
+
+MODEL = "stub"
+PROFILE = {"kind": "catalogue", "gpu": "rtx-4090", "model": "qwen3-8b", "max_num_seqs": 8}
+PRICE = 2.0  # credits for 1000 tokens
+WORDS = 40
+
+
+@dataclass
+class Engine:
+    """An engine that answers so many words."""
+
+    waiting: int = 0  # so full that whoever can goes elsewhere
+    words: int = WORDS
+    claims: int | None = None  # tokens that it says it generated
+    pause_s: float = 0.0
+    mode: str = "well"
+    begun: int = 0
+    url: str = ""
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.begun += 1
+        if self.mode == "silent":
+            await asyncio.sleep(60)
+        if not body.get("stream"):
+            await asyncio.sleep(self.pause_s * self.words)
+            text = "w " * self.words
+            usage = {"prompt_tokens": 7, "completion_tokens": self.words if self.claims is None else self.claims}
+            return web.json_response({"choices": [{"message": {"content": text}}], "usage": usage})
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for k in range(-1, self.words):
+            delta = {"role": "assistant", "content": ""} if k < 0 else {"content": f"w{k} "}
+            await response.write(b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\n\n")
+            if self.mode == "breaks off" and k == self.words // 2 - 1:
+                assert request.transport is not None
+                request.transport.abort()
+            await asyncio.sleep(self.pause_s)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        values = zip(NAMES["vllm"], (0, self.waiting, 0.0), strict=True)
+        return web.Response(text="\n".join(f'{name}{{engine="0"}} {value}' for name, value in values))
+
+    async def models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": MODEL}]})
+
+    @contextlib.asynccontextmanager
+    async def served(self) -> AsyncIterator["Engine"]:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", self.complete)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/v1/models", self.models)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port := free_ports(1)[0]).start()
+        self.url = f"http://127.0.0.1:{port}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+
+@dataclass
+class Net:
+    """Nodes with ledgers, all each other's peers, and a client."""
+
+    session: aiohttp.ClientSession
+    folder: Path
+    told: list[dict[str, Any]]
+    keys: list[str]
+    running: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def file(self, k: int) -> Path:
+        return self.folder / f"n{k}.db"
+
+    async def start(self, k: int) -> None:
+        up = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(node.serve(config.parse(self.told[k], "test"), lambda *told: up.set_result(told)))
+        self.running[k:] = [task, *self.running[k + 1 :]]
+        await asyncio.wait({up, task}, return_when=asyncio.FIRST_COMPLETED)
+        assert up.done(), task
+
+    async def stop(self, k: int) -> None:
+        self.running[k].cancel()
+        await asyncio.gather(self.running[k], return_exceptions=True)
+
+    async def ask(self, k: int = 0, **more: Any) -> tuple[int, bytes]:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 500} | more
+        async with self.session.post(self.url(k) + "/v1/chat/completions", json=body) as response:
+            return response.status, await response.read()
+
+    def url(self, k: int) -> str:
+        return f"http://127.0.0.1:{self.told[k]['port']}"
+
+    async def see(self, k: int = 0) -> dict[str, Any]:
+        async with self.session.get(self.url(k) + "/network") as response:
+            seen: dict[str, Any] = await response.json()
+            return seen
+
+    async def channel(self, k: int, other: int) -> dict[str, Any]:
+        found = [c for c in (await self.see(k))["ledger"]["channels"] if c["peer"] == self.keys[other]]
+        return found[0] if found else {}
+
+    async def until(self, what: Callable[[], Awaitable[bool]], for_s: float = 20.0) -> None:
+        until_s = asyncio.get_running_loop().time() + for_s
+        while not await what():
+            assert asyncio.get_running_loop().time() < until_s, f"not within {for_s} s"
+            await asyncio.sleep(0.02)
+
+    async def paid(self, k: int = 0, other: int = 1) -> float:
+        """What k paid the other, once nothing is under way."""
+
+        async def done() -> bool:
+            a, b = await self.channel(k, other), await self.channel(other, k)
+            return bool(a and b) and not (a["escrow"] or b["peer_escrow"] or a["unacknowledged"])
+
+        await self.until(done)
+        a, b = await self.channel(k, other), await self.channel(other, k)
+        assert a["paid"] == b["earned"] and a["free"] == b["peer_free"]
+        return float(a["paid"])
+
+
+@contextlib.asynccontextmanager
+async def net(folder: Path, *engines: Engine, **more: Any) -> AsyncIterator[Net]:
+    """A network of one node for each engine; `more` goes into the nodes' configurations, `ledger` into that."""
+    async with contextlib.AsyncExitStack() as stack:
+        for engine in engines:
+            await stack.enter_async_context(engine.served())
+        ports, keys = free_ports(len(engines)), []
+        for k in range(len(engines)):
+            identity = Identity.generate()
+            identity.save(folder / f"n{k}.pem")
+            keys.append(identity.name)
+        accounts = {key: {"credit": 100.0 * (len(keys) - 1), "stake": 4.0} for key in keys}
+        (folder / "genesis.yaml").write_text(yaml.safe_dump({"accounts": accounts}))
+        ledger = more.pop("ledger", {})
+        told = [
+            {
+                "name": f"n{k}", "key": str(folder / f"n{k}.pem"), "port": ports[k], "policy": "earliest_finish",
+                "peers": [{"key": keys[i], "url": f"http://127.0.0.1:{ports[i]}"} for i in range(len(keys)) if i != k],
+                "engine": {"url": engines[k].url, "profile": PROFILE, "timeout_s": 1.0},
+                "market": {"tick_s": 0.1, "gossip_s": 0.2, "per_ktok": True, "prices": [PRICE]},
+                "ledger": {"file": str(folder / f"n{k}.db"), "genesis": str(folder / "genesis.yaml"), **ledger},
+            } | more for k in range(len(engines))
+        ]  # fmt: skip
+        made = Net(await stack.enter_async_context(aiohttp.ClientSession()), folder, told, keys)
+        try:
+            for k in range(len(engines)):
+                await made.start(k)
+
+            async def all_there() -> bool:
+                seen = [await made.see(k) for k in range(len(engines))]
+                return all(
+                    each["engine"]["up"] and sum(p["there"] for p in each["peers"]) == len(engines) - 1
+                    and len(each["ledger"]["channels"]) == len(engines) - 1 for each in seen
+                )  # fmt: skip
+
+            await made.until(all_there)
+            yield made
+        finally:
+            for task in made.running:
+                task.cancel()
+            await asyncio.gather(*made.running, return_exceptions=True)
+
+
+def play(scene: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scene(), 60.0))  # type: ignore[arg-type]
+
+
+def agree(n: Net, one: int = 0, other: int = 1) -> tuple[Audit, Audit]:
+    found = audit(n.file(one)), audit(n.file(other))
+    assert not found[0].problems and not found[1].problems and not compare(*found)
+    return found
+
+
+def busy() -> Engine:
+    return Engine(waiting=200)
+
+
+def cost(tokens: int) -> float:
+    return PRICE * tokens / 1000
+
+
+def test_an_answer_is_paid_by_its_tokens_whole_or_streamed(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(tmp_path, busy(), Engine()) as n:
+            assert [(await n.ask())[0], (await n.ask(stream=True))[0]] == [200, 200]
+            assert await n.paid() == cost(2 * WORDS)
+            page = await (await n.session.get(n.url(0) + "/metrics")).text()
+            assert f'wwwserve_credits{{peer="{n.keys[1]}",state="free",whose="own"}} {100 - cost(2 * WORDS)}' in page
+            statuses = await asyncio.gather(*(n.ask(stream=bool(k % 2)) for k in range(12)))
+            assert [status for status, _ in statuses] == [200] * 12
+            handed_over = (await n.see(0))["requests"]["handed_over"]
+            assert handed_over > 2 and await n.paid() == pytest.approx(cost(handed_over * WORDS))
+        assert settled(*agree(n))
+
+    play(scene)
+
+
+def test_who_hangs_up_pays_for_what_was_generated(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(tmp_path, busy(), Engine(pause_s=0.05, words=200)) as n:
+            body = {"model": MODEL, "messages": [], "stream": True, "max_tokens": 500}
+            read = b""
+            async with n.session.post(n.url(0) + "/v1/chat/completions", json=body) as response:
+                while read.count(b"data:") < 12:
+                    read += await response.content.readany()
+            tokens = round(await n.paid() * 1000 / PRICE)
+            assert 10 <= tokens <= 20
+            assert audit(n.file(1)).books.channels[n.keys[0]].short == 0
+        agree(n)
+
+    play(scene)
+
+
+def test_who_takes_the_escrow_and_stays_silent_is_paid_nothing(tmp_path: Path) -> None:
+    async def scene() -> None:
+        quiet = Engine(mode="silent")
+        async with net(tmp_path, busy(), quiet) as n:
+            status, _ = await n.ask()  # the own engine answers in the end
+            assert status == 200 and quiet.begun >= 1 and await n.paid() == 0
+            receipts = audit(n.file(0)).books.channels[n.keys[1]].number
+            assert receipts >= 1
+        agree(n)
+
+    play(scene)
+
+
+def test_a_stream_that_breaks_off_pays_what_came(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(tmp_path, busy(), Engine(mode="breaks off")) as n:
+            status, body = await n.ask(stream=True)
+            assert status == 200 and b"error" in body
+            assert 0 < await n.paid() <= cost(WORDS // 2)
+        agree(n)
+
+    play(scene)
+
+
+@pytest.mark.parametrize(("claims", "tokens"), [(100_000, 80), (0, 0)])
+def test_an_executor_that_overclaims_is_paid_what_came(tmp_path: Path, claims: int, tokens: int) -> None:
+    """Whatever it says, no more tokens than bytes of text came."""
+
+    async def scene() -> None:
+        async with net(tmp_path, busy(), Engine(claims=claims)) as n:
+            assert (await n.ask())[0] == 200
+            assert await n.paid() == cost(tokens)
+        agree(n)
+
+    play(scene)
+
+
+def test_a_peer_with_whom_no_more_may_be_in_escrow_is_no_candidate(tmp_path: Path) -> None:
+    async def scene() -> None:
+        origin, other = busy(), Engine(pause_s=0.01)
+        async with net(tmp_path, origin, other, ledger={"exposure": 2.5}) as n:  # a request takes 1
+            answers = await asyncio.gather(*(n.ask() for _ in range(6)))
+            assert [status for status, _ in answers] == [200] * 6
+            assert other.begun == 2 and origin.begun == 4
+            assert await n.paid() == cost(2 * WORDS)
+            assert (await n.ask())[0] == 200 and other.begun == 3  # it may again
+        agree(n)
+
+    play(scene)
+
+
+def test_a_node_that_is_stopped_goes_on_where_it_was_and_nothing_is_paid_twice(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(tmp_path, busy(), Engine()) as n:
+            await asyncio.gather(*(n.ask() for _ in range(5)))
+            await n.stop(0)
+            agree(n)
+            await n.start(0)
+
+            async def handed_over() -> bool:
+                assert (await n.ask())[0] == 200
+                return bool((await n.see(0))["requests"]["handed_over"])
+
+            await n.until(handed_over)
+            paid = await n.paid()
+            channel = audit(n.file(0)).books.channels[n.keys[1]]
+            assert paid == channel.total / MICRO == pytest.approx(cost(channel.number * WORDS))
+        assert settled(*agree(n))
+
+    play(scene)
+
+
+def test_nobody_takes_work_that_is_not_paid(tmp_path: Path) -> None:
+    async def scene() -> None:
+        other = Engine()
+        async with net(tmp_path, busy(), other) as n:
+            await n.stop(0)
+            del n.told[0]["ledger"]
+            await n.start(0)
+
+            async def there() -> bool:
+                return any(peer["there"] for peer in (await n.see(0))["peers"])
+
+            await n.until(there)
+            assert (await n.ask())[0] == 200 and other.begun == 0
+            page = await (await n.session.get(n.url(1) + "/metrics")).text()
+            assert "wwwserve_offers_refused_total 1.0" in page
+
+    play(scene)
+
+
+def test_stake_counts_as_it_is_signed_not_as_it_is_advertised(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(tmp_path, Engine(), Engine(), stake=1000.0, market={
+            "tick_s": 0.1, "gossip_s": 0.2, "per_ktok": True, "prices": [PRICE], "stake_rule": "fixed"
+        }) as n:  # fmt: skip
+
+            async def staked() -> bool:
+                return bool((await n.see(0))["peers"][0]["stake"] == 4.0)
+
+            await n.until(staked)  # all that the genesis lets it stake, of a thousand
+
+    play(scene)
+
+
+def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(tmp_path, busy(), Engine()) as n:
+            for k in range(2):
+                await n.stop(k)
+                n.file(k).unlink()
+                n.told[k]["ledger"] = {
+                    "file": str(n.file(k)),
+                    "limits": {n.keys[1 - k]: {"ours": 30.0 - 10 * k, "theirs": 20.0 + 10 * k}},
+                }
+            for k in range(2):
+                await n.start(k)
+
+            async def opened() -> bool:
+                return bool(await n.channel(0, 1)) and bool(await n.channel(1, 0))
+
+            await n.until(opened)
+            await n.until(lambda: handed(n))
+            found = await n.channel(0, 1)
+            total = sum(found[name] for name in ("free", "escrow", "peer_free", "peer_escrow"))
+            assert total == pytest.approx(50.0)
+
+    async def handed(n: Net) -> bool:
+        assert (await n.ask())[0] == 200
+        return bool((await n.see(0))["requests"]["handed_over"])
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "told"),
+    [
+        ({"file": "f"}, "either a genesis or limits"), ({"file": "f", "genesis": "none"}, "must be a file, got 'none'"),
+        ({"file": "", "limits": {"x": {"ours": 1, "theirs": 1}}}, "ledger.file must be a file"),
+        ({"file": "f", "limits": {"x": {"ours": 1, "theirs": 1}}}, "by public keys, got 'x'"),
+        ({"file": "f", "limits": {Identity.generate().name: {"ours": -1, "theirs": 1}}}, "0 to 1,000,000,000"),
+        ({"file": "f", "limits": {Identity.generate().name: {"ours": 1, "theirs": 1}}, "exposure": 0}, "above 0"),
+        ({"file": "f", "limits": {"x": {"ours": 1}}}, "missing required field `theirs`"),
+    ],
+)  # fmt: skip
+def test_a_ledger_that_cannot_be_is_refused(ledger: dict[str, Any], told: str) -> None:
+    whole = {"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}, "ledger": ledger}
+    with pytest.raises(config.ConfigError, match=told):
+        config.parse(whole, "test")

@@ -1,0 +1,759 @@
+"""One contract for every ledger, two nodes at a time; then what only a file has, and evidence of who cheats."""
+
+import asyncio
+import contextlib
+import random
+import sqlite3
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agents.dice import make_dice
+from agents.protocol import MICRO, PER_KTOK, PER_REQUEST, VOTE_A, VOTE_B, draw_by_stake
+from serving import cli
+from serving.audit import audit, compare, evidence, settled
+from serving.channel import LedgerError, Noted
+from serving.identity import Identity
+from serving.journal import Balance, Full, Journal, JournalError, MemoryJournal, SqliteJournal
+from serving.ledger import NOTHING, PART, WHOLE, ChannelLedger, Declined, Grant, Held, Terms, Vouching
+from serving.stakes import Answer, Conflict, Stake, Staked, Stakes, Verdict, Vote, decode, duel_name
+from serving.statements import Signed, State, StatementError, Vouch, digest, link, sign
+
+KINDS = ("memory", "sqlite")
+A, B, C = (Identity.generate() for _ in range(3))
+CREDIT = 100 * MICRO
+BODY, ANSWER = digest(b"what is asked"), digest(b"what is answered")
+
+
+class Sides:
+    """The two sides of a channel, A's and B's; each can be killed and comes back from its journal."""
+
+    def __init__(self, kind: str, folder: Path, pricing: int = PER_KTOK, exposure: int = 10 * MICRO) -> None:
+        self.kind, self.folder, self.pricing, self.exposure = kind, folder, pricing, exposure
+        self.journals: dict[str, Journal] = {}
+        self.a, self.b = self.start(A), self.start(B)
+
+    def start(self, who: Identity, max_pages: int = 0) -> ChannelLedger:
+        if self.kind == "sqlite":
+            self.journals[who.name] = SqliteJournal(self.file(who), who.name, max_pages=max_pages)
+        journal = self.journals.setdefault(who.name, MemoryJournal())
+        other = B if who is A else A
+        grants = {other.name: Grant(CREDIT, CREDIT, "limits")}
+        funds = {A.name: 4 * MICRO, B.name: 4 * MICRO}
+        return ChannelLedger(who, journal, grants, funds, exposure=self.exposure, pricing=self.pricing)
+
+    def file(self, who: Identity) -> Path:
+        return self.folder / ("a.db" if who is A else "b.db")
+
+    def kill(self, who: Identity) -> None:
+        """What was not written is lost."""
+        self.journals[who.name].close()
+        if who is A:
+            self.a = self.start(A)
+        else:
+            self.b = self.start(B)
+
+    async def exchange(self) -> None:
+        """Until neither has anything to send."""
+        for _ in range(10):
+            sent = False
+            for one, other in ((self.a, self.b), (self.b, self.a)):
+                message = await written(one, one.message(other.name))
+                if message is not None:
+                    sent = True
+                    answer = await written(other, other.received(one.name, message))
+                    await written(one, one.replied(other.name, answer))
+            if not sent:
+                return
+        raise AssertionError("the two do not come to an end")
+
+    def ask(self, amount: int = MICRO, price: int = MICRO) -> Terms:
+        """A request from A to B."""
+        terms = self.a.lock(B.name, amount, BODY, price)
+        self.b.take(A.name, terms, BODY)
+        return terms
+
+    def answered(self, terms: Terms, tokens: int) -> int:
+        self.b.delivered(A.name, terms.id, ANSWER, tokens, WHOLE)
+        return self.a.settle(B.name, terms.id, ANSWER, tokens, 1000, WHOLE)
+
+    def own(self) -> tuple[Balance, Balance]:
+        return self.a.balances()[0], self.b.balances()[0]
+
+
+async def written(ledger: ChannelLedger, work: Awaitable[Any]) -> Any:
+    """The result of work that waits until it is written."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        await asyncio.sleep(0)
+        ledger.flush()
+    return await task
+
+
+@pytest.fixture(params=KINDS)
+def sides(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sides]:
+    made = Sides(request.param, tmp_path)
+    play(made.exchange)
+    yield made
+    for journal in made.journals.values():
+        journal.close()
+
+
+def play(scene: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scene(), 30.0))  # type: ignore[arg-type]
+
+
+def mirrored(sides: Sides) -> None:
+    """Both own the same by either's account, and nothing is under way."""
+    a, b = sides.own()
+    assert a[2:] == (b.peer_free, b.peer_escrow, b.free, b.escrow) and a.escrow == b.escrow == 0
+
+
+# The contract.
+
+
+def test_a_request_is_escrowed_and_paid_by_its_tokens_to_the_last_micro_credit(sides: Sides) -> None:
+    async def scene() -> None:
+        terms = sides.ask(amount=2 * MICRO, price=1_234_567)
+        a, b = sides.own()
+        assert (a.free, a.escrow) == (98 * MICRO, 2 * MICRO) and (b.peer_free, b.peer_escrow) == (a.free, a.escrow)
+        due = sides.answered(terms, 777)
+        assert due == 1_234_567 * 777 // 1000
+        assert sides.a.balances()[0].free == CREDIT - due
+        assert sides.b.balances()[0].free == CREDIT  # earned is what is signed
+        await sides.exchange()
+        assert sides.b.balances()[0].free == CREDIT + due
+        mirrored(sides)
+
+    play(scene)
+
+
+def test_a_channel_opens_once_and_only_on_terms_that_both_have(sides: Sides, tmp_path: Path) -> None:
+    async def scene() -> None:
+        before = sides.own()
+        stranger = ChannelLedger(C, MemoryJournal(), {A.name: Grant(CREDIT, 0, "limits")}, {}, exposure=1, pricing=0)
+        told = await stranger.message(A.name)
+        assert told is not None
+        assert isinstance(msgspec.json.decode(await sides.a.received(C.name, told), type=Declined), Declined)
+        with pytest.raises(LedgerError, match="no channel"):
+            sides.a.take(C.name, Terms(1, 1, 1), BODY)
+        generous = ChannelLedger(
+            A, MemoryJournal(), {B.name: Grant(2 * CREDIT, 0, "limits")}, {}, exposure=1, pricing=0
+        )
+        told = await generous.message(B.name)
+        assert told is not None
+        with pytest.raises(LedgerError, match="terms of the channel are others"):
+            await generous.replied(B.name, await sides.b.received(A.name, told))
+        assert sides.own() == before
+
+    play(scene)
+
+
+def test_what_may_be_in_escrow_is_bounded_until_the_payee_has_signed(sides: Sides) -> None:
+    async def scene() -> None:
+        asked = [sides.ask() for _ in range(10)]
+        assert sides.a.room(B.name) == 0
+        with pytest.raises(LedgerError, match="more than may be in escrow"):
+            sides.a.lock(B.name, 1, BODY, 1)
+        with pytest.raises(LedgerError, match="may have in escrow here"):
+            sides.b.take(A.name, Terms(11, 1, 1), BODY)
+        sides.answered(asked[0], 1000)
+        assert sides.a.room(B.name) == 0  # as B does not know yet
+        await sides.exchange()
+        assert sides.a.room(B.name) == MICRO
+        sides.ask()
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("pricing", "came", "tokens", "due"),
+    [
+        (PER_KTOK, PART, 200, MICRO // 5), (PER_KTOK, NOTHING, 0, 0), (PER_REQUEST, WHOLE, 3, MICRO),
+        (PER_REQUEST, PART, 250, MICRO // 4), (PER_REQUEST, PART, 5000, MICRO), (PER_REQUEST, NOTHING, 0, 0),
+    ],
+)  # fmt: skip
+def test_a_cancelled_request_pays_for_what_was_generated(
+    pricing: int, came: str, tokens: int, due: int, tmp_path: Path
+) -> None:
+    async def scene() -> None:
+        sides = Sides("memory", tmp_path, pricing)
+        await sides.exchange()
+        terms = sides.ask()
+        assert sides.a.settle(B.name, terms.id, ANSWER, tokens, 1000, came) == due
+        await sides.exchange()
+        assert sides.b.balances()[0].free == CREDIT + due
+        mirrored(sides)
+
+    play(scene)
+
+
+def test_messages_that_come_twice_or_late_pay_once(sides: Sides) -> None:
+    async def scene() -> None:
+        sides.answered(sides.ask(), 1000)
+        first = await written(sides.a, sides.a.message(B.name))
+        assert first is not None
+        answers = [await written(sides.b, sides.b.received(A.name, first)) for _ in range(3)]
+        assert answers[0] == answers[1] == answers[2]
+        sides.answered(sides.ask(), 1000)
+        second = await written(sides.a, sides.a.message(B.name))  # the first was not acknowledged as far as A knows
+        assert second is not None
+        last = await written(sides.b, sides.b.received(A.name, second))
+        again = await written(sides.b, sides.b.received(A.name, first))
+        assert sides.b.balances()[0].free == CREDIT + 2 * MICRO
+        for answer in (answers[0], again, last, last):
+            await written(sides.a, sides.a.replied(B.name, answer))
+        mirrored(sides)
+        with pytest.raises(LedgerError, match="ended already"):
+            sides.b.take(A.name, Terms(1, MICRO, MICRO), BODY)
+
+    play(scene)
+
+
+def test_a_request_that_was_refused_or_never_came_frees_its_escrow(sides: Sides) -> None:
+    async def scene() -> None:
+        refused = sides.a.lock(B.name, MICRO, BODY, MICRO)
+        sides.a.free(B.name, refused.id)
+        lost = sides.a.lock(B.name, MICRO, BODY, MICRO)
+        sides.a.settle(B.name, lost.id, "", 0, 1000, NOTHING)
+        await sides.exchange()
+        mirrored(sides)
+        assert sides.a.balances()[0].free == CREDIT
+        with pytest.raises(LedgerError, match="ended already"):  # though it comes now
+            sides.b.take(A.name, lost, BODY)
+
+    play(scene)
+
+
+def test_nothing_is_settled_twice_or_beyond_its_escrow(sides: Sides) -> None:
+    terms = sides.ask()
+    assert sides.a.settle(B.name, terms.id, ANSWER, 10**9, 1000, WHOLE) == MICRO
+    with pytest.raises(LedgerError, match="is not with"):
+        sides.a.settle(B.name, terms.id, ANSWER, 1, 1000, WHOLE)
+    with pytest.raises(LedgerError, match="is not with"):
+        sides.a.free(B.name, terms.id)
+    with pytest.raises(LedgerError, match="is not with"):
+        sides.a.settle(B.name, 99, ANSWER, 1, 1000, WHOLE)
+    with pytest.raises(LedgerError, match="is here already"):
+        sides.b.take(A.name, terms, BODY)
+
+
+def test_who_is_killed_comes_back_to_what_was_written_and_the_two_agree(sides: Sides) -> None:
+    async def scene() -> None:
+        done, under_way = sides.ask(), sides.ask()
+        sides.answered(done, 500)
+        sides.a.flush()
+        sides.b.flush()
+        sides.kill(A)
+        await sides.exchange()
+        mirrored(sides)  # what A had asked was not answered, as far as it knows
+        assert sides.a.balances()[0].free == CREDIT - MICRO // 2
+        del under_way
+        third = sides.ask()
+        sides.b.flush()
+        sides.kill(B)
+        sides.a.settle(B.name, third.id, ANSWER, 100, 1000, PART)
+        await sides.exchange()
+        mirrored(sides)
+        fourth = sides.ask()  # B is killed before it has written that it took it
+        sides.kill(B)
+        sides.a.settle(B.name, fourth.id, ANSWER, 1000, 1000, WHOLE)
+        await sides.exchange()
+        mirrored(sides)
+        assert sides.b.balances()[0].free == CREDIT + MICRO // 2 + MICRO // 10 + MICRO
+
+    play(scene)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_whatever_happens_in_whatever_order_credit_is_conserved_and_the_two_agree(seed: int) -> None:
+    async def scene() -> None:
+        draw = random.Random(seed)
+        sides = Sides("memory", Path(), exposure=30 * MICRO)
+        await sides.exchange()
+        under_way: list[tuple[ChannelLedger, ChannelLedger, Terms]] = []
+        for _ in range(60):
+            one, other = (sides.a, sides.b) if draw.random() < 0.5 else (sides.b, sides.a)
+            act = draw.random()
+            if act < 0.45:
+                amount = draw.randrange(3 * MICRO)
+                if amount <= one.room(other.name):
+                    terms = one.lock(other.name, amount, BODY, draw.randrange(3 * MICRO))
+                    with contextlib.suppress(LedgerError):
+                        if draw.random() < 0.9:
+                            other.take(one.name, terms, BODY)
+                    under_way.append((one, other, terms))
+            elif act < 0.8 and under_way:
+                one, other, terms = under_way.pop(draw.randrange(len(under_way)))
+                tokens, came = draw.randrange(2000), draw.choice((WHOLE, PART, NOTHING))
+                if draw.random() < 0.7:
+                    other.delivered(one.name, terms.id, ANSWER, tokens, WHOLE)
+                one.settle(other.name, terms.id, ANSWER, tokens, 1000, came)
+            elif act < 0.95:
+                message = await written(one, one.message(other.name))
+                if message is not None:
+                    answer = await written(other, other.received(one.name, message))
+                    if draw.random() < 0.6:
+                        await written(one, one.replied(other.name, answer))
+            else:
+                for each in (sides.a, sides.b):
+                    each.flush()
+                sides.kill(A if one is sides.a else B)
+                under_way = []
+                for each in (sides.a, sides.b):  # what the other had with it broke off
+                    channel = each.books.channels[(B if each is sides.a else A).name]
+                    for id in list(channel.open):
+                        each.settle((B if each is sides.a else A).name, id, "", 0, 1, NOTHING)
+            for balance in sides.own():
+                assert sum(balance[2:]) == balance.opened and min(balance[2:]) >= 0
+        for one, other, terms in under_way:
+            one.settle(other.name, terms.id, "", 0, 1000, NOTHING)
+        await sides.exchange()
+        mirrored(sides)
+        assert sum(each.free for each in sides.own()) == 2 * CREDIT
+
+    play(scene)
+
+
+# Cheats, each with its evidence.
+
+
+async def cheated(sides: Sides, **changes: object) -> bytes:
+    """A's next message, whose last receipt is changed, with all that follows from it signed anew."""
+    told = msgspec.json.decode(await written(sides.a, sides.a.message(B.name)) or b"", type=Vouching).vouch
+    receipt = msgspec.structs.replace(told.receipts[-1], **changes)
+    channel = sides.b.books.channels[A.name]
+    state = told.voucher.state
+    total = state.total - told.receipts[-1].due + receipt.due
+    head = channel.paid_head
+    for each in (*told.receipts[:-1], receipt):
+        head = link(head, each)
+    state = msgspec.structs.replace(state, total=total, head=head)
+    voucher = Signed(state, sign(A, "voucher", state))
+    return msgspec.json.encode(Vouching(Vouch(voucher, told.first, (*told.receipts[:-1], receipt))))
+
+
+def test_two_vouchers_of_one_number_are_evidence_that_costs_the_stake(sides: Sides) -> None:
+    async def scene() -> None:
+        for one, other in ((sides.a, sides.b), (sides.b, sides.a)):
+            staked = await written(one, one.restake(3 * MICRO))
+            assert staked is not None and other.heard(one.name, msgspec.json.encode(staked))
+        accused: list[bytes] = []
+        sides.b.news = accused.append
+        sides.answered(sides.ask(), 1000)
+        other = await cheated(sides, due=0)
+        honest = await written(sides.a, sides.a.message(B.name))
+        assert honest is not None
+        await written(sides.b, sides.b.received(A.name, honest))
+        answer = await written(sides.b, sides.b.received(A.name, other))
+        assert "two vouchers" in msgspec.json.decode(answer, type=Declined).reason
+        assert sides.b.balances()[0].free == CREDIT + MICRO  # the first counts
+        assert (sides.b.stakes.stake(A.name), sides.b.stakes.stake(B.name)) == (0, 6 * MICRO)
+        assert len(accused) == 1
+        stranger = Stakes({A.name: 4 * MICRO, B.name: 4 * MICRO, C.name: MICRO})
+        assert stranger.heard(decode(accused[0])) and stranger.stake(A.name) == 0  # whoever sees it can tell
+        stated = msgspec.json.decode(accused[0], type=Conflict)
+        for forged in (
+            msgspec.structs.replace(stated, other=stated.one),
+            msgspec.structs.replace(stated, other=Signed(stated.other.state, sign(B, "voucher", stated.other.state))),
+            msgspec.structs.replace(stated, stakes=stated.stakes[::-1]),
+        ):
+            with pytest.raises(StatementError):
+                decode(msgspec.json.encode(forged))
+        sides.kill(B)
+        assert sides.b.stakes.stake(A.name) == 0  # it is kept
+
+    play(scene)
+
+
+def test_a_payer_who_says_that_less_came_than_was_delivered_is_noted_and_gets_no_more(sides: Sides) -> None:
+    async def scene() -> None:
+        for k in range(11):
+            terms = sides.ask()
+            sides.b.delivered(A.name, terms.id, ANSWER, 1000, WHOLE)
+            sides.a.settle(B.name, terms.id, "", 0, 1000, NOTHING)
+            await sides.exchange()
+            assert sides.b.books.channels[A.name].short == (k + 1) * MICRO
+        terms = sides.a.lock(B.name, MICRO, BODY, MICRO)
+        with pytest.raises(LedgerError, match="paid 11000000 micro-credits less than it was delivered"):
+            sides.b.take(A.name, terms, BODY)
+        notes = [
+            msgspec.json.decode(e.body, type=Noted) for e in sides.journals[B.name].entries() if b'"note"' in e.body
+        ]
+        assert len(notes) == 11 and all(note.kind == "short" and note.short == MICRO for note in notes)
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"due": 2 * MICRO}, "pays 2000000 of 1000000"), ({"request": digest(b"another")}, "not of what was taken"),
+        ({"price": 1}, "not of what was taken"), ({"came": NOTHING}, "for nothing"), ({"tokens": -1}, "is none"),
+    ],
+)  # fmt: skip
+def test_receipts_that_are_not_of_what_was_done_are_refused(
+    sides: Sides, changes: dict[str, object], told: str
+) -> None:
+    async def scene() -> None:
+        sides.answered(sides.ask(), 1000)
+        before = sides.b.balances()
+        with pytest.raises(LedgerError, match=told):
+            await written(sides.b, sides.b.received(A.name, await cheated(sides, **changes)))
+        assert sides.b.balances() == before
+        await sides.exchange()
+        mirrored(sides)
+
+    play(scene)
+
+
+def test_vouchers_of_others_for_others_and_without_their_receipts_are_refused(sides: Sides) -> None:
+    async def scene() -> None:
+        sides.answered(sides.ask(), 1000)
+        sent = await written(sides.a, sides.a.message(B.name))
+        told = msgspec.json.decode(sent or b"", type=Vouching).vouch
+        state = told.voucher.state
+
+        def vouch(state: State, by: Identity, **changes: object) -> bytes:
+            signed = Signed(state, sign(by, "voucher", state))
+            return msgspec.json.encode(Vouching(msgspec.structs.replace(told, voucher=signed, **changes)))
+
+        higher = msgspec.structs.replace(state, total=state.total + 1)
+        elsewhere = msgspec.structs.replace(state, channel=digest(b"another"))
+        for body, expected in (
+            (vouch(state, B), "said to have signed"), (vouch(elsewhere, A), "another channel"),
+            (vouch(higher, A), "does not follow from its receipts"), (b"{", "not what it should be"),
+            (b'{"type":"vouch"}', "not what it should be"),
+        ):  # fmt: skip
+            with pytest.raises((StatementError, LedgerError), match=expected):
+                await written(sides.b, sides.b.received(A.name, body))
+        answer = await written(sides.b, sides.b.received(A.name, vouch(state, A, receipts=())))
+        assert isinstance(msgspec.json.decode(answer, type=Held), Held)
+        with pytest.raises(StatementError, match="said to have signed"):
+            forged = b'{"type":"ack","number":1,"signature":"%b"}' % sign(A, "acknowledgement", state).encode()
+            await sides.a.replied(B.name, forged)
+        assert sides.b.balances()[0].free == CREDIT
+
+    play(scene)
+
+
+def test_a_thousand_new_names_buy_no_place_among_candidates() -> None:
+    known = [Identity.generate() for _ in range(4)]
+    names = [Identity.generate() for _ in range(1000)]
+    stakes = Stakes({each.name: MICRO for each in known})
+    for each in (*known, *names):
+        stake = Stake(each.name, 1, 10**12)
+        stakes.heard(decode(msgspec.json.encode(Staked(stake, sign(each, "stake", stake)))))
+    weights = np.array([float(stakes.stake(each.name)) for each in (*names, *known)])
+    assert weights[-4:].tolist() == [MICRO] * 4 and not weights[:-4].any()
+    assert len(stakes.latest) == 4  # nor memory
+    generator, drawn = make_dice(1)[0], np.zeros(8, np.int64)
+    for _ in range(50):
+        draw_by_stake(weights, np.ones(len(weights), np.bool_), 4, generator, drawn)
+        assert set(drawn[:4]) == {1000, 1001, 1002, 1003}
+
+
+# Stake.
+
+
+def staked(who: Identity, amount: int, number: int = 1) -> Staked:
+    stake = Stake(who.name, number, amount)
+    return Staked(stake, sign(who, "stake", stake))
+
+
+def verdict(votes: dict[Identity, int | None], request: bytes = b"r", amount: int = 2 * MICRO) -> Verdict:
+    """A duel of A and B that C asked for."""
+    a, b = (Answer(who.name, digest(request), digest(who.name.encode())).signed(who) for who in (A, B))
+    cast = [Vote(duel_name(a, b), judge.name, vote).signed(judge) for judge, vote in votes.items() if vote is not None]
+    stakes = tuple(staked(who, amount) for who in (A, B, *votes))
+    return Verdict(C.name, a, b, tuple(judge.name for judge in votes), tuple(cast), stakes).signed(C)
+
+
+def test_a_verdict_moves_stake_as_the_rules_say_in_whatever_order_it_is_heard() -> None:
+    judges = [Identity.generate() for _ in range(3)]
+    funds = {who.name: 4 * MICRO for who in (A, B, *judges)}
+    duels = [
+        verdict(dict(zip(judges, votes, strict=True)), bytes([k]))
+        for k, votes in enumerate([(VOTE_A, VOTE_A, VOTE_B), (VOTE_B, VOTE_B, None), (VOTE_A, VOTE_B, None)])
+    ]
+    heard = [decode(msgspec.json.encode(each)) for each in duels]
+    alone = Stakes(funds)
+    assert alone.heard(heard[0]) and not alone.heard(heard[0])
+    assert [alone.stake(who.name) for who in (A, B, *judges)] == [
+        4 * MICRO, 0, 2 * MICRO + MICRO // 5, 2 * MICRO + MICRO // 5, 2 * MICRO - 2 * MICRO // 5
+    ]  # fmt: skip
+    results = set()
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        stakes = Stakes(funds)
+        for k in order:
+            stakes.heard(heard[k])
+        assert sum(stakes.funds.values()) == sum(funds.values()) and min(stakes.funds.values()) >= 0
+        results.add(tuple(stakes.stake(who.name) for who in (A, B, *judges)))
+    assert len(results) == 1
+    winner = A if alone.stake(A.name) else B
+    loser = B if winner is A else A
+    alone.heard(staked(loser, MICRO, 2))
+    assert alone.stake(loser.name) == MICRO  # it stakes anew out of what it has left
+
+
+def test_verdicts_without_evidence_are_refused() -> None:
+    judge, other = Identity.generate(), Identity.generate()
+    good = verdict({judge: VOTE_A})
+    decode(msgspec.json.encode(good))
+
+    def changed(**changes: object) -> Verdict:
+        return msgspec.structs.replace(good, signature="", **changes).signed(C)
+
+    vote = good.votes[0]
+    for bad in (
+        msgspec.structs.replace(good, origin=A.name).signed(C),
+        msgspec.structs.replace(good, votes=()),
+        changed(votes=(msgspec.structs.replace(vote, vote=VOTE_B),)),
+        changed(votes=(Vote(digest(b"another duel"), judge.name, VOTE_A).signed(judge),)),
+        changed(votes=(vote, vote)),
+        changed(votes=(Vote(vote.duel, other.name, VOTE_A).signed(other),)),
+        changed(judges=(A.name,), stakes=(*good.stakes[:2], staked(A, 1)), votes=()),
+        changed(judges=(judge.name,) * 2, stakes=(*good.stakes, good.stakes[2])),
+        changed(a=msgspec.structs.replace(good.a, answer=digest(b"other"))),
+        changed(b=good.a),
+        changed(stakes=good.stakes[:2]),
+    ):
+        with pytest.raises(StatementError):
+            decode(msgspec.json.encode(bad))
+    without = Stakes({A.name: MICRO, B.name: MICRO})
+    assert not without.heard(good) and without.slashes == {}  # a judge without stake is nobody
+
+
+def test_who_signs_two_stakes_of_one_number_has_none() -> None:
+    stakes = Stakes({A.name: 4 * MICRO})
+    assert stakes.heard(staked(A, MICRO)) and not stakes.heard(staked(A, MICRO))
+    assert stakes.stake(A.name) == MICRO
+    stakes.heard(staked(A, 2 * MICRO))
+    assert stakes.stake(A.name) == 0
+
+
+def test_what_is_staked_is_at_most_what_was_granted_and_numbers_go_on_after_a_restart(sides: Sides) -> None:
+    async def scene() -> None:
+        assert await written(sides.a, sides.a.restake(10 * MICRO)) == staked(A, 10 * MICRO)
+        assert sides.a.stakes.stake(A.name) == 4 * MICRO
+        sides.kill(A)
+        again = await written(sides.a, sides.a.restake(MICRO))
+        assert again == staked(A, MICRO, 2) and await sides.a.restake(MICRO) is None
+
+    play(scene)
+
+
+# Files.
+
+
+def used(tmp_path: Path) -> Sides:
+    sides = Sides("sqlite", tmp_path)
+
+    async def scene() -> None:
+        await sides.exchange()
+        for k in range(20):
+            sides.answered(sides.ask(), 50 * k)
+            if k % 3 == 0:
+                await sides.exchange()
+        await sides.exchange()
+        await written(sides.a, sides.a.restake(MICRO))
+
+    play(scene)
+    for journal in sides.journals.values():
+        journal.close()
+    return sides
+
+
+def content(path: Path) -> list[list[tuple[object, ...]]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return [
+            db.execute(f"SELECT * FROM {table}").fetchall() for table in ("entries", "balances", "meta", "snapshot")
+        ]
+
+
+def test_a_good_pair_of_journals_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = used(tmp_path)
+    files = [str(sides.file(who)) for who in (A, B)]
+    assert cli.main(["ledger", "verify", *files]) == 0
+    told = capsys.readouterr().out
+    assert told.count("ok: ") == 2 and "agree" in told
+    assert cli.main(["ledger", "show", files[0]]) == 0
+    shown = capsys.readouterr().out
+    assert f"node     {A.name}" in shown and "20 receipts, 20 of them signed by the peer" in shown
+    assert settled(*(audit(sides.file(who)) for who in (A, B)))
+    assert cli.main(["ledger", "verify", str(tmp_path / "none.db")]) == 1
+    assert "no journal that can be used" in capsys.readouterr().err
+
+
+def test_a_changed_byte_is_found_and_named(tmp_path: Path) -> None:
+    sides = used(tmp_path)
+    file, original = sides.file(A), content(sides.file(A))
+    whole = file.read_bytes()
+    draw, found = random.Random(5), 0
+    for _ in range(120):
+        at = draw.randrange(len(whole))
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << draw.randrange(8))]) + whole[at + 1 :])
+        try:
+            problems = audit(file).problems
+        except (JournalError, sqlite3.Error) as error:
+            problems = [str(error)]
+        if problems:
+            found += 1
+        else:
+            assert content(file) == original, at  # a byte that nothing is made of
+    assert found > 40
+
+
+def test_every_entry_counts(tmp_path: Path) -> None:
+    sides = used(tmp_path)
+    file = sides.file(B)
+    rows = content(file)[0]
+    whole = file.read_bytes()
+    for number, body, _ in rows[::4]:
+        for change in (
+            ("UPDATE entries SET body = ? WHERE number = ?", (bytes(body)[:-2] + b" }", number)),
+            ("UPDATE entries SET digest = zeroblob(32) WHERE number = ?", (number,)),
+            ("DELETE FROM entries WHERE number = ?", (number,)),
+        ):
+            file.write_bytes(whole)
+            with contextlib.closing(sqlite3.connect(file)) as db, db:
+                db.execute(*change)
+            problems = audit(file).problems
+            assert problems, (number, change)
+            if "DELETE" not in change[0]:
+                assert problems[0].startswith(f"entry {number}:")
+    for change in ("UPDATE balances SET free = free - 1, escrow = escrow + 1", "DELETE FROM balances"):
+        file.write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(file)) as db, db:
+            db.execute(change)
+        assert any(A.name in each for each in audit(file).problems)
+
+
+def test_two_sides_that_do_not_agree_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = used(tmp_path)
+    (tmp_path / "third").mkdir()
+    third = Sides("sqlite", tmp_path / "third")  # another history of the same two
+
+    async def scene() -> None:
+        await third.exchange()
+        third.answered(third.ask(), 1000)
+        await third.exchange()
+
+    play(scene)
+    for journal in third.journals.values():
+        journal.close()
+    capsys.readouterr()
+    assert cli.main(["ledger", "verify", str(sides.file(A)), str(third.file(B))]) == 1
+    assert "holds a voucher 1" in capsys.readouterr().err
+
+
+def test_credit_that_does_not_add_up_is_not_written(tmp_path: Path) -> None:
+    journal = SqliteJournal(tmp_path / "j.db", "n")
+    with contextlib.closing(journal):
+        journal.write([b"{}"], [Balance("p", 10, 4, 1, 5, 0)])
+        for bad in (Balance("p", 10, 4, 1, 5, 1), Balance("p", 10, -1, 1, 10, 0)):
+            with pytest.raises(JournalError, match="not conserved"):
+                journal.write([b"{}"], [bad])
+        assert journal.last == 1 and journal.balances() == [Balance("p", 10, 4, 1, 5, 0)]
+    with pytest.raises(JournalError, match="is the journal of n, not of m"):
+        SqliteJournal(tmp_path / "j.db", "m")
+
+
+def test_a_full_disk_stops_new_requests_and_loses_nothing(tmp_path: Path) -> None:
+    sides = Sides("sqlite", tmp_path)
+
+    async def scene() -> None:
+        await sides.exchange()
+        before = sides.ask()
+        sides.a.flush()
+        db = sides.journals[A.name]._db  # type: ignore[attr-defined]
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages}")
+        running = asyncio.create_task(sides.a.run())
+        with pytest.raises(Full, match="full"):
+            while True:
+                terms = sides.a.lock(B.name, 0, BODY, 0)
+                await sides.a.durable()
+                sides.a.free(B.name, terms.id)
+        assert sides.a.room(B.name) == 0
+        with pytest.raises(Full):
+            sides.a.lock(B.name, 1, BODY, 1)
+        with pytest.raises(Full):
+            sides.a.take(B.name, Terms(1, 1, 1), BODY)
+        due = sides.answered(before, 1000)  # what is under way ends
+        with pytest.raises(Full):
+            await sides.a.message(B.name)
+        db.execute("PRAGMA max_page_count = 1000000")
+        while sides.a.full:
+            await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        sides.kill(A)
+        sides.b.flush()
+        await sides.exchange()
+        mirrored(sides)
+        assert due == MICRO and sides.b.balances()[0].free == CREDIT + MICRO
+
+    play(scene)
+    for journal in sides.journals.values():
+        journal.close()
+    assert not audit(sides.file(A)).problems and not audit(sides.file(B)).problems
+
+
+def test_many_entries_share_a_transaction_and_a_snapshot_shortens_the_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.ledger.SNAPSHOT_EVERY", 500)
+    sides = Sides("sqlite", tmp_path, exposure=CREDIT)
+    writes: list[int] = []
+    write = SqliteJournal.write
+
+    def counted(self: SqliteJournal, bodies: list[bytes], *more: object) -> None:
+        writes.append(len(bodies))
+        write(self, bodies, *more)  # type: ignore[arg-type]
+
+    async def scene() -> None:
+        await sides.exchange()
+        monkeypatch.setattr(SqliteJournal, "write", counted)
+        running = [asyncio.create_task(each.run()) for each in (sides.a, sides.b)]
+
+        async def one() -> None:
+            terms = sides.a.lock(B.name, 100, BODY, 100)
+            await sides.a.durable()
+            sides.b.take(A.name, terms, BODY)
+            sides.answered(terms, 10)
+
+        for _ in range(4):
+            await asyncio.gather(*(one() for _ in range(250)))
+        message = await sides.a.message(B.name)
+        assert message is not None
+        await sides.a.replied(B.name, await sides.b.received(A.name, message))
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    play(scene)
+    assert sum(writes) > 4000 and len(writes) < 100
+    mirrored(sides)
+    for journal in sides.journals.values():
+        journal.close()
+    again = [SqliteJournal(sides.file(who), read_only=True) for who in (A, B)]
+    for journal in again:
+        snapshot = journal.snapshot()
+        assert snapshot is not None and snapshot.number > 500
+        journal.close()
+    found = [audit(sides.file(who)) for who in (A, B)]
+    assert not found[0].problems + found[1].problems + compare(*found) and settled(*found)
+    sides.kill(A)
+    sides.kill(B)
+    mirrored(sides)
+    for journal in sides.journals.values():
+        journal.close()
+    assert evidence(sides.file(B)) == []

@@ -1,0 +1,272 @@
+"""Peers that cheat with messages, and clients that take what they can: real nodes on loopback."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from test_node import MODEL, Net, Stub, busy, net, play
+
+from eval import hostile
+from serving import signed
+from serving.dispatcher import PEER_PREFIX, PROMPT
+from serving.identity import Identity
+from serving.signed import SIGNATURE, Messages
+
+CHAT = PEER_PREFIX + "/v1/chat/completions"
+BODY = json.dumps({"model": MODEL, "messages": []}).encode()
+Clock = Callable[[], float]
+
+
+def peer_of(n: Net, k: int, clock: Clock = time.time) -> Messages:
+    """Node k's key in other hands, which speak to node 0."""
+    return Messages(n.keys[k], lambda name: True, clock)
+
+
+async def hand_over(n: Net, by: Messages, change: dict[str, str] | None = None, body: bytes = BODY,
+                    to: str | None = None) -> tuple[int, dict[str, Any], dict[str, str]]:  # fmt: skip
+    """A request to node 0, signed by `by` and then changed: status, answer, headers that it had."""
+    terms = {PROMPT: "12"}
+    terms[SIGNATURE] = by.sign(to or n.keys[0].name, (await n.see())["run"], CHAT, terms, BODY)
+    return await again(n, terms | (change or {}), body)
+
+
+async def again(n: Net, terms: dict[str, str], body: bytes = BODY) -> tuple[int, dict[str, Any], dict[str, str]]:
+    async with n.session.post(n.urls[0] + CHAT, data=body, headers=terms) as response:
+        told = await response.read()
+        return response.status, json.loads(told.partition(b"\n")[2] or told), terms
+
+
+async def refusals(n: Net, kind: str) -> float:
+    async with n.session.get(n.urls[0] + "/metrics") as response:
+        page = await response.text()
+    return sum(
+        float(line.split()[-1]) for line in page.splitlines()
+        if line.startswith(f'wwwserve_messages_refused_total{{kind="{kind}"}}')
+    )  # fmt: skip
+
+
+def test_cheats_with_messages_are_refused_counted_and_bring_no_work(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with net(Stub(), Stub()) as n:
+            n.running[1].cancel()  # its key is in other hands now
+            await asyncio.gather(n.running[1], return_exceptions=True)
+            peer = peer_of(n, 1)
+            status, answer, terms = await hand_over(n, peer)
+            assert status == 200 and answer["usage"] and n.stubs[0].begun == 1
+            off = peer_of(n, 1, lambda: time.time() - 60.0)
+            off.run = peer.run
+            stranger = Messages(Identity.generate(), lambda name: True)
+            thief = Messages(Identity.generate(), lambda name: True)
+            thief.name = peer.name
+            for kind, attempt in (
+                ("replayed", again(n, terms)),
+                ("altered", hand_over(n, peer, body=BODY + b" ")),
+                ("forged", hand_over(n, peer, {PROMPT: "1"})),
+                ("forged", hand_over(n, thief)),
+                ("stale", hand_over(n, off)),
+                ("stranger", hand_over(n, stranger)),
+                ("misaddressed", hand_over(n, peer, to=n.keys[1].name)),
+                ("malformed", hand_over(n, peer, {SIGNATURE: "x"})),
+            ):
+                before = await refusals(n, kind)
+                status, answer, _ = await attempt
+                assert (status, answer["error"]["type"]) == (403, kind)
+                assert await refusals(n, kind) == before + 1
+            assert n.stubs[0].begun == 1
+            n.running[0].cancel()
+            await asyncio.gather(n.running[0], return_exceptions=True)
+            await n.start(0)
+            status, answer, _ = await again(n, terms)  # it has forgotten what it has seen
+            assert (status, answer["error"]["type"]) == (403, "misaddressed")
+            assert n.stubs[0].begun == 1
+
+    with caplog.at_level(logging.WARNING, "wwwserve.signed"):
+        play(scene)
+    told = {record.kind: record.reason for record in caplog.records if record.name == "wwwserve.signed"}  # type: ignore[attr-defined]
+    assert told["stale"].startswith("it was signed 60.") and "clocks is off" in told["stale"]
+    assert set(told) == {"replayed", "altered", "forged", "stale", "stranger", "misaddressed", "malformed"}
+
+
+def test_a_promise_that_was_altered_on_the_way_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever is between two nodes: here in what the executor signs and then sends."""
+    real = signed.Messages.sign_answer
+
+    def other(self: Messages, claim: signed.Claim, terms: list[tuple[bytes, bytes]]) -> bytes:
+        return real(self, claim, [(name, value + b"9") for name, value in terms])
+
+    async def scene() -> None:
+        async with net(busy(), Stub()) as n:
+            assert json.loads((await n.ask())[1])["from"] == n.stubs[1].url
+            monkeypatch.setattr(signed.Messages, "sign_answer", other)
+            status, body, _ = await n.ask()
+            assert status == 200 and json.loads(body)["from"] == n.stubs[0].url
+            assert await refusals(n, "forged") == 1
+
+    play(scene)
+
+
+def test_a_node_with_a_clock_60_s_off_serves_its_users_alone_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with net(busy(), Stub()) as n:
+            n.running[1].cancel()
+            await asyncio.gather(n.running[1], return_exceptions=True)
+            await n.start(1, lambda: time.time() + 60.0)
+
+            async def refused() -> bool:
+                return await refusals(n, "stale") >= 2
+
+            await n.until(refused)
+            assert not (await n.see())["peers"][0]["there"] and not (await n.see(1))["peers"][0]["there"]
+            assert (await n.ask())[0] == (await n.ask(1))[0] == 200
+
+    with caplog.at_level(logging.WARNING):
+        play(scene)
+    reasons = [record.reason for record in caplog.records if record.name == "wwwserve.signed"]  # type: ignore[attr-defined]
+    assert any("0 s after the time here" in each and "clocks is off" in each for each in reasons)
+    assert any(record.getMessage() == "a peer answers otherwise" for record in caplog.records)
+
+
+# Clients.
+
+
+async def raw(url: str, *parts: bytes, pause_s: float = 0.0) -> bytes:
+    """What comes back for parts that are sent one after the other, until the connection is closed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+
+    async def write() -> None:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+
+    writing = asyncio.create_task(write())
+    try:
+        return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        writer.transport.abort()
+
+
+def error_of(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["message"]
+
+
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+GOOD = json.dumps({"model": MODEL, "messages": []}).encode()
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "told"),
+    [
+        ([POST + b"content-length: 5000\r\n\r\n"], 413, "larger than 2000 bytes"),
+        ([POST + b"content-length: 99999999999999999999\r\n\r\n"], 400, "not HTTP"),
+        ([POST + b"transfer-encoding: chunked\r\n\r\n", *[b"100\r\n" + b"x" * 256 + b"\r\n"] * 30], 413, "larger than"),
+        ([POST + b"x-pad: " + b"y" * 3000 + b"\r\n\r\n"], 431, "headers are too large"),
+        ([POST + b"x-pad: ", *[b"y" * 65536] * 40], 431, "headers are too large"),
+        ([POST + b"x: y\r\n" * 1000 + b"\r\n"], 431, "headers are too large"),
+        ([POST + b"transfer-encoding: chunked\r\n\r\n0\r\n" + b"x: y\r\n" * 1000], 431, "headers are too large"),
+        ([b"\x16\x03\x01 hello"], 400, "not HTTP"),
+        ([b"GET /\xff HTTP/1.1\r\n\r\n"], 400, "not HTTP"),
+        ([POST + b"content-length: 1800\r\n\r\n" + b"[" * 1800], 400, "not JSON"),
+        ([POST + b"content-length: 6\r\n\r\n{\"\xff\":1"], 400, "not JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_too_much_is_refused(parts: list[bytes], status: int, told: str) -> None:
+    async def scene() -> None:
+        async with net(Stub(), limits={"body_bytes": 2000, "header_bytes": 2000}) as n:
+            found, message = error_of(await raw(n.urls[0], *parts))
+            assert found == status and told in message
+            assert (await n.ask())[0] == 200
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("parts", "status"),
+    [
+        ([], 408),
+        ([b"P"] + [b"x"] * 1000, 408),
+        ([POST + b"x-a: "] + [b"y"] * 1000, 408),
+        ([POST + b"content-length: 1000\r\n\r\n"] + [b"["] * 1000, 408),
+        ([POST + b"transfer-encoding: chunked\r\n\r\n"] + [b"1\r\n[\r\n"] * 1000, 408),
+    ],
+)
+def test_who_dribbles_is_cut_off(parts: list[bytes], status: int) -> None:
+    async def scene() -> None:
+        async with net(Stub(), limits={"receive_s": 0.4}) as n:
+            start_s = time.monotonic()
+            found, message = error_of(await raw(n.urls[0], *parts, pause_s=0.05))
+            assert found == status and "did not come within 0.4 s" in message
+            assert time.monotonic() - start_s < 5.0
+            assert (await n.ask())[0] == 200
+
+    play(scene)
+
+
+def test_a_request_that_takes_long_to_answer_is_not_cut_off() -> None:
+    async def scene() -> None:
+        async with net(Stub(pause_s=0.2), limits={"receive_s": 0.2}) as n:
+            assert (await n.ask())[0] == 200
+            await asyncio.sleep(0.5)  # a connection that is kept has nothing to send
+            assert (await n.ask())[0] == 200
+
+    play(scene)
+
+
+def test_beyond_the_bound_of_connections_a_client_is_told_so() -> None:
+    async def scene() -> None:
+        async with net(Stub(), limits={"connections": 8}) as n:
+            await n.session.close()
+            n.session = aiohttp.ClientSession()
+            port = int(n.urls[0].rpartition(":")[2])
+            opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(8)]
+            assert error_of(await raw(n.urls[0])) == (503, "too many connections are open here")
+            for _, writer in opened:
+                writer.close()
+
+            async def again() -> bool:
+                return (await n.ask())[0] == 200
+
+            await n.until(again)
+            await n.session.close()
+
+    play(scene)
+
+
+def test_a_node_stands_hostile_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    assert hostile.main(["--inputs", "1200", "--seed", "7", "--json", str(out)]) == 0, capsys.readouterr()
+    seen = json.loads(out.read_text())
+    assert seen["inputs"] == 1200 and seen["faults"] == []
+    statuses = seen["statuses"]
+    assert statuses["signed_requests"]["200"] > 5 and statuses["bodies_of_users"]["200"] > 5
+    assert statuses["signatures_that_nearly_are"]["403"] > 100 and statuses["adverts"]["403"] > 100
+    assert statuses["bytes_that_are_no_http"]["400"] > 20
+    assert "1200 inputs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (b"", None),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", None),
+        (b'HTTP/1.1 404 \r\ncontent-length: 28\r\n\r\n{"error": {"message": "no"}}', None),
+        (b"HTTP/1.1 404 \r\ncontent-length: 2\r\n\r\nno", "an error that is not JSON"),
+        (b'HTTP/1.1 404 \r\ncontent-length: 15\r\n\r\n{"error": null}', "no message"),
+        (b'HTTP/1.1 500 \r\ncontent-length: 28\r\n\r\n{"error": {"message": "no"}}', "500"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nTraceback", "a trace of the stack"),
+        (b"hello", "not HTTP"),
+    ],
+)
+def test_faults_are_seen(answer: bytes, fault: str | None) -> None:
+    assert hostile.fault_of(answer) == fault
