@@ -58,11 +58,13 @@ from agents.protocol import (
     STAKED,
     TIE,
     VOTE_SILENT,
+    VOTE_UNDECIDED,
     delivered_value,
     draw_by_stake,
     lock,
     move_stake,
     price_of,
+    room,
     settle,
     settle_duel,
     stake_target,
@@ -94,6 +96,7 @@ from envs.state import (
     JUDGEMENT,
     LOST,
     MAX_WINDOWS,
+    NO_BOUND,
     OWN_ARRIVED,
     OWN_DONE,
     OWN_FAILED,
@@ -427,10 +430,10 @@ def _probe(w, r, j, directed):
     taken = directed or accept(p[j].terms, first_s, kv_use(w.e[j]), p[j].held, u)
     _note(w, PROBED, j, i, r, float(q[r].prompt), u, 1.0 if taken else 0.0, 0.0)
     price = np.int64(round(w.adverts[j, AD_PRICE] * MICRO))
-    if directed and price_of(m.pricing, price, np.int64(p[i].known[q[r].klass, CLASS_MAX])) > w.accounts[i, FREE]:
+    if directed and price_of(m.pricing, price, np.int64(p[i].known[q[r].klass, CLASS_MAX])) > _room(w, i, j):
         price = np.int64(0)  # a router that sees everything stands outside the economy
     amount = price_of(m.pricing, price, np.int64(p[i].known[q[r].klass, CLASS_MAX]))
-    if not taken or not lock(w.accounts[i], amount):
+    if not taken or amount > _room(w, i, j) or not lock(w.accounts[i], amount):
         q[r].ready_s = leaves_s + m.rtt_s
         p[i].counts[PROBES_REFUSED] += 1
         on_refused(w.dealings[i, j], w.adverts[j])
@@ -577,6 +580,30 @@ def _hear_judge(w, r, answered):
         w.dealings[o, loser, DUELS_LOST] += 1.0
         _note(w, DUELLED, o, winner, -1, 1.0, 0.0, 0.0, 0.0)
         _note(w, DUELLED, o, loser, -1, 0.0, 0.0, 0.0, 0.0)
+
+
+@kernel
+def _end_duels(w):
+    """The market ends: legs whose users have their answer are withdrawn, judges still at work leave it undecided."""
+    m, q = w.m, w.q
+    for k in range(m.n_duels):
+        duel = w.d[k]
+        if duel.ended == 2:
+            continue
+        _void_duel(w, k)
+        for leg in (duel.first, duel.second):
+            out = q[leg].status == IN_ENGINE or q[leg].status == LOST
+            if out and q[leg].duel == k and not np.isnan(q[duel.first].answer_s):
+                if q[leg].status == IN_ENGINE:
+                    abort(w.e[q[leg].executor], q, leg)
+                _end_leg(w, leg)
+                q[leg].status = FAILED
+    for r in range(m.n_arrivals, m.used):
+        if q[r].kind == JUDGEMENT and q[r].status == IN_ENGINE:
+            abort(w.e[q[r].executor], q, r)
+            q[r].status = FAILED
+            w.d[q[r].duel].votes[q[r].klass] = VOTE_UNDECIDED
+            _hear_judge(w, r, False)
 
 
 # How requests end.
@@ -774,9 +801,23 @@ def _decide(w, i, route, direct):
 
 @kernel
 def _affords(w, i, j, c):
-    """Whether provider i's free credit covers the most that a request of class c can cost at j."""
+    """Whether provider i may put in escrow the most that a request of class c can cost at j."""
     longest = 1.0 if w.m.pricing == PER_REQUEST else w.p[i].known[c, CLASS_MAX] / 1000.0
-    return w.adverts[j, AD_PRICE] * longest * MICRO <= w.accounts[i, FREE]
+    return w.adverts[j, AD_PRICE] * longest * MICRO <= _room(w, i, j)
+
+
+@kernel
+def _room(w, i, j):
+    """What provider i may put in escrow for one more request at j, micro-credits."""
+    if w.m.exposure == NO_BOUND:
+        return w.accounts[i, FREE]
+    exposed = np.int64(0)
+    r = w.p[i].out_head
+    while r >= 0:
+        if w.q[r].executor == j:
+            exposed += w.q[r].locked
+        r = w.q[r].out_next
+    return room(w.accounts[i], exposed, w.m.exposure)
 
 
 @kernel
@@ -822,6 +863,10 @@ def _write_view(w, i, nodes, request, me, routes):
             w.accounts[i, FREE], m.now_s, m.rtt_s, q[r].prompt, q[r].arrival_s, c,
             p.known[: m.n_classes], m.deadlines[:, : m.n_deadlines], m.pricing, w.idle_token_s, w.looser_than,
         )  # fmt: skip
+        if m.exposure != NO_BOUND:
+            for k in range(p.n_candidates):
+                if not _affords(w, i, p.candidates[k], c):
+                    routes[FIRST_CANDIDATE + k] = 0
     else:
         write_idle_view(nodes, request, routes, p.own, m.now_s)
     write_self(me, p.head >= 0, p.advert_due == 1, p.held, p.arrival_rate, p.guests, w.accounts[i, FREE], p.price)
@@ -972,6 +1017,7 @@ def step(w, route, terms, price, direct, nodes, request, me, routes, active, dic
         _tick(w)
         _show(w, nodes, request, me, routes, active, dice, True)
     if m.now_s >= m.duration_s and (m.unresolved == 0 or m.now_s >= m.duration_s + m.drain_s - 1e-9):
+        _end_duels(w)
         m.over = 1
         for i in range(n):
             active[i] = False

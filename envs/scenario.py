@@ -93,6 +93,8 @@ class Economy:
     """Chance that a delegated request becomes a duel."""
     judges: int = 3
     """Judges of a duel, 1 to `MAX_JUDGES`."""
+    exposure: float | None = None
+    """Credits that a provider may have in escrow with one peer; more is not handed to it. Default: no bound."""
     compute_cost_per_ktok: float = 0.02
     """What 1000 generated tokens cost the provider that runs them, credits."""
 
@@ -450,6 +452,7 @@ _ECONOMY: Checks = {
     "price_bins": _increasing(MAX_PRICE_BINS),
     "duel_probability": _number(0, 1),
     "judges": _integer(1, MAX_JUDGES),
+    "exposure": _optional(_number(0, 1e9)),
     "compute_cost_per_ktok": _number(0, 1e6),
 }
 

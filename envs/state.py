@@ -56,6 +56,7 @@ USER, COPY, JUDGEMENT = range(3)
     INVALID, HOLDS, CLIPPED, DUELS_STARTED, DUELS_SETTLED, DUELS_VOID, JUDGED, RETURNED,
 ) = range(16)  # fmt: skip
 COUNTS = 16
+NO_BOUND = 1 << 62  # on exposure
 
 
 MARKET = np.dtype(
@@ -76,6 +77,7 @@ MARKET = np.dtype(
         ("pricing", np.int64),
         ("stake_follows_load", np.int64),
         ("judges", np.int64),
+        ("exposure", np.int64),  # micro-credits that may be out with one peer
         ("deadlines", np.float64, (MAX_CLASSES, MAX_THRESHOLDS)),  # s since arrival
         ("prices", np.float64, PRICES),  # credits
         # the reward
@@ -344,6 +346,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["interval_s"], m["gossip_s"] = scenario.decision_interval_s, scenario.gossip_interval_s
     m["rtt_s"] = scenario.rtt_ms / 1000
     m["duel_probability"], m["judges"] = economy.duel_probability, economy.judges
+    m["exposure"] = NO_BOUND if economy.exposure is None else round(economy.exposure * MICRO)
     m["compute_cost_per_ktok"] = economy.compute_cost_per_ktok
     m["n_providers"], m["n_classes"], m["n_deadlines"], m["n_prices"] = n, c, t, len(prices)
     m["n_arrivals"] = m["used"] = m["unresolved"] = count

@@ -181,6 +181,7 @@ def random_market(rng: np.random.Generator) -> Scenario:
     top["decision_interval_s"] = float(rng.choice([0.5, 1.0, 2.0]))
     top["gossip_interval_s"] = float(rng.choice([1.0, 2.5, 3.0]))
     top["rtt_ms"] = float(rng.choice([0.0, 50.0, 1500.0]))
+    economy["exposure"] = [None, 1.0, 4.0][rng.integers(3)]
     return market(*providers, **top)
 
 
@@ -233,6 +234,17 @@ class Checker:
         assert self.accounts.min() >= 0
         locked = np.bincount(self.origin, self.q["locked"][:used], self.n) if used else np.zeros(self.n)
         assert self.accounts[: self.n, ESCROW].tolist() == locked[: self.n].tolist()
+        handed = (self.kind != JUDGEMENT) & (self.executor >= 0)
+        with_peer = np.zeros((self.n, self.n), np.int64)
+        np.add.at(with_peer, (self.origin[handed], self.executor[handed]), self.q["locked"][:used][handed])
+        assert with_peer.max(initial=0) <= self.market["exposure"]
+        if self.market["over"]:  # no duel waits for anything
+            judging = (self.kind == JUDGEMENT) & (self.status == IN_ENGINE)
+            assert not judging.any() and not self.q["locked"][:used][self.kind == JUDGEMENT].any()
+            duels = self.batch.markets.duels[self.b][: self.market["n_duels"]]
+            assert ((duels["void"] == 1) | ((duels["n_judges"] > 0) & (duels["pending"] == 0))).all()
+            answered = duels[~np.isnan(self.q["answer_s"][duels["first"]])]
+            assert not self.q["locked"][answered["first"]].any() and not self.q["locked"][answered["second"]].any()
 
     def held(self) -> set[int]:
         found: set[int] = set()
@@ -877,6 +889,49 @@ def test_about_the_set_share_of_delegated_requests_duels() -> None:
     counts = batch.markets.providers[0, 0]["counts"]
     assert counts[DELEGATED] == 600 + counts[DUELS_STARTED]
     assert abs(counts[DUELS_STARTED] / 600 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 600)
+
+
+@pytest.mark.parametrize("judging", [True, False])
+def test_a_market_ends_with_its_duels(judging: bool) -> None:
+    """Whoever works on one when the market ends, a judge or the second executor, is paid and fined nothing."""
+    scenario = duel_market([1.5], (-20, 20))
+    if not judging:
+        slow = replace(scenario.providers[2], model="qwen3-14b", max_num_seqs=1)
+        scenario = replace(scenario, providers=(*scenario.providers[:2], slow, *scenario.providers[3:]))
+    end_s = 0.0
+    batch = MarketBatch([scenario])
+    for _ in run(batch, to_candidates):
+        q = batch.markets.requests[0]
+        at_work = ((q["kind"] == JUDGEMENT) & (q["status"] == IN_ENGINE)).any()
+        out = (q["status"][:2] == IN_ENGINE).any() and not np.isnan(q["answer_s"][0])
+        if end_s == 0.0 and (at_work if judging else out):
+            end_s = float(batch.now_s[0])
+    assert end_s > 0.0
+    batch = MarketBatch([scenario])
+    batch.markets.market[0]["duration_s"] = end_s
+    checker = Checker(batch, 0)
+    for _ in run(batch, to_candidates):
+        checker.check()
+    counts = batch.markets.providers[0, 0]["counts"]
+    assert counts[[DUELS_STARTED, DUELS_VOID, DUELS_SETTLED]].tolist() == [1, not judging, judging]
+    accounts = batch.markets.accounts[0]
+    assert accounts[:, ESCROW].sum() == 0 and accounts[:, STAKED].tolist() == [4 * MICRO] * 6
+    assert batch.markets.providers[0]["counts"][:, JUDGED].sum() == 0
+
+
+def test_no_more_is_out_with_a_peer_than_its_bound() -> None:
+    """Each candidate takes two requests of 1 credit; the others are masked, so the rest runs here."""
+    scenario = market(
+        {"traffic": times(*[1.5] * 8), "lengths": lengths(40, 400)}, {}, {}, economy={"exposure": 2.5}
+    )  # fmt: skip
+    batch = MarketBatch([scenario])
+    checker = Checker(batch, 0)
+    masked = 0
+    for _ in run(batch, to_candidates):
+        checker.check()
+        masked += int(batch.active[0, 0] and not batch.views.routes[0, 0, FIRST_CANDIDATE:].any())
+    counts = batch.markets.providers[0, 0]["counts"]
+    assert counts[[DELEGATED, RUN_LOCAL, PROBES_REFUSED]].tolist() == [4, 4, 0] and masked == 4
 
 
 # Rewards.
