@@ -24,6 +24,8 @@ class Metrics:
         self._guests = self._counter("guests_ended", "peers' requests by how they ended", "outcome")
         self._offers_refused = self._counter("offers_refused", "peers' requests that were not taken")
         self._refused = self._counter("messages_refused", "peers' messages that were not taken as theirs", "kind")
+        self._duels = self._counter("duels", "requests that went to two, by what came of the comparison", "outcome")
+        self._judged = self._counter("duels_judged", "peers' duels that were judged here", "outcome")
         self._latency = Histogram(
             "wwwserve_latency_seconds", "from arrival to the end of the answer", registry=self.registry,
             buckets=LATENCY_BUCKETS_S,
@@ -90,6 +92,13 @@ class Metrics:
     def message_refused(self, kind: str) -> None:
         """A message came that is no peer's, or not as its peer sent it; `kind` as `serving.signed` has it."""
         self._refused.labels(kind).inc()
+    def duel(self, outcome: str) -> None:
+        """A duel of the own ended: "won" by one of the two, a "tie", or "void"."""
+        self._duels.labels(outcome).inc()
+
+    def judged(self, outcome: str) -> None:
+        """A peer's duel was judged here: "voted" or "undecided"."""
+        self._judged.labels(outcome).inc()
 
     def totals(self) -> dict[str, float]:
         """Counts of users' requests, and the mean latency of those answered, s."""

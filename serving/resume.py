@@ -51,16 +51,7 @@ class Resumed:
         self.started, self._rest, self._before, self._again = False, b"", self.tokens, bool(self._first)
         if not self._text:
             return self._ask
-        request = dict(self._request)
-        if self._ask.path.endswith("/chat/completions"):
-            messages = list(request["messages"])
-            if _continues(request):
-                messages[-1] = messages[-1] | {"content": messages[-1]["content"] + self._text}
-            else:
-                messages.append({"role": "assistant", "content": self._text})
-            request |= {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
-        else:
-            request["prompt"] += self._text
+        request = continued(self._ask.path, self._request, self._text)
         for name in LIMITS:
             if isinstance(request.get(name), int):
                 request[name] = max(request[name] - self.tokens, 0 if name == "min_tokens" else 1)
@@ -142,6 +133,19 @@ class Resumed:
     def _give_up(self, reason: str) -> NoReturn:
         self.resumable = False
         raise Failed(502, f"the answer broke off and cannot be resumed: {reason}", "engine_error")
+
+
+def continued(path: str, request: dict[str, Any], text: str) -> dict[str, Any]:
+    """A request at `path`, to be answered from where `text`, the beginning of its answer, ends."""
+    request = dict(request)
+    if not path.endswith("/chat/completions"):
+        return request | {"prompt": request["prompt"] + text}
+    messages = list(request["messages"])
+    if _continues(request):
+        messages[-1] = messages[-1] | {"content": messages[-1]["content"] + text}
+    else:
+        messages.append({"role": "assistant", "content": text})
+    return request | {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
 
 
 def _continues(request: dict[str, Any]) -> bool:
