@@ -22,7 +22,7 @@ from agents.protocol import VOTE_A, VOTE_B, VOTE_UNDECIDED
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import write_json
 from serving import local_vllm
-from serving.judge import JudgeError, Post, likelihood, vote_by
+from serving.judge import JudgeError, Post, gain, likelihood, vote_by
 from serving.local_vllm import RANDOM, SMOLLM2, PrepareError
 from serving.network import READY_S, Command, NetworkError, free_ports, served
 
@@ -38,7 +38,6 @@ FRAMES = (
     "Explain {} to a child of ten years.", "Name one surprising fact about {}.",
     "How would you describe {} to a friend?",
 )  # fmt: skip
-NO_QUESTION: dict[str, Any] = {"messages": [{"role": "user", "content": ""}]}
 BALLOT = (
     "Question: {question}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\nWhich answer to the question is better? "
     "Reply with one letter, A or B."
@@ -54,15 +53,13 @@ def question(number: int, tokens: int) -> dict[str, Any]:
 
 
 async def by_likelihood(post: Post, asked: dict[str, Any], a: str, b: str) -> int:
-    """As `serving.judge` does."""
+    """By the likelihood of an answer to the question."""
     return vote_by(*await likelihood(post, CHAT, asked, (a, b)))
 
 
 async def by_gain(post: Post, asked: dict[str, Any], a: str, b: str) -> int:
-    """By how much likelier an answer is to the question than to none."""
-    given = await likelihood(post, CHAT, asked, (a, b))
-    alone = await likelihood(post, CHAT, asked | NO_QUESTION, (a, b))
-    return vote_by(*(x - y if y > -np.inf else y for x, y in zip(given, alone, strict=True)))
+    """As `serving.judge` has it for the judges of duels."""
+    return vote_by(*await gain(post, CHAT, asked, (a, b)))
 
 
 async def by_asking(post: Post, asked: dict[str, Any], a: str, b: str) -> int:

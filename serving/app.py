@@ -12,6 +12,7 @@ from serving.accounts import ESCROW, LEDGER_PATH
 from serving.channel import LedgerError
 from serving.config import NodeConfig
 from serving.dispatcher import PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
+from serving.duel import ATTEST_PATH, JUDGE_PATH, Declined
 from serving.journal import Full
 from serving.membership import BEAT_PATH, MOST_BYTES
 from serving.reply import Ask, Failed
@@ -88,6 +89,9 @@ class App:
             elif path.startswith(PEER_PREFIX) and path[len(PEER_PREFIX) :] in COMPLETIONS:
                 _expect(method, "POST")
                 await self._complete_for_peer(scope, headers, receive, send)
+            elif path in (ATTEST_PATH, JUDGE_PATH):
+                _expect(method, "POST")
+                await self._on_duel(scope, headers, receive, send)
             elif path == LEDGER_PATH:
                 _expect(method, "POST")
                 await self._on_ledger(scope, headers, receive, send)
@@ -176,9 +180,23 @@ class App:
         await reply.start(200, "application/octet-stream", *head)
         ask = Ask(path, body, str(model), bool(request.get("stream")))
         paid = accounts.delivery(claim.sender, terms) if accounts is not None and terms is not None else None
-        if await _unless_gone(receive, self.dispatcher.run_for(ask, prompt, reply, paid)):
+        if await _unless_gone(receive, self.dispatcher.run_for(claim.sender, ask, prompt, reply, paid)):
             await reply.end()
         # Else the answer stays without its end, and the server breaks the connection off.
+
+    async def _on_duel(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """A peer asks to sign an answer, or to judge two."""
+        claim = self.dispatcher.messages.open(scope["path"], scope["headers"])
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        claim.check(body)
+        try:
+            if scope["path"] == ATTEST_PATH:
+                answer = self.dispatcher.attestor.attest(claim.sender, body)
+            else:
+                answer = await _unless_gone(receive, self.dispatcher.bench.vote(claim.sender, body))
+        except Declined as error:
+            raise Failed(409, str(error), "declined") from None
+        await _answer(send, 200, answer)
 
     async def _on_ledger(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """A peer tells of payment or stake."""

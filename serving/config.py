@@ -16,6 +16,7 @@ from agents.view import class_row
 from serving.identity import SignatureError, public_key
 from serving.membership import MOST_LABEL
 from serving.provider import Market
+from serving.stakes import MOST_JUDGES
 
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
@@ -117,6 +118,8 @@ class MarketConfig(Struct):
     gossip_s: float = 3.0
     tick_s: float = 1.0
     stake_rule: Literal["load", "fixed"] = "load"
+    duel_probability: float = 0.0  # of a request that is handed to a peer: it goes to two, whose answers are judged
+    judges: int = 3  # of a duel
     speed: float = 1.0  # of the market's clock; not 1 only in trials, on engines emulated at the same speed
 
 
@@ -291,6 +294,9 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("market.tick_s", 0.01 <= c.market.tick_s <= 10, f"0.01 to 10, got {c.market.tick_s:g}"),
         ("market.gossip_s", 0.05 <= c.market.gossip_s <= 60, f"0.05 to 60, got {c.market.gossip_s:g}"),
         ("market.rtt_s", 0 <= c.market.rtt_s <= 10, f"0 to 10, got {c.market.rtt_s:g}"),
+        ("market.duel_probability", 0 <= c.market.duel_probability <= 1,
+         f"0 to 1, got {c.market.duel_probability:g}"),
+        ("market.judges", 1 <= c.market.judges <= MOST_JUDGES, f"1 to {MOST_JUDGES}, got {c.market.judges}"),
         ("market.speed", 0.01 <= c.market.speed <= 100, f"0.01 to 100, got {c.market.speed:g}"),
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
         ("stake and credit", c.stake >= 0 and c.credit >= 0, "at least 0"),

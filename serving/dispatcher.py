@@ -11,19 +11,33 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import aiohttp
+import msgspec
 import numpy as np
 import orjson
 
 from agents.decision import HOLD, LOCAL
-from agents.knowledge import AD_KV_CAPACITY, AD_KV_TOKENS, AD_PRICE, AD_RUNNING, AD_STAKE, AD_TIME_S, AD_WAITING
+from agents.knowledge import (
+    AD_KV_CAPACITY,
+    AD_KV_TOKENS,
+    AD_PRICE,
+    AD_RUNNING,
+    AD_STAKE,
+    AD_TIME_S,
+    AD_WAITING,
+    DUELS_LOST,
+    DUELS_WON,
+)
 from serving.accounts import ESCROW, LEDGER_PATH, Accounts, Delivery, Payment, stream_tokens, tokens_of
 from serving.channel import LedgerError
 from serving.config import NodeConfig
+from serving.duel import Attestor, Bench, Duels, Leg
 from serving.engine import Engine, EngineError
 from serving.journal import Full as LedgerFull
+from serving.judge import JudgeError, gain, judgeable, vote_by
 from serving.ledger import ChannelLedger, micro
 from serving.membership import Advert, Membership
 from serving.metrics import Metrics
@@ -31,6 +45,8 @@ from serving.provider import Decision, Out, Promise, Provider, Request
 from serving.reply import LAST, Ask, Failed, Full, GaveBack, Reply
 from serving.resume import Resumed, resumable
 from serving.signed import SIGNATURE, Messages, Refused
+from serving.stakes import Staked, Verdict
+from serving.statements import digest
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -105,6 +121,9 @@ class Dispatcher:
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
         self.number = 0
         self.generator = np.random.default_rng(config.seed)
+        self.attestor = Attestor(messages.identity)
+        self.bench = Bench(messages.identity, self._judge, metrics)
+        self.duels = Duels(messages.identity, _DuelPeers(self), metrics, judges=config.market.judges)
         if self.accounts is not None:
             provider.room = np.zeros(len(provider.names))
         self.ledger_timeout = aiohttp.ClientTimeout(total=LEDGER_TIMEOUT_S)
@@ -120,12 +139,15 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Look, think and tell until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.membership.run(self.heard, self.gone))
-            if self.accounts is not None:
-                group.create_task(self.accounts.run())
-            group.create_task(self._every(self.config.market.tick_s, self.tick))
-            group.create_task(self._every(self.config.market.gossip_s, self.gossip))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.membership.run(self.heard, self.gone))
+                if self.accounts is not None:
+                    group.create_task(self.accounts.run())
+                group.create_task(self._every(self.config.market.tick_s, self.tick))
+                group.create_task(self._every(self.config.market.gossip_s, self.gossip))
+        finally:
+            await self.duels.stop()
 
     async def _every(self, interval_s: float, act: Callable[[], Awaitable[None]]) -> None:
         due_s = self.clock()
@@ -279,7 +301,7 @@ class Dispatcher:
                     if decision.route == LOCAL:
                         usage = await self._run_here(job.ask, request.prompt, reply)
                     else:
-                        usage = await self._hand_over(job, decision, reply)
+                        usage = await self._delegate(job, decision, reply)
                     break
                 except GaveBack as reason:
                     log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
@@ -360,6 +382,31 @@ class Dispatcher:
         if output:
             self.provider.finished(usage.prompt if usage else prompt, output)
         return usage
+
+    async def _delegate(self, job: Job, decision: Decision, reply: Reply) -> Usage | None:
+        """Hand a request to a peer, or, with the market's chance, to two. Raises as `_hand_over`."""
+        rival = self._rival(job.ask, decision, reply)
+        if rival is None or decision.peer is None:
+            return await self._hand_over(job, decision, reply)
+
+        async def hand(name: str, leg: Leg) -> Usage | None:
+            try:
+                return await self._hand_over(job, decision._replace(peer=name), leg)
+            except GaveBack:
+                self.provider.refused(name)
+                raise
+
+        usage: Usage | None = await self.duels.run(job.ask, (decision.peer, rival), hand, reply)
+        return usage
+
+    def _rival(self, ask: Ask, decision: Decision, reply: Reply) -> str | None:
+        """Who answers a request as well; None for nobody. A stream that may be resumed has one executor at a time."""
+        chance = self.config.market.duel_probability
+        if chance == 0.0 or self.generator.random() >= chance or reply.resumable or not self.duels.may_begin():
+            return None
+        if not judgeable(ask.path, orjson.loads(ask.body)):
+            return None
+        return next((name for name in self.provider.rivals(decision) if name in self.peers), None)
 
     async def _hand_over(self, job: Job, decision: Decision, reply: Reply) -> Usage | None:
         """Hand a request to a peer. Raises GaveBack if it did not take it or nothing came of it, Failed if it broke
@@ -483,15 +530,17 @@ class Dispatcher:
         self._look_at_engine(self.clock())
         return self.provider.consider(prompt, float(self.generator.random()))
 
-    async def run_for(self, ask: Ask, prompt: int, reply: Reply, paid: Delivery | None = None) -> bool:
+    async def run_for(self, origin: str, ask: Ask, prompt: int, reply: Reply, paid: Delivery | None = None) -> bool:
         """Run a peer's request, whose answer begins with a line that says how the engine answers. Returns whether it
         came to its end; if not, the connection is to be broken off."""
-        line = _HeadLine(reply, paid)
+        line = _HeadLine(reply, paid, sha256() if self.config.market.duel_probability else None)
         self.metrics.guest(1)
         outcome = "failed"
         try:
             await self._run_here(ask, prompt, line)
             outcome = "answered"
+            if line.digest is not None:
+                self.attestor.answered(origin, digest(ask.body), line.digest.hexdigest())
         except GaveBack as reason:
             await line.whole(503, "application/json", b"")
             log.debug("cannot run a peer's request", extra={"reason": str(reason)})
@@ -506,6 +555,27 @@ class Dispatcher:
             self.metrics.guest(-1, outcome)
             self._room_again()
         return True
+
+    # Peers' duels.
+
+    async def _judge(self, path: str, request: dict[str, Any], answers: tuple[str, str]) -> int:
+        """The vote of the own engine on two answers. Raises JudgeError."""
+        return vote_by(*await gain(self._ask_engine, path, request, answers))
+
+    async def _ask_engine(self, path: str, body: bytes) -> Any:
+        """What the engine answers, from JSON. Raises JudgeError."""
+        prompt = max(1, round(len(body) / self.bytes_per_token))
+        self.engine.sent(prompt)
+        try:
+            async with self.engine.post(path, body) as response:
+                told = await response.read()
+            if response.status != 200:
+                raise JudgeError(f"the engine answers {response.status}: {told[:MOST_REASON]!r}")
+            return orjson.loads(told)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise JudgeError(f"{type(error).__name__}: {error}") from None
+        finally:
+            self.engine.returned(prompt, 0)
 
     # To look at.
 
@@ -525,6 +595,9 @@ class Dispatcher:
                     "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
                     "price": vector[AD_PRICE], "stake": vector[AD_STAKE],
                     "out": sum(each.peer == name for each in self.handed),
+                    "duels_won": int(provider.dealings[row, DUELS_WON]),
+                    "duels_lost": int(provider.dealings[row, DUELS_LOST]),
+                    "judged": asdict(self.duels.records[name]) if name in self.duels.records else None,
                 }
             )  # fmt: skip
         return {
@@ -542,22 +615,80 @@ class Dispatcher:
         }  # fmt: skip
 
 
-class _HeadLine:
-    """A reply whose status and type go before the body, in a line of JSON, as the HTTP status is out already."""
+class _DuelPeers:
+    """What `serving.duel` needs of a node."""
 
-    def __init__(self, reply: Reply, paid: Delivery | None) -> None:
+    def __init__(self, node: Dispatcher) -> None:
+        self._node = node
+
+    def electors(self, model: str) -> dict[str, int]:
+        """See `serving.duel.Peers`. Without a ledger, the stakes are those that peers advertise."""
+        accounts, found = self._node.accounts, {}
+        for name, advert in self._node.peers.items():
+            if model in advert.serves:
+                stake = micro(advert.load[AD_STAKE]) if accounts is None else accounts.ledger.stakes.stake(name)
+                found[name] = max(0, stake)
+        return found
+
+    async def ask(self, peer: str, path: str, body: bytes) -> bytes:
+        """See `serving.duel.Peers`."""
+        node, advert = self._node, self._node.peers.get(peer)
+        if advert is None:
+            raise OSError("it is gone")
+        headers = {"content-type": "application/json"}
+        headers[SIGNATURE] = node.messages.sign(peer, advert.run, path, headers, body)
+        try:
+            async with node.session.post(
+                advert.url + path, data=body, headers=headers, timeout=node.offer_timeout
+            ) as response:
+                answer = await response.content.read(MOST_ANSWER)
+                if response.status != 200:
+                    raise OSError(f"it answers {response.status}: {answer[:MOST_REASON].decode(errors='replace')}")
+                return answer
+        except aiohttp.ClientError as error:
+            raise OSError(f"{type(error).__name__}: {error}") from None
+
+    def duelled(self, peer: str, won: bool) -> None:
+        """See `serving.duel.Peers`."""
+        self._node.provider.duelled(peer, won)
+        self._node.metrics.duelled(peer, won)
+
+    def staked(self, peer: str) -> Staked | None:
+        """See `serving.duel.Peers`."""
+        accounts = self._node.accounts
+        return accounts.ledger.stakes.latest.get(peer) if accounts is not None else None
+
+    def settle(self, verdict: Verdict) -> None:
+        """See `serving.duel.Peers`."""
+        accounts = self._node.accounts
+        if accounts is not None:
+            stated = msgspec.json.encode(verdict)
+            if accounts.ledger.heard(verdict.a.executor, stated):
+                accounts.tell_all(stated)
+
+
+class _HeadLine:
+    """A reply whose status and type go before the body, in a line of JSON, as the HTTP status is out already; the body
+    goes into `digest`, a hash, if there is one."""
+
+    def __init__(self, reply: Reply, paid: Delivery | None, digest: Any = None) -> None:
         self.started, self.resumable, self._reply, self._paid = False, False, reply, paid
+        self.digest = digest
 
     async def start(self, status: int, content_type: str) -> None:
         await self._begin(status, content_type, b"")
 
     async def pass_on(self, chunk: bytes) -> None:
         await self._reply.pass_on(chunk)
+        if self.digest is not None:
+            self.digest.update(chunk)
         if self._paid is not None:
             self._paid.feed(chunk)
 
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
         await self._begin(status, content_type, body)
+        if self.digest is not None:
+            self.digest.update(body)
         if self._paid is not None:
             self._paid.feed_whole(body)
 

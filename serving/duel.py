@@ -35,14 +35,15 @@ MOST_ANSWER_BYTES = 1 << 20  # of an answer that is judged
 SECOND_S = 120.0  # for the other answer, once the user has one
 ATTEST_S = 5.0
 JUDGE_S = 60.0  # for a vote
-MOST_JUDGING = 4  # pairs at once, of others' duels
+AT_ONCE = 4  # pairs that a judge's engine compares at once, of others' duels
+MOST_JUDGING = 64  # pairs that a judge has, beyond which it declines
 ANSWERS_KEPT = 4096  # that an executor can still be asked to sign
 MOST_ELECTORS = 1024
 
 Judge = Callable[[str, dict[str, Any], tuple[str, str]], Awaitable[int]]
 
 
-class Refused(Exception):
+class Declined(Exception):
     """What a peer asks of a judge or an executor is not done; the message says why."""
 
 
@@ -243,13 +244,13 @@ class Attestor:
             self._answered.popitem(last=False)
 
     def attest(self, origin: str, body: bytes) -> bytes:
-        """The signed answer. Raises Refused."""
+        """The signed answer. Raises Declined."""
         try:
             told = msgspec.json.decode(body, type=Attest)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Refused(f"not a request to sign: {error}") from None
+            raise Declined(f"not a request to sign: {error}") from None
         if (origin, told.request, told.answer) not in self._answered:
-            raise Refused("that was not answered here, or long ago")
+            raise Declined("that was not answered here, or long ago")
         return msgspec.json.encode(Answer(self.identity.name, told.request, told.answer).signed(self.identity))
 
 
@@ -259,23 +260,25 @@ class Bench:
     def __init__(self, identity: Identity, judge: Judge, metrics: Metrics) -> None:
         self.identity, self.judge, self.metrics = identity, judge, metrics
         self.judging = 0
+        self._turn = asyncio.Semaphore(AT_ONCE)
 
     async def vote(self, origin: str, body: bytes) -> bytes:
-        """The signed vote on a pair. Raises Refused."""
+        """The signed vote on a pair. Raises Declined."""
         if self.judging >= MOST_JUDGING:
-            raise Refused("it judges enough already")
+            raise Declined("it judges enough already")
         try:
             pair = msgspec.json.decode(body, type=Pair)
             request = msgspec.json.decode(pair.request, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Refused(f"not a pair to judge: {error}") from None
+            raise Declined(f"not a pair to judge: {error}") from None
         duel = self._check(origin, pair)
         texts = [text_of(pair.path, pair.stream, each.encode()) for each in (pair.answer_a, pair.answer_b)]
         if b_first(duel, self.identity.name):
             texts.reverse()
         self.judging += 1
         try:
-            shown = await self.judge(pair.path, request, (texts[0], texts[1]))
+            async with self._turn:
+                shown = await self.judge(pair.path, request, (texts[0], texts[1]))
             self.metrics.judged("voted")
         except JudgeError as error:
             log.info("cannot judge", extra={"reason": str(error)})
@@ -287,26 +290,26 @@ class Bench:
         return msgspec.json.encode(vote.signed(self.identity))
 
     def _check(self, origin: str, pair: Pair) -> str:
-        """The name of a duel that is this one's to judge. Raises Refused."""
+        """The name of a duel that is this one's to judge. Raises Declined."""
         a, b, own = pair.a, pair.b, self.identity.name
         electors = dict(pair.electors)
         parties = {origin, a.executor, b.executor}
         if len(parties) != 3 or len(pair.electors) > MOST_ELECTORS or parties & electors.keys():
-            raise Refused("a duel has an origin, two executors, and judges that are none of them")
+            raise Declined("a duel has an origin, two executors, and judges that are none of them")
         if len(electors) != len(pair.electors) or min(electors.values(), default=0) < 0:
-            raise Refused("an elector is there twice, or has less than nothing at stake")
+            raise Declined("an elector is there twice, or has less than nothing at stake")
         if in_order(a, b) != (a, b):
-            raise Refused("which answer is A is not for the origin to say")
+            raise Declined("which answer is A is not for the origin to say")
         for answer, body in ((a, pair.answer_a), (b, pair.answer_b)):
             try:
                 _check_answer(answer)
             except StatementError as error:
-                raise Refused(str(error)) from None
+                raise Declined(str(error)) from None
             if digest(body.encode()) != answer.answer or digest(pair.request.encode()) != answer.request:
-                raise Refused("an answer is not the one that its executor signed")
+                raise Declined("an answer is not the one that its executor signed")
         drawn = draw(a, b, electors, min(max(pair.judges, 1), len(electors) or 1))
         if own not in drawn.judges:
-            raise Refused("the draw does not fall on this node")
+            raise Declined("the draw does not fall on this node")
         return drawn.duel
 
 
@@ -341,7 +344,14 @@ class Duels:
         }
         self._running += 1
         try:
-            result = await _first(legs, race)
+            try:
+                result = await _first(legs, race)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if race.first is None or not race.first.whole_ or task is None:
+                    raise
+                task.uncancel()  # who has the whole answer may hang up, and is answered
+                result = await _first(legs, race)
         except BaseException:
             await _cancel(legs)
             self.metrics.duel("void")

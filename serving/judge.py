@@ -1,7 +1,7 @@
-"""How a judge compares two answers: by the likelihood that its own engine assigns to each, given the question.
+"""How a judge compares two answers: by how much likelier its own engine finds each to the question than to none.
 
 The engine must tell the log-probabilities of a prompt (`prompt_logprobs` of vLLM). `python -m eval.judges` measures how
-often a judge errs on pairs of known quality, by this rule and by asking the model which answer is better.
+often a judge errs on pairs of known quality, by this rule, by the likelihood alone and by asking the model.
 """
 
 import math
@@ -65,6 +65,17 @@ async def likelihood(post: Post, path: str, request: dict[str, Any], answers: tu
         told = _prompt_logprobs(await post(path, orjson.dumps(asked)))[before:]
         means.append(sum(told) / len(told) if told else -math.inf)
     return means
+
+
+async def gain(post: Post, path: str, request: dict[str, Any], answers: tuple[str, ...]) -> list[float]:
+    """How much likelier a token of each answer is, in mean log-probability, to the question than to none; that of an
+    empty answer is minus infinity. Raises JudgeError."""
+    nothing: dict[str, Any] = {"prompt": "\n"}
+    if path.endswith("/chat/completions"):
+        nothing = {"messages": [{"role": "user", "content": ""}]}
+    asked = await likelihood(post, path, request, answers)
+    unasked = await likelihood(post, path, {"model": request.get("model"), **nothing}, answers)
+    return [a - b if answer else a for answer, a, b in zip(answers, asked, unasked, strict=True)]
 
 
 def vote_by(a: float, b: float) -> int:

@@ -25,6 +25,7 @@ class Metrics:
         self._offers_refused = self._counter("offers_refused", "peers' requests that were not taken")
         self._refused = self._counter("messages_refused", "peers' messages that were not taken as theirs", "kind")
         self._duels = self._counter("duels", "requests that went to two, by what came of the comparison", "outcome")
+        self._duelled = self._counter("duel_answers", "peers' answers that were judged", "peer", "result")
         self._judged = self._counter("duels_judged", "peers' duels that were judged here", "outcome")
         self._latency = Histogram(
             "wwwserve_latency_seconds", "from arrival to the end of the answer", registry=self.registry,
@@ -92,9 +93,14 @@ class Metrics:
     def message_refused(self, kind: str) -> None:
         """A message came that is no peer's, or not as its peer sent it; `kind` as `serving.signed` has it."""
         self._refused.labels(kind).inc()
+
     def duel(self, outcome: str) -> None:
         """A duel of the own ended: "won" by one of the two, a "tie", or "void"."""
         self._duels.labels(outcome).inc()
+
+    def duelled(self, peer: str, won: bool) -> None:
+        """A peer's answer won or lost."""
+        self._duelled.labels(peer, "won" if won else "lost").inc()
 
     def judged(self, outcome: str) -> None:
         """A peer's duel was judged here: "voted" or "undecided"."""

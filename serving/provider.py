@@ -366,6 +366,15 @@ class Provider:
         self.queue(decision.request, front=True)
         self.head = decision.request  # whatever else was decided on meanwhile, its candidates are not drawn anew
 
+    def rivals(self, decision: Decision) -> list[str]:
+        """The other candidates of a decision that have not refused the request, in the order drawn."""
+        request, chosen = decision.request, decision.route - FIRST_CANDIDATE
+        return [
+            self.names[request.candidates[k]]
+            for k in range(request.n_candidates)
+            if k != chosen and not (request.refused >> k) & 1
+        ]
+
     # What it says to others.
 
     def advertise(self, now_s: float) -> Floats:

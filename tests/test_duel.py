@@ -17,10 +17,10 @@ from serving.duel import (
     JUDGE_PATH,
     Attestor,
     Bench,
+    Declined,
     Duels,
     Leg,
     Pair,
-    Refused,
     as_shown,
     b_first,
     chance_of_bias,
@@ -109,7 +109,7 @@ class Net:
                 return node.attestor.attest(self.origin.name, body)
             if path == JUDGE_PATH:
                 return await node.bench.vote(self.origin.name, body)
-        except Refused as refused:
+        except Declined as refused:
             raise OSError(str(refused)) from None
         raise OSError("no answer")
 
@@ -277,6 +277,28 @@ def test_a_user_who_hangs_up_stops_both() -> None:
     asyncio.run(run())
 
 
+def test_a_user_who_has_the_whole_answer_may_hang_up() -> None:
+    async def run() -> None:
+        net = Net()
+
+        async def hand(name: str, leg: Leg) -> str:
+            result = await net.hand(name, leg)
+            await asyncio.sleep(0.02)  # until the connection is closed
+            return result
+
+        user = User()
+        asking = asyncio.create_task(net.duels.run(ASK, (net.good.name, net.bad.name), hand, user))
+        while not user.body.endswith(LAST):
+            await asyncio.sleep(0)
+        asking.cancel()
+        assert await asking == net.good.name and asking.cancelling() == 0
+        while net.duels.open:
+            await asyncio.sleep(0.001)
+        assert net.count("won") == 1 and net.stake(net.bad) == 0
+
+    asyncio.run(run())
+
+
 def test_a_silent_judge_is_fined() -> None:
     async def run() -> None:
         net = Net()
@@ -356,7 +378,7 @@ def test_an_executor_signs_only_what_it_answered_and_remembers_no_more_than_it_s
     duel._check_answer(signed)
     assert (signed.executor, signed.request, signed.answer) == (node.name, "r", "49")
     for origin, answer in (("o", "3"), ("p", "49"), ("o", "x")):
-        with pytest.raises(Refused, match="not answered here"):
+        with pytest.raises(Declined, match="not answered here"):
             asked(origin, answer)
 
 
@@ -397,9 +419,9 @@ def test_a_judge_sees_that_the_origin_cheats() -> None:
     ]  # fmt: skip
     for changed, who, message in cases:
         body = msgspec.json.encode(msgspec.structs.replace(whole, **changed))
-        with pytest.raises(Refused, match=message):
+        with pytest.raises(Declined, match=message):
             asyncio.run(who.vote(net.origin.name, body))
-    with pytest.raises(Refused, match="not a pair"):
+    with pytest.raises(Declined, match="not a pair"):
         asyncio.run(bench.vote(net.origin.name, b'{"path": "\xff"}'))
     vote = asyncio.run(bench.vote(net.origin.name, msgspec.json.encode(whole)))
     assert b"signature" in vote
@@ -420,7 +442,7 @@ def test_a_judge_judges_a_few_at_once() -> None:
         body = msgspec.json.encode(whole)
         votes = [asyncio.create_task(bench.vote(net.origin.name, body)) for _ in range(duel.MOST_JUDGING)]
         await asyncio.sleep(0)
-        with pytest.raises(Refused, match="enough"):
+        with pytest.raises(Declined, match="enough"):
             await bench.vote(net.origin.name, body)
         votes[0].cancel()
         await asyncio.sleep(0)
