@@ -125,7 +125,7 @@ class Args:
     """where the networks learn, as torch names it: cpu, cuda, cuda:1; markets are always on the CPU"""
     checkpoint_every: int = 50
     """updates between checkpoints: the policy is validated, the run can be resumed from there, markets begin anew"""
-    validation_markets: int = 36
+    validation_markets: int = 12
     """validation markets of each kind, and seeds of the packaged scenarios"""
     report: bool = True
     """compare the policy with every rule and router at the end"""
