@@ -36,9 +36,9 @@ from serving.node import serve
 from serving.stakes import Stakes, Verdict
 from serving.stakes import decode as decode_stake
 
-STAKE, FUNDS = 4.0, 12.0  # credits at stake, and what one has to stake in all
+STAKE, FUNDS = 2.0, 8.0  # credits at stake, and what one has to stake in all
 JUDGES = 3
-GOSSIP_S = 0.5
+GOSSIP_S = 1.0
 NODES_READY_S = 120.0
 JUDGED_S = 90.0  # for what is under way to end
 
@@ -56,14 +56,14 @@ class Nodes:
 
 
 @asynccontextmanager
-async def nodes(good_url: str, bad_url: str, count: int) -> AsyncIterator[Nodes]:
+async def nodes(good_url: str, bad_url: str, count: int, funds: float) -> AsyncIterator[Nodes]:
     """`count` nodes before a good engine and one before a bad one; they end with the context."""
     with tempfile.TemporaryDirectory(prefix="wwwserve-") as name:
         folder, ports = Path(name), free_ports(count + 1)
         identities = [Identity.generate() for _ in ports]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         genesis = folder / "genesis.yaml"
-        accounts = {each.name: {"credit": 10_000.0, "stake": FUNDS} for each in identities}
+        accounts = {each.name: {"credit": 10_000.0, "stake": funds} for each in identities}
         genesis.write_text(yaml.safe_dump({"accounts": accounts}))
         running: list[asyncio.Task[None]] = []
         ready: list[asyncio.Future[None]] = []
@@ -112,10 +112,17 @@ async def duels_of(session: aiohttp.ClientSession, url: str) -> dict[str, int]:
 
 
 async def fight(
-    good_url: str, bad_url: str, *, count: int = 5, most: int = 200, tokens: int = 24, at_once: int = 4
+    good_url: str,
+    bad_url: str,
+    *,
+    count: int = 5,
+    most: int = 200,
+    tokens: int = 24,
+    at_once: int = 4,
+    funds: float = FUNDS,
 ) -> dict[str, Any]:
     """Ask until the worthless provider has nothing left, or for `most` duels; returns what came of it."""
-    async with nodes(good_url, bad_url, count) as made, aiohttp.ClientSession() as session:
+    async with nodes(good_url, bad_url, count, funds) as made, aiohttp.ClientSession() as session:
         await _until(session, made, count)
         began_s, number, over = time.monotonic(), 0, False
         failed = 0
@@ -146,7 +153,7 @@ async def fight(
         "duels": sum(outcomes.values()), "outcomes": outcomes, "requests": number, "failed": failed,
         "s": round(took_s, 1),
         "worthless": {key: seen[made.worthless][key] for key in ("stake", "duels_won", "duels_lost")},
-        **judged(verdicts, made),
+        **judged(verdicts, made, funds),
     }  # fmt: skip
 
 
@@ -173,9 +180,9 @@ def evidence(journal: Path) -> list[Verdict]:
     return [each for each in stated if isinstance(each, Verdict)]
 
 
-def judged(verdicts: list[Verdict], made: Nodes) -> dict[str, Any]:
+def judged(verdicts: list[Verdict], made: Nodes, funds: float) -> dict[str, Any]:
     """What judges made of the worthless provider's answers, when its funds were gone, what each judge's votes show."""
-    stakes, gone_after = Stakes({key: round(FUNDS * MICRO) for key in made.keys}), None
+    stakes, gone_after = Stakes({key: round(funds * MICRO) for key in made.keys}), None
     against = lost = votes = wrong = undecided = 0
     for k, verdict in enumerate(verdicts):
         stakes.heard(verdict)

@@ -21,11 +21,12 @@ import aiohttp
 import openai
 import orjson
 import pytest
+from engines import engine
 
 from agents.hardware import Profile
 from agents.kernel import cache_root
 from envs.scenario import load
-from eval import fidelity, live
+from eval import duels, fidelity, live
 from eval.policies import load_policy
 from serving import local_vllm, network
 from serving.local_vllm import RANDOM, SMOLLM2, Prepared, PrepareError
@@ -199,6 +200,19 @@ def test_the_serving_benchmark_of_vllm_runs_against_a_node(vllm_network: Network
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["completed"], result["failed"]) == (8, 0)
     assert result["total_output_tokens"] == 8 * 16 and result["mean_ttft_ms"] > 0
+
+
+def test_random_words_lose_their_stake_by_the_votes_of_a_real_model(vllm_network: Network) -> None:
+    """A short form of `python -m eval.duels`, the random model replaced by random words."""
+
+    async def run() -> dict[str, Any]:
+        async with engine(babbles=True) as bad:
+            return await duels.fight(vllm_network.engine_urls[0], bad, most=100, tokens=12, funds=2.0)
+
+    result = asyncio.run(run())
+    assert result["failed"] == 0 and result["worthless"]["stake"] == 0.0
+    against = result["with_the_worthless"]
+    assert against["lost"] == against["verdicts"] >= 1 and against["judges_error_rate"] < 0.1
 
 
 def test_what_is_prepared_is_not_made_again(vllm_network: Network) -> None:
