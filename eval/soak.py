@@ -287,8 +287,9 @@ class Soak:
 
     # The run.
 
-    async def run(self, kills: int) -> None:
-        """All faults, under load, and then calm."""
+    async def run(self, kills: int, most_s: float) -> None:
+        """All faults, under load, for at most so long, and then calm."""
+        until_s = time.monotonic() + most_s
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as self.session:
             for node in self.nodes:
                 self.start(node)
@@ -296,6 +297,8 @@ class Soak:
             loading = asyncio.create_task(self.load())
             others = [self.fill, self.clock, self.part]
             for k in range(kills):
+                if time.monotonic() > until_s:
+                    break
                 await self.kill()
                 print(f"\r{self.kills} of {kills} kills, {self.asked} requests", end="", file=sys.stderr)
                 if k % max(kills // 6, 1) == 0:
@@ -407,7 +410,7 @@ async def emulators(ports: Sequence[int], told: Any) -> AsyncIterator[None]:
             process.wait()
 
 
-async def soak(kills: int, seed: int, rate_per_s: float, folder: Path) -> dict[str, Any]:
+async def soak(kills: int, seed: int, rate_per_s: float, most_s: float, folder: Path) -> dict[str, Any]:
     """One run, whose files are left in `folder`."""
     ports = free_ports(2 * NODES)
     guarding = subprocess.Popen([sys.executable, "-I", guard.__file__], stdin=subprocess.PIPE, bufsize=0,
@@ -419,7 +422,7 @@ async def soak(kills: int, seed: int, rate_per_s: float, folder: Path) -> dict[s
             await stack.enter_async_context(emulators(ports[:NODES], guarding.stdin))
             nodes = configured(folder, ports[:NODES], ports[NODES:])
             run = Soak(nodes, guarding.stdin, seed, rate_per_s)
-            await run.run(kills)
+            await run.run(kills, most_s)
         return run.check() | {"took_s": round(time.monotonic() - start_s, 1)}
     finally:
         guarding.stdin.close()  # ends whatever is left
@@ -452,6 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--kills", type=integer(1), default=100, help="(default: 100)")
     add("--seed", type=integer(0), default=0, help="(default: 0)")
     add("--rate", type=integer(1), default=12, help="requests/s, of all users together (default: 12)")
+    add("--minutes", type=integer(1), default=60, help="after which no more are killed (default: 60)")
     add("--keep", type=Path, metavar="FOLDER", help="leave journals and logs there")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--serve-node", nargs=3, help=argparse.SUPPRESS)
@@ -465,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="wwwserve-soak-") as made:
         folder = args.keep or Path(made)
         folder.mkdir(parents=True, exist_ok=True)
-        found = asyncio.run(soak(args.kills, args.seed, args.rate, folder.absolute()))
+        found = asyncio.run(soak(args.kills, args.seed, args.rate, 60.0 * args.minutes, folder.absolute()))
     print(json.dumps(found, indent=2))
     if args.json:
         write_json(args.json, found)

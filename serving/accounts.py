@@ -157,9 +157,13 @@ class Accounts:
 
     async def run(self) -> None:
         """Write, and tell peers what is owed, until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.ledger.run())
-            group.create_task(self._keep_telling())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.ledger.run())
+                group.create_task(self._keep_telling())
+        finally:
+            for task in self._tasks:
+                task.cancel()
 
     async def _keep_telling(self) -> None:
         loop = asyncio.get_running_loop()

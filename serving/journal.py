@@ -215,6 +215,7 @@ class _Transaction:
         self._db = db
 
     def __enter__(self) -> None:
+        self._roll_back()  # what could not be before, for lack of room
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
