@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,13 @@ import yaml
 from aiohttp import web
 
 from agents.protocol import MICRO
+from agents.rules import Rule
 from serving import config, node
 from serving.audit import Audit, audit, compare, settled
 from serving.engine import NAMES
 from serving.identity import Identity
 from serving.network import free_ports
+from serving.provider import Provider, Request
 
 MODEL = "stub"
 PROFILE = {"kind": "catalogue", "gpu": "rtx-4090", "model": "qwen3-8b", "max_num_seqs": 8}
@@ -385,3 +388,32 @@ def test_a_ledger_that_cannot_be_is_refused(ledger: dict[str, Any], told: str) -
     whole = {"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}, "ledger": ledger}
     with pytest.raises(config.ConfigError, match=told):
         config.parse(whole, "test")
+
+
+def test_a_peer_that_advertises_load_it_does_not_have_is_found_out_by_what_it_delivers() -> None:
+    told = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "test")
+
+    def provider(rule: str) -> Provider:
+        made = Provider(Rule(rule), told.engine_profile(), told.agreed(), credit=1e6)
+        made.scraped(0.0, 8.0, 200.0, 0.0)
+        idle = Provider(Rule(rule), told.engine_profile(), told.agreed(), stake=1.0)
+        for name in ("honest", "liar"):  # both say that they are idle
+            made.heard(name, idle.advertise(0.0), 0.0, frozenset({MODEL}))
+        return made
+
+    def chosen(made: Provider, took_s: float) -> Counter[str | None]:
+        for _ in range(20):
+            for name, seconds in (("honest", 3.0), ("liar", took_s)):
+                made.sent(name)
+                made.answered(name, seconds, 3.0)
+                made.ended(name)
+        found: Counter[str | None] = Counter()
+        for _ in range(20):
+            made.arrived(Request(None, 0, 100, 0.0, MODEL))
+            decision = made.decide(0.0)
+            assert decision is not None
+            found[decision.peer] += 1
+        return found
+
+    assert chosen(provider("earliest_finish_trust"), took_s=60.0) == {"honest": 20}
+    assert chosen(provider("earliest_finish_trust"), took_s=3.0)["liar"] > 0  # who keeps its promises is asked
