@@ -344,14 +344,13 @@ def show(seen: dict[str, Any]) -> None:
     peers.add_column("peer", overflow="fold")
     for name in ("there", "age s", "run", "wait", "KV", "price", "stake", "ours"):
         peers.add_column(name, no_wrap=True)
-    for name in ("key", "API"):
-        peers.add_column(name, overflow="fold")
+    peers.add_column("API", overflow="fold")
     for each in seen["peers"]:
         age_s, kv_use = each["age_s"], each["kv_use"]
         peers.add_row(
             _who(each), "yes" if each["there"] else "no", "-" if age_s is None else f"{age_s:.1f}",
             f"{each['running']:.0f}", f"{each['waiting']:.0f}", "-" if kv_use is None else f"{kv_use:.0%}",
-            f"{each['price']:g}", f"{each['stake']:.3g}", str(each["out"]), each["key"], each["url"] or "-",
+            f"{each['price']:g}", f"{each['stake']:.3g}", str(each["out"]), each["url"] or "-",
         )  # fmt: skip
     console.print(peers)
 

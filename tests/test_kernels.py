@@ -95,9 +95,11 @@ def estimate_case(rng: np.random.Generator) -> Results:
     ]  # fmt: skip
     slowdowns = [estimate.slowdown(a, float(rng.integers(0, 9))) for a in adverts]
     iterations = [hardware.iteration_s(p.row(), *rng.uniform(0, [64, 50_000, 2048])) for p in PROFILES]
+    off_line = [hardware.off_line_s(rng.uniform(-0.01, 0.01, row.shape), int(rng.integers(1, 257)))
+                for row in (p.row() for p in PROFILES)]  # fmt: skip
     return {
         "expected": np.array(expected), "chances": np.array(chances), "slowdowns": np.array(slowdowns),
-        "iterations": np.array(iterations),
+        "iterations": np.array(iterations), "off_line": np.array(off_line),
     }  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def dice_case(rng: np.random.Generator) -> Results:
 
 def protocol_case(rng: np.random.Generator) -> Results:
     generator = dice.make_dice(5)[0]
-    draws, paid, stakes, duels, other = [], [], [], [], []
+    draws, paid, bounds, stakes, duels, other = [], [], [], [], [], []
     for _ in range(DRAWS):
         n = int(rng.integers(1, 12))
         drawn = np.full(12, -1)
@@ -119,6 +121,9 @@ def protocol_case(rng: np.random.Generator) -> Results:
         locked = protocol.lock(accounts[0], amount)
         cost = protocol.price_of(int(rng.integers(2)), amount, int(rng.integers(4000)))
         paid.append([locked, cost, protocol.settle(accounts[0], accounts[1], amount if locked else 0, cost)])
+        part = protocol.price_of_part(int(rng.integers(2)), amount, int(rng.integers(4000)), int(rng.integers(4000)))
+        room = protocol.room(accounts[3], int(rng.integers(0, 10**7)), int(rng.integers(0, 10**7)))
+        bounds.append([part, room, protocol.forfeit(accounts, 7, 8)])
         target = protocol.stake_target(rng.uniform(0, 0.8), int(rng.random() < 0.2), int(rng.random() < 0.5))
         protocol.move_stake(accounts[2], target, rng.uniform(0, 3))
         votes = rng.integers(0, 4, 5)
@@ -128,7 +133,7 @@ def protocol_case(rng: np.random.Generator) -> Results:
         (a, b), u = rng.normal(0, rng.choice([0.3, 400.0]), 2), rng.random()
         value = protocol.delivered_value(rng.uniform(0, 5), np.sort(rng.uniform(0, 100, 5)), rng.uniform(0, 100))
         other.append([protocol.vote_of(a, b, u), value])
-    named = {"draws": draws, "paid": paid, "stakes": stakes, "duels": duels, "other": other}
+    named = {"draws": draws, "paid": paid, "bounds": bounds, "stakes": stakes, "duels": duels, "other": other}
     return {name: np.array(values) for name, values in named.items()}
 
 

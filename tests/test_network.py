@@ -130,9 +130,9 @@ def test_a_node_is_shown_in_a_narrow_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     requests = {"accepted": 10, "answered": 9, "handed_over": 3, "on_time": 9, "mean_latency_s": 1.25}
-    there = {"name": "south", "url": "http://10.0.0.2:9", "there": True, "age_s": 1.26, "running": 2.0, "waiting": 1.0,
-             "kv_use": 0.1, "price": 1.0, "stake": 1.2345, "out": 4}  # fmt: skip
-    gone = there | {"name": "west", "url": None, "there": False, "age_s": None, "kv_use": None}
+    there = {"label": "south", "key": "K" * 43, "url": "http://10.0.0.2:9", "there": True, "age_s": 1.26,
+             "running": 2.0, "waiting": 1.0, "kv_use": 0.1, "price": 1.0, "stake": 1.2345, "out": 4}  # fmt: skip
+    gone = there | {"label": None, "key": "west", "url": None, "there": False, "age_s": None, "kv_use": None}
     show(
         {
             "name": "north", "url": "http://10.0.0.1:9000", "price": 1.5, "held": 6, "guests": 7, "requests": requests,
