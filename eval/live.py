@@ -347,8 +347,8 @@ def live(
 
     `policies` has what a node is told, by name, of the policies `loaded`; `opened` gives a network as a context.
     `scenarios` and `paired` are as in `eval.compare`, with `cpu_cores`, `lag_s` and `failed` beside each policy's
-    measures (profit is None: its networks keep no ledger); `predicted` has what the simulator makes of the same requests,
-    and `gap` live less predicted, paired by seed.
+    measures (profit is None: its networks keep no ledger); `predicted` has what the simulator makes of the same
+    requests, and `gap` live less predicted, paired by seed.
     """
     seen: dict[str, list[Measured]] = {name: [] for name in policies}
     plans: dict[str, list[MarketPlan]] = {name: [] for name in policies}
