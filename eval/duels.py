@@ -141,7 +141,10 @@ async def fight(
             while nothing < 4 and sum((await duels_of(session, made.url)).values()) < most:
                 await asyncio.sleep(GOSSIP_S)
                 peers = {peer["key"]: peer for peer in (await look(session, made.url))["peers"]}
-                nothing = nothing + 1 if peers[made.worthless]["stake"] == 0.0 else 0
+                stake = peers[made.worthless]["stake"]
+                nothing = nothing + 1 if stake == 0.0 else 0
+                told = f"{await duels_of(session, made.url)}, the worthless provider stakes {stake:g}"
+                print(f"eval.duels: {time.monotonic() - began_s:.0f} s, {told}", file=sys.stderr, flush=True)
             over = True
 
         await asyncio.gather(watch(), *(ask() for _ in range(at_once)))
