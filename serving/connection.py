@@ -26,6 +26,7 @@ class Connection(HttpToolsProtocol):
         self._head = 0  # bytes of names and values of headers
         self._refused: Failed | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._due_s = 0.0  # when it goes off
 
     @classmethod
     def limited(cls, limits: LimitsConfig) -> type[asyncio.Protocol]:
@@ -38,7 +39,7 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > self.limits.connections:
             self._refuse(Failed(503, "too many connections are open here", "overloaded", retry_after_s=1))
             return
-        self._begun_s = self.loop.time()
+        self._begun_s = self._due_s = self.loop.time()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -90,15 +91,16 @@ class Connection(HttpToolsProtocol):
 
     def _watch(self) -> None:
         """Cut off who takes too long to send a request, as far as it is read."""
+        now_s = self.loop.time()
         if self._begun_s is not None:
-            now_s = self.loop.time()
-            if self.flow.read_paused:
-                self._begun_s = now_s
-            elif now_s - self._begun_s > self.limits.receive_s:
+            # What was not read, as it is not wanted yet or this process had no time, is not the client's delay.
+            self._begun_s = now_s if self.flow.read_paused else self._begun_s + max(0.0, now_s - self._due_s)
+            if now_s - self._begun_s > self.limits.receive_s:
                 late = f"the request did not come within {self.limits.receive_s:g} s"
                 self._refuse(Failed(408, late, "invalid_request_error"))
                 return
-        self._timer = self.loop.call_later(self.limits.receive_s / 4, self._watch)
+        self._due_s = now_s + self.limits.receive_s / 4
+        self._timer = self.loop.call_at(self._due_s, self._watch)
 
     def _refuse(self, failed: Failed) -> None:
         """Close the connection, with an answer if none has begun."""

@@ -275,8 +275,8 @@ CHEATS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "wrong key": (lambda: sealed("b", by=NAMES[2]), "forged", "it speaks for"),
     "forged": (lambda: (lambda told: told[:HEAD_BYTES] + told[HEAD_BYTES:].replace(b"1.0", b"9.0"))(sealed("b")),
                "forged", "does not fit"),
-    "late": (lambda: sealed("b", sent_us=now_us(-60)), "stale", "it was signed 60.0 s before the time here"),
-    "early": (lambda: sealed("b", sent_us=now_us(60)), "stale", "0 s after the time here"),
+    "late": (lambda: sealed("b", sent_us=now_us(-60)), "stale", " s before the time here"),
+    "early": (lambda: sealed("b", sent_us=now_us(60)), "stale", " s after the time here"),
 }  # fmt: skip
 
 

@@ -213,7 +213,7 @@ async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scene(), 30.0))
+    asyncio.run(asyncio.wait_for(scene(), 60.0))
 
 
 def busy() -> Stub:

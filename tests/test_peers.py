@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_cheats_with_messages_are_refused_counted_and_bring_no_work(caplog: pyte
     with caplog.at_level(logging.WARNING, "wwwserve.signed"):
         play(scene)
     told = {record.kind: record.reason for record in caplog.records if record.name == "wwwserve.signed"}  # type: ignore[attr-defined]
-    assert told["stale"].startswith("it was signed 60.") and "clocks is off" in told["stale"]
+    assert told["stale"].startswith("it was signed 6") and "clocks is off" in told["stale"]
     assert set(told) == {"replayed", "altered", "forged", "stale", "stranger", "misaddressed", "malformed"}
 
 
@@ -122,13 +123,18 @@ def test_a_node_with_a_clock_60_s_off_serves_its_users_alone_and_says_why(caplog
                 return await refusals(n, "stale") >= 2
 
             await n.until(refused)
-            assert not (await n.see())["peers"][0]["there"] and not (await n.see(1))["peers"][0]["there"]
+
+            async def alone() -> bool:
+                return not any([peer["there"] for k in (0, 1) for peer in (await n.see(k))["peers"]])
+
+            await n.until(alone)
+            assert all([(await n.see(k))["engine"]["up"] for k in (0, 1)])
             assert (await n.ask())[0] == (await n.ask(1))[0] == 200
 
     with caplog.at_level(logging.WARNING):
         play(scene)
     reasons = [record.reason for record in caplog.records if record.name == "wwwserve.signed"]  # type: ignore[attr-defined]
-    assert any("0 s after the time here" in each and "clocks is off" in each for each in reasons)
+    assert any(re.search(r"(59|60)\.\d s after the time here.* clocks is off", each) for each in reasons)
     assert any(record.getMessage() == "a peer answers otherwise" for record in caplog.records)
 
 
@@ -146,14 +152,17 @@ async def raw(url: str, *parts: bytes, pause_s: float = 0.0) -> bytes:
             await asyncio.sleep(pause_s)
 
     writing = asyncio.create_task(write())
+    answer = b""
     try:
-        return await reader.read()
-    except ConnectionError:
-        return b""
+        while part := await reader.read(65536):
+            answer += part
+    except ConnectionError:  # there was more than the node wanted to read
+        pass
     finally:
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
         writer.transport.abort()
+    return answer
 
 
 def error_of(answer: bytes) -> tuple[int, str]:
@@ -184,7 +193,7 @@ GOOD = json.dumps({"model": MODEL, "messages": []}).encode()
 def test_what_is_too_much_is_refused(parts: list[bytes], status: int, told: str) -> None:
     async def scene() -> None:
         async with net(Stub(), limits={"body_bytes": 2000, "header_bytes": 2000}) as n:
-            found, message = error_of(await raw(n.urls[0], *parts))
+            found, message = error_of(await raw(n.urls[0], *parts, pause_s=0.01))
             assert found == status and told in message
             assert (await n.ask())[0] == 200
 
@@ -195,7 +204,7 @@ def test_what_is_too_much_is_refused(parts: list[bytes], status: int, told: str)
     ("parts", "status"),
     [
         ([], 408),
-        ([b"P"] + [b"x"] * 1000, 408),
+        ([b"GET /"] + [b"x"] * 1000, 408),
         ([POST + b"x-a: "] + [b"y"] * 1000, 408),
         ([POST + b"content-length: 1000\r\n\r\n"] + [b"["] * 1000, 408),
         ([POST + b"transfer-encoding: chunked\r\n\r\n"] + [b"1\r\n[\r\n"] * 1000, 408),
