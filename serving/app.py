@@ -171,9 +171,12 @@ class App:
         if accounts is not None:
             try:
                 terms = accounts.take(claim.sender, headers.get(ESCROW.encode(), b""), body)
-            except (LedgerError, Full) as error:
+            except LedgerError as error:
                 self.dispatcher.metrics.offer_refused()
                 raise Failed(402, f"it is not taken: {error}", "payment_error") from None
+            except Full:
+                self.dispatcher.metrics.offer_refused()
+                raise _no_room() from None
         reply = _Reply(send)
         head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
@@ -210,8 +213,8 @@ class App:
             answer = await accounts.received(claim.sender, body)
         except (LedgerError, StatementError) as error:
             raise Failed(409, str(error), "ledger_error") from None
-        except Full as error:
-            raise Failed(507, f"there is no room for the ledger: {error}", "overloaded") from None
+        except Full:
+            raise _no_room() from None
         await _answer(send, 200, answer)
 
     async def _beat(self, receive: Receive, send: Send) -> None:
@@ -243,6 +246,11 @@ class App:
             for name in self.dispatcher.serves
         ]
         return 200, orjson.dumps({"object": "list", "data": models}), b"application/json"
+
+
+def _no_room() -> Failed:
+    """Said to peers, whom files here do not concern."""
+    return Failed(507, "there is no room for the ledger", "overloaded")
 
 
 def _expect(method: str, expected: str) -> None:
