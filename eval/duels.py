@@ -137,14 +137,13 @@ async def fight(
 
         async def watch() -> None:
             nonlocal over
-            nothing = 0
-            while nothing < 4 and sum((await duels_of(session, made.url)).values()) < most:
-                await asyncio.sleep(GOSSIP_S)
-                peers = {peer["key"]: peer for peer in (await look(session, made.url))["peers"]}
-                stake = peers[made.worthless]["stake"]
-                nothing = nothing + 1 if stake == 0.0 else 0
-                told = f"{await duels_of(session, made.url)}, the worthless provider stakes {stake:g}"
+            while sum((outcomes := await duels_of(session, made.url)).values()) < most:
+                left = await asyncio.to_thread(lambda: funds_after(evidence(made.journal), made, funds))
+                told = f"{outcomes}, the worthless provider has {left:g} credits left to stake"
                 print(f"eval.duels: {time.monotonic() - began_s:.0f} s, {told}", file=sys.stderr, flush=True)
+                if left == 0.0:
+                    break
+                await asyncio.sleep(GOSSIP_S)
             over = True
 
         await asyncio.gather(watch(), *(ask() for _ in range(at_once)))
@@ -154,7 +153,7 @@ async def fight(
         verdicts = evidence(made.journal)
     return {
         "duels": sum(outcomes.values()), "outcomes": outcomes, "requests": number, "failed": failed,
-        "s": round(took_s, 1),
+        "s": round(took_s, 1), "funds_left": funds_after(verdicts, made, funds),
         "worthless": {key: seen[made.worthless][key] for key in ("stake", "duels_won", "duels_lost")},
         **judged(verdicts, made, funds),
     }  # fmt: skip
@@ -183,12 +182,19 @@ def evidence(journal: Path) -> list[Verdict]:
     return [each for each in stated if isinstance(each, Verdict)]
 
 
+def funds_after(verdicts: Sequence[Verdict], made: Nodes, funds: float) -> float:
+    """What verdicts leave the worthless provider to stake, credits."""
+    stakes = Stakes({key: round(funds * MICRO) for key in made.keys})
+    for verdict in verdicts:
+        stakes.heard(verdict)
+    return stakes.funds[made.worthless] / MICRO
+
+
 def judged(verdicts: list[Verdict], made: Nodes, funds: float) -> dict[str, Any]:
     """What judges made of the worthless provider's answers, when its funds were gone, what each judge's votes show."""
-    stakes, gone_after = Stakes({key: round(funds * MICRO) for key in made.keys}), None
+    gone_after = None
     against = lost = votes = wrong = undecided = 0
     for k, verdict in enumerate(verdicts):
-        stakes.heard(verdict)
         executors = (verdict.a.executor, verdict.b.executor)
         if made.worthless in executors:
             against += 1
@@ -198,7 +204,7 @@ def judged(verdicts: list[Verdict], made: Nodes, funds: float) -> dict[str, Any]
             undecided += cast.count(VOTE_UNDECIDED)
             wrong += sum(vote not in (good, VOTE_UNDECIDED) for vote in cast)
             lost += 2 * cast.count(good) > len(cast) - cast.count(VOTE_UNDECIDED)
-        if gone_after is None and stakes.funds[made.worthless] == 0:
+        if gone_after is None and funds_after(verdicts[: k + 1], made, funds) == 0.0:
             gone_after = k + 1
     records = {key[:8]: record_of(verdicts, key) for key in made.keys}
     return {
@@ -209,9 +215,9 @@ def judged(verdicts: list[Verdict], made: Nodes, funds: float) -> dict[str, Any]
         },
         "judges": {
             name: {
-                "votes": record.votes, "outvoted": record.outvoted, "silent": record.silent,
-                "said_first": record.said_first,
-                "chance_of_bias": round(chance_of_bias(record.said_first, record.votes), 4),
+                "votes": record.votes, "undecided": record.undecided, "outvoted": record.outvoted,
+                "silent": record.silent, "said_first": record.said_first,
+                "chance_of_bias": round(chance_of_bias(record.said_first, record.votes - record.undecided), 4),
             }
             for name, record in records.items()
         },
@@ -228,7 +234,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 1 if the worthless provider still has something at stake."""
+    """Run the command; returns its exit status: 1 if the worthless provider has something left to stake."""
     try:
         told = _arguments(argv)
         made, cores, ports = local_vllm.prepare(), local_vllm.cores(), free_ports(2)
@@ -245,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, NetworkError, PrepareError) as error:
         print(f"eval.duels: {error}", file=sys.stderr)
         return 2
-    return int(result["worthless"]["stake"] > 0)
+    return int(result["funds_left"] > 0)
 
 
 if __name__ == "__main__":

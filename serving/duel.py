@@ -152,6 +152,7 @@ class Record:
     """What one saw of a judge."""
 
     votes: int = 0
+    undecided: int = 0  # of the votes
     outvoted: int = 0
     silent: int = 0
     said_first: int = 0  # votes for the answer that it was shown first
@@ -193,8 +194,8 @@ def as_shown(vote: int, duel: str, judge: str) -> int:
 
 
 def chance_of_bias(first: int, votes: int) -> float:
-    """How likely it is that of `votes` on answers in random order as far from half or farther are for the first shown,
-    by whom the order does not matter to (two-sided exact binomial test)."""
+    """How likely it is that of `votes` for one of two answers, shown in random order, as far from half or farther are
+    for the first, by one to whom the order does not matter (two-sided exact binomial test)."""
     far = abs(2 * first - votes)
     return sum(comb(votes, k) for k in range(votes + 1) if abs(2 * k - votes) >= far) / (1 << votes)
 
@@ -211,6 +212,7 @@ def record_of(verdicts: Iterable[Verdict], judge: str) -> Record:
 def _count(record: Record, judge: str, duel: str, votes: Mapping[str, int]) -> None:
     vote = votes[judge]
     record.votes += vote != VOTE_SILENT
+    record.undecided += vote == VOTE_UNDECIDED
     record.silent += vote == VOTE_SILENT
     record.said_first += as_shown(vote, duel, judge) == VOTE_A
     outcome = duel_outcome(np.array(list(votes.values()), np.int64))

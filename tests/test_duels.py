@@ -15,7 +15,7 @@ def test_a_worthless_provider_loses_its_stake_and_nobody_else_does() -> None:
         async with AsyncExitStack() as stack:
             good, bad = [await stack.enter_async_context(engine(babbles)) for babbles in (False, True)]
             result = await duels.fight(good, bad, most=200, at_once=2)
-        assert result["failed"] == 0 and result["worthless"]["stake"] == 0.0
+        assert result["failed"] == 0 and result["funds_left"] == 0.0
         assert result["verdicts_until_nothing_is_left"] <= 200
         against = result["with_the_worthless"]
         assert against["verdicts"] == against["lost"] >= 3 and against["wrong_votes"] == 0

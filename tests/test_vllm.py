@@ -210,7 +210,7 @@ def test_random_words_lose_their_stake_by_the_votes_of_a_real_model(vllm_network
             return await duels.fight(vllm_network.engine_urls[0], bad, most=100, tokens=12, funds=2.0)
 
     result = asyncio.run(run())
-    assert result["failed"] == 0 and result["worthless"]["stake"] == 0.0
+    assert result["failed"] == 0 and result["funds_left"] == 0.0
     against = result["with_the_worthless"]
     assert against["lost"] == against["verdicts"] >= 1 and against["judges_error_rate"] < 0.1
 
