@@ -133,6 +133,11 @@ class Net:
             assert asyncio.get_running_loop().time() < until_s, f"not within {for_s} s"
             await asyncio.sleep(0.02)
 
+    async def handed_over_more(self, than: int, **more: Any) -> bool:
+        """Ask the first, and say whether a peer has answered by now."""
+        assert (await self.ask(**more))[0] == 200
+        return bool((await self.see())["requests"]["handed_over"] > than)
+
     async def paid(self, k: int = 0, other: int = 1) -> float:
         """What k paid the other, once nothing is under way."""
 
@@ -210,14 +215,17 @@ def cost(tokens: int) -> float:
 def test_an_answer_is_paid_by_its_tokens_whole_or_streamed(tmp_path: Path) -> None:
     async def scene() -> None:
         async with net(tmp_path, busy(), Engine()) as n:
-            assert [(await n.ask())[0], (await n.ask(stream=True))[0]] == [200, 200]
-            assert await n.paid() == cost(2 * WORDS)
-            page = await (await n.session.get(n.url(0) + "/metrics")).text()
-            assert f'wwwserve_credits{{peer="{n.keys[1]}",state="free",whose="own"}} {100 - cost(2 * WORDS)}' in page
+            for stream in (False, True):
+                before = (await n.see(0))["requests"]["handed_over"]
+                await n.until(lambda s=stream, b=before: n.handed_over_more(b, stream=s))  # type: ignore[misc]
             statuses = await asyncio.gather(*(n.ask(stream=bool(k % 2)) for k in range(12)))
             assert [status for status, _ in statuses] == [200] * 12
             handed_over = (await n.see(0))["requests"]["handed_over"]
-            assert handed_over > 2 and await n.paid() == pytest.approx(cost(handed_over * WORDS))
+            paid = await n.paid()
+            assert handed_over > 2 and paid == pytest.approx(cost(handed_over * WORDS))
+            page = await (await n.session.get(n.url(0) + "/metrics")).text()
+            free = page.split(f'wwwserve_credits{{peer="{n.keys[1]}",state="free",whose="own"}} ')[1].split()[0]
+            assert float(free) == pytest.approx(100 - paid)
         assert settled(*agree(n))
 
     play(scene)
@@ -294,18 +302,14 @@ def test_a_node_that_is_stopped_goes_on_where_it_was_and_nothing_is_paid_twice(t
     async def scene() -> None:
         async with net(tmp_path, busy(), Engine()) as n:
             await asyncio.gather(*(n.ask() for _ in range(5)))
+            handed_over = (await n.see(0))["requests"]["handed_over"]
             await n.stop(0)
             agree(n)
             await n.start(0)
-
-            async def handed_over() -> bool:
-                assert (await n.ask())[0] == 200
-                return bool((await n.see(0))["requests"]["handed_over"])
-
-            await n.until(handed_over)
-            paid = await n.paid()
+            await n.until(lambda: n.handed_over_more(0))
+            handed_over += (await n.see(0))["requests"]["handed_over"]
             channel = audit(n.file(0)).books.channels[n.keys[1]]
-            assert paid == channel.total / MICRO == pytest.approx(cost(channel.number * WORDS))
+            assert await n.paid() == channel.total / MICRO == pytest.approx(cost(handed_over * WORDS))
         assert settled(*agree(n))
 
     play(scene)
@@ -361,14 +365,10 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
                 return bool(await n.channel(0, 1)) and bool(await n.channel(1, 0))
 
             await n.until(opened)
-            await n.until(lambda: handed(n))
+            await n.until(lambda: n.handed_over_more(0))
             found = await n.channel(0, 1)
             total = sum(found[name] for name in ("free", "escrow", "peer_free", "peer_escrow"))
             assert total == pytest.approx(50.0)
-
-    async def handed(n: Net) -> bool:
-        assert (await n.ask())[0] == 200
-        return bool((await n.see(0))["requests"]["handed_over"])
 
     play(scene)
 
