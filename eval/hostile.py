@@ -1,8 +1,9 @@
 """Hostile input to a live node: `python -m eval.hostile --inputs 50000`.
 
-A node process with an emulated engine gets inputs of six kinds over its HTTP port: bytes that are no HTTP, requests
+A node process with an emulated engine gets inputs of seven kinds over its HTTP port: bytes that are no HTTP, requests
 that nearly are, bodies of users, peers' requests with signatures that are nearly right, requests that a peer did sign
-and whose content is hostile, and adverts of either sort. A seed gives the same inputs, but for keys and times.
+and whose content is hostile, the same of payment and duels, and adverts of either sort. A seed gives the same inputs,
+but for keys and times.
 
 A fault is an answer that is no HTTP, one of 400 or more that is not the JSON of an error, one of 500, which is what a
 node answers to its own mistakes, any trace of a Python stack in an answer or in the node's log, a node that ends, and
@@ -32,7 +33,9 @@ import yaml
 from agents.knowledge import ADVERT_SIZE
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import write_json
+from serving.accounts import LEDGER_PATH
 from serving.dispatcher import PEER_PREFIX, PROMPT
+from serving.duel import ATTEST_PATH, JUDGE_PATH
 from serving.identity import Identity, tagged
 from serving.membership import BEAT_PATH, Advert, signed
 from serving.network import Command, free_ports, look, served
@@ -218,6 +221,36 @@ def signed_requests(m: Made) -> bytes:
     return http(path, content, {**terms, SIGNATURE: sealed})
 
 
+def payment_and_duels(m: Made) -> bytes:
+    r = m.random
+    state = {"channel": "0" * 64, "payer": m.messages.name, "payee": m.node, "number": 1, "total": 5, "head": "0" * 64}
+    receipt = {
+        "id": 1,
+        "request": "0" * 64,
+        "answer": "",
+        "tokens": 1,
+        "price": 1,
+        "locked": 5,
+        "due": 5,
+        "came": "whole",
+    }
+    vouch = {"voucher": {"state": state, "signature": "A" * 88}, "first": 0, "receipts": [receipt]}
+    answer = {"executor": m.messages.name, "request": "0" * 64, "answer": "0" * 64, "signature": "A" * 88}
+    pair = {
+        "path": CHAT, "stream": False, "request": r.choice(["{}", "[" * 9000, '{"a":' * 9000, "\x00"]), "a": answer,
+        "b": answer, "answer_a": "{}", "answer_b": "[" * 9000, "electors": [[m.node, 1]], "judges": 3,
+    }  # fmt: skip
+    path = r.choice([LEDGER_PATH, LEDGER_PATH, JUDGE_PATH, ATTEST_PATH])
+    whole: dict[str, Any] = r.choice([vouch, pair, {"request": "0" * 64, "answer": "0" * 64}, state, receipt])
+    for part in (whole, state, receipt, answer):
+        if part and r.random() < 0.4:
+            part[r.choice(list(part))] = value(r)
+    content = orjson.dumps(whole)
+    if r.random() < 0.3:
+        content = r.choice([mutated(r, content), b"[" * 9000, b'{"voucher":' * 9000, orjson.dumps(value(r))])
+    return http(path, content, {SIGNATURE: m.messages.sign(m.node, m.run, path, {}, content)})
+
+
 def adverts(m: Made) -> bytes:
     r, identity = m.random, m.messages.identity
     load = [r.choice([0.0, 1.0, -1.0, 1e308, 1e-308, 5.0]) for _ in range(ADVERT_SIZE)]
@@ -241,7 +274,7 @@ def adverts(m: Made) -> bytes:
 
 KINDS: tuple[Callable[[Made], bytes], ...] = (
     bytes_that_are_no_http, requests_that_nearly_are, bodies_of_users, signatures_that_nearly_are, signed_requests,
-    adverts,
+    payment_and_duels, adverts,
 )  # fmt: skip
 
 
@@ -261,7 +294,9 @@ def node(peer: str) -> Iterator[tuple["subprocess.Popen[bytes]", str, str, Path]
         config = {
             "name": "n", "key": str(key), "port": port, "policy": "single", "serves": [MODEL], "log": "warning",
             "engine": {"url": engine, "profile": profile}, "peers": [{"key": peer, "url": "http://127.0.0.1:9"}],
-            "market": {"speed": 20.0}, "limits": {"receive_s": RECEIVE_S},
+            "market": {"speed": 20.0},
+            "ledger": {"file": str(Path(folder, "ledger.db")), "limits": {peer: {"ours": 10.0, "theirs": 10.0}}},
+            "limits": {"receive_s": RECEIVE_S},
         }  # fmt: skip
         file, log = Path(folder, "node.yaml"), Path(folder, "log")
         file.write_text(yaml.safe_dump(config))

@@ -287,7 +287,7 @@ def tokens_of(body: bytes) -> int:
     """Tokens of a whole answer as it says, at most the bytes of the texts that came: no token is less."""
     try:
         told = msgspec.json.decode(body, type=_Answer)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return 0
     return min(told.usage.completion_tokens, sum(map(_text_bytes, told.choices)))
 

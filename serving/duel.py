@@ -249,7 +249,7 @@ class Attestor:
         """The signed answer. Raises Declined."""
         try:
             told = msgspec.json.decode(body, type=Attest)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Declined(f"not a request to sign: {error}") from None
         if (origin, told.request, told.answer) not in self._answered:
             raise Declined("that was not answered here, or long ago")
@@ -271,7 +271,7 @@ class Bench:
         try:
             pair = msgspec.json.decode(body, type=Pair)
             request = msgspec.json.decode(pair.request, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Declined(f"not a pair to judge: {error}") from None
         duel = self._check(origin, pair)
         texts = [text_of(pair.path, pair.stream, each.encode()) for each in (pair.answer_a, pair.answer_b)]

@@ -98,7 +98,7 @@ def decode(content: str | bytes) -> Statement:
     does not show what it says."""
     try:
         stated: Statement = msgspec.json.decode(content, type=Staked | Verdict | Conflict)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StatementError(f"not a statement about stake: {error}") from None
     verify(stated)
     return stated

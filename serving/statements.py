@@ -110,5 +110,5 @@ def decode(content: bytes | str, kind: Any) -> Any:
     """Read what is of a type, or of one of several. Raises StatementError."""
     try:
         return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StatementError(f"not what it should be: {error}") from None
