@@ -256,6 +256,9 @@ class Emulator:
             raise ApiError(400, f"the prompt has {prompt} tokens, expected fewer than {limit}, the model's length")
         output = self._output(request, body, room)
         streams = bool(request.get("stream"))
+        options = request.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise ApiError(400, "stream_options is not an object")
         job = self.put(prompt, output, streams)
         reason = (
             "length" if output in (request.get("max_tokens"), request.get("max_completion_tokens"), room) else "stop"
@@ -264,7 +267,7 @@ class Emulator:
         reply = Reply(chat, str(model), prompt)
         try:
             if streams:
-                usage = bool((request.get("stream_options") or {}).get("include_usage"))
+                usage = bool(options.get("include_usage"))
                 await self._stream(job, reply, reason, usage, gone, send)
             elif await _first(job.changed, gone):
                 await _answer(send, 200, reply.whole(output, reason))

@@ -139,6 +139,7 @@ def test_a_stream_without_usage_does_not_tell_it(server: Server) -> None:
         ("/v1/completions", {"model": "qwen3", "prompt": {}}, 400, "prompt is dict"),
         ("/v1/chat/completions", chat(n=2), 400, "n is 2, expected 1"),
         ("/v1/chat/completions", chat(max_tokens=0), 400, "max_tokens is 0"),
+        ("/v1/chat/completions", chat(stream=True, stream_options=3), 400, "stream_options is not an object"),
         ("/v1/completions", {"model": "qwen3", "prompt": "x" * 400_000}, 400, "the prompt has 100000 tokens"),
         ("/v1/embeddings", {}, 404, "no POST /v1/embeddings here"),
     ],
