@@ -112,7 +112,7 @@ def test_arrivals_are_played_on_an_engine_and_simulated(vllm_network: Network, t
     profile = Profile(**local_vllm.PROFILES[SMOLLM2], source="known")
     calibration.write_text(json.dumps({"profile": vars(profile), "overhead_s": 0.001}))
     arguments = ["--url", vllm_network.engine_urls[1], "--loads", "0.5", "--seconds", "6", "--repeats", "1",
-                 "--max-num-seqs", "16", "--prompt", "24", "0.4", "60", "--output", "8", "0.4", "20"]  # fmt: skip
+                 "--max-num-seqs", "16", "--prompt", "24", "0.4", "200", "--output", "8", "0.4", "40"]  # fmt: skip
     assert fidelity.main([*arguments, "--calibration", str(calibration), "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["engine"]["model"] == SMOLLM2 and result["loads"]["burst"]["requests"] == 64
