@@ -97,7 +97,7 @@ def poster(session: aiohttp.ClientSession, url: str) -> Post:
 async def measure(good_url: str, random_url: str, pairs: int, tokens: int) -> dict[str, Any]:
     """Errors of each judge on each kind of pair."""
     generator = np.random.default_rng(0)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)) as session:
         smol, random = poster(session, good_url), poster(session, random_url)
 
         async def answer(post: Post, number: int) -> str:

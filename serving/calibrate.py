@@ -40,6 +40,7 @@ MARGIN = 6  # tokens that others may get while one is timed, in its tokens
 MOST_SEQS = 1024  # looked for at most
 SETTLE_S = 15.0  # for an engine to be done with what it has
 ANSWER_S = 120.0  # without a byte, after which an engine has failed
+KEPT_S = 2.0  # that a connection is kept without a request; engines close theirs after five
 WORDS = (
     "amber", "birch", "cloud", "delta", "ember", "frost", "grove", "haven", "inlet", "jewel", "knoll", "lemon",
     "maple", "north", "ocean", "pearl", "quiet", "river", "stone", "tiger", "under", "vivid", "water", "young",
@@ -447,7 +448,8 @@ def connected(settings: Settings) -> aiohttp.ClientSession:
     headers = {"content-type": "application/json"}
     headers |= {"authorization": f"Bearer {settings.key}"} if settings.key else {}
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=ANSWER_S)
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers, timeout=timeout)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S)
+    return aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout)
 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> str:
