@@ -10,6 +10,7 @@ list of keys, `serving.zenoh_membership` finds them.
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Protocol
@@ -89,7 +90,7 @@ def signed(identity: Identity, advert: Advert) -> bytes:
     return identity.name.encode() + identity.sign(tagged("advert", told)) + told
 
 
-class Heartbeat:
+class Heartbeat(ABC):
     """What every membership has: the own advert as it is sent, and the peers by their signs of life."""
 
     def __init__(
@@ -124,9 +125,9 @@ class Heartbeat:
             self._beat = now_s, signed(self.identity, advert)
         return self._beat[1]
 
+    @abstractmethod
     def may_be(self, name: str) -> bool:
         """Whether an advert of that key is wanted."""
-        raise NotImplementedError
 
     def take(self, body: bytes) -> Advert:
         """The advert that a peer sent, once it is known to be its own and new. Raises Refused."""
