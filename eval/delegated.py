@@ -36,7 +36,8 @@ from serving.network import free_ports
 from serving.signed import SIGNATURE, Messages
 from serving.statements import digest
 
-BUSY = b"vllm:num_requests_running 256\nvllm:num_requests_waiting 500\nvllm:kv_cache_usage_perc 1\n"
+# So full that the peer looks better with all that is sent to it between two adverts, which is thousands here.
+BUSY = b"vllm:num_requests_running 256\nvllm:num_requests_waiting 1000000\nvllm:kv_cache_usage_perc 1\n"
 CREDIT, EXPOSURE = 100_000_000.0, 100_000.0
 TOGETHER = 32  # entries in a transaction, for the split
 PATH = "/peer/v1/chat/completions"

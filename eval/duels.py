@@ -24,14 +24,13 @@ from agents.protocol import MICRO, VOTE_A, VOTE_UNDECIDED
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import write_json
 from eval.judges import CHAT, question
-from serving import local_vllm
 from serving.channel import Event, Stated
 from serving.config import parse
 from serving.duel import chance_of_bias, record_of
 from serving.identity import Identity
 from serving.journal import SqliteJournal
 from serving.local_vllm import PROFILES, RANDOM, SMOLLM2, PrepareError
-from serving.network import READY_S, Command, NetworkError, free_ports, served
+from serving.network import NetworkError, free_ports, vllm
 from serving.node import serve
 from serving.stakes import Stakes, Verdict
 from serving.stakes import decode as decode_stake
@@ -237,13 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if the worthless provider has something left to stake."""
     try:
         told = _arguments(argv)
-        made, cores, ports = local_vllm.prepare(), local_vllm.cores(), free_ports(2)
-        commands = [
-            Command(*local_vllm.server(made, model, port, cores[k % len(cores)], SMOLLM2))
-            for k, (model, port) in enumerate(zip((SMOLLM2, RANDOM), ports, strict=True))
-        ]
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        with served(commands, urls, READY_S["vllm"]):
+        with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as (urls, _):
             result = asyncio.run(fight(*urls, count=told.nodes, most=told.most, tokens=told.tokens))
         print(msgspec.json.format(msgspec.json.encode(result)).decode())
         if told.json:

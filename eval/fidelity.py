@@ -40,7 +40,7 @@ from serving import local_vllm
 from serving.calibrate import CalibrationError, Measurement, Prober, Settings, connected, find_model, settle
 from serving.engine import NAMES
 from serving.local_vllm import PROFILES, SMOLLM2, PrepareError
-from serving.network import READY_S, Command, NetworkError, free_ports, served
+from serving.network import NetworkError, vllm
 
 BURST = 4  # times as many requests as the engine runs at once: at once, they tell its capacity
 MARGIN = 64  # tokens, of the longest request that is calibrated with beyond the longest drawn
@@ -229,9 +229,8 @@ def own_vllm(model: str) -> Iterator[str]:
 
     Raises NetworkError and serving.local_vllm.PrepareError.
     """
-    made, cores, [port] = local_vllm.prepare(), local_vllm.cores(), free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    with served([Command(*local_vllm.server(made, model, port, cores[0]))], [url], READY_S["vllm"]):
+    cores = local_vllm.cores()
+    with vllm([model]) as ([url], _):
         os.sched_setaffinity(0, {cores[-1]})
         try:
             yield url

@@ -21,10 +21,9 @@ import orjson
 from agents.protocol import VOTE_A, VOTE_B, VOTE_UNDECIDED
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import write_json
-from serving import local_vllm
 from serving.judge import JudgeError, Post, gain, likelihood, vote_by
 from serving.local_vllm import RANDOM, SMOLLM2, PrepareError
-from serving.network import READY_S, Command, NetworkError, free_ports, served
+from serving.network import NetworkError, vllm
 
 CHAT = "/v1/chat/completions"
 AT_ONCE = 8  # requests in an engine
@@ -164,13 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
         told = _arguments(argv)
-        made, cores, ports = local_vllm.prepare(), local_vllm.cores(), free_ports(2)
-        commands = [
-            Command(*local_vllm.server(made, model, port, cores[k % len(cores)], SMOLLM2))
-            for k, (model, port) in enumerate(zip((SMOLLM2, RANDOM), ports, strict=True))
-        ]
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        with served(commands, urls, READY_S["vllm"]):
+        with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as (urls, _):
             result = asyncio.run(measure(*urls, told.pairs, told.tokens))
         print(table(result))
         if told.json:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 import yaml
 
-from agents.hardware import Profile
+from agents.hardware import BLOCK_TOKENS, Profile
 from agents.rules import RULES, Policy
 from envs.batch import RequestTable
 from envs.oracle import ORACLES
@@ -40,11 +40,12 @@ from serving import local_vllm
 from serving.calibrate import CalibrationError, Settings, calibrate
 from serving.config import ConfigError, parse
 from serving.local_vllm import SMOLLM2, PrepareError
-from serving.network import READY_S, Command, NetworkError, free_ports, look, served, started
+from serving.network import READY_S, Command, NetworkError, free_ports, look, started, vllm
 
 LOWEST_TOKEN, HIGHEST_TOKEN = 1000, 30_000  # of made-up prompts: in every vocabulary, and none of them special
 MARGIN = 64  # tokens, of the longest request that engines are measured with beyond the scenario's
 REPEATS = 2  # of each load, when engines are measured
+KV_TOKENS = 2560  # of a real engine: a full batch of `live/pair` nearly fills it, as is usual on a GPU
 SETTLE_S = 2.0  # between a network's being ready and the first arrival
 MOST_SPEED = 100.0
 
@@ -154,20 +155,22 @@ def _emulators(planned: MarketPlan, ports: Sequence[int], speed: float) -> list[
 
 
 @contextmanager
-def vllm_servers(count: int, longest: int, file: Path | None) -> Iterator[Servers]:
-    """Real vLLM with a small model, each on a core. `file` has their profiles; where it does not exist, it is written.
+def vllm_servers(count: int, longest: int, kv_tokens: int, file: Path | None) -> Iterator[Servers]:
+    """Real vLLM with a small model, each on a core, with a KV cache of `kv_tokens`.
 
-    Else each is measured while the others are kept busy, with requests of up to `longest` tokens. Raises UsageError for
-    a file of another kind, NetworkError, serving.local_vllm.PrepareError and serving.calibrate.CalibrationError.
+    `file` has their profiles; where it does not exist, it is written, after each was measured while the others are kept
+    busy, with requests of up to `longest` tokens and caches that hold as many of them as run at once. Raises UsageError
+    for a file of another kind or of other engines, NetworkError, serving.local_vllm.PrepareError and
+    serving.calibrate.CalibrationError.
     """
-    known = read_profiles(file, count) if file is not None and file.exists() else None
-    made, cores, ports = local_vllm.prepare(), local_vllm.cores(), free_ports(count)
-    commands = [Command(*local_vllm.server(made, SMOLLM2, port, cores[i % len(cores)])) for i, port in enumerate(ports)]
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    with served(commands, urls, READY_S["vllm"]) as processes:
-        profiles = known or _calibrated(urls, longest)
-        if known is None and file is not None:
+    if file is not None and file.exists():
+        profiles = read_profiles(file, count, kv_tokens)
+    else:
+        with vllm([SMOLLM2] * count, kv_tokens=local_vllm.MAX_NUM_SEQS * local_vllm.MAX_MODEL_LEN) as (urls, _):
+            profiles = [replace(each, kv_blocks=kv_tokens // BLOCK_TOKENS) for each in _calibrated(urls, longest)]
+        if file is not None:
             write_profiles(file, profiles)
+    with vllm([SMOLLM2] * count, kv_tokens=kv_tokens) as (urls, processes):
         yield Servers(urls, profiles, [process.pid for process in processes])
 
 
@@ -189,14 +192,17 @@ def write_profiles(file: Path, profiles: Sequence[Profile]) -> None:
     write_json(file, {"profiles": [asdict(profile) for profile in profiles]})
 
 
-def read_profiles(file: Path, count: int) -> list[Profile]:
-    """`count` engines' profiles. Raises UsageError for another file."""
+def read_profiles(file: Path, count: int, kv_tokens: int) -> list[Profile]:
+    """`count` engines' profiles. Raises UsageError for another file, or engines without a KV cache of `kv_tokens`."""
     try:
         profiles = [Profile(**each) for each in orjson.loads(file.read_bytes())["profiles"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--profiles {file}: no profiles as this command writes them: {error!r}") from None
     if len(profiles) != count:
         raise UsageError(f"--profiles {file}: has {len(profiles)} profiles, expected {count}, one for each provider")
+    for profile in profiles:
+        if abs(profile.kv_tokens - kv_tokens) >= local_vllm.KV_BLOCK:
+            raise UsageError(f"--profiles {file}: of {profile.kv_tokens} KV tokens, --kv-tokens is {kv_tokens}")
     return profiles
 
 
@@ -447,6 +453,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "every place, calibrated first (default: emulated)")  # fmt: skip
     add("--profiles", type=Path, metavar="FILE", help="with --engine vllm: the engines' profiles; measured, and "
         "written there, if there is no such file (default: measured)")  # fmt: skip
+    add("--kv-tokens", type=integer(local_vllm.MAX_MODEL_LEN), default=KV_TOKENS, metavar="N",
+        help=f"with --engine vllm: of each engine's KV cache (default: {KV_TOKENS})")  # fmt: skip
     add("--network", type=Path, metavar="FILE",
         help="of a network that runs: YAML with nodes, URLs in the order of the providers")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the results to FILE")
@@ -490,7 +498,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             servers = None
             if args.engine == "vllm":
                 longest = max(_longest(plan(scenario, seed)) for seed in seeds) + MARGIN
-                servers = stack.enter_context(vllm_servers(len(scenario.providers), longest, args.profiles))
+                servers = stack.enter_context(
+                    vllm_servers(len(scenario.providers), longest, args.kv_tokens, args.profiles)
+                )
             result = live(
                 scenario, told, loaded, seeds, args.speed, args.stream, opened,
                 report=lambda line: print(line, file=sys.stderr, flush=True),

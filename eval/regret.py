@@ -37,6 +37,7 @@ SCENARIOS = (
     "market/deadlines",
     "liars/first",
 )
+MARKETS, SEEDS = 48, 128  # random markets of each kind and seeds of every scenario that a policy is judged by
 Families = Mapping[str, Sequence[MarketPlan]]
 Scores = dict[str, NDArray[np.float64]]
 Tree = dict[str, Any]
@@ -118,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m eval.regret", description="Judge policies by their worst regret.")
     add = parser.add_argument
     add("--policy", nargs="*", default=[], metavar="NAME|BUNDLE", help="policies beside the rules")
-    add("--markets", type=integer(2), default=48, help="random markets of each kind (default: 48)")
-    add("--seeds", type=integer(2), default=32, help="seeds of each packaged scenario (default: 32)")
+    add("--markets", type=integer(2), default=MARKETS, help=f"random markets of each kind (default: {MARKETS})")
+    add("--seeds", type=integer(2), default=SEEDS, help=f"seeds of each packaged scenario (default: {SEEDS})")
     add("--first-seed", type=integer(0), default=FIRST_TEST_SEED, help=f"(default: {FIRST_TEST_SEED})")
     add("--processes", type=integer(1), default=2, help="policies measured at a time (default: 2)")
     add("--oracles", action="store_true", help="with the routers that see everything; they set no standard")

@@ -8,6 +8,7 @@ file `recipe` in each, written last, says what it was made from. What lacks it, 
 """
 
 import fcntl
+import math
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ NOT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")  # their builds are fo
 SMOLLM2, RANDOM = "SmolLM2-135M-Instruct", "qwen3-random"  # the second answers fast, and nothing of worth
 MAX_MODEL_LEN, MAX_NUM_SEQS = 2048, 16
 KV_GIB = 1  # KV cache of a server, GiB
+KV_BLOCK = 32  # tokens of a block of a KV cache of set size: the fewest that vLLM on a CPU is made for
 
 # What `wwwserve calibrate` found of servers on one core of a 2-core machine (docs/node.md), by model; of the second
 # while other work took about half of the machine.
@@ -195,11 +197,12 @@ def environment() -> dict[str, str]:
 
 
 def server(
-    made: Prepared, model: str, port: int, core: int, served: str | None = None
+    made: Prepared, model: str, port: int, core: int, served: str | None = None, kv_tokens: int | None = None
 ) -> tuple[list[str], dict[str, str]]:
     """Command and environment of a server of `model` at `port` of the loopback, on one CPU `core`; it takes 2.8 GB.
 
-    It says that it serves `served`, by default the model.
+    It says that it serves `served`, by default the model. Its KV cache has KV_GIB GiB, or holds `kv_tokens`, at least
+    MAX_MODEL_LEN, in blocks of KV_BLOCK.
     """
     command = [
         "taskset", "-c", str(core), str(made.python), "-m", "vllm.entrypoints.openai.api_server",
@@ -207,6 +210,9 @@ def server(
         "--served-model-name", served or model, "--dtype", "bfloat16", "--enforce-eager",
         "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS),
     ]  # fmt: skip
+    if kv_tokens is not None:
+        blocks = math.ceil(kv_tokens / KV_BLOCK)
+        command += ["--block-size", str(KV_BLOCK), "--num-gpu-blocks-override", str(blocks)]
     more = {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB), "VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1",
         "VLLM_HOST_IP": "127.0.0.1",

@@ -45,6 +45,13 @@ class Network(NamedTuple):
     nodes: list["subprocess.Popen[bytes]"]
 
 
+class Engines(NamedTuple):
+    """Engines that run: their URLs and processes."""
+
+    urls: list[str]
+    processes: list["subprocess.Popen[bytes]"]
+
+
 class Plan(NamedTuple):
     """A network to run: as many nodes, all alike."""
 
@@ -126,11 +133,17 @@ def _vllm(plan: Plan, ports: Sequence[int]) -> tuple[dict[str, Any], list[Comman
     if plan.model not in local_vllm.PROFILES:
         known = ", ".join(local_vllm.PROFILES)
         raise NetworkError(f"--model is {plan.model!r}, expected one of {known} with --engine vllm")
+    return {"kind": "measured", **local_vllm.PROFILES[plan.model]}, _vllm_servers([plan.model] * len(ports), ports)
+
+
+def _vllm_servers(
+    models: Sequence[str], ports: Sequence[int], name: str | None = None, kv_tokens: int | None = None
+) -> list[Command]:
     made, cores = local_vllm.prepare(), local_vllm.cores()
-    commands = [
-        Command(*local_vllm.server(made, plan.model, port, cores[i % len(cores)])) for i, port in enumerate(ports)
+    return [
+        Command(*local_vllm.server(made, model, port, cores[i % len(cores)], name, kv_tokens))
+        for i, (model, port) in enumerate(zip(models, ports, strict=True))
     ]
-    return {"kind": "measured", **local_vllm.PROFILES[plan.model]}, commands
 
 
 @contextmanager
@@ -156,6 +169,18 @@ def served(
             yield engines
         finally:
             _stop(engines)
+
+
+@contextmanager
+def vllm(models: Sequence[str], name: str | None = None, kv_tokens: int | None = None) -> Iterator[Engines]:
+    """Real vLLM engines of small `models`, each on one core, in turn; they end with the context.
+
+    `name` and `kv_tokens` are as in `serving.local_vllm.server`. Raises NetworkError, serving.local_vllm.PrepareError.
+    """
+    ports = free_ports(len(models))
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    with served(_vllm_servers(models, ports, name, kv_tokens), urls, READY_S["vllm"]) as processes:
+        yield Engines(urls, processes)
 
 
 @contextmanager

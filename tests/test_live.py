@@ -144,12 +144,15 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_profiles_are_read_as_they_were_written(tmp_path: Path) -> None:
     file = tmp_path / "profiles.json"
-    known = [profile("rtx-3090", "qwen3-8b", 4), profile("h100", "qwen3-8b", 8)]
+    known = [profile("rtx-3090", "qwen3-8b", 4)] * 2
+    tokens = known[0].kv_tokens
     command.write_profiles(file, known)
-    assert command.read_profiles(file, 2) == known
+    assert command.read_profiles(file, 2, tokens) == known
     with pytest.raises(UsageError, match="has 2 profiles, expected 3, one for each provider"):
-        command.read_profiles(file, 3)
+        command.read_profiles(file, 3, tokens)
+    with pytest.raises(UsageError, match=f"of {tokens} KV tokens, --kv-tokens is 2560"):
+        command.read_profiles(file, 2, 2560)
     for text in ("", "[]", '{"profiles": [{"weight_s": 1}]}', '{"profiles": [{"weight_s": -1}]}'):
         file.write_text(text)
         with pytest.raises(UsageError, match="no profiles as this command writes them"):
-            command.read_profiles(file, 1)
+            command.read_profiles(file, 1, tokens)

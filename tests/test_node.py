@@ -304,6 +304,38 @@ def test_beyond_the_bound_of_its_queue_a_node_says_when_to_come_again() -> None:
     play(scene)
 
 
+def test_what_is_held_goes_by_deadline_and_is_held_no_longer_than_that() -> None:
+    output = {"median": 5.0, "sigma": 0.1, "max": 20}
+    classes = {
+        name: {"deadline_s": deadline_s, "value": 1.0, "output": output}
+        for name, deadline_s in (("batch", 60.0), ("chat", 30.0), ("now", 0.5))
+    }
+
+    async def scene() -> None:
+        async with net(Stub(mode="full"), classes=classes) as n:
+
+            async def ask(klass: str) -> tuple[str, int, float, dict[str, str]]:
+                start_s = time.monotonic()
+                status, _, headers = await n.ask(headers={"x-slo-class": klass})
+                return klass, status, time.monotonic() - start_s, headers
+
+            late = [asyncio.create_task(ask(klass)) for klass in ("batch", "chat")]
+            _, status, took_s, headers = await ask("now")
+            assert (status, headers["Retry-After"]) == (503, "1")
+            assert 0.5 <= took_s < 5.0
+            assert (await n.see())["held"] == 2 and not any(task.done() for task in late)
+            n.stubs[0].mode = "well"
+            assert [each[1] for each in await asyncio.gather(*late)] == [200, 200]
+            together: dict[float, list[str]] = {}
+            for decided in (await n.see())["decisions"]:
+                together.setdefault(decided["at_s"], []).append(decided["class"])
+            assert ["now", "chat", "batch"] in together.values()
+            totals = (await n.see())["requests"]
+            assert (totals["answered"], totals["failed"], totals["on_time"]) == (2, 1, 2)
+
+    play(scene)
+
+
 @pytest.mark.parametrize("mode", ["garbage", "hangs up"])
 def test_an_engine_that_fails_ends_a_request_with_an_error(mode: str) -> None:
     async def scene() -> None:

@@ -372,4 +372,8 @@ def test_a_server_gets_one_core_and_neither_our_packages_nor_a_hub(monkeypatch: 
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1" and environment["HF_HUB_OFFLINE"] == "1"
     assert "PYTHONPATH" not in environment
+    assert "--num-gpu-blocks-override" not in command
+    command, _ = local_vllm.server(made, SMOLLM2, 8123, 1, kv_tokens=2560)
+    assert command[command.index("--block-size") + 1] == "32"
+    assert command[command.index("--num-gpu-blocks-override") + 1] == "80"
     assert local_vllm.cores() == sorted(os.sched_getaffinity(0))

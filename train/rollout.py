@@ -27,7 +27,7 @@ from agents.forward import (
 )
 from agents.kernel import kernel
 from agents.network import SUMMARY
-from agents.rules import Rule
+from agents.rules import Policy
 from agents.view import (
     ADVERT_DUE,
     CLASS_VALUE,
@@ -276,7 +276,7 @@ class Collector:
             self.decisions = larger
         return self.decisions
 
-    def _teach(self, teachers: Mapping[Kind, Rule], batch: MarketBatch, low: int, high: int) -> None:
+    def _teach(self, teachers: Mapping[Kind, Policy], batch: MarketBatch, low: int, high: int) -> None:
         """Write down what the teacher of each market's kind would choose where decisions `low` to `high` were made."""
         rows = self.decisions.market[low:high], self.decisions.provider[low:high]
         asked = np.zeros_like(batch.active)
@@ -294,7 +294,7 @@ class Collector:
         net: Net,
         number: int,
         steps: int,
-        teachers: Mapping[Kind, Rule],
+        teachers: Mapping[Kind, Policy],
         *,
         paid: bool = True,
         every: bool = False,
@@ -388,7 +388,7 @@ class Collectors:
         net: Net,
         number: int,
         steps: int,
-        teachers: Mapping[Kind, Rule],
+        teachers: Mapping[Kind, Policy],
         *,
         paid: bool = True,
         every: bool = False,
