@@ -6,7 +6,6 @@ the only ways in: they refuse whatever is not exactly right with a `ScenarioErro
 
 import difflib
 import math
-import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 
-from agents import hardware
+from agents import hardware, strict_yaml
 from agents.lengths import Lognormal
 from envs import trace
 from envs.engine import MAX_SLOTS
@@ -256,10 +255,9 @@ def load(name_or_path: str | Path) -> Scenario:
         found = f"byte 0x{data[error.start]:02x} at offset {error.start}"
         raise ScenarioError(name, "file", found, "text in UTF-8") from None
     try:
-        mapping = yaml.load(text, _Loader)
-    except Exception as error:  # explicit tags make the constructors fail in ways of their own
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise ScenarioError(name, "file", detail, "valid YAML") from None
+        mapping = strict_yaml.load(text)
+    except yaml.YAMLError as error:
+        raise ScenarioError(name, "file", " ".join(str(error).split()), "valid YAML") from None
     return parse(mapping, name, path.parent)
 
 
@@ -639,23 +637,3 @@ def _plain(value: Any) -> Any:
     entries = {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     kind = {"kind": value.kind} if isinstance(value, Traffic) else {}
     return kind | {key: entry for key, entry in entries.items() if entry is not None}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys and merge keys, where 1e-3 is a number as in YAML 1.2."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool | None):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-            if key in mapping:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
-            mapping[key] = self.construct_object(value_node, deep=deep)
-        return mapping
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)

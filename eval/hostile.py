@@ -31,17 +31,22 @@ import orjson
 import yaml
 
 from agents.knowledge import ADVERT_SIZE
+from agents.protocol import MICRO
 from eval.arguments import Parser, UsageError, integer
 from eval.compare import write_json
 from serving.accounts import LEDGER_PATH
 from serving.dispatcher import PEER_PREFIX, PROMPT
 from serving.duel import ATTEST_PATH, JUDGE_PATH
 from serving.identity import Identity, tagged
+from serving.ledger import Open, Telling, Vouching
 from serving.membership import BEAT_PATH, Advert, signed
 from serving.network import Command, free_ports, look, served
 from serving.signed import SIGNATURE, Messages
+from serving.stakes import Answer, Stake, Staked
+from serving.statements import Opening, Receipt, Signed, State, Vouch, digest, link, sign
 
 MODEL = "qwen3-8b"
+LIMIT = 10.0  # credits that the node and its peer give each other
 READY_S = 300.0
 RECEIVE_S = 1.0  # that a request may take to come; those that never come to their end are answered then
 ANSWER_S = 30.0  # after which a node counts as hanging
@@ -223,32 +228,58 @@ def signed_requests(m: Made) -> bytes:
 
 def payment_and_duels(m: Made) -> bytes:
     r = m.random
-    state = {"channel": "0" * 64, "payer": m.messages.name, "payee": m.node, "number": 1, "total": 5, "head": "0" * 64}
-    receipt = {
-        "id": 1,
-        "request": "0" * 64,
-        "answer": "",
-        "tokens": 1,
-        "price": 1,
-        "locked": 5,
-        "due": 5,
-        "came": "whole",
-    }
-    vouch = {"voucher": {"state": state, "signature": "A" * 88}, "first": 0, "receipts": [receipt]}
-    answer = {"executor": m.messages.name, "request": "0" * 64, "answer": "0" * 64, "signature": "A" * 88}
-    pair = {
-        "path": CHAT, "stream": False, "request": r.choice(["{}", "[" * 9000, '{"a":' * 9000, "\x00"]), "a": answer,
-        "b": answer, "answer_a": "{}", "answer_b": "[" * 9000, "electors": [[m.node, 1]], "judges": 3,
-    }  # fmt: skip
     path = r.choice([LEDGER_PATH, LEDGER_PATH, JUDGE_PATH, ATTEST_PATH])
-    whole: dict[str, Any] = r.choice([vouch, pair, {"request": "0" * 64, "answer": "0" * 64}, state, receipt])
-    for part in (whole, state, receipt, answer):
-        if part and r.random() < 0.4:
-            part[r.choice(list(part))] = value(r)
-    content = orjson.dumps(whole)
-    if r.random() < 0.3:
+    told = payment(m) if path == LEDGER_PATH else duel(m, path)
+    for _ in range(r.choice([0, 1, 1, 2])):
+        spoil(r, told)
+    content = orjson.dumps(told)
+    if r.random() < 0.2:
         content = r.choice([mutated(r, content), b"[" * 9000, b'{"voucher":' * 9000, orjson.dumps(value(r))])
     return http(path, content, {SIGNATURE: m.messages.sign(m.node, m.run, path, {}, content)})
+
+
+def payment(m: Made) -> Any:
+    """What a peer may tell of payment: signed as it should be, and with numbers of any sort."""
+    r, me = m.random, m.messages.identity
+    number = lambda: r.choice([0, 1, 1, 2, 5, -1, 2**40, 2**63 - 1])  # noqa: E731
+    a, b = sorted((me.name, m.node))
+    opening = Opening(a, b, round(LIMIT * MICRO), round(LIMIT * MICRO), "limits")
+    head, receipts = opening.digest(), []
+    for _ in range(r.randrange(1, 4)):
+        came = r.choice(["whole", "part", "nothing"])
+        receipts.append(Receipt(number(), digest(b""), "", number(), number(), number(), number(), came))
+        head = link(head, receipts[-1])
+    total = sum(each.due for each in receipts) % 2**63
+    state = State(opening.digest(), me.name, m.node, len(receipts), r.choice([total, number()]), head)
+    stake = Stake(me.name, number(), number())
+    staked = msgspec.json.encode(Staked(stake, sign(me, "stake", stake))).decode()
+    vouch = Vouch(Signed(state, sign(me, "voucher", state)), r.choice([1, 1, number()]), tuple(receipts))
+    messages = [Open(opening, sign(me, "opening", opening)), Vouching(vouch), Vouching(vouch)]
+    return msgspec.to_builtins(r.choice([*messages, Telling((staked, text(r)))]))
+
+
+def duel(m: Made, path: str) -> Any:
+    """What a peer may ask an executor to sign, or a judge to judge."""
+    r = m.random
+    if path == ATTEST_PATH:
+        return {"request": digest(b""), "answer": digest(b"")}
+    request = r.choice(["{}", "[" * 9000, '{"a":' * 9000, "\x00"])
+    answer = Answer(m.messages.name, digest(request.encode()), digest(b"{}")).signed(m.messages.identity)
+    told = msgspec.to_builtins(answer)
+    return {
+        "path": CHAT, "stream": False, "request": request, "a": told, "b": dict(told), "answer_a": "{}",
+        "answer_b": "[" * 9000, "electors": [[m.node, 1]], "judges": 3,
+    }  # fmt: skip
+
+
+def spoil(r: random.Random, tree: Any) -> None:
+    """Put something else in some place of a tree of mappings and lists."""
+    while isinstance(tree, dict | list) and tree:
+        at: Any = r.choice(list(tree)) if isinstance(tree, dict) else r.randrange(len(tree))
+        if not isinstance(tree[at], dict | list) or not tree[at] or r.random() < 0.2:
+            tree[at] = value(r)
+            return
+        tree = tree[at]
 
 
 def adverts(m: Made) -> bytes:
@@ -295,7 +326,7 @@ def node(peer: str) -> Iterator[tuple["subprocess.Popen[bytes]", str, str, Path]
             "name": "n", "key": str(key), "port": port, "policy": "single", "serves": [MODEL], "log": "warning",
             "engine": {"url": engine, "profile": profile}, "peers": [{"key": peer, "url": "http://127.0.0.1:9"}],
             "market": {"speed": 20.0},
-            "ledger": {"file": str(Path(folder, "ledger.db")), "limits": {peer: {"ours": 10.0, "theirs": 10.0}}},
+            "ledger": {"file": str(Path(folder, "ledger.db")), "limits": {peer: {"ours": LIMIT, "theirs": LIMIT}}},
             "limits": {"receive_s": RECEIVE_S},
         }  # fmt: skip
         file, log = Path(folder, "node.yaml"), Path(folder, "log")

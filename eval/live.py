@@ -23,6 +23,7 @@ import numpy as np
 import orjson
 import yaml
 
+from agents import strict_yaml
 from agents.hardware import BLOCK_TOKENS, Profile
 from agents.rules import RULES, Policy
 from envs.batch import RequestTable
@@ -213,7 +214,7 @@ def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live
     another policy or at another speed.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = strict_yaml.load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--network {file}: {' '.join(str(error).split())}") from None
     urls = content.get("nodes") if isinstance(content, dict) and set(content) == {"nodes"} else None

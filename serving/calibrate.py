@@ -453,6 +453,8 @@ def connected(settings: Settings) -> aiohttp.ClientSession:
 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise CalibrationError(f"{url} is no URL, expected http://HOST:PORT of an engine")
     try:
         async with session.get(url) as response:
             if response.status != 200:

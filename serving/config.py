@@ -1,13 +1,16 @@
 """What an operator says of a node, in `node.yaml`: validated, every key with its default here."""
 
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 import yaml
 
+from agents import strict_yaml
 from agents.hardware import Profile, profile
 from agents.kernel import Floats
 from agents.knowledge import MAX_CLASSES
@@ -18,6 +21,7 @@ from serving.membership import MOST_LABEL
 from serving.provider import Market
 from serving.stakes import MOST_JUDGES
 
+MOST_AT_ONCE = 1 << 16  # requests in an engine
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
 
@@ -274,10 +278,20 @@ def _ledger_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ]
 
 
+def _not_finite(told: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers that are infinite or none, by their place."""
+    if isinstance(told, float) and not math.isfinite(told):
+        yield path, told
+    elif isinstance(told, dict | list | tuple):
+        for key, value in told.items() if isinstance(told, dict) else enumerate(told):
+            yield from _not_finite(value, f"{path}.{key}" if path else str(key))
+
+
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
     keys = [peer.key for peer in c.peers]
     return [
+        *[(field, False, f"finite, got {value}") for field, value in _not_finite(msgspec.to_builtins(c))],
         ("name", 0 < len(c.name) <= MOST_LABEL and c.name.isprintable(), f"1 to {MOST_LABEL} printable characters"),
         ("key", bool(c.key), "a file"),
         ("port", 0 <= c.port < 65536, f"0 to 65535, got {c.port}"),
@@ -299,8 +313,12 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("market.judges", 1 <= c.market.judges <= MOST_JUDGES, f"1 to {MOST_JUDGES}, got {c.market.judges}"),
         ("market.speed", 0.01 <= c.market.speed <= 100, f"0.01 to 100, got {c.market.speed:g}"),
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
-        ("stake and credit", c.stake >= 0 and c.credit >= 0, "at least 0"),
-        ("limits", min(msgspec.structs.astuple(c.limits)) > 0, "above 0"),
+        *[(field, 0 <= amount <= MOST_CREDITS, f"0 to {MOST_CREDITS:,} credits, got {amount:g}")
+          for field, amount in (("stake", c.stake), ("credit", c.credit))],
+        *[(f"limits.{field}", limit > 0, f"above 0, got {limit:g}")
+          for field, limit in msgspec.structs.asdict(c.limits).items()],
+        ("engine.profile.max_num_seqs", 1 <= c.engine.profile.max_num_seqs <= MOST_AT_ONCE,
+         f"1 to {MOST_AT_ONCE}, got {c.engine.profile.max_num_seqs}"),
         ("output", c.output.median > 0 and c.output.sigma >= 0 and c.output.max > 0, "of positive length"),
     ]  # fmt: skip
 
@@ -308,7 +326,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
 def load(path: Path) -> NodeConfig:
     """Read `node.yaml`. Raises ConfigError, naming the file and what is wrong."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = strict_yaml.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:

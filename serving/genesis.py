@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
+from agents import strict_yaml
 from agents.protocol import MICRO
 from serving.config import MOST_CREDITS, ConfigError, LedgerConfig, Struct
 from serving.identity import NAME_CHARS, SignatureError, public_key
@@ -61,7 +62,7 @@ def agreed(told: LedgerConfig, name: str) -> tuple[dict[str, Grant], dict[str, i
 def load(path: Path) -> Genesis:
     """Read a genesis file. Raises ConfigError, naming the file and what is wrong."""
     try:
-        found = msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), Genesis)
+        found = msgspec.convert(strict_yaml.load(path.read_text(encoding="utf-8")), Genesis)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError, msgspec.ValidationError) as error:

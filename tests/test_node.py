@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import re
 import tempfile
 import time
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from aiohttp import web
 
+from agents.bundle import BundleError
 from serving import config, dispatcher, engine, node
 from serving.engine import NAMES, EngineError, read_load
 from serving.identity import Identity
@@ -734,6 +736,22 @@ def test_what_was_sent_since_the_scrape_is_counted() -> None:
     play(scene)
 
 
+def test_a_file_is_read_as_it_is_meant(tmp_path: Path) -> None:
+    file = tmp_path / "node.yaml"
+    whole = yaml.safe_dump(GOOD)
+    file.write_text(whole + "stake: 1e-3\n")
+    assert config.load(file).stake == 0.001
+    for more, told in (("name: again\n", "key 'name' twice"), ("port: !!int x\n", "not YAML"), ("a: [", "not YAML")):
+        file.write_text(whole + more)
+        with pytest.raises(config.ConfigError, match=f"node.yaml: .*{told}"):
+            config.load(file)
+
+
+def test_a_policy_that_is_none_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"policy 'nosuch' is no rule \(single, .*\) and no folder of a bundle"):
+        node.policy_of("nosuch")
+
+
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs/node.md").read_text()
     inner = {
@@ -772,6 +790,12 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
         ({"peers": [{"key": "north", "url": "http://h:2"}]}, "every peer's key must be a public key, got 'north'"),
         ({"classes": {str(k): {"deadline_s": 5} for k in range(5)}}, "at most 4, got 5"),
         ({"market": {"prices": []}}, "market.prices must be"),
+        ({"stake": math.inf}, "stake must be finite, got inf"),
+        ({"market": {"prices": [1.0, math.nan]}}, "market.prices.1 must be finite, got nan"),
+        ({"credit": -1.0}, "credit must be 0 to 1,000,000,000 credits, got -1"),
+        ({"stake": 1e300}, r"stake must be 0 to 1,000,000,000 credits, got 1e\+300"),
+        ({"limits": {"body_bytes": -1}}, "limits.body_bytes must be above 0, got -1"),
+        ({"engine": {"url": "http://h:1", "profile": PROFILE | {"max_num_seqs": 10**9}}}, "max_num_seqs must be 1 to"),
         ({"membership": {"kind": "rumour"}}, r"at `\$.membership.kind`"),
         ({"membership": {"kind": "static", "network": "x"}}, "unknown field `network`"),
         ({"membership": {"kind": "zenoh", "network": "x"}}, "missing required field `listen`"),
