@@ -68,7 +68,7 @@ async def ask(port: int, pids: Sequence[int], seconds: float, connections: int) 
     return {
         "requests": asked, "requests_per_s": round(asked / took_s, 1), "p50_ms": round(1e3 * median(times), 3),
         "cpu_us": [round(each, 1) for each in used],
-        "one_core_carries_per_s": [round(1e6 / each) for each in used],
+        "one_core_carries_per_s": [round(1e6 / each) if each else None for each in used],
     }  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class SqliteJournal:
         """Open or make the journal of `owner`. `max_pages` bounds the file, 0 does not. Raises JournalError."""
         self.path = path
         if read_only and not path.is_file():
-            raise JournalError(f"{path}: no such file")
+            raise JournalError(f"{path}: no journal that can be used: there is no such file")
         try:
             where = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             self._db = sqlite3.connect(where, uri=True, isolation_level=None, timeout=BUSY_S, check_same_thread=False)

@@ -143,7 +143,7 @@ def test_the_profile_of_an_emulated_engine_is_found(tmp_path: Path, capsys: pyte
     for kind in ("decode", "prefill alone", "prefill among others"):
         for which in ("fitted", "held out"):
             error = told["errors"][f"{kind}, {which}"]
-            assert error["loads"] >= 2 and error["mean"] < 0.3
+            assert error["loads"] >= 2 and error["mean"] < 0.5
             assert f"# {kind}, {which}" in out
     assert told["overhead_s"] < 0.05
     assert len(told["samples"]) > 20 and told["model"] == "m"

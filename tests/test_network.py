@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
@@ -153,14 +154,16 @@ def test_a_node_is_shown_in_a_narrow_terminal(
     assert [row for row in rows if row[:1] == ["west"]] == [["west", "no", "-", "2", "1", "-", "1", "1.23", "4", "-"]]
 
 
-def test_what_cannot_come_up_says_why() -> None:
+def test_what_cannot_come_up_says_why(tmp_path: Path) -> None:
     with pytest.raises(NetworkError, match="--nodes is 0"):
         configurations(PLAN._replace(nodes=0))
     with pytest.raises(ConfigError, match="abacus"):
         configurations(PLAN._replace(gpu="abacus"))
+    with pytest.raises(NetworkError, match=r"--policy 'no-such-bundle' is no rule \(single, .* no folder of a bundle"):
+        configurations(PLAN._replace(policy="no-such-bundle"))
     with (
-        pytest.raises(NetworkError, match=r"node 1 ended with 1: .*no-such-bundle"),
-        running(PLAN._replace(nodes=1, policy="no-such-bundle")),
+        pytest.raises(NetworkError, match=r"node 1 ended with 1: .*manifest.json"),
+        running(PLAN._replace(nodes=1, policy=str(tmp_path))),
     ):
         pass
     with pytest.raises(NetworkError, match="does not answer as a node"):
