@@ -453,8 +453,6 @@ def connected(settings: Settings) -> aiohttp.ClientSession:
 
 
 async def _get(session: aiohttp.ClientSession, url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise CalibrationError(f"{url} is no URL, expected http://HOST:PORT of an engine")
     try:
         async with session.get(url) as response:
             if response.status != 200:
@@ -466,6 +464,8 @@ async def _get(session: aiohttp.ClientSession, url: str) -> str:
 
 async def find_model(session: aiohttp.ClientSession, url: str, name: str | None) -> tuple[str, int]:
     """Name and length of the model, the first where none is named. Raises CalibrationError."""
+    if not url.startswith(("http://", "https://")):
+        raise CalibrationError(f"{url}/v1/models is no URL, expected http://HOST:PORT of an engine")
     page = await _get(session, f"{url}/v1/models")
     try:
         listed = {str(each["id"]): each for each in orjson.loads(page)["data"]}

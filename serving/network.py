@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from agents.rules import RULES
 from serving import calibrate, guard, local_vllm
 from serving.config import parse
 from serving.identity import Identity
@@ -92,8 +91,6 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
     """
     if not 1 <= plan.nodes <= 256:
         raise NetworkError(f"--nodes is {plan.nodes}, expected 1 to 256")
-    if plan.policy is not None and plan.policy not in RULES and not Path(plan.policy).is_dir():
-        raise NetworkError(f"--policy {plan.policy!r} is no rule ({', '.join(RULES)}) and no folder of a bundle")
     free = free_ports(3 * plan.nodes)
     engine_ports, ports, endpoints = free[::3], free[1::3], [f"tcp/127.0.0.1:{port}" for port in free[2::3]]
     if plan.base_port:

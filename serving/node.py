@@ -17,7 +17,6 @@ import aiohttp
 import uvicorn
 import uvloop
 
-from agents.bundle import BundleError
 from agents.rules import RULES, Policy, Rule
 from agents.runtime import DEFAULT_BUNDLE
 from agents.runtime import load as load_bundle
@@ -63,8 +62,6 @@ def policy_of(named: str | None) -> Policy:
     """
     if named in RULES:
         return Rule(named)
-    if named and not Path(named).is_dir():
-        raise BundleError(f"policy {named!r} is no rule ({', '.join(RULES)}) and no folder of a bundle")
     return load_bundle(Path(named) if named else DEFAULT_BUNDLE)
 
 

@@ -155,6 +155,11 @@ def complete(n: int) -> bytes:
     return b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"
 
 
+def test_what_is_no_url_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["calibrate", "127.0.0.1:8000"]) == 1
+    assert "127.0.0.1:8000/v1/models is no URL, expected http://HOST:PORT of an engine" in capsys.readouterr().err
+
+
 MODELS = json.dumps({"data": [{"id": "m", "max_model_len": 512}]}).encode()
 METRICS = b'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1.0\n'
 REFUSED = b'{"error": {"message": "unknown field ignore_eos"}}'

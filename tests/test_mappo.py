@@ -322,6 +322,22 @@ def test_an_update_leaves_alone_what_is_not_learned() -> None:
         assert torch.equal(old, now)
 
 
+def test_terms_are_imitated_to_the_end_where_they_are_not_learned() -> None:
+    """PPO moves the layers below them, so they would drift."""
+    learner, rollout = small(imitation=0.3, entropy=0.0, learning_rate=3e-3)
+    batch, _ = learner.batch(rollout)
+    batch = batch._replace(advantage=torch.zeros_like(batch.advantage))
+
+    def agreed() -> float:
+        with torch.no_grad():
+            return float(torch.softmax(learner.actor(batch.view)[1], -1).gather(-1, batch.lesson[:, 1:2]).mean())
+
+    before = agreed()
+    for _ in range(20):
+        learner.descend(batch, len(batch.lesson), False)
+    assert agreed() > before + 0.1
+
+
 @pytest.mark.parametrize("average", [0.0, 0.75])
 def test_what_is_kept_is_an_average_of_the_last_updates(average: float) -> None:
     learner, rollout = small(average=average)

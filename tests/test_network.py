@@ -159,12 +159,14 @@ def test_what_cannot_come_up_says_why(tmp_path: Path) -> None:
         configurations(PLAN._replace(nodes=0))
     with pytest.raises(ConfigError, match="abacus"):
         configurations(PLAN._replace(gpu="abacus"))
-    with pytest.raises(NetworkError, match=r"--policy 'no-such-bundle' is no rule \(single, .* no folder of a bundle"):
+    with pytest.raises(ConfigError, match=r"n1: policy must be a rule \(single, .*a bundle, got 'no-such-bundle'"):
         configurations(PLAN._replace(policy="no-such-bundle"))
     with (
         pytest.raises(NetworkError, match=r"node 1 ended with 1: .*manifest.json"),
         running(PLAN._replace(nodes=1, policy=str(tmp_path))),
     ):
         pass
+    with pytest.raises(NetworkError, match=r"127\.0\.0\.1:9 is no URL of a node, expected http://HOST:PORT"):
+        look("127.0.0.1:9")
     with pytest.raises(NetworkError, match="does not answer as a node"):
         look("http://127.0.0.1:9")

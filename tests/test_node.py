@@ -19,7 +19,6 @@ import pytest
 import yaml
 from aiohttp import web
 
-from agents.bundle import BundleError
 from serving import config, dispatcher, engine, node
 from serving.engine import NAMES, EngineError, read_load
 from serving.identity import Identity
@@ -747,11 +746,6 @@ def test_a_file_is_read_as_it_is_meant(tmp_path: Path) -> None:
             config.load(file)
 
 
-def test_a_policy_that_is_none_is_refused() -> None:
-    with pytest.raises(BundleError, match=r"policy 'nosuch' is no rule \(single, .*\) and no folder of a bundle"):
-        node.policy_of("nosuch")
-
-
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs/node.md").read_text()
     inner = {
@@ -790,6 +784,7 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
         ({"peers": [{"key": "north", "url": "http://h:2"}]}, "every peer's key must be a public key, got 'north'"),
         ({"classes": {str(k): {"deadline_s": 5} for k in range(5)}}, "at most 4, got 5"),
         ({"market": {"prices": []}}, "market.prices must be"),
+        ({"policy": "nosuch"}, r"policy must be a rule \(single, .*\) or the folder of a bundle, got 'nosuch'"),
         ({"stake": math.inf}, "stake must be finite, got inf"),
         ({"market": {"prices": [1.0, math.nan]}}, "market.prices.1 must be finite, got nan"),
         ({"credit": -1.0}, "credit must be 0 to 1,000,000,000 credits, got -1"),

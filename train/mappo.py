@@ -3,11 +3,11 @@
     python train/mappo.py --help
 
 One shared actor decides for every provider from its own view; a critic that sees the pooled state of the market serves
-training alone. The actor first imitates the rule that is best for each kind of market, then improves on it by PPO; what
-is kept is the average of its last updates. Markets are drawn from `envs.distribution`; what is reported at the end is
-from markets, scenarios and seeds that training never saw. The file reads from top to bottom: arguments, the update,
-validation, the run; `train.rollout` plays the markets. Under `torchrun` each process has its share of the markets and
-gradients are summed over them.
+training alone. The actor first imitates a teacher for each kind of market (`train.teachers`), then improves on it by
+PPO; what is kept is the average of its last updates. Markets are drawn from `envs.distribution`; what is reported at
+the end is from markets, scenarios and seeds that training never saw. The file reads from top to bottom: arguments, the
+update, validation, the run; `train.rollout` plays the markets. Under `torchrun` each process has its share of the
+markets and gradients are summed over them.
 """
 
 import json
