@@ -31,6 +31,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0
 	$(BIN)/python -m pip install -q -e '.[train,dev]'
+	mkdir -p $(VENV)/checkout && ln -sfn ../.. $(VENV)/checkout/wwwserve # where mypy finds the packages by their name
 	touch $@
 
 clean:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.kernel import Floats, Ints, Ints32, kernel
+from wwwserve.agents.kernel import Floats, Ints, Ints32, kernel
 
 CANDIDATES = 8  # K
 HOLD, LOCAL, FIRST_CANDIDATE = 0, 1, 2

@@ -5,7 +5,7 @@ A generator is a vector of six int64 words, each holding 32 bits. Kernels take i
 
 import numpy as np
 
-from agents.kernel import Ints, kernel
+from wwwserve.agents.kernel import Ints, kernel
 
 WORDS = 6
 DICE_PER_DECISION = 4  # uniforms that a policy gets with each request

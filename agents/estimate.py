@@ -2,8 +2,8 @@
 
 import math
 
-from agents.kernel import Floats, kernel
-from agents.knowledge import (
+from wwwserve.agents.kernel import Floats, kernel
+from wwwserve.agents.knowledge import (
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
     AD_MAX_NUM_SEQS,

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.kernel import Floats, kernel
+from wwwserve.agents.kernel import Floats, kernel
 
 # Columns of a profile row; all but the four of its limits are the coefficients of the iteration time.
 WEIGHT_S, PER_SEQ_S, PER_KV_TOKEN_S, PREFILL_BASE_S, PER_TOKEN_S = range(5)

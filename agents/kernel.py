@@ -43,9 +43,9 @@ def _cache_dir() -> Path:
     """Folder for compiled kernels, named by a digest of the sources."""
     digest = hashlib.sha256(numba.__version__.encode())
     for package in _KERNEL_PACKAGES:
-        for source in sorted((_ROOT / package).glob("*.py")):
+        for source in sorted((_ROOT / package).rglob("*.py")):
             content = source.read_bytes()
-            if b"agents.kernel import" in content:
+            if b"wwwserve.agents.kernel import" in content:
                 digest.update(source.name.encode() + content)
     return cache_root() / "kernels" / digest.hexdigest()[:16]
 

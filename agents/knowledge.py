@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from agents.hardware import (
+from wwwserve.agents.hardware import (
     BLOCK_TOKENS,
     KV_BLOCKS,
     MAX_NUM_SEQS,
@@ -21,7 +21,7 @@ from agents.hardware import (
     PREFILL_BASE_S,
     WEIGHT_S,
 )
-from agents.kernel import Floats, kernel
+from wwwserve.agents.kernel import Floats, kernel
 
 MAX_CLASSES = 4
 

@@ -6,8 +6,8 @@ touches; none makes an amount negative. Stake and duel rules are those of WWW.Se
 
 import math
 
-from agents.dice import uniform
-from agents.kernel import Bools, Floats, Ints, kernel
+from wwwserve.agents.dice import uniform
+from wwwserve.agents.kernel import Bools, Floats, Ints, kernel
 
 MICRO = 1_000_000  # micro-credits in a credit
 

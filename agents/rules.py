@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from agents.decision import (
+from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
     LOCAL,
@@ -22,9 +22,9 @@ from agents.decision import (
     ROUTES,
     Actions,
 )
-from agents.kernel import Bools, Bytes, Floats, Ints32, Singles, kernel
-from agents.protocol import TARGET_KV_USE
-from agents.view import (
+from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints32, Singles, kernel
+from wwwserve.agents.protocol import TARGET_KV_USE
+from wwwserve.agents.view import (
     CHANCE,
     COST,
     CROWD_S,

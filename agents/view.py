@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES
-from agents.estimate import chance_on_time, expect, slowdown
-from agents.kernel import Bytes, Floats, Ints, Singles, kernel
-from agents.knowledge import (
+from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES
+from wwwserve.agents.estimate import chance_on_time, expect, slowdown
+from wwwserve.agents.kernel import Bytes, Floats, Ints, Singles, kernel
+from wwwserve.agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
@@ -32,8 +32,8 @@ from agents.knowledge import (
     refused_since,
     sent_since,
 )
-from agents.lengths import Lognormal
-from agents.protocol import MICRO, PER_REQUEST
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.agents.protocol import MICRO, PER_REQUEST
 
 VIEW_VERSION = 3
 

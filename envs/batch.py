@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.decision import Actions, make_actions
-from agents.dice import DICE_PER_DECISION
-from agents.view import make_views
-from envs.market import start_market, step_range
-from envs.scenario import Scenario
-from envs.state import MarketPlan, Reward, Shape, make_markets, plan, write_market
+from wwwserve.agents.decision import Actions, make_actions
+from wwwserve.agents.dice import DICE_PER_DECISION
+from wwwserve.agents.view import make_views
+from wwwserve.envs.market import start_market, step_range
+from wwwserve.envs.scenario import Scenario
+from wwwserve.envs.state import MarketPlan, Reward, Shape, make_markets, plan, write_market
 
 
 class RequestTable(NamedTuple):

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agents.decision import ADMIT_WAIT_S, ADMITS, HOLD, MAX_WAIT_S, ROUTES, TERMS_SIZE
-from agents.dice import make_dice, uniform
-from agents.hardware import profile
-from agents.kernel import kernel
-from envs.batch import MarketBatch
-from envs.distribution import capacity_per_s
-from envs.market_v0 import parallel_env
-from envs.scenario import Lengths, Scenario, parse
-from envs.state import OWN_DONE
+from wwwserve.agents.decision import ADMIT_WAIT_S, ADMITS, HOLD, MAX_WAIT_S, ROUTES, TERMS_SIZE
+from wwwserve.agents.dice import make_dice, uniform
+from wwwserve.agents.hardware import profile
+from wwwserve.agents.kernel import kernel
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import capacity_per_s
+from wwwserve.envs.market_v0 import parallel_env
+from wwwserve.envs.scenario import Lengths, Scenario, parse
+from wwwserve.envs.state import OWN_DONE
 
 LOAD = 0.85
 """Arrivals over what the nodes sustain, see `envs.distribution.capacity_per_s`."""

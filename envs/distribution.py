@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from agents.hardware import Profile, iteration_s, profile
-from agents.lengths import Lognormal
-from envs.scenario import Lengths, Scenario, parse
+from wwwserve.agents.hardware import Profile, iteration_s, profile
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.envs.scenario import Lengths, Scenario, parse
 
 Kind = Literal["honest", "lying", "switching", "deadlines", "conversation", "alike", "hardware"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

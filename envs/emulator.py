@@ -25,10 +25,10 @@ import numpy as np
 import orjson
 import uvicorn
 
-from agents.hardware import BLOCK_TOKENS, KV_BLOCKS, MAX_NUM_SEQS, Profile, profile
-from agents.kernel import one_at_a_time, records
-from agents.lengths import Lognormal
-from envs.engine import (
+from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS, MAX_NUM_SEQS, Profile, profile
+from wwwserve.agents.kernel import one_at_a_time, records
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.envs.engine import (
     ENGINE,
     JOB,
     MAX_SLOTS,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.hardware import (
+from wwwserve.agents.hardware import (
     BLOCK_TOKENS,
     KV_BLOCKS,
     MAX_BATCHED_TOKENS,
@@ -34,7 +34,7 @@ from agents.hardware import (
     iteration_s,
     off_line_s,
 )
-from agents.kernel import kernel
+from wwwserve.agents.kernel import kernel
 
 NEVER = 1 << 62
 

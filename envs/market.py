@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.decision import (
+from wwwserve.agents.decision import (
     CANDIDATES,
     FIRST_CANDIDATE,
     HOLD,
@@ -18,11 +18,11 @@ from agents.decision import (
     accept,
     may_hold,
 )
-from agents.dice import uniform
-from agents.estimate import chance_on_time, expect
-from agents.hardware import BLOCK_TOKENS, KV_BLOCKS
-from agents.kernel import inlined, kernel
-from agents.knowledge import (
+from wwwserve.agents.dice import uniform
+from wwwserve.agents.estimate import chance_on_time, expect
+from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
+from wwwserve.agents.kernel import inlined, kernel
+from wwwserve.agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
@@ -50,7 +50,7 @@ from agents.knowledge import (
     on_sent,
     silent_after_s,
 )
-from agents.protocol import (
+from wwwserve.agents.protocol import (
     A_WINS,
     FREE,
     MICRO,
@@ -70,7 +70,7 @@ from agents.protocol import (
     stake_target,
     vote_of,
 )
-from agents.view import (
+from wwwserve.agents.view import (
     CLASS_LAST_DEADLINE_S,
     CLASS_MAX,
     CLASS_VALUE,
@@ -78,8 +78,8 @@ from agents.view import (
     write_request_view,
     write_self,
 )
-from envs.engine import NEVER, abort, advance, kv_use, submit, tokens_out
-from envs.state import (
+from wwwserve.envs.engine import NEVER, abort, advance, kv_use, submit, tokens_out
+from wwwserve.envs.state import (
     CLIPPED,
     COPY,
     DELEGATED,
@@ -107,7 +107,7 @@ from envs.state import (
     SERVED_FOR_PEERS,
     USER,
 )
-from envs.tape import (
+from wwwserve.envs.tape import (
     ADVERT_DUE,
     ANSWERED,
     ARRIVED,

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from agents.decision import ADMITS, FLAT_ACTIONS, HOLD, PRICES, ROUTES, decode, set_admit
-from agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, bounds
-from envs.batch import MarketBatch
-from envs.scenario import Scenario, load
-from envs.state import Reward, plan
+from wwwserve.agents.decision import ADMITS, FLAT_ACTIONS, HOLD, PRICES, ROUTES, decode, set_admit
+from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, bounds
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.scenario import Scenario, load
+from wwwserve.envs.state import Reward, plan
 
 OBSERVATION_SIZE = NODES * len(NODE_FEATURES) + len(REQUEST_FEATURES) + len(SELF_FEATURES)
 INVALID_ROUTE = -1  # the market makes it hold and counts it

@@ -5,13 +5,13 @@ They stand beside the policies as yardsticks, and decide for all providers, requ
 
 import numpy as np
 
-from agents.decision import NO_DIRECTION, Actions
-from agents.kernel import kernel, records
-from agents.knowledge import AD_KV_CAPACITY
-from agents.protocol import delivered_value
-from agents.view import CLASS_MEAN, CLASS_VALUE
-from envs.batch import MarketBatch
-from envs.engine import ENGINE, JOB, NEVER, advance, kv_use, submit
+from wwwserve.agents.decision import NO_DIRECTION, Actions
+from wwwserve.agents.kernel import kernel, records
+from wwwserve.agents.knowledge import AD_KV_CAPACITY
+from wwwserve.agents.protocol import delivered_value
+from wwwserve.agents.view import CLASS_MEAN, CLASS_VALUE
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.engine import ENGINE, JOB, NEVER, advance, kv_use, submit
 
 ORACLES = ("centralized", "omniscient")
 KEEP_BELOW_KV_USE = 0.6  # `centralized` leaves a request at its source below this (arXiv 2603.20661)

@@ -14,11 +14,11 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.decision import ADMITS, HOLD, PRICES, ROUTES, set_admit
-from agents.view import HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, normalise
-from envs.batch import MarketBatch
-from envs.scenario import Scenario
-from envs.state import MarketPlan, Reward, Shape, plan
+from wwwserve.agents.decision import ADMITS, HOLD, PRICES, ROUTES, set_admit
+from wwwserve.agents.view import HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, normalise
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.scenario import Scenario
+from wwwserve.envs.state import MarketPlan, Reward, Shape, plan
 
 OBSERVATION_SIZE = NODES * len(NODE_FEATURES) + len(REQUEST_FEATURES) + len(SELF_FEATURES)
 SEED_BOUND = 2**63

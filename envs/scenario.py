@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import yaml
 
-from agents import hardware, strict_yaml
-from agents.lengths import Lognormal
-from envs import trace
-from envs.engine import MAX_SLOTS
+from wwwserve.agents import hardware, strict_yaml
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.envs import trace
+from wwwserve.envs.engine import MAX_SLOTS
 
 SCENARIOS_DIR = Path(__file__).resolve().parent / "scenarios"
 MAX_CLASSES = 4

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.decision import CANDIDATES, PRICES, TERMS_SIZE
-from agents.dice import WORDS, make_dice
-from agents.hardware import MODELS, QUANTIZATIONS, Profile, profile
-from agents.kernel import records
-from agents.knowledge import (
+from wwwserve.agents.decision import CANDIDATES, PRICES, TERMS_SIZE
+from wwwserve.agents.dice import WORDS, make_dice
+from wwwserve.agents.hardware import MODELS, QUANTIZATIONS, Profile, profile
+from wwwserve.agents.kernel import records
+from wwwserve.agents.knowledge import (
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
     AD_TIME_S,
@@ -24,15 +24,15 @@ from agents.knowledge import (
     make_dealings,
     write_profile,
 )
-from agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_KTOK, PER_REQUEST, STAKED
-from agents.view import (
+from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_KTOK, PER_REQUEST, STAKED
+from wwwserve.agents.view import (
     CLASS_MEAN,
     CLASS_SIZE,
     NODES,
     class_row,
 )
-from envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
-from envs.scenario import (
+from wwwserve.envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
+from wwwserve.envs.scenario import (
     MAX_CLASSES,
     MAX_JUDGES,
     MAX_THRESHOLDS,
@@ -42,8 +42,8 @@ from envs.scenario import (
     Scenario,
     SloClass,
 )
-from envs.tape import NO_TAPE, NOTE
-from envs.traffic import Arrivals, arrivals, expected_output, expected_prompt
+from wwwserve.envs.tape import NO_TAPE, NOTE
+from wwwserve.envs.traffic import Arrivals, arrivals, expected_output, expected_prompt
 
 # Where a request is.
 FUTURE, HELD, IN_ENGINE, LOST, DONE, FAILED = range(6)

@@ -7,8 +7,8 @@ is held to the simulator in this way. Tapes are for tests and study; a market wr
 
 import numpy as np
 
-from agents.dice import WORDS
-from agents.kernel import kernel
+from wwwserve.agents.dice import WORDS
+from wwwserve.agents.kernel import kernel
 
 PLACES = 4  # numbers of a note
 NO_TAPE = -1

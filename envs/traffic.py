@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from envs import trace
-from envs.scenario import (
+from wwwserve.envs import trace
+from wwwserve.envs.scenario import (
     Lognormal,
     MmppTraffic,
     PoissonTraffic,

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from agents.rules import Policy
-from envs.oracle import ORACLES, Oracle
-from envs.scenario import Scenario, ScenarioError, load
-from eval.arguments import Parser, UsageError, integer
-from eval.metrics import mean_ci, measure, paired_ci, score, time_quantiles
-from eval.policies import DEFAULT_POLICIES, PolicyError, load_policies
-from eval.rollout import Run, rollout
+from wwwserve.agents.rules import Policy
+from wwwserve.envs.oracle import ORACLES, Oracle
+from wwwserve.envs.scenario import Scenario, ScenarioError, load
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.metrics import mean_ci, measure, paired_ci, score, time_quantiles
+from wwwserve.eval.play import Run, rollout
+from wwwserve.eval.policies import DEFAULT_POLICIES, PolicyError, load_policies
 
 FIRST_TEST_SEED = 1_000_000
 DEFAULT_BASELINE = "www_serve"
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         write_json(args.json, result)
     if args.figures is not None:
-        from eval import figures
+        from wwwserve.eval import figures
 
         figures.draw_comparison(result, args.figures)
     return 0

@@ -28,19 +28,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from agents.hardware import CHUNK_TOKENS, Profile
-from agents.lengths import Lognormal
-from envs.trace import Trace
-from eval.arguments import Parser, UsageError, integer
-from eval.compare import Tree, check_outputs, write_json
-from eval.live import HIGHEST_TOKEN, LOWEST_TOKEN
-from eval.metrics import FloatArray, time_stats
-from eval.replay import replay
-from serving import local_vllm
-from serving.calibrate import CalibrationError, Measurement, Prober, Settings, connected, find_model, settle
-from serving.engine import NAMES
-from serving.local_vllm import PROFILES, SMOLLM2, PrepareError
-from serving.network import NetworkError, vllm
+from wwwserve.agents.hardware import CHUNK_TOKENS, Profile
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.envs.trace import Trace
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.compare import Tree, check_outputs, write_json
+from wwwserve.eval.live.trial import HIGHEST_TOKEN, LOWEST_TOKEN
+from wwwserve.eval.metrics import FloatArray, time_stats
+from wwwserve.eval.replay import replay
+from wwwserve.serving.engine import local_vllm
+from wwwserve.serving.engine.adapter import NAMES
+from wwwserve.serving.engine.calibrate import (
+    CalibrationError,
+    Measurement,
+    Prober,
+    Settings,
+    connected,
+    find_model,
+    settle,
+)
+from wwwserve.serving.engine.local_vllm import PROFILES, SMOLLM2, PrepareError
+from wwwserve.serving.local_nodes import NetworkError, vllm
 
 BURST = 4  # times as many requests as the engine runs at once: at once, they tell its capacity
 MARGIN = 64  # tokens, of the longest request that is calibrated with beyond the longest drawn
@@ -227,7 +235,7 @@ def table(result: Tree) -> str:
 def own_vllm(model: str) -> Iterator[str]:
     """vLLM with a small model on a core of its own, while this process keeps to another; its URL.
 
-    Raises NetworkError and serving.local_vllm.PrepareError.
+    Raises NetworkError and serving.engine.local_vllm.PrepareError.
     """
     cores = local_vllm.cores()
     with vllm([model]) as ([url], _):

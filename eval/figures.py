@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.compare import Tree
+from wwwserve.eval.compare import Tree
 
 # Line, marker and colour by policy (colours: Okabe and Ito, distinct to the colour-blind).
 _STYLES: dict[str, tuple[Any, str, str]] = {

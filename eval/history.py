@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.protocol import A_WINS, MICRO, STAKED, TIE, duel_outcome
-from agents.rules import Policy
-from envs.batch import MarketBatch
-from envs.oracle import Oracle
-from envs.scenario import Scenario
-from envs.state import JUDGED, SERVED_FOR_PEERS
-from eval.rollout import Run, chunks, run
+from wwwserve.agents.protocol import A_WINS, MICRO, STAKED, TIE, duel_outcome
+from wwwserve.agents.rules import Policy
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.oracle import Oracle
+from wwwserve.envs.scenario import Scenario
+from wwwserve.envs.state import JUDGED, SERVED_FOR_PEERS
+from wwwserve.eval.play import Run, chunks, run
 
 
 class Duel(NamedTuple):

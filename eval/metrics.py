@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from envs.batch import RequestTable
-from envs.scenario import Scenario, Slo
+from wwwserve.envs.batch import RequestTable
+from wwwserve.envs.scenario import Scenario, Slo
 
 FloatArray = NDArray[np.float64]
 MeanCi = tuple[float, float]

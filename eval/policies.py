@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from agents import runtime
-from agents.rules import RULES, Policy, Rule
-from envs.oracle import ORACLES, Oracle
+from wwwserve.agents.policy import runtime
+from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.envs.oracle import ORACLES, Oracle
 
 DEFAULT_POLICIES = (*RULES, *ORACLES)
 LEARNED = "learned"  # the policy that the project ships

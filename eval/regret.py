@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.rules import RULES, Policy, Rule
-from envs.oracle import ORACLES, Oracle
-from envs.scenario import load
-from envs.state import MarketPlan, plan
-from eval.arguments import Parser, UsageError, integer
-from eval.compare import FIRST_TEST_SEED, columns, write_json
-from eval.metrics import mean_ci, paired_ci
-from eval.policies import PolicyError, load_policies
-from eval.rollout import scores
-from eval.tune import OBJECTIVES, best_for, markets
-from eval.workers import each
+from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.envs.oracle import ORACLES, Oracle
+from wwwserve.envs.scenario import load
+from wwwserve.envs.state import MarketPlan, plan
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
+from wwwserve.eval.metrics import mean_ci, paired_ci
+from wwwserve.eval.play import scores
+from wwwserve.eval.policies import PolicyError, load_policies
+from wwwserve.eval.tune import OBJECTIVES, best_for, markets
+from wwwserve.eval.workers import each
 
 SCENARIOS = (
     "paper/alternating",

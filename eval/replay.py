@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.hardware import GPUS, MODELS, Profile, profile
-from agents.kernel import records
-from envs import trace
-from envs.engine import ENGINE, JOB, MAX_SLOTS, advance, reset_engine, reset_jobs, submit
+from wwwserve.agents.hardware import GPUS, MODELS, Profile, profile
+from wwwserve.agents.kernel import records
+from wwwserve.envs import trace
+from wwwserve.envs.engine import ENGINE, JOB, MAX_SLOTS, advance, reset_engine, reset_jobs, submit
 
 TRACE = "azure_llm_conv_2023.csv"
 PERCENTILES = (50, 90, 99)

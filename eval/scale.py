@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from agents.hardware import profile
-from agents.lengths import Lognormal
-from agents.rules import RULES, Policy, Rule
-from envs.batch import MarketBatch
-from envs.distribution import capacity_per_s
-from envs.scenario import Scenario, parse
-from envs.state import plan
-from eval.arguments import Parser, UsageError, integer
-from eval.compare import FIRST_TEST_SEED, columns, write_json
-from eval.metrics import mean_ci, measure
-from eval.policies import PolicyError, load_policies
+from wwwserve.agents.hardware import profile
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import capacity_per_s
+from wwwserve.envs.scenario import Scenario, parse
+from wwwserve.envs.state import plan
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
+from wwwserve.eval.metrics import mean_ci, measure
+from wwwserve.eval.policies import PolicyError, load_policies
 
 SIZES = (4, 16, 64, 256)
 LOAD = 0.85  # of what the providers sustain together

@@ -9,8 +9,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from agents.hardware import MODELS, QUANTIZATIONS
-from eval.metrics import MeanCi
+from wwwserve.agents.hardware import MODELS, QUANTIZATIONS
+from wwwserve.eval.metrics import MeanCi
 
 JUDGES = 3
 # Reported by WWW.Serve (arXiv 2603.20661), from the strongest to the weakest.

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from agents.rules import RULES, Rule
-from envs.distribution import KINDS, Kind, sample
-from envs.state import MarketPlan, plan
-from eval.arguments import Parser, UsageError, integer
-from eval.compare import FIRST_TEST_SEED, write_json
-from eval.rollout import scores
-from eval.workers import each
+from wwwserve.agents.rules import RULES, Rule
+from wwwserve.envs.distribution import KINDS, Kind, sample
+from wwwserve.envs.state import MarketPlan, plan
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.compare import FIRST_TEST_SEED, write_json
+from wwwserve.eval.play import scores
+from wwwserve.eval.workers import each
 
 TUNED = Path(__file__).parent / "tuned_rules.json"
 SEED = FIRST_TEST_SEED // 4  # apart from what policies are trained, validated and tested on

@@ -27,20 +27,23 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from agents.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError, read, results_table
-from agents.decision import make_actions
-from agents.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
-from agents.view import Views
-from serving import audit, calibrate, config, local_vllm, network, node
-from serving.calibrate import CalibrationError
-from serving.channel import LedgerError
-from serving.config import ConfigError
-from serving.engine import NAMES
-from serving.identity import Identity, IdentityError
-from serving.journal import JournalError
-from serving.local_vllm import PrepareError
-from serving.network import NetworkError
-from serving.statements import StatementError
+from wwwserve.agents.decision import make_actions
+from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError, read, results_table
+from wwwserve.agents.policy.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
+from wwwserve.agents.view import Views
+from wwwserve.serving import config, node
+from wwwserve.serving import local_nodes as network
+from wwwserve.serving.config import ConfigError
+from wwwserve.serving.engine import calibrate, local_vllm
+from wwwserve.serving.engine.adapter import NAMES
+from wwwserve.serving.engine.calibrate import CalibrationError
+from wwwserve.serving.engine.local_vllm import PrepareError
+from wwwserve.serving.http.keys import Identity, IdentityError
+from wwwserve.serving.ledger import audit
+from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.journal import JournalError
+from wwwserve.serving.ledger.statements import StatementError
+from wwwserve.serving.local_nodes import NetworkError
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2
 DECISIONS = 2000  # that `verify` times

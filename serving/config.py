@@ -10,17 +10,17 @@ import msgspec
 import numpy as np
 import yaml
 
-from agents import strict_yaml
-from agents.hardware import Profile, profile
-from agents.kernel import Floats
-from agents.knowledge import MAX_CLASSES
-from agents.lengths import Lognormal
-from agents.rules import RULES
-from agents.view import class_row
-from serving.identity import SignatureError, public_key
-from serving.membership import MOST_LABEL
-from serving.provider import Market
-from serving.stakes import MOST_JUDGES
+from wwwserve.agents import strict_yaml
+from wwwserve.agents.hardware import Profile, profile
+from wwwserve.agents.kernel import Floats
+from wwwserve.agents.knowledge import MAX_CLASSES
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.agents.rules import RULES
+from wwwserve.agents.view import class_row
+from wwwserve.serving.http.keys import SignatureError, public_key
+from wwwserve.serving.ledger.stakes import MOST_JUDGES
+from wwwserve.serving.membership.heartbeat import MOST_LABEL
+from wwwserve.serving.provider import Market
 
 MOST_AT_ONCE = 1 << 16  # requests in an engine
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits

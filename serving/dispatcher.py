@@ -19,8 +19,8 @@ import msgspec
 import numpy as np
 import orjson
 
-from agents.decision import HOLD, LOCAL
-from agents.knowledge import (
+from wwwserve.agents.decision import HOLD, LOCAL
+from wwwserve.agents.knowledge import (
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
     AD_PRICE,
@@ -31,22 +31,22 @@ from agents.knowledge import (
     DUELS_LOST,
     DUELS_WON,
 )
-from serving.accounts import ESCROW, LEDGER_PATH, Accounts, Delivery, Payment, stream_tokens, tokens_of
-from serving.channel import LedgerError
-from serving.config import NodeConfig
-from serving.duel import Attestor, Bench, Duels, Leg
-from serving.engine import Engine, EngineError
-from serving.journal import Full as LedgerFull
-from serving.judge import JudgeError, gain, judgeable, vote_by
-from serving.ledger import ChannelLedger, micro
-from serving.membership import Advert, Membership
-from serving.metrics import Metrics
-from serving.provider import Decision, Out, Promise, Provider, Request
-from serving.reply import LAST, Ask, Failed, Full, GaveBack, Reply
-from serving.resume import Resumed, resumable
-from serving.signed import SIGNATURE, Messages, Refused
-from serving.stakes import Staked, Verdict
-from serving.statements import digest
+from wwwserve.serving.config import NodeConfig
+from wwwserve.serving.duel.duels import Attestor, Bench, Duels, Leg
+from wwwserve.serving.duel.judge import JudgeError, gain, judgeable, vote_by
+from wwwserve.serving.engine.adapter import Engine, EngineError
+from wwwserve.serving.http.messages import SIGNATURE, Messages, Refused
+from wwwserve.serving.http.reply import LAST, Ask, Failed, Full, GaveBack, Reply
+from wwwserve.serving.http.resume import Resumed, resumable
+from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Accounts, Delivery, Payment, stream_tokens, tokens_of
+from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
+from wwwserve.serving.ledger.journal import Full as LedgerFull
+from wwwserve.serving.ledger.stakes import Staked, Verdict
+from wwwserve.serving.ledger.statements import digest
+from wwwserve.serving.membership.heartbeat import Advert, Membership
+from wwwserve.serving.metrics import Metrics
+from wwwserve.serving.provider import Decision, Out, Promise, Provider, Request
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -616,13 +616,13 @@ class Dispatcher:
 
 
 class _DuelPeers:
-    """What `serving.duel` needs of a node."""
+    """What `serving.duel.duels` needs of a node."""
 
     def __init__(self, node: Dispatcher) -> None:
         self._node = node
 
     def electors(self, model: str) -> dict[str, int]:
-        """See `serving.duel.Peers`. Without a ledger, the stakes are those that peers advertise."""
+        """See `serving.duel.duels.Peers`. Without a ledger, the stakes are those that peers advertise."""
         accounts, found = self._node.accounts, {}
         for name, advert in self._node.peers.items():
             if model in advert.serves:
@@ -631,7 +631,7 @@ class _DuelPeers:
         return found
 
     async def ask(self, peer: str, path: str, body: bytes) -> bytes:
-        """See `serving.duel.Peers`."""
+        """See `serving.duel.duels.Peers`."""
         node, advert = self._node, self._node.peers.get(peer)
         if advert is None:
             raise OSError("it is gone")
@@ -649,17 +649,17 @@ class _DuelPeers:
             raise OSError(f"{type(error).__name__}: {error}") from None
 
     def duelled(self, peer: str, won: bool) -> None:
-        """See `serving.duel.Peers`."""
+        """See `serving.duel.duels.Peers`."""
         self._node.provider.duelled(peer, won)
         self._node.metrics.duelled(peer, won)
 
     def staked(self, peer: str) -> Staked | None:
-        """See `serving.duel.Peers`."""
+        """See `serving.duel.duels.Peers`."""
         accounts = self._node.accounts
         return accounts.ledger.stakes.latest.get(peer) if accounts is not None else None
 
     def settle(self, verdict: Verdict) -> None:
-        """See `serving.duel.Peers`."""
+        """See `serving.duel.duels.Peers`."""
         accounts = self._node.accounts
         if accounts is not None:
             stated = msgspec.json.encode(verdict)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from agents.decision import HOLD, LOCAL
-from agents.protocol import MICRO
-from serving.journal import Balance
+from wwwserve.agents.decision import HOLD, LOCAL
+from wwwserve.agents.protocol import MICRO
+from wwwserve.serving.ledger.journal import Balance
 
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
@@ -91,7 +91,7 @@ class Metrics:
         self._offers_refused.inc()
 
     def message_refused(self, kind: str) -> None:
-        """A message came that is no peer's, or not as its peer sent it; `kind` as `serving.signed` has it."""
+        """A message came that is no peer's, or not as its peer sent it; `kind` as `serving.http.messages` has it."""
         self._refused.labels(kind).inc()
 
     def duel(self, outcome: str) -> None:

@@ -17,23 +17,23 @@ import aiohttp
 import uvicorn
 import uvloop
 
-from agents.rules import RULES, Policy, Rule
-from agents.runtime import DEFAULT_BUNDLE
-from agents.runtime import load as load_bundle
-from serving.app import App
-from serving.config import ConfigError, NodeConfig, StaticConfig
-from serving.connection import Connection
-from serving.dispatcher import Dispatcher
-from serving.engine import Engine, EngineError
-from serving.genesis import agreed
-from serving.identity import Identity
-from serving.journal import SqliteJournal
-from serving.ledger import ChannelLedger, micro
-from serving.membership import Membership, StaticMembership
-from serving.metrics import Metrics
-from serving.provider import Provider
-from serving.signed import Messages, Refusals
-from serving.zenoh_membership import ZenohMembership, open_session
+from wwwserve.agents.policy.runtime import DEFAULT_BUNDLE
+from wwwserve.agents.policy.runtime import load as load_bundle
+from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.serving.config import ConfigError, NodeConfig, StaticConfig
+from wwwserve.serving.dispatcher import Dispatcher
+from wwwserve.serving.engine.adapter import Engine, EngineError
+from wwwserve.serving.http.connection import Connection
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import Messages, Refusals
+from wwwserve.serving.http.routes import App
+from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
+from wwwserve.serving.ledger.genesis import agreed
+from wwwserve.serving.ledger.journal import SqliteJournal
+from wwwserve.serving.membership.heartbeat import Membership, StaticMembership
+from wwwserve.serving.membership.zenoh import ZenohMembership, open_session
+from wwwserve.serving.metrics import Metrics
+from wwwserve.serving.provider import Provider
 
 log = logging.getLogger("wwwserve.node")
 
@@ -58,7 +58,7 @@ class JsonLines(logging.Formatter):
 def policy_of(named: str | None) -> Policy:
     """A rule by its name, a bundle by its folder, or the bundle that is shipped.
 
-    Raises agents.bundle.BundleError for a bundle that cannot be used.
+    Raises agents.policy.bundle.BundleError for a bundle that cannot be used.
     """
     if named in RULES:
         return Rule(named)

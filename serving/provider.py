@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, accept, make_actions, may_hold
-from agents.dice import DICE_PER_DECISION, make_dice, uniform
-from agents.estimate import expect
-from agents.hardware import Profile
-from agents.kernel import Floats, Ints, one_at_a_time
-from agents.knowledge import (
+from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, accept, make_actions, may_hold
+from wwwserve.agents.dice import DICE_PER_DECISION, make_dice, uniform
+from wwwserve.agents.estimate import expect
+from wwwserve.agents.hardware import Profile
+from wwwserve.agents.kernel import Floats, Ints, one_at_a_time
+from wwwserve.agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
@@ -46,7 +46,7 @@ from agents.knowledge import (
     silent_after_s,
     write_profile,
 )
-from agents.protocol import (
+from wwwserve.agents.protocol import (
     ACCOUNT_SIZE,
     FREE,
     MICRO,
@@ -57,8 +57,8 @@ from agents.protocol import (
     move_stake,
     stake_target,
 )
-from agents.rules import Policy
-from agents.view import (
+from wwwserve.agents.rules import Policy
+from wwwserve.agents.view import (
     CLASS_LAST_DEADLINE_S,
     CLASS_SIZE,
     NODES,

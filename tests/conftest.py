@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving import network
-from serving.local_vllm import SMOLLM2
+from wwwserve.serving import local_nodes as network
+from wwwserve.serving.engine.local_vllm import SMOLLM2
 
 
 @pytest.fixture(scope="session")

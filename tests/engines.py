@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from eval import duels
+from wwwserve.eval.live import duels
 
 WORDS = ("bread", "is", "baked", "of", "flour", "and", "water")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from agents.hardware import Profile
+from wwwserve.agents.hardware import Profile
 
 BLOCK = 16
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from agents.checkpoint import weights_of
-from agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, make_actions
-from agents.network import Actor
-from agents.rules import Rule
-from agents.runtime import LearnedPolicy
-from agents.view import HAS_REQUEST, NODE_FEATURES, Views
-from envs.batch import MarketBatch
-from envs.distribution import sample
-from train.ablation import ESTIMATES, StakeOnly, forget_estimates
+from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, make_actions
+from wwwserve.agents.policy.checkpoint import weights_of
+from wwwserve.agents.policy.network import Actor
+from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.rules import Rule
+from wwwserve.agents.view import HAS_REQUEST, NODE_FEATURES, Views
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import sample
+from wwwserve.train.ablation import ESTIMATES, StakeOnly, forget_estimates
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import bench
-from envs.state import plan
+from wwwserve.envs import bench
+from wwwserve.envs.state import plan
 
 
 def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

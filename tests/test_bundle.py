@@ -16,14 +16,14 @@ from bundle_cases import RESULTS, WITHOUT
 from safetensors.numpy import load as read_safetensors
 from safetensors.numpy import save as safetensors_bytes
 
-from agents.bundle import CARD, MANIFEST, ONNX, SEALED, WEIGHTS, read, seal
-from agents.checkpoint import actor_of, save, weights_of
-from agents.decision import ADMITS, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, make_actions
-from agents.network import Actor
-from agents.runtime import BundleError, LearnedPolicy, load
-from agents.view import CROWD_S, FINISH_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, Views
-from eval.policies import PolicyError, load_policy
-from train.export import export, record
+from wwwserve.agents.decision import ADMITS, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, make_actions
+from wwwserve.agents.policy.bundle import CARD, MANIFEST, ONNX, SEALED, WEIGHTS, read, seal
+from wwwserve.agents.policy.checkpoint import actor_of, save, weights_of
+from wwwserve.agents.policy.network import Actor
+from wwwserve.agents.policy.runtime import BundleError, LearnedPolicy, load
+from wwwserve.agents.view import CROWD_S, FINISH_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, Views
+from wwwserve.eval.policies import PolicyError, load_policy
+from wwwserve.train.export import export, record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -352,7 +352,7 @@ def test_a_link_to_the_bundle_itself_is_followed(bundle, tmp_path):
 
 
 def test_learned_is_the_policy_that_is_shipped(copy, monkeypatch):
-    monkeypatch.setattr("agents.runtime.DEFAULT_BUNDLE", copy)
+    monkeypatch.setattr("wwwserve.agents.policy.runtime.DEFAULT_BUNDLE", copy)
     assert load_policy("learned").name == "learned"
     (copy / ONNX).unlink()
     with pytest.raises(PolicyError, match=r"policy 'learned': .*policy\.onnx: cannot be read"):
@@ -360,7 +360,7 @@ def test_learned_is_the_policy_that_is_shipped(copy, monkeypatch):
 
 
 def test_it_runs_where_no_training_library_can_be_imported(bundle):
-    program = WITHOUT + "from agents.runtime import load\nprint(load(sys.argv[1]).name)"
+    program = WITHOUT + "from agents.policy.runtime import load\nprint(load(sys.argv[1]).name)"
     command = [sys.executable, "-c", program, str(bundle)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "learned\n", done.stderr

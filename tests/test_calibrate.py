@@ -17,10 +17,20 @@ import pytest
 import yaml
 from scipy.optimize import nnls
 
-from agents.hardware import Profile
-from serving import cli
-from serving.calibrate import CalibrationError, Fit, Sample, Settings, calibrate, errors, fit, kv_tokens_of, nonnegative
-from serving.config import parse
+from wwwserve.agents.hardware import Profile
+from wwwserve.serving import cli
+from wwwserve.serving.config import parse
+from wwwserve.serving.engine.calibrate import (
+    CalibrationError,
+    Fit,
+    Sample,
+    Settings,
+    calibrate,
+    errors,
+    fit,
+    kv_tokens_of,
+    nonnegative,
+)
 
 TRUTH = Profile(0.04, 1.5e-3, 2e-6, 0.02, 4e-4, 512, 4, 1024, 1024, "made up", seq_tokens=0.4, per_pair_s=3e-7)
 OVERHEAD_S = 5e-3
@@ -105,7 +115,17 @@ def test_nonnegative_least_squares_are_those_of_scipy(seed: int) -> None:
 def emulator(profile: Profile, folder: Path) -> Iterator[str]:
     file = folder / "profile.json"
     file.write_text(json.dumps(vars(profile)))
-    command = [sys.executable, "-m", "envs.emulator", "--port", "0", "--profile", str(file), "--served-model-name", "m"]
+    command = [
+        sys.executable,
+        "-m",
+        "wwwserve.envs.emulator",
+        "--port",
+        "0",
+        "--profile",
+        str(file),
+        "--served-model-name",
+        "m",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

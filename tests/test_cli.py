@@ -10,11 +10,11 @@ import pytest
 import torch
 from bundle_cases import RESULTS, WITHOUT
 
-from agents.bundle import MANIFEST, SEALED, WEIGHTS, digest, seal
-from agents.checkpoint import weights_of
-from agents.network import Actor
-from serving import cli
-from train.export import export
+from wwwserve.agents.policy.bundle import MANIFEST, SEALED, WEIGHTS, digest, seal
+from wwwserve.agents.policy.checkpoint import weights_of
+from wwwserve.agents.policy.network import Actor
+from wwwserve.serving import cli
+from wwwserve.train.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import yaml
 
-from agents.rules import RULES, Rule
-from envs.scenario import Scenario, parse
-from eval import compare as command
-from eval import rollout as rollouts
-from eval.arguments import UsageError
-from eval.compare import compare, write_json
-from eval.metrics import attainment, paired_ci
-from eval.policies import DEFAULT_POLICIES, PolicyError, load_policies, load_policy
-from eval.rollout import Run, rollout
+from wwwserve.agents.rules import RULES, Rule
+from wwwserve.envs.scenario import Scenario, parse
+from wwwserve.eval import compare as command
+from wwwserve.eval import play as rollouts
+from wwwserve.eval.arguments import UsageError
+from wwwserve.eval.compare import compare, write_json
+from wwwserve.eval.metrics import attainment, paired_ci
+from wwwserve.eval.play import Run, rollout
+from wwwserve.eval.policies import DEFAULT_POLICIES, PolicyError, load_policies, load_policy
 
 SEEDS = range(1_000_000, 1_000_005)
 LENGTHS = {"prompt": {"median": 500, "sigma": 0.5, "max": 1024}, "output": {"median": 400, "sigma": 0.7, "max": 1024}}

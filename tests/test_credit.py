@@ -14,14 +14,14 @@ import pytest
 import yaml
 from aiohttp import web
 
-from agents.protocol import MICRO
-from agents.rules import Rule
-from serving import config, node
-from serving.audit import Audit, audit, compare, settled
-from serving.engine import NAMES
-from serving.identity import Identity
-from serving.network import free_ports
-from serving.provider import Provider, Request
+from wwwserve.agents.protocol import MICRO
+from wwwserve.agents.rules import Rule
+from wwwserve.serving import config, node
+from wwwserve.serving.engine.adapter import NAMES
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.ledger.audit import Audit, audit, compare, settled
+from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.provider import Provider, Request
 
 MODEL = "stub"
 PROFILE = {"kind": "catalogue", "gpu": "rtx-4090", "model": "qwen3-8b", "max_num_seqs": 8}

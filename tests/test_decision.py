@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agents.decision import (
+from wwwserve.agents.decision import (
     ADMIT_WAIT_S,
     ADMITS,
     CANDIDATES,

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from eval import delegated
+from wwwserve.eval.live import delegated
 
 
 def test_requests_are_handed_over_signed_and_paid_and_their_parts_timed(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from agents.dice import WORDS, make_dice, uniform
-from agents.kernel import Floats, Ints
+from wwwserve.agents.dice import WORDS, make_dice, uniform
+from wwwserve.agents.kernel import Floats, Ints
 
 # The state and first outputs of xorwow as its author gives it (Marsaglia, "Xorshift RNGs", 2003).
 MARSAGLIA = [123456789, 362436069, 521288629, 88675123, 5783321, 6615241]

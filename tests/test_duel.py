@@ -10,9 +10,9 @@ import numpy as np
 import orjson
 import pytest
 
-from agents.protocol import MICRO, MINORITY_SHARE, SILENT_SHARE, VOTE_A, VOTE_B, VOTE_UNDECIDED
-from serving import duel
-from serving.duel import (
+from wwwserve.agents.protocol import MICRO, MINORITY_SHARE, SILENT_SHARE, VOTE_A, VOTE_B, VOTE_UNDECIDED
+from wwwserve.serving.duel import duels as duel
+from wwwserve.serving.duel.duels import (
     ATTEST_PATH,
     JUDGE_PATH,
     Attestor,
@@ -28,12 +28,12 @@ from serving.duel import (
     in_order,
     record_of,
 )
-from serving.identity import Identity
-from serving.judge import JudgeError
-from serving.metrics import Metrics
-from serving.reply import LAST, Ask, Failed, GaveBack
-from serving.stakes import Answer, Stake, Staked, Stakes, Verdict, decode
-from serving.statements import digest, sign
+from wwwserve.serving.duel.judge import JudgeError
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.reply import LAST, Ask, Failed, GaveBack
+from wwwserve.serving.ledger.stakes import Answer, Stake, Staked, Stakes, Verdict, decode
+from wwwserve.serving.ledger.statements import digest, sign
+from wwwserve.serving.metrics import Metrics
 
 PATH = "/v1/chat/completions"
 BODY = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "Why?"}], "stream": True})

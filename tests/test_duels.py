@@ -6,8 +6,8 @@ from contextlib import AsyncExitStack
 import pytest
 from engines import engine
 
-from eval import duels
-from serving.config import ConfigError, parse
+from wwwserve.eval.live import duels
+from wwwserve.serving.config import ConfigError, parse
 
 
 def test_a_worthless_provider_loses_its_stake_and_nobody_else_does() -> None:

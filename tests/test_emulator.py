@@ -14,10 +14,10 @@ import aiohttp
 import numpy as np
 import pytest
 
-from agents.hardware import profile
-from agents.kernel import records
-from envs.emulator import Emulator, Reply, read_profile
-from envs.engine import ENGINE, JOB, advance, reset_engine, reset_jobs, submit
+from wwwserve.agents.hardware import profile
+from wwwserve.agents.kernel import records
+from wwwserve.envs.emulator import Emulator, Reply, read_profile
+from wwwserve.envs.engine import ENGINE, JOB, advance, reset_engine, reset_jobs, submit
 
 SPEED = 200.0
 STOPPED = (0, -signal.SIGTERM)  # the server passes the signal on when it has stopped
@@ -27,7 +27,7 @@ class Server:
     """An emulator in a process of its own."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "envs.emulator", "--port", "0", *arguments]
+        command = [sys.executable, "-m", "wwwserve.envs.emulator", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         ready = self.process.stdout.readline()
@@ -310,7 +310,10 @@ def test_words_of_parts_are_words_of_the_whole() -> None:
 )
 def test_bad_arguments_are_refused(arguments: list[str], told: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "envs.emulator", "--port", "0", *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "wwwserve.envs.emulator", "--port", "0", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2 and done.stderr.startswith("envs.emulator: ") and told in done.stderr
     assert done.stdout == ""

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_engine import Job, ReferenceEngine
 
-from agents.hardware import BLOCK_TOKENS, Profile
-from agents.kernel import records
-from envs.engine import (
+from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
+from wwwserve.agents.kernel import records
+from wwwserve.envs.engine import (
     ENGINE,
     JOB,
     MAX_SLOTS,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from agents import decision, view
-from envs import scenario
-from envs.state import Reward
-from envs.traffic import expected_output
+from wwwserve.agents import decision, view
+from wwwserve.envs import scenario
+from wwwserve.envs.state import Reward
+from wwwserve.envs.traffic import expected_output
 
 PAGE = (Path(__file__).parent.parent / "docs/environment.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
@@ -77,7 +77,7 @@ def test_every_default_is_on_the_page() -> None:
 def test_constants_are_those_of_the_code() -> None:
     for name, value in table("constant").items():
         module, _, constant = name.rpartition(".")
-        assert str(getattr(importlib.import_module(module), constant)) == value, name
+        assert str(getattr(importlib.import_module(f"wwwserve.{module}"), constant)) == value, name
 
 
 @pytest.mark.parametrize("features", [view.NODE_FEATURES, view.REQUEST_FEATURES, view.SELF_FEATURES])

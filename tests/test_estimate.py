@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from agents import knowledge as k
-from agents.estimate import CONTEXT_PRIOR, chance_on_time, expect, slowdown
-from agents.kernel import Floats
+from wwwserve.agents import knowledge as k
+from wwwserve.agents.estimate import CONTEXT_PRIOR, chance_on_time, expect, slowdown
+from wwwserve.agents.kernel import Floats
 
 # A node with 8 slots; a typical request stands at 100 + 0.62 * 200 = 224 tokens of context.
 TYPICAL = 224.0

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agents.hardware import Profile
-from agents.lengths import Lognormal
-from eval.fidelity import Played, Study, capacity_per_s, compared, main, simulated, table
+from wwwserve.agents.hardware import Profile
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.eval.fidelity import Played, Study, capacity_per_s, compared, main, simulated, table
 
 TRUTH = Profile(
     0.03, 2e-3, 4e-6, 0.02, 4e-4, 512, 4, 512, 512, "made up", seq_tokens=0.5, per_pair_s=2e-7,
@@ -25,7 +25,17 @@ STUDY = Study((0.5,), 20.0, 1, 7, Lognormal(60, 0.6, 200), Lognormal(20, 0.5, 60
 def emulated(tmp_path: Path) -> Iterator[str]:
     file = tmp_path / "profile.json"
     file.write_text(json.dumps(vars(TRUTH)))
-    command = [sys.executable, "-m", "envs.emulator", "--port", "0", "--profile", str(file), "--served-model-name", "m"]
+    command = [
+        sys.executable,
+        "-m",
+        "wwwserve.envs.emulator",
+        "--port",
+        "0",
+        "--profile",
+        str(file),
+        "--served-model-name",
+        "m",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

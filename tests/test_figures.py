@@ -12,10 +12,10 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from agents.rules import RULES
-from envs.distribution import KINDS
-from eval import figures
-from eval.figures import FigureError, draw
+from wwwserve.agents.rules import RULES
+from wwwserve.envs.distribution import KINDS
+from wwwserve.eval import figures
+from wwwserve.eval.figures import FigureError, draw
 
 PNG, SVG = b"\x89PNG\r\n\x1a\n", "<svg"
 NAMES = [*RULES, "centralized", "omniscient", "learned", "rank_cap:urgency=3", *(f"trust_cap@{k}" for k in KINDS)]

@@ -5,17 +5,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from agents import forward
-from agents import view as v
-from agents.checkpoint import weights_of
-from agents.decision import ADMITS, CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, PRICES, ROUTES, make_actions
-from agents.forward import EVIDENCE, FORBIDDEN, LOGITS, SHORTEST_S
-from agents.network import Actor
-from agents.rules import Rule
-from agents.runtime import LearnedPolicy
-from agents.view import Views, make_views
-from envs.batch import MarketBatch
-from envs.distribution import KINDS, sample
+from wwwserve.agents import view as v
+from wwwserve.agents.decision import ADMITS, CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, PRICES, ROUTES, make_actions
+from wwwserve.agents.policy import forward
+from wwwserve.agents.policy.checkpoint import weights_of
+from wwwserve.agents.policy.forward import EVIDENCE, FORBIDDEN, LOGITS, SHORTEST_S
+from wwwserve.agents.policy.network import Actor
+from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.rules import Rule
+from wwwserve.agents.view import Views, make_views
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import KINDS, sample
 
 WIDTH = 16
 

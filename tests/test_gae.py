@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.gae import estimate
+from wwwserve.train.gae import estimate
 
 GAMMA, LAM = 0.9, 0.8
 

@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from agents import hardware
-from agents.hardware import (
+from wwwserve.agents import hardware
+from wwwserve.agents.hardware import (
     BLOCK_TOKENS,
     FITTED,
     GPUS,

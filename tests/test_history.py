@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.rules import Rule
-from envs.scenario import Scenario, parse
-from eval.history import record, windowed
-from eval.rollout import rollout
+from wwwserve.agents.rules import Rule
+from wwwserve.envs.scenario import Scenario, parse
+from wwwserve.eval.history import record, windowed
+from wwwserve.eval.play import rollout
 
 MAPPING: dict[str, Any] = {
     "name": "duels",

@@ -20,10 +20,11 @@ import numba
 import numpy as np
 import pytest
 
-import agents
-from agents import bundle, decision, dice, estimate, forward, hardware, knowledge, protocol, rules, runtime, view
-from envs import scenario
-from envs.batch import MarketBatch
+from wwwserve import agents
+from wwwserve.agents import decision, dice, estimate, hardware, knowledge, protocol, rules, view
+from wwwserve.agents.policy import bundle, forward, runtime
+from wwwserve.envs import scenario
+from wwwserve.envs.batch import MarketBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAWS = 200
@@ -261,10 +262,10 @@ def outputs(cases: Iterable[Case]) -> Results:
 
 def kernels() -> Iterator[str]:
     """Every kernel that agents/ defines, "module.name"."""
-    for found in pkgutil.iter_modules(agents.__path__):
-        if found.name in {"network", "checkpoint"}:  # these need torch, and hold no kernel
+    for found in pkgutil.walk_packages(agents.__path__, "wwwserve.agents."):
+        if found.name.endswith((".network", ".checkpoint")):  # these need torch, and hold no kernel
             continue
-        module = importlib.import_module(f"agents.{found.name}")
+        module = importlib.import_module(found.name)
         for name, value in vars(module).items():
             if hasattr(value, "py_func") and value.py_func.__module__ == module.__name__:
                 yield f"{module.__name__}.{name}"
@@ -279,7 +280,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results]:
     path = tmp_path_factory.mktemp("plain") / "results.npz"
     plain = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), str(path)],
-        env=os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
     )
     compiled = outputs(CASES)
     assert plain.wait(timeout=300) == 0
@@ -308,7 +309,7 @@ def test_the_cases_run_every_kernel(both: tuple[Results, Results]) -> None:
 
 def test_the_markets_are_lively(both: tuple[Results, Results]) -> None:
     """Otherwise the comparison of whole markets would say little."""
-    from envs import state
+    from wwwserve.envs import state
 
     for title in MARKETS:
         counts = both[0][f"markets_case.{title}.provider.counts"].sum(axis=(0, 1))

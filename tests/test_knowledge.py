@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from agents import knowledge as k
-from agents.hardware import profile
-from agents.kernel import Floats
+from wwwserve.agents import knowledge as k
+from wwwserve.agents.hardware import profile
+from wwwserve.agents.kernel import Floats
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ MAY_IMPORT = {
 
 TRAINING_LIBRARIES = {"torch", "pettingzoo", "gymnasium", "stable_baselines3", "onnx", "onnxscript", "onnxruntime"}
 LIGHT_PACKAGES = {"agents", "serving"}
-MAY_NEED_TRAINING_LIBRARIES = {"agents/network.py", "agents/checkpoint.py"}
+MAY_NEED_TRAINING_LIBRARIES = {"agents/policy/network.py", "agents/policy/checkpoint.py"}
 
 TOP_LEVEL = {
     *MAY_IMPORT,
@@ -40,7 +40,7 @@ def imported_modules(source: str, path: str) -> list[tuple[int, str]]:
 
     `path` is relative to the repository root; relative imports are resolved against it.
     """
-    package = Path(path).parent.parts
+    package = ("wwwserve", *Path(path).parent.parts)
     found = []
     for node in ast.walk(ast.parse(source, path)):
         if isinstance(node, ast.Import):
@@ -49,7 +49,8 @@ def imported_modules(source: str, path: str) -> list[tuple[int, str]]:
             base = package[: len(package) + 1 - node.level] if node.level else ()
             module = ".".join([*base, *([node.module] if node.module else [])])
             # `from .. import envs` out of a package names its modules in the aliases.
-            names = [module] if module else [alias.name for alias in node.names]
+            whole = module in ("", "wwwserve")
+            names = [f"{module}.{alias.name}".strip(".") for alias in node.names] if whole else [module]
             found += [(node.lineno, name) for name in names]
         elif isinstance(node, ast.Call) and node.args:
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
@@ -68,8 +69,11 @@ def violations(source: str, path: str) -> list[str]:
     layer = Path(path).parts[0]
     found = []
     for line, module in imported_modules(source, path):
-        top = module.split(".")[0]
-        if top in MAY_IMPORT and top != layer and top not in MAY_IMPORT[layer]:
+        root, _, inner = module.partition(".")
+        top = inner.split(".")[0] if root == "wwwserve" else root
+        if root in MAY_IMPORT:
+            found.append(f"{path}:{line}: {module} is installed as wwwserve.{module}")
+        elif top in MAY_IMPORT and top != layer and top not in MAY_IMPORT[layer]:
             found.append(f"{path}:{line}: {layer} must not import {module}")
         if top in TRAINING_LIBRARIES and layer in LIGHT_PACKAGES and path not in MAY_NEED_TRAINING_LIBRARIES:
             found.append(f"{path}:{line}: {module} is for training only")
@@ -91,22 +95,24 @@ def test_imports_point_down(layer):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("agents/view.py", "import envs.market"),
-        ("agents/view.py", "from envs import market"),
-        ("agents/view.py", "def f():\n    from serving.app import App"),
-        ("agents/view.py", "import numpy, train.mappo as mappo"),
+        ("agents/view.py", "import wwwserve.envs.market"),
+        ("agents/view.py", "from wwwserve.envs import market"),
+        ("agents/view.py", "def f():\n    from wwwserve.serving.app import App"),
+        ("agents/view.py", "import numpy, wwwserve.train.mappo as mappo"),
         ("agents/view.py", "import torch"),
         ("agents/view.py", "try:\n    from torch import nn\nexcept ImportError:\n    nn = None"),
         ("agents/view.py", "from .. import envs"),
         ("agents/view.py", "from ..envs import market"),
-        ("envs/market.py", "from serving import app"),
-        ("envs/market.py", "import importlib\nimportlib.import_module('eval.compare')"),
-        ("serving/app.py", "from importlib import import_module\nx = import_module('envs.emulator')"),
-        ("serving/app.py", "__import__('pettingzoo')"),
-        ("serving/network.py", "import stable_baselines3.common"),
-        ("agents/runtime.py", "import onnxruntime"),
-        ("eval/compare.py", "from train.mappo import Args"),
-        ("train/mappo.py", "import serving"),
+        ("envs/market.py", "from wwwserve.serving import app"),
+        ("envs/market.py", "import importlib\nimportlib.import_module('wwwserve.eval.compare')"),
+        ("serving/http/routes.py", "from importlib import import_module\nx = import_module('wwwserve.envs.emulator')"),
+        ("serving/http/routes.py", "__import__('pettingzoo')"),
+        ("serving/local_nodes.py", "import stable_baselines3.common"),
+        ("agents/policy/runtime.py", "import onnxruntime"),
+        ("eval/compare.py", "from wwwserve.train.mappo import Args"),
+        ("train/mappo.py", "import wwwserve.serving"),
+        ("train/mappo.py", "from wwwserve import serving"),
+        ("train/mappo.py", "from eval import compare"),
     ],
 )
 def test_checker_sees_a_violation(path, source):
@@ -116,13 +122,19 @@ def test_checker_sees_a_violation(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("agents/view.py", "import numpy\nfrom . import knowledge\nfrom .kernel import kernel\nimport agents.decision"),
-        ("agents/network.py", "import torch"),
-        ("envs/market_v0.py", "import pettingzoo\nfrom agents import protocol"),
-        ("serving/app.py", "from agents.runtime import Policy\nfrom serving.engine import Engine"),
-        ("eval/live.py", "import agents, envs, serving"),
-        ("train/mappo.py", "import torch\nfrom eval import compare\nfrom envs.batch import Batch"),
-        ("serving/app.py", "name = 'torch'\nprint('import envs')"),
+        (
+            "agents/view.py",
+            "import numpy\nfrom . import knowledge\nfrom .kernel import kernel\nimport wwwserve.agents.decision",
+        ),
+        ("agents/policy/network.py", "import torch"),
+        ("envs/market_v0.py", "import pettingzoo\nfrom wwwserve.agents import protocol"),
+        (
+            "serving/http/routes.py",
+            "from wwwserve.agents.policy.runtime import Policy\nfrom wwwserve.serving.engine.adapter import Engine",
+        ),
+        ("eval/live/trial.py", "import wwwserve.agents, wwwserve.envs, wwwserve.serving"),
+        ("train/mappo.py", "import torch\nfrom wwwserve.eval import compare\nfrom wwwserve.envs.batch import Batch"),
+        ("serving/http/routes.py", "name = 'torch'\nprint('import envs')"),
     ],
 )
 def test_checker_allows_what_is_allowed(path, source):

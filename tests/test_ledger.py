@@ -14,16 +14,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.dice import make_dice
-from agents.protocol import MICRO, PER_KTOK, PER_REQUEST, VOTE_A, VOTE_B, draw_by_stake
-from serving import cli
-from serving.audit import audit, compare, evidence, settled
-from serving.channel import LedgerError, Noted
-from serving.identity import Identity
-from serving.journal import Balance, Full, Journal, JournalError, MemoryJournal, SqliteJournal
-from serving.ledger import NOTHING, PART, WHOLE, ChannelLedger, Declined, Grant, Held, Terms, Vouching
-from serving.stakes import Answer, Conflict, Stake, Staked, Stakes, Verdict, Vote, decode, duel_name
-from serving.statements import Signed, State, StatementError, Vouch, digest, link, sign
+from wwwserve.agents.dice import make_dice
+from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST, VOTE_A, VOTE_B, draw_by_stake
+from wwwserve.serving import cli
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.ledger.audit import audit, compare, evidence, settled
+from wwwserve.serving.ledger.channel import LedgerError, Noted
+from wwwserve.serving.ledger.channel_ledger import (
+    NOTHING,
+    PART,
+    WHOLE,
+    ChannelLedger,
+    Declined,
+    Grant,
+    Held,
+    Terms,
+    Vouching,
+)
+from wwwserve.serving.ledger.journal import Balance, Full, Journal, JournalError, MemoryJournal, SqliteJournal
+from wwwserve.serving.ledger.stakes import Answer, Conflict, Stake, Staked, Stakes, Verdict, Vote, decode, duel_name
+from wwwserve.serving.ledger.statements import Signed, State, StatementError, Vouch, digest, link, sign
 
 KINDS = ("memory", "sqlite")
 A, B, C = (Identity.generate() for _ in range(3))
@@ -710,7 +720,7 @@ def test_a_full_disk_stops_new_requests_and_loses_nothing(tmp_path: Path) -> Non
 def test_many_entries_share_a_transaction_and_a_snapshot_shortens_the_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.ledger.SNAPSHOT_EVERY", 500)
+    monkeypatch.setattr("wwwserve.serving.ledger.channel_ledger.SNAPSHOT_EVERY", 500)
     sides = Sides("sqlite", tmp_path, exposure=CREDIT)
     writes: list[int] = []
     write = SqliteJournal.write

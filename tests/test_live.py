@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import yaml
 
-from agents.hardware import profile
-from envs.scenario import Misreport, Scenario, load, parse
-from envs.state import plan
-from eval import live as command
-from eval.arguments import UsageError
-from eval.live import check, check_lengths, node, remote
-from eval.policies import load_policy
-from serving.config import parse as parse_node
-from serving.network import Plan, running
+from wwwserve.agents.hardware import profile
+from wwwserve.envs.scenario import Misreport, Scenario, load, parse
+from wwwserve.envs.state import plan
+from wwwserve.eval.arguments import UsageError
+from wwwserve.eval.live import trial as command
+from wwwserve.eval.live.trial import check, check_lengths, node, remote
+from wwwserve.eval.policies import load_policy
+from wwwserve.serving.config import parse as parse_node
+from wwwserve.serving.local_nodes import Plan, running
 
 
 def busy(rate_per_s: float) -> dict[str, Any]:

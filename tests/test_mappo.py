@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from agents.rules import Rule
-from agents.runtime import load
-from eval import regret
-from eval.tune import best_for
-from train import mappo
-from train.mappo import Args, Learner, Processes, ValueScale, seconds_to_beat
-from train.rollout import Collector, Source
+from wwwserve.agents.policy.runtime import load
+from wwwserve.agents.rules import Rule
+from wwwserve.eval import regret
+from wwwserve.eval.tune import best_for
+from wwwserve.train import mappo
+from wwwserve.train.mappo import Args, Learner, Processes, ValueScale, seconds_to_beat
+from wwwserve.train.rollout import Collector, Source
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
@@ -34,7 +34,7 @@ SHORT = [
 
 def start(out: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
     command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--out", str(out), *SHORT, *arguments]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env, start_new_session=True
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.decision import (
+from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
     LOCAL,
@@ -20,8 +20,8 @@ from agents.decision import (
     PROBABILITY,
     Actions,
 )
-from agents.hardware import BLOCK_TOKENS, KV_BLOCKS
-from agents.knowledge import (
+from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
+from wwwserve.agents.knowledge import (
     AD_HELD,
     AD_KV_TOKENS,
     AD_PER_KV_TOKEN_S,
@@ -36,14 +36,14 @@ from agents.knowledge import (
     MAX_CLASSES,
     OUT,
 )
-from agents.protocol import ESCROW, FREE, MICRO, STAKED
-from agents.rules import Rule
-from agents.view import AGE_S, REFUSALS
-from envs.batch import MarketBatch
-from envs.distribution import KINDS, sample
-from envs.engine import NEVER, kv_use, tokens_out
-from envs.scenario import Scenario, parse
-from envs.state import (
+from wwwserve.agents.protocol import ESCROW, FREE, MICRO, STAKED
+from wwwserve.agents.rules import Rule
+from wwwserve.agents.view import AGE_S, REFUSALS
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import KINDS, sample
+from wwwserve.envs.engine import NEVER, kv_use, tokens_out
+from wwwserve.envs.scenario import Scenario, parse
+from wwwserve.envs.state import (
     COPY,
     DELEGATED,
     DONE,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test
 
-from agents.decision import ADMITS, FLAT_ACTIONS, HOLD, LOCAL, PRICES, ROUTES, decode, encode, set_admit
-from agents.view import (
+from wwwserve.agents.decision import ADMITS, FLAT_ACTIONS, HOLD, LOCAL, PRICES, ROUTES, decode, encode, set_admit
+from wwwserve.agents.view import (
     FINISH_S,
     FIRST_SLACK_S,
     HAS_REQUEST,
@@ -18,10 +18,10 @@ from agents.view import (
     REQUEST_FEATURES,
     SELF_FEATURES,
 )
-from envs.batch import MarketBatch
-from envs.market_v0 import OBSERVATION_SIZE, MarketEnv, env, parallel_env
-from envs.scenario import Scenario, ScenarioError, load, parse
-from envs.state import INVALID, Reward, plan
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.market_v0 import OBSERVATION_SIZE, MarketEnv, env, parallel_env
+from wwwserve.envs.scenario import Scenario, ScenarioError, load, parse
+from wwwserve.envs.state import INVALID, Reward, plan
 
 
 def market(name: str = "short", **changes: Any) -> Scenario:

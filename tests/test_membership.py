@@ -17,15 +17,24 @@ import pytest
 import trustme
 from aiohttp import web
 
-from agents.knowledge import ADVERT_SIZE
-from serving import membership as membership_module
-from serving import zenoh_membership
-from serving.config import TlsConfig, ZenohConfig
-from serving.identity import Identity, tagged
-from serving.membership import BEAT_PATH, BEAT_S, HEAD_BYTES, MOST_BYTES, Advert, Heartbeat, StaticMembership, signed
-from serving.network import free_ports
-from serving.signed import SKEW_S, Refused
-from serving.zenoh_membership import ZenohMembership, open_session
+from wwwserve.agents.knowledge import ADVERT_SIZE
+from wwwserve.serving.config import TlsConfig, ZenohConfig
+from wwwserve.serving.http.keys import Identity, tagged
+from wwwserve.serving.http.messages import SKEW_S, Refused
+from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.membership import heartbeat as membership_module
+from wwwserve.serving.membership import zenoh as zenoh_membership
+from wwwserve.serving.membership.heartbeat import (
+    BEAT_PATH,
+    BEAT_S,
+    HEAD_BYTES,
+    MOST_BYTES,
+    Advert,
+    Heartbeat,
+    StaticMembership,
+    signed,
+)
+from wwwserve.serving.membership.zenoh import ZenohMembership, open_session
 
 KINDS = ("static", "zenoh")
 NAMES = ("a", "b", "an odd/name*$?#é%2F")  # what members call themselves; their keys are
@@ -424,7 +433,9 @@ def test_a_departure_in_the_name_of_another_does_not_make_it_gone() -> None:
 PEER = """
 import asyncio, pathlib, sys, time
 import msgspec
-from serving import config, identity, membership, zenoh_membership
+from wwwserve.serving import config
+from wwwserve.serving.http import keys as identity
+from wwwserve.serving.membership import heartbeat as membership, zenoh as zenoh_membership
 
 told = msgspec.json.decode(sys.argv[1], type=config.ZenohConfig)
 with zenoh_membership.open_session(told) as session:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from envs.batch import RequestTable
-from envs.scenario import Slo, SloClass, parse
-from eval.metrics import (
+from wwwserve.envs.batch import RequestTable
+from wwwserve.envs.scenario import Slo, SloClass, parse
+from wwwserve.eval.metrics import (
     attainment,
     goodput_value,
     mean_ci,

@@ -16,8 +16,8 @@ import aiohttp
 import openai
 import pytest
 
-from serving.config import ConfigError
-from serving.network import NetworkError, Plan, configurations, look, running, show
+from wwwserve.serving.config import ConfigError
+from wwwserve.serving.local_nodes import NetworkError, Plan, configurations, look, running, show
 
 MODEL = "qwen3-8b"
 PLAN = Plan(nodes=5, base_port=0, policy=None, gpu="rtx-4090", model=MODEL, max_num_seqs=2, speed=5.0)
@@ -99,7 +99,8 @@ def test_every_request_ends_once_though_nodes_are_killed_and_stopped(membership:
 
 
 def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:
-    command = [sys.executable, "-m", "serving.cli", "up", "--nodes", "2", "--base-port", "0", "--policy", "www_serve",
+    command = [sys.executable, "-m", "wwwserve.serving.cli", "up", "--nodes", "2", "--base-port", "0",
+               "--policy", "www_serve",
                "--speed", "20", "--membership", "zenoh"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:

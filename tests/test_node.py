@@ -19,12 +19,13 @@ import pytest
 import yaml
 from aiohttp import web
 
-from serving import config, dispatcher, engine, node
-from serving.engine import NAMES, EngineError, read_load
-from serving.identity import Identity
-from serving.membership import SILENT_S, decode
-from serving.network import free_ports
-from serving.signed import Refused
+from wwwserve.serving import config, dispatcher, node
+from wwwserve.serving.engine import adapter as engine
+from wwwserve.serving.engine.adapter import NAMES, EngineError, read_load
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import Refused
+from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.membership.heartbeat import SILENT_S, decode
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 MODEL = "stub"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import overhead
+from wwwserve.eval.live import overhead
 
 
 def test_a_node_and_what_stands_beside_it_are_measured(tmp_path: Path) -> None:

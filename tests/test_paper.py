@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agents.rules import Rule
-from envs.batch import MarketBatch
-from envs.scenario import load
-from eval import regret
-from eval.paper import credits
-from eval.paper.command import EXPERIMENTS, NAMES, main, make, policy_digest
-from eval.paper.experiment import load_between
-from eval.paper.flexible import ACCEPT, Mixed
-from eval.paper.settings import SCENARIOS, headline
+from wwwserve.agents.rules import Rule
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.scenario import load
+from wwwserve.eval import regret
+from wwwserve.eval.paper import credits
+from wwwserve.eval.paper.command import EXPERIMENTS, NAMES, main, make, policy_digest
+from wwwserve.eval.paper.experiment import load_between
+from wwwserve.eval.paper.flexible import ACCEPT, Mixed
+from wwwserve.eval.paper.settings import SCENARIOS, headline
 
 CHEAP = "attention"
 SEEDS = range(1_000_000, 1_000_002)

@@ -6,19 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents import runtime
-from agents.decision import FIRST_CANDIDATE, make_actions
-from agents.dice import WORDS
-from agents.knowledge import AD_TIME_S
-from agents.protocol import PER_KTOK
-from agents.rules import RULES, Policy, Rule
-from agents.view import Views
-from envs import tape
-from envs.batch import MarketBatch
-from envs.distribution import KINDS, sample
-from envs.scenario import load
-from envs.state import MarketPlan, plan
-from serving.provider import Decision, Market, Out, Provider, Request
+from wwwserve.agents.decision import FIRST_CANDIDATE, make_actions
+from wwwserve.agents.dice import WORDS
+from wwwserve.agents.knowledge import AD_TIME_S
+from wwwserve.agents.policy import runtime
+from wwwserve.agents.protocol import PER_KTOK
+from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.agents.view import Views
+from wwwserve.envs import tape
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import KINDS, sample
+from wwwserve.envs.scenario import load
+from wwwserve.envs.state import MarketPlan, plan
+from wwwserve.serving.provider import Decision, Market, Out, Provider, Request
 
 NOTES = 1_000_000
 NEEDED = 10_000  # decisions on requests, for each policy

@@ -13,11 +13,11 @@ import aiohttp
 import pytest
 from test_node import MODEL, Net, Stub, busy, net, play
 
-from eval import hostile
-from serving import signed
-from serving.dispatcher import PEER_PREFIX, PROMPT
-from serving.identity import Identity
-from serving.signed import SIGNATURE, Messages
+from wwwserve.eval.live import hostile
+from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT
+from wwwserve.serving.http import messages as signed
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import SIGNATURE, Messages
 
 CHAT = PEER_PREFIX + "/v1/chat/completions"
 BODY = json.dumps({"model": MODEL, "messages": []}).encode()

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from agents.dice import make_dice
-from agents.kernel import Ints
-from agents.protocol import (
+from wwwserve.agents.dice import make_dice
+from wwwserve.agents.kernel import Ints
+from wwwserve.agents.protocol import (
     A_WINS,
     ACCOUNT_SIZE,
     B_WINS,

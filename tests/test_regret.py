@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agents.rules import RULES, Rule
-from envs.distribution import KINDS
-from envs.scenario import load
-from envs.state import MarketPlan, plan
-from eval import regret, tune
-from eval.compare import FIRST_TEST_SEED
-from eval.metrics import goodput_value, slo_auc
-from eval.regret import families, judge, table, yardsticks
-from eval.rollout import rollout, scores
-from train import mappo
+from wwwserve.agents.rules import RULES, Rule
+from wwwserve.envs.distribution import KINDS
+from wwwserve.envs.scenario import load
+from wwwserve.envs.state import MarketPlan, plan
+from wwwserve.eval import regret, tune
+from wwwserve.eval.compare import FIRST_TEST_SEED
+from wwwserve.eval.metrics import goodput_value, slo_auc
+from wwwserve.eval.play import rollout, scores
+from wwwserve.eval.regret import families, judge, table, yardsticks
+from wwwserve.train import mappo
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from reference_engine import Job, ReferenceEngine
 
-from agents.hardware import Profile, profile
-from envs import trace
-from eval.replay import PERCENTILES, TRACE, main, replay, summary
+from wwwserve.agents.hardware import Profile, profile
+from wwwserve.envs import trace
+from wwwserve.eval.replay import PERCENTILES, TRACE, main, replay, summary
 
 SMALL = Profile(0.0103, 4.4e-05, 8.6e-08, 0.0034, 7.8e-05, 300, 6, 512, 4096, "test")
 

@@ -7,10 +7,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from agents.decision import FIRST_CANDIDATE, HOLD, LOCAL
-from agents.estimate import CONTEXT_PRIOR, chance_on_time
-from agents.kernel import Floats
-from agents.knowledge import (
+from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL
+from wwwserve.agents.estimate import CONTEXT_PRIOR, chance_on_time
+from wwwserve.agents.kernel import Floats
+from wwwserve.agents.knowledge import (
     AD_KV_TOKENS,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
@@ -21,12 +21,12 @@ from agents.knowledge import (
     AD_RUNNING,
     AD_WEIGHT_S,
 )
-from agents.rules import Rule
-from envs.batch import MarketBatch
-from envs.distribution import KINDS, Kind, sample
-from envs.engine import tokens_out
-from envs.scenario import Scenario, parse
-from envs.state import Reward
+from wwwserve.agents.rules import Rule
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import KINDS, Kind, sample
+from wwwserve.envs.engine import tokens_out
+from wwwserve.envs.scenario import Scenario, parse
+from wwwserve.envs.state import Reward
 
 HERE, TO_FIRST = LOCAL, FIRST_CANDIDATE
 

@@ -10,17 +10,17 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from agents.checkpoint import weights_of
-from agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES
-from agents.forward import Net, net_of
-from agents.network import Actor, Inputs
-from agents.rules import RULES, Rule
-from agents.runtime import LearnedPolicy
-from agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
-from envs.batch import MarketBatch
-from envs.distribution import Kind
-from envs.state import Reward
-from train.rollout import Collector, Collectors, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
+from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES
+from wwwserve.agents.policy.checkpoint import weights_of
+from wwwserve.agents.policy.forward import Net, net_of
+from wwwserve.agents.policy.network import Actor, Inputs
+from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.rules import RULES, Rule
+from wwwserve.agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import Kind
+from wwwserve.envs.state import Reward
+from wwwserve.train.rollout import Collector, Collectors, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
 
 KINDS: tuple[Kind, ...] = ("honest", "deadlines", "conversation")
 TEACHERS: dict[Kind, Rule] = {

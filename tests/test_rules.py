@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents import view as v
-from agents.decision import (
+from wwwserve.agents import view as v
+from wwwserve.agents.decision import (
     CANDIDATES,
     FIRST_CANDIDATE,
     HOLD,
@@ -18,9 +18,9 @@ from agents.decision import (
     accept,
     make_actions,
 )
-from agents.kernel import Floats
-from agents.rules import RULES, Rule
-from agents.view import Views, make_views
+from wwwserve.agents.kernel import Floats
+from wwwserve.agents.rules import RULES, Rule
+from wwwserve.agents.view import Views, make_views
 
 A, B, C, D = range(FIRST_CANDIDATE, FIRST_CANDIDATE + 4)  # routes to candidates
 INF = np.inf

@@ -8,13 +8,13 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
-from agents.decision import ADMITS, HOLD, LOCAL, PRICES, ROUTES, set_admit
-from agents.view import CHANCE, HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, normalise
-from envs.batch import MarketBatch
-from envs.distribution import sample
-from envs.sb3 import OBSERVATION_SIZE, MarketVecEnv
-from envs.scenario import Scenario, parse
-from envs.state import INVALID, Reward
+from wwwserve.agents.decision import ADMITS, HOLD, LOCAL, PRICES, ROUTES, set_admit
+from wwwserve.agents.view import CHANCE, HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, normalise
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import sample
+from wwwserve.envs.sb3 import OBSERVATION_SIZE, MarketVecEnv
+from wwwserve.envs.scenario import Scenario, parse
+from wwwserve.envs.state import INVALID, Reward
 
 
 def market(rate_per_s: float = 0.5, duration_s: float = 30.0, providers: int = 3) -> Scenario:

@@ -14,16 +14,16 @@ import yaml
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.decision import ADMIT_WAIT_S, MAX_WAIT_S
-from agents.view import HAS_REQUEST, Views
-from envs.batch import MarketBatch
-from envs.sb3 import observe
-from envs.scenario import Scenario, load
-from envs.state import INVALID, plan
-from eval.metrics import measure
-from eval.rollout import rollout
-from train import sb3_ppo
-from train.sb3_ppo import Args, SB3Policy, draw, make_env, make_model, parse, random_markets, train
+from wwwserve.agents.decision import ADMIT_WAIT_S, MAX_WAIT_S
+from wwwserve.agents.view import HAS_REQUEST, Views
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.sb3 import observe
+from wwwserve.envs.scenario import Scenario, load
+from wwwserve.envs.state import INVALID, plan
+from wwwserve.eval.metrics import measure
+from wwwserve.eval.play import rollout
+from wwwserve.train import sb3_ppo
+from wwwserve.train.sb3_ppo import Args, SB3Policy, draw, make_env, make_model, parse, random_markets, train
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from agents.hardware import profile
-from agents.rules import Rule
-from envs.distribution import capacity_per_s
-from eval import scale
+from wwwserve.agents.hardware import profile
+from wwwserve.agents.rules import Rule
+from wwwserve.envs.distribution import capacity_per_s
+from wwwserve.eval import scale
 
 
 @pytest.mark.parametrize("size", [4, 8, 64])

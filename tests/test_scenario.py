@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
-from agents.hardware import MODELS, QUANTIZATIONS, profile
-from agents.lengths import Lognormal
-from envs import distribution, scenario
-from envs.scenario import MmppTraffic, PoissonTraffic, ScenarioError, TimesTraffic, TraceTraffic
-from envs.state import Reward, Shape, make_markets, plan, write_market
+from wwwserve.agents.hardware import MODELS, QUANTIZATIONS, profile
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.envs import distribution, scenario
+from wwwserve.envs.scenario import MmppTraffic, PoissonTraffic, ScenarioError, TimesTraffic, TraceTraffic
+from wwwserve.envs.state import Reward, Shape, make_markets, plan, write_market
 
 FILE = """
 name: alternating

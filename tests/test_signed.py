@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from serving.identity import Identity
-from serving.signed import LOG_EVERY_S, SIGNATURE, SKEW_S, WINDOW, Messages, Refusals, Refused
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import LOG_EVERY_S, SIGNATURE, SKEW_S, WINDOW, Messages, Refusals, Refused
 
 PATH = "/peer/v1/completions"
 TERMS = {"content-type": "application/json", "x-wwwserve-prompt": "12"}
@@ -218,7 +218,7 @@ def test_refusals_are_counted_each_and_logged_now_and_then(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, counted = Clock(), list[str]()
-    monkeypatch.setattr("serving.signed.time.monotonic", clock)
+    monkeypatch.setattr("wwwserve.serving.http.messages.time.monotonic", clock)
     refusals = Refusals(counted.append)
     with caplog.at_level(logging.WARNING, "wwwserve.signed"):
         for _ in range(1000):

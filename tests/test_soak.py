@@ -1,11 +1,11 @@
-"""Paying nodes that are killed, filled up, put in another time and cut off; a short run of `eval.soak`."""
+"""Paying nodes that are killed, filled up, put in another time and cut off; a short run of `eval.live.soak`."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from eval import soak
+from wwwserve.eval.live import soak
 
 
 def test_all_is_accounted_for_after_kills_a_full_disk_a_wrong_clock_and_a_partition(tmp_path: Path) -> None:

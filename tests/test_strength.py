@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from agents.hardware import MODELS, QUANTIZATIONS
-from agents.protocol import VOTE_A, vote_of
-from agents.rules import Rule
-from envs.scenario import load
-from eval.paper.credits import measure
-from eval.strength import (
+from wwwserve.agents.hardware import MODELS, QUANTIZATIONS
+from wwwserve.agents.protocol import VOTE_A, vote_of
+from wwwserve.agents.rules import Rule
+from wwwserve.envs.scenario import load
+from wwwserve.eval.paper.credits import measure
+from wwwserve.eval.strength import (
     MODEL_SIZE,
     QUANTIZATION,
     fit,

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from agents.decision import HOLD, LOCAL
-from agents.rules import Rule
-from agents.view import WAITING
-from envs.batch import MarketBatch
-from envs.distribution import KINDS
-from envs.scenario import load
-from envs.state import plan
-from train.teachers import LateBinding, teachers
+from wwwserve.agents.decision import HOLD, LOCAL
+from wwwserve.agents.rules import Rule
+from wwwserve.agents.view import WAITING
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import KINDS
+from wwwserve.envs.scenario import load
+from wwwserve.envs.state import plan
+from wwwserve.train.teachers import LateBinding, teachers
 
 
 def test_every_kind_of_market_has_a_teacher() -> None:

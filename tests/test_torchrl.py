@@ -6,9 +6,9 @@ import torch
 from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 from torchrl.envs.utils import check_env_specs
 
-from agents.decision import FLAT_ACTIONS
-from envs.market_v0 import OBSERVATION_SIZE, MarketEnv, observation_bounds, parallel_env
-from envs.scenario import Scenario, parse
+from wwwserve.agents.decision import FLAT_ACTIONS
+from wwwserve.envs.market_v0 import OBSERVATION_SIZE, MarketEnv, observation_bounds, parallel_env
+from wwwserve.envs.scenario import Scenario, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:PettingZoo in TorchRL is tested using version")
 

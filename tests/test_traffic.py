@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.lengths import Lognormal
-from envs import scenario, trace, traffic
-from envs.scenario import Scenario, TraceTraffic
-from envs.traffic import Arrivals
+from wwwserve.agents.lengths import Lognormal
+from wwwserve.envs import scenario, trace, traffic
+from wwwserve.envs.scenario import Scenario, TraceTraffic
+from wwwserve.envs.traffic import Arrivals
 
 STEADY = {"kind": "poisson", "phases": [{"until_s": 600, "rate_per_s": 2.0}]}
 STEPS = {"kind": "poisson", "phases": [{"until_s": 200, "rate_per_s": 9.0}, {"until_s": 500, "rate_per_s": 3.0}]}

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.rules import RULES, Rule
-from envs.distribution import KINDS, Kind, kind_of
-from eval import tune
-from eval.compare import FIRST_TEST_SEED
-from eval.tune import OBJECTIVES, TUNED, best_for, draw, markets, tuned
+from wwwserve.agents.rules import RULES, Rule
+from wwwserve.envs.distribution import KINDS, Kind, kind_of
+from wwwserve.eval import tune
+from wwwserve.eval.compare import FIRST_TEST_SEED
+from wwwserve.eval.tune import OBJECTIVES, TUNED, best_for, draw, markets, tuned
 
 TUNABLE = [name for name, settings in RULES.items() if any(setting.search for setting in settings.values())]
 

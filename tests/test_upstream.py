@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from serving.upstream import MOST_UNREAD, Upstream
+from wwwserve.serving.http.upstream import MOST_UNREAD, Upstream
 
 LONG_S = 20.0
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import knowledge as k
-from agents import view as v
-from agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL
-from agents.estimate import chance_on_time, expect, slowdown
-from agents.kernel import Floats
-from agents.protocol import MICRO, PER_KTOK, PER_REQUEST
+from wwwserve.agents import knowledge as k
+from wwwserve.agents import view as v
+from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL
+from wwwserve.agents.estimate import chance_on_time, expect, slowdown
+from wwwserve.agents.kernel import Floats
+from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST
 
 NOW_S = 50.0
 

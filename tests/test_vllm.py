@@ -23,16 +23,19 @@ import orjson
 import pytest
 from engines import engine
 
-from agents.hardware import Profile
-from agents.kernel import cache_root
-from envs.scenario import load
-from eval import duels, fidelity, live
-from eval.policies import load_policy
-from serving import local_vllm, network
-from serving.local_vllm import RANDOM, SMOLLM2, Prepared, PrepareError
-from serving.network import Network, NetworkError, look
-from serving.reply import Ask
-from serving.resume import Resumed
+from wwwserve.agents.hardware import Profile
+from wwwserve.agents.kernel import cache_root
+from wwwserve.envs.scenario import load
+from wwwserve.eval import fidelity
+from wwwserve.eval.live import duels
+from wwwserve.eval.live import trial as live
+from wwwserve.eval.policies import load_policy
+from wwwserve.serving import local_nodes as network
+from wwwserve.serving.engine import local_vllm
+from wwwserve.serving.engine.local_vllm import RANDOM, SMOLLM2, Prepared, PrepareError
+from wwwserve.serving.http.reply import Ask
+from wwwserve.serving.http.resume import Resumed
+from wwwserve.serving.local_nodes import Network, NetworkError, look
 
 ANSWERED_S = 10.0  # from when a network is ready
 SAID: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -203,7 +206,7 @@ def test_the_serving_benchmark_of_vllm_runs_against_a_node(vllm_network: Network
 
 
 def test_random_words_lose_their_stake_by_the_votes_of_a_real_model(vllm_network: Network) -> None:
-    """A short form of `python -m eval.duels`, the random model replaced by random words."""
+    """A short form of `python -m eval.live.duels`, the random model replaced by random words."""
 
     async def run() -> dict[str, Any]:
         async with engine(babbles=True) as bad:
@@ -251,8 +254,8 @@ def descendants(pid: int) -> set[int]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_up_leaves_nothing_behind_when_it_is_interrupted(vllm_network: Network, number: int) -> None:
     """While vLLM loads, with children of its own."""
-    command = [sys.executable, "-m", "serving.cli", "up", "--nodes", "1", "--base-port", "0", "--engine", "vllm",
-               "--model", RANDOM]  # fmt: skip
+    command = [sys.executable, "-m", "wwwserve.serving.cli", "up", "--nodes", "1", "--base-port", "0",
+               "--engine", "vllm", "--model", RANDOM]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     try:
         until_s = time.monotonic() + 120

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from agents.checkpoint import weights_of
-from agents.network import Actor
-from train.export import export
+from wwwserve.agents.policy.checkpoint import weights_of
+from wwwserve.agents.policy.network import Actor
+from wwwserve.train.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("agents", "envs", "serving", "train", "eval")
@@ -24,7 +24,8 @@ def packaged_data() -> set[str]:
     """Every data file and scenario of the source tree that must travel in the wheel."""
     files = [*(ROOT / "agents/data").rglob("*"), *(ROOT / "envs/data").rglob("*")]
     files += (ROOT / "envs/scenarios").rglob("*.yaml")
-    return {file.relative_to(ROOT).as_posix() for file in files if file.is_file()}
+    files += (ROOT / "eval").glob("*.json")
+    return {f"wwwserve/{file.relative_to(ROOT).as_posix()}" for file in files if file.is_file()}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -63,9 +64,10 @@ def test_wheel_holds_the_packages_their_data_and_the_license(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert packaged_data() <= names
-    assert {f"{package}/__init__.py" for package in PACKAGES} <= names
+    assert {f"wwwserve/{package}/__init__.py" for package in PACKAGES} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"wwwserve"}
+    assert {name.split("/")[1] for name in names if ".dist-info/" not in name} == set(PACKAGES)
 
 
 def test_base_install_has_the_command_and_it_verifies_a_bundle_without_torch(node_python, tmp_path):
@@ -90,9 +92,9 @@ def test_base_install_has_no_training_libraries(node_python, tmp_path):
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
-import agents, envs, serving
+from wwwserve import agents, envs, serving
 
-needs_training_libraries = {"agents.network", "agents.checkpoint"}
+needs_training_libraries = {"wwwserve.agents.policy.network", "wwwserve.agents.policy.checkpoint"}
 for package in (agents, serving):
     assert "site-packages" in package.__file__, package.__file__
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
@@ -104,11 +106,11 @@ for package in (agents, serving):
 
 def test_every_agents_and_serving_module_imports(node_python, tmp_path):
     imported = run(node_python, "-c", IMPORT_ALL, cwd=tmp_path).split()
-    assert "agents.kernel" in imported
+    assert "wwwserve.agents.kernel" in imported
 
 
 LOAD_SCENARIOS = """
-from envs import scenario
+from wwwserve.envs import scenario
 
 names = scenario.packaged_names()
 for name in names:

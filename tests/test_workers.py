@@ -5,11 +5,11 @@ import os
 import numpy as np
 import pytest
 
-from agents.rules import Rule
-from envs.distribution import sample
-from envs.state import plan
-from eval.regret import measure
-from eval.workers import each
+from wwwserve.agents.rules import Rule
+from wwwserve.envs.distribution import sample
+from wwwserve.envs.state import plan
+from wwwserve.eval.regret import measure
+from wwwserve.eval.workers import each
 
 
 def where(item: int) -> tuple[int, int]:

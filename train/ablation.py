@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agents.decision import FIRST_CANDIDATE, Actions
-from agents.network import Actor
-from agents.rules import Policy
-from agents.view import (
+from wwwserve.agents.decision import FIRST_CANDIDATE, Actions
+from wwwserve.agents.policy.network import Actor
+from wwwserve.agents.rules import Policy
+from wwwserve.agents.view import (
     CHANCE,
     CROWD_S,
     FINISH_RANK,

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from agents.checkpoint import save
-from agents.forward import Weights
-from agents.rules import Policy
-from agents.runtime import LearnedPolicy
-from agents.view import HAS_REQUEST, Views
-from envs.batch import MarketBatch
-from envs.distribution import KINDS, sample
-from envs.state import plan
+from wwwserve.agents.policy.checkpoint import save
+from wwwserve.agents.policy.forward import Weights
+from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.rules import Policy
+from wwwserve.agents.view import HAS_REQUEST, Views
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import KINDS, sample
+from wwwserve.envs.state import plan
 
 GOLDEN_VIEWS = 16
 GOLDEN_SEED = 2026
@@ -29,7 +29,7 @@ ENVIRONMENT = ("kinds", "duration_s", "drain_s", "max_requests", "reward", "team
 def export(
     weights: Weights, folder: str | Path, about: Mapping[str, Any], results: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the bundle of a trained policy to `folder`; see `agents.checkpoint.save`.
+    """Write the bundle of a trained policy to `folder`; see `agents.policy.checkpoint.save`.
 
     `about` goes into the manifest: `training` (the run's arguments), `agent_steps` and what else there is to say;
     environment and seed are taken from the arguments, revision and package versions from here. `results` are those of

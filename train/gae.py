@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.kernel import kernel
+from wwwserve.agents.kernel import kernel
 
 
 @kernel

@@ -32,23 +32,23 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from agents.checkpoint import weights_of
-from agents.forward import Weights, net_of
-from agents.network import Actor, Critic, Inputs
-from agents.rules import RULES, Policy, Rule
-from agents.runtime import LearnedPolicy
-from envs.distribution import KINDS, Kind
-from envs.oracle import ORACLES, Oracle
-from envs.scenario import load as load_scenario
-from envs.state import Reward
-from eval import regret
-from eval.compare import FIRST_TEST_SEED, compare, table, write_json
-from eval.figures import draw
-from train.ablation import StakeOnly, forget_estimates
-from train.export import export
-from train.gae import estimate
-from train.rollout import Collectors, Rollout, Situation, Source
-from train.teachers import teachers
+from wwwserve.agents.policy.checkpoint import weights_of
+from wwwserve.agents.policy.forward import Weights, net_of
+from wwwserve.agents.policy.network import Actor, Critic, Inputs
+from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.envs.distribution import KINDS, Kind
+from wwwserve.envs.oracle import ORACLES, Oracle
+from wwwserve.envs.scenario import load as load_scenario
+from wwwserve.envs.state import Reward
+from wwwserve.eval import regret
+from wwwserve.eval.compare import FIRST_TEST_SEED, compare, table, write_json
+from wwwserve.eval.figures import draw
+from wwwserve.train.ablation import StakeOnly, forget_estimates
+from wwwserve.train.export import export
+from wwwserve.train.gae import estimate
+from wwwserve.train.rollout import Collectors, Rollout, Situation, Source
+from wwwserve.train.teachers import teachers
 
 
 @dataclass

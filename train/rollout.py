@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, write_terms
-from agents.forward import (
+from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, write_terms
+from wwwserve.agents.kernel import kernel
+from wwwserve.agents.policy.forward import (
     ABOUT,
     EVIDENCE,
     LOGITS,
@@ -25,10 +26,9 @@ from agents.forward import (
     normalise_node,
     room,
 )
-from agents.kernel import kernel
-from agents.network import SUMMARY
-from agents.rules import Policy
-from agents.view import (
+from wwwserve.agents.policy.network import SUMMARY
+from wwwserve.agents.rules import Policy
+from wwwserve.agents.view import (
     ADVERT_DUE,
     CLASS_VALUE,
     HAS_REQUEST,
@@ -37,10 +37,10 @@ from agents.view import (
     REQUEST_FEATURES,
     Views,
 )
-from envs.batch import MarketBatch
-from envs.distribution import Kind, kind_of, sample
-from envs.state import MarketPlan, Reward, Shape, plan
-from train.ablation import close_choice
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.distribution import Kind, kind_of, sample
+from wwwserve.envs.state import MarketPlan, Reward, Shape, plan
+from wwwserve.train.ablation import close_choice
 
 FloatArray = NDArray[np.float32]
 ADMITS = ADMIT_WAIT_S.size
@@ -48,7 +48,7 @@ MOST_PROVIDERS = 8  # in a training market
 
 
 class Decisions(NamedTuple):
-    """Decisions and what is needed to judge them anew, [M] each; see `agents.network.Inputs` for the features."""
+    """Decisions and what is needed to judge them anew, [M] each; see `agents.policy.network.Inputs`."""
 
     step: NDArray[np.int64]  # which step, market and provider
     market: NDArray[np.int64]

@@ -32,14 +32,14 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 from tqdm import tqdm
 
-from agents.decision import Actions, set_admit
-from agents.rules import Rule
-from agents.view import Views
-from envs.distribution import Kind, sample
-from envs.sb3 import MarketVecEnv, Sampler, closed_routes, observe
-from envs.scenario import Scenario, load
-from envs.state import Reward
-from eval.compare import DEFAULT_BASELINE, FIRST_TEST_SEED, compare, table, write_json
+from wwwserve.agents.decision import Actions, set_admit
+from wwwserve.agents.rules import Rule
+from wwwserve.agents.view import Views
+from wwwserve.envs.distribution import Kind, sample
+from wwwserve.envs.sb3 import MarketVecEnv, Sampler, closed_routes, observe
+from wwwserve.envs.scenario import Scenario, load
+from wwwserve.envs.state import Reward
+from wwwserve.eval.compare import DEFAULT_BASELINE, FIRST_TEST_SEED, compare, table, write_json
 
 NAME = "sb3_ppo"
 COMPARED_RULES = ("single", DEFAULT_BASELINE, "earliest_finish")

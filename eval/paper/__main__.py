@@ -2,6 +2,6 @@
 
 import sys
 
-from eval.paper.command import main
+from wwwserve.eval.paper.command import main
 
 sys.exit(main())

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from agents.bundle import DEFAULT_BUNDLE, WEIGHTS
-from eval.arguments import Parser, UsageError, integer
-from eval.compare import FIRST_TEST_SEED, write_json
-from eval.paper import credits, flexible, participation, report, settings
-from eval.paper.experiment import Experiment, Tree
-from eval.policies import LEARNED, PolicyError, load_policy
-from eval.workers import each
+from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, WEIGHTS
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.compare import FIRST_TEST_SEED, write_json
+from wwwserve.eval.paper import credits, flexible, participation, report, settings
+from wwwserve.eval.paper.experiment import Experiment, Tree
+from wwwserve.eval.policies import LEARNED, PolicyError, load_policy
+from wwwserve.eval.workers import each
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     settings.SLO,

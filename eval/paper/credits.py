@@ -15,18 +15,29 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from agents.hardware import ATTENTIONS, LAUNCH_S, Profile, profile
-from agents.rules import Policy, Rule
-from envs.oracle import Oracle
-from envs.scenario import PoissonTraffic, Scenario
-from envs.scenario import load as load_scenario
-from eval import figures
-from eval.history import History, record
-from eval.metrics import paired_ci
-from eval.paper.experiment import BEST_RULE, PUBLISHED, Experiment, Table, Tree, contenders, holds, pair, pairs, shown
-from eval.policies import LEARNED
-from eval.strength import MODEL_SIZE, QUANTIZATION, wilson, win_rates
-from eval.strength import fit as fit_strengths
+from wwwserve.agents.hardware import ATTENTIONS, LAUNCH_S, Profile, profile
+from wwwserve.agents.rules import Policy, Rule
+from wwwserve.envs.oracle import Oracle
+from wwwserve.envs.scenario import PoissonTraffic, Scenario
+from wwwserve.envs.scenario import load as load_scenario
+from wwwserve.eval import figures
+from wwwserve.eval.history import History, record
+from wwwserve.eval.metrics import paired_ci
+from wwwserve.eval.paper.experiment import (
+    BEST_RULE,
+    PUBLISHED,
+    Experiment,
+    Table,
+    Tree,
+    contenders,
+    holds,
+    pair,
+    pairs,
+    shown,
+)
+from wwwserve.eval.policies import LEARNED
+from wwwserve.eval.strength import MODEL_SIZE, QUANTIZATION, wilson, win_rates
+from wwwserve.eval.strength import fit as fit_strengths
 
 SAMPLES = 61
 LOADS = (0.5, 1.0, 2.0, 4.0)  # times the scenario's

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.hardware import profile
-from agents.rules import Policy, Rule
-from envs.distribution import capacity_per_s
-from envs.oracle import Oracle
-from envs.scenario import PoissonTraffic, Scenario
-from envs.state import plan
-from eval.metrics import MeanCi, mean_ci
-from eval.policies import LEARNED, load_policy
-from eval.regret import yardsticks
-from eval.rollout import scores
+from wwwserve.agents.hardware import profile
+from wwwserve.agents.rules import Policy, Rule
+from wwwserve.envs.distribution import capacity_per_s
+from wwwserve.envs.oracle import Oracle
+from wwwserve.envs.scenario import PoissonTraffic, Scenario
+from wwwserve.envs.state import plan
+from wwwserve.eval.metrics import MeanCi, mean_ci
+from wwwserve.eval.play import scores
+from wwwserve.eval.policies import LEARNED, load_policy
+from wwwserve.eval.regret import yardsticks
 
 Tree = dict[str, Any]
 """Numbers by name, as JSON takes them."""

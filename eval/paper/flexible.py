@@ -7,17 +7,17 @@ import numpy as np
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
-from agents.decision import Actions
-from agents.kernel import Bools, Floats
-from agents.rules import RULES, Policy, Rule
-from agents.view import Views
-from envs.scenario import Scenario
-from envs.scenario import load as load_scenario
-from eval import figures
-from eval.compare import measures
-from eval.history import record
-from eval.metrics import mean_ci
-from eval.paper.experiment import (
+from wwwserve.agents.decision import Actions
+from wwwserve.agents.kernel import Bools, Floats
+from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.agents.view import Views
+from wwwserve.envs.scenario import Scenario
+from wwwserve.envs.scenario import load as load_scenario
+from wwwserve.eval import figures
+from wwwserve.eval.compare import measures
+from wwwserve.eval.history import record
+from wwwserve.eval.metrics import mean_ci
+from wwwserve.eval.paper.experiment import (
     BEST_RULE,
     PUBLISHED,
     Experiment,
@@ -29,8 +29,8 @@ from eval.paper.experiment import (
     pairs,
     shown,
 )
-from eval.policies import LEARNED
-from eval.rollout import rollout
+from wwwserve.eval.play import rollout
+from wwwserve.eval.policies import LEARNED
 
 STAKE, ACCEPTANCE, OFFLOAD = "paper/stake", "paper/acceptance", "paper/alternating-queue"
 ACCEPT = (0.25, 0.5, 0.75, 1.0)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 
-from agents.rules import Policy, Rule
-from envs.oracle import Oracle
-from envs.scenario import load as load_scenario
-from eval import figures
-from eval.history import windowed
-from eval.metrics import mean_ci, measure
-from eval.paper.experiment import (
+from wwwserve.agents.rules import Policy, Rule
+from wwwserve.envs.oracle import Oracle
+from wwwserve.envs.scenario import load as load_scenario
+from wwwserve.eval import figures
+from wwwserve.eval.history import windowed
+from wwwserve.eval.metrics import mean_ci, measure
+from wwwserve.eval.paper.experiment import (
     BEST_RULE,
     OPEN,
     PUBLISHED,
@@ -28,8 +28,8 @@ from eval.paper.experiment import (
     pairs,
     shown,
 )
-from eval.policies import LEARNED
-from eval.rollout import rollout
+from wwwserve.eval.play import rollout
+from wwwserve.eval.policies import LEARNED
 
 SCENARIO = "paper/participation"
 WINDOW_S = 50.0

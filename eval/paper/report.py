@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.paper.experiment import Experiment, Table, Tree
+from wwwserve.eval.paper.experiment import Experiment, Table, Tree
 
 TITLE = "WWW.Serve's experiments, reproduced"
 _STYLE = """

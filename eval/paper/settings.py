@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 
-from agents.rules import Policy, Rule
-from envs.oracle import ORACLES, Oracle
-from envs.scenario import Scenario
-from envs.scenario import load as load_scenario
-from eval import figures
-from eval.compare import cell, measures
-from eval.metrics import paired_ci
-from eval.paper.experiment import (
+from wwwserve.agents.rules import Policy, Rule
+from wwwserve.envs.oracle import ORACLES, Oracle
+from wwwserve.envs.scenario import Scenario
+from wwwserve.envs.scenario import load as load_scenario
+from wwwserve.eval import figures
+from wwwserve.eval.compare import cell, measures
+from wwwserve.eval.metrics import paired_ci
+from wwwserve.eval.paper.experiment import (
     BEST_RULE,
     OPEN,
     PUBLISHED,
@@ -30,8 +30,8 @@ from eval.paper.experiment import (
     rule_scores,
     shown,
 )
-from eval.policies import LEARNED, load_policy
-from eval.rollout import rollout
+from wwwserve.eval.play import rollout
+from wwwserve.eval.policies import LEARNED, load_policy
 
 SCENARIOS = ("paper/alternating", "paper/alternating-queue", "paper/mixed-hardware", "paper/mixed-models")
 HEADLINE_S = "300"

@@ -1,0 +1,167 @@
+"""The learned policy and its critic, in torch.
+
+One encoder for every node in view, pooled over nodes, so that one set of weights serves any number of peers in any
+order; a pointer head over nodes, and heads for holding, for the terms and for the price. Both read features that are
+normalised already; `Actor.inputs` makes them from views.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wwwserve.agents.decision import ADMITS, PRICES
+from wwwserve.agents.policy.forward import ABOUT, EVIDENCE, FORBIDDEN, FULL_WIDTH, SETTING_UNITS, SETTINGS, SHORTEST_S
+from wwwserve.agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, scales
+
+USUAL_ADMIT = 4  # the terms and the price that an untrained policy prefers: up to a minute's wait, the second price
+USUAL_PRICE = 1
+USUAL_BONUS = 3.0
+HOLD_BIAS = -3.0
+USUAL_SETTINGS = (1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.3, 0.7, 0.1)  # of the rule within, in `SETTING_UNITS`
+SUMMARY = 2 * (len(NODE_FEATURES) + len(SELF_FEATURES))  # mean and maximum over a market's providers
+
+
+class Normalise(nn.Module):
+    """`agents.view.normalise` as a layer: features [..., F] to about [-1, 1]."""
+
+    logs: Tensor
+    unit: Tensor
+    top: Tensor
+
+    def __init__(self, features: tuple[Feature, ...]) -> None:
+        super().__init__()
+        unit, top = (torch.from_numpy(x) for x in scales(features))
+        self.register_buffer("logs", unit > 0, persistent=False)
+        self.register_buffer("unit", torch.where(unit > 0, unit, 1.0), persistent=False)
+        self.register_buffer("top", top, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale features [..., F]."""
+        x = x / self.unit
+        return torch.where(self.logs, torch.sign(x) * torch.log1p(x.abs()), x) / self.top
+
+
+def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Inputs(NamedTuple):
+    """A batch of views as the networks read them, leading axes [M]."""
+
+    nodes: Tensor  # [M, NODES, len(NODE_FEATURES)] normalised, zeros where there is no node
+    about: Tensor  # [M, ABOUT] normalised: the request, then the provider
+    evidence: Tensor  # [M, NODES, len(EVIDENCE)] as in the view
+    present: Tensor  # [M, NODES] 1 for a node, else 0
+    routes: Tensor  # [M, ROUTES] the mask
+
+
+class Actor(nn.Module):
+    """Logits of a batch of views.
+
+    Within it is a rule, `trust_cap` made smooth: the route logits contain `prior` times the log of the earliest over
+    each node's expected time, discounted by delivery against promise and by what it costs others, less a penalty for
+    nodes that are full, which holding gets where all are. What one tunes in a rule for a kind of market, its settings,
+    is an output of the network here, made anew for every view. Learning is free to overrule the rule.
+    """
+
+    setting_units: Tensor
+
+    def __init__(self, width: int = 32, prior: float = 6.0) -> None:
+        super().__init__()
+        self.width = width
+        relu = 2**0.5
+        self.scale_nodes = Normalise(NODE_FEATURES)
+        self.scale_request = Normalise(REQUEST_FEATURES)
+        self.scale_me = Normalise(SELF_FEATURES)
+        self.node_in = _linear(len(NODE_FEATURES), width, relu)
+        self.about_in = _linear(ABOUT, width, relu)
+        self.node_hidden = _linear(width, width, relu)
+        self.pool = _linear(ABOUT + 2 * width, width, relu)
+        self.score_node = _linear(width, width, relu)
+        self.score_pool = _linear(width, width, relu)
+        self.score = _linear(width, 1, 0.01)
+        self.hold = _linear(width, 1, 0.01)
+        self.admit = _linear(width, ADMITS, 0.01)
+        self.price = _linear(width, PRICES, 0.01)
+        self.prior = nn.Parameter(torch.tensor(prior))
+        self.setting = _linear(width, SETTINGS, 0.01)
+        self.register_buffer("setting_units", torch.tensor(SETTING_UNITS), persistent=False)
+        with torch.no_grad():
+            self.setting.bias.copy_(torch.log(torch.expm1(torch.tensor(USUAL_SETTINGS))))
+            self.hold.bias.fill_(HOLD_BIAS)
+            self.admit.bias[USUAL_ADMIT] = USUAL_BONUS
+            self.price.bias[USUAL_PRICE] = USUAL_BONUS
+
+    def inputs(self, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> Inputs:
+        """Views [M, ...] as in `agents.view`, as the networks read them."""
+        present = (nodes[..., OWN] + nodes[..., FINISH_S] > 0).to(nodes.dtype)
+        about = torch.cat([self.scale_request(request), self.scale_me(me)], -1)
+        x = self.scale_nodes(nodes) * present.unsqueeze(-1)
+        return Inputs(x, about, nodes[..., list(EVIDENCE)], present, routes)
+
+    def forward(self, view: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of route [M, ROUTES], admit [M, ADMITS], price [M, PRICES]."""
+        hidden = torch.relu(self.node_in(view.nodes) + self.about_in(view.about).unsqueeze(-2))
+        hidden = torch.relu(self.node_hidden(hidden)) * view.present.unsqueeze(-1)
+        mean = hidden.sum(-2) / view.present.sum(-1, keepdim=True)
+        pooled = torch.relu(self.pool(torch.cat([view.about, mean, hidden.amax(-2)], -1)))
+        scored = torch.relu(self.score_node(hidden) + self.score_pool(pooled).unsqueeze(-2))
+        settings = self.settings(pooled)
+        full = settings[..., 8:] * self.fullness(view.evidence, settings[..., 6:8])
+        cost = self.prior * settings[..., 5:6] * self.log_time(view.evidence, settings[..., :5]) + full
+        legal = (view.routes[..., 1:] > 0) & (view.present > 0)
+        least = torch.where(legal, cost, 1e9).amin(-1, keepdim=True)
+        emptiest = torch.where(legal, full, 1e9).amin(-1, keepdim=True)
+        hold = self.hold(pooled) + torch.where(legal.any(-1, keepdim=True), emptiest, 0.0)
+        route = torch.cat([hold, self.score(scored).squeeze(-1) - (cost - least)], -1)
+        allowed = torch.cat([view.routes[..., :1] > 0, legal], -1)
+        route = torch.where(allowed, route, float(FORBIDDEN))
+        return route, self.admit(pooled), self.price(pooled)
+
+    def settings(self, pooled: Tensor) -> Tensor:
+        """Settings [M, SETTINGS] of the rule within, at least 0; see `agents.policy.forward.SETTING_UNITS`."""
+        return nn.functional.softplus(self.setting(pooled)) * self.setting_units
+
+    def log_time(self, evidence: Tensor, weights: Tensor) -> Tensor:
+        """Log of the expected times to finish [M, NODES], discounted with weights [M, 5]."""
+        finish_s, pace, record, overdue_s, slowdown_s, crowd_s, *_ = evidence.unbind(-1)
+        a, b, c, d, e = weights.unsqueeze(-1).unbind(-2)
+        trust = torch.exp(a * pace.clamp_min(0.0) + b * record.clamp_min(0.0))
+        return torch.log((finish_s * trust + c * overdue_s + d * slowdown_s + e * crowd_s).clamp_min(float(SHORTEST_S)))
+
+    def fullness(self, evidence: Tensor, caps: Tensor) -> Tensor:
+        """How full nodes are [M, NODES], 0 to 1, with caps [M, 2] of the fastest and the slowest."""
+        *_, kv_use, speed_rank, waiting = evidence.unbind(-1)
+        fast, slow = caps.unsqueeze(-1).unbind(-2)
+        smooth = torch.sigmoid((kv_use - fast - (slow - fast) * speed_rank) / float(FULL_WIDTH))
+        return torch.where(waiting >= 0.5, 1.0, smooth)
+
+
+class Critic(nn.Module):
+    """Value of a provider's situation, given its own view and the pooled state of the whole market."""
+
+    def __init__(self, width: int = 64, central: bool = True) -> None:
+        super().__init__()
+        self.central = central
+        relu = 2**0.5
+        self.body = nn.Sequential(
+            _linear(len(NODE_FEATURES) + ABOUT + SUMMARY * central, width, relu),
+            nn.ReLU(),
+            _linear(width, width, relu),
+            nn.ReLU(),
+        )
+        self.last = _linear(width, 1, 1.0)
+
+    def forward(self, own: Tensor, about: Tensor, summary: Tensor) -> Tensor:
+        """Values [M] (normalised) of providers in a situation.
+
+        Normalised features, own [M, len(NODE_FEATURES)] of the own node, about [M, ABOUT] as in `Inputs`; `summary`
+        [M, SUMMARY] of the market, which an independent critic (`central` false) does not read.
+        """
+        seen = [own, about, summary] if self.central else [own, about]
+        value: Tensor = self.last(self.body(torch.cat(seen, -1)))
+        return value.squeeze(-1)

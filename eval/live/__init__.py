@@ -1,0 +1,1 @@
+"""Trials on live networks."""

@@ -1,0 +1,249 @@
+"""What it costs to hand a request over, signed and paid: `python -m eval.live.delegated --json FILE`.
+
+A node whose own engine is full hands every request to a second one, whose bare engine answers at once. The node that
+is asked has a core to itself; the second node, both engines and the client share the other, so how fast requests go is
+no measure of the first: `cpu_us` is the CPU time for a request of each of the two, and `one_core_carries_per_s` what a
+core could carry of it. Measured without a ledger and with one, and beside that a node with a ledger that runs requests
+on its own engine. `split_us` is what signing, verifying and the journal take of it, each timed alone in this process.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import uvloop
+import yaml
+
+from wwwserve.agents.protocol import MICRO, PER_KTOK
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.compare import write_json
+from wwwserve.eval.live import overhead
+from wwwserve.eval.live.processes import cpu_s
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import SIGNATURE, Messages
+from wwwserve.serving.ledger.channel_ledger import WHOLE, ChannelLedger, Grant
+from wwwserve.serving.ledger.journal import MemoryJournal, SqliteJournal
+from wwwserve.serving.ledger.statements import digest
+from wwwserve.serving.local_nodes import free_ports
+
+# So full that the peer looks better with all that is sent to it between two adverts, which is thousands here.
+BUSY = b"vllm:num_requests_running 256\nvllm:num_requests_waiting 1000000\nvllm:kv_cache_usage_perc 1\n"
+CREDIT, EXPOSURE = 100_000_000.0, 100_000.0
+TOGETHER = 32  # entries in a transaction, for the split
+PATH = "/peer/v1/chat/completions"
+
+
+async def ask(port: int, pids: Sequence[int], seconds: float, connections: int) -> dict[str, Any]:
+    """Keep asking at `port`; CPU time of the processes for a request."""
+    wire = overhead.request(port, False)
+    callers = [await overhead.connect(port) for _ in range(connections)]
+    times: list[float] = []
+    for _ in range(200):
+        start_s = time.perf_counter()
+        await callers[0].ask(wire)
+        times.append(time.perf_counter() - start_s)
+    until_s, used_s = time.perf_counter() + seconds, [cpu_s(pid) for pid in pids]
+    start_s = time.perf_counter()
+
+    async def keep_asking(caller: overhead.Caller) -> int:
+        count = 0
+        while time.perf_counter() < until_s:
+            await caller.ask(wire)
+            count += 1
+        return count
+
+    asked = sum(await asyncio.gather(*(keep_asking(caller) for caller in callers)))
+    took_s = time.perf_counter() - start_s
+    used = [1e6 * (cpu_s(pid) - before) / asked for pid, before in zip(pids, used_s, strict=True)]
+    return {
+        "requests": asked, "requests_per_s": round(asked / took_s, 1), "p50_ms": round(1e3 * median(times), 3),
+        "cpu_us": [round(each, 1) for each in used],
+        "one_core_carries_per_s": [round(1e6 / each) if each else None for each in used],
+    }  # fmt: skip
+
+
+def look(port: int) -> dict[str, Any]:
+    """What a node says of itself."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/network", timeout=5) as response:
+        seen: dict[str, Any] = json.load(response)
+        return seen
+
+
+def split(repeats: int) -> dict[str, float]:
+    """CPU time of the parts of a request that is handed over, µs, by whom."""
+    a, b = Identity.generate(), Identity.generate()
+    one, other = Messages(a, lambda name: True), Messages(b, lambda name: True)
+    body = overhead.request(1, False).split(b"\r\n\r\n", 1)[1]
+    terms = {"x-wwwserve-prompt": "20", "x-wwwserve-escrow": "1 50000 1000000"}
+    found = {"sign": timed(repeats, lambda: one.sign(b.name, other.run, PATH, terms, body))}
+    told = iter([one.sign(b.name, other.run, PATH, terms, body) for _ in range(repeats + 1)])
+
+    def verify() -> None:
+        sent = [(name.encode(), value.encode()) for name, value in (terms | {SIGNATURE: next(told)}).items()]
+        other.open(PATH, sent).check(body)
+
+    found["verify"] = timed(repeats, verify)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("origin", "executor"):
+            journal = SqliteJournal(Path(folder, f"{kind}.db"))
+            found[f"journal_{kind}"] = timed(repeats // TOGETHER, journalling(a, b, journal, kind)) / TOGETHER
+            journal.close()
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def journalling(a: Identity, b: Identity, journal: SqliteJournal, kind: str) -> Callable[[], None]:
+    """A transaction of `TOGETHER` requests, as the origin or the executor writes it."""
+    grants = [{each.name: Grant(10**15, 10**15, "limits")} for each in (b, a)]
+    journals = (journal, MemoryJournal()) if kind == "origin" else (MemoryJournal(), journal)
+    one, other = (
+        ChannelLedger(who, kept, granted, {}, exposure=10**14, pricing=PER_KTOK)
+        for who, kept, granted in zip((a, b), journals, grants, strict=True)
+    )
+
+    asyncio.run(_open(one, other))
+    request, answer = digest(b"request"), digest(b"answer")
+
+    def transaction() -> None:
+        for _ in range(TOGETHER):
+            terms = one.lock(b.name, MICRO, request, MICRO)
+            other.take(a.name, terms, request)
+            other.delivered(a.name, terms.id, answer, 50, WHOLE)
+            one.settle(b.name, terms.id, answer, 50, 1000, WHOLE)
+        (one if kind == "origin" else other).flush()
+
+    return transaction
+
+
+async def _open(one: ChannelLedger, other: ChannelLedger) -> None:
+    message = await one.message(other.name)
+    assert message is not None
+    receiving = asyncio.ensure_future(other.received(one.name, message))
+    while not receiving.done():
+        await asyncio.sleep(0)
+        other.flush()
+    replying = asyncio.ensure_future(one.replied(other.name, await receiving))
+    while not replying.done():
+        await asyncio.sleep(0)
+        one.flush()
+    await replying
+
+
+def timed(repeats: int, act: Callable[[], object]) -> float:
+    """Mean CPU time of an act, µs, after the first."""
+    act()
+    start_s = time.process_time()
+    for _ in range(repeats):
+        act()
+    return 1e6 * (time.process_time() - start_s) / repeats
+
+
+def run(seconds: float, connections: int, repeats: int) -> dict[str, Any]:
+    """Measure all of it."""
+    allowed = os.sched_getaffinity(0)
+    cores = sorted(allowed)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
+        folder = Path(made)
+        full_port, engine_port = free_ports(2)
+        for option, port in (("--serve-full", full_port), ("--serve-engine", engine_port)):
+            command = [sys.executable, "-m", "wwwserve.eval.live.delegated", option, str(port)]
+            stack.enter_context(overhead.started(command, cores[-1], port))
+        for name, ledger, engines in (
+            ("signed", False, (full_port, engine_port)), ("signed_and_paid", True, (full_port, engine_port)),
+            ("own_engine", True, (engine_port, engine_port)),
+        ):  # fmt: skip
+            ports = free_ports(2)
+            commands = configured(folder / name, ports, engines, ledger)
+            with (
+                overhead.started(commands[1], cores[-1], ports[1]) as executor,
+                overhead.started(commands[0], cores[0], ports[0]) as origin,
+            ):
+                os.sched_setaffinity(0, {cores[-1]})
+                try:
+                    _wait(ports[0], ledger)
+                    results[name] = uvloop.run(ask(ports[0], (origin, executor), seconds, connections))
+                    results[name]["handed_over"] = look(ports[0])["requests"]["handed_over"]
+                finally:
+                    os.sched_setaffinity(0, allowed)
+                print(f"{name}: {results[name]}", flush=True)
+    results["split_us"] = split(repeats)
+    print(f"split_us: {results['split_us']}", flush=True)
+    return results
+
+
+def configured(folder: Path, ports: Sequence[int], engines: Sequence[int], ledger: bool) -> list[list[str]]:
+    """Commands of the two nodes."""
+    folder.mkdir()
+    identities = [Identity.generate() for _ in ports]
+    accounts = {each.name: {"credit": CREDIT, "stake": 4.0} for each in identities}
+    (folder / "genesis.yaml").write_text(yaml.safe_dump({"accounts": accounts}))
+    commands = []
+    for k, identity in enumerate(identities):
+        identity.save(folder / f"{k}.pem")
+        profile = {"kind": "catalogue", "gpu": "h100", "model": "qwen3-8b", "max_num_seqs": 256}
+        config: dict[str, Any] = {
+            "name": f"n{k}", "key": str(folder / f"{k}.pem"), "port": ports[k], "policy": "earliest_finish",
+            "engine": {"url": f"http://127.0.0.1:{engines[k]}", "profile": profile},
+            "peers": [{"key": identities[1 - k].name, "url": f"http://127.0.0.1:{ports[1 - k]}"}],
+            "market": {"per_ktok": True, "prices": [1.0]}, "log": "error",
+        }  # fmt: skip
+        if ledger:
+            config["ledger"] = {
+                "file": str(folder / f"{k}.db"), "genesis": str(folder / "genesis.yaml"), "exposure": EXPOSURE,
+            }  # fmt: skip
+        (folder / f"{k}.yaml").write_text(yaml.safe_dump(config))
+        commands.append([sys.executable, "-m", "wwwserve.serving.cli", "node", str(folder / f"{k}.yaml")])
+    return commands
+
+
+def _wait(port: int, ledger: bool) -> None:
+    """Until the two know each other."""
+    until_s = time.monotonic() + overhead.READY_S
+    while True:
+        seen = look(port)
+        there = any(each["there"] for each in seen["peers"]) and seen["engine"]["up"]
+        if there and (not ledger or seen["ledger"]["channels"]):
+            return
+        if time.monotonic() > until_s:
+            raise RuntimeError("the nodes do not find each other")
+        time.sleep(0.1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    parser = Parser(prog="python -m eval.live.delegated", description="What it costs to hand a request over.")
+    add = parser.add_argument
+    add("--seconds", type=integer(1), default=5, help="of requests, each time (default: 5)")
+    add("--connections", type=integer(1), default=32, help="requests at once (default: 32)")
+    add("--repeats", type=integer(TOGETHER), default=3200, help="of each part that is timed (default: 3200)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--serve-engine", type=int, help=argparse.SUPPRESS)
+    add("--serve-full", type=int, help=argparse.SUPPRESS)
+    try:
+        args = parser.parse_args(argv)
+    except UsageError as error:
+        print(f"eval.live.delegated: {error}", file=sys.stderr)
+        return 2
+    if args.serve_engine or args.serve_full:
+        if args.serve_full:
+            overhead.METRICS = BUSY
+        uvloop.run(overhead.serve_engine(args.serve_full or args.serve_engine))
+    else:
+        results = run(args.seconds, args.connections, args.repeats)
+        if args.json:
+            write_json(args.json, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

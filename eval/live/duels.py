@@ -1,0 +1,251 @@
+"""Random answers lose: duels on real vLLM until a worthless provider has nothing at stake: `python -m eval.live.duels`.
+
+Nodes before SmolLM2, and one before a model of random weights that passes for it, with identities and ledgers as they
+are in service. Users of the first node ask; what it hands to a peer goes to two, and three others judge. The run ends
+when the worthless provider has no stake left and nothing to stake, or after `--most` duels. What is reported of judges
+is counted from the signed votes that the first node's journal keeps as evidence.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import yaml
+
+from wwwserve.agents.protocol import MICRO, VOTE_A, VOTE_UNDECIDED
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.compare import write_json
+from wwwserve.eval.live.judges import CHAT, question
+from wwwserve.serving.config import parse
+from wwwserve.serving.duel.duels import chance_of_bias, record_of
+from wwwserve.serving.engine.local_vllm import PROFILES, RANDOM, SMOLLM2, PrepareError
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.ledger.channel import Event, Stated
+from wwwserve.serving.ledger.journal import SqliteJournal
+from wwwserve.serving.ledger.stakes import Stakes, Verdict
+from wwwserve.serving.ledger.stakes import decode as decode_stake
+from wwwserve.serving.local_nodes import NetworkError, free_ports, vllm
+from wwwserve.serving.node import serve
+
+STAKE, FUNDS = 2.0, 8.0  # credits at stake, and what one has to stake in all
+JUDGES = 3
+GOSSIP_S = 1.0
+NODES_READY_S = 120.0
+JUDGED_S = 90.0  # for what is under way to end
+
+
+class Nodes:
+    """Nodes in this process: the first one's URL, and all keys, of which the last is the worthless provider's."""
+
+    def __init__(self, url: str, keys: list[str], journal: Path) -> None:
+        self.url, self.keys, self.journal = url, keys, journal
+
+    @property
+    def worthless(self) -> str:
+        """Its key."""
+        return self.keys[-1]
+
+
+@asynccontextmanager
+async def nodes(good_url: str, bad_url: str, count: int, funds: float) -> AsyncIterator[Nodes]:
+    """`count` nodes before a good engine and one before a bad one; they end with the context."""
+    with tempfile.TemporaryDirectory(prefix="wwwserve-") as name:
+        folder, ports = Path(name), free_ports(count + 1)
+        identities = [Identity.generate() for _ in ports]
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        genesis = folder / "genesis.yaml"
+        accounts = {each.name: {"credit": 10_000.0, "stake": funds} for each in identities}
+        genesis.write_text(yaml.safe_dump({"accounts": accounts}))
+        running: list[asyncio.Task[None]] = []
+        ready: list[asyncio.Future[None]] = []
+        for k, identity in enumerate(identities):
+            identity.save(folder / f"{k}.pem")
+            bad = k == count
+            told = {
+                "name": "worthless" if bad else f"n{k + 1}", "key": str(folder / f"{k}.pem"), "port": ports[k],
+                "policy": "random", "seed": k, "stake": STAKE, "serves": [SMOLLM2], "log": "warning",
+                "engine": {
+                    "url": bad_url if bad else good_url,
+                    "profile": {"kind": "measured", **PROFILES[RANDOM if bad else SMOLLM2]},
+                },
+                "peers": [{"key": identities[i].name, "url": urls[i]} for i in range(count + 1) if i != k],
+                "ledger": {"file": str(folder / f"{k}.db"), "genesis": str(genesis), "exposure": 1000.0},
+                "market": {"duel_probability": 1.0, "judges": JUDGES, "stake_rule": "fixed", "gossip_s": GOSSIP_S},
+            }  # fmt: skip
+            up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            ready.append(up)
+            config = parse(told, f"node {told['name']}")
+            running.append(asyncio.create_task(serve(config, lambda key, url, up=up: up.set_result(None))))  # type: ignore[misc]
+        try:
+            await asyncio.wait([*running, asyncio.gather(*ready)], return_when=asyncio.FIRST_COMPLETED)
+            for task in running:
+                if task.done():
+                    task.result()
+            yield Nodes(urls[0], [each.name for each in identities], folder / "0.db")
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+
+async def look(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    """What a node says of itself and its peers."""
+    async with session.get(f"{url}/network") as response:
+        seen: dict[str, Any] = await response.json()
+        return seen
+
+
+async def duels_of(session: aiohttp.ClientSession, url: str) -> dict[str, int]:
+    """Duels of a node by their outcome."""
+    async with session.get(f"{url}/metrics") as response:
+        lines = [line for line in (await response.text()).splitlines() if line.startswith("wwwserve_duels_total{")]
+    return {line.split('"')[1]: int(float(line.split()[-1])) for line in lines}
+
+
+async def fight(
+    good_url: str,
+    bad_url: str,
+    *,
+    count: int = 5,
+    most: int = 200,
+    tokens: int = 24,
+    at_once: int = 4,
+    funds: float = FUNDS,
+) -> dict[str, Any]:
+    """Ask until the worthless provider has nothing left, or for `most` duels; returns what came of it."""
+    async with nodes(good_url, bad_url, count, funds) as made, aiohttp.ClientSession() as session:
+        await _until(session, made, count)
+        began_s, number, over = time.monotonic(), 0, False
+        failed = 0
+
+        async def ask() -> None:
+            nonlocal number, failed
+            while not over:
+                number += 1
+                async with session.post(made.url + CHAT, json=question(number, tokens) | {"seed": number}) as response:
+                    await response.read()
+                    failed += response.status != 200
+
+        async def watch() -> None:
+            nonlocal over
+            while sum((outcomes := await duels_of(session, made.url)).values()) < most:
+                left = await asyncio.to_thread(lambda: funds_after(evidence(made.journal), made, funds))
+                told = f"{outcomes}, the worthless provider has {left:g} credits left to stake"
+                print(f"eval.live.duels: {time.monotonic() - began_s:.0f} s, {told}", file=sys.stderr, flush=True)
+                if left == 0.0:
+                    break
+                await asyncio.sleep(GOSSIP_S)
+            over = True
+
+        await asyncio.gather(watch(), *(ask() for _ in range(at_once)))
+        took_s = time.monotonic() - began_s
+        outcomes = await duels_of(session, made.url)
+        seen = {peer["key"]: peer for peer in (await look(session, made.url))["peers"]}
+        verdicts = evidence(made.journal)
+    return {
+        "duels": sum(outcomes.values()), "outcomes": outcomes, "requests": number, "failed": failed,
+        "s": round(took_s, 1), "funds_left": funds_after(verdicts, made, funds),
+        "worthless": {key: seen[made.worthless][key] for key in ("stake", "duels_won", "duels_lost")},
+        **judged(verdicts, made, funds),
+    }  # fmt: skip
+
+
+async def _until(session: aiohttp.ClientSession, made: Nodes, peers: int) -> None:
+    """Until the first node sees all others and their stakes. Raises NetworkError."""
+    until_s = time.monotonic() + NODES_READY_S
+    while True:
+        seen = (await look(session, made.url))["peers"]
+        if sum(peer["there"] and peer["stake"] == STAKE for peer in seen) == peers:
+            return
+        if time.monotonic() > until_s:
+            raise NetworkError(f"{made.url} did not see {peers} peers with their stake, but {seen}")
+        await asyncio.sleep(0.1)
+
+
+def evidence(journal: Path) -> list[Verdict]:
+    """The verdicts that a node's journal keeps, each verified again, in their order."""
+    opened = SqliteJournal(journal, read_only=True)
+    try:
+        events = [msgspec.json.decode(entry.body, type=Event) for entry in opened.entries()]
+    finally:
+        opened.close()
+    stated = [decode_stake(event.statement) for event in events if isinstance(event, Stated)]
+    return [each for each in stated if isinstance(each, Verdict)]
+
+
+def funds_after(verdicts: Sequence[Verdict], made: Nodes, funds: float) -> float:
+    """What verdicts leave the worthless provider to stake, credits."""
+    stakes = Stakes({key: round(funds * MICRO) for key in made.keys})
+    for verdict in verdicts:
+        stakes.heard(verdict)
+    return stakes.funds[made.worthless] / MICRO
+
+
+def judged(verdicts: list[Verdict], made: Nodes, funds: float) -> dict[str, Any]:
+    """What judges made of the worthless provider's answers, when its funds were gone, what each judge's votes show."""
+    gone_after = None
+    against = lost = votes = wrong = undecided = 0
+    for k, verdict in enumerate(verdicts):
+        executors = (verdict.a.executor, verdict.b.executor)
+        if made.worthless in executors:
+            against += 1
+            good = VOTE_A + (executors[0] == made.worthless)
+            cast = [vote.vote for vote in verdict.votes]
+            votes += len(cast)
+            undecided += cast.count(VOTE_UNDECIDED)
+            wrong += sum(vote not in (good, VOTE_UNDECIDED) for vote in cast)
+            lost += 2 * cast.count(good) > len(cast) - cast.count(VOTE_UNDECIDED)
+        if gone_after is None and funds_after(verdicts[: k + 1], made, funds) == 0.0:
+            gone_after = k + 1
+    records = {key[:8]: record_of(verdicts, key) for key in made.keys}
+    return {
+        "verdicts": len(verdicts), "verdicts_until_nothing_is_left": gone_after,
+        "with_the_worthless": {
+            "verdicts": against, "lost": lost, "votes": votes, "wrong_votes": wrong, "undecided": undecided,
+            "judges_error_rate": round((wrong + 0.5 * undecided) / votes, 4) if votes else None,
+        },
+        "judges": {
+            name: {
+                "votes": record.votes, "undecided": record.undecided, "outvoted": record.outvoted,
+                "silent": record.silent, "said_first": record.said_first,
+                "chance_of_bias": round(chance_of_bias(record.said_first, record.votes - record.undecided), 4),
+            }
+            for name, record in records.items()
+        },
+    }  # fmt: skip
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m eval.live.duels", description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--nodes", type=integer(5), default=5, help="before SmolLM2, on one core")
+    parser.add_argument("--most", type=integer(1), default=200, help="duels, after which it ends anyhow")
+    parser.add_argument("--tokens", type=integer(1), default=24, help="of an answer at most")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 if the worthless provider has something left to stake."""
+    try:
+        told = _arguments(argv)
+        with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as (urls, _):
+            result = asyncio.run(fight(*urls, count=told.nodes, most=told.most, tokens=told.tokens))
+        print(msgspec.json.format(msgspec.json.encode(result)).decode())
+        if told.json:
+            write_json(told.json, result)
+    except (UsageError, NetworkError, PrepareError) as error:
+        print(f"eval.live.duels: {error}", file=sys.stderr)
+        return 2
+    return int(result["funds_left"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

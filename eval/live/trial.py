@@ -1,0 +1,519 @@
+"""Plays a scenario's arrivals through a live network: `python -m eval.live SCENARIO --policy NAME|BUNDLE...`.
+
+Each run starts a network of its own, a node and an engine for every provider, with one policy on all nodes; or it uses
+one that runs already, whose nodes `--network FILE` lists. Arrivals and lengths are those of `eval.compare` with the
+same seed. Beside what was measured stands what the simulator predicts for the same requests and engines.
+
+Emulated engines and their nodes can be run at `--speed` times real time; times are reported in the market's seconds.
+A node has dice of its own, where a simulated market has one set for all, so single decisions differ.
+"""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import numpy as np
+import orjson
+import yaml
+
+from wwwserve.agents import strict_yaml
+from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
+from wwwserve.agents.rules import RULES, Policy
+from wwwserve.envs.batch import RequestTable
+from wwwserve.envs.oracle import ORACLES
+from wwwserve.envs.scenario import Scenario, ScenarioError, load
+from wwwserve.envs.state import MarketPlan, plan
+from wwwserve.envs.traffic import expected_output
+from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.eval.compare import FIRST_TEST_SEED, Tree, cell, check_outputs, columns, measures, over_seeds, write_json
+from wwwserve.eval.live.processes import cpu_s
+from wwwserve.eval.metrics import threshold_key
+from wwwserve.eval.play import Run, run
+from wwwserve.eval.policies import LEARNED, PolicyError, load_policy
+from wwwserve.serving.config import ConfigError, parse
+from wwwserve.serving.engine import local_vllm
+from wwwserve.serving.engine.calibrate import CalibrationError, Settings, calibrate
+from wwwserve.serving.engine.local_vllm import SMOLLM2, PrepareError
+from wwwserve.serving.local_nodes import READY_S, Command, NetworkError, free_ports, look, started, vllm
+
+LOWEST_TOKEN, HIGHEST_TOKEN = 1000, 30_000  # of made-up prompts: in every vocabulary, and none of them special
+MARGIN = 64  # tokens, of the longest request that engines are measured with beyond the scenario's
+REPEATS = 2  # of each load, when engines are measured
+KV_TOKENS = 2560  # of a real engine: a full batch of `live/pair` nearly fills it, as is usual on a GPU
+SETTLE_S = 2.0  # between a network's being ready and the first arrival
+MOST_SPEED = 100.0
+
+
+class Site(NamedTuple):
+    """One node of a network: where users reach it, the model they ask for, and its engine's profile."""
+
+    url: str
+    model: str
+    profile: Profile
+
+
+class Live(NamedTuple):
+    """A network that runs: a site for each provider, and the processes of nodes and engines that are its own."""
+
+    sites: list[Site]
+    pids: dict[str, list[int]]
+
+
+class Servers(NamedTuple):
+    """Engines that run already, one for each provider."""
+
+    urls: list[str]
+    profiles: list[Profile]
+    pids: list[int]
+
+
+class Measured(NamedTuple):
+    """What one run of a live network showed."""
+
+    run: Run
+    cpu_cores: dict[str, float]  # CPU time over the time of the run, by kind of process
+    lag_s: float  # of the market: longest that a request was sent after its time
+    failed: int  # requests that got an error
+
+
+def check(scenario: Scenario) -> None:
+    """Raises UsageError for a scenario that asks for what a live network does not play."""
+    for provider in scenario.providers:
+        if provider.misreport is not None:
+            raise UsageError(f"{scenario.name}: provider {provider.name} misreports, live nodes are honest")
+        if any(start > 0 or end < scenario.duration_s for start, end in provider.online_s):
+            raise UsageError(f"{scenario.name}: provider {provider.name} is offline for a time, live nodes stay")
+    if scenario.economy.duel_probability > 0:
+        raise UsageError(f"{scenario.name}: it has duels, live nodes hold none")
+
+
+def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, speed: float) -> dict[str, Any]:
+    """The configuration of provider i's node, but for addresses and peers."""
+    provider, economy = scenario.providers[i], scenario.economy
+    lengths = asdict(expected_output(provider, None))
+    classes = {
+        each.name: {
+            "deadline_s": each.deadline_s, "value": each.value, "output": asdict(expected_output(provider, each))
+        }
+        for each in scenario.slo.classes
+    }  # fmt: skip
+    per_ktok = economy.pricing == "per_ktok"
+    market = {
+        "prices": economy.price_bins if per_ktok else (1.0,), "per_ktok": per_ktok, "rtt_s": scenario.rtt_ms / 1000,
+        "gossip_s": scenario.gossip_interval_s, "tick_s": scenario.decision_interval_s,
+        "stake_rule": economy.stake_rule, "speed": speed,
+    }  # fmt: skip
+    return {
+        "name": provider.name, "seed": planned.seed * len(scenario.providers) + i, "policy": policy,
+        "serves": list(provider.serves), "stake": economy.initial_stake, "credit": economy.initial_credit,
+        "prompt_tokens": float(planned.mean_prompt[i]), "output": lengths, "classes": classes,
+        "deadlines_s": list(scenario.slo.thresholds_s), "market": market, "log": "warning",
+        "limits": {"held": 100_000},  # the simulator's nodes have no bound
+    }  # fmt: skip
+
+
+@contextmanager
+def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers | None = None) -> Iterator[Live]:
+    """A network of the plan's providers, on emulated engines of its own or before `servers`. Raises NetworkError."""
+    scenario = planned.scenario
+    count = len(scenario.providers)
+    ports = free_ports(2 * count)
+    engines = [] if servers else _emulators(planned, ports[count:], speed)
+    engine_urls = servers.urls if servers else [f"http://127.0.0.1:{port}" for port in ports[count:]]
+    models = [SMOLLM2 if servers else provider.serves[0] for provider in scenario.providers]
+    profiles = servers.profiles if servers else list(planned.profiles)
+    nodes = []
+    for i, (provider, profile) in enumerate(zip(scenario.providers, profiles, strict=True)):
+        told = node(scenario, planned, i, policy, speed)
+        told["serves"] = [SMOLLM2] if servers else told["serves"]
+        told["port"] = ports[i]
+        told["engine"] = {"url": engine_urls[i], "profile": {"kind": "measured", **asdict(profile)}}
+        plain = orjson.loads(orjson.dumps(told))
+        parse(plain | {"key": "made when it starts"}, f"node {provider.name}")
+        nodes.append(plain)
+    with started(nodes, engines, READY_S["emulated"]) as network:
+        sites = [Site(*each) for each in zip(network.urls, models, profiles, strict=True)]
+        pids = servers.pids if servers else [p.pid for p in network.engines]
+        yield Live(sites, {"nodes": [p.pid for p in network.nodes], "engines": pids})
+
+
+def _emulators(planned: MarketPlan, ports: Sequence[int], speed: float) -> list[Command]:
+    return [
+        Command(
+            [sys.executable, "-m", "wwwserve.envs.emulator", "--port", str(port), "--gpu", provider.gpu, "--model",
+             provider.model, "--max-num-seqs", str(provider.max_num_seqs), "--served-model-name", *provider.serves,
+             "--speed", str(speed), "--seed", str(i)]
+        )
+        for i, (port, provider) in enumerate(zip(ports, planned.scenario.providers, strict=True))
+    ]  # fmt: skip
+
+
+@contextmanager
+def vllm_servers(count: int, longest: int, kv_tokens: int, file: Path | None) -> Iterator[Servers]:
+    """Real vLLM with a small model, each on a core, with a KV cache of `kv_tokens`.
+
+    `file` has their profiles; where it does not exist, it is written, after each was measured while the others are kept
+    busy, with requests of up to `longest` tokens and caches that hold as many of them as run at once. Raises UsageError
+    for a file of another kind or of other engines, NetworkError, serving.engine.local_vllm.PrepareError and
+    serving.engine.calibrate.CalibrationError.
+    """
+    if file is not None and file.exists():
+        profiles = read_profiles(file, count, kv_tokens)
+    else:
+        with vllm([SMOLLM2] * count, kv_tokens=local_vllm.MAX_NUM_SEQS * local_vllm.MAX_MODEL_LEN) as (urls, _):
+            profiles = [replace(each, kv_blocks=kv_tokens // BLOCK_TOKENS) for each in _calibrated(urls, longest)]
+        if file is not None:
+            write_profiles(file, profiles)
+    with vllm([SMOLLM2] * count, kv_tokens=kv_tokens) as (urls, processes):
+        yield Servers(urls, profiles, [process.pid for process in processes])
+
+
+def _calibrated(urls: Sequence[str], longest: int) -> list[Profile]:
+    found = []
+    for url in urls:
+        settings = Settings(
+            beside=tuple(each for each in urls if each != url), longest=longest, repeats=REPEATS,
+            max_num_seqs=local_vllm.MAX_NUM_SEQS,
+        )  # fmt: skip
+        start_s = time.monotonic()
+        found.append(asyncio.run(calibrate(url, settings)))
+        print(f"{url}, measured in {time.monotonic() - start_s:.0f} s:\n{found[-1].report()}", file=sys.stderr)
+    return [each.profile for each in found]
+
+
+def write_profiles(file: Path, profiles: Sequence[Profile]) -> None:
+    """Write engines' profiles, for `read_profiles`."""
+    write_json(file, {"profiles": [asdict(profile) for profile in profiles]})
+
+
+def read_profiles(file: Path, count: int, kv_tokens: int) -> list[Profile]:
+    """`count` engines' profiles. Raises UsageError for another file, or engines without a KV cache of `kv_tokens`."""
+    try:
+        profiles = [Profile(**each) for each in orjson.loads(file.read_bytes())["profiles"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--profiles {file}: no profiles as this command writes them: {error!r}") from None
+    if len(profiles) != count:
+        raise UsageError(f"--profiles {file}: has {len(profiles)} profiles, expected {count}, one for each provider")
+    for profile in profiles:
+        if abs(profile.kv_tokens - kv_tokens) >= local_vllm.KV_BLOCK:
+            raise UsageError(f"--profiles {file}: of {profile.kv_tokens} KV tokens, --kv-tokens is {kv_tokens}")
+    return profiles
+
+
+def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live:
+    """A network that runs already: FILE has the `nodes`, URLs in the order of the scenario's providers.
+
+    Users ask for what a node serves first. Raises UsageError for another file, or nodes that do not answer, or run
+    another policy or at another speed.
+    """
+    try:
+        content = strict_yaml.load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--network {file}: {' '.join(str(error).split())}") from None
+    urls = content.get("nodes") if isinstance(content, dict) and set(content) == {"nodes"} else None
+    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
+        raise UsageError(f"--network {file}: expected a mapping with nodes, a list of URLs")
+    if len(urls) != len(scenario.providers):
+        expected = len(scenario.providers)
+        raise UsageError(f"--network {file}: has {len(urls)} nodes, expected {expected}, as {scenario.name} has")
+    sites = []
+    for url in urls:
+        try:
+            seen = look(url)
+        except NetworkError as error:
+            raise UsageError(f"--network {file}: {error}") from None
+        if seen["policy"] != policy.name:
+            raise UsageError(f"--network {file}: {url} runs the policy {seen['policy']}, expected {policy.name}")
+        if seen["speed"] != speed:
+            raise UsageError(f"--network {file}: {url} runs at speed {seen['speed']:g}, --speed is {speed:g}")
+        if not seen["serves"]:
+            raise UsageError(f"--network {file}: {url} serves no model")
+        sites.append(Site(url.rstrip("/"), seen["serves"][0], Profile(**seen["engine"]["profile"])))
+    return Live(sites, {})
+
+
+def check_lengths(planned: MarketPlan, profiles: Sequence[Profile]) -> None:
+    """Raises UsageError for a request that one of the engines could not run whole."""
+    longest = _longest(planned)
+    room = min(min(profile.max_model_len, profile.kv_tokens) for profile in profiles)
+    if longest > room:
+        raise UsageError(
+            f"{planned.scenario.name}: a request has {longest} tokens with its answer, the smallest engine takes {room}"
+        )
+
+
+def _longest(planned: MarketPlan) -> int:
+    """Tokens of the longest request with its answer."""
+    return int((planned.traffic.prompt + planned.traffic.output).max(initial=0))
+
+
+async def play(network: Live, planned: MarketPlan, speed: float, stream: bool, turn: int = 0) -> Measured:
+    """Send every request at its time; measure until all are answered, or the scenario's drain is over.
+
+    With another `turn`, prompts are other ones of the same lengths, so that no engine has them cached.
+    """
+    traffic, scenario = planned.traffic, planned.scenario
+    count = traffic.time_s.size
+    latency_s, first_s = np.full(count, np.inf), np.full(count, np.inf)
+    lag_s, failed = 0.0, 0
+    tokens = np.random.default_rng((planned.seed, 2, turn))
+    classes = [each.name for each in scenario.slo.classes]
+    prices: list[list[float]] = []
+
+    async def one(r: int, body: bytes, due_s: float) -> None:
+        nonlocal lag_s, failed
+        site = network.sites[int(traffic.provider[r])]
+        headers = {"content-type": "application/json"}
+        if classes:
+            headers["x-slo-class"] = classes[int(traffic.klass[r])]
+        lag_s = max(lag_s, (time.monotonic() - due_s) * speed)
+        try:
+            async with session.post(f"{site.url}/v1/completions", data=body, headers=headers) as response:
+                last = b""
+                async for part in response.content.iter_any():
+                    if stream and not last:
+                        first_s[r] = (time.monotonic() - due_s) * speed
+                    last = (last + part)[-4096:]
+                ended_s = time.monotonic()
+        except (aiohttp.ClientError, OSError):
+            failed += 1
+            return
+        whole = response.status == 200 and (not stream or last.rstrip().endswith(b"data: [DONE]"))
+        failed += not whole
+        if whole:
+            latency_s[r] = (ended_s - due_s) * speed
+        else:
+            first_s[r] = np.inf
+
+    async def watch_prices() -> None:
+        while True:
+            with_prices = []
+            for site in network.sites:
+                async with session.get(f"{site.url}/network") as response:
+                    with_prices.append(float(orjson.loads(await response.read())["price"]))
+            prices.append(with_prices)
+            await asyncio.sleep(1.0)
+
+    used_s = {kind: sum(map(cpu_s, pids)) for kind, pids in network.pids.items()}
+    own_s = time.process_time()
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        watching = asyncio.create_task(watch_prices())
+        start_s = time.monotonic()
+        asked: set[asyncio.Task[None]] = set()
+        for r in range(count):
+            prompt = tokens.integers(LOWEST_TOKEN, HIGHEST_TOKEN, int(traffic.prompt[r])).tolist()
+            model = network.sites[int(traffic.provider[r])].model
+            body = orjson.dumps(
+                {"model": model, "prompt": prompt, "max_tokens": int(traffic.output[r]), "ignore_eos": True,
+                 "stream": stream}
+            )  # fmt: skip
+            due_s = start_s + float(traffic.time_s[r]) / speed
+            await asyncio.sleep(due_s - time.monotonic())
+            asked.add(asyncio.create_task(one(r, body, due_s)))
+        until_s = start_s + (scenario.duration_s + scenario.drain_s) / speed
+        if asked:
+            _, late = await asyncio.wait(asked, timeout=max(0.0, until_s - time.monotonic()))
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+            for task in asked - late:
+                task.result()
+        took_s = time.monotonic() - start_s
+        watching.cancel()
+    cpu = {kind: (sum(map(cpu_s, pids)) - used_s[kind]) / took_s for kind, pids in network.pids.items()}
+    cpu["client"] = (time.process_time() - own_s) / took_s
+    requests = RequestTable(
+        arrival_s=traffic.time_s, origin=traffic.provider, executor=np.full(count, -1, np.int32), klass=traffic.klass,
+        prompt=traffic.prompt.astype(np.int64), output=traffic.output.astype(np.int64), latency_s=latency_s,
+        first_token_s=first_s,
+    )  # fmt: skip
+    sites = len(network.sites)
+    price = np.mean(prices, axis=0) if prices else np.full(sites, np.nan)
+    return Measured(Run(planned.seed, requests, np.full(sites, np.nan), price), cpu, lag_s, failed)
+
+
+def live(
+    scenario: Scenario,
+    policies: dict[str, str | None],
+    loaded: Sequence[Policy],
+    seeds: Sequence[int],
+    speed: float,
+    stream: bool,
+    opened: Callable[[MarketPlan, str | None], Any],
+    report: Callable[[str], None] = lambda line: None,
+) -> Tree:
+    """Run every policy with every seed, live and simulated; the mapping that `--json` writes.
+
+    `policies` has what a node is told, by name, of the policies `loaded`; `opened` gives a network as a context.
+    `scenarios` and `paired` are as in `eval.compare`, with `cpu_cores`, `lag_s` and `failed` beside each policy's
+    measures (profit is None: its networks keep no ledger); `predicted` has what the simulator makes of the same
+    requests, and `gap` live less predicted, paired by seed.
+    """
+    seen: dict[str, list[Measured]] = {name: [] for name in policies}
+    plans: dict[str, list[MarketPlan]] = {name: [] for name in policies}
+    profiles: list[Profile] = []
+    for seed in seeds:
+        drawn = plan(scenario, seed)
+        for turn, (name, told) in enumerate(policies.items()):
+            with opened(drawn, told) as network:
+                profiles = [site.profile for site in network.sites]
+                check_lengths(drawn, profiles)
+                time.sleep(SETTLE_S)
+                seen[name].append(asyncio.run(play(network, drawn, speed, stream, turn)))
+            plans[name].append(drawn._replace(profiles=tuple(profiles)))
+            last = seen[name][-1]
+            report(
+                f"{scenario.name}  {name}  seed {seed}: {last.failed} failed, sent at most {last.lag_s:.2f} s late, "
+                f"cores used: {', '.join(f'{kind} {cores:.2f}' for kind, cores in last.cpu_cores.items())}"
+            )
+    cells, predicted, gap, trees = {}, {}, {}, {}
+    for policy, (name, measured) in zip(loaded, seen.items(), strict=True):
+        runs = [each.run for each in measured]
+        trees[name] = measures(runs, scenario)
+        cells[name] = cell(trees[name], runs) | {
+            "cpu_cores": over_seeds([each.cpu_cores for each in measured]),
+            "lag_s": max(each.lag_s for each in measured),
+            "failed": sum(each.failed for each in measured),
+        }
+        simulated = run(plans[name], policy, 1)
+        expected = measures(simulated, scenario)
+        predicted[name] = cell(expected, simulated)
+        gap[name] = over_seeds(trees[name], expected)
+    baseline = next(iter(policies))
+    paired = {name: over_seeds(each, trees[baseline]) for name, each in trees.items() if name != baseline}
+    return {
+        "scenarios": {scenario.name: cells},
+        "paired": {
+            "baseline": baseline, "first_seed": int(seeds[0]), "seeds": len(seeds), "scenarios": {scenario.name: paired}
+        },
+        "predicted": {scenario.name: predicted},
+        "gap": {scenario.name: gap},
+        "network": {"speed": speed, "stream": stream, "profiles": [asdict(profile) for profile in profiles]},
+    }  # fmt: skip
+
+
+def table(result: Tree, scenario: Scenario) -> str:
+    """Live and simulated side by side: attainment, its mean over the thresholds, mean latency, s."""
+    rows = [["policy", "", *(f"{t:g} s" for t in scenario.slo.thresholds_s), "slo_auc", "latency s", "p90", "failed"]]
+    for name, mine in result["scenarios"][scenario.name].items():
+        theirs = result["predicted"][scenario.name][name]
+        for kind, each in (("live", mine), ("simulated", theirs)):
+            slo = [each["slo"][threshold_key(t)][0] for t in scenario.slo.thresholds_s]
+            times = [each["latency_s"]["mean"][0], each["latency_s"]["p90"][0]]
+            shown = [*(_number(x, 3) for x in (*slo, each["slo_auc"][0])), *(_number(x, 2) for x in times)]
+            rows.append([name, kind, *shown, str(each.get("failed", ""))])
+    count = next(iter(result["scenarios"][scenario.name].values()))["requests"]
+    return f"{scenario.name}: {count} requests in {result['paired']['seeds']} runs\n{columns(rows)}"
+
+
+def _number(x: float | None, digits: int) -> str:
+    return "-" if x is None else f"{x:.{digits}f}"
+
+
+def _speed(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.01 <= value <= MOST_SPEED:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0.01 to {MOST_SPEED:g}")
+    return value
+
+
+def _told(argument: str) -> str | None:
+    """What a node is told of a policy. Raises UsageError for one that a node cannot run."""
+    if argument == LEARNED:
+        return None
+    if argument in ORACLES:
+        raise UsageError(f"policy {argument!r} sees what no node can")
+    if argument not in RULES and not Path(argument).is_dir():
+        raise UsageError(f"policy {argument!r} is no rule ({', '.join(RULES)}), {LEARNED} or the folder of a bundle")
+    return argument if argument in RULES else str(Path(argument).resolve())
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m eval.live", description="Play a scenario through a live network.")
+    add = parser.add_argument
+    add("scenario", metavar="SCENARIO", help="name of a packaged scenario, or a file")
+    add("--policy", nargs="+", default=["single", "www_serve", LEARNED], metavar="NAME|BUNDLE",
+        help="on every node; differences are from the first (default: single www_serve learned)")  # fmt: skip
+    add("--runs", type=integer(1), default=3, metavar="N", help="of each policy (default: 3)")
+    add("--first-seed", type=integer(0), default=FIRST_TEST_SEED, metavar="S",
+        help=f"they have the seeds S to S + N - 1 (default: {FIRST_TEST_SEED})")  # fmt: skip
+    add("--speed", type=_speed, default=1.0, metavar="X", help="market seconds in a second (default: 1)")
+    add("--stream", action="store_true", help="ask for streams, so that times to first token are seen")
+    add("--engine", choices=("emulated", "vllm"), default="emulated", help="vllm: real vLLM with a small model in "
+        "every place, calibrated first (default: emulated)")  # fmt: skip
+    add("--profiles", type=Path, metavar="FILE", help="with --engine vllm: the engines' profiles; measured, and "
+        "written there, if there is no such file (default: measured)")  # fmt: skip
+    add("--kv-tokens", type=integer(local_vllm.MAX_MODEL_LEN), default=KV_TOKENS, metavar="N",
+        help=f"with --engine vllm: of each engine's KV cache (default: {KV_TOKENS})")  # fmt: skip
+    add("--network", type=Path, metavar="FILE",
+        help="of a network that runs: YAML with nodes, URLs in the order of the providers")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 1 if a network fails, 2 for what cannot be done as asked."""
+    try:
+        args = _arguments(argv)
+        scenario = load(args.scenario)
+        check(scenario)
+        told = {argument: _told(argument) for argument in args.policy}
+        if len(told) < len(args.policy):
+            raise UsageError("a policy is given twice")
+        loaded = [load_policy(argument) for argument in args.policy]
+        check_outputs(args.json, None)
+        seeds = range(args.first_seed, args.first_seed + args.runs)
+        if args.engine == "vllm" and (args.speed != 1 or args.network is not None):
+            raise UsageError("--engine vllm goes with --speed 1 and without --network")
+        if args.profiles is not None and args.engine != "vllm":
+            raise UsageError("--profiles goes with --engine vllm")
+        if args.network is not None:
+            if len(loaded) != 1:
+                raise UsageError("--network takes one --policy, the one that its nodes run")
+            running = remote(args.network, scenario, loaded[0], args.speed)
+    except (UsageError, ScenarioError, PolicyError) as error:
+        print(f"eval.live: {error}", file=sys.stderr)
+        return 2
+
+    @contextmanager
+    def opened(planned: MarketPlan, policy: str | None) -> Iterator[Live]:
+        if args.network is not None:
+            yield running
+            return
+        with own(planned, policy, args.speed, servers) as network:
+            yield network
+
+    try:
+        with ExitStack() as stack:
+            servers = None
+            if args.engine == "vllm":
+                longest = max(_longest(plan(scenario, seed)) for seed in seeds) + MARGIN
+                servers = stack.enter_context(
+                    vllm_servers(len(scenario.providers), longest, args.kv_tokens, args.profiles)
+                )
+            result = live(
+                scenario, told, loaded, seeds, args.speed, args.stream, opened,
+                report=lambda line: print(line, file=sys.stderr, flush=True),
+            )  # fmt: skip
+    except (NetworkError, ConfigError, UsageError, CalibrationError, PrepareError) as error:
+        print(f"eval.live: {error}", file=sys.stderr)
+        return 1
+    print(table(result, scenario))
+    if args.json is not None:
+        write_json(args.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

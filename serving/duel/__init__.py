@@ -1,0 +1,1 @@
+"""Duels on live answers, and their judges."""

@@ -1,0 +1,106 @@
+"""How a judge compares two answers: by how much likelier its own engine finds each to the question than to none.
+
+The engine must tell the log-probabilities of a prompt (`prompt_logprobs` of vLLM). `eval.live.judges` measures
+how often a judge errs on pairs of known quality, by this rule, by the likelihood alone and by asking the model.
+"""
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+
+from wwwserve.agents.protocol import VOTE_A, VOTE_B, VOTE_UNDECIDED
+from wwwserve.serving.http.resume import continued
+
+# What a judge leaves out of a question: it would change what the engine answers, not what it thinks of an answer.
+NOT_JUDGED = (
+    "stream", "stream_options", "n", "stop", "logprobs", "top_logprobs", "tools", "tool_choice", "response_format",
+    "max_completion_tokens", "min_tokens", "ignore_eos", "echo", "best_of",
+)  # fmt: skip
+
+Post = Callable[[str, bytes], Awaitable[Any]]  # path and body of a request to the engine, to what it answers, from JSON
+
+
+class JudgeError(Exception):
+    """The engine cannot judge this; the message says why."""
+
+
+def text_of(path: str, stream: bool, body: bytes) -> str:
+    """The text of an answer, as far as it has one."""
+    chat = path.endswith("/chat/completions")
+    parts = []
+    for told in _events(body) if stream else [body]:
+        try:
+            for choice in orjson.loads(told).get("choices") or []:
+                said = (choice.get("delta") or choice.get("message") or {}).get("content") if chat else choice["text"]
+                if choice.get("index", 0) == 0 and isinstance(said, str):
+                    parts.append(said)
+        except (ValueError, AttributeError, KeyError, TypeError):
+            continue
+    return "".join(parts)
+
+
+def judgeable(path: str, request: dict[str, Any]) -> bool:
+    """Whether an answer to a request is text after a text."""
+    if path.endswith("/chat/completions"):
+        messages = request.get("messages")
+        return isinstance(messages, list) and bool(messages) and all(isinstance(each, dict) for each in messages)
+    return isinstance(request.get("prompt"), str)
+
+
+async def likelihood(post: Post, path: str, request: dict[str, Any], answers: tuple[str, ...]) -> list[float]:
+    """Mean log-probability of a token of each answer, given the question; that of an empty one is minus infinity.
+
+    Raises JudgeError.
+    """
+    question = {key: value for key, value in request.items() if key not in NOT_JUDGED} | {"max_tokens": 1}
+    before = _usage(await post(path, orjson.dumps(question)))
+    means = []
+    for answer in answers:
+        if not answer:
+            means.append(-math.inf)
+            continue
+        asked = continued(path, question, answer) | {"prompt_logprobs": 0}
+        told = _prompt_logprobs(await post(path, orjson.dumps(asked)))[before:]
+        means.append(sum(told) / len(told) if told else -math.inf)
+    return means
+
+
+async def gain(post: Post, path: str, request: dict[str, Any], answers: tuple[str, ...]) -> list[float]:
+    """How much likelier a token of each answer is, in mean log-probability, to the question than to none; that of an
+    empty answer is minus infinity. Raises JudgeError."""
+    nothing: dict[str, Any] = {"prompt": "\n"}
+    if path.endswith("/chat/completions"):
+        nothing = {"messages": [{"role": "user", "content": ""}]}
+    asked = await likelihood(post, path, request, answers)
+    unasked = await likelihood(post, path, {"model": request.get("model"), **nothing}, answers)
+    return [a - b if answer else a for answer, a, b in zip(answers, asked, unasked, strict=True)]
+
+
+def vote_by(a: float, b: float) -> int:
+    """A judge's vote, by what it thinks of A and of B."""
+    if a == b:
+        return VOTE_UNDECIDED
+    return VOTE_A if a > b else VOTE_B
+
+
+def _events(body: bytes) -> list[bytes]:
+    events = body.replace(b"\r\n", b"\n").split(b"\n\n")
+    return [event[5:] for event in events if event.startswith(b"data:") and event[5:].strip() != b"[DONE]"]
+
+
+def _usage(told: Any) -> int:
+    try:
+        return int(told["usage"]["prompt_tokens"])
+    except (KeyError, TypeError, ValueError):
+        raise JudgeError("the engine does not say how many tokens a prompt has") from None
+
+
+def _prompt_logprobs(told: Any) -> list[float]:
+    """Of every token of a prompt; the first, before which there is nothing, has 0."""
+    try:
+        tokens = told.get("prompt_logprobs") or told["choices"][0]["prompt_logprobs"]
+        return [float(next(iter(token.values()))["logprob"]) if token else 0.0 for token in tokens]
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        raise JudgeError("the engine does not tell the log-probabilities of a prompt") from None

@@ -1,0 +1,158 @@
+"""The engine that a node stands before: its load, and the way to it.
+
+An engine is vLLM, SGLang or the emulator, which speaks as vLLM does. Its load is read from its Prometheus page at every
+tick; in between, what was sent there and what came back is counted, as the page is then no longer true.
+"""
+
+import re
+from typing import NamedTuple
+
+import aiohttp
+import orjson
+
+from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
+from wwwserve.serving.http.upstream import Exchange, Upstream
+
+SCRAPE_TIMEOUT_S = 2.0
+DOWN_WAITING = 1000.0  # requests said to wait at an engine that is down
+OF_ONE_PRIORITY = re.compile(r'[{,]priority="[^"]')
+FAILURES = 2  # scrapes in a row that fail before an engine counts as down
+
+
+class EngineError(Exception):
+    """The engine cannot be used as it is; the message says why."""
+
+
+class Names(NamedTuple):
+    """What an engine calls its load."""
+
+    running: str
+    waiting: str
+    kv_use: str  # share of the KV cache
+
+
+NAMES = {
+    "vllm": Names("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
+    "sglang": Names("sglang:num_running_reqs", "sglang:num_queue_reqs", "sglang:token_usage"),
+}
+
+
+class Load(NamedTuple):
+    """What an engine is at: requests running and waiting, and tokens in its KV cache."""
+
+    running: float
+    waiting: float
+    kv_tokens: float
+
+
+def read_load(page: str, names: Names, kv_capacity: int) -> Load:
+    """The load on a Prometheus page: counts are summed over its engines, of KV use the highest is taken.
+
+    Rows of a `priority` are parts of the one without, as SGLang writes them where it schedules by priority.
+    Raises EngineError for a page that lacks one of the metrics, or has no number there.
+    """
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for line in page.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name in found and not OF_ONE_PRIORITY.search(line):
+            try:
+                found[name].append(float(line.rpartition("}")[2].split()[0 if "}" in line else 1]))
+            except (ValueError, IndexError):
+                raise EngineError(f"metric {name} has no number: {line[:120]!r}") from None
+    for name, values in found.items():
+        if not values:
+            raise EngineError(f"no metric {name} on the engine's page")
+    return Load(sum(found[names.running]), sum(found[names.waiting]), min(max(found[names.kv_use]), 1.0) * kv_capacity)
+
+
+class Engine:
+    """One engine over HTTP."""
+
+    def __init__(
+        self, kind: str, url: str, profile: Profile, session: aiohttp.ClientSession, *, key: str | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:  # fmt: skip
+        self.names, self.url, self.profile, self.session = NAMES[kind], url.rstrip("/"), profile, session
+        self.headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        self.upstream = Upstream(self.url, self.headers, timeout_s)
+        self.failures = FAILURES  # down until it is heard of
+        self.reason = "not yet scraped"
+        self.out = 0  # requests of this node that it has
+        self._seen = Load(0.0, 0.0, 0.0)
+        self._requests, self._tokens = 0.0, 0.0  # sent less returned since it was scraped
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it was heard of lately."""
+        return self.failures < FAILURES
+
+    async def scrape(self) -> None:
+        """Read its load; raises EngineError when that cannot be."""
+        # What is sent while the page is on its way may be on it or not; it is counted as if it were not.
+        requests, tokens = self._requests, self._tokens
+        try:
+            timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)
+            async with self.session.get(f"{self.url}/metrics", headers=self.headers, timeout=timeout) as response:
+                page = await response.text(errors="replace")
+                if response.status != 200:
+                    raise EngineError(f"{self.url}/metrics answers {response.status}")
+            self._seen = read_load(page, self.names, self.profile.kv_tokens)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._failed(f"{self.url}/metrics: {error or type(error).__name__}")
+        except EngineError as error:
+            self._failed(f"{self.url}: {error}")
+        else:
+            self._requests -= requests
+            self._tokens -= tokens
+            self.failures, self.reason = 0, ""
+
+    def _failed(self, reason: str) -> None:
+        self.failures, self.reason = self.failures + 1, reason
+        raise EngineError(reason)
+
+    def suspect(self, reason: str) -> None:
+        """It did not answer a request: it counts as down until it is scraped again."""
+        self.failures, self.reason = FAILURES, reason
+
+    async def models(self) -> list[str]:
+        """The names that it serves. Raises EngineError when it does not say."""
+        try:
+            timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)
+            async with self.session.get(f"{self.url}/v1/models", headers=self.headers, timeout=timeout) as response:
+                return [str(each["id"]) for each in orjson.loads(await response.read())["data"]]
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"{self.url}/v1/models: {error or type(error).__name__}") from None
+
+    def load(self) -> Load:
+        """Its load as far as it is known: as scraped, with what was sent and what returned since.
+
+        One that is down is as full as can be, so that whoever decides looks elsewhere.
+        """
+        if not self.healthy:
+            return Load(float(self.profile.max_num_seqs), DOWN_WAITING, float(self.profile.kv_tokens))
+        requests = max(0.0, self._seen.running + self._seen.waiting + self._requests)
+        room = float(self.profile.max_num_seqs) if self._seen.waiting == 0 else self._seen.running
+        running = min(requests, max(room, 1.0))
+        kv_tokens = min(max(0.0, self._seen.kv_tokens + self._tokens), float(self.profile.kv_tokens))
+        return Load(running, requests - running, kv_tokens)
+
+    def sent(self, prompt: int) -> None:
+        """A request of so many tokens goes to it."""
+        self.out += 1
+        self._requests += 1
+        self._tokens += blocks(prompt)
+
+    def returned(self, prompt: int, output: int) -> None:
+        """It is done with a request, or need not go on."""
+        self.out -= 1
+        self._requests -= 1
+        self._tokens -= blocks(prompt + output)
+
+    def post(self, path: str, body: bytes) -> Exchange:
+        """Send a request; leaving the context before its end aborts it."""
+        return self.upstream.post(path, body)
+
+
+def blocks(tokens: int) -> int:
+    """Tokens in whole blocks of the KV cache."""
+    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS

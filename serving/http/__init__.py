@@ -1,0 +1,1 @@
+"""HTTP: routes, replies, connections, message authentication, keys."""

@@ -1,0 +1,152 @@
+"""Streams that break off and go on elsewhere, for nodes whose operator wants it.
+
+What the user was sent is written down, and whoever is asked next gets it as the beginning of the answer: of a chat as
+its final message, to be continued (`continue_final_message` of vLLM and SGLang), of a completion as part of the prompt.
+The user sees one stream, with one id and one account of tokens.
+"""
+
+from typing import Any, NoReturn
+
+import orjson
+
+from wwwserve.serving.http.reply import LAST, Ask, Failed, GaveBack, Reply
+
+# What a continuation could not take up where it was: several answers, calls of tools, a grammar's state.
+NOT_RESUMED = ("tools", "functions", "response_format", "structured_outputs", "prompt_logprobs", "echo", "suffix")
+LIMITS = ("max_tokens", "max_completion_tokens", "min_tokens")
+
+
+def resumable(ask: Ask) -> bool:
+    """Whether an answer that breaks off could be continued: one text, streamed, of a prompt that is text."""
+    request = orjson.loads(ask.body)
+    if not ask.stream or request.get("n", 1) != 1 or any(request.get(name) for name in NOT_RESUMED):
+        return False
+    if ask.path.endswith("/chat/completions"):
+        messages = request.get("messages")
+        if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
+            return False
+        return not _continues(request) or isinstance(messages[-1].get("content"), str)
+    return isinstance(request.get("prompt"), str)
+
+
+class Resumed:
+    """A `serving.http.reply.Reply` to a user that any number of executors may make together, one after the other."""
+
+    def __init__(self, ask: Ask, reply: Reply) -> None:
+        """For an ask that is `resumable`."""
+        self.started = False  # by whoever has it now
+        self.resumable = True
+        self.tokens = 0  # that the user has, by events with text
+        self._ask, self._reply = ask, reply
+        self._request: dict[str, Any] = orjson.loads(ask.body)
+        self._text = ""
+        self._before = 0  # tokens of those who had it before
+        self._again = False  # something of it is out
+        self._first: dict[str, Any] = {}  # what names the stream, of its first event
+        self._finished = False
+        self._rest = b""  # of an event that is not complete yet
+
+    def ask(self) -> Ask:
+        """What is to be asked for now: at first all, then the rest."""
+        self.started, self._rest, self._before, self._again = False, b"", self.tokens, bool(self._first)
+        if not self._text:
+            return self._ask
+        request = continued(self._ask.path, self._request, self._text)
+        for name in LIMITS:
+            if isinstance(request.get(name), int):
+                request[name] = max(request[name] - self.tokens, 0 if name == "min_tokens" else 1)
+        return self._ask._replace(body=orjson.dumps(request))
+
+    async def start(self, status: int, content_type: str) -> None:
+        """See `serving.http.reply.Reply`."""
+        self.started = True
+        if not self._reply.started:
+            await self._reply.start(status, content_type)
+
+    async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        """See `serving.http.reply.Reply`. Raises Failed for one that is no stream, though a part of one is out."""
+        if self._reply.started:
+            self._give_up(f"asked to go on, an engine answers {status}")
+        self.started, self.resumable = True, False
+        await self._reply.whole(status, content_type, body)
+
+    async def pass_on(self, chunk: bytes) -> None:
+        """See `serving.http.reply.Reply`. Raises GaveBack for an event that tells of an error."""
+        *events, self._rest = (self._rest + chunk.replace(b"\r\n", b"\n")).split(b"\n\n")
+        out = b"".join(self._event(event + b"\n\n") for event in events)
+        if out:
+            await self._reply.pass_on(out)
+
+    async def finish(self) -> bool:
+        """The stream broke off; bring it to its end if only that is missing. Returns whether it was so."""
+        limit = self._request.get("max_completion_tokens") or self._request.get("max_tokens")
+        if not self._finished and not (isinstance(limit, int) and self.tokens >= limit > 0):
+            return False
+        self.resumable = False
+        if not self._finished:
+            chat = self._ask.path.endswith("/chat/completions")
+            nothing: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
+            choice = {"index": 0, "finish_reason": "length", **nothing}
+            await self._reply.pass_on(b"data: " + orjson.dumps(self._first | {"choices": [choice]}) + b"\n\n")
+        await self._reply.pass_on(LAST)
+        return True
+
+    def _event(self, event: bytes) -> bytes:
+        """An event as the user gets it."""
+        if event == LAST:
+            self.resumable = False
+            return event
+        if not event.startswith(b"data:"):
+            return event
+        try:
+            told = orjson.loads(event[5:])
+            choices = told.get("choices") or []
+        except (ValueError, AttributeError):
+            raise GaveBack("its stream is not what an engine streams") from None
+        if told.get("error"):
+            raise GaveBack(f"its stream ends with an error: {str(told['error'])[:200]}")
+        names = {key: told[key] for key in ("id", "object", "created", "model") if key in told}
+        self._first = self._first or names
+        role_only = False
+        for choice in choices:
+            delta = choice.get("delta") or {}
+            text = choice.get("text") or delta.get("content") or ""
+            self._text += text
+            self.tokens += bool(text)
+            self._finished = self._finished or bool(choice.get("finish_reason"))
+            role_only = "role" in delta and not text and not choice.get("finish_reason")
+            if any(delta.get(name) for name in ("tool_calls", "reasoning", "reasoning_content", "function_call")):
+                self.resumable = False
+        if not self._again:
+            return event
+        if role_only:
+            return b""  # it was said already
+        usage = told.get("usage")
+        if usage:
+            prompt = max(0, usage["prompt_tokens"] - self._before)
+            output = usage["completion_tokens"] + self._before
+            told["usage"] = usage | {
+                "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output
+            }  # fmt: skip
+        return b"data: " + orjson.dumps(told | self._first) + b"\n\n"
+
+    def _give_up(self, reason: str) -> NoReturn:
+        self.resumable = False
+        raise Failed(502, f"the answer broke off and cannot be resumed: {reason}", "engine_error")
+
+
+def continued(path: str, request: dict[str, Any], text: str) -> dict[str, Any]:
+    """A request at `path`, to be answered from where `text`, the beginning of its answer, ends."""
+    request = dict(request)
+    if not path.endswith("/chat/completions"):
+        return request | {"prompt": request["prompt"] + text}
+    messages = list(request["messages"])
+    if _continues(request):
+        messages[-1] = messages[-1] | {"content": messages[-1]["content"] + text}
+    else:
+        messages.append({"role": "assistant", "content": text})
+    return request | {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+
+
+def _continues(request: dict[str, Any]) -> bool:
+    return bool(request.get("continue_final_message"))

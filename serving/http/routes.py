@@ -1,0 +1,357 @@
+"""The node's API: OpenAI's for users, the peers' beside it, and pages to look at. Plain ASGI, bytes passed through."""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+import orjson
+
+from wwwserve.serving.config import NodeConfig
+from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
+from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Declined
+from wwwserve.serving.http.messages import SIGNATURE, Refusals, Refused
+from wwwserve.serving.http.reply import Ask, Failed
+from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
+from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.journal import Full
+from wwwserve.serving.ledger.statements import StatementError
+from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES
+
+log = logging.getLogger("wwwserve.app")
+
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
+CLASS_HEADER = b"x-slo-class"
+MOST_CHOICES = 128  # that a user may ask for at once
+MOST_PROMPT = 1 << 24  # tokens that a peer may say a prompt has
+
+T = TypeVar("T")
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Gone(Exception):
+    """The client hung up."""
+
+
+class _Reply:
+    """An answer on its way to the client."""
+
+    def __init__(self, send: Send) -> None:
+        self.started, self.resumable, self._ended, self._send = False, False, False, send
+
+    async def start(self, status: int, content_type: str, *headers: tuple[bytes, bytes]) -> None:
+        self.started = True
+        head = [(b"content-type", content_type.encode("latin-1")), *headers]
+        await self._send({"type": "http.response.start", "status": status, "headers": head})
+
+    async def pass_on(self, chunk: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        self.started = self._ended = True
+        await _answer(self._send, status, body, content_type.encode("latin-1"))
+
+    async def end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            await self._send({"type": "http.response.body", "body": b""})
+
+
+class App:
+    """The ASGI application of one node."""
+
+    def __init__(self, dispatcher: Dispatcher, config: NodeConfig, refusals: Refusals) -> None:
+        self.dispatcher, self.config, self.refusals = dispatcher, config, refusals
+        self.keys = [key.encode() for key in config.keys]
+        self.classes = {name.encode(): k for k, name in enumerate(config.class_names)}
+        self.pages: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
+            "/health": self._health, "/metrics": self._metrics, "/network": self._network, "/v1/models": self._models
+        }  # fmt: skip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            raise ValueError(f"scope is of type {scope['type']}, expected http")
+        path, method = scope["path"], scope["method"]
+        try:
+            headers: dict[bytes, bytes] = dict(scope["headers"])
+            if path in COMPLETIONS:
+                _expect(method, "POST")
+                self._check_key(headers)
+                await self._complete(path, headers, receive, send)
+            elif path == BEAT_PATH:
+                _expect(method, "POST")
+                await self._beat(receive, send)
+            elif path.startswith(PEER_PREFIX) and path[len(PEER_PREFIX) :] in COMPLETIONS:
+                _expect(method, "POST")
+                await self._complete_for_peer(scope, headers, receive, send)
+            elif path in (ATTEST_PATH, JUDGE_PATH):
+                _expect(method, "POST")
+                await self._on_duel(scope, headers, receive, send)
+            elif path == LEDGER_PATH:
+                _expect(method, "POST")
+                await self._on_ledger(scope, headers, receive, send)
+            elif path in self.pages:
+                _expect(method, "GET")
+                if path == "/v1/models":
+                    self._check_key(headers)
+                await _answer(send, *self.pages[path]())
+            else:
+                raise Failed(404, f"there is no {path}", "not_found_error")
+        except Gone:
+            pass
+        except Failed as failed:
+            await _fail(send, failed)
+        except Refused as refused:
+            self.refusals(refused)
+            await _fail(send, Failed(403, str(refused), refused.kind))
+        except Exception:  # the user sees no more of it than that it happened
+            log.exception("a request met an error", extra={"path": path})
+            await _fail(send, Failed(500, "an error inside the node", "internal_error"))
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        if not self.keys:
+            return
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not any([hmac.compare_digest(key, each) for each in self.keys]):
+            raise Failed(401, "this API key is not known here", "authentication_error")
+
+    # The OpenAI API.
+
+    async def _complete(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        ask = self._ask(path, headers, body)
+        reply = _Reply(send)
+        try:
+            await _unless_gone(receive, self.dispatcher.answer(ask, reply))
+        except Failed as failed:
+            if not reply.started:
+                raise
+            await reply.pass_on(b"data: " + failed.body() + b"\n\n")
+        await reply.end()
+
+    def _ask(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Ask:
+        request = _object(body)
+        model, stream = request.get("model"), request.get("stream", False)
+        if not isinstance(model, str):
+            raise Failed(400, "model is missing, expected a string", "invalid_request_error")
+        if model not in self.dispatcher.serves:
+            raise Failed(404, f"there is no model {model!r} here", "not_found_error")
+        if not isinstance(stream, bool | None):
+            raise Failed(400, "stream is not true or false", "invalid_request_error")
+        klass = self.classes.get(headers.get(CLASS_HEADER, self.config.class_names[0].encode()))
+        if klass is None:
+            known = ", ".join(self.config.class_names)
+            raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
+        return Ask(path, body, model, bool(stream), klass, _prompt_bytes(request), _most(request))
+
+    async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """Run a peer's request, or refuse it at once."""
+        messages, path = self.dispatcher.messages, scope["path"][len(PEER_PREFIX) :]
+        claim = messages.open(scope["path"], scope["headers"])
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        claim.check(body)
+        request = _object(body)
+        told = headers.get(PROMPT.encode(), b"")
+        if not (told.isdigit() and len(told) < 10 and 0 < int(told) < MOST_PROMPT):
+            raise Failed(400, f"expected a header {PROMPT}, a number of tokens", "invalid_request_error")
+        prompt = int(told)
+        model = request.get("model")
+        promise = self.dispatcher.consider(prompt) if model in self.dispatcher.serves else None
+        if promise is None:
+            self.dispatcher.metrics.offer_refused()
+            await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
+            return
+        terms = None
+        accounts = self.dispatcher.accounts
+        if accounts is not None:
+            try:
+                terms = accounts.take(claim.sender, headers.get(ESCROW.encode(), b""), body)
+            except LedgerError as error:
+                self.dispatcher.metrics.offer_refused()
+                raise Failed(402, f"it is not taken: {error}", "payment_error") from None
+            except Full:
+                self.dispatcher.metrics.offer_refused()
+                raise _no_room() from None
+        reply = _Reply(send)
+        head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
+        head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
+        await reply.start(200, "application/octet-stream", *head)
+        ask = Ask(path, body, str(model), bool(request.get("stream")))
+        paid = accounts.delivery(claim.sender, terms) if accounts is not None and terms is not None else None
+        if await _unless_gone(receive, self.dispatcher.run_for(claim.sender, ask, prompt, reply, paid)):
+            await reply.end()
+        # Else the answer stays without its end, and the server breaks the connection off.
+
+    async def _on_duel(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """A peer asks to sign an answer, or to judge two."""
+        claim = self.dispatcher.messages.open(scope["path"], scope["headers"])
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        claim.check(body)
+        try:
+            if scope["path"] == ATTEST_PATH:
+                answer = self.dispatcher.attestor.attest(claim.sender, body)
+            else:
+                answer = await _unless_gone(receive, self.dispatcher.bench.vote(claim.sender, body))
+        except Declined as error:
+            raise Failed(409, str(error), "declined") from None
+        await _answer(send, 200, answer)
+
+    async def _on_ledger(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """A peer tells of payment or stake."""
+        accounts = self.dispatcher.accounts
+        if accounts is None:
+            raise Failed(404, "this node keeps no ledger", "not_found_error")
+        claim = self.dispatcher.messages.open(scope["path"], scope["headers"])
+        body = await _body(receive, headers, self.config.limits.body_bytes)
+        claim.check(body)
+        try:
+            answer = await accounts.received(claim.sender, body)
+        except (LedgerError, StatementError) as error:
+            raise Failed(409, str(error), "ledger_error") from None
+        except Full:
+            raise _no_room() from None
+        await _answer(send, 200, answer)
+
+    async def _beat(self, receive: Receive, send: Send) -> None:
+        self.dispatcher.membership.received(await _body(receive, {}, MOST_BYTES))
+        await _answer(send, 204, b"")
+
+    # Pages.
+
+    def _health(self) -> tuple[int, bytes, bytes]:
+        up = self.dispatcher.engine.healthy
+        status = {"status": "ok" if up else "the engine is down", "reason": self.dispatcher.engine.reason}
+        return 200 if up else 503, orjson.dumps(status), b"application/json"
+
+    def _metrics(self) -> tuple[int, bytes, bytes]:
+        d = self.dispatcher
+        balances = d.accounts.ledger.balances() if d.accounts is not None else []
+        page = d.metrics.page(
+            held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers), balances=balances,
+            ledger_full=d.accounts is not None and bool(d.accounts.ledger.full),
+        )  # fmt: skip
+        return 200, page, b"text/plain; version=0.0.4; charset=utf-8"
+
+    def _network(self) -> tuple[int, bytes, bytes]:
+        return 200, orjson.dumps(self.dispatcher.overview(), option=orjson.OPT_SERIALIZE_NUMPY), b"application/json"
+
+    def _models(self) -> tuple[int, bytes, bytes]:
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": self.config.name}
+            for name in self.dispatcher.serves
+        ]
+        return 200, orjson.dumps({"object": "list", "data": models}), b"application/json"
+
+
+def _no_room() -> Failed:
+    """Said to peers, whom files here do not concern."""
+    return Failed(507, "there is no room for the ledger", "overloaded")
+
+
+def _expect(method: str, expected: str) -> None:
+    if method != expected:
+        raise Failed(405, f"method {method} is not allowed, expected {expected}", "invalid_request_error")
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        request = orjson.loads(body)
+    except ValueError:
+        raise Failed(400, "the body is not JSON", "invalid_request_error") from None
+    if not isinstance(request, dict):
+        raise Failed(400, f"the body is a {type(request).__name__}, expected an object", "invalid_request_error")
+    return request
+
+
+def _most(request: dict[str, Any]) -> int:
+    """Tokens that the answer may have at most; 0 where the user sets no limit."""
+    limits = [request.get("max_completion_tokens"), request.get("max_tokens")]
+    told = [each for each in limits if isinstance(each, int) and not isinstance(each, bool) and each > 0]
+    choices = request.get("n", 1)
+    return told[0] * (choices if isinstance(choices, int) and 1 <= choices <= MOST_CHOICES else 1) if told else 0
+
+
+def _prompt_bytes(request: dict[str, Any]) -> int:
+    """Bytes of the texts that a model reads, as far as they can be seen."""
+    prompt, messages = request.get("prompt"), request.get("messages")
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, list):  # of tokens or texts
+        return sum(len(each) if isinstance(each, str | list) else 4 for each in prompt)
+    if not isinstance(messages, list):
+        return 0
+    size = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        parts: Sequence[Any] = content if isinstance(content, list) else [content]
+        for part in parts:
+            text = part.get("text") if isinstance(part, dict) else part
+            size += len(text) if isinstance(text, str) else 0
+    return size
+
+
+async def _body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
+    too_large = Failed(413, f"the body is larger than {limit} bytes", "invalid_request_error")
+    told = headers.get(b"content-length", b"0")
+    if told.isdigit() and (len(told) > 18 or int(told) > limit):
+        raise too_large
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    parts = [body]
+    size = len(body)
+    while message.get("more_body", False):
+        if size > limit:
+            raise too_large
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+    if message["type"] == "http.disconnect":
+        raise Gone
+    if size > limit:
+        raise too_large
+    return b"".join(parts) if len(parts) > 1 else body
+
+
+async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up; then raises Gone."""
+    worker = asyncio.current_task()
+    assert worker is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        worker.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone and worker.uncancel() == 0:
+            raise Gone from None
+        raise
+    finally:
+        watching.cancel()
+
+
+async def _fail(send: Send, failed: Failed) -> None:
+    extra = []
+    if failed.retry_after_s is not None:
+        extra.append((b"retry-after", str(failed.retry_after_s).encode()))
+    await _answer(send, failed.status, failed.body(), b"application/json", extra)
+
+
+async def _answer(
+    send: Send, status: int, body: bytes, kind: bytes = b"application/json",
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:  # fmt: skip
+    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,1 @@
+"""Payment: statements, channels, journal, stakes, audit."""

@@ -1,0 +1,190 @@
+"""Whether a journal is what its node wrote: its chain, signatures, sums, and that two sides of a channel agree."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from wwwserve.agents.protocol import ESCROW, MICRO
+from wwwserve.serving.ledger.channel import (
+    OWN,
+    PEER,
+    Acked,
+    Books,
+    Credited,
+    Event,
+    LedgerError,
+    Noted,
+    Opened,
+    Stated,
+    Vouched,
+)
+from wwwserve.serving.ledger.journal import GENESIS, SqliteJournal, chained
+from wwwserve.serving.ledger.stakes import decode as decode_stake
+from wwwserve.serving.ledger.statements import State, StatementError, check, decode
+
+
+class Audit(NamedTuple):
+    """What was found in a journal."""
+
+    owner: str
+    entries: int
+    books: Books
+    problems: list[str]
+    vouched: dict[str, dict[int, State]]  # by peer and number, what the owner signed as payer, ...
+    acked: dict[str, set[int]]  # which of it the peer signed, ...
+    credited: dict[str, dict[int, State]]  # and what both signed with the peer as payer
+
+
+def audit(path: Path) -> Audit:
+    """Replay a journal with every check. Raises serving.ledger.journal.JournalError for a file that is none."""
+    journal = SqliteJournal(path, read_only=True)
+    try:
+        return _audit(journal)
+    finally:
+        journal.close()
+
+
+def _audit(journal: SqliteJournal) -> Audit:
+    books, problems = Books(journal.owner), journal.damage()
+    found = Audit(journal.owner, 0, books, problems, {}, {}, {})
+    snapshot = journal.snapshot()
+    digest, due = GENESIS, 1
+    for number, body, told in journal.entries():
+        if number != due:
+            problems.append(f"entry {due} is missing")
+        if chained(digest, body) != told:
+            problems.append(f"entry {number}: the digest is not that of its content and of the entry before")
+        digest, due = told, number + 1
+        try:
+            event: Event = decode(body, Event)
+            _check_signatures(books, event)
+            books.apply(event)
+            _keep(found, event)
+        except (StatementError, LedgerError) as error:
+            problems.append(f"entry {number}: {error}")
+            continue
+        if snapshot is not None and snapshot.number == number and snapshot.body != books.encode():
+            problems.append(f"the snapshot at entry {number} is not what the entries come to")
+    if snapshot is not None and not 0 < snapshot.number < due:
+        problems.append(f"the snapshot is of entry {snapshot.number}, and the last is {due - 1}")
+    problems += _check_sums(books, {each.peer: each for each in journal.balances()})
+    return found._replace(entries=due - 1)
+
+
+def _check_signatures(books: Books, event: Event) -> None:
+    """Raises StatementError for one that does not fit, LedgerError where there is no channel."""
+    owner = books.owner
+    if isinstance(event, Opened):
+        check(owner, "opening", event.opening, event.own)
+        check(event.peer, "opening", event.opening, event.other)
+    elif isinstance(event, Vouched):
+        state = State(books.channel(event.peer).digest, owner, event.peer, event.number, event.total, event.head)
+        check(owner, "voucher", state, event.signature)
+    elif isinstance(event, Acked):
+        state = State(books.channel(event.peer).digest, owner, event.peer, event.number, event.total, event.head)
+        check(event.peer, "acknowledgement", state, event.signature)
+    elif isinstance(event, Credited):
+        check(event.peer, "voucher", event.voucher.state, event.voucher.signature)
+        check(owner, "acknowledgement", event.voucher.state, event.signature)
+    elif isinstance(event, Stated):
+        decode_stake(event.statement)
+
+
+def _keep(found: Audit, event: Event) -> None:
+    """Remember what was signed. Raises LedgerError for an acknowledgement of what was no voucher."""
+    if isinstance(event, Vouched):
+        channel = found.books.channel(event.peer)
+        found.vouched.setdefault(event.peer, {})[event.number] = channel.state(found.owner, event.peer)
+    elif isinstance(event, Acked):
+        state = found.vouched.get(event.peer, {}).get(event.number)
+        if state is None or (state.total, state.head) != (event.total, event.head):
+            raise LedgerError(f"{event.peer} acknowledges what was no voucher")
+        found.acked.setdefault(event.peer, set()).add(event.number)
+    elif isinstance(event, Credited):
+        found.credited.setdefault(event.peer, {})[event.voucher.state.number] = event.voucher.state
+
+
+def _check_sums(books: Books, kept: dict[str, Any]) -> Iterator[str]:
+    for peer, channel in sorted(books.channels.items()):
+        balance = channel.balance(peer)
+        if min(balance[2:]) < 0 or sum(balance[2:]) != balance.opened:
+            yield f"channel with {peer}: credit is not conserved: {balance}"
+        locked = sum(each.amount for each in channel.open.values())
+        taken = sum(each.amount for each in channel.guests.values())
+        if (locked, taken) != (channel.accounts[OWN, ESCROW], channel.accounts[PEER, ESCROW]):
+            yield f"channel with {peer}: what is in escrow is not what is locked for its requests"
+        own = channel.opening.amounts(books.owner)[0] - channel.total + channel.paid_total
+        if own != balance.free + balance.escrow:
+            yield f"channel with {peer}: the receipts come to {own} micro-credits, and not to what is owned"
+        if kept.get(peer) != balance:
+            yield f"channel with {peer}: the balance that is kept, {kept.get(peer)}, is not what the entries come to"
+    for peer in sorted(set(kept) - set(books.channels)):
+        yield f"a balance is kept with {peer}, and there is no channel"
+
+
+def compare(one: Audit, other: Audit) -> list[str]:
+    """Where the two sides of the channel of two nodes do not agree on what was signed."""
+    a, b = one.books.channels.get(other.owner), other.books.channels.get(one.owner)
+    if a is None or b is None:
+        if a is b:
+            return [f"there is no channel between {one.owner} and {other.owner}"]
+        alone = a or b
+        assert alone is not None  # opened by one of them, whose signature is on its way
+        return ["the channel is in use by one of the two alone"] if alone.asked or alone.guest else []
+    if a.opening != b.opening:
+        return ["the two opened the channel on different terms"]
+    problems = []
+    for payer, payee in ((one, other), (other, one)):
+        vouched = payer.vouched.get(payee.owner, {})
+        credited = payee.credited.get(payer.owner, {})
+        for number, state in credited.items():
+            if vouched.get(number) != state:
+                problems.append(f"{payee.owner} holds a voucher {number} that {payer.owner} has not written so")
+        for number in payer.acked.get(payee.owner, ()):
+            if number not in credited:
+                problems.append(f"{payer.owner} holds an acknowledgement {number} that {payee.owner} has not written")
+    return problems
+
+
+def settled(one: Audit, other: Audit) -> bool:
+    """Whether nothing is under way in the channel of two nodes: both own the same by either's account."""
+    a, b = one.books.channels.get(other.owner), other.books.channels.get(one.owner)
+    if a is None or b is None:
+        return a is b
+    return a.balance("")[2:] == (*b.balance("")[4:], *b.balance("")[2:4]) and not a.exposed and not b.exposed
+
+
+def describe(found: Audit) -> str:
+    """A journal for people."""
+    lines = [f"node     {found.owner}", f"entries  {found.entries:,}"]
+    for peer, c in sorted(found.books.channels.items()):
+        balance = c.balance(peer)
+        lines += [
+            "",
+            f"channel with {peer}, by {c.opening.source}",
+            f"  own      {_credits(balance.free)} free, {_credits(balance.escrow)} in escrow for "
+            f"{len(c.open)} requests",
+            f"  peer's   {_credits(balance.peer_free)} free, {_credits(balance.peer_escrow)} in escrow for "
+            f"{len(c.guests)} requests",
+            f"  paid     {_credits(c.total)} by {c.number:,} receipts, {c.acked:,} of them signed by the peer",
+            f"  earned   {_credits(c.paid_total)} by {c.paid_number:,} receipts, all signed by both",
+        ]
+        if c.short:
+            lines.append(f"  short    {_credits(c.short)} that the peer paid less than was delivered")
+    return "\n".join(lines)
+
+
+def evidence(path: Path) -> list[Noted]:
+    """What was noted of peers."""
+    journal = SqliteJournal(path, read_only=True)
+    try:
+        events = (msgspec.json.decode(entry.body, type=Event) for entry in journal.entries())
+        return [event for event in events if isinstance(event, Noted)]
+    finally:
+        journal.close()
+
+
+def _credits(amount: int) -> str:
+    return f"{amount // MICRO}.{amount % MICRO:06d}"

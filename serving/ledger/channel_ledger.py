@@ -1,0 +1,586 @@
+"""A node's ledger: what it locks, pays, takes and earns, in channels with each peer and without a host.
+
+`Ledger` is what a node asks of whatever keeps accounts. `ChannelLedger` keeps them in channels: the two of each hold
+the same accounts in journals of their own, and exchange vouchers and acknowledgements (`serving.ledger.statements`).
+Entries take effect at once and are written in batches, as fast as the disk takes them: what has to be durable before a
+message goes out is awaited. Amounts are integer micro-credits.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeAlias
+
+import msgspec
+
+from wwwserve.agents.protocol import ESCROW, FREE, MICRO, price_of, price_of_part, room
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.ledger.channel import (
+    OWN,
+    PEER,
+    Acked,
+    Books,
+    Channel,
+    Credited,
+    Delivered,
+    Event,
+    Freed,
+    LedgerError,
+    Locked,
+    Noted,
+    Opened,
+    Settled,
+    Stated,
+    Taken,
+    Vouched,
+)
+from wwwserve.serving.ledger.journal import Balance, Full, Journal
+from wwwserve.serving.ledger.stakes import Conflict, Slash, Stake, Staked, Stakes, Statement
+from wwwserve.serving.ledger.stakes import decode as decode_stake
+from wwwserve.serving.ledger.statements import (
+    NOTHING,
+    PART,
+    WHOLE,
+    Opening,
+    Receipt,
+    Signed,
+    State,
+    Struct,
+    Vouch,
+    check,
+    decode,
+    sign,
+)
+
+log = logging.getLogger("wwwserve.ledger")
+
+RETRY_S = 0.5  # between two tries to write where there is no room
+SNAPSHOT_EVERY = 20_000  # entries
+MOST_UNACKED = 20_000  # receipts that a peer has not acknowledged, beyond which it gets no more requests
+SHORT_SHARE = 20  # part of what a peer paid that it may be short of, beside the exposure: kills and lost links happen
+ENDED_KEPT = 1 << 16  # ids of requests that have ended, below which none is taken
+
+
+class Terms(NamedTuple):
+    """What a request is escrowed for."""
+
+    id: int
+    amount: int  # in escrow
+    price: int
+
+
+class Grant(NamedTuple):
+    """What a channel begins with: the own amount and the peer's, and where that is agreed."""
+
+    own: int
+    other: int
+    source: str
+
+
+class Open(Struct, frozen=True, tag="open"):
+    """One of the two signs a channel."""
+
+    opening: Opening
+    signature: str
+
+
+class Vouching(Struct, frozen=True, tag="vouch"):
+    """The payer's voucher."""
+
+    vouch: Vouch
+
+
+class Telling(Struct, frozen=True, tag="stakes"):
+    """Statements about stake."""
+
+    statements: tuple[str, ...]
+
+
+class Acknowledged(Struct, frozen=True, tag="ack"):
+    """The payee's signature under the state of a voucher."""
+
+    number: int
+    signature: str
+
+
+class Held(Struct, frozen=True, tag="held"):
+    """The payee holds another voucher than one that the payer could follow on from; none if None."""
+
+    voucher: Signed | None
+
+
+class Declined(Struct, frozen=True, tag="declined"):
+    """It is not taken."""
+
+    reason: str
+
+
+Message: TypeAlias = Open | Vouching | Telling
+Answer: TypeAlias = Open | Acknowledged | Held | Declined
+
+
+class Ledger(Protocol):
+    """What a node asks of it. Amounts are micro-credits, requests are known by a peer and an id."""
+
+    stakes: Stakes
+
+    def room(self, peer: str) -> int:
+        """What may be put in escrow with a peer for one more request."""
+
+    def lock(self, peer: str, amount: int, request: str, price: int) -> Terms:
+        """Put `amount` in escrow for a request whose body has the digest `request`. Raises LedgerError."""
+
+    async def durable(self) -> None:
+        """Until all that was done is written. Raises Full where there is no room for it."""
+
+    def free(self, peer: str, id: int) -> None:
+        """The peer did not take it."""
+
+    def settle(self, peer: str, id: int, answer: str, tokens: int, most: int, came: str) -> int:
+        """The peer had it, and it has ended: `tokens` of at most `most` came of an answer with the digest `answer`.
+        Returns what is paid."""
+
+    def take(self, peer: str, terms: Terms, request: str) -> None:
+        """Take a peer's request. Raises LedgerError, or Full while there is no room to write."""
+
+    def delivered(self, peer: str, id: int, answer: str, tokens: int, came: str) -> None:
+        """A peer's request has ended here."""
+
+    async def message(self, peer: str) -> bytes | None:
+        """What there is to send to a peer, durable; None for nothing. Raises Full."""
+
+    async def received(self, peer: str, body: bytes) -> bytes:
+        """A message of a peer came; returns the answer. Raises StatementError, LedgerError, Full."""
+
+    async def replied(self, peer: str, body: bytes) -> None:
+        """A peer answered a message. Raises StatementError, LedgerError, Full."""
+
+    async def restake(self, amount: int) -> Staked | None:
+        """State what the node stakes from now on; None where nothing changes. Raises Full."""
+
+    def heard(self, peer: str, statement: bytes) -> bool:
+        """A statement about stake came by a peer; returns whether it is news. Raises StatementError."""
+
+    def balances(self) -> list[Balance]:
+        """Of all channels."""
+
+
+class ChannelLedger:
+    """Channels in a journal."""
+
+    def __init__(
+        self, identity: Identity, journal: Journal, grants: Mapping[str, Grant], funds: Mapping[str, int], *,
+        exposure: int, pricing: int,
+    ) -> None:  # fmt: skip
+        """`exposure` bounds what may be in escrow with a peer, and a peer's here. Raises StatementError or LedgerError
+        for a journal that cannot be."""
+        self.identity, self.name, self.journal = identity, identity.name, journal
+        self.grants, self.exposure, self.pricing = dict(grants), exposure, pricing
+        self.books = Books(self.name)
+        self.stakes = Stakes(funds)
+        self.changed: set[str] = set()  # peers with whom something changed, for whoever looks and takes them out
+        self.full = ""  # why nothing can be written now
+        self.news: Callable[[bytes], None] = lambda statement: None  # of evidence that was found here
+        self._batch: list[Event] = []
+        self._touched: set[str] = set()
+        self._added = self._written = journal.last
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._work = asyncio.Event()
+        self._snapshot_at = 0
+        self._ended: dict[str, set[int]] = {}
+        self._floor: dict[str, int] = {}
+        self._replay()
+        self.changed.add(self.name)  # all is news
+        self.changed.update(self.books.channels)
+
+    def _replay(self) -> None:
+        """Come to what the journal says; what was under way when it ended was not answered."""
+        snapshot = self.journal.snapshot()
+        if snapshot is not None:
+            self.books.load(snapshot.body)
+            self._snapshot_at = snapshot.number
+        for entry in self.journal.entries(self._snapshot_at):
+            self.books.apply(decode(entry.body, Event))
+        for statement in self.books.statements:
+            self.stakes.heard(decode_stake(statement))
+        for peer, channel in self.books.channels.items():
+            self._floor[peer] = channel.guest
+            grant = self.grants.get(peer)
+            if grant is not None and self._opening(peer, grant) != channel.opening:
+                raise LedgerError(f"the channel with {peer} was opened on other terms than those now configured")
+            for id in list(channel.open):
+                self.settle(peer, id, "", 0, 1, NOTHING)
+
+    # Writing.
+
+    def _add(self, event: Event) -> None:
+        self.books.apply(event)
+        self._batch.append(event)
+        self._touched.add(event.peer)
+        self.changed.add(event.peer)
+        self._added += 1
+        self._work.set()
+
+    def flush(self) -> None:
+        """Write all that was done, at once. Raises Full."""
+        batch = self._take_batch()
+        try:
+            self._write(*batch)
+        except Full as reason:
+            self._put_back(*batch, reason)
+            raise
+        self._wrote(len(batch[0]))
+
+    async def run(self) -> None:
+        """Write what is done, until cancelled; then what is left."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "ledger") as thread:
+            while True:
+                try:
+                    await self._work.wait()
+                except asyncio.CancelledError:
+                    self._put_back([], [], None, Full("the node stops"))
+                    raise
+                batch = self._take_batch()
+                writing = loop.run_in_executor(thread, self._write, *batch)
+                try:
+                    await asyncio.shield(writing)
+                except asyncio.CancelledError:
+                    await self._finish(writing, batch)
+                    raise
+                except Full as reason:
+                    self._put_back(*batch, reason)
+                    await asyncio.sleep(RETRY_S)
+                else:
+                    self._wrote(len(batch[0]))
+
+    def close(self) -> None:
+        """Write what is left, and the journal is done."""
+        try:
+            self.flush()
+        except Full as reason:
+            log.error("the ledger ends without room for its last entries", extra={"reason": str(reason)})
+        self.journal.close()
+
+    async def _finish(
+        self, writing: "asyncio.Future[None]", batch: tuple[list[Event], list[Balance], bytes | None]
+    ) -> None:
+        """What is being written when the node stops; nothing is durable after, until `close`."""
+        try:
+            await writing
+            self._wrote(len(batch[0]))
+        except Full as reason:
+            self._put_back(*batch, reason)
+        self.full = self.full or "the node stops"
+        self._put_back([], [], None, Full(self.full))
+
+    def _take_batch(self) -> tuple[list[Event], list[Balance], bytes | None]:
+        self._work.clear()
+        batch, self._batch = self._batch, []
+        balances = [c.balance(peer) for peer, c in self.books.channels.items() if peer in self._touched]
+        self._touched = set()
+        snapshot = None
+        if self._added - self._snapshot_at >= SNAPSHOT_EVERY:
+            self._snapshot_at, snapshot = self._added, self.books.encode()
+        return batch, balances, snapshot
+
+    def _write(self, batch: list[Event], balances: list[Balance], snapshot: bytes | None) -> None:
+        if batch:
+            self.journal.write([msgspec.json.encode(event) for event in batch], balances, snapshot)
+
+    def _put_back(self, batch: list[Event], balances: list[Balance], snapshot: bytes | None, reason: Full) -> None:
+        if not self.full and batch:
+            log.error("there is no room for the ledger, so nothing is delegated", extra={"reason": str(reason)})
+        self.full = str(reason)
+        self.changed.update(self.books.channels)
+        self._batch = batch + self._batch
+        self._touched |= {each.peer for each in balances}
+        if snapshot is not None:
+            self._snapshot_at -= SNAPSHOT_EVERY
+        self._work.set()
+        waiting, self._waiting = self._waiting, []
+        for _, future in waiting:
+            if not future.done():
+                future.set_exception(Full(self.full))
+
+    def _wrote(self, count: int) -> None:
+        if self.full and count:
+            log.info("there is room for the ledger again")
+            self.full = ""
+            self.changed.update(self.books.channels)
+        self._written += count
+        still = []
+        for number, future in self._waiting:
+            if number > self._written:
+                still.append((number, future))
+            elif not future.done():
+                future.set_result(None)
+        self._waiting = still
+
+    async def durable(self) -> None:
+        """See `Ledger`."""
+        if self._written >= self._added:
+            return
+        if self.full:
+            raise Full(self.full)
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((self._added, future))
+        await future
+
+    def _check_room(self) -> None:
+        if self.full:
+            raise Full(self.full)
+
+    # What the node pays.
+
+    def room(self, peer: str) -> int:
+        """See `Ledger`."""
+        channel = self.books.channels.get(peer)
+        if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED:
+            return 0
+        return room(channel.accounts[OWN], channel.exposed, self.exposure)
+
+    def lock(self, peer: str, amount: int, request: str, price: int) -> Terms:
+        """See `Ledger`. Raises Full as well."""
+        self._check_room()
+        channel = self.books.channel(peer)
+        if amount > room(channel.accounts[OWN], channel.exposed, self.exposure):
+            raise LedgerError(f"{amount} micro-credits are more than may be in escrow with {peer}")
+        self._add(Locked(peer, channel.asked + 1, amount, request, price))
+        return Terms(channel.asked, amount, price)
+
+    def free(self, peer: str, id: int) -> None:
+        """See `Ledger`."""
+        self._add(Freed(peer, id))
+
+    def settle(self, peer: str, id: int, answer: str, tokens: int, most: int, came: str) -> int:
+        """See `Ledger`."""
+        locked = self.books.channel(peer).open.get(id)
+        if locked is None:
+            raise LedgerError(f"request {id} is not with {peer}")
+        due = min(locked.amount, due_of(self.pricing, locked.price, tokens, most, came))
+        receipt = Receipt(id, locked.request, answer, tokens, locked.price, locked.amount, due, came)
+        self._add(Settled(peer, receipt))
+        return due
+
+    # What the node earns.
+
+    def take(self, peer: str, terms: Terms, request: str) -> None:
+        """See `Ledger`."""
+        self._check_room()
+        channel = self.books.channel(peer)
+        if channel.short > self.exposure + channel.paid_total // SHORT_SHARE:
+            raise LedgerError(f"{peer} paid {channel.short} micro-credits less than it was delivered")
+        if terms.id <= self._floor.get(peer, 0) or terms.id in self._ended.get(peer, ()):
+            raise LedgerError(f"request {terms.id} of {peer} has ended already")
+        if terms.amount > room(channel.accounts[PEER], int(channel.accounts[PEER, ESCROW]), self.exposure):
+            raise LedgerError(f"{terms.amount} micro-credits are more than {peer} may have in escrow here")
+        self._add(Taken(peer, terms.id, terms.amount, request, terms.price))
+
+    def delivered(self, peer: str, id: int, answer: str, tokens: int, came: str) -> None:
+        """See `Ledger`. A request whose payment came before its end is left as it was paid."""
+        if id in self.books.channel(peer).guests:
+            self._add(Delivered(peer, id, answer, tokens, came))
+
+    # Messages.
+
+    def _opening(self, peer: str, grant: Grant) -> Opening:
+        a, b = sorted((self.name, peer))
+        amounts = (grant.own, grant.other) if a == self.name else (grant.other, grant.own)
+        return Opening(a, b, *amounts, grant.source)
+
+    async def message(self, peer: str) -> bytes | None:
+        """See `Ledger`."""
+        channel = self.books.channels.get(peer)
+        if channel is None:
+            grant = self.grants.get(peer)
+            if grant is None:
+                return None
+            opening = self._opening(peer, grant)
+            return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
+        if channel.acked == channel.number:
+            return None
+        if channel.voucher is None or channel.voucher.state.number < channel.number:
+            state = channel.state(self.name, peer)
+            signature = sign(self.identity, "voucher", state)
+            self._add(Vouched(peer, state.number, state.total, state.head, signature))
+        told = Vouch(self._voucher(channel), channel.acked + 1, tuple(channel.unacked))
+        await self.durable()
+        return msgspec.json.encode(Vouching(told))
+
+    @staticmethod
+    def _voucher(channel: Channel) -> Signed:
+        assert channel.voucher is not None
+        return channel.voucher
+
+    async def received(self, peer: str, body: bytes) -> bytes:
+        """See `Ledger`."""
+        message: Message = decode(body, Message)
+        if isinstance(message, Open):
+            answer = await self._on_open(peer, message)
+        elif isinstance(message, Vouching):
+            answer = await self._on_voucher(peer, message.vouch)
+        else:
+            for each in message.statements:
+                self.heard(peer, each.encode())
+            answer = Declined("")
+        return msgspec.json.encode(answer)
+
+    async def _on_open(self, peer: str, message: Open) -> Answer:
+        grant = self.grants.get(peer)
+        if grant is None:
+            return Declined("nothing was granted to you")
+        opening = self._opening(peer, grant)
+        if message.opening != opening:
+            return Declined("the terms of the channel are others here")
+        check(peer, "opening", opening, message.signature)
+        own = sign(self.identity, "opening", opening)
+        if peer not in self.books.channels:
+            self._add(Opened(peer, opening, own, message.signature))
+        await self.durable()
+        return Open(opening, own)
+
+    async def _on_voucher(self, peer: str, vouch: Vouch) -> Answer:
+        channel, voucher = self.books.channel(peer), vouch.voucher
+        state = voucher.state
+        check(peer, "voucher", state, voucher.signature)
+        if (state.channel, state.payer, state.payee) != (channel.digest, peer, self.name):
+            raise LedgerError("the voucher is of another channel")
+        if state.number <= channel.paid_number:
+            return await self._on_old_voucher(peer, channel, voucher)
+        skip = channel.paid_number + 1 - vouch.first
+        if skip < 0 or vouch.first + len(vouch.receipts) != state.number + 1:
+            return Held(channel.vouchers[-1] if channel.vouchers else None)
+        receipts = vouch.receipts[skip:]
+        signature = sign(self.identity, "acknowledgement", state)
+        short = self._compare(peer, channel, receipts)
+        self._add(Credited(peer, voucher, receipts, signature))
+        ended = self._ended.setdefault(peer, set())
+        ended.update(receipt.id for receipt in receipts)
+        if len(ended) > 2 * ENDED_KEPT:
+            floor = self._floor[peer] = max(self._floor.get(peer, 0), channel.guest - ENDED_KEPT)
+            self._ended[peer] = {id for id in ended if id > floor}
+        for note in short:
+            log.warning("a peer paid less than was delivered", extra={"peer": peer, "micro": note.short})
+            self._add(note)
+        await self.durable()
+        return Acknowledged(state.number, signature)
+
+    async def _on_old_voucher(self, peer: str, channel: Channel, voucher: Signed) -> Answer:
+        """One that came again is acknowledged again; one that says otherwise than another is evidence."""
+        for held in channel.vouchers:
+            if held.state == voucher.state:
+                await self.durable()
+                return Acknowledged(voucher.state.number, sign(self.identity, "acknowledgement", voucher.state))
+            if held.state.number == voucher.state.number:
+                both = msgspec.json.encode((held, voucher)).decode()
+                log.error("a peer signed two vouchers of one number", extra={"peer": peer})
+                self._add(Noted(peer, "conflict", both))
+                self._accuse(peer, held, voucher)
+                return Declined("two vouchers have one number")
+        return Held(channel.vouchers[-1] if channel.vouchers else None)
+
+    def _accuse(self, peer: str, one: Signed, other: Signed) -> None:
+        stakes = self.stakes.latest
+        if peer in stakes and self.name in stakes:
+            slash = msgspec.json.encode(Conflict((stakes[peer], stakes[self.name]), one, other))
+            self.heard(self.name, slash)
+            self.news(slash)
+
+    def _compare(self, peer: str, channel: Channel, receipts: tuple[Receipt, ...]) -> list[Noted]:
+        """Evidence of receipts that pay less than what was delivered to the end."""
+        notes = []
+        for receipt in receipts:
+            told, taken = channel.delivered.get(receipt.id), channel.guests.get(receipt.id)
+            if told is None or taken is None or told.came != WHOLE:
+                continue
+            due = min(taken.amount, price_of(self.pricing, taken.price, told.tokens))
+            if receipt.due < due:
+                both = msgspec.json.encode((told, receipt)).decode()
+                notes.append(Noted(peer, "short", both, due - receipt.due))
+        return notes
+
+    async def replied(self, peer: str, body: bytes) -> None:
+        """See `Ledger`."""
+        answer: Answer = decode(body, Answer)
+        if isinstance(answer, Open):
+            self._on_opened(peer, answer)
+        elif isinstance(answer, Acknowledged):
+            self._on_ack(peer, answer)
+        elif isinstance(answer, Held):
+            raise LedgerError(f"{peer} holds another voucher than what this ledger follows on from")
+        elif answer.reason:
+            raise LedgerError(f"{peer} declines: {answer.reason}")
+        await self.durable()
+
+    def _on_opened(self, peer: str, answer: Open) -> None:
+        grant = self.grants.get(peer)
+        if grant is None or answer.opening != self._opening(peer, grant):
+            raise LedgerError(f"{peer} opens a channel on other terms")
+        check(peer, "opening", answer.opening, answer.signature)
+        if peer not in self.books.channels:
+            own = sign(self.identity, "opening", answer.opening)
+            self._add(Opened(peer, answer.opening, own, answer.signature))
+
+    def _on_ack(self, peer: str, answer: Acknowledged) -> None:
+        channel = self.books.channel(peer)
+        voucher = channel.voucher
+        if voucher is None or answer.number <= channel.acked:
+            return  # it came again
+        if answer.number != voucher.state.number:
+            return  # of an earlier voucher; the one that replaced it will be acknowledged as well
+        check(peer, "acknowledgement", voucher.state, answer.signature)
+        state = voucher.state
+        self._add(Acked(peer, state.number, state.total, state.head, answer.signature))
+
+    # Stake.
+
+    async def restake(self, amount: int) -> Staked | None:
+        """See `Ledger`."""
+        latest = self.stakes.latest.get(self.name)
+        if self.name not in self.stakes.started:
+            return None
+        if latest is not None and amount == self.stakes.stake(self.name):
+            return None
+        self._check_room()
+        stake = Stake(self.name, self.stakes.next_number(self.name), amount)
+        staked = Staked(stake, sign(self.identity, "stake", stake))
+        self._add(Stated(self.name, msgspec.json.encode(staked).decode()))
+        self.stakes.heard(staked)
+        await self.durable()
+        return staked
+
+    def heard(self, peer: str, statement: bytes) -> bool:
+        """See `Ledger`. What others stake is not written, as they say it again; who lost stake is."""
+        stated: Statement = decode_stake(statement)
+        if not self.stakes.heard(stated):
+            return False
+        if isinstance(stated, Slash):
+            self._add(Stated(peer, statement.decode()))
+        return True
+
+    # To look at.
+
+    def balances(self) -> list[Balance]:
+        """See `Ledger`."""
+        return [channel.balance(peer) for peer, channel in sorted(self.books.channels.items())]
+
+    def free_credit(self) -> int:
+        """Over all channels."""
+        return sum(int(channel.accounts[OWN, FREE]) for channel in self.books.channels.values())
+
+
+def due_of(pricing: int, price: int, tokens: int, most: int, came: str) -> int:
+    """What is due for what came of an answer, micro-credits."""
+    if came == NOTHING:
+        return 0
+    return price_of(pricing, price, tokens) if came == WHOLE else price_of_part(pricing, price, tokens, most)
+
+
+def micro(credits: float) -> int:
+    """Credits in micro-credits."""
+    return round(credits * MICRO)
+
+
+__all__ = ["NOTHING", "PART", "WHOLE", "ChannelLedger", "Full", "Grant", "Ledger", "LedgerError", "State", "Terms"]

@@ -1,0 +1,114 @@
+"""What nodes state to each other about credit, each statement signed by whom it binds.
+
+A channel is between two nodes, and each pays the other through a chain of its own: it orders the receipts of what it
+was answered, hashes each onto the head of the chain, and signs the chain's state now and then. That is a voucher,
+cumulative, so a later one replaces the earlier. The payee, once it holds a voucher, signs the same state, and with it
+every receipt under the head. Digests are SHA-256 in hexadecimal, signatures base64url, amounts micro-credits.
+"""
+
+import hashlib
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from typing import Any
+
+import msgspec
+
+from wwwserve.serving.http.keys import Identity, SignatureError, tagged, verify
+
+WHOLE, PART, NOTHING = "whole", "part", "nothing"  # how much of an answer came
+
+
+class StatementError(ValueError):
+    """A statement that does not hold; the message says why."""
+
+
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Something that is stated; its one encoding is JSON with the fields in order."""
+
+
+class Opening(Struct, frozen=True):
+    """A channel: what each of the two begins with. `a` < `b`, so that both say the same."""
+
+    a: str
+    b: str
+    amount_a: int
+    amount_b: int
+    source: str  # "limits", or "genesis " and the digest of the agreed file
+
+    def digest(self) -> str:
+        """Names the channel, and is the head of both chains before any receipt."""
+        return digest(msgspec.json.encode(self))
+
+    def amounts(self, name: str) -> tuple[int, int]:
+        """What `name` begins with, and what the other does."""
+        return (self.amount_a, self.amount_b) if name == self.a else (self.amount_b, self.amount_a)
+
+
+class Receipt(Struct, frozen=True):
+    """One request of a payer that has ended."""
+
+    id: int  # of the request, ascending in a chain's channel
+    request: str  # digest of its body
+    answer: str  # digest of what came of the answer; "" for nothing
+    tokens: int  # that came
+    price: int  # for a request or 1000 tokens, as the channel's market has it
+    locked: int  # was in escrow for it
+    due: int  # is paid, at most what was in escrow
+    came: str  # WHOLE, PART or NOTHING
+
+
+class State(Struct, frozen=True):
+    """State of one payer's chain: signed by the payer a voucher, by the payee an acknowledgement."""
+
+    channel: str  # digest of the opening
+    payer: str
+    payee: str
+    number: int  # of receipts
+    total: int  # that they pay
+    head: str  # of the chain
+
+
+class Signed(Struct, frozen=True):
+    """A statement and its signature."""
+
+    state: State
+    signature: str
+
+
+class Vouch(Struct, frozen=True):
+    """What a payer sends: a voucher, and the receipts that the payee has not acknowledged, the first of which is number
+    `first` of the chain."""
+
+    voucher: Signed
+    first: int
+    receipts: tuple[Receipt, ...]
+
+
+def digest(content: bytes) -> str:
+    """SHA-256."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def link(head: str, receipt: Receipt) -> str:
+    """Head of a chain after one more receipt."""
+    return hashlib.sha256(head.encode() + msgspec.json.encode(receipt)).hexdigest()
+
+
+def sign(identity: Identity, kind: str, stated: msgspec.Struct) -> str:
+    """Sign a statement of a kind."""
+    return urlsafe_b64encode(identity.sign(tagged(kind, msgspec.json.encode(stated)))).decode()
+
+
+def check(name: str, kind: str, stated: msgspec.Struct, signature: str) -> None:
+    """Raises StatementError unless `name` signed a statement of that kind."""
+    try:
+        verify(name, tagged(kind, msgspec.json.encode(stated)), urlsafe_b64decode(signature))
+    except (SignatureError, ValueError) as error:
+        raise StatementError(f"a {kind} that {name} is said to have signed: {error}") from None
+
+
+def decode(content: bytes | str, kind: Any) -> Any:
+    """Read what is of a type, or of one of several. Raises StatementError."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise StatementError(f"not what it should be: {error}") from None

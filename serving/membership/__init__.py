@@ -1,0 +1,1 @@
+"""Who is there: peers by a list, or found over Zenoh."""

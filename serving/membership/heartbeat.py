@@ -1,0 +1,232 @@
+"""Who is there, and what they say of themselves.
+
+A `Membership` tells its node of every advert of a peer, and when a peer is gone; the node tells it its own advert.
+Whatever carries them, each node sends its advert when it is new and every 0.4 s, so that one who falls silent is
+noticed before two seconds are over. Each time it is signed anew, `KEY SIGNATURE JSON`, with the time by the sender's
+clock, which only ascends: what was heard, or is older than that, is a replay. `StaticMembership` knows its peers by a
+list of keys, `serving.membership.zenoh` finds them.
+"""
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Protocol
+
+import aiohttp
+import msgspec
+
+from wwwserve.agents.knowledge import ADVERT_SIZE
+from wwwserve.serving.http.keys import NAME_CHARS, SIGNATURE_BYTES, Identity, tagged, verify
+from wwwserve.serving.http.messages import Refused, check_time
+
+log = logging.getLogger("wwwserve.membership")
+
+BEAT_S = 0.4  # between two signs of life
+SILENT_S = 1.4  # without one, after which a peer is gone
+BEAT_PATH = "/peer/beat"
+MOST_BYTES = 16384  # of an advert
+MOST_LABEL = 64  # characters
+HEAD_BYTES = NAME_CHARS + SIGNATURE_BYTES  # before the JSON of an advert
+
+
+class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node says of itself."""
+
+    name: str  # its public key
+    label: str  # what it calls itself, for people; anyone may choose any
+    url: str  # of its data plane
+    serves: tuple[str, ...]  # model names
+    run: int  # when it started, by its own clock, µs
+    number: int  # of its adverts in this run, ascending
+    load: tuple[float, ...]  # [ADVERT_SIZE], see agents.knowledge
+    age_s: float  # of the load, when this was sent
+    valid_s: float  # from now on, that its price holds
+    sent_us: int = 0  # when this was sent, by the sender's clock; ascending
+
+
+Heard = Callable[[Advert], None]
+Gone = Callable[[str], None]
+
+
+class Membership(Protocol):
+    """What a node asks of it."""
+
+    async def run(self, heard: Heard, gone: Gone) -> None:
+        """Be a member until cancelled; `heard` is called for each new advert of a peer."""
+
+    def publish(self, advert: Advert, now_s: float) -> None:
+        """What the node says of itself from now on; its load was true at `now_s`."""
+
+    def knows(self, name: str) -> bool:
+        """Whether it is the key of a peer, there or not; true of a bounded number of keys."""
+
+    def received(self, body: bytes) -> None:
+        """A beat came over the data plane. Raises Refused for what is none."""
+
+
+def decode(body: bytes) -> Advert:
+    """Read an advert; raises Refused."""
+    try:
+        advert = msgspec.json.decode(body, type=Advert)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise Refused("malformed", f"it is no advert: {error}") from None
+    if len(advert.load) != ADVERT_SIZE:
+        raise Refused("malformed", f"load has {len(advert.load)} numbers, expected {ADVERT_SIZE}")
+    if not (0 <= advert.age_s < 1e6 and min(advert.load[:-7]) > -1e10 and min(advert.load[-7:]) > 0):
+        raise Refused("malformed", "load, age or profile is out of its range")
+    if not advert.url.startswith(("http://", "https://")):
+        raise Refused("malformed", f"url is {advert.url!r}, expected http:// or https://")
+    if not (advert.label.isprintable() and len(advert.label) <= MOST_LABEL):
+        raise Refused("malformed", f"label is not at most {MOST_LABEL} printable characters")
+    return advert
+
+
+def signed(identity: Identity, advert: Advert) -> bytes:
+    """An advert as it is sent."""
+    told = msgspec.json.encode(advert)
+    return identity.name.encode() + identity.sign(tagged("advert", told)) + told
+
+
+class Heartbeat(ABC):
+    """What every membership has: the own advert as it is sent, and the peers by their signs of life."""
+
+    def __init__(
+        self, identity: Identity, clock: Callable[[], float], wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        self.identity, self.name, self.clock, self.wall_clock = identity, identity.name, clock, wall_clock
+        self.advert: Advert | None = None
+        self.true_at_s = 0.0
+        self.beaten_s: dict[str, float] = {}  # when each peer that is there was last heard
+        self.numbers: dict[str, tuple[int, int]] = {}  # run and number of its last advert
+        self._last: dict[str, tuple[int, bytes]] = {}  # of each that was ever heard: when it sent that, and signed how
+        self._beat: tuple[float, bytes] | None = None  # when it was made
+        self._sent_us = 0
+        self._heard: Heard = lambda advert: None
+        self._news = asyncio.Event()  # there is another advert
+        self._gone: Gone = lambda name: None
+
+    def publish(self, advert: Advert, now_s: float) -> None:
+        """See `Membership`."""
+        self.advert, self.true_at_s, self._beat = advert, now_s, None
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def beat(self) -> bytes | None:
+        """The own advert with the age of its load, signed, for all peers of one round; None before there is one."""
+        if self.advert is None:
+            return None
+        now_s = self.clock()
+        if self._beat is None or now_s - self._beat[0] > BEAT_S / 2:
+            self._sent_us = max(self._sent_us + 1, round(self.wall_clock() * 1e6))
+            advert = msgspec.structs.replace(self.advert, age_s=now_s - self.true_at_s, sent_us=self._sent_us)
+            self._beat = now_s, signed(self.identity, advert)
+        return self._beat[1]
+
+    @abstractmethod
+    def may_be(self, name: str) -> bool:
+        """Whether an advert of that key is wanted."""
+
+    def take(self, body: bytes) -> Advert:
+        """The advert that a peer sent, once it is known to be its own and new. Raises Refused."""
+        if not HEAD_BYTES < len(body) <= MOST_BYTES:
+            raise Refused("malformed", f"it has {len(body)} bytes, expected {HEAD_BYTES + 1} to {MOST_BYTES}")
+        name, signature, told = body[:NAME_CHARS].decode("latin-1"), body[NAME_CHARS:HEAD_BYTES], body[HEAD_BYTES:]
+        if name == self.name:
+            raise Refused("stranger", "it has the key of this node")
+        if not self.may_be(name):
+            raise Refused("stranger", f"{name!r} is no peer of this node")
+        last_us, last = self._last.get(name, (0, b""))
+        if signature == last:
+            raise Refused("replayed", "it was heard already")
+        try:
+            verify(name, tagged("advert", told), signature)
+        except ValueError as error:
+            raise Refused("forged", str(error)) from None
+        advert = decode(told)
+        if advert.name != name:
+            raise Refused("forged", f"it speaks for {advert.name!r}, but {name} signed it")
+        check_time(advert.sent_us / 1e6, self.wall_clock())
+        if advert.sent_us <= last_us:
+            raise Refused("replayed", "it is older than what was heard already")
+        self._last[name] = advert.sent_us, signature
+        return advert
+
+    def alive(self, advert: Advert) -> None:
+        """A peer gave a sign of life."""
+        self.beaten_s[advert.name] = self.clock()
+        if self.numbers.get(advert.name) != (advert.run, advert.number):
+            self.numbers[advert.name] = advert.run, advert.number
+            self._heard(advert)
+
+    def left(self, name: str) -> None:
+        """A peer is gone, if it was there."""
+        if name in self.beaten_s:
+            del self.beaten_s[name], self.numbers[name]
+            self._gone(name)
+
+    async def watch(self) -> None:
+        """Notice who falls silent, until cancelled."""
+        while True:
+            await asyncio.sleep(BEAT_S / 4)
+            now_s = self.clock()
+            for name in [name for name, at_s in self.beaten_s.items() if now_s - at_s > SILENT_S]:
+                self.left(name)
+
+
+class StaticMembership(Heartbeat):
+    """Peers by a list: the URL of each key."""
+
+    def __init__(
+        self, peers: Mapping[str, str], identity: Identity, session: aiohttp.ClientSession,
+        clock: Callable[[], float], wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        super().__init__(identity, clock, wall_clock)
+        self.peers, self.session = dict(peers), session
+
+    def knows(self, name: str) -> bool:
+        """See `Membership`."""
+        return name in self.peers
+
+    def may_be(self, name: str) -> bool:
+        """See `Heartbeat`."""
+        return name in self.peers
+
+    def received(self, body: bytes) -> None:
+        """See `Membership`. A beat of someone who is not on the list is refused as well."""
+        advert = self.take(body)
+        if self.peers[advert.name] != advert.url:
+            raise Refused("stranger", f"it is at {advert.url!r}, the list of peers says {self.peers[advert.name]!r}")
+        self.alive(advert)
+
+    async def run(self, heard: Heard, gone: Gone) -> None:
+        """See `Membership`."""
+        self._heard, self._gone = heard, gone
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.watch())
+            for url in self.peers.values():
+                group.create_task(self._send(url))
+
+    async def _send(self, url: str) -> None:
+        timeout = aiohttp.ClientTimeout(total=BEAT_S)
+        taken = 204
+        while True:
+            start_s, news = self.clock(), self._news
+            body = self.beat()
+            if body is not None:
+                try:
+                    async with self.session.post(url + BEAT_PATH, data=body, timeout=timeout) as response:
+                        answer = await response.content.read(MOST_BYTES)
+                        if response.status != taken:
+                            taken = response.status
+                            log.log(
+                                logging.INFO if taken == 204 else logging.WARNING, "a peer answers otherwise",
+                                extra={"url": url, "status": taken, "answer": answer[:500].decode(errors="replace")},
+                            )  # fmt: skip
+                except (aiohttp.ClientError, TimeoutError, OSError):
+                    pass  # it will show by its own silence
+            with suppress(TimeoutError):  # not by `wait_for`, which in Python 3.11 can lose that it is cancelled
+                async with asyncio.timeout(max(0.0, start_s + BEAT_S - self.clock())):
+                    await news.wait()
