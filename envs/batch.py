@@ -49,12 +49,8 @@ class MarketBatch:
         threads: int = 1,
         reward: Reward | None = None,
         shape: Shape | None = None,
-        notes: int = 1,
     ) -> None:
-        """`seeds` are for the scenarios that are not planned yet. `shape` leaves room for larger markets later.
-
-        More than one of `notes` gives each market a tape with room for so many; see `envs.tape`.
-        """
+        """`seeds` are for the scenarios that are not planned yet. `shape` leaves room for larger markets later."""
         if seeds is not None and len(seeds) != len(scenarios):
             raise ValueError(f"{len(scenarios)} scenarios and {len(seeds)} seeds; give one seed a scenario")
         if threads < 1:
@@ -66,7 +62,7 @@ class MarketBatch:
         if not plans:
             raise ValueError("a batch needs at least one scenario")
         self.reward_rule = reward or Reward()
-        self.shape = (shape or Shape.of(plans))._replace(notes=notes)
+        self.shape = shape or Shape.of(plans)
         self.count, self.providers = len(plans), self.shape.providers
         self.markets = make_markets(self.count, self.shape)
         self.views = make_views(self.count, self.providers)

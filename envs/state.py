@@ -42,7 +42,6 @@ from wwwserve.envs.scenario import (
     Scenario,
     SloClass,
 )
-from wwwserve.envs.tape import NO_TAPE, NOTE
 from wwwserve.envs.traffic import Arrivals, arrivals, expected_output, expected_prompt
 
 # Where a request is.
@@ -97,7 +96,6 @@ MARKET = np.dtype(
         ("n_duels", np.int64),
         ("minted", np.int64),  # micro-credits in existence
         ("dice", np.int64, WORDS),
-        ("noted", np.int64),  # notes on its tape; `NO_TAPE` if it keeps none
     ],
     align=True,
 )
@@ -207,7 +205,6 @@ class Markets(NamedTuple):
     adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last published
     dealings: NDArray[np.float64]  # [B, N, N, DEALINGS_SIZE] of origin with peer
     accounts: NDArray[np.int64]  # [B, N, ACCOUNT_SIZE]
-    tape: NDArray[Any]  # [B, L] NOTE; L is 1 where none is kept
     # Room to work in.
     done: NDArray[np.int64]  # [B, R]
     stake: NDArray[np.float64]  # [B, N]
@@ -290,7 +287,6 @@ class Shape(NamedTuple):
     providers: int
     requests: int
     duels: int
-    notes: int = 1  # on the tape of a market; 1 to keep none
 
     @staticmethod
     def of(plans: Sequence[MarketPlan]) -> "Shape":
@@ -312,7 +308,6 @@ def make_markets(count: int, shape: Shape) -> Markets:
         engines=records((count, n), ENGINE),
         requests=records((count, r), REQUEST),
         duels=records((count, shape.duels), DUEL),
-        tape=records((count, shape.notes), NOTE),
         adverts=np.zeros((count, n, ADVERT_SIZE)),
         dealings=np.zeros((count, n, n, DEALINGS_SIZE)),
         accounts=np.zeros((count, n, ACCOUNT_SIZE), np.int64),
@@ -339,8 +334,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     # Without duels nothing reads requests beyond the plan's.
     in_use = planned.capacity if economy.duel_probability == 0 else markets.requests.shape[1]
     for array in markets:
-        if array is not markets.requests and array is not markets.tape:
-            array[b] = np.zeros((), array.dtype)
+        array[b] = np.zeros((), array.dtype)
     m = markets.market[b : b + 1]
     m["duration_s"], m["drain_s"] = scenario.duration_s, scenario.drain_s
     m["interval_s"], m["gossip_s"] = scenario.decision_interval_s, scenario.gossip_interval_s
@@ -358,7 +352,6 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["count_transfers"] = reward.transfers
     m["by_decision"] = reward.by_decision
     m["dice"] = make_dice((planned.seed, 1))
-    m["noted"] = 0 if markets.tape.shape[1] > 1 else NO_TAPE
 
     providers, engines = markets.providers[b], markets.engines[b]
     names = sorted({name for p in scenario.providers for name in p.serves})

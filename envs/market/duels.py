@@ -1,0 +1,169 @@
+"""Duels: a copy of a delegated request goes to a second executor, and judges compare the two answers."""
+
+import numpy as np
+
+from wwwserve.agents.dice import uniform
+from wwwserve.agents.kernel import kernel
+from wwwserve.agents.knowledge import DUELS_LOST, DUELS_WON
+from wwwserve.agents.protocol import (
+    A_WINS,
+    MICRO,
+    STAKED,
+    TIE,
+    VOTE_SILENT,
+    VOTE_UNDECIDED,
+    draw_by_stake,
+    lock,
+    price_of,
+    settle,
+    settle_duel,
+    vote_of,
+)
+from wwwserve.envs.engine import abort
+from wwwserve.envs.market.engines import place
+from wwwserve.envs.market.offers import probe
+from wwwserve.envs.market.settlement import end_leg
+from wwwserve.envs.state import (
+    COPY,
+    DUELS_SETTLED,
+    DUELS_STARTED,
+    DUELS_VOID,
+    FAILED,
+    IN_ENGINE,
+    JUDGED,
+    JUDGEMENT,
+    LOST,
+)
+
+JUDGE_TOKENS = 16  # a judge's answer
+
+
+@kernel
+def new_request(w, kind, o, klass, duel):
+    r = w.m.used
+    w.m.used += 1
+    w.q[r].kind = kind
+    w.q[r].origin = o
+    w.q[r].klass = klass
+    w.q[r].duel = duel
+    w.q[r].ready_s = w.m.now_s
+    w.q[r].arrival_s = w.m.now_s
+    return r
+
+
+@kernel
+def maybe_duel(w, i, r, taken_by):
+    """With the market's chance, send a copy of request r, just taken by candidate `taken_by`, to another candidate."""
+    m, q, p = w.m, w.q, w.p[i]
+    if m.duel_probability <= 0.0 or uniform(m.dice) > m.duel_probability:
+        return
+    if m.n_duels >= w.d.size or m.n_arrivals + (m.n_duels + 1) * (1 + m.judges) > q.size:
+        return  # every duel begun may yet need records for its judges
+    for k in range(p.n_candidates):
+        if k == taken_by or (p.refused >> k) & 1:
+            continue
+        copy = new_request(w, COPY, i, q[r].klass, m.n_duels)
+        q[copy].prompt, q[copy].output = q[r].prompt, q[r].output
+        q[copy].arrival_s = q[r].arrival_s
+        if probe(w, copy, p.candidates[k], False):
+            q[r].duel = m.n_duels
+            duel = w.d[m.n_duels]
+            duel.first, duel.second = r, copy
+            m.n_duels += 1
+            p.counts[DUELS_STARTED] += 1
+        else:
+            m.used -= 1
+        return
+
+
+@kernel
+def void_duel(w, k):
+    if w.d[k].void == 0:
+        w.d[k].void = 1
+        w.p[w.q[w.d[k].first].origin].counts[DUELS_VOID] += 1
+
+
+@kernel
+def start_judging(w, k):
+    """Both answers of duel k are in: draw judges by stake and put the question to their engines."""
+    m, q, p, duel = w.m, w.q, w.p, w.d[k]
+    a, b = duel.first, duel.second
+    o = q[a].origin
+    for j in range(w.stake.size):
+        others = j < m.n_providers and j != o and j != q[a].executor and j != q[b].executor
+        w.eligible[j] = others and p[j].online == 1
+        w.stake[j] = w.accounts[j, STAKED]
+    count = draw_by_stake(w.stake, w.eligible, m.judges, m.dice, duel.judges)
+    judges = 0
+    for s in range(count):
+        j = duel.judges[s]
+        price = np.int64(round(p[j].price * MICRO))
+        fee = price_of(m.pricing, price, np.int64(JUDGE_TOKENS))
+        if not lock(w.accounts[o], fee):
+            break
+        r = new_request(w, JUDGEMENT, o, judges, k)
+        q[r].prompt = q[a].prompt + q[a].output + q[b].output
+        q[r].output = JUDGE_TOKENS
+        q[r].price, q[r].locked = price, fee
+        duel.judges[judges] = j
+        duel.votes[judges] = VOTE_SILENT
+        place(w, r, j, m.now_s + 0.5 * m.rtt_s, 0.0, 1.0)
+        judges += 1
+    duel.n_judges = duel.pending = judges
+    if judges == 0:
+        void_duel(w, k)
+
+
+@kernel
+def hear_judge(w, r, answered):
+    """A judge of a duel has voted, or will not; with the last of them the duel is settled."""
+    q, k = w.q, w.q[r].duel
+    duel = w.d[k]
+    o, j = q[r].origin, q[r].executor
+    a, b = q[duel.first].executor, q[duel.second].executor
+    due = np.int64(0)
+    if answered:
+        duel.votes[q[r].klass] = vote_of(w.p[a].strength, w.p[b].strength, uniform(w.m.dice))
+        due = price_of(w.m.pricing, q[r].price, q[r].output)
+        w.p[j].counts[JUDGED] += 1
+    paid = settle(w.accounts[o], w.accounts[j], q[r].locked, due) / MICRO
+    q[r].locked = 0
+    w.p[o].transfers -= paid
+    w.p[j].transfers += paid
+    duel.pending -= 1
+    if duel.pending > 0:
+        return
+    for x in range(w.m.n_providers):
+        w.p[x].transfers -= w.accounts[x, STAKED] / MICRO
+    outcome = settle_duel(w.accounts, a, b, duel.judges[: duel.n_judges], duel.votes[: duel.n_judges])
+    for x in range(w.m.n_providers):
+        w.p[x].transfers += w.accounts[x, STAKED] / MICRO
+    w.p[o].counts[DUELS_SETTLED] += 1
+    if outcome != TIE:
+        winner, loser = (a, b) if outcome == A_WINS else (b, a)
+        w.dealings[o, winner, DUELS_WON] += 1.0
+        w.dealings[o, loser, DUELS_LOST] += 1.0
+
+
+@kernel
+def end_duels(w):
+    """The market ends: legs whose users have their answer are withdrawn, judges still at work leave it undecided."""
+    m, q = w.m, w.q
+    for k in range(m.n_duels):
+        duel = w.d[k]
+        if duel.ended == 2:
+            continue
+        void_duel(w, k)
+        for leg in (duel.first, duel.second):
+            out = q[leg].status == IN_ENGINE or q[leg].status == LOST
+            if out and q[leg].duel == k and not np.isnan(q[duel.first].answer_s):
+                if q[leg].status == IN_ENGINE:
+                    abort(w.e[q[leg].executor], q, leg)
+                end_leg(w, leg)
+                q[leg].status = FAILED
+    for r in range(m.n_arrivals, m.used):
+        if q[r].kind == JUDGEMENT and q[r].status == IN_ENGINE:
+            abort(w.e[q[r].executor], q, r)
+            q[r].status = FAILED
+            w.d[q[r].duel].votes[q[r].klass] = VOTE_UNDECIDED
+            hear_judge(w, r, False)
