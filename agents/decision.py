@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wwwserve.agents.kernel import Floats, Ints, Ints32, kernel
+from wwwserve.agents.knowledge import AD_PRICE, Peers
+from wwwserve.agents.protocol import MICRO, PER_REQUEST
 
 CANDIDATES = 8  # K
 HOLD, LOCAL, FIRST_CANDIDATE = 0, 1, 2
@@ -84,6 +86,21 @@ def decode(flat: NDArray[np.integer]) -> tuple[Ints, Ints, Ints]:
 def may_hold(waited_s: float, last_deadline_s: float) -> bool:
     """Whether a request that waited so long since it arrived may be held: only until its last deadline."""
     return bool(waited_s < last_deadline_s)
+
+
+@kernel
+def affordable(pricing: int, peers: Peers, j: int, longest: int) -> bool:
+    """Whether peer j can be paid for an answer of at most `longest` tokens."""
+    units = 1.0 if pricing == PER_REQUEST else longest / 1000.0
+    return bool(peers.adverts[j, AD_PRICE] * MICRO * units <= peers.credit[j])
+
+
+@kernel
+def may_offer(pricing, request, peers, k):  # type: ignore[no-untyped-def]
+    """Whether a request, a record of `agents.provider`, may be offered to its candidate k."""
+    if k < 0 or k >= request.n_candidates or (request.refused >> k) & 1 == 1:
+        return False
+    return affordable(pricing, peers, request.candidates[k], request.longest)
 
 
 @kernel

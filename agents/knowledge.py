@@ -8,6 +8,7 @@ for its own peers, and the same kernels write them.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from wwwserve.agents.hardware import (
     PREFILL_BASE_S,
     WEIGHT_S,
 )
-from wwwserve.agents.kernel import Floats, kernel
+from wwwserve.agents.kernel import Floats, Ints, kernel
 
 MAX_CLASSES = 4
 
@@ -67,6 +68,14 @@ OFFLINE_AFTER_S = 10.0  # a peer silent for so long is taken for offline (arXiv 
 GOSSIPS_MISSED = 3.5  # or, where gossip is slow, for so many intervals
 
 
+class Peers(NamedTuple):
+    """What a provider knows of its peers, a row for each [N]; its own row, if there is one, is not read."""
+
+    adverts: Floats  # [N, ADVERT_SIZE] the last that each said of itself
+    dealings: Floats  # [N, DEALINGS_SIZE]
+    credit: Ints  # [N] micro-credits that may be put in escrow with each
+
+
 @kernel
 def write_profile(advert: Floats, profile: Floats, speed: float) -> None:
     """Put an engine profile into an advert, its times divided by `speed` (1 is honest)."""
@@ -97,7 +106,8 @@ def on_length(advert: Floats, prompt: float, output: float) -> None:
 
 @kernel
 def on_sent(dealings: Floats, advert: Floats) -> None:
-    """A peer with this advert took one of our requests."""
+    """A request of ours goes to a peer with this advert. It counts from now on, so that the next is not sent after it
+    while the answer is on its way."""
     dealings[SENT] = sent_since(dealings, advert) + 1.0
     dealings[SENT_AD_S] = advert[AD_TIME_S]
     dealings[OUT] += 1.0
@@ -105,7 +115,8 @@ def on_sent(dealings: Floats, advert: Floats) -> None:
 
 @kernel
 def on_refused(dealings: Floats, advert: Floats) -> None:
-    """A peer with this advert refused one of our requests."""
+    """A peer with this advert refused one of our requests, which counts as sent there no longer."""
+    dealings[SENT] = max(0.0, sent_since(dealings, advert) - 1.0)
     dealings[REFUSED_AD_S] = advert[AD_TIME_S]
 
 

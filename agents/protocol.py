@@ -14,6 +14,8 @@ MICRO = 1_000_000  # micro-credits in a credit
 FREE, STAKED, ESCROW = 0, 1, 2
 ACCOUNT_SIZE = 3
 
+NO_BOUND = 1 << 62  # on what may be in escrow with one peer
+
 PER_REQUEST, PER_KTOK = 0, 1  # pricing: one price a request, or a price per 1000 generated tokens
 
 TARGET_KV_USE = 0.65  # middle of the paper's 0.6 to 0.7

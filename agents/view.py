@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES
+from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, may_hold, may_offer
 from wwwserve.agents.estimate import chance_on_time, expect, slowdown
 from wwwserve.agents.kernel import Bytes, Floats, Ints, Singles, kernel
 from wwwserve.agents.knowledge import (
@@ -35,7 +35,7 @@ from wwwserve.agents.knowledge import (
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.agents.protocol import MICRO, PER_REQUEST
 
-VIEW_VERSION = 3
+VIEW_VERSION = 4
 
 
 class Feature(NamedTuple):
@@ -145,6 +145,13 @@ class Views(NamedTuple):
     routes: Bytes  # [..., ROUTES] 1 where the route is legal; hold alone without a request
 
 
+class ViewScratch(NamedTuple):
+    """Buffers for writing one view."""
+
+    idle_token_s: Floats  # [NODES]
+    looser_than: Ints  # [MAX_CLASSES]
+
+
 def make_views(*shape: int) -> Views:
     """Views of nothing."""
     return Views(
@@ -225,7 +232,7 @@ def write_node(
     sent = 0.0 if own else sent_since(dealings, advert)
     first_s, token_s = expect(advert, sent, prompt)
     if not own:
-        first_s += 2.0 * rtt_s  # probe there and back, request there, answer back
+        first_s += rtt_s  # the request there, its answer back
     row[OWN] = 1.0 if own else 0.0
     row[FIRST_TOKEN_S] = first_s
     row[TOKEN_S] = token_s
@@ -291,89 +298,66 @@ def idle_token_time(advert: Floats) -> float:
 
 
 @kernel
-def write_request_view(
-    nodes: Singles,
-    request: Singles,
-    routes: Bytes,
-    own_advert: Floats,
-    adverts: Floats,
-    dealings: Floats,
-    candidates: Ints,
-    n_candidates: int,
-    refused: int,
-    may_hold: bool,
-    credit: int,
-    now_s: float,
-    rtt_s: float,
-    prompt: float,
-    arrival_s: float,
-    klass: int,
-    known: Floats,
-    deadlines: Floats,
-    pricing: int,
-    idle_token_s: Floats,
-    looser_than: Ints,
-) -> None:
+def write_request_view(view, p, a, request, peers, now_s, scratch):  # type: ignore[no-untyped-def]
     """The view of a request at the head.
 
-    own_advert [ADVERT_SIZE] fresh; adverts [N, ADVERT_SIZE] and dealings [N, DEALINGS_SIZE] by peer; candidates [K]
-    peers, `n_candidates` of them, in the order drawn; bit k of `refused` is set when candidate k refused the request;
-    `credit` free micro-credits; `known` [C, CLASS_SIZE] and `deadlines` [C, T] by class; idle_token_s [NODES] and
-    looser_than [MAX_CLASSES] are room to work in.
+    view: `Views` of one provider; p, a, request: records of `agents.provider`; peers: `agents.knowledge.Peers`;
+    scratch: `ViewScratch`.
     """
-    waited_s = now_s - arrival_s
-    own_deadline_s = known[klass, CLASS_LAST_DEADLINE_S]
+    nodes, row, routes = view.nodes, view.request, view.routes
+    klass = request.klass
+    waited_s = now_s - request.arrival_s
+    of_class, due_s = p.known[klass], a.deadlines[klass][: a.n_deadlines]
+    last_deadline_s = p.known[klass, CLASS_LAST_DEADLINE_S]
     tighter = 0
-    looser_than[:] = 0
-    for c in range(known.shape[0]):
-        if known[c, CLASS_LAST_DEADLINE_S] > own_deadline_s:
-            looser_than[c] = 1
-        elif known[c, CLASS_LAST_DEADLINE_S] < own_deadline_s:
+    scratch.looser_than[:] = 0
+    for c in range(a.n_classes):
+        if p.known[c, CLASS_LAST_DEADLINE_S] > last_deadline_s:
+            scratch.looser_than[c] = 1
+        elif p.known[c, CLASS_LAST_DEADLINE_S] < last_deadline_s:
             tighter += 1
     routes[:] = 0
-    routes[HOLD] = 1 if may_hold else 0
+    routes[HOLD] = 1 if may_hold(waited_s, last_deadline_s) else 0
     routes[LOCAL] = 1
-    of_class, due_s = known[klass], deadlines[klass]
+    prompt = float(request.prompt)
     write_node(
-        nodes[0], own_advert, dealings[0], True, now_s, rtt_s, prompt, of_class, due_s, waited_s, looser_than, pricing
-    )
-    idle_token_s[0] = idle_token_time(own_advert)
-    for k in range(n_candidates):
-        j = candidates[k]
-        write_node(
-            nodes[1 + k], adverts[j], dealings[j], False, now_s, rtt_s, prompt, of_class, due_s, waited_s, looser_than,
-            pricing,
-        )  # fmt: skip
-        idle_token_s[1 + k] = idle_token_time(adverts[j])
-        longest = 1.0 if pricing == PER_REQUEST else known[klass, CLASS_MAX] / 1000.0
-        if (refused >> k) & 1 == 0 and adverts[j, AD_PRICE] * longest * MICRO <= credit:
-            routes[FIRST_CANDIDATE + k] = 1
-    nodes[1 + n_candidates :] = 0.0
-    _write_ranks(nodes, idle_token_s, 1 + n_candidates)
+        nodes[0], p.own, peers.dealings[0], True, now_s, a.rtt_s, prompt, of_class, due_s, waited_s,
+        scratch.looser_than, a.pricing,
+    )  # fmt: skip
+    scratch.idle_token_s[0] = idle_token_time(p.own)
     refusals = 0
-    for k in range(n_candidates):
-        refusals += (refused >> k) & 1
-    request[PROMPT] = prompt
-    request[OUTPUT] = known[klass, CLASS_MEAN]
-    request[OUTPUT_SIGMA] = known[klass, CLASS_SIGMA]
-    request[VALUE] = known[klass, CLASS_VALUE]
-    request[WAITED_S] = waited_s
-    request[FIRST_SLACK_S] = deadlines[klass, 0] - waited_s
-    request[LAST_SLACK_S] = own_deadline_s - waited_s
-    request[LOOSENESS] = tighter / max(1, known.shape[0] - 1)
-    request[REFUSALS] = refusals
-    request[N_CANDIDATES] = n_candidates
-    _clip(request, _REQUEST_LOW, _REQUEST_HIGH)
+    for k in range(request.n_candidates):
+        j = request.candidates[k]
+        write_node(
+            nodes[1 + k], peers.adverts[j], peers.dealings[j], False, now_s, a.rtt_s, prompt, of_class, due_s, waited_s,
+            scratch.looser_than, a.pricing,
+        )  # fmt: skip
+        scratch.idle_token_s[1 + k] = idle_token_time(peers.adverts[j])
+        routes[FIRST_CANDIDATE + k] = 1 if may_offer(a.pricing, request, peers, k) else 0
+        refusals += (request.refused >> k) & 1
+    nodes[1 + request.n_candidates :] = 0.0
+    _write_ranks(nodes, scratch.idle_token_s, 1 + request.n_candidates)
+    row[PROMPT] = prompt
+    row[OUTPUT] = p.known[klass, CLASS_MEAN]
+    row[OUTPUT_SIGMA] = p.known[klass, CLASS_SIGMA]
+    row[VALUE] = p.known[klass, CLASS_VALUE]
+    row[WAITED_S] = waited_s
+    row[FIRST_SLACK_S] = due_s[0] - waited_s
+    row[LAST_SLACK_S] = last_deadline_s - waited_s
+    row[LOOSENESS] = tighter / max(1, a.n_classes - 1)
+    row[REFUSALS] = refusals
+    row[N_CANDIDATES] = request.n_candidates
+    _clip(row, _REQUEST_LOW, _REQUEST_HIGH)
 
 
 @kernel
-def write_idle_view(nodes: Singles, request: Singles, routes: Bytes, own_advert: Floats, now_s: float) -> None:
+def write_idle_view(view, own_advert, now_s):  # type: ignore[no-untyped-def]
     """The view without a request: the own node's load, and hold as the only route."""
-    nodes[:] = 0.0
-    request[:] = 0.0
-    routes[:] = 0
-    routes[HOLD] = 1
-    row = nodes[0]
+    view.nodes[:] = 0.0
+    view.request[:] = 0.0
+    view.routes[:] = 0
+    view.routes[HOLD] = 1
+    row = view.nodes[0]
     row[OWN] = 1.0
     row[KV_USE] = own_advert[AD_KV_TOKENS] / own_advert[AD_KV_CAPACITY]
     row[RUNNING] = own_advert[AD_RUNNING]
@@ -385,22 +369,19 @@ def write_idle_view(nodes: Singles, request: Singles, routes: Bytes, own_advert:
 
 
 @kernel
-def write_self(
-    me: Singles,
-    has_request: bool,
-    advert_due: bool,
-    held: int,
-    arrivals_per_s: float,
-    guests: int,
-    credit: int,
-    price: float,
-) -> None:
-    """The features of the provider itself; `credit` in micro-credits, `price` in credits."""
-    me[HAS_REQUEST] = 1.0 if has_request else 0.0
-    me[ADVERT_DUE] = 1.0 if advert_due else 0.0
-    me[HELD] = held
-    me[ARRIVALS_PER_S] = arrivals_per_s
-    me[GUESTS] = guests
-    me[CREDIT] = credit / MICRO
-    me[PRICE] = price
+def write_view(view, p, a, q, peers, now_s, scratch):  # type: ignore[no-untyped-def]
+    """What provider `p` sees: itself, and the request at its head with the candidates for it, or none. See
+    `write_request_view`; `q` are the request records."""
+    if p.head >= 0:
+        write_request_view(view, p, a, q[p.head], peers, now_s, scratch)
+    else:
+        write_idle_view(view, p.own, now_s)
+    me = view.me
+    me[HAS_REQUEST] = 1.0 if p.head >= 0 else 0.0
+    me[ADVERT_DUE] = 1.0 if p.advert_due == 1 else 0.0
+    me[HELD] = p.held
+    me[ARRIVALS_PER_S] = p.arrival_rate
+    me[GUESTS] = p.guests
+    me[CREDIT] = p.credit / MICRO
+    me[PRICE] = p.price
     _clip(me, _SELF_LOW, _SELF_HIGH)

@@ -45,7 +45,11 @@ ENGINE = np.dtype(
     [
         ("profile", np.float64, PROFILE_SIZE),  # see agents.hardware
         ("clock_s", np.float64),  # start of the iteration in progress
+        ("wake_s", np.float64),  # no request finishes before
         ("tick", np.int64),  # iterations done
+        ("run_tick", np.int64),  # at which the present run of like iterations began; -1 before there is one
+        ("run_s", np.float64),  # when that was
+        ("run_first_s", np.float64),  # what its first iteration took
         ("free_blocks", np.int64),
         ("kv_tokens", np.int64),  # context of the decoding requests
         ("decoding", np.int64),  # running requests past their prefill
@@ -86,8 +90,9 @@ def reset_engine(engine: Any, profile: NDArray[np.float64]) -> None:
     engine["profile"] = profile
     engine["free_blocks"] = int(profile[KV_BLOCKS])
     engine["next_finish"] = NEVER
+    engine["wake_s"] = np.inf
     engine["wait_head"] = engine["wait_tail"] = -1
-    engine["slots"] = -1
+    engine["slots"] = engine["run_tick"] = -1
 
 
 def reset_jobs(jobs: Any) -> None:
@@ -141,6 +146,7 @@ def submit(e, q, r, at_s):
         e.wait_tail = r
     e.waiting += 1
     e.wait_tokens += q[r].prompt + q[r].generated
+    e.wake_s = min(e.wake_s, at_s)  # whatever else is there is not done earlier for it
 
 
 @kernel
@@ -166,6 +172,7 @@ def _release(e, q, k):
     e.free_blocks += blocks_for(held)
     q[r].prefill_left = 0
     q[r].finish_tick = NEVER
+    e.run_tick = -1
     e.running -= 1
     for s in range(k, e.running):
         e.slots[s] = e.slots[s + 1]
@@ -188,6 +195,7 @@ def _preempt_newest(e, q):
 @kernel
 def abort(e, q, r):
     """Withdraw request r from engine i, waiting or running. Returns whether it was there."""
+    e.wake_s = e.clock_s  # the others may be done earlier without it
     for k in range(e.running):
         if e.slots[k] == r:
             _release(e, q, k)
@@ -274,10 +282,12 @@ def _mixed_iteration(e, q, until_s, done, n_done):
     pairs_s = e.profile[PER_PAIR_S] * pairs
     end_s = e.clock_s + iteration_s(e.profile, decoding, e.kv_tokens, prefill, e.profile[SEQ_TOKENS], pairs_s)
     if end_s > until_s:
+        e.wake_s = end_s
         return -1
 
     e.clock_s = end_s
     e.tick += 1
+    e.run_tick = -1
     e.kv_tokens += decoding
     e.free_blocks = spare
     if first_new > decoding:
@@ -315,14 +325,21 @@ def _mixed_iteration(e, q, until_s, done, n_done):
 
 
 @kernel
-def _ticks_within(first_s, growth_s, span_s):
-    """How many iterations end within `span_s` when the first takes `first_s` and each takes `growth_s` more."""
+def _run_end_s(e, growth_s, ticks):
+    """When the first `ticks` iterations of the present run are over."""
+    return e.run_s + ticks * (e.run_first_s + 0.5 * growth_s * (ticks - 1))
+
+
+@kernel
+def _ticks_within(e, growth_s, until_s):
+    """How many iterations of the present run end by `until_s` when each takes `growth_s` more than the one before."""
     half = 0.5 * growth_s
-    linear = first_s - half
+    linear = e.run_first_s - half
+    span_s = max(0.0, until_s - e.run_s)
     n = np.int64((math.sqrt(linear * linear + 4.0 * half * span_s) - linear) / growth_s)
-    while n > 0 and n * (linear + half * n) > span_s:
+    while n > 0 and _run_end_s(e, growth_s, n) > until_s:
         n -= 1
-    while (n + 1) * (linear + half * (n + 1)) <= span_s:
+    while _run_end_s(e, growth_s, n + 1) <= until_s:
         n += 1
     return n
 
@@ -353,13 +370,15 @@ def _ticks_affordable(e):
 def advance(e, q, until_s, done, n_done):
     """Run engine i through every iteration that ends by `until_s`.
 
-    Finished requests are appended to `done` [R] from position `n_done` on; returns the new count.
+    Finished requests are appended to `done` [R] from position `n_done` on; returns the new count. Then `wake_s`
+    is a time up to which it may be advanced without a request being finished.
     """
     while True:
         if e.running == 0:
             r = e.wait_head
             if r < 0 or q[r].submit_s > until_s:
                 e.clock_s = max(e.clock_s, until_s)
+                e.wake_s = q[r].submit_s if r >= 0 else np.inf
                 return n_done
             e.clock_s = max(e.clock_s, q[r].submit_s)
         fits = _head_fits(e, q)
@@ -375,19 +394,26 @@ def advance(e, q, until_s, done, n_done):
             continue
         decoding = e.decoding
         growth_s = e.profile[PER_KV_TOKEN_S] * decoding
-        first_s = e.profile[WEIGHT_S] + e.profile[PER_SEQ_S] * decoding + e.profile[PER_KV_TOKEN_S] * e.kv_tokens
-        first_s += off_line_s(e.profile, decoding)
-        ticks = min(e.next_finish - e.tick, _ticks_within(first_s, growth_s, until_s - e.clock_s))
+        if e.run_tick < 0:
+            e.run_tick, e.run_s = e.tick, e.clock_s
+            e.run_first_s = e.profile[WEIGHT_S] + e.profile[PER_SEQ_S] * decoding
+            e.run_first_s += e.profile[PER_KV_TOKEN_S] * e.kv_tokens + off_line_s(e.profile, decoding)
+        gone = e.tick - e.run_tick
+        ticks = min(e.next_finish - e.tick, _ticks_within(e, growth_s, until_s) - gone)
         if fits:  # the head is still on its way and joins at the next boundary after it comes
             ticks = min(ticks, np.int64(1))
         if ticks <= 0:
+            ticks = np.int64(1) if fits else e.next_finish - e.tick
+            if _blocks_over(e, ticks) > e.free_blocks:
+                ticks = _ticks_affordable(e)
+            e.wake_s = _run_end_s(e, growth_s, gone + ticks)
             return n_done
         need = _blocks_over(e, ticks)
         if need > e.free_blocks:
             ticks = _ticks_affordable(e)
             need = _blocks_over(e, ticks)
         e.tick += ticks
-        e.clock_s += ticks * (first_s + 0.5 * growth_s * (ticks - 1))
+        e.clock_s = _run_end_s(e, growth_s, gone + ticks)  # from the run's start: wherever it is stopped, bit for bit
         e.kv_tokens += ticks * decoding
         e.free_blocks -= need
         if e.tick >= e.next_finish:

@@ -87,9 +87,9 @@ def _finish_if_placed(market, providers, engines, requests, r, j, target, engine
     for i in range(market.n_providers):
         placed = providers[i].head
         if (placed >= 0 and target[i] == j) or placed == r:
-            at_s = max(market.now_s, requests[placed].ready_s)
+            at_s = market.now_s
             if i != j:
-                at_s += 1.5 * market.rtt_s
+                at_s += 0.5 * market.rtt_s
             _copy_job(jobs[used], requests[placed], at_s)
             jobs[used].finish_tick = NEVER
             longest = providers[j].max_len

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.decision import CANDIDATES, PRICES, TERMS_SIZE
 from wwwserve.agents.dice import WORDS, make_dice
 from wwwserve.agents.hardware import MODELS, QUANTIZATIONS, Profile, profile
 from wwwserve.agents.kernel import records
@@ -24,10 +23,18 @@ from wwwserve.agents.knowledge import (
     make_dealings,
     write_profile,
 )
-from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_KTOK, PER_REQUEST, STAKED
+from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, NO_BOUND, PER_KTOK, PER_REQUEST, STAKED
+from wwwserve.agents.provider import (
+    AGREEMENT_FIELDS,
+    HELD_FIELDS,
+    OUT_FIELDS,
+    PROVIDER_FIELDS,
+    reset_provider,
+    reset_requests,
+)
 from wwwserve.agents.view import (
+    CLASS_MAX,
     CLASS_MEAN,
-    CLASS_SIZE,
     NODES,
     class_row,
 )
@@ -35,7 +42,6 @@ from wwwserve.envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
 from wwwserve.envs.scenario import (
     MAX_CLASSES,
     MAX_JUDGES,
-    MAX_THRESHOLDS,
     MAX_WINDOWS,
     Misreport,
     Provider,
@@ -45,9 +51,11 @@ from wwwserve.envs.scenario import (
 from wwwserve.envs.traffic import Arrivals, arrivals, expected_output, expected_prompt
 
 # Where a request is.
-FUTURE, HELD, IN_ENGINE, LOST, DONE, FAILED = range(6)
+FUTURE, HELD, OFFERED, IN_ENGINE, ANSWERING, LOST, DONE, FAILED = range(8)  # from OFFERED to LOST it is under way
 # What a request is.
 USER, COPY, JUDGEMENT = range(3)
+# What of it is on its way between two providers.
+NOTHING, OFFER, REFUSAL, ANSWER = range(4)
 
 # Columns of `counts`, per provider.
 (
@@ -55,30 +63,19 @@ USER, COPY, JUDGEMENT = range(3)
     INVALID, HOLDS, CLIPPED, DUELS_STARTED, DUELS_SETTLED, DUELS_VOID, JUDGED, RETURNED,
 ) = range(16)  # fmt: skip
 COUNTS = 16
-NO_BOUND = 1 << 62  # on exposure
 
 
 MARKET = np.dtype(
     [
+        *AGREEMENT_FIELDS,
         # the scenario
         ("duration_s", np.float64),
         ("drain_s", np.float64),
-        ("interval_s", np.float64),
-        ("gossip_s", np.float64),
-        ("rtt_s", np.float64),
         ("duel_probability", np.float64),
         ("compute_cost_per_ktok", np.float64),
         ("n_providers", np.int64),
-        ("n_classes", np.int64),
-        ("n_deadlines", np.int64),
-        ("n_prices", np.int64),
         ("n_arrivals", np.int64),
-        ("pricing", np.int64),
-        ("stake_follows_load", np.int64),
         ("judges", np.int64),
-        ("exposure", np.int64),  # micro-credits that may be out with one peer
-        ("deadlines", np.float64, (MAX_CLASSES, MAX_THRESHOLDS)),  # s since arrival
-        ("prices", np.float64, PRICES),  # credits
         # the reward
         ("team_weight", np.float64),
         ("gamma", np.float64),
@@ -87,6 +84,7 @@ MARKET = np.dtype(
         ("by_decision", np.int64),
         # the run
         ("now_s", np.float64),
+        ("ticks", np.int64),
         ("steps", np.int64),
         ("elapsed_s", np.float64),  # of the last step
         ("over", np.int64),
@@ -94,16 +92,18 @@ MARKET = np.dtype(
         ("used", np.int64),  # request records in use
         ("unresolved", np.int64),  # users' requests, arrived or not, without an end
         ("n_duels", np.int64),
+        ("mail_head", np.int64),  # requests of which something is on its way, by when it is there; -1 if none
+        ("mail_tail", np.int64),
         ("minted", np.int64),  # micro-credits in existence
-        ("dice", np.int64, WORDS),
+        ("generator", np.int64, WORDS),  # of random numbers that are no provider's
     ],
     align=True,
 )
 
 PROVIDER = np.dtype(
     [
+        *PROVIDER_FIELDS,
         # the scenario
-        ("known", np.float64, (MAX_CLASSES, CLASS_SIZE)),  # of its own users' requests
         ("serves", np.int64),  # bit set of model names
         ("asks", np.int64),  # the bit its own users ask for
         ("windows", np.float64, (MAX_WINDOWS, 2)),  # online from, until
@@ -115,23 +115,7 @@ PROVIDER = np.dtype(
         ("max_len", np.int64),  # prompt and output tokens of a request that its engine can run
         # the run
         ("online", np.int64),
-        ("own", np.float64, ADVERT_SIZE),  # its state, fresh and honest
-        ("terms", np.float64, TERMS_SIZE),  # on which it takes others' work
-        ("price", np.float64),  # credits, in force
-        ("next_gossip_s", np.float64),
-        ("arrival_rate", np.float64),  # 1/s
-        ("guests", np.int64),
-        ("held_head", np.int32, MAX_CLASSES),  # the dispatcher's queues, one a class
-        ("held_tail", np.int32, MAX_CLASSES),
-        ("closed", np.int8, MAX_CLASSES),  # the class is held until the next tick
-        ("held", np.int64),
-        ("out_head", np.int32),  # first of the requests it has with peers
-        # the decision asked for
-        ("head", np.int32),  # request to decide on, -1 if none
-        ("candidates", np.int64, CANDIDATES),
-        ("n_candidates", np.int64),
-        ("refused", np.int64),  # bit set over the candidates
-        ("advert_due", np.int64),
+        ("advert_lands_s", np.float64),  # when its last advert is there; inf if none is on its way
         # credits
         ("potential", np.float64),  # value of what has arrived and is not done: in full, once placed as predicted
         ("arrived", np.float64),  # value of what arrived in this step
@@ -145,27 +129,25 @@ PROVIDER = np.dtype(
 )
 
 _LOOKED_AT = ("output", "generated", "finish_tick")
+_SHARED = {name for name, *_ in HELD_FIELDS}
 REQUEST = np.dtype(
     [
         # what its origin looks at while it is out: one cache line
         *(field for field in JOB_FIELDS if field[0] in _LOOKED_AT),
-        ("taken_s", np.float64),  # when the executor accepted
-        ("promised_ttft_s", np.float64),
-        ("promised_tpot_s", np.float64),
+        *OUT_FIELDS,
         ("status", np.int32),
-        ("executor", np.int32),  # whose engine has it, or had it; -1 before
-        ("out_next", np.int32),  # the origin's list of what it has with peers
-        ("out_prev", np.int32),
         # the rest
-        *(field for field in JOB_FIELDS if field[0] not in _LOOKED_AT),
+        *HELD_FIELDS,
+        *(field for field in JOB_FIELDS if field[0] not in _SHARED.union(_LOOKED_AT)),
         ("origin", np.int32),
-        ("klass", np.int32),
         ("kind", np.int32),
         ("duel", np.int32),  # -1, or the duel it belongs to
-        ("arrival_s", np.float64),
-        ("ready_s", np.float64),  # not before this does it leave the dispatcher: probes take their time
+        ("mail", np.int32),  # what of it is on its way
+        ("mail_next", np.int32),  # the next request of which something is on its way, -1 at the end
+        ("mail_s", np.float64),  # when it is there
         ("noticed_s", np.float64),  # when the origin notices that a lost request is lost
         ("predicted", np.float64),  # its share of the origin's potential
+        ("predicted_held", np.float64),  # the same before it was offered
         ("answer_s", np.float64),  # when the user had the whole answer; NaN until then
         ("first_answer_s", np.float64),  # when the user had the first token
         ("locked", np.int64),  # escrow, micro-credits
@@ -174,9 +156,11 @@ REQUEST = np.dtype(
     align=True,
 )
 
-_NEW_REQUEST = np.zeros((), REQUEST)
+_NEW_REQUEST = np.zeros(1, REQUEST)
 reset_jobs(_NEW_REQUEST)
-_NEW_REQUEST["executor"] = _NEW_REQUEST["duel"] = _NEW_REQUEST["out_next"] = _NEW_REQUEST["out_prev"] = -1
+reset_requests(_NEW_REQUEST)
+_NEW_REQUEST["duel"] = _NEW_REQUEST["mail_next"] = -1
+_NEW_REQUEST["prompt"] = 1
 _NEW_REQUEST["answer_s"] = _NEW_REQUEST["first_answer_s"] = np.nan
 
 DUEL = np.dtype(
@@ -202,13 +186,17 @@ class Markets(NamedTuple):
     engines: NDArray[Any]  # [B, N] ENGINE
     requests: NDArray[Any]  # [B, R] REQUEST
     duels: NDArray[Any]  # [B, D] DUEL; D is 1 where there are none
-    adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last published
+    adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last heard
+    sent_adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last sent
     dealings: NDArray[np.float64]  # [B, N, N, DEALINGS_SIZE] of origin with peer
     accounts: NDArray[np.int64]  # [B, N, ACCOUNT_SIZE]
-    # Room to work in.
+    # Scratch buffers.
     done: NDArray[np.int64]  # [B, R]
     stake: NDArray[np.float64]  # [B, N]
     eligible: NDArray[np.bool_]  # [B, N]
+    serves: NDArray[np.bool_]  # [B, N]
+    acted: NDArray[np.bool_]  # [B, N]
+    credit: NDArray[np.int64]  # [B, N]
     before: NDArray[np.float64]  # [B, N]
     idle_token_s: NDArray[np.float64]  # [B, NODES]
     looser_than: NDArray[np.int64]  # [B, MAX_CLASSES]
@@ -309,11 +297,15 @@ def make_markets(count: int, shape: Shape) -> Markets:
         requests=records((count, r), REQUEST),
         duels=records((count, shape.duels), DUEL),
         adverts=np.zeros((count, n, ADVERT_SIZE)),
+        sent_adverts=np.zeros((count, n, ADVERT_SIZE)),
         dealings=np.zeros((count, n, n, DEALINGS_SIZE)),
         accounts=np.zeros((count, n, ACCOUNT_SIZE), np.int64),
         done=np.zeros((count, r), np.int64),
         stake=np.zeros((count, n)),
         eligible=np.zeros((count, n), np.bool_),
+        serves=np.zeros((count, n), np.bool_),
+        acted=np.zeros((count, n), np.bool_),
+        credit=np.zeros((count, n), np.int64),
         before=np.zeros((count, n)),
         idle_token_s=np.zeros((count, NODES)),
         looser_than=np.zeros((count, MAX_CLASSES), np.int64),
@@ -337,7 +329,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
         array[b] = np.zeros((), array.dtype)
     m = markets.market[b : b + 1]
     m["duration_s"], m["drain_s"] = scenario.duration_s, scenario.drain_s
-    m["interval_s"], m["gossip_s"] = scenario.decision_interval_s, scenario.gossip_interval_s
+    m["tick_s"], m["gossip_s"] = scenario.decision_interval_s, scenario.gossip_interval_s
     m["rtt_s"] = scenario.rtt_ms / 1000
     m["duel_probability"], m["judges"] = economy.duel_probability, economy.judges
     m["exposure"] = NO_BOUND if economy.exposure is None else round(economy.exposure * MICRO)
@@ -351,13 +343,15 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["team_weight"], m["gamma"], m["dense"] = reward.team_weight, reward.gamma, reward.dense
     m["count_transfers"] = reward.transfers
     m["by_decision"] = reward.by_decision
-    m["dice"] = make_dice((planned.seed, 1))
+    m["mail_head"] = m["mail_tail"] = -1
+    m["generator"] = make_dice((planned.seed, 1))
 
     providers, engines = markets.providers[b], markets.engines[b]
     names = sorted({name for p in scenario.providers for name in p.serves})
-    providers["held_head"] = providers["held_tail"] = providers["out_head"] = providers["head"] = -1
-    providers["terms"] = (np.inf, np.inf, 1.0, 0.0)
+    reset_provider(providers)
+    providers["generator"] = make_dice((planned.seed, 2), len(providers))
     providers["price"] = prices[0]
+    providers["advert_lands_s"] = np.inf
     providers["known"][:n, :c] = planned.known
     providers["own"][:n, AD_MEAN_PROMPT] = planned.mean_prompt
     providers["own"][:n, AD_MEAN_OUTPUT] = planned.mean_output
@@ -386,4 +380,5 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     requests[...] = _NEW_REQUEST
     q = requests[:count]
     q["origin"], q["klass"], q["prompt"], q["output"] = traffic.provider, traffic.klass, traffic.prompt, traffic.output
-    q["arrival_s"] = q["ready_s"] = traffic.time_s
+    q["longest"] = providers["known"][traffic.provider, traffic.klass, CLASS_MAX]
+    q["arrival_s"] = traffic.time_s

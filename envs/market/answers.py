@@ -3,20 +3,25 @@
 import numpy as np
 
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.knowledge import OFFLINE_AFTER_S, clear_progress, on_answer, on_length, on_progress
-from wwwserve.agents.protocol import MICRO, delivered_value, price_of, settle
+from wwwserve.agents.knowledge import OFFLINE_AFTER_S, on_length
+from wwwserve.agents.protocol import delivered_value
+from wwwserve.agents.provider import answered, come_back, end_leg, look_at_evidence, reopen
 from wwwserve.agents.view import CLASS_VALUE
 from wwwserve.envs.engine import NEVER, abort, tokens_out
 from wwwserve.envs.market.duels import hear_judge, start_judging, void_duel
-from wwwserve.envs.market.queues import enqueue
+from wwwserve.envs.market.mail import send
 from wwwserve.envs.market.reward import expect_value
-from wwwserve.envs.market.settlement import end_leg
+from wwwserve.envs.market.settlement import pay
 from wwwserve.envs.state import (
+    ANSWER,
+    ANSWERING,
     DONE,
     FAILED,
+    HELD,
     IN_ENGINE,
     JUDGEMENT,
     LOST,
+    OFFERED,
     OWN_DONE,
     OWN_FAILED,
     RETURNED,
@@ -26,47 +31,74 @@ from wwwserve.envs.state import (
 
 
 @kernel
-def complete(w, r):
-    """Executor's engine is done with request r: pay, remember how it kept its promise, answer the user."""
+def finish(w, r):
+    """An engine is done with request r: its user has the answer at once, a peer's after half a round trip."""
     m, p, q = w.m, w.p, w.q
-    i, o = q[r].executor, q[r].origin
-    q[r].status = DONE
-    p[i].flow -= m.compute_cost_per_ktok * q[r].output / 1000.0
+    j = q[r].executor
+    p[j].flow -= m.compute_cost_per_ktok * q[r].output / 1000.0
     if q[r].kind == JUDGEMENT:
+        q[r].status = DONE
         hear_judge(w, r, True)
         return
-    on_length(p[i].own, q[r].prompt, q[r].output)
-    back_s = 0.0
-    if i != o:
-        back_s = 0.5 * m.rtt_s
-        due = price_of(m.pricing, q[r].price, q[r].output)
-        paid = settle(w.accounts[o], w.accounts[i], q[r].locked, due) / MICRO
-        q[r].locked = 0
-        p[o].transfers -= paid
-        p[i].transfers += paid
-        promised_s = q[r].promised_ttft_s + q[r].promised_tpot_s * (q[r].output - 1)
-        took_s = q[r].finish_s + back_s - q[r].taken_s
-        on_answer(w.dealings[o, i], took_s, promised_s)
-        end_leg(w, r)
-        p[i].counts[SERVED_FOR_PEERS] += 1
-    u = r if q[r].kind == USER else w.d[q[r].duel].first
-    if np.isnan(q[u].answer_s):
-        q[u].answer_s = q[r].finish_s + back_s
-        q[u].first_answer_s = q[r].first_token_s + back_s
-        c = q[u].klass
-        deadlines = m.deadlines[c][: m.n_deadlines]
-        p[o].flow += delivered_value(p[o].known[c, CLASS_VALUE], deadlines, q[u].answer_s - q[u].arrival_s)
-        p[o].counts[OWN_DONE] += 1
-        m.unresolved -= 1
-        expect_value(w, u, 0.0)
-    else:  # the other leg of a duel, perhaps earlier within the same tick
-        q[u].answer_s = min(q[u].answer_s, q[r].finish_s + back_s)
-        q[u].first_answer_s = min(q[u].first_answer_s, q[r].first_token_s + back_s)
+    on_length(p[j].own, q[r].prompt, q[r].output)
+    if q[r].origin == j:
+        q[r].status = DONE
+        deliver(w, r, q[r].finish_s, q[r].first_token_s)
+    else:
+        p[j].guests -= 1
+        p[j].counts[SERVED_FOR_PEERS] += 1
+        q[r].status = ANSWERING
+        q[r].streamed = q[r].output
+        send(w, r, ANSWER, q[r].finish_s + 0.5 * m.rtt_s)
+    if p[j].held > 0:
+        reopen(p[j])
+
+
+@kernel
+def receive_answer(w, r):
+    """The answer of a peer is all there: it is paid, and how it kept its promise is remembered."""
+    m, p, q = w.m, w.p, w.q
+    o, j = q[r].origin, q[r].executor
+    q[r].status = DONE
+    pay(w, r, q[r].output)
+    answered(p[o], q, r, w.dealings[o, j], q[r].mail_s, q[r].output)
+    deliver(w, r, q[r].mail_s, q[r].first_token_s + 0.5 * m.rtt_s)
     k = q[r].duel
     if k >= 0:
         w.d[k].ended += 1
         if w.d[k].ended == 2 and w.d[k].void == 0:
             start_judging(w, k)
+    if p[o].held > 0:
+        reopen(p[o])
+
+
+@kernel
+def deliver(w, r, at_s, first_at_s):
+    """A user has an answer; of a duel's two the first one counts."""
+    m, p, q = w.m, w.p, w.q
+    u = user_of(w, r)
+    if not np.isnan(q[u].answer_s):
+        return
+    o, c = q[u].origin, q[u].klass
+    q[u].answer_s, q[u].first_answer_s = at_s, first_at_s
+    p[o].flow += delivered_value(
+        p[o].known[c, CLASS_VALUE], m.deadlines[c][: m.n_deadlines], q[u].answer_s - q[u].arrival_s
+    )
+    p[o].counts[OWN_DONE] += 1
+    m.unresolved -= 1
+    expect_value(w, u, 0.0)
+
+
+@kernel
+def user_of(w, r):
+    """The user's request that r is, or is a copy of."""
+    return r if w.q[r].kind == USER else w.d[w.q[r].duel].first
+
+
+@kernel
+def under_way(status):
+    """Whether a request in this status may still be answered by who has it."""
+    return OFFERED <= status <= LOST
 
 
 @kernel
@@ -82,28 +114,29 @@ def fail_user(w, u):
 
 
 @kernel
-def take_back(w, r):
-    """The origin notices that request r was lost with its executor: it decides anew, unless another leg still runs."""
+def leg_failed(w, r):
+    """A peer does not take request r, or was lost with it, and it is no longer out: it is at the head again, unless it
+    is answered, or the other leg of its duel is under way."""
     q = w.q
-    end_leg(w, r)
     q[r].status = FAILED
-    u = r
-    other = -1
+    pay(w, r, 0)
+    u, other = r, -1
     k = q[r].duel
     if k >= 0:
         void_duel(w, k)
         u = w.d[k].first
         other = w.d[k].second if r == u else u
-    if not np.isnan(q[u].answer_s) or (other >= 0 and (q[other].status == IN_ENGINE or q[other].status == LOST)):
+    if not np.isnan(q[u].answer_s) or (other >= 0 and under_way(q[other].status)):
         return
+    if r == u and not np.isnan(q[u].taken_s):
+        w.p[q[u].origin].counts[RETURNED] += 1
     expect_value(w, u, w.p[q[u].origin].known[q[u].klass, CLASS_VALUE])
     q[u].duel = -1
     q[u].generated = 0
     q[u].finish_tick = NEVER
     q[u].first_token_s = np.nan
-    q[u].ready_s = w.m.now_s
-    w.p[q[u].origin].counts[RETURNED] += 1
-    enqueue(w, u, True)
+    q[u].status = HELD
+    come_back(w.p[q[u].origin], q, u)
 
 
 @kernel
@@ -121,22 +154,21 @@ def vacate(w, i):
         else:
             q[r].status = LOST
             q[r].noticed_s = w.m.now_s + OFFLINE_AFTER_S
+    w.p[i].guests = 0
 
 
 @kernel
-def refresh_progress(w, i):
+def look_at_streams(w, i):
     """Provider i looks at the streams of what it has out, and takes back what is lost."""
-    q = w.q
-    for j in range(w.m.n_providers):
-        clear_progress(w.dealings[i, j])
-    r = w.p[i].out_head
+    p, q = w.p[i], w.q
+    r = p.out_head
     while r >= 0:
         after = q[r].out_next
         j = q[r].executor
-        if q[r].status == LOST and w.m.now_s >= q[r].noticed_s:
-            take_back(w, r)
-        else:
-            streamed = tokens_out(w.e[j], q, r) if q[r].status == IN_ENGINE else q[r].generated
-            waited_s = w.m.now_s - q[r].taken_s
-            on_progress(w.dealings[i, j], waited_s, q[r].promised_ttft_s, q[r].promised_tpot_s, streamed)
+        if q[r].status == IN_ENGINE:
+            q[r].streamed = tokens_out(w.e[j], q, r)
+        elif q[r].status == LOST and w.m.now_s >= q[r].noticed_s:
+            end_leg(p, q, r, w.dealings[i, j])
+            leg_failed(w, r)
         r = after
+    look_at_evidence(p, q, w.dealings[i], w.m.now_s)

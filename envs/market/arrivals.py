@@ -1,13 +1,80 @@
-"""Users' requests, and providers that join and leave."""
+"""Users' requests, providers that join and leave, and adverts."""
+
+import numpy as np
 
 from wwwserve.agents.kernel import kernel
-from wwwserve.envs.engine import abort
-from wwwserve.envs.market.answers import fail_user, vacate
-from wwwserve.envs.market.duels import void_duel
-from wwwserve.envs.market.queues import dequeue
-from wwwserve.envs.market.settlement import end_leg
-from wwwserve.envs.market.world import scrape
-from wwwserve.envs.state import FAILED, IN_ENGINE, LOST, MAX_WINDOWS, USER
+from wwwserve.agents.knowledge import (
+    AD_HELD,
+    AD_KV_CAPACITY,
+    AD_KV_TOKENS,
+    AD_RUNNING,
+    AD_WAITING,
+    AD_WEIGHT_S,
+    MAX_CLASSES,
+)
+from wwwserve.agents.protocol import STAKED
+from wwwserve.agents.provider import advertise, arrive, count_arrival, dequeue, leave
+from wwwserve.agents.view import CLASS_VALUE
+from wwwserve.envs.market.answers import fail_user, under_way, user_of, vacate
+from wwwserve.envs.market.duels import void_duel, withdraw_out
+from wwwserve.envs.market.engines import clip_length, scrape
+from wwwserve.envs.market.reward import expect_value
+from wwwserve.envs.market.world import lying
+from wwwserve.envs.state import HELD, MAX_WINDOWS, OWN_ARRIVED
+
+
+@kernel
+def receive_arrivals(w):
+    """Hand over the users' requests that are due."""
+    m, p, q = w.m, w.p, w.q
+    while m.next_arrival < m.n_arrivals and q[m.next_arrival].arrival_s <= m.now_s:
+        r = m.next_arrival
+        i = q[r].origin
+        m.next_arrival += 1
+        p[i].counts[OWN_ARRIVED] += 1
+        clip_length(w, r, i)
+        if p[i].online == 1:
+            value = p[i].known[q[r].klass, CLASS_VALUE]
+            expect_value(w, r, value)
+            p[i].arrived += value
+            q[r].status = HELD
+            arrive(p[i], q, r)
+        else:  # it came between the last tick before the provider left and the tick at which it did
+            count_arrival(p[i])
+            fail_user(w, r)
+
+
+@kernel
+def publish(w, i):
+    """Send provider i's advert to everyone, its load and speed misreported if it lies."""
+    p, advert = w.p[i], w.sent_adverts[i]
+    advertise(p, w.accounts[i, STAKED], w.m.now_s, advert)
+    if lying(w, i):
+        advert[AD_RUNNING] *= p.lie_load
+        advert[AD_WAITING] *= p.lie_load
+        advert[AD_KV_TOKENS] *= p.lie_load
+        for c in range(MAX_CLASSES):
+            advert[AD_HELD + c] *= p.lie_load
+        for k in range(AD_WEIGHT_S, AD_KV_CAPACITY):
+            advert[k] /= p.lie_speed
+    p.advert_lands_s = w.m.now_s + 0.5 * w.m.rtt_s
+
+
+@kernel
+def receive_advert(w, i):
+    """Provider i's advert is there, everywhere at once."""
+    for k in range(w.adverts.shape[1]):
+        w.adverts[i, k] = w.sent_adverts[i, k]
+    w.p[i].advert_lands_s = np.inf
+
+
+@kernel
+def is_scheduled(p, now_s):
+    """Whether a provider is to be online."""
+    for k in range(MAX_WINDOWS):
+        if p.windows[k, 0] <= now_s < p.windows[k, 1]:
+            return True
+    return False
 
 
 @kernel
@@ -17,29 +84,16 @@ def go_offline(w, i):
     vacate(w, i)
     for c in range(w.m.n_classes):
         while p.held_head[c] >= 0:
-            fail_user(w, dequeue(w, i, c))
+            fail_user(w, dequeue(p, q, c))
     while p.out_head >= 0:
         r = p.out_head
-        if q[r].status == IN_ENGINE:
-            abort(w.e[q[r].executor], q, r)
-            scrape(w, q[r].executor)
-        end_leg(w, r)
-        q[r].status = FAILED
+        j = q[r].executor
+        withdraw_out(w, r)
+        scrape(w, j)
         if q[r].duel >= 0:
             void_duel(w, q[r].duel)
-        u = r if q[r].kind == USER else w.d[q[r].duel].first
-        if q[u].status != IN_ENGINE and q[u].status != LOST:  # else it is in the list too, and still to be withdrawn
+        u = user_of(w, r)
+        if not under_way(q[u].status):  # else it is in the list too, and still to be withdrawn
             fail_user(w, u)
-    p.online = 0
-    p.head = -1
-    p.advert_due = 0
-    p.arrival_rate = 0.0
+    leave(p)
     scrape(w, i)
-
-
-@kernel
-def is_scheduled(p, now_s):
-    for k in range(MAX_WINDOWS):
-        if p.windows[k, 0] <= now_s < p.windows[k, 1]:
-            return True
-    return False

@@ -1,165 +1,166 @@
-"""Time: ticks, rounds of decisions, and the step of a market."""
+"""The step of a market, and its time.
 
-from wwwserve.agents.decision import TERMS_SIZE
+A step carries out one decision of every provider that was asked, then moves time on to the next instant at which there
+is something to decide: a request arrives, a refusal or an answer comes back, a tick opens what is held, an advert is
+due. Events of one instant happen in this order: engines, what was on its way, arrivals, the tick.
+"""
+
+from wwwserve.agents.decision import Actions
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.knowledge import RATE_WINDOW_S, aged_rate
-from wwwserve.agents.protocol import move_stake, stake_target
-from wwwserve.agents.view import CLASS_VALUE
-from wwwserve.envs.engine import advance, kv_use
-from wwwserve.envs.market.answers import complete, fail_user, refresh_progress
-from wwwserve.envs.market.arrivals import go_offline, is_scheduled
-from wwwserve.envs.market.decisions import ask, decide, write_view
+from wwwserve.agents.provider import gossip, move_own_stake, set_terms, tick
+from wwwserve.agents.view import Views
+from wwwserve.envs.engine import advance
+from wwwserve.envs.market.answers import finish, look_at_streams, receive_answer
+from wwwserve.envs.market.arrivals import go_offline, is_scheduled, publish, receive_advert, receive_arrivals
+from wwwserve.envs.market.decisions import act, ask, show
 from wwwserve.envs.market.duels import end_duels
-from wwwserve.envs.market.engines import clip_length
-from wwwserve.envs.market.queues import enqueue
-from wwwserve.envs.market.reward import expect_value, pay
-from wwwserve.envs.market.world import publish, scrape, world_of
-from wwwserve.envs.state import OWN_ARRIVED
+from wwwserve.envs.market.engines import scrape
+from wwwserve.envs.market.mail import take
+from wwwserve.envs.market.offers import receive_offer, receive_refusal
+from wwwserve.envs.market.reward import pay_step
+from wwwserve.envs.market.world import world_of
+from wwwserve.envs.state import ANSWER, NOTHING, OFFER
 
 
 @kernel
-def tick(w):
-    """Move the market to its next tick: joins, departures, engines, arrivals, stake, gossip."""
-    m, p, q, e = w.m, w.p, w.q, w.e
-    m.now_s += m.interval_s
-    now_s = m.now_s
-    n = m.n_providers
-    for i in range(n):
-        n_done = advance(e[i], q, now_s, w.done, 0)
-        for k in range(n_done):
-            complete(w, w.done[k])
-    for i in range(n):
-        scheduled = is_scheduled(p[i], now_s)
+def start(w, views, active, uniforms):
+    """Bring a fresh market to its first decision, on prices and terms."""
+    for i in range(w.m.n_providers):
+        if is_scheduled(w.p[i], 0.0):
+            w.p[i].online = 1
+            scrape(w, i)
+            w.p[i].advert_due = 1
+    ask(w, active, uniforms)
+    show(w, views, active, True)
+
+
+@kernel
+def step(w, actions, views, active, uniforms, reward, given):
+    """One step of a market that is not over, all arrays those of its providers [N, ...]. `reward` receives what the
+    step paid, `given` what of it the arrivals brought, whatever was decided; `views`, `active`, `uniforms` what is
+    next."""
+    m, p = w.m, w.p
+    for i in range(m.n_providers):
+        w.before[i] = p[i].potential
+        p[i].flow = p[i].transfers = p[i].arrived = p[i].effect = 0.0
+    for i in range(m.n_providers):
+        w.acted[i] = active[i]
+        if active[i]:
+            set_terms(p[i], m, actions.terms[i], actions.price[i])
+            if p[i].head >= 0:
+                act(w, i, actions.route[i], actions.direct[i])
+            if p[i].advert_due == 1:
+                publish(w, i)
+    m.steps += 1
+    began_s = m.now_s
+    while not ask(w, active, uniforms) and m.over == 0:
+        pass_time(w)
+    if m.over == 1:
+        active[:] = False
+    m.elapsed_s = m.now_s - began_s
+    show(w, views, active, m.elapsed_s > 0.0)
+    pay_step(w, reward, given)
+
+
+@kernel
+def pass_time(w):
+    """Move to the next event, and through all that happens at that instant."""
+    m, p, q = w.m, w.p, w.q
+    tick_s = (m.ticks + 1) * m.tick_s
+    now_s = tick_s
+    if m.next_arrival < m.n_arrivals:
+        now_s = min(now_s, q[m.next_arrival].arrival_s)
+    if m.mail_head >= 0:
+        now_s = min(now_s, q[m.mail_head].mail_s)
+    for i in range(m.n_providers):
+        now_s = min(now_s, p[i].advert_lands_s)
+        now_s = min(now_s, w.e[i].wake_s)
+    m.now_s = now_s = max(now_s, m.now_s)
+    for i in range(m.n_providers):
+        if w.e[i].wake_s <= now_s:
+            run_engine(w, i)
+        if p[i].advert_lands_s <= now_s:
+            receive_advert(w, i)
+    while m.mail_head >= 0 and q[m.mail_head].mail_s <= now_s:
+        r = take(w)
+        mail = q[r].mail
+        q[r].mail = NOTHING
+        if mail == OFFER:
+            receive_offer(w, r)
+        elif mail == ANSWER:
+            receive_answer(w, r)
+        else:
+            receive_refusal(w, r)
+    receive_arrivals(w)
+    if now_s >= tick_s:
+        pass_tick(w)
+        if now_s >= m.duration_s and (m.unresolved == 0 or now_s >= m.duration_s + m.drain_s - 1e-9):
+            end(w)
+
+
+@kernel
+def run_engine(w, i):
+    """Run provider i's engine up to now."""
+    e = w.e[i]
+    n_done = advance(e, w.q, w.m.now_s, w.done, 0)
+    for k in range(n_done):
+        finish(w, w.done[k])
+
+
+@kernel
+def pass_tick(w):
+    """Providers join and leave, look at their engines and at what is out, move their stake; what is held is open."""
+    m, p = w.m, w.p
+    m.ticks += 1
+    for i in range(m.n_providers):
+        scheduled = is_scheduled(p[i], m.now_s)
         if p[i].online == 1 and not scheduled:
             go_offline(w, i)
         elif p[i].online == 0 and scheduled:
             p[i].online = 1
-            p[i].next_gossip_s = now_s
+            p[i].next_gossip_s = m.now_s
         if p[i].online == 1:
             scrape(w, i)
-        p[i].arrival_rate = aged_rate(p[i].arrival_rate, m.interval_s)
-    while m.next_arrival < m.n_arrivals and q[m.next_arrival].arrival_s <= now_s:
-        r = m.next_arrival
-        i = q[r].origin
-        m.next_arrival += 1
-        p[i].counts[OWN_ARRIVED] += 1
-        p[i].arrival_rate += 1.0 / RATE_WINDOW_S
-        clip_length(w, r, i)
-        if p[i].online == 1:
-            value = p[i].known[q[r].klass, CLASS_VALUE]
-            expect_value(w, r, value)
-            p[i].arrived += value
-            enqueue(w, r, False)
-        else:  # it came in the last interval before the provider left
-            fail_user(w, r)
-    for i in range(n):
-        for c in range(m.n_classes):
-            p[i].closed[c] = 0
-        if p[i].online == 1:
-            if m.stake_follows_load == 1:
-                target = stake_target(kv_use(e[i]), e[i].waiting, p[i].held)
-                move_stake(w.accounts[i], target, m.interval_s)
-            if now_s >= p[i].next_gossip_s - 1e-9:
-                refresh_progress(w, i)
-                p[i].advert_due = 1
-                p[i].next_gossip_s += m.gossip_s
-
-
-@kernel
-def start(w, nodes, request, me, routes, active, dice):
-    """Bring a fresh market to its first decision."""
-    m, p = w.m, w.p
     for i in range(m.n_providers):
-        if is_scheduled(p[i], 0.0):
-            p[i].online = 1
-            scrape(w, i)
-            p[i].advert_due = 1  # the first step is for prices and terms
-    show(w, nodes, request, me, routes, active, dice, True)
+        if p[i].online == 1:
+            look_at_streams(w, i)
+            if m.stake_follows_load == 1:
+                move_own_stake(p[i], w.accounts[i], m.tick_s)
+            gossip(p[i], m, m.now_s)
+        tick(p[i], m.tick_s)
 
 
 @kernel
-def show(w, nodes, request, me, routes, active, dice, fresh):
-    """Ask every provider that has something to decide; returns whether a request is among it."""
-    undecided = False
-    for i in range(active.size):
-        asked_before = active[i]
-        active[i] = False
-        if i >= w.m.n_providers or w.p[i].online == 0:
-            if fresh and i < w.m.n_providers:
-                write_view(w, i, nodes[i], request[i], me[i], routes[i])
-            continue
-        has_request = ask(w, i, dice[i], fresh)
-        undecided = undecided or has_request
-        active[i] = has_request or w.p[i].advert_due == 1
-        if active[i] or asked_before or fresh:  # one that has decided no longer sees its request
-            write_view(w, i, nodes[i], request[i], me[i], routes[i])
-    return undecided
+def end(w):
+    """The market is over; what is not done by now counts as missed."""
+    end_duels(w)
+    w.m.over = 1
+    for i in range(w.m.n_providers):
+        w.p[i].potential = 0.0
+        w.p[i].arrived = 0.0
 
 
 @kernel
-def step(w, route, terms, price, direct, nodes, request, me, routes, active, dice, reward, given):
-    """One step of a market that is not over: decisions, then the next round at this instant or the next tick.
-
-    route, price, direct [N], terms [N, TERMS_SIZE]; reward [N] receives what the step paid, given [N]
-    what of it the arrivals brought, whatever is decided; the others the next views.
-    """
-    m, p = w.m, w.p
-    n = m.n_providers
-    before = w.before
-    for i in range(n):
-        before[i] = p[i].potential
-        p[i].flow = 0.0
-        p[i].transfers = 0.0
-        p[i].arrived = 0.0
-        p[i].effect = 0.0
-    for k in range(n):
-        i = (k + m.steps) % n
-        if not active[i]:
-            continue
-        for t in range(TERMS_SIZE):
-            p[i].terms[t] = terms[i, t]
-        if p[i].advert_due == 1:
-            p[i].price = m.prices[min(max(price[i], 0), m.n_prices - 1)]
-        if p[i].head >= 0:
-            decide(w, i, route[i], direct[i])
-    for i in range(n):
-        if p[i].advert_due == 1:
-            p[i].advert_due = 0
-            publish(w, i)
-    m.steps += 1
-    m.elapsed_s = 0.0
-    if not show(w, nodes, request, me, routes, active, dice, False):
-        m.elapsed_s = m.interval_s
-        tick(w)
-        show(w, nodes, request, me, routes, active, dice, True)
-    if m.now_s >= m.duration_s and (m.unresolved == 0 or m.now_s >= m.duration_s + m.drain_s - 1e-9):
-        end_duels(w)
-        m.over = 1
-        for i in range(n):
-            active[i] = False
-            p[i].potential = 0.0  # what is not done by now counts as missed
-            p[i].arrived = 0.0
-
-    pay(w, reward, given)
-
-
-@kernel
-def step_range(markets, low, high, actions, views, active, dice, reward, given):
+def step_range(markets, low, high, actions, views, active, uniforms, reward, given):
     """Step the markets `low` to `high` that are not over. Each market is stepped in a call of its own."""
     for b in range(low, high):
         reward[b] = 0.0
         given[b] = 0.0
         if markets.market[b].over == 0:
             step(
-                world_of(markets, b), actions.route[b], actions.terms[b], actions.price[b], actions.direct[b],
-                views.nodes[b], views.request[b], views.me[b], views.routes[b], active[b], dice[b], reward[b],
-                given[b],
+                world_of(markets, b),
+                Actions(actions.route[b], actions.terms[b], actions.price[b], actions.direct[b]),
+                Views(views.nodes[b], views.request[b], views.me[b], views.routes[b]),
+                active[b], uniforms[b], reward[b], given[b],
             )  # fmt: skip
         else:
             markets.market[b].elapsed_s = 0.0
 
 
 @kernel
-def start_market(markets, b, views, active, dice):
+def start_market(markets, b, views, active, uniforms):
     """Bring market `b`, just written, to its first decision."""
-    start(world_of(markets, b), views.nodes[b], views.request[b], views.me[b], views.routes[b], active[b], dice[b])
+    start(
+        world_of(markets, b), Views(views.nodes[b], views.request[b], views.me[b], views.routes[b]), active[b],
+        uniforms[b],
+    )  # fmt: skip

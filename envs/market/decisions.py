@@ -1,115 +1,112 @@
-"""Heads and candidates, views, and what a decision comes to."""
+"""Heads and their candidates, views, and what comes of a decision."""
 
-from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, may_hold
+from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, may_offer
 from wwwserve.agents.dice import uniform
+from wwwserve.agents.estimate import expect
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.knowledge import AD_STAKE, AD_TIME_S, silent_after_s
-from wwwserve.agents.protocol import FREE, draw_by_stake
-from wwwserve.agents.view import CLASS_LAST_DEADLINE_S, write_idle_view, write_request_view, write_self
-from wwwserve.envs.market.duels import maybe_duel
-from wwwserve.envs.market.engines import place_local
-from wwwserve.envs.market.offers import probe
-from wwwserve.envs.market.queues import dequeue, enqueue, next_head
-from wwwserve.envs.market.reward import charge_wait
-from wwwserve.envs.market.settlement import affords
-from wwwserve.envs.state import HOLDS, INVALID, NO_BOUND
+from wwwserve.agents.provider import choose_head, decide, dequeue, draw_candidates, draw_uniforms
+from wwwserve.agents.view import Views, write_view
+from wwwserve.envs.market.duels import new_request
+from wwwserve.envs.market.engines import place, scrape
+from wwwserve.envs.market.offers import direct_to, send_offer
+from wwwserve.envs.market.reward import charge_wait, predict
+from wwwserve.envs.market.world import peers_of
+from wwwserve.envs.state import COPY, DUELS_STARTED, HOLDS, INVALID, RUN_LOCAL
 
 
 @kernel
-def decide(w, i, route, direct):
+def look(w, i, uniforms):
+    """Provider i reads its engine and turns to its head; a new one gets candidates and random numbers. Returns whether
+    there is something to decide."""
+    m, p = w.m, w.p[i]
+    if p.held > 0 or p.advert_due == 1:
+        scrape(w, i)
+    if choose_head(p, m, w.q):
+        for j in range(w.serves.size):
+            w.serves[j] = j < m.n_providers and j != i and (w.p[j].serves & p.asks) != 0
+        draw_candidates(p, m, w.q, p.head, peers_of(w, i), w.serves, m.now_s, w.draw)
+        draw_uniforms(p, uniforms)
+    return p.head >= 0 or p.advert_due == 1
+
+
+@kernel
+def ask(w, active, uniforms):
+    """Ask every provider that has something to decide; returns whether there is any."""
+    waiting = False
+    for i in range(w.m.n_providers):
+        active[i] = w.p[i].online == 1 and look(w, i, uniforms[i])
+        waiting = waiting or active[i]
+    return waiting
+
+
+@kernel
+def show(w, views, active, everyone):
+    """Write what providers see: of all where time has passed, else of those that are asked, or have just decided."""
+    for i in range(w.m.n_providers):
+        if active[i] or w.acted[i] or everyone:
+            view = Views(views.nodes[i], views.request[i], views.me[i], views.routes[i])
+            if not active[i]:
+                scrape(w, i)
+            write_view(view, w.p[i], w.m, w.q, peers_of(w, i), w.m.now_s, w.viewing)
+
+
+@kernel
+def act(w, i, route, direct):
     """Carry out provider i's decision on the request at its head."""
     m, q, p = w.m, w.q, w.p[i]
     r = p.head
-    c = q[r].klass
-    holdable = may_hold(m.now_s - q[r].arrival_s, p.known[c, CLASS_LAST_DEADLINE_S])
-    valid = True
     if direct >= 0:
-        if direct >= m.n_providers or w.p[direct].online == 0 or (w.p[direct].serves & p.asks) == 0:
-            valid = False
-        elif direct == i:
-            dequeue(w, i, c)
-            place_local(w, i, r)
-            return
-        else:
-            dequeue(w, i, c)
-            if not probe(w, r, direct, True):
-                enqueue(w, r, True)
-                p.closed[c] = 1
-            return
-        route = HOLD
-    elif route >= FIRST_CANDIDATE:
-        k = route - FIRST_CANDIDATE
-        if k < p.n_candidates and (p.refused >> k) & 1 == 0 and affords(w, i, p.candidates[k], c):
-            dequeue(w, i, c)
-            if probe(w, r, p.candidates[k], False):
-                maybe_duel(w, i, r, k)
+        if direct < m.n_providers and w.p[direct].online == 1 and (w.p[direct].serves & p.asks) != 0:
+            dequeue(p, q, q[r].klass)
+            if direct == i:
+                run_here(w, i, r)
             else:
-                enqueue(w, r, True)
-                p.refused |= 1 << k
+                direct_to(w, r, direct)
             return
-        valid = False
-        route = HOLD
-    elif route < 0:
-        valid = False
-        route = HOLD
-    if not valid or (route == HOLD and not holdable):
+        route = -1
+    peers = peers_of(w, i)
+    done = decide(p, m, q, peers, route, m.now_s)
+    if done != route:
         p.counts[INVALID] += 1
-    if route == HOLD and holdable:
+    if done == HOLD:
+        p.counts[HOLDS] += 1
         if m.by_decision == 1:
             charge_wait(w, i, r)
-        p.closed[c] = 1
-        p.counts[HOLDS] += 1
-        return
-    dequeue(w, i, c)
-    place_local(w, i, r)
-
-
-@kernel
-def draw_candidates(w, i):
-    """Draw, by stake as advertised, the candidates for provider i's request at the head."""
-    m, p = w.m, w.p[i]
-    silent_s = silent_after_s(m.gossip_s)
-    for j in range(w.stake.size):
-        w.eligible[j] = (
-            j < m.n_providers
-            and j != i
-            and (w.p[j].serves & p.asks) != 0
-            and m.now_s - w.adverts[j, AD_TIME_S] <= silent_s
-        )
-        w.stake[j] = w.adverts[j, AD_STAKE]
-    p.n_candidates = draw_by_stake(w.stake, w.eligible, CANDIDATES, m.dice, p.candidates)
-    p.refused = 0
-
-
-@kernel
-def ask(w, i, dice, fresh):
-    """Set provider i's head; a new one gets candidates and dice. Returns whether there is one."""
-    p = w.p[i]
-    r = next_head(w, i)
-    if r >= 0 and (fresh or r != p.head):
-        draw_candidates(w, i)
-        for k in range(dice.size):
-            dice[k] = uniform(w.m.dice)
-    p.head = r
-    return r >= 0
-
-
-@kernel
-def write_view(w, i, nodes, request, me, routes):
-    m, p, q = w.m, w.p[i], w.q
-    if p.head >= 0:
-        r = p.head
-        c = q[r].klass
-        write_request_view(
-            nodes, request, routes, p.own, w.adverts, w.dealings[i], p.candidates, p.n_candidates, p.refused,
-            may_hold(m.now_s - q[r].arrival_s, p.known[c, CLASS_LAST_DEADLINE_S]),
-            w.accounts[i, FREE], m.now_s, m.rtt_s, q[r].prompt, q[r].arrival_s, c,
-            p.known[: m.n_classes], m.deadlines[:, : m.n_deadlines], m.pricing, w.idle_token_s, w.looser_than,
-        )  # fmt: skip
-        if m.exposure != NO_BOUND:
-            for k in range(p.n_candidates):
-                if not affords(w, i, p.candidates[k], c):
-                    routes[FIRST_CANDIDATE + k] = 0
+    elif done == LOCAL:
+        run_here(w, i, r)
     else:
-        write_idle_view(nodes, request, routes, p.own, m.now_s)
-    write_self(me, p.head >= 0, p.advert_due == 1, p.held, p.arrival_rate, p.guests, w.accounts[i, FREE], p.price)
+        k = done - FIRST_CANDIDATE
+        send_offer(w, r, q[r].candidates[k])
+        maybe_duel(w, i, r, k)
+
+
+@kernel
+def run_here(w, i, r):
+    """Provider i runs request r, taken out of its queue, on its own engine."""
+    first_s, token_s = expect(w.p[i].own, 0.0, w.q[r].prompt)
+    predict(w, r, i, w.m.now_s, first_s, token_s)
+    place(w, r, i, w.m.now_s)
+    w.p[i].counts[RUN_LOCAL] += 1
+
+
+@kernel
+def maybe_duel(w, i, r, chosen):
+    """With the market's chance, offer a copy of request r, just offered to candidate `chosen`, to the next one."""
+    m, q, p = w.m, w.q, w.p[i]
+    if m.duel_probability <= 0.0 or uniform(p.generator) >= m.duel_probability:
+        return
+    if m.n_duels >= w.d.size or m.n_arrivals + (m.n_duels + 1) * (1 + m.judges) > q.size:
+        return  # every duel begun may yet need records for its judges
+    peers = peers_of(w, i)
+    for k in range(q[r].n_candidates):
+        if k == chosen or not may_offer(m.pricing, q[r], peers, k):
+            continue
+        copy = new_request(w, COPY, i, q[r].klass, m.n_duels)
+        q[copy].prompt, q[copy].output, q[copy].longest = q[r].prompt, q[r].output, q[r].longest
+        q[copy].arrival_s = q[r].arrival_s
+        q[r].duel = m.n_duels
+        w.d[m.n_duels].first, w.d[m.n_duels].second = r, copy
+        m.n_duels += 1
+        p.counts[DUELS_STARTED] += 1
+        send_offer(w, copy, q[r].candidates[k])
+        return

@@ -15,24 +15,21 @@ from wwwserve.agents.protocol import (
     draw_by_stake,
     lock,
     price_of,
-    settle,
     settle_duel,
     vote_of,
 )
+from wwwserve.agents.provider import end_leg
 from wwwserve.envs.engine import abort
 from wwwserve.envs.market.engines import place
-from wwwserve.envs.market.offers import probe
-from wwwserve.envs.market.settlement import end_leg
+from wwwserve.envs.market.mail import forget
+from wwwserve.envs.market.settlement import pay
 from wwwserve.envs.state import (
-    COPY,
     DUELS_SETTLED,
-    DUELS_STARTED,
     DUELS_VOID,
     FAILED,
     IN_ENGINE,
     JUDGED,
     JUDGEMENT,
-    LOST,
 )
 
 JUDGE_TOKENS = 16  # a judge's answer
@@ -40,44 +37,20 @@ JUDGE_TOKENS = 16  # a judge's answer
 
 @kernel
 def new_request(w, kind, o, klass, duel):
+    """A record for a request that no user made."""
     r = w.m.used
     w.m.used += 1
     w.q[r].kind = kind
     w.q[r].origin = o
     w.q[r].klass = klass
     w.q[r].duel = duel
-    w.q[r].ready_s = w.m.now_s
     w.q[r].arrival_s = w.m.now_s
     return r
 
 
 @kernel
-def maybe_duel(w, i, r, taken_by):
-    """With the market's chance, send a copy of request r, just taken by candidate `taken_by`, to another candidate."""
-    m, q, p = w.m, w.q, w.p[i]
-    if m.duel_probability <= 0.0 or uniform(m.dice) > m.duel_probability:
-        return
-    if m.n_duels >= w.d.size or m.n_arrivals + (m.n_duels + 1) * (1 + m.judges) > q.size:
-        return  # every duel begun may yet need records for its judges
-    for k in range(p.n_candidates):
-        if k == taken_by or (p.refused >> k) & 1:
-            continue
-        copy = new_request(w, COPY, i, q[r].klass, m.n_duels)
-        q[copy].prompt, q[copy].output = q[r].prompt, q[r].output
-        q[copy].arrival_s = q[r].arrival_s
-        if probe(w, copy, p.candidates[k], False):
-            q[r].duel = m.n_duels
-            duel = w.d[m.n_duels]
-            duel.first, duel.second = r, copy
-            m.n_duels += 1
-            p.counts[DUELS_STARTED] += 1
-        else:
-            m.used -= 1
-        return
-
-
-@kernel
 def void_duel(w, k):
+    """Duel k will have no verdict."""
     if w.d[k].void == 0:
         w.d[k].void = 1
         w.p[w.q[w.d[k].first].origin].counts[DUELS_VOID] += 1
@@ -89,11 +62,11 @@ def start_judging(w, k):
     m, q, p, duel = w.m, w.q, w.p, w.d[k]
     a, b = duel.first, duel.second
     o = q[a].origin
-    for j in range(w.stake.size):
+    for j in range(w.draw.stake.size):
         others = j < m.n_providers and j != o and j != q[a].executor and j != q[b].executor
-        w.eligible[j] = others and p[j].online == 1
-        w.stake[j] = w.accounts[j, STAKED]
-    count = draw_by_stake(w.stake, w.eligible, m.judges, m.dice, duel.judges)
+        w.draw.eligible[j] = others and p[j].online == 1
+        w.draw.stake[j] = w.accounts[j, STAKED]
+    count = draw_by_stake(w.draw.stake, w.draw.eligible, m.judges, m.generator, duel.judges)
     judges = 0
     for s in range(count):
         j = duel.judges[s]
@@ -107,7 +80,7 @@ def start_judging(w, k):
         q[r].price, q[r].locked = price, fee
         duel.judges[judges] = j
         duel.votes[judges] = VOTE_SILENT
-        place(w, r, j, m.now_s + 0.5 * m.rtt_s, 0.0, 1.0)
+        place(w, r, j, m.now_s + 0.5 * m.rtt_s)
         judges += 1
     duel.n_judges = duel.pending = judges
     if judges == 0:
@@ -121,15 +94,10 @@ def hear_judge(w, r, answered):
     duel = w.d[k]
     o, j = q[r].origin, q[r].executor
     a, b = q[duel.first].executor, q[duel.second].executor
-    due = np.int64(0)
     if answered:
-        duel.votes[q[r].klass] = vote_of(w.p[a].strength, w.p[b].strength, uniform(w.m.dice))
-        due = price_of(w.m.pricing, q[r].price, q[r].output)
+        duel.votes[q[r].klass] = vote_of(w.p[a].strength, w.p[b].strength, uniform(w.m.generator))
         w.p[j].counts[JUDGED] += 1
-    paid = settle(w.accounts[o], w.accounts[j], q[r].locked, due) / MICRO
-    q[r].locked = 0
-    w.p[o].transfers -= paid
-    w.p[j].transfers += paid
+    pay(w, r, q[r].output if answered else 0)
     duel.pending -= 1
     if duel.pending > 0:
         return
@@ -146,6 +114,26 @@ def hear_judge(w, r, answered):
 
 
 @kernel
+def is_out(w, r):
+    """Whether request r is with a peer, or on its way there or back."""
+    return w.q[r].out_next >= 0 or w.q[r].out_prev >= 0 or w.p[w.q[r].origin].out_head == r
+
+
+@kernel
+def withdraw_out(w, r):
+    """The origin of request r, which is with a peer or on its way, wants it no longer, and pays nothing."""
+    q = w.q
+    i, j = q[r].origin, q[r].executor
+    if q[r].status == IN_ENGINE:
+        abort(w.e[j], q, r)
+        w.p[j].guests -= 1
+    forget(w, r)
+    end_leg(w.p[i], q, r, w.dealings[i, j])
+    pay(w, r, 0)
+    q[r].status = FAILED
+
+
+@kernel
 def end_duels(w):
     """The market ends: legs whose users have their answer are withdrawn, judges still at work leave it undecided."""
     m, q = w.m, w.q
@@ -155,12 +143,8 @@ def end_duels(w):
             continue
         void_duel(w, k)
         for leg in (duel.first, duel.second):
-            out = q[leg].status == IN_ENGINE or q[leg].status == LOST
-            if out and q[leg].duel == k and not np.isnan(q[duel.first].answer_s):
-                if q[leg].status == IN_ENGINE:
-                    abort(w.e[q[leg].executor], q, leg)
-                end_leg(w, leg)
-                q[leg].status = FAILED
+            if is_out(w, leg) and q[leg].duel == k and not np.isnan(q[duel.first].answer_s):
+                withdraw_out(w, leg)
     for r in range(m.n_arrivals, m.used):
         if q[r].kind == JUDGEMENT and q[r].status == IN_ENGINE:
             abort(w.e[q[r].executor], q, r)

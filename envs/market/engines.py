@@ -1,12 +1,20 @@
-"""Requests on their way into engines."""
+"""Requests on their way into engines, and engines as their providers read them."""
 
-from wwwserve.agents.estimate import chance_on_time, expect
+from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.view import CLASS_VALUE
-from wwwserve.envs.engine import submit
-from wwwserve.envs.market.reward import PREDICTION_SIGMA, expect_value, reprice
-from wwwserve.envs.market.world import scrape
-from wwwserve.envs.state import CLIPPED, IN_ENGINE, JUDGEMENT, RUN_LOCAL, USER
+from wwwserve.agents.knowledge import on_scrape
+from wwwserve.envs.engine import advance, submit
+from wwwserve.envs.state import CLIPPED, IN_ENGINE
+
+
+@kernel
+def scrape(w, i):
+    """Provider i reads its engine as it is now."""
+    e = w.e[i]
+    if e.wake_s > w.m.now_s:  # else it is run by the clock, which sees to what is done
+        advance(e, w.q, w.m.now_s, w.done, 0)
+    tokens = (e.profile[KV_BLOCKS] - e.free_blocks) * BLOCK_TOKENS
+    on_scrape(w.p[i].own, w.m.now_s, e.running, e.waiting, tokens, 1.0)
 
 
 @kernel
@@ -20,33 +28,12 @@ def clip_length(w, r, j):
 
 
 @kernel
-def place(w, r, j, at_s, first_s, token_s):
-    """Submit request r to provider j's engine at `at_s`, and count its predicted value into its origin's potential.
-
-    The prediction knows the request's true output length; it serves the reward alone, no view shows it.
-    """
+def place(w, r, j, at_s):
+    """Submit request r to provider j's engine at `at_s`, not before now."""
     q = w.q
     clip_length(w, r, j)
-    if w.m.by_decision == 1 and q[r].kind == USER:
-        reprice(w, q[r].origin, j, token_s)
-    o, c = q[r].origin, q[r].klass
     q[r].executor = j
     q[r].status = IN_ENGINE
-    submit(w.e[j], q, r, at_s)
     scrape(w, j)
-    if q[r].kind != JUDGEMENT:
-        deadlines = w.m.deadlines[c][: w.m.n_deadlines]
-        chance = chance_on_time(
-            deadlines, at_s - q[r].arrival_s, first_s, token_s, float(q[r].output), PREDICTION_SIGMA, 1e9
-        )
-        if q[r].kind == USER:
-            value = w.p[o].known[c, CLASS_VALUE] * chance
-            w.p[o].effect += value - q[r].predicted
-            expect_value(w, r, value)
-
-
-@kernel
-def place_local(w, i, r):
-    first_s, token_s = expect(w.p[i].own, 0.0, w.q[r].prompt)
-    place(w, r, i, max(w.m.now_s, w.q[r].ready_s), first_s, token_s)
-    w.p[i].counts[RUN_LOCAL] += 1
+    submit(w.e[j], q, r, max(at_s, w.e[j].clock_s))
+    scrape(w, j)

@@ -1,60 +1,95 @@
-"""A request on its way to a peer: asked, taken or refused."""
+"""A request on its way to a peer, which takes it or does not."""
 
-import numpy as np
-
-from wwwserve.agents.decision import accept
-from wwwserve.agents.dice import uniform
 from wwwserve.agents.estimate import expect
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.knowledge import AD_PRICE, on_refused, on_sent
-from wwwserve.agents.protocol import MICRO, lock, price_of
-from wwwserve.agents.view import CLASS_MAX
-from wwwserve.envs.engine import kv_use
-from wwwserve.envs.market.engines import place
-from wwwserve.envs.market.queues import add_out
-from wwwserve.envs.market.settlement import credit_for
+from wwwserve.agents.provider import accepted, consider, offer, refused
+from wwwserve.envs.market.answers import leg_failed
+from wwwserve.envs.market.engines import place, scrape
+from wwwserve.envs.market.mail import send
+from wwwserve.envs.market.reward import expect_value, predict
+from wwwserve.envs.market.settlement import escrow
 from wwwserve.envs.market.world import lying
-from wwwserve.envs.state import DELEGATED, PROBES_REFUSED, PROBES_UNANSWERED
+from wwwserve.envs.state import DELEGATED, OFFER, OFFERED, PROBES_REFUSED, PROBES_UNANSWERED, REFUSAL, USER
 
-PROBE_TIMEOUT_S = 2.0
+OFFER_TIMEOUT_S = 2.0  # after which a peer that does not answer is given up
 
 
 @kernel
-def probe(w, r, j, directed):
-    """Ask provider j to take request r; hand it over if it does. Returns whether it did.
-
-    A directed request is taken whatever j's terms are. The probe costs a round trip, or a timeout if j is gone.
-    """
+def send_offer(w, r, j):
+    """Offer request r to provider j, with what it can cost in escrow. Returns whether there was credit for it."""
     m, p, q = w.m, w.p, w.q
     i = q[r].origin
-    leaves_s = max(m.now_s, q[r].ready_s)
+    if not escrow(w, r, j, False):
+        return False
+    offer(p[i], q, r, j, w.dealings[i, j], w.adverts[j])
+    q[r].status = OFFERED
+    if q[r].kind == USER:
+        q[r].predicted_held = q[r].predicted
+        scrape(w, j)
+        first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
+        predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
+    send(w, r, OFFER, m.now_s + 0.5 * m.rtt_s)
+    return True
+
+
+@kernel
+def receive_offer(w, r):
+    """A provider is offered request r: it takes it, at once and with a promise, or refuses."""
+    m, p, q = w.m, w.p, w.q
+    j = q[r].executor
     if p[j].online == 0:
-        q[r].ready_s = leaves_s + PROBE_TIMEOUT_S
-        p[i].counts[PROBES_UNANSWERED] += 1
-        on_refused(w.dealings[i, j], w.adverts[j])
-        return False
-    first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
-    u = 0.0 if directed else uniform(m.dice)
-    taken = directed or accept(p[j].terms, first_s, kv_use(w.e[j]), p[j].held, u)
-    price = np.int64(round(w.adverts[j, AD_PRICE] * MICRO))
-    if directed and price_of(m.pricing, price, np.int64(p[i].known[q[r].klass, CLASS_MAX])) > credit_for(w, i, j):
-        price = np.int64(0)  # a router that sees everything stands outside the economy
-    amount = price_of(m.pricing, price, np.int64(p[i].known[q[r].klass, CLASS_MAX]))
-    if not taken or amount > credit_for(w, i, j) or not lock(w.accounts[i], amount):
-        q[r].ready_s = leaves_s + m.rtt_s
-        p[i].counts[PROBES_REFUSED] += 1
-        on_refused(w.dealings[i, j], w.adverts[j])
-        return False
-    q[r].price, q[r].locked = price, amount
-    q[r].taken_s = leaves_s + m.rtt_s
-    q[r].promised_ttft_s = first_s + m.rtt_s
-    q[r].promised_tpot_s = token_s
+        send(w, r, REFUSAL, q[r].mail_s - 0.5 * m.rtt_s + OFFER_TIMEOUT_S)
+        return
+    scrape(w, j)
+    taken, first_s, token_s = consider(p[j], q[r].prompt)
+    if taken:
+        take(w, r, first_s, token_s)
+    else:
+        send(w, r, REFUSAL, q[r].mail_s + 0.5 * m.rtt_s)
+
+
+@kernel
+def take(w, r, first_s, token_s):
+    """The provider that request r went to runs it, and promises what it expects, or says that it does."""
+    m, p, q = w.m, w.p, w.q
+    i, j = q[r].origin, q[r].executor
     if lying(w, j):
-        q[r].promised_ttft_s = first_s * p[j].lie_load / p[j].lie_speed + m.rtt_s
-        q[r].promised_tpot_s = token_s / p[j].lie_speed
-    place(w, r, j, leaves_s + 1.5 * m.rtt_s, first_s, token_s)
-    add_out(w, r)
-    on_sent(w.dealings[i, j], w.adverts[j])
+        first_s *= p[j].lie_load / p[j].lie_speed
+        token_s /= p[j].lie_speed
+    accepted(q, r, m.now_s + 0.5 * m.rtt_s, first_s + m.rtt_s, token_s)
     p[j].guests += 1
     p[i].counts[DELEGATED] += 1
-    return True
+    place(w, r, j, m.now_s)
+
+
+@kernel
+def receive_refusal(w, r):
+    """The origin of request r hears that it is not taken, or gives up to wait for that."""
+    p, q = w.p, w.q
+    i, j = q[r].origin, q[r].executor
+    p[i].counts[PROBES_UNANSWERED if p[j].online == 0 else PROBES_REFUSED] += 1
+    refused(p[i], q, r, w.dealings[i, j], w.adverts[j])
+    if q[r].kind == USER and w.m.by_decision == 1:
+        p[i].effect += q[r].predicted_held - q[r].predicted
+        expect_value(w, r, q[r].predicted_held)
+    leg_failed(w, r)
+
+
+@kernel
+def direct_to(w, r, j):
+    """A router that sees everything gives request r to provider j, whatever j's terms are; outside of the economy where
+    its origin could not pay."""
+    m, p, q = w.m, w.p, w.q
+    i = q[r].origin
+    scrape(w, j)
+    first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
+    if not escrow(w, r, j, False):
+        escrow(w, r, j, True)
+    offer(p[i], q, r, j, w.dealings[i, j], w.adverts[j])
+    if q[r].kind == USER:
+        predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
+    at_s = m.now_s + 0.5 * m.rtt_s
+    accepted(q, r, at_s + 0.5 * m.rtt_s, first_s + m.rtt_s, token_s)
+    p[j].guests += 1
+    p[i].counts[DELEGATED] += 1
+    place(w, r, j, at_s)

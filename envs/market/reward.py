@@ -57,6 +57,25 @@ def reprice(w, i, j, token_s):
 
 
 @kernel
+def predict(w, r, j, at_s, first_s, token_s):
+    """Count user request r, which starts at `at_s` on engine j, with its predicted value in its origin's potential.
+
+    The prediction knows the request's true output length; it serves the reward alone, no view shows it.
+    """
+    m, q = w.m, w.q
+    o, c = q[r].origin, q[r].klass
+    if m.by_decision == 1:
+        reprice(w, o, j, token_s)
+    deadlines = m.deadlines[c][: m.n_deadlines]
+    chance = chance_on_time(
+        deadlines, at_s - q[r].arrival_s, first_s, token_s, float(q[r].output), PREDICTION_SIGMA, 1e9
+    )
+    value = w.p[o].known[c, CLASS_VALUE] * chance
+    w.p[o].effect += value - q[r].predicted
+    expect_value(w, r, value)
+
+
+@kernel
 def charge_wait(w, i, r):
     """Charge provider i for what the wait of its request r made impossible.
 
@@ -76,7 +95,7 @@ def charge_wait(w, i, r):
 
 
 @kernel
-def pay(w, reward, given):
+def pay_step(w, reward, given):
     """What the step paid to each provider, and what of it the arrivals brought; see `envs.state.Reward`."""
     m, p, before = w.m, w.p, w.before
     n = m.n_providers

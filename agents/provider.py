@@ -1,0 +1,460 @@
+"""The provider: its record, and every transition of it.
+
+A market calls these kernels for each of its providers, a node for its own. Time, messages and engines come from
+outside: the caller says when a request arrives, what a peer answered, how the own engine stands. In every kernel `p` is
+a PROVIDER record (or one that has its fields), `a` an AGREEMENT, `q` the record array of requests that has
+REQUEST_FIELDS, and `r` an index into it. Amounts are integer micro-credits, times are seconds of the caller's clock.
+
+A request of an own user goes: `arrive` -> `choose_head` (candidates drawn) -> `decide` -> held until `reopen`, or run
+here, or offered to a candidate (`offer`) -> `accepted`, or `refused` and back at the head -> `answered`, or `lost`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wwwserve.agents.decision import (
+    CANDIDATES,
+    FIRST_CANDIDATE,
+    HOLD,
+    LOCAL,
+    PRICES,
+    TERMS_SIZE,
+    accept,
+    affordable,
+    may_hold,
+    may_offer,
+)
+from wwwserve.agents.dice import WORDS, uniform
+from wwwserve.agents.estimate import expect
+from wwwserve.agents.kernel import Bools, Floats, kernel
+from wwwserve.agents.knowledge import (
+    AD_HELD,
+    AD_KV_CAPACITY,
+    AD_KV_TOKENS,
+    AD_PRICE,
+    AD_STAKE,
+    AD_TIME_S,
+    AD_WAITING,
+    ADVERT_SIZE,
+    MAX_CLASSES,
+    RATE_WINDOW_S,
+    aged_rate,
+    clear_progress,
+    on_answer,
+    on_ended,
+    on_progress,
+    on_refused,
+    on_sent,
+    silent_after_s,
+)
+from wwwserve.agents.protocol import (
+    FREE,
+    MICRO,
+    NO_BOUND,
+    draw_by_stake,
+    move_stake,
+    room,
+    stake_target,
+)
+from wwwserve.agents.view import CLASS_LAST_DEADLINE_S, CLASS_SIZE
+
+MAX_DEADLINES = 8
+
+# What all providers of a market have agreed on.
+AGREEMENT_FIELDS = [
+    ("tick_s", np.float64),  # between two looks at what is held
+    ("gossip_s", np.float64),  # between two adverts of a provider
+    ("rtt_s", np.float64),  # round trip between two providers
+    ("n_classes", np.int64),
+    ("n_deadlines", np.int64),
+    ("deadlines", np.float64, (MAX_CLASSES, MAX_DEADLINES)),  # s since arrival
+    ("pricing", np.int64),  # PER_REQUEST or PER_KTOK
+    ("n_prices", np.int64),
+    ("prices", np.float64, PRICES),  # credits that may be posted
+    ("exposure", np.int64),  # micro-credits that may be in escrow with one peer
+    ("stake_follows_load", np.int64),
+]
+AGREEMENT = np.dtype(AGREEMENT_FIELDS, align=True)
+
+PROVIDER_FIELDS = [
+    ("known", np.float64, (MAX_CLASSES, CLASS_SIZE)),  # of its own users' requests
+    ("own", np.float64, ADVERT_SIZE),  # its state, fresh and honest
+    ("terms", np.float64, TERMS_SIZE),  # on which it takes peers' requests
+    ("price", np.float64),  # credits, in force
+    ("credit", np.int64),  # free micro-credits when it last looked
+    ("next_gossip_s", np.float64),
+    ("arrival_rate", np.float64),  # of its own users' requests, 1/s
+    ("guests", np.int64),  # peers' requests that it has
+    ("held_head", np.int32, MAX_CLASSES),  # its queues, one a class; -1 where there is none
+    ("held_tail", np.int32, MAX_CLASSES),
+    ("closed", np.int8, MAX_CLASSES),  # 1: the class is held until the next tick or answer
+    ("held", np.int64),
+    ("out_head", np.int32),  # first of the requests that it has with peers
+    ("head", np.int32),  # the request to decide on, -1 if none
+    ("advert_due", np.int64),
+    ("generator", np.int64, WORDS),  # of random numbers
+]
+PROVIDER = np.dtype(PROVIDER_FIELDS, align=True)
+
+# What a provider knows of a request of its own users; first what it looks at while a peer has it: one cache line.
+OUT_FIELDS = [
+    ("taken_s", np.float64),  # when the acceptance came; NaN while there is none
+    ("promised_ttft_s", np.float64),  # from then on
+    ("promised_tpot_s", np.float64),
+    ("streamed", np.int64),  # tokens that came so far
+    ("executor", np.int32),  # row of the peer that has it, or had it; -1 before
+    ("out_next", np.int32),  # the list of what it has with peers
+    ("out_prev", np.int32),
+]
+HELD_FIELDS = [
+    ("klass", np.int32),
+    ("next", np.int32),  # in the queue, -1 at its end
+    ("prompt", np.int64),  # tokens
+    ("longest", np.int64),  # tokens of the longest answer that it may get
+    ("arrival_s", np.float64),
+    ("n_candidates", np.int64),
+    ("refused", np.int64),  # bit k: candidate k refused it since they were drawn
+    ("candidates", np.int64, CANDIDATES),  # rows of peers, in the order drawn
+]
+REQUEST_FIELDS = [*OUT_FIELDS, *HELD_FIELDS]
+REQUEST = np.dtype(REQUEST_FIELDS, align=True)
+
+
+class Scratch(NamedTuple):
+    """Buffers for a draw of candidates."""
+
+    stake: Floats  # [N]
+    eligible: Bools  # [N]
+
+
+def reset_provider(p: NDArray[Any]) -> None:
+    """Make PROVIDER records those of providers that have nothing and take everything."""
+    for name in ("held_head", "held_tail", "out_head", "head"):
+        p[name] = -1
+    p["terms"] = (np.inf, np.inf, 1.0, 0.0)
+
+
+def reset_requests(q: NDArray[Any]) -> None:
+    """Make records that have REQUEST_FIELDS those of new requests."""
+    for name, *_ in REQUEST_FIELDS:
+        q[name] = 0
+    for name in ("executor", "out_next", "out_prev", "next"):
+        q[name] = -1
+    q["taken_s"] = np.nan
+
+
+# The queue: own users' requests that are not decided, by class.
+
+
+@kernel
+def enqueue(p, q, r, front):
+    """Hold request r, at the front of its queue if it was held before and came back."""
+    c = q[r].klass
+    if p.held_head[c] < 0:
+        q[r].next = -1
+        p.held_head[c] = p.held_tail[c] = r
+    elif front:
+        q[r].next = p.held_head[c]
+        p.held_head[c] = r
+    else:
+        q[r].next = -1
+        q[p.held_tail[c]].next = r
+        p.held_tail[c] = r
+    p.held += 1
+    p.own[AD_HELD + c] += 1.0
+
+
+@kernel
+def dequeue(p, q, c):
+    """Take the first request out of the queue of class c; returns it."""
+    r = p.held_head[c]
+    p.held_head[c] = q[r].next
+    if p.held_head[c] < 0:
+        p.held_tail[c] = -1
+    q[r].next = -1
+    p.held -= 1
+    p.own[AD_HELD + c] -= 1.0
+    return r
+
+
+@kernel
+def withdraw(p, q, r):
+    """Take request r out of its queue, wherever it stands. Returns whether it was there."""
+    c = q[r].klass
+    before = np.int32(-1)
+    here = p.held_head[c]
+    while here >= 0 and here != r:
+        before, here = here, q[here].next
+    if here < 0:
+        return False
+    if before < 0:
+        dequeue(p, q, c)
+    else:
+        q[before].next = q[r].next
+        if p.held_tail[c] == r:
+            p.held_tail[c] = before
+        q[r].next = -1
+        p.held -= 1
+        p.own[AD_HELD + c] -= 1.0
+    if p.head == r:
+        p.head = -1
+    return True
+
+
+@kernel
+def count_arrival(p):
+    """An own user asks, whether the request is taken or not."""
+    p.arrival_rate += 1.0 / RATE_WINDOW_S
+
+
+@kernel
+def arrive(p, q, r):
+    """An own user asks for r."""
+    count_arrival(p)
+    enqueue(p, q, r, False)
+
+
+# The head: the request to decide on, and who could have it.
+
+
+@kernel
+def next_head(p, a, q):
+    """The request whose last deadline comes first, of the classes that are not closed; -1 if there is none."""
+    head = -1
+    soonest = np.inf
+    if p.held > 0:
+        for c in range(a.n_classes):
+            r = p.held_head[c]
+            if r >= 0 and p.closed[c] == 0:
+                due_s = q[r].arrival_s + p.known[c, CLASS_LAST_DEADLINE_S]
+                if due_s < soonest:
+                    head, soonest = r, due_s
+    return head
+
+
+@kernel
+def choose_head(p, a, q):
+    """Put the most urgent request that may be decided on at the head. Returns whether it is another than before, which
+    then needs candidates and random numbers."""
+    r = next_head(p, a, q)
+    another = r >= 0 and r != p.head
+    p.head = r
+    return another
+
+
+@kernel
+def draw_candidates(p, a, q, r, peers, serves, now_s, scratch):
+    """Draw the candidates of request r by advertised stake: peers that were heard lately and can be afforded.
+
+    `serves` [N]: which peers serve the model that it asks for.
+    """
+    silent_s = silent_after_s(a.gossip_s)
+    for j in range(serves.size):
+        heard = now_s - peers.adverts[j, AD_TIME_S] <= silent_s
+        scratch.eligible[j] = serves[j] and heard and affordable(a.pricing, peers, j, q[r].longest)
+        scratch.stake[j] = peers.adverts[j, AD_STAKE]
+    q[r].n_candidates = draw_by_stake(scratch.stake, scratch.eligible, CANDIDATES, p.generator, q[r].candidates)
+    q[r].refused = 0
+
+
+@kernel
+def draw_uniforms(p, uniforms):
+    """Random numbers for the policy's decision on a new head; `uniforms` [UNIFORMS_PER_DECISION]."""
+    for k in range(uniforms.size):
+        uniforms[k] = uniform(p.generator)
+
+
+# Decisions.
+
+
+@kernel
+def decide(p, a, q, peers, route, now_s):
+    """What the policy's `route` for the head comes to: HOLD, LOCAL, or from FIRST_CANDIDATE on the candidate.
+
+    A route that is not open becomes hold, and hold becomes local once the last deadline is over. A class that is held
+    is closed; any other request leaves its queue.
+    """
+    r = p.head
+    c = q[r].klass
+    if route != LOCAL and not may_offer(a.pricing, q[r], peers, route - FIRST_CANDIDATE):
+        route = HOLD
+    if route == HOLD:
+        if may_hold(now_s - q[r].arrival_s, p.known[c, CLASS_LAST_DEADLINE_S]):
+            p.closed[c] = 1
+            return HOLD
+        route = LOCAL
+    dequeue(p, q, c)
+    return route
+
+
+@kernel
+def set_terms(p, a, terms, price):
+    """Terms on which peers' requests are taken from now on; `price`, an index, holds from the next advert on."""
+    for t in range(TERMS_SIZE):
+        p.terms[t] = terms[t]
+    if p.advert_due == 1:
+        p.price = a.prices[min(max(price, 0), a.n_prices - 1)]
+
+
+@kernel
+def reopen(p):
+    """What is held is decided on again, with candidates drawn anew."""
+    for c in range(MAX_CLASSES):
+        p.closed[c] = 0
+    p.head = -1
+
+
+# A request that is offered to a peer, and what becomes of it.
+
+
+@kernel
+def offer(p, q, r, j, dealings, advert):
+    """Request r goes to peer j, of whom `dealings` and `advert` are known; whether it takes it is yet to be heard."""
+    q[r].executor = j
+    q[r].taken_s = np.nan
+    q[r].streamed = 0
+    q[r].out_prev = -1
+    q[r].out_next = p.out_head
+    if p.out_head >= 0:
+        q[p.out_head].out_prev = r
+    p.out_head = r
+    on_sent(dealings, advert)
+
+
+@kernel
+def accepted(q, r, now_s, ttft_s, tpot_s):
+    """The peer took request r and promises a time to first token and a time per token, s."""
+    q[r].taken_s = now_s
+    q[r].promised_ttft_s = ttft_s
+    q[r].promised_tpot_s = tpot_s
+
+
+@kernel
+def refused(p, q, r, dealings, advert):
+    """The peer that r was offered to does not take it, or does not answer."""
+    end_leg(p, q, r, dealings)
+    on_refused(dealings, advert)
+
+
+@kernel
+def come_back(p, q, r):
+    """Request r, refused by or lost with a peer, is at the head of its queue again, that peer masked."""
+    for k in range(q[r].n_candidates):
+        if q[r].candidates[k] == q[r].executor:
+            q[r].refused |= 1 << k
+    enqueue(p, q, r, True)
+    if p.closed[q[r].klass] == 0:  # if it is next, its candidates are not drawn anew
+        p.head = r
+
+
+@kernel
+def answered(p, q, r, dealings, now_s, output):
+    """The peer's answer to request r, of `output` tokens, is all there."""
+    promised_s = q[r].promised_ttft_s + q[r].promised_tpot_s * (output - 1)
+    on_answer(dealings, now_s - q[r].taken_s, promised_s)
+    end_leg(p, q, r, dealings)
+
+
+@kernel
+def end_leg(p, q, r, dealings):
+    """Request r is no longer with a peer, whatever became of it."""
+    before, after = q[r].out_prev, q[r].out_next
+    if before >= 0:
+        q[before].out_next = after
+    else:
+        p.out_head = after
+    if after >= 0:
+        q[after].out_prev = before
+    q[r].out_next = q[r].out_prev = -1
+    on_ended(dealings)
+
+
+@kernel
+def look_at_evidence(p, q, dealings, now_s):
+    """Compare what every peer has streamed with what it promised. `dealings` [N, DEALINGS_SIZE]."""
+    for j in range(dealings.shape[0]):
+        clear_progress(dealings[j])
+    r = p.out_head
+    while r >= 0:
+        if not np.isnan(q[r].taken_s):
+            waited_s = now_s - q[r].taken_s
+            on_progress(dealings[q[r].executor], waited_s, q[r].promised_ttft_s, q[r].promised_tpot_s, q[r].streamed)
+        r = q[r].out_next
+
+
+# Peers' requests.
+
+
+@kernel
+def consider(p, prompt):
+    """Whether it takes a peer's request of `prompt` tokens, on its terms and its fresh own state; and the time to first
+    token and per token, s, that it expects."""
+    first_s, token_s = expect(p.own, 0.0, prompt)
+    use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
+    return accept(p.terms, first_s, use, p.held, uniform(p.generator)), first_s, token_s
+
+
+# Time.
+
+
+@kernel
+def tick(p, elapsed_s):
+    """A tick went by, `elapsed_s` after the one before."""
+    p.arrival_rate = aged_rate(p.arrival_rate, elapsed_s)
+    reopen(p)
+
+
+@kernel
+def move_own_stake(p, account, elapsed_s):
+    """Move the stake, for `elapsed_s`, toward what the own load calls for. `account` [ACCOUNT_SIZE]."""
+    use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
+    move_stake(account, stake_target(use, p.own[AD_WAITING], p.held), elapsed_s)
+
+
+@kernel
+def gossip(p, a, now_s):
+    """Make an advert due if it is time for one; returns whether it is."""
+    if now_s < p.next_gossip_s - 1e-9:
+        return False
+    p.advert_due = 1
+    p.next_gossip_s += a.gossip_s
+    return True
+
+
+@kernel
+def advertise(p, staked, now_s, advert):
+    """Write the own advert [ADVERT_SIZE], which is then no longer due; `staked` micro-credits."""
+    p.advert_due = 0
+    p.own[AD_PRICE] = p.price
+    p.own[AD_STAKE] = staked / MICRO
+    for k in range(advert.size):
+        advert[k] = p.own[k]
+    advert[AD_TIME_S] = now_s
+
+
+@kernel
+def leave(p):
+    """It goes offline: nothing is asked of it, and nothing is due. What it held is the caller's to give up first."""
+    p.head = -1
+    p.advert_due = 0
+    p.arrival_rate = 0.0
+
+
+@kernel
+def write_credit(p, account, a, q, credit):
+    """Micro-credits [N] that may be put in escrow with each peer, of one account, within the market's exposure."""
+    p.credit = account[FREE]
+    for j in range(credit.size):
+        credit[j] = account[FREE]
+    if a.exposure == NO_BOUND:
+        return
+    for j in range(credit.size):
+        credit[j] = a.exposure
+    r = p.out_head
+    while r >= 0:
+        credit[q[r].executor] -= q[r].locked
+        r = q[r].out_next
+    for j in range(credit.size):
+        credit[j] = room(account, a.exposure - credit[j], a.exposure)
