@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wwwserve.agents.kernel import Floats, Ints, Ints32, kernel
-from wwwserve.agents.knowledge import AD_PRICE, Peers
+from wwwserve.agents.knowledge import AD_PRICE, AD_TIME_S, NO_TIME, Peers
 from wwwserve.agents.protocol import MICRO, PER_REQUEST
 
 CANDIDATES = 8  # K
@@ -100,7 +100,9 @@ def may_offer(pricing, request, peers, k):  # type: ignore[no-untyped-def]
     """Whether a request, a record of `agents.provider`, may be offered to its candidate k."""
     if k < 0 or k >= request.n_candidates or (request.refused >> k) & 1 == 1:
         return False
-    return affordable(pricing, peers, request.candidates[k], request.longest)
+    j = request.candidates[k]
+    there = peers.adverts[j, AD_TIME_S] > NO_TIME
+    return there and affordable(pricing, peers, j, request.longest)
 
 
 @kernel

@@ -420,6 +420,8 @@ def gossip(p, a, now_s):
         return False
     p.advert_due = 1
     p.next_gossip_s += a.gossip_s
+    if p.next_gossip_s < now_s:  # it was not asked for long
+        p.next_gossip_s = now_s + a.gossip_s
     return True
 
 

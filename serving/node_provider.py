@@ -1,0 +1,436 @@
+"""The provider of a node: one PROVIDER record, the tables that it grows, and the names behind their rows.
+
+What happens to a provider, and what it decides, is in the kernels of `agents.provider`; here stands only what a node
+needs to call them for itself alone. Nothing here reads a clock, opens a socket or waits.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wwwserve.agents import provider as transitions
+from wwwserve.agents.decision import FIRST_CANDIDATE, make_actions, may_hold, may_offer
+from wwwserve.agents.dice import DICE_PER_DECISION, make_dice
+from wwwserve.agents.hardware import Profile
+from wwwserve.agents.kernel import Floats, Ints, one_at_a_time, records
+from wwwserve.agents.knowledge import (
+    AD_KV_CAPACITY,
+    AD_KV_TOKENS,
+    AD_MEAN_OUTPUT,
+    AD_MEAN_PROMPT,
+    AD_PRICE,
+    AD_TIME_S,
+    AD_WAITING,
+    ADVERT_SIZE,
+    DUELS_LOST,
+    DUELS_WON,
+    MAX_CLASSES,
+    NO_TIME,
+    Peers,
+    make_dealings,
+    on_length,
+    on_scrape,
+    write_profile,
+)
+from wwwserve.agents.protocol import (
+    ACCOUNT_SIZE,
+    FREE,
+    MICRO,
+    NO_BOUND,
+    PER_KTOK,
+    PER_REQUEST,
+    STAKED,
+    stake_target,
+)
+from wwwserve.agents.provider import AGREEMENT, MAX_DEADLINES, PROVIDER, REQUEST, Scratch
+from wwwserve.agents.rules import Policy, Rule
+from wwwserve.agents.view import CLASS_LAST_DEADLINE_S, CLASS_SIZE, NODES, Views, ViewScratch, make_views, write_view
+
+FALLBACK = "earliest_finish"  # the rule that decides where a view is not finite
+
+
+class Market(NamedTuple):
+    """What all providers of a market have agreed on, and what one knows of its own users."""
+
+    known: Floats  # [C, CLASS_SIZE] own requests by class
+    deadlines: Floats  # [C, T] s since arrival
+    prices: tuple[float, ...] = (1.0,)  # credits that may be posted
+    per_ktok: bool = False  # prices are per 1000 tokens, else per request
+    rtt_s: float = 0.05  # between two providers
+    gossip_s: float = 3.0  # between two adverts of a provider
+    tick_s: float = 1.0  # between two looks at what is held
+
+    @property
+    def pricing(self) -> int:
+        """How prices count, as `agents.protocol` numbers it."""
+        return PER_KTOK if self.per_ktok else PER_REQUEST
+
+    def agreement(self) -> NDArray[Any]:
+        """One AGREEMENT record [1]. Raises ValueError for tables of another shape, or more than a record holds."""
+        classes, deadlines = len(self.known), self.deadlines.shape[-1]
+        if self.known.shape != (classes, CLASS_SIZE) or not 1 <= classes <= MAX_CLASSES:
+            raise ValueError(f"classes have shape {self.known.shape}, expected 1 to {MAX_CLASSES} rows of {CLASS_SIZE}")
+        if self.deadlines.shape != (classes, deadlines) or not 1 <= deadlines <= MAX_DEADLINES:
+            raise ValueError(
+                f"deadlines have shape {self.deadlines.shape}, expected {classes} rows of 1 to {MAX_DEADLINES}"
+            )
+        made = records(1, AGREEMENT)
+        made["tick_s"], made["gossip_s"], made["rtt_s"] = self.tick_s, self.gossip_s, self.rtt_s
+        made["n_classes"], made["n_deadlines"], made["n_prices"] = classes, deadlines, len(self.prices)
+        made["deadlines"][0, :classes, :deadlines] = self.deadlines
+        made["prices"][0, : len(self.prices)] = self.prices
+        made["pricing"], made["exposure"] = self.pricing, NO_BOUND
+        return made
+
+
+class Promise(NamedTuple):
+    """What a provider promises when it takes a request."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+class Decision(NamedTuple):
+    """What to do with a request: `route` is HOLD, LOCAL, or from FIRST_CANDIDATE on a candidate, who is `peer`."""
+
+    request: int
+    route: int
+    peer: str | None
+
+
+class NodeProvider:
+    """One provider's side of the market.
+
+    Times are seconds of one clock, the caller's. A request is known by its number, from `new` to `release`; `keys` has
+    what the caller knows it by. Peers are known by name, and have a row for good once they were heard of.
+    """
+
+    def __init__(
+        self, policy: Policy, profile: Profile, market: Market, *, seed: int = 0, credit: float = 0.0,
+        stake: float = 0.0, mean_prompt: float = 256.0, mean_output: float = 512.0,
+    ) -> None:  # fmt: skip
+        """Raises ValueError as `Market.agreement` does."""
+        self.policy, self.fallback, self.market = policy, Rule(FALLBACK), market
+        self._agreement = market.agreement()
+        self._provider = records(1, PROVIDER)
+        transitions.reset_provider(self._provider)
+        record = self._provider[0]
+        record["known"][: len(market.known)] = market.known
+        record["own"][[AD_MEAN_PROMPT, AD_MEAN_OUTPUT]] = mean_prompt, mean_output
+        write_profile(record["own"], profile.row(), 1.0)
+        record["price"], record["credit"] = market.prices[0], round(credit * MICRO)
+        record["generator"] = make_dice(seed)[0]
+        record["next_gossip_s"] = -np.inf
+        self.account = np.zeros(ACCOUNT_SIZE, np.int64)
+        self.account[FREE], self.account[STAKED] = round(credit * MICRO), round(stake * MICRO)
+        self.pays = False  # whether credit that may be in escrow bounds what is handed over
+        self.names: list[str] = []
+        self.serves: list[frozenset[str]] = []  # model names of each peer
+        self._row: dict[str, int] = {}
+        self._peers = Peers(np.zeros((0, ADVERT_SIZE)), make_dealings(1), np.zeros(0, np.int64))
+        self._scratch = Scratch(np.zeros(0), np.zeros(0, np.bool_))
+        self._serving = np.zeros(0, np.bool_)
+        self.keys: list[Any] = []
+        self._models: list[str] = []
+        self._free: list[int] = []
+        self._requests = records(0, REQUEST)
+        self.uniforms = np.zeros((1, DICE_PER_DECISION))
+        self.view = make_views(1)
+        self.actions = make_actions(1)
+        self._asked = np.ones(1, np.bool_)
+        self._view_scratch = ViewScratch(np.zeros(NODES), np.zeros(MAX_CLASSES, np.int64))
+
+    # Records as kernels take them: views, so that a write changes the arrays.
+
+    @property
+    def record(self) -> Any:
+        """The PROVIDER record."""
+        return self._provider[0]
+
+    @property
+    def agreement(self) -> Any:
+        """The AGREEMENT record."""
+        return self._agreement[0]
+
+    @property
+    def requests(self) -> NDArray[Any]:
+        """The REQUEST records."""
+        return self._requests
+
+    @property
+    def peers(self) -> Peers:
+        """Adverts, history and credit of each peer, in the order of `names`."""
+        return self._peers
+
+    # Requests.
+
+    def new(self, key: Any, klass: int, prompt: int, longest: int, arrival_s: float, model: str) -> int:
+        """A number for a request of `prompt` tokens, to be answered with at most `longest`."""
+        if not self._free:
+            count = len(self._requests)
+            larger = records(max(16, 2 * count), REQUEST)
+            larger[:count] = self._requests
+            self._requests = larger
+            self._free = list(range(len(larger) - 1, count - 1, -1))
+            self.keys += [None] * (len(larger) - count)
+            self._models += [""] * (len(larger) - count)
+        r = self._free.pop()
+        transitions.reset_requests(self._requests[r : r + 1])
+        request = self._requests[r]
+        request["klass"], request["prompt"], request["longest"], request["arrival_s"] = (
+            klass,
+            prompt,
+            longest,
+            arrival_s,
+        )
+        self.keys[r], self._models[r] = key, model
+        return r
+
+    def release(self, r: int) -> None:
+        """The request has come to its end, and is held no longer if it was."""
+        transitions.withdraw(self.record, self._requests, r)
+        self.keys[r] = None
+        self._free.append(r)
+
+    def arrived(self, r: int) -> None:
+        """A user asks."""
+        transitions.arrive(self.record, self._requests, r)
+
+    def missed(self) -> None:
+        """A user asks and is turned away."""
+        transitions.count_arrival(self.record)
+
+    def come_back(self, r: int) -> None:
+        """The request is at the head of its queue again; who refused it or was lost with it is masked."""
+        transitions.come_back(self.record, self._requests, r)
+
+    def close(self, klass: int) -> None:
+        """Requests of a class wait for the next tick or answer."""
+        self.record["closed"][klass] = 1
+
+    def may_hold(self, r: int, now_s: float) -> bool:
+        """Whether the last deadline of a request is still to come."""
+        request = self._requests[r]
+        last_s = float(self.record["known"][request["klass"], CLASS_LAST_DEADLINE_S])
+        return may_hold(now_s - float(request["arrival_s"]), last_s)
+
+    # Requests that are offered to a peer, or with one.
+
+    def offer(self, r: int, name: str) -> None:
+        """A request goes to a peer."""
+        j = self._row_of(name)
+        transitions.offer(self.record, self._requests, r, j, self._peers.dealings[j], self._peers.adverts[j])
+
+    def accepted(self, r: int, now_s: float, promise: Promise) -> None:
+        """The peer takes the request that it was offered."""
+        transitions.accepted(self._requests, r, now_s, *promise)
+
+    def refused(self, r: int) -> None:
+        """The peer does not take the request that it was offered, or does not answer."""
+        j = int(self._requests[r]["executor"])
+        transitions.refused(self.record, self._requests, r, self._peers.dealings[j], self._peers.adverts[j])
+
+    def lost(self, r: int) -> None:
+        """The request is no longer with the peer that took it, and not answered whole."""
+        transitions.end_leg(self.record, self._requests, r, self._peers.dealings[int(self._requests[r]["executor"])])
+
+    def answered(self, r: int, now_s: float, output: int) -> None:
+        """The peer's answer of `output` tokens is all there."""
+        dealings = self._peers.dealings[int(self._requests[r]["executor"])]
+        transitions.answered(self.record, self._requests, r, dealings, now_s, output)
+
+    def streamed(self, r: int, tokens: int) -> None:
+        """So many tokens of an answer came from the peer so far."""
+        self._requests[r]["streamed"] = tokens
+
+    def looked(self, now_s: float) -> None:
+        """What peers have streamed is compared with what they promised."""
+        transitions.look_at_evidence(self.record, self._requests, self._peers.dealings, now_s)
+
+    def rivals(self, decision: Decision) -> list[str]:
+        """The other candidates of a decision to whom the request may be offered, in the order drawn."""
+        request, chosen = self._requests[decision.request], decision.route - FIRST_CANDIDATE
+        return [
+            self.names[request["candidates"][k]]
+            for k in range(int(request["n_candidates"]))
+            if k != chosen and may_offer(self.market.pricing, request, self._peers, k)
+        ]
+
+    # Peers.
+
+    def heard(self, name: str, advert: Floats, at_s: float, serves: frozenset[str]) -> None:
+        """A peer's advert [ADVERT_SIZE], whose load was true at `at_s`, and the model names that it serves."""
+        row = self._row_of(name)
+        self._peers.adverts[row] = advert
+        self._peers.adverts[row, AD_TIME_S] = at_s
+        self.serves[row] = serves
+
+    def gone(self, name: str) -> None:
+        """A peer left or fell silent."""
+        self._peers.adverts[self._row_of(name), AD_TIME_S] = NO_TIME
+
+    def pay(self, free: int) -> None:
+        """What is handed over is paid from now on: `free` micro-credits are, with each peer as `may_escrow` says."""
+        if not self.pays:
+            self.pays = True
+            self._peers.credit[:] = 0
+        self.record["credit"] = free
+
+    def may_escrow(self, name: str, amount: int) -> None:
+        """So many micro-credits may be put in escrow with a peer."""
+        row = self._row_of(name)
+        self._peers.credit[row] = amount
+
+    def posted(self, name: str) -> float:
+        """The price of a peer, credits."""
+        return float(self._peers.adverts[self._row_of(name), AD_PRICE])
+
+    def duelled(self, name: str, won: bool) -> None:
+        """A peer's answer won or lost a duel that was ours to judge."""
+        row = self._row_of(name)
+        self._peers.dealings[row, DUELS_WON if won else DUELS_LOST] += 1.0
+
+    def consider(self, prompt: int) -> Promise | None:
+        """Whether it takes a peer's request of `prompt` tokens, on its terms in force."""
+        taken, first_s, token_s = transitions.consider(self.record, float(prompt))
+        return Promise(first_s + self.market.rtt_s, token_s) if taken else None
+
+    # The own node.
+
+    def scraped(self, now_s: float, running: float, waiting: float, kv_tokens: float) -> None:
+        """The own engine's load."""
+        on_scrape(self.record["own"], now_s, running, waiting, kv_tokens, 1.0)
+
+    def finished(self, prompt: int, output: int) -> None:
+        """The own engine completed a request of so many tokens."""
+        on_length(self.record["own"], float(prompt), float(output))
+
+    def ticked(self, elapsed_s: float, now_s: float) -> None:
+        """A tick went by: what was held may be decided on anew, and an advert may be due."""
+        transitions.gossip(self.record, self.agreement, now_s)
+        transitions.tick(self.record, elapsed_s)
+
+    def reopen(self) -> None:
+        """An answer is done, so what is held may be decided on."""
+        transitions.reopen(self.record)
+
+    def restake(self, elapsed_s: float) -> None:
+        """Move the stake for `elapsed_s` toward what the own load calls for, within the free credit."""
+        transitions.move_own_stake(self.record, self.account, elapsed_s)
+        self.record["credit"] = self.account[FREE]
+
+    def stake_target(self) -> int:
+        """The stake that the own load calls for, micro-credits."""
+        own = self.record["own"]
+        return stake_target(float(own[AD_KV_TOKENS] / own[AD_KV_CAPACITY]), int(own[AD_WAITING]), self.held)
+
+    def advertise(self, now_s: float) -> Floats:
+        """The own advert [ADVERT_SIZE], which is then no longer due."""
+        advert = np.zeros(ADVERT_SIZE)
+        transitions.advertise(self.record, int(self.account[STAKED]), now_s, advert)
+        return advert
+
+    @property
+    def advert_due(self) -> bool:
+        """Whether an advert is due."""
+        return bool(self.record["advert_due"])
+
+    @advert_due.setter
+    def advert_due(self, due: bool) -> None:
+        self.record["advert_due"] = due
+
+    @property
+    def held(self) -> int:
+        """Own users' requests that are not decided."""
+        return int(self.record["held"])
+
+    @property
+    def price(self) -> float:
+        """The price in force, credits."""
+        return float(self.record["price"])
+
+    # What it decides.
+
+    def decide(self, now_s: float, guests: int = 0) -> Decision | None:
+        """Decide on the undecided request whose last deadline comes first, while the own engine has `guests` of peers.
+
+        Price and terms are set as well. A request that is held stays in its queue, which is closed until the next tick
+        or answer; one that is to be handed over is then counted as offered. None if there is nothing to decide on.
+        """
+        record, requests, peers = self.record, self._requests, self._peers
+        if transitions.choose_head(record, self.agreement, requests):
+            r = int(record["head"])
+            for row, serves in enumerate(self.serves):
+                self._serving[row] = self._models[r] in serves
+            transitions.draw_candidates(record, self.agreement, requests, r, peers, self._serving, now_s, self._scratch)
+            transitions.draw_uniforms(record, self.uniforms[0])
+        r = int(record["head"])
+        if r < 0 and not record["advert_due"]:
+            return None
+        record["guests"] = guests
+        view = Views(*(array[0] for array in self.view))
+        write_view(view, record, self.agreement, requests, peers, now_s, self._view_scratch)
+        finite = all(bool(np.isfinite(array).all()) for array in view[:3])
+        policy = self.policy if finite else self.fallback
+        if not finite:
+            for array in view[:3]:
+                np.nan_to_num(array, copy=False)
+        policy.decide(self.view, self._asked, self.uniforms, self.actions)
+        transitions.set_terms(record, self.agreement, self.actions.terms[0], int(self.actions.price[0]))
+        if r < 0:
+            return None
+        route = transitions.decide(record, self.agreement, requests, peers, int(self.actions.route[0]), now_s)
+        if route < FIRST_CANDIDATE:
+            return Decision(r, route, None)
+        name = self.names[requests[r]["candidates"][route - FIRST_CANDIDATE]]
+        self.offer(r, name)
+        return Decision(r, route, name)
+
+    def warm_up(self) -> None:
+        """Go through all that can happen once, as the first of each may have to be compiled. For a new provider, which
+        is not the same afterwards."""
+        with one_at_a_time():
+            self.restake(0.0)
+            self.advert_due = True
+            self.decide(0.0)
+            self.heard("peer", self.advertise(0.0), 0.0, frozenset({""}))
+            self.scraped(0.0, 0.0, 0.0, 0.0)
+            first, second = (self.new(None, 0, 1, 1, 0.0, "") for _ in range(2))
+            self.arrived(first)
+            self.decide(0.0)
+            self.offer(second, "peer")
+            self.accepted(second, 0.0, Promise(1.0, 1.0))
+            self.streamed(second, 1)
+            self.looked(2.0)
+            self.answered(second, 2.0, 1)
+            self.offer(second, "peer")
+            self.refused(second)
+            self.come_back(second)
+            self.offer(second, "peer")
+            self.lost(second)
+            self.release(second)
+            self.finished(1, 1)
+            self.missed()
+            self.consider(1)
+            self.may_hold(first, 0.0)
+            self.ticked(1.0, 0.0)
+            self.reopen()
+
+    def _row_of(self, name: str) -> int:
+        row = self._row.get(name)
+        if row is None:
+            row = self._row[name] = len(self.names)
+            self.names.append(name)
+            self.serves.append(frozenset())
+            advert = np.zeros((1, ADVERT_SIZE))
+            advert[0, AD_TIME_S] = NO_TIME
+            credit: Ints = np.array([0 if self.pays else NO_BOUND])
+            adverts, dealings, credits = self._peers
+            self._peers = Peers(
+                np.concatenate([adverts, advert]), np.concatenate([dealings, make_dealings(1)]),
+                np.concatenate([credits, credit]),
+            )  # fmt: skip
+            self._scratch = Scratch(np.zeros(row + 1), np.zeros(row + 1, np.bool_))
+            self._serving = np.zeros(row + 1, np.bool_)
+        return row
