@@ -580,7 +580,7 @@ def kernel_finish_s(requests: list[tuple[float, int, int]]) -> list[float]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_finish_when_the_market_says(stream: bool) -> None:
-    requests = random_requests(600, 5)
+    requests = random_requests(200, 5)
 
     async def main(loop: VirtualLoop) -> list[float]:
         server = EngineServer(loop, PROFILE, ["m"], look_s=0.7)
