@@ -7,6 +7,7 @@ of it runs on one event loop; a request is one task from arrival to its end.
 
 import asyncio
 import logging
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
@@ -62,7 +63,11 @@ MOST_LINE = 4096  # bytes of the line before a peer's answer
 MOST_PROMISED_S = 1e6
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
+MOST_BYTES_PER_TOKEN = 16.0
 LEARN = 0.02  # weight of one answer in that
+
+
+_KIND = re.compile(r"[ -~]{1,200}")  # a content type
 
 
 @dataclass(slots=True, eq=False)
@@ -329,7 +334,8 @@ class Dispatcher:
         job.turned_away = job.turned_away or reason.full
 
     def _learn(self, ask: CompletionRequest, usage: Usage | None) -> None:
-        if usage is not None and usage.prompt > 0:
+        """Take the length of a prompt into the mean, unless it has images, or a peer says what cannot be."""
+        if usage is not None and 0 < usage.prompt <= ask.prompt_bytes <= usage.prompt * MOST_BYTES_PER_TOKEN:
             self.bytes_per_token += LEARN * (ask.prompt_bytes / usage.prompt - self.bytes_per_token)
 
     async def _run_here(
@@ -488,8 +494,7 @@ class Dispatcher:
     async def _fetch(self, ask: CompletionRequest, handed: Handed, payment: Payment | None, reply: Reply) -> None:
         """The answer of a peer: a line that says how its engine answered, and what it answered."""
         response, meter = handed.response, handed.meter
-        head = orjson.loads(await response.readline(MOST_LINE))
-        status, kind = int(head["status"]), str(head["type"])
+        status, kind = _head_line(await response.readline(MOST_LINE))
         if status == 429 or status >= 500:
             raise RetryableError(f"its engine answers {status}", status)
         watch = payment.feed if payment is not None else None
@@ -661,6 +666,19 @@ async def _stream(
         raise RetryableError("it answers nothing")
     if reply.resumable:
         raise RetryableError("its stream ends before its last event")
+
+
+def _head_line(line: bytes) -> tuple[int, str]:
+    """Status and type of a peer's answer, which go on to the user. Raises ValueError."""
+    head = orjson.loads(line)
+    if not isinstance(head, dict):
+        raise ValueError("the line before its answer is no object")
+    status, kind = head.get("status"), head.get("type")
+    if type(status) is not int or not 200 <= status < 600:
+        raise ValueError(f"its answer has the status {status!r}")
+    if not (isinstance(kind, str) and _KIND.fullmatch(kind)):
+        raise ValueError(f"its answer has the type {kind!r}")
+    return status, kind
 
 
 def _promise(response: Response) -> Promise:

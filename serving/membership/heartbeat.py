@@ -64,13 +64,13 @@ class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _URL = re.compile(r"https?://[!-~]+")
-_COUNT, _TOKENS, _CREDITS, _DURATION = (0.0, 1e6), (0.0, 1e10), (0.0, 1e9), (1e-15, 1e4)
+_COUNT, _TOKENS, _MEAN, _CREDITS, _DURATION = (0.0, 1e6), (0.0, 1e10), (0.1, 1e7), (0.0, 1e9), (1e-14, 1e4)
 _RANGES: dict[int, tuple[float, float]] = {  # of each column, see agents.knowledge
     AD_TIME_S: (-1e12, 1e12), AD_RUNNING: _COUNT, AD_WAITING: _COUNT, AD_KV_TOKENS: _TOKENS,
-    AD_MEAN_PROMPT: _TOKENS, AD_MEAN_OUTPUT: _TOKENS, AD_PRICE: _CREDITS, AD_STAKE: _CREDITS,
+    AD_MEAN_PROMPT: _MEAN, AD_MEAN_OUTPUT: _MEAN, AD_PRICE: _CREDITS, AD_STAKE: _CREDITS,
     **{AD_HELD + k: _COUNT for k in range(MAX_CLASSES)},
     **{column: _DURATION for column in range(AD_WEIGHT_S, AD_KV_CAPACITY)},
-    AD_KV_CAPACITY: (1.0, 1e10), AD_MAX_NUM_SEQS: (1.0, 1e6),
+    AD_WEIGHT_S: (1e-7, 1e4), AD_KV_CAPACITY: (1.0, 1e10), AD_MAX_NUM_SEQS: (1.0, 1e6),
 }  # fmt: skip
 
 Heard = Callable[[Advert], None]
