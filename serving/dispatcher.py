@@ -7,14 +7,12 @@ of it runs on one event loop; a request is one task from arrival to its end.
 
 import asyncio
 import logging
-import time
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
-import aiohttp
 import msgspec
 import numpy as np
 import orjson
@@ -32,13 +30,17 @@ from wwwserve.agents.knowledge import (
     DUELS_WON,
 )
 from wwwserve.serving.config import NodeConfig
-from wwwserve.serving.duel.duels import Attestor, Bench, Duels, Leg
+from wwwserve.serving.duel.duels import JUDGE_S, Attestor, Bench, Declined, Duels, Leg
 from wwwserve.serving.duel.judge import JudgeError, gain, judgeable, vote_by
 from wwwserve.serving.engine.adapter import Engine, EngineError
-from wwwserve.serving.http.messages import SIGNATURE, Messages, Refused
-from wwwserve.serving.http.reply import LAST, Ask, Failed, Full, GaveBack, Reply
+from wwwserve.serving.http.handover import WithoutUsage, for_pay
+from wwwserve.serving.http.messages import Messages, Refused
+from wwwserve.serving.http.peers import PeerClient, PeerError, refusal
+from wwwserve.serving.http.reply import CompletionRequest, Failed, HeadLineReply, Reply, RetryableError
 from wwwserve.serving.http.resume import Resumed, resumable
-from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Accounts, Delivery, Payment, stream_tokens, tokens_of
+from wwwserve.serving.http.sse import AnswerMeter, StreamError, Usage
+from wwwserve.serving.http.transport import Response, Transport
+from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Accounts, Delivery, Payment
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
 from wwwserve.serving.ledger.journal import Full as LedgerFull
@@ -52,26 +54,31 @@ log = logging.getLogger("wwwserve.dispatcher")
 
 OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 LEDGER_TIMEOUT_S = 5.0
-MOST_ANSWER = 65536  # bytes of a ledger's
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 PEER_PREFIX = "/peer"
 PROMPT, TTFT, TPOT = "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
 EVENTS = "text/event-stream"
-MOST_ANSWER = 64 * 2**20  # bytes of a peer's answer that is not streamed
-MOST_REASON = 500  # bytes of a peer's refusal that are logged
+MOST_ANSWER = 64 * 2**20  # bytes of an answer that is not streamed
+MOST_LINE = 4096  # bytes of the line before a peer's answer
+MOST_PROMISED_S = 1e6
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
+MOST_BYTES_PER_TOKEN = 16.0
 LEARN = 0.02  # weight of one answer in that
+
+
+_KIND = re.compile(r"[ -~]{1,200}")  # a content type
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """A user's request on its way."""
 
-    ask: Ask
+    ask: CompletionRequest
     request: Request
     placed: "asyncio.Future[Decision]"
     failures: int = 0  # of the own engine
+    turned_away: bool = False  # by the own engine, which was full
 
 
 @dataclass(slots=True, eq=False)
@@ -82,23 +89,15 @@ class Handed:
     taken_s: float
     promise: Promise
     stream: bool
-    tokens: int = 0
-    response: aiohttp.ClientResponse | None = None
-    payment: Payment | None = None
+    response: Response
+    meter: AnswerMeter
     cancelled: bool = False  # by who asked
 
     def out(self, now_s: float) -> Out:
         """As its origin sees it. An answer that is not streamed shows nothing on its way, so it is as promised."""
         waited_s = now_s - self.taken_s
         due = max(0.0, waited_s - self.promise.ttft_s) / max(self.promise.tpot_s, 1e-9)
-        return Out(self.peer, waited_s, *self.promise, self.tokens if self.stream else int(due) + 1)
-
-
-class Usage(NamedTuple):
-    """Tokens of an answer, as far as it says so."""
-
-    prompt: int
-    output: int
+        return Out(self.peer, waited_s, *self.promise, self.meter.tokens if self.stream else int(due) + 1)
 
 
 class Dispatcher:
@@ -106,15 +105,16 @@ class Dispatcher:
 
     def __init__(
         self, config: NodeConfig, provider: Provider, engine: Engine, membership: Membership,
-        messages: Messages, session: aiohttp.ClientSession, metrics: Metrics, url: str,
+        messages: Messages, transport: Transport, metrics: Metrics, url: str,
         ledger: ChannelLedger | None = None,
     ) -> None:  # fmt: skip
         self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
-        self.messages, self.session, self.metrics, self.url = messages, session, metrics, url
+        self.messages, self.metrics, self.url = messages, metrics, url
         self.accounts = Accounts(ledger, provider.pricing, self._tell_ledger) if ledger is not None else None
         self.speed = config.market.speed
         self.serves = list(config.serves)
         self.peers: dict[str, Advert] = {}  # by name, those that are there
+        self.client = PeerClient(messages, transport, self.peers)
         self.handed: set[Handed] = set()
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.bytes_per_token = BYTES_PER_TOKEN
@@ -126,16 +126,12 @@ class Dispatcher:
         self.duels = Duels(messages.identity, _DuelPeers(self), metrics, judges=config.market.judges)
         if self.accounts is not None:
             provider.room = np.zeros(len(provider.names))
-        self.ledger_timeout = aiohttp.ClientTimeout(total=LEDGER_TIMEOUT_S)
-        self.offer_timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=OFFER_TIMEOUT_S, sock_read=config.engine.timeout_s
-        )
 
     # Time.
 
     def clock(self) -> float:
-        """Seconds of the market."""
-        return time.monotonic() * self.speed
+        """Seconds of the market, by the event loop's clock."""
+        return asyncio.get_running_loop().time() * self.speed
 
     async def run(self) -> None:
         """Look, think and tell until cancelled."""
@@ -193,11 +189,11 @@ class Dispatcher:
         advert = Advert(
             name=self.messages.name, label=self.config.name, url=self.url, serves=tuple(self.serves),
             run=self.messages.run, number=self.number,
-            load=tuple(self.provider.advertise(now_s).tolist()), age_s=0.0, valid_s=self.config.market.gossip_s,
+            load=tuple(self.provider.advertise(now_s).tolist()), age_s=0.0,
         )  # fmt: skip
         if self.accounts is not None:
             self.accounts.posted(self.provider.price)
-        self.membership.publish(advert, time.monotonic())
+        self.membership.publish(advert, asyncio.get_running_loop().time())
 
     async def _restake(self, accounts: Accounts) -> None:
         """State the stake that the load calls for, or the configured one."""
@@ -205,19 +201,11 @@ class Dispatcher:
         self.provider.stake = await accounts.restake(target, self.config.market.gossip_s)
 
     async def _tell_ledger(self, peer: str, body: bytes) -> bytes:
-        """What a peer's ledger answers to a message. Raises as aiohttp does, and LedgerError for a refusal."""
-        advert = self.peers.get(peer)
-        if advert is None:
-            raise OSError("it is gone")
-        headers = {"content-type": "application/json"}
-        headers[SIGNATURE] = self.messages.sign(peer, advert.run, LEDGER_PATH, headers, body)
-        async with self.session.post(
-            advert.url + LEDGER_PATH, data=body, headers=headers, timeout=self.ledger_timeout
-        ) as response:
-            answer = await response.content.read(MOST_ANSWER)
-            if response.status != 200:
-                raise LedgerError(f"it answers {response.status}: {answer[:MOST_REASON].decode(errors='replace')}")
-            return answer
+        """What a peer's ledger answers to a message. Raises OSError, TimeoutError, and LedgerError for a refusal."""
+        try:
+            return await self.client.post(peer, LEDGER_PATH, body, timeout_s=LEDGER_TIMEOUT_S)
+        except PeerError as error:
+            raise LedgerError(str(error)) from None
 
     def heard(self, advert: Advert) -> None:
         """A peer says how things are there."""
@@ -239,8 +227,7 @@ class Dispatcher:
         if self.accounts is not None:
             self.accounts.gone(name)
         for handed in [each for each in self.handed if each.peer == name]:
-            if handed.response is not None:
-                handed.response.close()
+            handed.response.close()
 
     def pump(self) -> None:
         """Decide on all that can be decided on now."""
@@ -274,7 +261,7 @@ class Dispatcher:
 
     # Users' requests.
 
-    async def answer(self, ask: Ask, reply: Reply) -> None:
+    async def answer(self, ask: CompletionRequest, reply: Reply) -> None:
         """Answer a user's request. Raises Failed when that cannot be, and what `reply` raises."""
         provider, arrival_s = self.provider, self.clock()
         if provider.held >= self.config.limits.held:
@@ -282,7 +269,7 @@ class Dispatcher:
             self.metrics.turned_away()
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
         prompt = max(1, round(ask.prompt_bytes / self.bytes_per_token))
-        most = ask.most or self.config.output.max
+        most = (ask.max_tokens or self.config.output.max) * ask.choices
         request = Request(None, ask.klass, prompt, arrival_s, ask.model, most)
         job = Job(ask, request, asyncio.get_running_loop().create_future())
         request.key = job
@@ -303,7 +290,7 @@ class Dispatcher:
                     else:
                         usage = await self._delegate(job, decision, reply)
                     break
-                except GaveBack as reason:
+                except RetryableError as reason:
                     log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
                     if again is not None and await again.finish():
                         usage = None
@@ -328,78 +315,95 @@ class Dispatcher:
             self.provider.ticked(0.0)
             self.pump()
 
-    def _take_back(self, job: Job, decision: Decision, reason: GaveBack) -> None:
+    def _take_back(self, job: Job, decision: Decision, reason: RetryableError) -> None:
         """Hold a request that came back. Raises Failed where there is nobody left to ask."""
         job.placed = asyncio.get_running_loop().create_future()
         if decision.peer is not None:
             self.provider.refused(decision.peer)
             self.provider.come_back(decision)
             return
-        job.failures += not isinstance(reason, Full)
+        job.failures += not reason.full
         if job.failures >= ENGINE_TRIES:
             raise Failed(502, f"the engine does not answer as it should: {reason}", "engine_error")
         if not self.provider.may_hold(job.request, self.clock()):
-            raise Failed(503, f"the engine has no room: {reason}", "overloaded", retry_after_s=1)
+            told = reason.status if reason.full and reason.status else 503
+            raise Failed(told, f"the engine has no room: {reason}", "overloaded", reason.retry_after_s or 1)
         self.provider.queue(job.request, front=True)
-        if isinstance(reason, Full) or not self.peers:  # nothing has changed before the next tick
+        if not self.peers or job.turned_away:  # nothing has changed before the next tick
             self.provider.closed[job.ask.klass] = True
+        job.turned_away = job.turned_away or reason.full
 
-    def _learn(self, ask: Ask, usage: Usage | None) -> None:
-        if usage is not None and usage.prompt > 0:
+    def _learn(self, ask: CompletionRequest, usage: Usage | None) -> None:
+        """Take the length of a prompt into the mean, unless it has images, or a peer says what cannot be."""
+        if usage is not None and 0 < usage.prompt <= ask.prompt_bytes <= usage.prompt * MOST_BYTES_PER_TOKEN:
             self.bytes_per_token += LEARN * (ask.prompt_bytes / usage.prompt - self.bytes_per_token)
 
-    async def _run_here(self, ask: Ask, prompt: int, reply: Reply) -> Usage | None:
-        """Run a request on the own engine. Raises GaveBack if nothing came of it yet, Failed if something had."""
+    async def _run_here(
+        self, ask: CompletionRequest, prompt: int, reply: Reply, meter: AnswerMeter | None = None
+    ) -> Usage | None:
+        """Run a request on the own engine. Raises RetryableError if nothing came of it yet, Failed if something had."""
+        meter = meter or AnswerMeter()
         self.engine.sent(prompt)
-        usage, tokens = None, 0
         try:
             async with self.engine.post(ask.path, ask.body) as response:
-                if response.status == 503:
-                    raise Full("it answers 503")
+                if response.status == 429 or response.status >= 500:
+                    raise self._turned_away(response)
                 kind = response.headers.get("content-type", "application/json")
                 if ask.stream and response.status == 200 and kind.startswith(EVENTS):
-                    async for chunk in response.iter_any():
-                        if not reply.started:
-                            await reply.start(200, kind)
-                        tokens += chunk.count(b"data:")
-                        await reply.pass_on(chunk)
-                        if chunk.endswith(LAST):
-                            break
-                    _check_end(reply)
+                    await _stream(response, kind, reply, meter)
                 else:
-                    body = await response.read()
-                    usage = _usage(body, response.status)
+                    body = await response.read(MOST_ANSWER)
+                    if response.status == 200:
+                        meter.whole(body)
                     await reply.whole(response.status, kind, body)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (TimeoutError, OSError, StreamError) as error:
             reason = f"{type(error).__name__}: {error}"
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
-            self.engine.suspect(reason)
-            raise GaveBack(reason) from None
+            if not isinstance(error, StreamError):
+                self.engine.suspect(reason)
+            raise RetryableError(reason) from None
         finally:
-            output = usage.output if usage else tokens
+            usage = meter.usage
+            output = usage.output if usage else meter.tokens
             self.engine.returned(prompt, output)
         if output:
             self.provider.finished(usage.prompt if usage else prompt, output)
         return usage
 
+    def _turned_away(self, response: Response) -> RetryableError:
+        """The own engine does not answer: it is full, or something is wrong with it. Another is to be asked."""
+        told = response.headers.get("retry-after", "")
+        retry_after_s = int(told) if told.isascii() and told.isdigit() and len(told) < 6 else None
+        error = RetryableError(f"it answers {response.status}", response.status, retry_after_s)
+        if error.full:
+            self.engine.full(retry_after_s)
+        else:
+            self.engine.suspect(str(error))
+        return error
+
     async def _delegate(self, job: Job, decision: Decision, reply: Reply) -> Usage | None:
         """Hand a request to a peer, or, with the market's chance, to two. Raises as `_hand_over`."""
-        rival = self._rival(job.ask, decision, reply)
+        ask = job.ask
+        if self.accounts is not None:
+            per_choice = job.request.most // ask.choices
+            ask, hidden = for_pay(ask, per_choice if self.provider.market.per_ktok else None)
+            reply = WithoutUsage(reply) if hidden else reply
+        rival = self._rival(ask, decision, reply)
         if rival is None or decision.peer is None:
-            return await self._hand_over(job, decision, reply)
+            return await self._hand_over(ask, job.request, decision.peer, reply)
 
         async def hand(name: str, leg: Leg) -> Usage | None:
             try:
-                return await self._hand_over(job, decision._replace(peer=name), leg)
-            except GaveBack:
+                return await self._hand_over(ask, job.request, name, leg)
+            except RetryableError:
                 self.provider.refused(name)
                 raise
 
-        usage: Usage | None = await self.duels.run(job.ask, (decision.peer, rival), hand, reply)
+        usage: Usage | None = await self.duels.run(ask, (decision.peer, rival), hand, reply)
         return usage
 
-    def _rival(self, ask: Ask, decision: Decision, reply: Reply) -> str | None:
+    def _rival(self, ask: CompletionRequest, decision: Decision, reply: Reply) -> str | None:
         """Who answers a request as well; None for nobody. A stream that may be resumed has one executor at a time."""
         chance = self.config.market.duel_probability
         if chance == 0.0 or self.generator.random() >= chance or reply.resumable or not self.duels.may_begin():
@@ -408,140 +412,125 @@ class Dispatcher:
             return None
         return next((name for name in self.provider.rivals(decision) if name in self.peers), None)
 
-    async def _hand_over(self, job: Job, decision: Decision, reply: Reply) -> Usage | None:
-        """Hand a request to a peer. Raises GaveBack if it did not take it or nothing came of it, Failed if it broke
-        off."""
-        ask, name = job.ask, decision.peer
-        advert = self.peers.get(name) if name else None
-        if advert is None or name is None:
-            raise GaveBack("it is gone")
+    async def _hand_over(
+        self, ask: CompletionRequest, request: Request, name: str | None, reply: Reply
+    ) -> Usage | None:
+        """Hand a request to a peer. Raises RetryableError if it did not take it or nothing came of it, Failed if it
+        broke off."""
+        if name is None or name not in self.peers:
+            raise RetryableError("it is gone")
         path = PEER_PREFIX + ask.path
-        headers = {"content-type": "application/json", PROMPT: str(job.request.prompt)}
-        payment = await self._escrow(name, job.request.most, ask.body) if self.accounts is not None else None
+        headers = {PROMPT: str(request.prompt)}
+        payment = await self._escrow(name, request.most, ask.body) if self.accounts is not None else None
         if payment is not None:
             headers[ESCROW] = payment.header
-        sealed = headers[SIGNATURE] = self.messages.sign(name, advert.run, path, headers, ask.body)
         handed: Handed | None = None
-        usage: Usage | None = None
         try:
-            async with asyncio.timeout(OFFER_TIMEOUT_S) as patience:
-                async with self.session.post(
-                    advert.url + path, data=ask.body, headers=headers, timeout=self.offer_timeout
-                ) as response:
-                    if response.status != 200:
-                        if payment is not None:
-                            payment.refused = True
-                        if response.status == 403:
-                            answer = (await response.content.read(MOST_REASON)).decode(errors="replace")
-                            log.warning("a peer refuses a message", extra={"peer": name, "answer": answer})
-                        raise GaveBack(f"it answers {response.status}")
-                    self.messages.check_answer(name, sealed, response.raw_headers)
-                    patience.reschedule(None)
-                    promise = Promise(float(response.headers[TTFT]), float(response.headers[TPOT]))
-                    handed = Handed(name, self.clock(), promise, ask.stream, response=response, payment=payment)
-                    self.handed.add(handed)
-                    self.provider.sent(name)
-                    usage = await self._fetch(ask, handed, response, reply)
-        except Refused as refused:
-            self.metrics.message_refused(refused.kind)
-            raise GaveBack(str(refused)) from None
+            async with (
+                asyncio.timeout(OFFER_TIMEOUT_S) as patience,
+                self.client.request(
+                    name, path, ask.body, headers, timeout_s=None, read_timeout_s=self.config.engine.timeout_s
+                ) as (response, sealed),
+            ):
+                if response.status != 200:
+                    if payment is not None:
+                        payment.refused = True
+                    if response.status == 403:
+                        refused = await refusal(response)
+                        log.warning("a peer refuses a message", extra={"peer": name, "answer": refused.reason})
+                    raise RetryableError(f"it answers {response.status}", response.status)
+                self.messages.check_answer(name, sealed, response.raw_headers)
+                promise = _promise(response)
+                patience.reschedule(None)
+                handed = Handed(name, self.clock(), promise, ask.stream, response, AnswerMeter())
+                self.handed.add(handed)
+                self.provider.sent(name)
+                await self._fetch(ask, handed, payment, reply)
+        except Refused as error:
+            self.metrics.message_refused(error.kind)
+            raise RetryableError(str(error)) from None
         except asyncio.CancelledError:
             if handed is not None:
                 handed.cancelled = True
             raise
-        except (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError) as error:
+        except (TimeoutError, OSError, KeyError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
-            raise GaveBack(reason) from None
+            raise RetryableError(reason) from None
         finally:
             if handed is not None:
                 self.handed.discard(handed)
                 self.provider.ended(name)
             if payment is not None:
-                if handed is not None and not payment.whole:
-                    payment.tokens = self._came(handed)
-                payment.end()
+                if handed is not None:
+                    payment.end(self._came(handed), handed.meter.complete)
+                else:
+                    payment.end()
         assert handed is not None
-        output = usage.output if usage else handed.tokens
+        output = handed.meter.tokens
         if output:
             promised_s = handed.promise.ttft_s + handed.promise.tpot_s * output
             self.provider.answered(name, self.clock() - handed.taken_s, promised_s)
-        return usage
+        return handed.meter.usage
 
     async def _escrow(self, peer: str, most: int, body: bytes) -> Payment:
-        """Raises GaveBack if nothing can be in escrow with the peer."""
+        """Raises RetryableError if nothing can be in escrow with the peer."""
         assert self.accounts is not None
         try:
             return await self.accounts.escrow(peer, micro(self.provider.posted(peer)), most, body)
         except LedgerFull as error:
-            raise GaveBack(f"there is no room for the ledger: {error}") from None
+            raise RetryableError(f"there is no room for the ledger: {error}") from None
         except LedgerError as error:
-            raise GaveBack(str(error)) from None
+            raise RetryableError(str(error)) from None
 
     def _came(self, handed: Handed) -> int:
-        """Tokens that are due of an answer that did not come to its end: of a stream what came; of another, if it was
-        the user who did not wait, what was generated by then, as promised."""
-        if handed.stream:
-            return stream_tokens(handed.tokens)
-        return handed.out(self.clock()).streamed if handed.cancelled else 0
+        """Tokens that are due of an answer: those that came; of one that is not streamed and that the user did not wait
+        for, what was generated by then, as promised."""
+        if handed.cancelled and not handed.stream and not handed.meter.complete:
+            return handed.out(self.clock()).streamed
+        return handed.meter.tokens
 
-    async def _fetch(self, ask: Ask, handed: Handed, response: aiohttp.ClientResponse, reply: Reply) -> Usage | None:
+    async def _fetch(self, ask: CompletionRequest, handed: Handed, payment: Payment | None, reply: Reply) -> None:
         """The answer of a peer: a line that says how its engine answered, and what it answered."""
-        head = orjson.loads(await response.content.readline())
-        status, kind = int(head["status"]), str(head["type"])
-        payment = handed.payment
-        if status >= 500:
-            raise GaveBack(f"its engine answers {status}")
+        response, meter = handed.response, handed.meter
+        status, kind = _head_line(await response.readline(MOST_LINE))
+        if status == 429 or status >= 500:
+            raise RetryableError(f"its engine answers {status}", status)
+        watch = payment.feed if payment is not None else None
         if ask.stream and status == 200 and kind.startswith(EVENTS):
-            async for chunk in response.content.iter_any():
-                if not reply.started:
-                    await reply.start(200, kind)
-                handed.tokens += chunk.count(b"data:")
-                if payment is not None:
-                    payment.feed(chunk)
-                    payment.whole = chunk.endswith(LAST)
-                    payment.tokens = stream_tokens(handed.tokens)
-                await reply.pass_on(chunk)
-                if chunk.endswith(LAST):
-                    break
-            _check_end(reply)
-            return None
-        parts, size = [], 0
-        async for chunk in response.content.iter_any():
-            parts.append(chunk)
-            size += len(chunk)
-            if size > MOST_ANSWER:
-                raise GaveBack(f"its answer has more than {MOST_ANSWER} bytes")
-        body = b"".join(parts)
-        usage = _usage(body, status)
-        if payment is not None and status == 200:
-            payment.feed(body)
-            payment.whole, payment.tokens = True, tokens_of(body)
+            await _stream(response, kind, reply, meter, watch)
+            return
+        body = await response.read(MOST_ANSWER)
+        if status == 200:
+            meter.whole(body)
+            if watch is not None:
+                watch(body)
         await reply.whole(status, kind, body)
-        return usage
 
     # Peers' requests.
 
     def consider(self, prompt: int) -> Promise | None:
         """Whether a peer's request of `prompt` tokens is taken; what is promised if so."""
-        if not self.engine.healthy:
+        if not self.engine.takes:
             return None
         self._look_at_engine(self.clock())
         return self.provider.consider(prompt, float(self.generator.random()))
 
-    async def run_for(self, origin: str, ask: Ask, prompt: int, reply: Reply, paid: Delivery | None = None) -> bool:
+    async def run_for(
+        self, origin: str, ask: CompletionRequest, prompt: int, reply: Reply, paid: Delivery | None = None
+    ) -> bool:
         """Run a peer's request, whose answer begins with a line that says how the engine answers. Returns whether it
         came to its end; if not, the connection is to be broken off."""
-        line = _HeadLine(reply, paid, sha256() if self.config.market.duel_probability else None)
+        line, meter = HeadLineReply(reply), AnswerMeter()
         self.metrics.guest(1)
         outcome = "failed"
         try:
-            await self._run_here(ask, prompt, line)
+            await self._run_here(ask, prompt, line, meter)
             outcome = "answered"
-            if line.digest is not None:
+            if self.config.market.duel_probability:
                 self.attestor.answered(origin, digest(ask.body), line.digest.hexdigest())
-        except GaveBack as reason:
+        except RetryableError as reason:
             await line.whole(503, "application/json", b"")
             log.debug("cannot run a peer's request", extra={"reason": str(reason)})
         except Failed:
@@ -551,7 +540,9 @@ class Dispatcher:
             raise
         finally:
             if paid is not None:
-                paid.end(outcome == "answered")
+                served = line.status == 200 and line.size > 0
+                whole = outcome == "answered" and meter.complete
+                paid.end(line.digest.hexdigest() if served else "", meter.tokens, whole)
             self.metrics.guest(-1, outcome)
             self._room_again()
         return True
@@ -559,7 +550,9 @@ class Dispatcher:
     # Peers' duels.
 
     async def _judge(self, path: str, request: dict[str, Any], answers: tuple[str, str]) -> int:
-        """The vote of the own engine on two answers. Raises JudgeError."""
+        """The vote of the own engine on two answers. Raises JudgeError, and Declined for a model not served here."""
+        if request.get("model") not in self.serves:
+            raise Declined("that model is not served here")
         return vote_by(*await gain(self._ask_engine, path, request, answers))
 
     async def _ask_engine(self, path: str, body: bytes) -> Any:
@@ -568,11 +561,11 @@ class Dispatcher:
         self.engine.sent(prompt)
         try:
             async with self.engine.post(path, body) as response:
-                told = await response.read()
+                told = await response.read(MOST_ANSWER)
             if response.status != 200:
-                raise JudgeError(f"the engine answers {response.status}: {told[:MOST_REASON]!r}")
+                raise JudgeError(f"the engine answers {response.status}: {told[:500]!r}")
             return orjson.loads(told)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (TimeoutError, OSError, ValueError) as error:
             raise JudgeError(f"{type(error).__name__}: {error}") from None
         finally:
             self.engine.returned(prompt, 0)
@@ -632,21 +625,7 @@ class _DuelPeers:
 
     async def ask(self, peer: str, path: str, body: bytes) -> bytes:
         """See `serving.duel.duels.Peers`."""
-        node, advert = self._node, self._node.peers.get(peer)
-        if advert is None:
-            raise OSError("it is gone")
-        headers = {"content-type": "application/json"}
-        headers[SIGNATURE] = node.messages.sign(peer, advert.run, path, headers, body)
-        try:
-            async with node.session.post(
-                advert.url + path, data=body, headers=headers, timeout=node.offer_timeout
-            ) as response:
-                answer = await response.content.read(MOST_ANSWER)
-                if response.status != 200:
-                    raise OSError(f"it answers {response.status}: {answer[:MOST_REASON].decode(errors='replace')}")
-                return answer
-        except aiohttp.ClientError as error:
-            raise OSError(f"{type(error).__name__}: {error}") from None
+        return await self._node.client.post(peer, path, body, timeout_s=JUDGE_S)
 
     def duelled(self, peer: str, won: bool) -> None:
         """See `serving.duel.duels.Peers`."""
@@ -667,52 +646,44 @@ class _DuelPeers:
                 accounts.tell_all(stated)
 
 
-class _HeadLine:
-    """A reply whose status and type go before the body, in a line of JSON, as the HTTP status is out already; the body
-    goes into `digest`, a hash, if there is one."""
-
-    def __init__(self, reply: Reply, paid: Delivery | None, digest: Any = None) -> None:
-        self.started, self.resumable, self._reply, self._paid = False, False, reply, paid
-        self.digest = digest
-
-    async def start(self, status: int, content_type: str) -> None:
-        await self._begin(status, content_type, b"")
-
-    async def pass_on(self, chunk: bytes) -> None:
-        await self._reply.pass_on(chunk)
-        if self.digest is not None:
-            self.digest.update(chunk)
-        if self._paid is not None:
-            self._paid.feed(chunk)
-
-    async def whole(self, status: int, content_type: str, body: bytes) -> None:
-        await self._begin(status, content_type, body)
-        if self.digest is not None:
-            self.digest.update(body)
-        if self._paid is not None:
-            self._paid.feed_whole(body)
-
-    async def _begin(self, status: int, content_type: str, body: bytes) -> None:
-        self.started = True
-        if self._paid is not None:
-            self._paid.begin(status)
-        await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n" + body)
-
-
-def _check_end(reply: Reply) -> None:
-    """Raises GaveBack for a stream that came to an end without being whole, as far as that can be told."""
+async def _stream(
+    response: Response, kind: str, reply: Reply, meter: AnswerMeter, watch: Callable[[bytes], None] | None = None
+) -> None:
+    """Pass a stream on, up to its last event. Raises RetryableError for one that came to an end without being whole, as
+    far as that can be told, and StreamError."""
+    async for chunk in response.iter_any():
+        if not reply.started:
+            await reply.start(200, kind)
+        passed = meter.feed(chunk)
+        if watch is not None:
+            watch(passed)
+        await reply.pass_on(passed)
+        if meter.done:
+            break
+    else:
+        meter.end()
     if not reply.started:
-        raise GaveBack("it answers nothing")
+        raise RetryableError("it answers nothing")
     if reply.resumable:
-        raise GaveBack("its stream ends before its last event")
+        raise RetryableError("its stream ends before its last event")
 
 
-def _usage(body: bytes, status: int) -> Usage | None:
-    """Tokens as a whole answer tells them. Raises GaveBack for a success that is not JSON."""
-    try:
-        usage = orjson.loads(body).get("usage")
-        return Usage(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        if status == 200:
-            raise GaveBack("its answer is not what an engine answers") from None
-        return None
+def _head_line(line: bytes) -> tuple[int, str]:
+    """Status and type of a peer's answer, which go on to the user. Raises ValueError."""
+    head = orjson.loads(line)
+    if not isinstance(head, dict):
+        raise ValueError("the line before its answer is no object")
+    status, kind = head.get("status"), head.get("type")
+    if type(status) is not int or not 200 <= status < 600:
+        raise ValueError(f"its answer has the status {status!r}")
+    if not (isinstance(kind, str) and _KIND.fullmatch(kind)):
+        raise ValueError(f"its answer has the type {kind!r}")
+    return status, kind
+
+
+def _promise(response: Response) -> Promise:
+    """What a peer promises in the head of its answer. Raises KeyError and ValueError."""
+    promise = Promise(float(response.headers[TTFT]), float(response.headers[TPOT]))
+    if not all(0 <= each <= MOST_PROMISED_S for each in promise):  # and no NaN
+        raise ValueError(f"a promise of {promise.ttft_s} s and {promise.tpot_s} s a token")
+    return promise

@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import uvicorn
 import uvloop
 
@@ -23,10 +22,13 @@ from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.serving.config import ConfigError, NodeConfig, StaticConfig
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine, EngineError
+from wwwserve.serving.fallback import FiniteViews
 from wwwserve.serving.http.connection import Connection
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages, Refusals
 from wwwserve.serving.http.routes import App
+from wwwserve.serving.http.transport import AiohttpTransport, Transport
+from wwwserve.serving.http.upstream import DirectTransport
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
 from wwwserve.serving.ledger.genesis import agreed
 from wwwserve.serving.ledger.journal import SqliteJournal
@@ -56,29 +58,29 @@ class JsonLines(logging.Formatter):
 
 
 def policy_of(named: str | None) -> Policy:
-    """A rule by its name, a bundle by its folder, or the bundle that is shipped.
+    """A rule by its name, a bundle by its folder, or the bundle that is shipped; asked about finite views alone.
 
     Raises agents.policy.bundle.BundleError for a bundle that cannot be used.
     """
     if named in RULES:
-        return Rule(named)
-    return load_bundle(Path(named) if named else DEFAULT_BUNDLE)
+        return FiniteViews(Rule(named))
+    return FiniteViews(load_bundle(Path(named) if named else DEFAULT_BUNDLE))
 
 
 def membership_of(
-    config: NodeConfig, identity: Identity, session: aiohttp.ClientSession, stack: AsyncExitStack, refusals: Refusals,
+    config: NodeConfig, identity: Identity, transport: Transport, stack: AsyncExitStack, refusals: Refusals,
     wall_clock: Callable[[], float],
 ) -> Membership:  # fmt: skip
     """The membership that is configured, until `stack` is closed. Raises OSError if it cannot be opened, ConfigError
     for a list of peers that has the node itself."""
-    told = config.membership
+    told, clock = config.membership, asyncio.get_running_loop().time
     if isinstance(told, StaticConfig):
-        peers = {peer.key: peer.url for peer in config.peers}
+        peers = {peer.key: peer.url.rstrip("/") for peer in config.peers}
         if identity.name in peers:
             raise ConfigError(f"peers must be others, got {identity.name}, which is the key of this node")
-        return StaticMembership(peers, identity, session, time.monotonic, wall_clock)
+        return StaticMembership(peers, identity, transport, clock, wall_clock)
     zenoh = stack.enter_context(open_session(told))
-    return ZenohMembership(identity, told.network, zenoh, time.monotonic, refusals, wall_clock)
+    return ZenohMembership(identity, told.network, zenoh, clock, refusals, wall_clock)
 
 
 def ledger_of(config: NodeConfig, identity: Identity, pricing: int, stack: AsyncExitStack) -> ChannelLedger | None:
@@ -122,18 +124,18 @@ async def serve(
     rehearsal.rehearse()
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(socket.create_server((config.host, config.port), backlog=1024))
-        url = config.url or f"http://{config.host}:{listener.getsockname()[1]}"
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
-        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, auto_decompress=False))
+        url = (config.url or f"http://{config.host}:{listener.getsockname()[1]}").rstrip("/")
+        direct, peers = DirectTransport(), AiohttpTransport()
+        stack.callback(direct.close)
+        stack.push_async_callback(peers.close)
         metrics = Metrics()
-        refusals = Refusals(metrics.message_refused)
-        membership = membership_of(config, identity, session, stack, refusals, wall_clock)
+        refusals = Refusals(metrics.message_refused, asyncio.get_running_loop().time)
+        membership = membership_of(config, identity, peers, stack, refusals, wall_clock)
         messages = Messages(identity, membership.knows, wall_clock)
         told = config.engine
-        engine = Engine(told.kind, told.url, profile, session, key=told.key, timeout_s=told.timeout_s)
-        stack.callback(engine.upstream.close)
+        engine = Engine(told.kind, told.url, profile, direct, key=told.key, timeout_s=told.timeout_s)
         ledger = ledger_of(config, identity, provider.pricing, stack)
-        dispatcher = Dispatcher(config, provider, engine, membership, messages, session, metrics, url, ledger)
+        dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
         web = uvicorn.Config(
             App(dispatcher, config, refusals), http=Connection.limited(config.limits), lifespan="off", ws="none",
             log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=5,

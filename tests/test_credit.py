@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -14,12 +15,15 @@ import pytest
 import yaml
 from aiohttp import web
 
-from wwwserve.agents.protocol import MICRO
+from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST
 from wwwserve.agents.rules import Rule
 from wwwserve.serving import config, node
 from wwwserve.serving.engine.adapter import NAMES
 from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.ledger.accounts import Accounts
 from wwwserve.serving.ledger.audit import Audit, audit, compare, settled
+from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.channel_ledger import Terms
 from wwwserve.serving.local_nodes import free_ports
 from wwwserve.serving.provider import Provider, Request
 
@@ -417,3 +421,21 @@ def test_a_peer_that_advertises_load_it_does_not_have_is_found_out_by_what_it_de
 
     assert chosen(provider("earliest_finish_trust"), took_s=60.0) == {"honest": 20}
     assert chosen(provider("earliest_finish_trust"), took_s=3.0)["liar"] > 0  # who keeps its promises is asked
+
+
+@pytest.mark.parametrize(
+    ("pricing", "most", "taken"),
+    [(PER_KTOK, 500, True), (PER_KTOK, 501, False), (PER_KTOK, None, False), (PER_REQUEST, None, True)],
+)
+def test_no_more_tokens_are_generated_than_the_escrow_pays(pricing: int, most: int | None, taken: bool) -> None:
+    """What is not bounded would be paid for in part alone."""
+    seen: list[Terms] = []
+    ledger = SimpleNamespace(take=lambda peer, terms, request: seen.append(terms))
+    accounts = Accounts(ledger, pricing, None)  # type: ignore[arg-type]
+    header = b"1 1000000 2000000"  # one credit, at two for 1,000 tokens
+    if taken:
+        assert accounts.take("peer", header, b"{}", most) == Terms(1, 1_000_000, 2_000_000)
+    else:
+        with pytest.raises(LedgerError, match="do not pay"):
+            accounts.take("peer", header, b"{}", most)
+    assert len(seen) == taken

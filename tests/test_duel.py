@@ -30,14 +30,15 @@ from wwwserve.serving.duel.duels import (
 )
 from wwwserve.serving.duel.judge import JudgeError
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.http.reply import LAST, Ask, Failed, GaveBack
+from wwwserve.serving.http.reply import CompletionRequest, Failed, Reply, RetryableError
+from wwwserve.serving.http.sse import LAST_EVENT
 from wwwserve.serving.ledger.stakes import Answer, Stake, Staked, Stakes, Verdict, decode
 from wwwserve.serving.ledger.statements import digest, sign
 from wwwserve.serving.metrics import Metrics
 
 PATH = "/v1/chat/completions"
 BODY = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "Why?"}], "stream": True})
-ASK = Ask(PATH, BODY, "m", True)
+ASK = CompletionRequest(PATH, BODY, "m", True)
 Hand = Callable[[str, Leg], Awaitable[Any]]
 
 
@@ -46,14 +47,14 @@ def event(text: str) -> bytes:
 
 
 def stream(text: str) -> list[bytes]:
-    return [*(event(word) for word in text.split()), LAST]
+    return [*(event(word) for word in text.split()), LAST_EVENT]
 
 
-class User:
+class User(Reply):
     """Who asked."""
 
     def __init__(self) -> None:
-        self.started = self.resumable = False
+        super().__init__()
         self.body = b""
 
     async def start(self, status: int, content_type: str) -> None:
@@ -132,7 +133,7 @@ class Net:
         self.nodes[name].attestor.answered(self.origin.name, digest(BODY), digest(leg.body))
         return name
 
-    async def run(self, hand: Hand | None = None, ask: Ask = ASK) -> User:
+    async def run(self, hand: Hand | None = None, ask: CompletionRequest = ASK) -> User:
         """One duel to its end."""
         user = User()
         await self.duels.run(ask, (self.good.name, self.bad.name), hand or self.hand, user)
@@ -216,7 +217,7 @@ def test_one_answer_is_no_duel(what: str, monkeypatch: pytest.MonkeyPatch) -> No
                 raise Failed(502, "it broke off")
             chunks = [event("word" * 1000)] if what == "is too long" else stream("bad")
             if what == "is no text":
-                chunks = [b"data: \xff\n\n", LAST]
+                chunks = [b"data: \xff\n\n", LAST_EVENT]
             for chunk in chunks[:-1] if what == "is cut off" else chunks:
                 await leg.pass_on(chunk)
             net.bad.attestor.answered(net.origin.name, digest(BODY), digest(leg.body))
@@ -225,7 +226,7 @@ def test_one_answer_is_no_duel(what: str, monkeypatch: pytest.MonkeyPatch) -> No
         if what == "is too long":
             monkeypatch.setattr(duel, "MOST_ANSWER_BYTES", 2000)
         user = await net.run(hand)
-        assert user.body.endswith(LAST) and net.count("void") == 1
+        assert user.body.endswith(LAST_EVENT) and net.count("void") == 1
         assert not net.verdicts and net.results == []
         assert net.stake(net.good) == net.stake(net.bad) == 4 * MICRO
 
@@ -238,16 +239,16 @@ def test_the_one_that_answers_is_enough_and_without_any_it_is_given_back() -> No
 
         async def only_bad(name: str, leg: Leg) -> str:
             if name == net.good.name:
-                raise GaveBack("it refuses")
+                raise RetryableError("it refuses")
             return await net.hand(name, leg)
 
         assert (await net.run(only_bad)).body == b"".join(stream("bad"))
 
         async def neither(name: str, leg: Leg) -> None:
-            raise GaveBack(f"{name} refuses")
+            raise RetryableError(f"{name} refuses")
 
         user = User()
-        with pytest.raises(GaveBack, match=net.good.name):
+        with pytest.raises(RetryableError, match=net.good.name):
             await net.duels.run(ASK, (net.good.name, net.bad.name), neither, user)
         assert not user.started and net.duels.open == 0 and net.count("void") == 2
 
@@ -288,7 +289,7 @@ def test_a_user_who_has_the_whole_answer_may_hang_up() -> None:
 
         user = User()
         asking = asyncio.create_task(net.duels.run(ASK, (net.good.name, net.bad.name), hand, user))
-        while not user.body.endswith(LAST):
+        while not user.body.endswith(LAST_EVENT):
             await asyncio.sleep(0)
         asking.cancel()
         assert await asking == net.good.name and asking.cancelling() == 0
@@ -415,6 +416,8 @@ def test_a_judge_sees_that_the_origin_cheats() -> None:
         ({"electors": (*whole.electors, whole.electors[0])}, bench, "twice"),
         ({"electors": (*whole.electors, (net.good.name, 1))}, bench, "none of them"),
         ({}, left_out.bench, "does not fall on this node"),
+        ({"path": "/v1/load_lora_adapter"}, bench, "path is"),
+        ({"path": PATH + " HTTP/1.1\r\n\r\nDELETE /x"}, bench, "path is"),
         ({"electors": tuple(each for each in whole.electors if each[0] != judge)}, bench, "does not fall"),
     ]  # fmt: skip
     for changed, who, message in cases:
@@ -522,7 +525,7 @@ def test_nothing_is_left_of_duels_that_end_anyhow(monkeypatch: pytest.MonkeyPatc
         async def hand(name: str, leg: Leg) -> str:
             luck = generator.integers(8)
             if luck == 0:
-                raise GaveBack("no")
+                raise RetryableError("no")
             if luck == 1:
                 await leg.start(200, "text/event-stream")
                 raise Failed(502, "it broke off")
@@ -537,7 +540,7 @@ def test_nothing_is_left_of_duels_that_end_anyhow(monkeypatch: pytest.MonkeyPatc
 
         async def one() -> None:
             patience_s = 0.0005 if generator.random() < 0.2 else 5.0
-            with contextlib.suppress(GaveBack, Failed, TimeoutError):
+            with contextlib.suppress(RetryableError, Failed, TimeoutError):
                 await asyncio.wait_for(net.duels.run(ASK, (net.good.name, net.bad.name), hand, User()), patience_s)
 
         for _ in range(10):

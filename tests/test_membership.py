@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import pytest
 import trustme
@@ -21,6 +20,7 @@ from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.serving.config import TlsConfig, ZenohConfig
 from wwwserve.serving.http.keys import Identity, tagged
 from wwwserve.serving.http.messages import SKEW_S, Refused
+from wwwserve.serving.http.transport import AiohttpTransport
 from wwwserve.serving.local_nodes import free_ports
 from wwwserve.serving.membership import heartbeat as membership_module
 from wwwserve.serving.membership import zenoh as zenoh_membership
@@ -46,7 +46,7 @@ SOON_S = 2.0  # for a newcomer to know all, and for a departure to be noticed
 def advert(label: str, number: int = 1, url: str = "http://127.0.0.1:1", load: float = 1.0, **more: Any) -> Advert:
     told: dict[str, Any] = {
         "name": KEYS[label].name, "label": label, "url": url, "serves": ("m",), "run": 1, "number": number,
-        "load": (load,) * ADVERT_SIZE, "age_s": 0.0, "valid_s": 3.0,
+        "load": (load,) * ADVERT_SIZE, "age_s": 0.0,
     }  # fmt: skip
     return Advert(**told | more)
 
@@ -116,9 +116,10 @@ class Network:
         await self.stacks.pop(name).aclose()
 
     async def _static(self, name: str, stack: contextlib.AsyncExitStack) -> Heartbeat:
-        session = await stack.enter_async_context(aiohttp.ClientSession())
+        transport = AiohttpTransport()
+        stack.push_async_callback(transport.close)
         peers = {KEYS[each].name: url for each, url in self.urls.items() if each != name}
-        membership = StaticMembership(peers, KEYS[name], session, time.monotonic, self.wall_clock)
+        membership = StaticMembership(peers, KEYS[name], transport, time.monotonic, self.wall_clock)
 
         async def beat(request: web.Request) -> web.Response:
             try:
@@ -279,7 +280,10 @@ CHEATS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "no fields": (lambda: junk(b"{}"), "malformed", "missing required field"),
     "URL": (lambda: sealed("b", url="file:///etc"), "malformed", "expected http"),
     "label": (lambda: signed(KEYS["b"], msgspec.structs.replace(advert("b"), label="\x1b[2J")), "malformed", "label"),
-    "profile": (lambda: sealed("b", load=0.0), "malformed", "out of its range"),
+    "profile": (lambda: sealed("b", load=0.0), "malformed", "expected 0.1 to"),
+    **{f"load {value}": (lambda value=value: sealed("b", load=value), "malformed", f"is {value}, expected")
+       for value in (1e308, -1.0, 1e-308)},
+    "URL in two lines": (lambda: sealed("b", url="http://a\r\nx: y"), "malformed", "printable ASCII"),
     "own key": (lambda: sealed("a"), "stranger", "key of this node"),
     "wrong key": (lambda: sealed("b", by=NAMES[2]), "forged", "it speaks for"),
     "forged": (lambda: (lambda told: told[:HEAD_BYTES] + told[HEAD_BYTES:].replace(b"1.0", b"9.0"))(sealed("b")),

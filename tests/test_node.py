@@ -24,6 +24,7 @@ from wwwserve.serving.engine import adapter as engine
 from wwwserve.serving.engine.adapter import NAMES, EngineError, read_load
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Refused
+from wwwserve.serving.http.upstream import DirectTransport
 from wwwserve.serving.local_nodes import free_ports
 from wwwserve.serving.membership.heartbeat import SILENT_S, decode
 
@@ -52,6 +53,8 @@ class Stub:
         self.begun += 1
         if self.mode == "full":
             return web.json_response({"error": "full"}, status=503)
+        if self.mode.isdigit():
+            return web.json_response({"error": "no"}, status=int(self.mode), headers={"retry-after": "7"})
         if self.mode == "garbage":
             return web.Response(body=b"\x00\xffgarbage", content_type="application/json")
         if self.mode == "hangs up":
@@ -349,6 +352,34 @@ def test_an_engine_that_fails_ends_a_request_with_an_error(mode: str) -> None:
     play(scene)
 
 
+@pytest.mark.parametrize(("code", "status"), [(500, 502), (502, 502), (429, 429), (503, 503), (400, 400)])
+def test_what_an_engine_answers_reaches_the_user_where_nobody_else_can_serve(code: int, status: int) -> None:
+    async def scene() -> None:
+        async with net(Stub(mode=str(code)), deadlines_s=[1.0]) as n:
+            found, _, headers = await n.ask()
+            assert found == status
+            assert headers.get("Retry-After") == ("7" if code in (429, 503) else None)
+            totals = (await n.see())["requests"]
+            assert (totals["answered"], totals["failed"]) == ((1, 0) if code == 400 else (0, 1))
+            assert n.stubs[0].begun == {500: 3, 502: 3, 400: 1}.get(code, n.stubs[0].begun)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("code", [500, 502, 429, 503])
+@pytest.mark.parametrize("policy", ["earliest_finish", None])
+def test_what_an_idle_engine_turns_away_goes_to_a_peer_at_once(code: int, policy: str | None) -> None:
+    async def scene() -> None:
+        async with net(Stub(mode=str(code)), Stub(), policy=policy) as n:
+            begun_s = time.monotonic()
+            answers = await asyncio.gather(*(n.ask() for _ in range(4)))
+            assert [status for status, _, _ in answers] == [200] * 4
+            assert time.monotonic() - begun_s < 10.0  # far from the last deadline, 120 s
+            assert n.stubs[1].begun == 4
+
+    play(scene)
+
+
 def test_an_engine_that_never_answers_is_given_up() -> None:
     async def scene() -> None:
         stub = Stub(pause_s=100.0)
@@ -428,7 +459,38 @@ def test_a_peer_that_fails_before_the_first_token_is_replaced(mode: str, stream:
         async with net(busy(), Stub(mode=mode), Stub(waiting=20)) as n:
             status, body, _ = await n.ask(stream=stream)
             assert status == 200 and b"error" not in body
-            assert n.stubs[1].begun == 1 and n.stubs[0].begun + n.stubs[2].begun == 1
+            # A kept connection to an engine that hangs up is asked once more on another.
+            assert n.stubs[1].begun == 1 + (mode == "hangs up") and n.stubs[0].begun + n.stubs[2].begun == 1
+
+    play(scene)
+
+
+def test_a_peer_cannot_send_a_request_elsewhere() -> None:
+    """It answers with a redirect, which is not followed."""
+
+    async def scene() -> None:
+        async with net(busy(), Stub(), Stub(waiting=500)) as n:
+            n.running[1].cancel()
+            await asyncio.gather(n.running[1], return_exceptions=True)
+            inner: list[str] = []
+
+            async def redirect(request: web.Request) -> web.Response:
+                await request.read()
+                if request.path.startswith("/peer/v1"):
+                    return web.Response(status=307, headers={"location": f"{n.urls[1]}/inner"})
+                inner.extend([request.path] if request.path == "/inner" else [])
+                return web.Response(status=204)
+
+            app = web.Application()
+            app.router.add_route("*", "/{tail:.*}", redirect)
+            runner = web.AppRunner(app, shutdown_timeout=0.1)
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", int(n.urls[1].rpartition(":")[2])).start()
+            try:
+                assert (await n.ask())[0] == 200
+            finally:
+                await runner.cleanup()
+            assert not inner
 
     play(scene)
 
@@ -660,7 +722,7 @@ def test_strangers_and_nonsense_are_no_peers() -> None:
 
     play(scene)
     with pytest.raises(Refused, match="expected 19"):
-        decode(b'{"name":"a","label":"","url":"u","serves":[],"run":1,"number":1,"load":[1.0],"age_s":0,"valid_s":1}')
+        decode(b'{"name":"a","label":"","url":"u","serves":[],"run":1,"number":1,"load":[1.0],"age_s":0}')
 
 
 def test_a_node_that_zenoh_tells_of_its_peers_takes_no_beats() -> None:
@@ -717,11 +779,11 @@ def test_a_missing_metric_is_named(kind: str, page: str, name: str) -> None:
 
 def test_what_was_sent_since_the_scrape_is_counted() -> None:
     async def scene() -> None:
-        async with Stub(waiting=0).served() as stub, aiohttp.ClientSession() as session:
+        async with Stub(waiting=0).served() as stub:
             profile = config.parse(
                 {"name": "n", "key": "n.pem", "engine": {"url": stub.url, "profile": PROFILE}}, "t"
             ).engine_profile()
-            e = engine.Engine("vllm", stub.url, profile, session)
+            e = engine.Engine("vllm", stub.url, profile, DirectTransport())
             assert not e.healthy and e.load().waiting > 100
             await e.scrape()
             assert e.healthy and e.load() == (0.0, 0.0, 0.0)

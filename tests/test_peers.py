@@ -7,17 +7,28 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
-from test_node import MODEL, Net, Stub, busy, net, play
+from test_node import MODEL, PROFILE, Net, Stub, busy, net, play
 
+from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL
+from wwwserve.agents.hardware import profile as engine_profile
+from wwwserve.agents.knowledge import RECORD, RECORD_WEIGHT
+from wwwserve.agents.rules import Rule
+from wwwserve.agents.view import Views
 from wwwserve.eval.live import hostile
+from wwwserve.serving import config, dispatcher
 from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT
+from wwwserve.serving.duel.duels import Declined
+from wwwserve.serving.fallback import FiniteViews
 from wwwserve.serving.http import messages as signed
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SIGNATURE, Messages
+from wwwserve.serving.provider import Provider, Request
 
 CHAT = PEER_PREFIX + "/v1/chat/completions"
 BODY = json.dumps({"model": MODEL, "messages": []}).encode()
@@ -280,3 +291,69 @@ def test_a_node_stands_hostile_input(tmp_path: Path, capsys: pytest.CaptureFixtu
 )
 def test_faults_are_seen(answer: bytes, fault: str | None) -> None:
     assert hostile.fault_of(answer) == fault
+
+
+# What a peer says of its answers.
+
+
+@pytest.mark.parametrize("told", ["nan", "inf", "-1", "1e308", "x"])
+@pytest.mark.parametrize("name", ["TTFT", "TPOT"])
+def test_a_promise_that_cannot_be_is_not_believed(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = signed.Messages.sign_answer
+    header = getattr(dispatcher, name).encode()
+
+    def promise(self: Messages, claim: signed.Claim, terms: list[tuple[bytes, bytes]]) -> bytes:
+        terms[:] = [(each, told.encode() if each == header else value) for each, value in terms]
+        return real(self, claim, terms)
+
+    async def scene() -> None:
+        async with net(busy(), Stub()) as n:
+            monkeypatch.setattr(signed.Messages, "sign_answer", promise)
+            status, body, _ = await n.ask()
+            assert status == 200 and json.loads(body)["from"] == n.stubs[0].url
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"[]", b"{}", b'{"status": 99, "type": "a"}', b'{"status": 700, "type": "a"}',
+        b'{"status": true, "type": "a"}', b'{"status": 200, "type": "a\\r\\nb"}', b'{"status": 200, "type": "\\u0130"}',
+        b'{"status": 200, "type": 3}',
+    ],
+)  # fmt: skip
+def test_a_line_before_an_answer_that_cannot_be_is_an_error(line: bytes) -> None:
+    with pytest.raises(ValueError):
+        dispatcher._head_line(line)
+
+
+def test_a_judge_asks_its_engine_for_no_model_that_is_not_served() -> None:
+    node: Any = SimpleNamespace(serves=["m"])
+    with pytest.raises(Declined, match="not served"):
+        asyncio.run(dispatcher.Dispatcher._judge(node, "/v1/completions", {"model": "other"}, ("a", "b")))
+
+
+@pytest.mark.parametrize("route", [LOCAL, FIRST_CANDIDATE])
+def test_where_a_view_is_not_finite_a_rule_decides(route: int) -> None:
+    class Learned:
+        name = "learned"
+
+        def decide(self, views: Views, active: Any, dice: Any, actions: Any) -> None:
+            assert all(np.isfinite(each).all() for each in views)
+            actions.route[:] = HOLD
+
+    profile = engine_profile("rtx-4090", "qwen3-8b", 8)
+    told = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "t")
+    one = Provider(FiniteViews(Learned()), profile, told.agreed(), credit=1e6)
+    one.scraped(0.0, *((0.0, 0.0, 0.0) if route == LOCAL else (8.0, 200.0, 20000.0)))
+    one.heard("peer", Provider(Rule("single"), profile, told.agreed(), stake=1.0).advertise(0.0), 0.0, frozenset({"m"}))
+    for finite in (True, False):
+        if not finite:
+            one.dealings[0, RECORD] = np.nan
+            one.dealings[0, RECORD_WEIGHT] = 1.0
+        one.arrived(Request(finite, 0, 100, 0.0, "m"))
+        decision = one.decide(0.0)
+        assert decision is not None and decision.route == (HOLD if finite else route)
+        one.dropped(decision.request)
+        one.ticked(0.0)

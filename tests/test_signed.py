@@ -215,11 +215,10 @@ def test_the_head_of_an_answer_is_bound_to_its_request() -> None:
 
 
 def test_refusals_are_counted_each_and_logged_now_and_then(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock, counted = Clock(), list[str]()
-    monkeypatch.setattr("wwwserve.serving.http.messages.time.monotonic", clock)
-    refusals = Refusals(counted.append)
+    refusals = Refusals(counted.append, clock)
     with caplog.at_level(logging.WARNING, "wwwserve.signed"):
         for _ in range(1000):
             refusals(Refused("stale", "late"))

@@ -1,17 +1,19 @@
 """A request to an engine ends with its response or an error, and its connection is kept only if it is fit to be."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import wraps
 from typing import Any
 
 import pytest
 import uvloop
 
-from wwwserve.serving.http.upstream import MOST_UNREAD, Upstream
+from wwwserve.serving.http.transport import AiohttpTransport, AnswerTooLarge, Response, Transport
+from wwwserve.serving.http.upstream import MOST_HEAD, MOST_UNREAD, DirectTransport, Site, _Connection
 
 LONG_S = 20.0
+MOST = 1 << 20
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\ncontent-length: 5\r\n\r\nhello"
 
@@ -33,7 +35,7 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
     return head + await reader.readexactly(size)
 
 
-class Site:
+class Server:
     """A server that does as it is told on each connection, and what became of them."""
 
     def __init__(self) -> None:
@@ -42,12 +44,33 @@ class Site:
         self.closed = asyncio.Event()  # by the client
 
 
+class Upstream:
+    """The way to it."""
+
+    def __init__(self, transport: Transport, port: int, path: str, read_s: float) -> None:
+        self.transport, self.port, self.read_s = transport, port, read_s
+        self.url = f"http://127.0.0.1:{port}{path}"
+
+    def post(
+        self, path: str, body: bytes, timeout_s: float | None = None, **headers: str
+    ) -> AbstractAsyncContextManager[Response]:
+        told = {"x-one": "1", **headers}
+        return self.transport.request(
+            "POST", self.url + path, body=body, headers=told, timeout_s=timeout_s, read_timeout_s=self.read_s
+        )
+
+    @property
+    def idle(self) -> list[_Connection]:
+        assert isinstance(self.transport, DirectTransport)
+        return self.transport.idle_at(Site("127.0.0.1", self.port, False))
+
+
 @asynccontextmanager
 async def site(
-    *turns: bytes | Serve | None, read_s: float = LONG_S, path: str = ""
-) -> AsyncIterator[tuple[Site, Upstream]]:
+    *turns: bytes | Serve | None, read_s: float = LONG_S, path: str = "", general: bool = False
+) -> AsyncIterator[tuple[Server, Upstream]]:
     """A server that answers its requests by `turns`, one after the other: bytes, a coroutine, or None to hang up."""
-    seen, left = Site(), list(turns)
+    seen, left = Server(), list(turns)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen.connections += 1
@@ -67,22 +90,25 @@ async def site(
             writer.close()
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    upstream = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{path}", {"x-one": "1"}, read_s)
+    transport = AiohttpTransport() if general else DirectTransport()
     try:
-        yield seen, upstream
+        yield seen, Upstream(transport, server.sockets[0].getsockname()[1], path, read_s)
     finally:
-        upstream.close()
+        if isinstance(transport, AiohttpTransport):
+            await transport.close()
+        else:
+            transport.close()
         server.close()
 
 
-async def whole(upstream: Upstream, body: bytes = b"{}") -> tuple[int, dict[str, str], bytes]:
+async def whole(upstream: Upstream, body: bytes = b"{}") -> tuple[int, Mapping[str, str], bytes]:
     async with upstream.post("/v1/x", body) as response:
-        return response.status, response.headers, await response.read()
+        return response.status, response.headers, await response.read(MOST)
 
 
 @in_loop
 async def test_a_request_goes_as_it_is_and_its_connection_is_kept() -> None:
-    async with site(WHOLE, WHOLE, path="/base/") as (seen, upstream):
+    async with site(WHOLE, WHOLE, path="/base") as (seen, upstream):
         status, headers, body = await whole(upstream, b'{"a": 1}')
         assert (status, body) == (200, b"hello")
         assert headers == {"content-type": "text/plain", "content-length": "5"}
@@ -275,3 +301,96 @@ async def test_nobody_there_is_an_error_at_once() -> None:
         pass
     with pytest.raises(OSError):
         await asyncio.wait_for(whole(upstream), LONG_S)
+
+
+# What both transports promise.
+
+both = pytest.mark.parametrize("general", [False, True])
+
+
+@both
+@in_loop
+async def test_a_body_is_read_to_its_end_and_no_farther_than_allowed(general: bool) -> None:
+    async def in_parts(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\nhalf")
+        await asyncio.sleep(0.05)
+        writer.write(b"half")
+
+    async with site(in_parts, in_parts, general=general) as (_, upstream):
+        async with upstream.post("/", b"") as response:
+            assert await response.read(8) == b"halfhalf"
+        async with upstream.post("/", b"") as response:
+            with pytest.raises(AnswerTooLarge):
+                await response.read(7)
+
+
+@both
+@in_loop
+async def test_a_line_is_read_and_then_the_rest(general: bool) -> None:
+    async def lines(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\non")
+        await asyncio.sleep(0.05)
+        writer.write(b"e\ntwo\nend")
+
+    async with site(lines, lines, general=general) as (_, upstream):
+        async with upstream.post("/", b"") as response:
+            assert await response.readline(4) == b"one\n"
+            assert await response.read(7) == b"two\nend"
+        async with upstream.post("/", b"") as response:
+            with pytest.raises(AnswerTooLarge):
+                await response.readline(3)
+
+
+@both
+@in_loop
+async def test_redirects_are_not_followed_and_cookies_not_kept(general: bool) -> None:
+    redirect = b"HTTP/1.1 307 Go\r\nlocation: /other\r\nset-cookie: a=b\r\ncontent-length: 0\r\n\r\n"
+    async with site(redirect, WHOLE, general=general) as (seen, upstream):
+        assert (await whole(upstream))[0] == 307
+        await whole(upstream)
+        assert len(seen.requests) == 2 and b"other" not in seen.requests[1] and b"ookie" not in seen.requests[1]
+
+
+@both
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/a HTTP/1.1\r\n\r\nDELETE /b", {}), ("/a\r\nx: y", {}), ("/a b", {}), ("/a\x00", {}), ("/\u0130", {}),
+        ("/", {"x-two": "1\r\nx: y"}), ("/", {"x two": "1"}),
+    ],
+)  # fmt: skip
+@in_loop
+async def test_nothing_can_be_smuggled_into_a_request(path: str, headers: dict[str, str], general: bool) -> None:
+    async with site(WHOLE, general=general) as (seen, upstream):
+        with pytest.raises(OSError):
+            async with upstream.post(path, b"", **headers):
+                pass
+        assert not seen.requests
+
+
+@both
+@in_loop
+async def test_it_can_be_closed_while_it_is_read_and_takes_no_longer_than_allowed(general: bool) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n")
+        await reader.readexactly(1)
+
+    async with site(silent, silent, general=general) as (_, upstream):
+        async with upstream.post("/", b"") as response:
+            asyncio.get_running_loop().call_later(0.05, response.close)
+            with pytest.raises(OSError):
+                await asyncio.wait_for(response.read(MOST), LONG_S)
+        with pytest.raises(TimeoutError):
+            async with upstream.post("/", b"", timeout_s=0.1) as response:
+                await response.read(MOST)
+
+
+@in_loop
+async def test_a_head_without_end_is_given_up() -> None:
+    async def endless(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * MOST_HEAD)
+        await writer.drain()
+
+    async with site(endless) as (_, upstream):
+        with pytest.raises(ConnectionError):
+            await whole(upstream)

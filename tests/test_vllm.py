@@ -33,7 +33,7 @@ from wwwserve.eval.policies import load_policy
 from wwwserve.serving import local_nodes as network
 from wwwserve.serving.engine import local_vllm
 from wwwserve.serving.engine.local_vllm import RANDOM, SMOLLM2, Prepared, PrepareError
-from wwwserve.serving.http.reply import Ask
+from wwwserve.serving.http.reply import CompletionRequest
 from wwwserve.serving.http.resume import Resumed
 from wwwserve.serving.local_nodes import Network, NetworkError, look
 
@@ -164,7 +164,7 @@ def test_a_resumed_answer_is_the_one_that_would_have_been(
 ) -> None:
     """Greedy, so that an engine that is asked for the rest must say what it would have said."""
     body = asked | {"model": SMOLLM2, "max_tokens": 32, "temperature": 0.0, "stream": True}
-    ask = Ask(path, orjson.dumps(body), SMOLLM2, stream=True)
+    ask = CompletionRequest(path, orjson.dumps(body), SMOLLM2, stream=True)
 
     async def told(breaks: Sequence[int]) -> str:
         kept = Kept()

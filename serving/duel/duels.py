@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import comb
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +31,8 @@ from wwwserve.agents.protocol import (
 )
 from wwwserve.serving.duel.judge import JudgeError, text_of
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.http.reply import LAST, Ask, Reply
+from wwwserve.serving.http.reply import COMPLETIONS, CompletionRequest, Reply
+from wwwserve.serving.http.sse import AnswerMeter, StreamError
 from wwwserve.serving.ledger.stakes import Answer, Staked, Verdict, Vote, duel_name
 from wwwserve.serving.ledger.statements import StatementError, check, digest
 from wwwserve.serving.metrics import Metrics
@@ -96,44 +97,50 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     judges: int  # to be drawn
 
 
-@dataclass(eq=False)
-class Leg:
-    """The `serving.http.reply.Reply` of one executor: passed on to the user if it is the first, and kept."""
+class Leg(Reply):
+    """The answer of one executor: passed on to the user if it is the first, and kept."""
 
-    executor: str
-    race: "_Race"
-    started: bool = False
-    resumable: bool = False
-    status: int = 0
-    body: bytearray = field(default_factory=bytearray)
-    whole_: bool = False
-    too_long: bool = False
+    def __init__(self, executor: str, race: "_Race") -> None:
+        super().__init__()
+        self.executor, self.race = executor, race
+        self.status = 0
+        self.body = bytearray()
+        self.too_long = False
+        self._meter = AnswerMeter()
 
     async def start(self, status: int, content_type: str) -> None:
-        """See `serving.http.reply.Reply`."""
+        """See `Reply`."""
         self.started, self.status = True, status
         if self.race.is_first(self):
             await self.race.reply.start(status, content_type)
 
     async def pass_on(self, chunk: bytes) -> None:
-        """See `serving.http.reply.Reply`."""
+        """See `Reply`."""
         self._keep(chunk)
-        self.whole_ = chunk.endswith(LAST)
+        try:
+            self._meter.feed(chunk)
+        except StreamError:
+            self.too_long = True
         if self.race.is_first(self):
             await self.race.reply.pass_on(chunk)
 
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
-        """See `serving.http.reply.Reply`."""
+        """See `Reply`."""
         self.started, self.status = True, status
         self._keep(body)
-        self.whole_ = True
+        self._meter.done = True
         if self.race.is_first(self):
             await self.race.reply.whole(status, content_type, body)
 
     @property
+    def ended(self) -> bool:
+        """Whether the last of it came."""
+        return self._meter.done
+
+    @property
     def complete(self) -> bool:
         """Whether it is an answer that can be judged."""
-        return self.whole_ and self.status == 200 and not self.too_long
+        return self.ended and self.status == 200 and not self.too_long
 
     def _keep(self, chunk: bytes) -> None:
         self.too_long = self.too_long or len(self.body) + len(chunk) > MOST_ANSWER_BYTES
@@ -302,6 +309,8 @@ class Bench:
 
     def _check(self, origin: str, pair: Pair) -> str:
         """The name of a duel that is this one's to judge. Raises Declined."""
+        if pair.path not in COMPLETIONS:
+            raise Declined(f"path is {pair.path[:80]!r}, expected one of {', '.join(COMPLETIONS)}")
         a, b, own = pair.a, pair.b, self.identity.name
         electors = dict(pair.electors)
         parties = {origin, a.executor, b.executor}
@@ -343,8 +352,9 @@ class Duels:
         return self.open < MOST_OPEN
 
     async def run(
-        self, ask: Ask, executors: tuple[str, str], hand: Callable[[str, Leg], Awaitable[Any]], reply: Reply
-    ) -> Any:
+        self, ask: CompletionRequest, executors: tuple[str, str], hand: Callable[[str, Leg], Awaitable[Any]],
+        reply: Reply,
+    ) -> Any:  # fmt: skip
         """Let two executors answer at once; returns what `hand` does of the one whose answer the user has.
 
         Raises as `hand` does if the user has none. The rest of the duel goes on by itself.
@@ -359,7 +369,7 @@ class Duels:
                 result = await _first(legs, race)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
-                if race.first is None or not race.first.whole_ or task is None:
+                if race.first is None or not race.first.ended or task is None:
                     raise
                 task.uncancel()  # who has the whole answer may hang up, and is answered
                 result = await _first(legs, race)
@@ -380,7 +390,7 @@ class Duels:
         await _cancel(self._closing)
         await _cancel(legs)  # of those whose end had not begun
 
-    async def _close(self, ask: Ask, legs: "dict[asyncio.Future[Any], Leg]") -> None:
+    async def _close(self, ask: CompletionRequest, legs: "dict[asyncio.Future[Any], Leg]") -> None:
         """Once the user has an answer: get the other one, and have both judged."""
         outcome = "void"
         try:
@@ -394,7 +404,7 @@ class Duels:
             await _cancel(legs)
             self.metrics.duel(outcome)
 
-    async def _judge(self, ask: Ask, legs: list[Leg]) -> str:
+    async def _judge(self, ask: CompletionRequest, legs: list[Leg]) -> str:
         request = digest(ask.body)
         signed = await asyncio.gather(*(self._attested(leg, request) for leg in legs))
         if signed[0] is None or signed[1] is None:

@@ -12,6 +12,7 @@ import orjson
 
 from wwwserve.agents.protocol import VOTE_A, VOTE_B, VOTE_UNDECIDED
 from wwwserve.serving.http.resume import continued
+from wwwserve.serving.http.sse import DONE, EventParser, StreamError
 
 # What a judge leaves out of a question: it would change what the engine answers, not what it thinks of an answer.
 NOT_JUDGED = (
@@ -86,8 +87,12 @@ def vote_by(a: float, b: float) -> int:
 
 
 def _events(body: bytes) -> list[bytes]:
-    events = body.replace(b"\r\n", b"\n").split(b"\n\n")
-    return [event[5:] for event in events if event.startswith(b"data:") and event[5:].strip() != b"[DONE]"]
+    parser = EventParser()
+    try:
+        events = parser.feed(body) + parser.end()
+    except StreamError:
+        return []
+    return [event.data for event in events if event.data and event.data.strip() != DONE]
 
 
 def _usage(told: Any) -> int:

@@ -4,19 +4,23 @@ An engine is vLLM, SGLang or the emulator, which speaks as vLLM does. Its load i
 tick; in between, what was sent there and what came back is counted, as the page is then no longer true.
 """
 
+import asyncio
 import re
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
-import aiohttp
 import orjson
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
-from wwwserve.serving.http.upstream import Exchange, Upstream
+from wwwserve.serving.http.transport import Response, Transport
 
 SCRAPE_TIMEOUT_S = 2.0
+MOST_PAGE = 16 * 2**20  # bytes
 DOWN_WAITING = 1000.0  # requests said to wait at an engine that is down
 OF_ONE_PRIORITY = re.compile(r'[{,]priority="[^"]')
 FAILURES = 2  # scrapes in a row that fail before an engine counts as down
+FULL_S = 2.0  # for which an engine that says that it is full counts as that, if it does not say for how long
+MOST_FULL_S = 30.0
 
 
 class EngineError(Exception):
@@ -69,17 +73,18 @@ class Engine:
     """One engine over HTTP."""
 
     def __init__(
-        self, kind: str, url: str, profile: Profile, session: aiohttp.ClientSession, *, key: str | None = None,
+        self, kind: str, url: str, profile: Profile, transport: Transport, *, key: str | None = None,
         timeout_s: float = 600.0,
     ) -> None:  # fmt: skip
-        self.names, self.url, self.profile, self.session = NAMES[kind], url.rstrip("/"), profile, session
+        self.names, self.url, self.profile, self.transport = NAMES[kind], url.rstrip("/"), profile, transport
+        self.timeout_s = timeout_s  # without a byte of an answer
         self.headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-        self.upstream = Upstream(self.url, self.headers, timeout_s)
         self.failures = FAILURES  # down until it is heard of
         self.reason = "not yet scraped"
         self.out = 0  # requests of this node that it has
         self._seen = Load(0.0, 0.0, 0.0)
         self._requests, self._tokens = 0.0, 0.0  # sent less returned since it was scraped
+        self._full_until_s = 0.0  # by the event loop's clock
 
     @property
     def healthy(self) -> bool:
@@ -91,13 +96,9 @@ class Engine:
         # What is sent while the page is on its way may be on it or not; it is counted as if it were not.
         requests, tokens = self._requests, self._tokens
         try:
-            timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)
-            async with self.session.get(f"{self.url}/metrics", headers=self.headers, timeout=timeout) as response:
-                page = await response.text(errors="replace")
-                if response.status != 200:
-                    raise EngineError(f"{self.url}/metrics answers {response.status}")
+            page = (await self._get("/metrics")).decode(errors="replace")
             self._seen = read_load(page, self.names, self.profile.kv_tokens)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (TimeoutError, OSError) as error:
             self._failed(f"{self.url}/metrics: {error or type(error).__name__}")
         except EngineError as error:
             self._failed(f"{self.url}: {error}")
@@ -114,21 +115,28 @@ class Engine:
         """It did not answer a request: it counts as down until it is scraped again."""
         self.failures, self.reason = FAILURES, reason
 
+    def full(self, for_s: float | None) -> None:
+        """It turned a request away as it has no room, and says for how long, or not."""
+        self._full_until_s = asyncio.get_running_loop().time() + min(for_s or FULL_S, MOST_FULL_S)
+
+    @property
+    def takes(self) -> bool:
+        """Whether it can be asked: it was heard of lately, and did not say that it is full."""
+        return self.healthy and asyncio.get_running_loop().time() >= self._full_until_s
+
     async def models(self) -> list[str]:
         """The names that it serves. Raises EngineError when it does not say."""
         try:
-            timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)
-            async with self.session.get(f"{self.url}/v1/models", headers=self.headers, timeout=timeout) as response:
-                return [str(each["id"]) for each in orjson.loads(await response.read())["data"]]
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
+            return [str(each["id"]) for each in orjson.loads(await self._get("/v1/models"))["data"]]
+        except (TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"{self.url}/v1/models: {error or type(error).__name__}") from None
 
     def load(self) -> Load:
         """Its load as far as it is known: as scraped, with what was sent and what returned since.
 
-        One that is down is as full as can be, so that whoever decides looks elsewhere.
+        One that is down or turns requests away is as full as can be, so that whoever decides looks elsewhere.
         """
-        if not self.healthy:
+        if not self.takes:
             return Load(float(self.profile.max_num_seqs), DOWN_WAITING, float(self.profile.kv_tokens))
         requests = max(0.0, self._seen.running + self._seen.waiting + self._requests)
         room = float(self.profile.max_num_seqs) if self._seen.waiting == 0 else self._seen.running
@@ -148,9 +156,21 @@ class Engine:
         self._requests -= 1
         self._tokens -= blocks(prompt + output)
 
-    def post(self, path: str, body: bytes) -> Exchange:
+    async def _get(self, path: str) -> bytes:
+        """A page of it. Raises OSError and TimeoutError, EngineError for another status than 200."""
+        async with self.transport.request(
+            "GET", self.url + path, headers=self.headers, timeout_s=SCRAPE_TIMEOUT_S, read_timeout_s=SCRAPE_TIMEOUT_S
+        ) as response:
+            page = await response.read(MOST_PAGE)
+        if response.status != 200:
+            raise EngineError(f"{self.url}{path} answers {response.status}")
+        return page
+
+    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[Response]:
         """Send a request; leaving the context before its end aborts it."""
-        return self.upstream.post(path, body)
+        return self.transport.request(
+            "POST", self.url + path, body=body, headers=self.headers, timeout_s=None, read_timeout_s=self.timeout_s
+        )
 
 
 def blocks(tokens: int) -> int:

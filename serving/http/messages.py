@@ -46,14 +46,14 @@ class Refused(ValueError):
 class Refusals:
     """Refused messages: counted each, logged so that nobody can fill a disk with them."""
 
-    def __init__(self, count: Callable[[str], None]) -> None:
-        self._count = count
+    def __init__(self, count: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._count, self._clock = count, clock
         self._logged_s: dict[str, float] = {}  # by kind
 
     def __call__(self, refused: Refused) -> None:
         """A message was refused."""
         self._count(refused.kind)
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s - self._logged_s.get(refused.kind, -LOG_EVERY_S) >= LOG_EVERY_S:
             self._logged_s[refused.kind] = now_s
             log.warning("a message is refused", extra={"kind": refused.kind, "reason": str(refused)})

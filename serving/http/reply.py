@@ -1,13 +1,15 @@
 """What is asked, where the answer goes, and how an attempt at it can end."""
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from hashlib import sha256
+from typing import NamedTuple
 
 import orjson
 
-LAST = b"data: [DONE]\n\n"  # event of a stream; with it users hang up, and the answer is whole
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions")  # paths of the OpenAI API that are served
 
 
-class Ask(NamedTuple):
+class CompletionRequest(NamedTuple):
     """What a user asks."""
 
     path: str
@@ -16,21 +18,26 @@ class Ask(NamedTuple):
     stream: bool
     klass: int = 0
     prompt_bytes: int = 0
-    most: int = 0  # tokens of the answer, as the user limits it; 0 without a limit
+    max_tokens: int = 0  # of one choice, as the user limits it; 0 without a limit
+    choices: int = 1  # answers in all: choices for each prompt, times prompts
 
 
-class Reply(Protocol):
-    """Where an answer goes."""
+class Reply(ABC):
+    """Where an answer goes: to `start`, then any number of times to `pass_on`; or to `whole` at once."""
 
-    started: bool  # something of it is out
-    resumable: bool  # if it broke off now, another could go on
+    def __init__(self) -> None:
+        self.started = False  # something of it is out
+        self.resumable = False  # if it broke off now, another could go on
 
+    @abstractmethod
     async def start(self, status: int, content_type: str) -> None:
         """Begin an answer."""
 
+    @abstractmethod
     async def pass_on(self, chunk: bytes) -> None:
         """Some of its body."""
 
+    @abstractmethod
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
         """All of an answer at once."""
 
@@ -47,10 +54,53 @@ class Failed(Exception):
         return orjson.dumps({"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}})
 
 
-class GaveBack(Exception):
+class RetryableError(Exception):
     """Whoever had the request did not bring an answer, and another may: the user has seen nothing of one, or it can be
-    resumed."""
+    resumed. `status` is what it answered, if anything, `retry_after_s` when it says to come again."""
+
+    def __init__(self, message: str, status: int | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.retry_after_s = status, retry_after_s
+
+    @property
+    def full(self) -> bool:
+        """Whether it only has no room now."""
+        return self.status in (429, 503)
 
 
-class Full(GaveBack):
-    """It had no room."""
+class ClientDisconnect(Exception):
+    """The client hung up."""
+
+
+class HeadLineReply(Reply):
+    """A reply to a peer, whose HTTP status is out already: how the engine answers goes before the body, in a line of
+    JSON. The body goes into `digest` too."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__()
+        self.status = 0  # until it has begun
+        self.size = 0  # bytes of the body
+        self.digest = sha256()
+        self._reply = reply
+
+    async def start(self, status: int, content_type: str) -> None:
+        """See `Reply`."""
+        await self._begin(status, content_type, b"")
+
+    async def pass_on(self, chunk: bytes) -> None:
+        """See `Reply`."""
+        await self._reply.pass_on(chunk)
+        self._sent(chunk)
+
+    async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        """See `Reply`."""
+        await self._begin(status, content_type, body)
+        self._sent(body)
+
+    def _sent(self, body: bytes) -> None:
+        self.digest.update(body)
+        self.size += len(body)
+
+    async def _begin(self, status: int, content_type: str, body: bytes) -> None:
+        self.started, self.status = True, status
+        await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n" + body)

@@ -9,14 +9,15 @@ from typing import Any, NoReturn
 
 import orjson
 
-from wwwserve.serving.http.reply import LAST, Ask, Failed, GaveBack, Reply
+from wwwserve.serving.http.reply import CompletionRequest, Failed, Reply, RetryableError
+from wwwserve.serving.http.sse import DONE, LAST_EVENT, Event, EventParser, StreamError, choices_of, usage_of
 
 # What a continuation could not take up where it was: several answers, calls of tools, a grammar's state.
 NOT_RESUMED = ("tools", "functions", "response_format", "structured_outputs", "prompt_logprobs", "echo", "suffix")
 LIMITS = ("max_tokens", "max_completion_tokens", "min_tokens")
 
 
-def resumable(ask: Ask) -> bool:
+def resumable(ask: CompletionRequest) -> bool:
     """Whether an answer that breaks off could be continued: one text, streamed, of a prompt that is text."""
     request = orjson.loads(ask.body)
     if not ask.stream or request.get("n", 1) != 1 or any(request.get(name) for name in NOT_RESUMED):
@@ -29,12 +30,12 @@ def resumable(ask: Ask) -> bool:
     return isinstance(request.get("prompt"), str)
 
 
-class Resumed:
-    """A `serving.http.reply.Reply` to a user that any number of executors may make together, one after the other."""
+class Resumed(Reply):
+    """A reply to a user that any number of executors may make together, one after the other."""
 
-    def __init__(self, ask: Ask, reply: Reply) -> None:
+    def __init__(self, ask: CompletionRequest, reply: Reply) -> None:
         """For an ask that is `resumable`."""
-        self.started = False  # by whoever has it now
+        super().__init__()  # `started` by whoever has it now
         self.resumable = True
         self.tokens = 0  # that the user has, by events with text
         self._ask, self._reply = ask, reply
@@ -44,11 +45,11 @@ class Resumed:
         self._again = False  # something of it is out
         self._first: dict[str, Any] = {}  # what names the stream, of its first event
         self._finished = False
-        self._rest = b""  # of an event that is not complete yet
+        self._parser = EventParser()
 
-    def ask(self) -> Ask:
+    def ask(self) -> CompletionRequest:
         """What is to be asked for now: at first all, then the rest."""
-        self.started, self._rest, self._before, self._again = False, b"", self.tokens, bool(self._first)
+        self.started, self._parser, self._before, self._again = False, EventParser(), self.tokens, bool(self._first)
         if not self._text:
             return self._ask
         request = continued(self._ask.path, self._request, self._text)
@@ -58,22 +59,24 @@ class Resumed:
         return self._ask._replace(body=orjson.dumps(request))
 
     async def start(self, status: int, content_type: str) -> None:
-        """See `serving.http.reply.Reply`."""
+        """See `Reply`."""
         self.started = True
         if not self._reply.started:
             await self._reply.start(status, content_type)
 
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
-        """See `serving.http.reply.Reply`. Raises Failed for one that is no stream, though a part of one is out."""
+        """See `Reply`. Raises Failed for one that is no stream, though a part of one is out."""
         if self._reply.started:
             self._give_up(f"asked to go on, an engine answers {status}")
         self.started, self.resumable = True, False
         await self._reply.whole(status, content_type, body)
 
     async def pass_on(self, chunk: bytes) -> None:
-        """See `serving.http.reply.Reply`. Raises GaveBack for an event that tells of an error."""
-        *events, self._rest = (self._rest + chunk.replace(b"\r\n", b"\n")).split(b"\n\n")
-        out = b"".join(self._event(event + b"\n\n") for event in events)
+        """See `Reply`. Raises RetryableError for an event that tells of an error."""
+        try:
+            out = b"".join([self._event(event) for event in self._parser.feed(chunk)])
+        except StreamError as error:
+            raise RetryableError(str(error)) from None
         if out:
             await self._reply.pass_on(out)
 
@@ -88,23 +91,23 @@ class Resumed:
             nothing: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
             choice = {"index": 0, "finish_reason": "length", **nothing}
             await self._reply.pass_on(b"data: " + orjson.dumps(self._first | {"choices": [choice]}) + b"\n\n")
-        await self._reply.pass_on(LAST)
+        await self._reply.pass_on(LAST_EVENT)
         return True
 
-    def _event(self, event: bytes) -> bytes:
+    def _event(self, event: Event) -> bytes:
         """An event as the user gets it."""
-        if event == LAST:
+        if event.data.strip() == DONE:
             self.resumable = False
-            return event
-        if not event.startswith(b"data:"):
-            return event
+            return event.raw
+        if not event.data:
+            return event.raw
         try:
-            told = orjson.loads(event[5:])
-            choices = told.get("choices") or []
+            told = orjson.loads(event.data)
+            choices = choices_of(told)
         except (ValueError, AttributeError):
-            raise GaveBack("its stream is not what an engine streams") from None
+            raise RetryableError("its stream is not what an engine streams") from None
         if told.get("error"):
-            raise GaveBack(f"its stream ends with an error: {str(told['error'])[:200]}")
+            raise RetryableError(f"its stream ends with an error: {str(told['error'])[:200]}")
         names = {key: told[key] for key in ("id", "object", "created", "model") if key in told}
         self._first = self._first or names
         role_only = False
@@ -118,14 +121,14 @@ class Resumed:
             if any(delta.get(name) for name in ("tool_calls", "reasoning", "reasoning_content", "function_call")):
                 self.resumable = False
         if not self._again:
-            return event
+            return event.raw
         if role_only:
             return b""  # it was said already
-        usage = told.get("usage")
-        if usage:
-            prompt = max(0, usage["prompt_tokens"] - self._before)
-            output = usage["completion_tokens"] + self._before
-            told["usage"] = usage | {
+        usage = usage_of(told)
+        if usage is not None:
+            prompt = max(0, usage.prompt - self._before)
+            output = usage.output + self._before
+            told["usage"] |= {
                 "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output
             }  # fmt: skip
         return b"data: " + orjson.dumps(told | self._first) + b"\n\n"

@@ -11,8 +11,9 @@ import orjson
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Declined
+from wwwserve.serving.http.handover import choices_in, limit_in_force, limit_of
 from wwwserve.serving.http.messages import SIGNATURE, Refusals, Refused
-from wwwserve.serving.http.reply import Ask, Failed
+from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed, Reply
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import Full
@@ -21,9 +22,7 @@ from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES
 
 log = logging.getLogger("wwwserve.app")
 
-COMPLETIONS = ("/v1/chat/completions", "/v1/completions")
 CLASS_HEADER = b"x-slo-class"
-MOST_CHOICES = 128  # that a user may ask for at once
 MOST_PROMPT = 1 << 24  # tokens that a peer may say a prompt has
 
 T = TypeVar("T")
@@ -33,29 +32,30 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class Gone(Exception):
-    """The client hung up."""
-
-
-class _Reply:
+class HttpReply(Reply):
     """An answer on its way to the client."""
 
     def __init__(self, send: Send) -> None:
-        self.started, self.resumable, self._ended, self._send = False, False, False, send
+        super().__init__()
+        self._ended, self._send = False, send
 
     async def start(self, status: int, content_type: str, *headers: tuple[bytes, bytes]) -> None:
+        """See `Reply`."""
         self.started = True
         head = [(b"content-type", content_type.encode("latin-1")), *headers]
         await self._send({"type": "http.response.start", "status": status, "headers": head})
 
     async def pass_on(self, chunk: bytes) -> None:
+        """See `Reply`."""
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        """See `Reply`."""
         self.started = self._ended = True
         await _answer(self._send, status, body, content_type.encode("latin-1"))
 
     async def end(self) -> None:
+        """All of it is out."""
         if not self._ended:
             self._ended = True
             await self._send({"type": "http.response.body", "body": b""})
@@ -102,7 +102,7 @@ class App:
                 await _answer(send, *self.pages[path]())
             else:
                 raise Failed(404, f"there is no {path}", "not_found_error")
-        except Gone:
+        except ClientDisconnect:
             pass
         except Failed as failed:
             await _fail(send, failed)
@@ -124,8 +124,8 @@ class App:
 
     async def _complete(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         body = await _body(receive, headers, self.config.limits.body_bytes)
-        ask = self._ask(path, headers, body)
-        reply = _Reply(send)
+        ask = self._asked(path, headers, body)
+        reply = HttpReply(send)
         try:
             await _unless_gone(receive, self.dispatcher.answer(ask, reply))
         except Failed as failed:
@@ -134,7 +134,7 @@ class App:
             await reply.pass_on(b"data: " + failed.body() + b"\n\n")
         await reply.end()
 
-    def _ask(self, path: str, headers: dict[bytes, bytes], body: bytes) -> Ask:
+    def _asked(self, path: str, headers: dict[bytes, bytes], body: bytes) -> CompletionRequest:
         request = _object(body)
         model, stream = request.get("model"), request.get("stream", False)
         if not isinstance(model, str):
@@ -147,7 +147,10 @@ class App:
         if klass is None:
             known = ", ".join(self.config.class_names)
             raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
-        return Ask(path, body, model, bool(stream), klass, _prompt_bytes(request), _most(request))
+        return CompletionRequest(
+            path, body, model, bool(stream), klass, _prompt_bytes(request), limit_of(request) or 0,
+            choices_in(request),
+        )  # fmt: skip
 
     async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Run a peer's request, or refuse it at once."""
@@ -170,18 +173,20 @@ class App:
         accounts = self.dispatcher.accounts
         if accounts is not None:
             try:
-                terms = accounts.take(claim.sender, headers.get(ESCROW.encode(), b""), body)
+                limit = limit_in_force(path, request)
+                most = limit * choices_in(request) if limit is not None else None
+                terms = accounts.take(claim.sender, headers.get(ESCROW.encode(), b""), body, most)
             except LedgerError as error:
                 self.dispatcher.metrics.offer_refused()
                 raise Failed(402, f"it is not taken: {error}", "payment_error") from None
             except Full:
                 self.dispatcher.metrics.offer_refused()
                 raise _no_room() from None
-        reply = _Reply(send)
+        reply = HttpReply(send)
         head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
         await reply.start(200, "application/octet-stream", *head)
-        ask = Ask(path, body, str(model), bool(request.get("stream")))
+        ask = CompletionRequest(path, body, str(model), bool(request.get("stream")))
         paid = accounts.delivery(claim.sender, terms) if accounts is not None and terms is not None else None
         if await _unless_gone(receive, self.dispatcher.run_for(claim.sender, ask, prompt, reply, paid)):
             await reply.end()
@@ -268,14 +273,6 @@ def _object(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _most(request: dict[str, Any]) -> int:
-    """Tokens that the answer may have at most; 0 where the user sets no limit."""
-    limits = [request.get("max_completion_tokens"), request.get("max_tokens")]
-    told = [each for each in limits if isinstance(each, int) and not isinstance(each, bool) and each > 0]
-    choices = request.get("n", 1)
-    return told[0] * (choices if isinstance(choices, int) and 1 <= choices <= MOST_CHOICES else 1) if told else 0
-
-
 def _prompt_bytes(request: dict[str, Any]) -> int:
     """Bytes of the texts that a model reads, as far as they can be seen."""
     prompt, messages = request.get("prompt"), request.get("messages")
@@ -311,14 +308,14 @@ async def _body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> by
         parts.append(message.get("body", b""))
         size += len(parts[-1])
     if message["type"] == "http.disconnect":
-        raise Gone
+        raise ClientDisconnect
     if size > limit:
         raise too_large
     return b"".join(parts) if len(parts) > 1 else body
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up; then raises Gone."""
+    """The result of `work`, which is cancelled when the client hangs up; then raises ClientDisconnect."""
     worker = asyncio.current_task()
     assert worker is not None
     gone = False
@@ -335,7 +332,7 @@ async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         return await work
     except asyncio.CancelledError:
         if gone and worker.uncancel() == 0:
-            raise Gone from None
+            raise ClientDisconnect from None
         raise
     finally:
         watching.cancel()

@@ -1,30 +1,45 @@
-"""Requests to one HTTP server over kept connections, with no more than an engine's API needs.
+"""A `serving.http.transport.Transport` with no more than an engine's API needs: HTTP/1.1 over kept connections.
 
-HTTP/1.1, parsed by httptools; one response at a time on a connection. A general client's redirects, cookies, encodings
-and proxies are not wanted on the way to an engine, and they cost more than the rest of a node together.
+Parsed by httptools; one response at a time on a connection. A general client costs more than the rest of a node
+together. What goes into a request line or a header is checked character by character.
 """
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import lru_cache
 from types import TracebackType
-from typing import cast
+from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 import httptools
 
-CONNECT_S = 5.0
+from wwwserve.serving.http.transport import CONNECT_TIMEOUT_S, AnswerTooLarge, check_request, read_all
+
+MOST_HEAD = 64 * 1024  # bytes of names and values of a response's headers
 MOST_UNREAD = 256 * 1024  # bytes of a response that wait to be read, beyond which its sender waits
+
+_NEVER_S = 1e8
+
+
+class Site(NamedTuple):
+    """Where connections go."""
+
+    host: str
+    port: int
+    tls: bool
 
 
 class Response:
-    """A response on its way. Reading it raises ConnectionError if it breaks off, TimeoutError if it stays away."""
+    """See `serving.http.transport.Response`."""
 
-    __slots__ = ("_connection", "_done", "_error", "_size", "_unread", "_waiter", "headers", "status")
+    __slots__ = ("_connection", "_done", "_error", "_size", "_unread", "_waiter", "headers", "raw_headers", "status")
 
     def __init__(self, connection: "_Connection") -> None:
         self.status = 0  # until its head is there
-        self.headers: dict[str, str] = {}  # by names in lower case
+        self.headers: Mapping[str, str] = {}
+        self.raw_headers: Sequence[tuple[bytes, bytes]] = ()
         self._connection = connection
         self._unread: list[bytes] = []
         self._size = 0  # bytes in them
@@ -33,7 +48,7 @@ class Response:
         self._waiter: asyncio.Future[None] | None = None
 
     async def iter_any(self) -> AsyncIterator[bytes]:
-        """The body, in pieces as they come."""
+        """See `serving.http.transport.Response`."""
         while True:
             if self._unread:
                 piece = b"".join(self._unread) if len(self._unread) > 1 else self._unread[0]
@@ -46,9 +61,28 @@ class Response:
             else:
                 await self._news()
 
-    async def read(self) -> bytes:
-        """The rest of the body."""
-        return b"".join([piece async for piece in self.iter_any()])
+    async def read(self, limit: int) -> bytes:
+        """See `serving.http.transport.Response`."""
+        return await read_all(self, limit)
+
+    async def readline(self, limit: int) -> bytes:
+        """See `serving.http.transport.Response`."""
+        line = b""
+        async for piece in self.iter_any():
+            end = piece.find(b"\n") + 1
+            line += piece[:end] if end else piece
+            if len(line) > limit:
+                raise AnswerTooLarge(f"a line has more than {limit} bytes")
+            if end:
+                if rest := piece[end:]:
+                    self._unread.insert(0, rest)
+                    self._size += len(rest)
+                break
+        return line
+
+    def close(self) -> None:
+        """See `serving.http.transport.Response`."""
+        self.ended(ConnectionError("it was closed"))
 
     async def head(self) -> None:
         """Wait until status and headers are there."""
@@ -71,8 +105,9 @@ class Response:
 
     # What the connection tells it.
 
-    def began(self, status: int) -> None:
-        self.status = status
+    def began(self, status: int, head: list[tuple[bytes, bytes]]) -> None:
+        self.status, self.raw_headers = status, head
+        self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in head}
         self._wake()
 
     def came(self, piece: bytes) -> None:
@@ -96,8 +131,9 @@ class Response:
 class _Connection(asyncio.Protocol):
     """A connection to the server, which is in `idle` while it has nothing to do."""
 
-    def __init__(self, idle: "list[_Connection]", read_s: float) -> None:
-        self.idle, self.read_s = idle, read_s
+    def __init__(self, idle: "list[_Connection]") -> None:
+        self.idle, self.read_s, self.due_s, self.head_bytes = idle, 0.0, 0.0, 0
+        self.head: list[tuple[bytes, bytes]] = []
         self.loop = asyncio.get_running_loop()
         self.parser = httptools.HttpResponseParser(self)
         self.response: Response | None = None
@@ -106,11 +142,12 @@ class _Connection(asyncio.Protocol):
         self.timer: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport
 
-    def ask(self, wire: bytes) -> Response:
-        """Send a request."""
+    def ask(self, wire: bytes, read_s: float, due_s: float) -> Response:
+        """Send a request, whose response is given up `read_s` without a byte or at `due_s`."""
         self.response = response = Response(self)
-        self.heard_s = self.loop.time()
-        self.timer = self.loop.call_later(self.read_s, self._look)
+        self.heard_s, self.read_s, self.due_s, self.head_bytes = self.loop.time(), read_s, due_s, 0
+        self.head = []
+        self.timer = self.loop.call_at(min(self.heard_s + read_s, due_s), self._look)
         self.transport.write(wire)
         return response
 
@@ -128,15 +165,16 @@ class _Connection(asyncio.Protocol):
             self.transport.abort()
 
     def _look(self) -> None:
-        """Whether anything came within the time allowed; while its reader is slow, that does not count."""
+        """Whether it is all there, or anything came, in the time allowed; a slow reader's delay does not count."""
         now_s = self.loop.time()
         if self.paused:
             self.heard_s = now_s
-        if (left_s := self.heard_s + self.read_s - now_s) > 0:
-            self.timer = self.loop.call_later(left_s, self._look)
+        if (next_s := min(self.heard_s + self.read_s, self.due_s)) > now_s:
+            self.timer = self.loop.call_at(next_s, self._look)
         elif self.response is not None:
             self.timer = None
-            self.response.ended(TimeoutError(f"nothing came for {self.read_s:g} s"))
+            late = now_s >= self.due_s
+            self.response.ended(TimeoutError("it took too long" if late else f"nothing came for {self.read_s:g} s"))
             self.transport.abort()
 
     def pause(self) -> None:
@@ -186,20 +224,23 @@ class _Connection(asyncio.Protocol):
     # httptools
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self.head_bytes += len(name) + len(value)
+        if self.head_bytes > MOST_HEAD:
+            raise ValueError("the head is too large")  # which the parser turns into an error of its own
         if self.response is not None and not self.response.status:
-            self.response.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+            self.head.append((name, value))
 
     def on_headers_complete(self) -> None:
         status = self.parser.get_status_code()
         self.interim = status < 200
         assert self.response is not None
         if self.interim:
-            self.response.headers.clear()
+            self.head = []
         elif self.response.status:  # a second response to one request
             self.reusable = False
         else:
             self.reusable = self.parser.should_keep_alive()
-            self.response.began(status)
+            self.response.began(status, self.head)
 
     def on_body(self, piece: bytes) -> None:
         if self.response is not None and not self.response.done:
@@ -210,36 +251,34 @@ class _Connection(asyncio.Protocol):
             self.response.ended()
 
 
-class Exchange:
+class Exchange(AbstractAsyncContextManager[Response]):
     """A request and its response, as an asynchronous context; leaving it before the response's end breaks it off."""
 
-    __slots__ = ("_connection", "_upstream", "_wire")
+    __slots__ = ("_connection", "_due_s", "_read_s", "_site", "_transport", "_wire")
 
-    def __init__(self, upstream: "Upstream", wire: bytes) -> None:
-        self._upstream, self._wire = upstream, wire
+    def __init__(self, transport: "DirectTransport", site: Site, wire: bytes, read_s: float, due_s: float) -> None:
+        self._transport, self._site, self._wire, self._read_s, self._due_s = transport, site, wire, read_s, due_s
         self._connection: _Connection | None = None
 
     async def __aenter__(self) -> Response:
-        """The response, once its head is there. Raises OSError and TimeoutError."""
-        idle = self._upstream.idle
+        """The response, once its head is there. A kept connection that is found closed is replaced, once."""
+        idle = self._transport.idle_at(self._site)
         if idle:
-            kept = self._connection = idle.pop()
-            response = kept.ask(self._wire)
             try:
-                await response.head()
+                return await self._ask(idle.pop())
             except ConnectionError:  # the server had closed it, most likely, as it was asked
-                kept.release()
-            except BaseException:
-                kept.release()
-                raise
-            else:
-                return response
-        fresh = self._connection = await self._upstream.connect()
-        response = fresh.ask(self._wire)
+                pass
+        async with asyncio.timeout_at(self._due_s):
+            connection = await self._transport.connect(self._site)
+        return await self._ask(connection)
+
+    async def _ask(self, connection: _Connection) -> Response:
+        self._connection = connection
+        response = connection.ask(self._wire, self._read_s, self._due_s)
         try:
             await response.head()
         except BaseException:
-            fresh.release()
+            connection.release()
             raise
         return response
 
@@ -251,34 +290,56 @@ class Exchange:
             self._connection.release()
 
 
-class Upstream:
-    """The server at a URL, and the connections to it."""
+class DirectTransport:
+    """See `serving.http.transport.Transport`: connections to a few servers that the operator names."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], read_s: float) -> None:
-        """`headers` go with every request; `read_s`: without a byte, after which a response is given up."""
-        parts = urlsplit(url)
-        self.host, self.tls = parts.hostname or "", parts.scheme == "https"
-        self.port = parts.port or (443 if self.tls else 80)
-        self.prefix, self.read_s = parts.path.rstrip("/"), read_s
-        lines = [f"host: {parts.netloc.rpartition('@')[2]}", *(f"{name}: {value}" for name, value in headers.items())]
-        self._head = "".join(f"{line}\r\n" for line in lines).encode("latin-1") + b"content-length: "
-        self._context = ssl.create_default_context() if self.tls else None
-        self.idle: list[_Connection] = []
+    def __init__(self) -> None:
+        self._idle: dict[Site, list[_Connection]] = {}
+        self._context: ssl.SSLContext | None = None
 
-    def post(self, path: str, body: bytes) -> Exchange:
-        """Ask. A kept connection that is found closed is replaced by a new one, once."""
-        start = f"POST {self.prefix}{path} HTTP/1.1\r\n".encode("latin-1")
-        return Exchange(self, b"%b%b%d\r\n\r\n%b" % (start, self._head, len(body), body))
+    def request(
+        self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
+        read_timeout_s: float,
+    ) -> AbstractAsyncContextManager[Response]:  # fmt: skip
+        """See `serving.http.transport.Transport`."""
+        site, head = _head(method, url, tuple(headers.items()))
+        now_s = asyncio.get_running_loop().time()
+        wire = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+        return Exchange(self, site, wire, read_timeout_s, now_s + (_NEVER_S if timeout_s is None else timeout_s))
 
-    async def connect(self) -> _Connection:
-        """A new connection."""
-        async with asyncio.timeout(CONNECT_S):
+    def idle_at(self, site: Site) -> list[_Connection]:
+        """Connections that have nothing to do."""
+        return self._idle.setdefault(site, [])
+
+    async def connect(self, site: Site) -> _Connection:
+        """A new connection. Raises OSError and TimeoutError."""
+        idle = self.idle_at(site)
+        if site.tls and self._context is None:
+            self._context = ssl.create_default_context()
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(self.idle, self.read_s), self.host, self.port, ssl=self._context
+                lambda: _Connection(idle), site.host, site.port, ssl=self._context if site.tls else None
             )
         return connection
 
     def close(self) -> None:
         """Close the connections that have nothing to do."""
-        for connection in self.idle[:]:
-            connection.transport.abort()
+        for idle in self._idle.values():
+            for connection in idle[:]:
+                connection.transport.abort()
+
+
+@lru_cache(maxsize=64)
+def _head(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> tuple[Site, bytes]:
+    """Where a request goes, and its head. Raises OSError for characters that could end a line or a header."""
+    check_request(method, url, dict(headers))
+    try:
+        parts = urlsplit(url)
+        tls = parts.scheme == "https"
+        site = Site(parts.hostname or "", parts.port or (443 if tls else 80), tls)
+    except ValueError as error:
+        raise OSError(f"{url!r} is no URL: {error}") from None
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    lines = [f"{method} {target} HTTP/1.1", f"host: {parts.netloc.rpartition('@')[2]}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    return site, "".join(f"{line}\r\n" for line in lines).encode()

@@ -7,16 +7,15 @@ the two differ. Both digest the bytes of the answer as they pass.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
-import aiohttp
 import msgspec
 import numpy as np
 
-from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, STAKED, move_stake, price_of
+from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_KTOK, STAKED, move_stake, price_of
 from wwwserve.serving.ledger.channel_ledger import (
     NOTHING,
     PART,
@@ -47,8 +46,6 @@ class Payment:
     def __init__(self, ledger: ChannelLedger, peer: str, terms: Terms, most: int) -> None:
         self.peer, self.terms, self.most = peer, terms, most
         self.refused = False  # the peer said that it does not take it
-        self.whole = False
-        self.tokens = 0
         self._ledger, self._digest, self._bytes = ledger, sha256(), 0
 
     @property
@@ -61,13 +58,13 @@ class Payment:
         self._digest.update(chunk)
         self._bytes += len(chunk)
 
-    def end(self) -> int:
-        """It is over: pay for what came. Returns micro-credits."""
+    def end(self, tokens: int = 0, whole: bool = False) -> int:
+        """It is over: pay for the tokens that came, and whether that was all. Returns micro-credits."""
         if self.refused:
             self._ledger.free(self.peer, self.terms.id)
             return 0
-        tokens = min(self.tokens, self.most)
-        came = WHOLE if self.whole else PART if tokens > 0 else NOTHING
+        tokens = min(tokens, self.most)
+        came = WHOLE if whole else PART if tokens > 0 else NOTHING
         answer = self._digest.hexdigest() if self._bytes else ""
         return self._ledger.settle(self.peer, self.terms.id, answer, tokens, self.most, came)
 
@@ -77,32 +74,11 @@ class Delivery:
 
     def __init__(self, ledger: ChannelLedger, peer: str, terms: Terms, most: int) -> None:
         self._ledger, self._peer, self._id, self._most = ledger, peer, terms.id, most
-        self._digest, self._bytes, self._events, self._tokens = sha256(), 0, 0, 0
-        self._status = 200
 
-    def begin(self, status: int) -> None:
-        """How the engine answers."""
-        self._status = status
-
-    def feed(self, chunk: bytes) -> None:
-        """Some of a stream was sent."""
-        self._digest.update(chunk)
-        self._bytes += len(chunk)
-        self._events += chunk.count(b"data:")
-
-    def feed_whole(self, body: bytes) -> None:
-        """All of an answer was sent."""
-        self._digest.update(body)
-        self._bytes += len(body)
-        self._tokens = tokens_of(body) if self._status == 200 else 0
-
-    def end(self, whole: bool) -> None:
-        """It is over, and all of it was sent, or not."""
-        tokens = min(self._tokens or stream_tokens(self._events), self._most)
-        served = self._status == 200 and self._bytes > 0
-        came = NOTHING if not served else WHOLE if whole else PART
-        answer = self._digest.hexdigest() if served else ""
-        self._ledger.delivered(self._peer, self._id, answer, tokens if served else 0, came)
+    def end(self, answer: str, tokens: int, whole: bool) -> None:
+        """It is over: `answer` is the digest of what was sent, "" for nothing, and how many tokens it has."""
+        came = NOTHING if not answer else WHOLE if whole else PART
+        self._ledger.delivered(self._peer, self._id, answer, min(tokens, self._most) if answer else 0, came)
 
 
 class Accounts:
@@ -147,14 +123,20 @@ class Accounts:
         """The price in force from now on, credits."""
         self.prices.append(round(price * MICRO))
 
-    def take(self, peer: str, header: bytes, body: bytes) -> Terms:
-        """Take a peer's request, by its header ESCROW. Raises LedgerError or Full."""
+    def take(self, peer: str, header: bytes, body: bytes, most: int | None) -> Terms:
+        """Take a peer's request, by its header ESCROW, that may get `most` tokens (None: as many as the model writes).
+
+        Raises LedgerError or Full.
+        """
         told = header.split()
         if len(told) != 3 or not all(each.isdigit() and len(each) < 18 for each in told):
             raise LedgerError(f"the header {ESCROW} is not ID AMOUNT PRICE")
         terms = Terms(*map(int, told))
         if self.prices and terms.price < min(self.prices):
             raise LedgerError(f"{terms.price} micro-credits are less than the price, {min(self.prices)}")
+        if self.pricing == PER_KTOK and (most is None or most > most_of(self.pricing, terms)):
+            wanted = "any number of" if most is None else most
+            raise LedgerError(f"{terms.amount} micro-credits in escrow do not pay {wanted} tokens")
         self.ledger.take(peer, terms, digest(body))
         return terms
 
@@ -195,13 +177,13 @@ class Accounts:
             if told := self._untold.pop(peer, []):
                 try:
                     await self.send(peer, msgspec.json.encode(Telling(tuple(told))))
-                except (aiohttp.ClientError, TimeoutError, OSError):
+                except (TimeoutError, OSError):
                     self._untold[peer] = told + self._untold.get(peer, [])
                     return
             message = await self.ledger.message(peer)
             if message is not None:
                 await self.ledger.replied(peer, await self.send(peer, message))
-        except (aiohttp.ClientError, TimeoutError, OSError, Full):
+        except (TimeoutError, OSError, Full):
             pass  # it is told again
         except (LedgerError, StatementError) as error:
             self.rejected += 1
@@ -285,43 +267,3 @@ class Accounts:
 def most_of(pricing: int, terms: Terms) -> int:
     """The longest answer that what is in escrow could pay, tokens."""
     return terms.amount * 1000 // max(terms.price, 1) if pricing else 1 << 31
-
-
-def stream_tokens(events: int) -> int:
-    """Tokens of a stream by its events: all but the one that tells the role and the last."""
-    return max(0, events - 2)
-
-
-def tokens_of(body: bytes) -> int:
-    """Tokens of a whole answer as it says, at most the bytes of the texts that came: no token is less."""
-    try:
-        told = msgspec.json.decode(body, type=_Answer)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return 0
-    return min(told.usage.completion_tokens, sum(map(_text_bytes, told.choices)))
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: msgspec.Raw = msgspec.Raw()
-
-
-class _Choice(msgspec.Struct):
-    text: str | None = None
-    message: _Message | None = None
-
-
-class _Usage(msgspec.Struct):
-    completion_tokens: int
-
-
-class _Answer(msgspec.Struct):
-    usage: _Usage
-    choices: list[_Choice]
-
-
-def _text_bytes(choice: _Choice) -> int:
-    message = choice.message or _Message()
-    texts: Iterable[str | None] = (choice.text, message.content, message.reasoning_content)
-    return sum(len((text or "").encode()) for text in texts) + len(bytes(message.tool_calls))

@@ -1,16 +1,16 @@
 """A node's ledger: what it locks, pays, takes and earns, in channels with each peer and without a host.
 
-`Ledger` is what a node asks of whatever keeps accounts. `ChannelLedger` keeps them in channels: the two of each hold
-the same accounts in journals of their own, and exchange vouchers and acknowledgements (`serving.ledger.statements`).
-Entries take effect at once and are written in batches, as fast as the disk takes them: what has to be durable before a
-message goes out is awaited. Amounts are integer micro-credits.
+The two of each channel hold the same accounts in journals of their own, and exchange vouchers and acknowledgements
+(`serving.ledger.statements`). Entries take effect at once and are written in batches, as fast as the disk takes them:
+what has to be durable before a message goes out is awaited. Requests are known by a peer and an id; amounts are integer
+micro-credits.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -118,52 +118,6 @@ class Declined(Struct, frozen=True, tag="declined"):
 
 Message: TypeAlias = Open | Vouching | Telling
 Answer: TypeAlias = Open | Acknowledged | Held | Declined
-
-
-class Ledger(Protocol):
-    """What a node asks of it. Amounts are micro-credits, requests are known by a peer and an id."""
-
-    stakes: Stakes
-
-    def room(self, peer: str) -> int:
-        """What may be put in escrow with a peer for one more request."""
-
-    def lock(self, peer: str, amount: int, request: str, price: int) -> Terms:
-        """Put `amount` in escrow for a request whose body has the digest `request`. Raises LedgerError."""
-
-    async def durable(self) -> None:
-        """Until all that was done is written. Raises Full where there is no room for it."""
-
-    def free(self, peer: str, id: int) -> None:
-        """The peer did not take it."""
-
-    def settle(self, peer: str, id: int, answer: str, tokens: int, most: int, came: str) -> int:
-        """The peer had it, and it has ended: `tokens` of at most `most` came of an answer with the digest `answer`.
-        Returns what is paid."""
-
-    def take(self, peer: str, terms: Terms, request: str) -> None:
-        """Take a peer's request. Raises LedgerError, or Full while there is no room to write."""
-
-    def delivered(self, peer: str, id: int, answer: str, tokens: int, came: str) -> None:
-        """A peer's request has ended here."""
-
-    async def message(self, peer: str) -> bytes | None:
-        """What there is to send to a peer, durable; None for nothing. Raises Full."""
-
-    async def received(self, peer: str, body: bytes) -> bytes:
-        """A message of a peer came; returns the answer. Raises StatementError, LedgerError, Full."""
-
-    async def replied(self, peer: str, body: bytes) -> None:
-        """A peer answered a message. Raises StatementError, LedgerError, Full."""
-
-    async def restake(self, amount: int) -> Staked | None:
-        """State what the node stakes from now on; None where nothing changes. Raises Full."""
-
-    def heard(self, peer: str, statement: bytes) -> bool:
-        """A statement about stake came by a peer; returns whether it is news. Raises StatementError."""
-
-    def balances(self) -> list[Balance]:
-        """Of all channels."""
 
 
 class ChannelLedger:
@@ -319,7 +273,7 @@ class ChannelLedger:
         self._waiting = still
 
     async def durable(self) -> None:
-        """See `Ledger`."""
+        """Until all that was done is written. Raises Full where there is no room for it."""
         if self._written >= self._added:
             return
         if self.full:
@@ -335,14 +289,17 @@ class ChannelLedger:
     # What the node pays.
 
     def room(self, peer: str) -> int:
-        """See `Ledger`."""
+        """What may be put in escrow with a peer for one more request."""
         channel = self.books.channels.get(peer)
         if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED:
             return 0
         return room(channel.accounts[OWN], channel.exposed, self.exposure)
 
     def lock(self, peer: str, amount: int, request: str, price: int) -> Terms:
-        """See `Ledger`. Raises Full as well."""
+        """Put `amount` in escrow for a request whose body has the digest `request`.
+
+        Raises LedgerError or Full.
+        """
         self._check_room()
         channel = self.books.channel(peer)
         if amount > room(channel.accounts[OWN], channel.exposed, self.exposure):
@@ -351,11 +308,12 @@ class ChannelLedger:
         return Terms(channel.asked, amount, price)
 
     def free(self, peer: str, id: int) -> None:
-        """See `Ledger`."""
+        """The peer did not take it."""
         self._add(Freed(peer, id))
 
     def settle(self, peer: str, id: int, answer: str, tokens: int, most: int, came: str) -> int:
-        """See `Ledger`."""
+        """The peer had it, and it has ended: `tokens` of at most `most` came of an answer with the digest `answer`.
+        Returns what is paid."""
         locked = self.books.channel(peer).open.get(id)
         if locked is None:
             raise LedgerError(f"request {id} is not with {peer}")
@@ -367,7 +325,7 @@ class ChannelLedger:
     # What the node earns.
 
     def take(self, peer: str, terms: Terms, request: str) -> None:
-        """See `Ledger`."""
+        """Take a peer's request. Raises LedgerError, or Full while there is no room to write."""
         self._check_room()
         channel = self.books.channel(peer)
         if channel.short > self.exposure + channel.paid_total // SHORT_SHARE:
@@ -379,7 +337,7 @@ class ChannelLedger:
         self._add(Taken(peer, terms.id, terms.amount, request, terms.price))
 
     def delivered(self, peer: str, id: int, answer: str, tokens: int, came: str) -> None:
-        """See `Ledger`. A request whose payment came before its end is left as it was paid."""
+        """A peer's request has ended here. A request whose payment came before its end is left as it was paid."""
         if id in self.books.channel(peer).guests:
             self._add(Delivered(peer, id, answer, tokens, came))
 
@@ -391,7 +349,7 @@ class ChannelLedger:
         return Opening(a, b, *amounts, grant.source)
 
     async def message(self, peer: str) -> bytes | None:
-        """See `Ledger`."""
+        """What there is to send to a peer, durable; None for nothing. Raises Full."""
         channel = self.books.channels.get(peer)
         if channel is None:
             grant = self.grants.get(peer)
@@ -415,7 +373,7 @@ class ChannelLedger:
         return channel.voucher
 
     async def received(self, peer: str, body: bytes) -> bytes:
-        """See `Ledger`."""
+        """A message of a peer came; returns the answer. Raises StatementError, LedgerError, Full."""
         message: Message = decode(body, Message)
         if isinstance(message, Open):
             answer = await self._on_open(peer, message)
@@ -502,7 +460,7 @@ class ChannelLedger:
         return notes
 
     async def replied(self, peer: str, body: bytes) -> None:
-        """See `Ledger`."""
+        """A peer answered a message. Raises StatementError, LedgerError, Full."""
         answer: Answer = decode(body, Answer)
         if isinstance(answer, Open):
             self._on_opened(peer, answer)
@@ -537,7 +495,7 @@ class ChannelLedger:
     # Stake.
 
     async def restake(self, amount: int) -> Staked | None:
-        """See `Ledger`."""
+        """State what the node stakes from now on; None where nothing changes. Raises Full."""
         latest = self.stakes.latest.get(self.name)
         if self.name not in self.stakes.started:
             return None
@@ -552,7 +510,10 @@ class ChannelLedger:
         return staked
 
     def heard(self, peer: str, statement: bytes) -> bool:
-        """See `Ledger`. What others stake is not written, as they say it again; who lost stake is."""
+        """A statement about stake came by a peer; returns whether it is news. Raises StatementError.
+
+        What others stake is not written, as they say it again; who lost stake is.
+        """
         stated: Statement = decode_stake(statement)
         if not self.stakes.heard(stated):
             return False
@@ -563,7 +524,7 @@ class ChannelLedger:
     # To look at.
 
     def balances(self) -> list[Balance]:
-        """See `Ledger`."""
+        """Of all channels."""
         return [channel.balance(peer) for peer, channel in sorted(self.books.channels.items())]
 
     def free_credit(self) -> int:
@@ -583,4 +544,4 @@ def micro(credits: float) -> int:
     return round(credits * MICRO)
 
 
-__all__ = ["NOTHING", "PART", "WHOLE", "ChannelLedger", "Full", "Grant", "Ledger", "LedgerError", "State", "Terms"]
+__all__ = ["NOTHING", "PART", "WHOLE", "ChannelLedger", "Full", "Grant", "LedgerError", "State", "Terms"]

@@ -9,18 +9,34 @@ list of keys, `serving.membership.zenoh` finds them.
 
 import asyncio
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Protocol
 
-import aiohttp
 import msgspec
 
-from wwwserve.agents.knowledge import ADVERT_SIZE
+from wwwserve.agents.knowledge import (
+    AD_HELD,
+    AD_KV_CAPACITY,
+    AD_KV_TOKENS,
+    AD_MAX_NUM_SEQS,
+    AD_MEAN_OUTPUT,
+    AD_MEAN_PROMPT,
+    AD_PRICE,
+    AD_RUNNING,
+    AD_STAKE,
+    AD_TIME_S,
+    AD_WAITING,
+    AD_WEIGHT_S,
+    ADVERT_SIZE,
+    MAX_CLASSES,
+)
 from wwwserve.serving.http.keys import NAME_CHARS, SIGNATURE_BYTES, Identity, tagged, verify
 from wwwserve.serving.http.messages import Refused, check_time
+from wwwserve.serving.http.transport import Transport
 
 log = logging.getLogger("wwwserve.membership")
 
@@ -29,6 +45,7 @@ SILENT_S = 1.4  # without one, after which a peer is gone
 BEAT_PATH = "/peer/beat"
 MOST_BYTES = 16384  # of an advert
 MOST_LABEL = 64  # characters
+MOST_URL = 512  # characters
 HEAD_BYTES = NAME_CHARS + SIGNATURE_BYTES  # before the JSON of an advert
 
 
@@ -43,9 +60,18 @@ class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number: int  # of its adverts in this run, ascending
     load: tuple[float, ...]  # [ADVERT_SIZE], see agents.knowledge
     age_s: float  # of the load, when this was sent
-    valid_s: float  # from now on, that its price holds
     sent_us: int = 0  # when this was sent, by the sender's clock; ascending
 
+
+_URL = re.compile(r"https?://[!-~]+")
+_COUNT, _TOKENS, _MEAN, _CREDITS, _DURATION = (0.0, 1e6), (0.0, 1e10), (0.1, 1e7), (0.0, 1e9), (1e-14, 1e4)
+_RANGES: dict[int, tuple[float, float]] = {  # of each column, see agents.knowledge
+    AD_TIME_S: (-1e12, 1e12), AD_RUNNING: _COUNT, AD_WAITING: _COUNT, AD_KV_TOKENS: _TOKENS,
+    AD_MEAN_PROMPT: _MEAN, AD_MEAN_OUTPUT: _MEAN, AD_PRICE: _CREDITS, AD_STAKE: _CREDITS,
+    **{AD_HELD + k: _COUNT for k in range(MAX_CLASSES)},
+    **{column: _DURATION for column in range(AD_WEIGHT_S, AD_KV_CAPACITY)},
+    AD_WEIGHT_S: (1e-7, 1e4), AD_KV_CAPACITY: (1.0, 1e10), AD_MAX_NUM_SEQS: (1.0, 1e6),
+}  # fmt: skip
 
 Heard = Callable[[Advert], None]
 Gone = Callable[[str], None]
@@ -75,10 +101,13 @@ def decode(body: bytes) -> Advert:
         raise Refused("malformed", f"it is no advert: {error}") from None
     if len(advert.load) != ADVERT_SIZE:
         raise Refused("malformed", f"load has {len(advert.load)} numbers, expected {ADVERT_SIZE}")
-    if not (0 <= advert.age_s < 1e6 and min(advert.load[:-7]) > -1e10 and min(advert.load[-7:]) > 0):
-        raise Refused("malformed", "load, age or profile is out of its range")
-    if not advert.url.startswith(("http://", "https://")):
-        raise Refused("malformed", f"url is {advert.url!r}, expected http:// or https://")
+    if not 0 <= advert.age_s < 1e6:
+        raise Refused("malformed", f"age_s is {advert.age_s}, expected 0 to 1e6")
+    for column, (least, most) in _RANGES.items():
+        if not least <= advert.load[column] <= most:  # nor is NaN
+            raise Refused("malformed", f"load[{column}] is {advert.load[column]}, expected {least:g} to {most:g}")
+    if not (_URL.fullmatch(advert.url) and len(advert.url) <= MOST_URL):
+        raise Refused("malformed", f"url is {advert.url[:80]!r}, expected http:// or https:// and printable ASCII")
     if not (advert.label.isprintable() and len(advert.label) <= MOST_LABEL):
         raise Refused("malformed", f"label is not at most {MOST_LABEL} printable characters")
     return advert
@@ -180,11 +209,11 @@ class StaticMembership(Heartbeat):
     """Peers by a list: the URL of each key."""
 
     def __init__(
-        self, peers: Mapping[str, str], identity: Identity, session: aiohttp.ClientSession,
+        self, peers: Mapping[str, str], identity: Identity, transport: Transport,
         clock: Callable[[], float], wall_clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         super().__init__(identity, clock, wall_clock)
-        self.peers, self.session = dict(peers), session
+        self.peers, self.transport = dict(peers), transport
 
     def knows(self, name: str) -> bool:
         """See `Membership`."""
@@ -210,22 +239,24 @@ class StaticMembership(Heartbeat):
                 group.create_task(self._send(url))
 
     async def _send(self, url: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=BEAT_S)
+        headers = {"content-type": "application/octet-stream"}
         taken = 204
         while True:
             start_s, news = self.clock(), self._news
             body = self.beat()
             if body is not None:
                 try:
-                    async with self.session.post(url + BEAT_PATH, data=body, timeout=timeout) as response:
-                        answer = await response.content.read(MOST_BYTES)
+                    async with self.transport.request(
+                        "POST", url + BEAT_PATH, body=body, headers=headers, timeout_s=BEAT_S, read_timeout_s=BEAT_S
+                    ) as response:
+                        answer = await response.read(MOST_BYTES)
                         if response.status != taken:
                             taken = response.status
                             log.log(
                                 logging.INFO if taken == 204 else logging.WARNING, "a peer answers otherwise",
                                 extra={"url": url, "status": taken, "answer": answer[:500].decode(errors="replace")},
                             )  # fmt: skip
-                except (aiohttp.ClientError, TimeoutError, OSError):
+                except (TimeoutError, OSError):
                     pass  # it will show by its own silence
             with suppress(TimeoutError):  # not by `wait_for`, which in Python 3.11 can lose that it is cancelled
                 async with asyncio.timeout(max(0.0, start_s + BEAT_S - self.clock())):

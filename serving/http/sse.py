@@ -1,0 +1,229 @@
+"""Server-sent events, and how many tokens the answers in them have.
+
+Whoever meters an answer does it here, so that origin and executor count the same: users' streams, handed-over ones,
+those that are resumed, payments. Tokens are what the engine's `usage` says, at most the bytes of text that came, as no
+token is less; without it, one for each choice of an event that has text.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import orjson
+
+DONE = b"[DONE]"  # data of the last event
+LAST_EVENT = b"data: [DONE]\n\n"
+MOST_EVENT_BYTES = 4 * 2**20
+TEXTS = ("content", "text", "reasoning", "reasoning_content", "refusal")  # of a choice, its message or its delta
+CALLS = ("tool_calls", "function_call")
+
+_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
+_LINE = re.compile(rb"\r\n|\r|\n")
+_PLAIN = re.compile(rb"[ !#-\[\]-~]*")  # JSON strings of these are their own text
+_TEXT_KEYS = tuple(b'"%b":' % name.encode() for name in TEXTS)
+
+
+class StreamError(ValueError):
+    """Not a stream of events; the message says why."""
+
+
+class Event(NamedTuple):
+    """One event, or comments between events."""
+
+    raw: bytes  # with its end
+    data: bytes
+
+
+class EventParser:
+    """Cuts a stream into events, however its bytes come."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()  # of an event that is not complete
+
+    @property
+    def pending(self) -> int:
+        """Bytes of an event that is not complete."""
+        return len(self._rest)
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """The events that are complete now. Raises StreamError for one that is too long."""
+        rest, events, start = self._rest, [], 0
+        at = max(0, len(rest) - 3)
+        rest += chunk
+        while (match := _END.search(rest, at)) is not None:
+            end = at = match.end()
+            if end == len(rest) and rest.endswith(b"\r"):  # a line feed may belong to it
+                break
+            events.append(Event(bytes(rest[start:end]), _data(bytes(rest[start : match.start()]))))
+            start = end
+        del rest[:start]
+        if len(rest) > MOST_EVENT_BYTES:
+            raise StreamError(f"an event has more than {MOST_EVENT_BYTES} bytes")
+        return events
+
+    def end(self) -> list[Event]:
+        """The stream is over: what is left, as an event."""
+        rest = bytes(self._rest)
+        self._rest.clear()
+        return [Event(rest, _data(rest))] if rest else []
+
+
+class Usage(NamedTuple):
+    """Tokens as an engine tells them."""
+
+    prompt: int
+    output: int
+
+
+class AnswerMeter:
+    """Meters one answer: `feed` and `end` for a stream, or `whole`."""
+
+    def __init__(self) -> None:
+        self.done = False  # the last event came
+        self.complete = False  # nothing is missing: the last event came, or the end, after all choices were finished
+        self.usage: Usage | None = None
+        self._parser = EventParser()
+        self._pieces, self._text_bytes = 0, 0
+        self._open: set[object] = set()  # choices that began
+        self._finished: set[object] = set()
+        self._before, self._after = b"", b""  # of the text in an event like the last; empty: there is none
+
+    @property
+    def tokens(self) -> int:
+        """Output tokens so far."""
+        return self._pieces if self.usage is None else min(self.usage.output, self._text_bytes)
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Count some of a stream; returns it up to the end of the last event. Raises StreamError."""
+        if self.done:
+            return b""
+        if not self._parser.pending and self._count_alike(chunk):
+            return chunk
+        size = -self._parser.pending
+        for event in self._parser.feed(chunk):
+            size += len(event.raw)
+            if self._count(event):
+                return chunk[:size]
+        return chunk
+
+    def end(self) -> None:
+        """The stream came to its end."""
+        for event in self._parser.end():
+            self._count(event)
+        self.complete = self.done or (bool(self._open) and self._open == self._finished)
+
+    def whole(self, body: bytes) -> None:
+        """Count an answer that is not streamed. Raises StreamError for what is no object of JSON."""
+        answer = _object(body)
+        if answer is None:
+            raise StreamError("the answer is no object of JSON")
+        self._read(answer)
+        self._pieces = 0  # of a whole answer only its usage tells
+        self.complete = True
+
+    def _count(self, event: Event) -> bool:
+        """Count an event; returns whether it was the last."""
+        if not event.data or self._count_alike(event.raw):
+            return False
+        if event.data.strip() == DONE:
+            self.done = self.complete = True
+            return True
+        told = _object(event.data)
+        if told is not None:
+            self._read(told)
+            self._learn(event, told)
+        return False
+
+    def _read(self, told: dict[str, Any]) -> None:
+        self.usage = usage_of(told) or self.usage
+        for choice in choices_of(told):
+            size = text_bytes(choice)
+            self._text_bytes += size
+            self._pieces += size > 0
+            index = choice.get("index", 0)
+            if isinstance(index, int):
+                self._open.add(index)
+                if choice.get("finish_reason"):
+                    self._finished.add(index)
+
+    def _count_alike(self, raw: bytes) -> bool:
+        """Count an event that differs from an earlier one in its text alone, as nearly all of a stream do."""
+        before, after = self._before, self._after
+        if not before or not (raw.startswith(before) and raw.endswith(after)):
+            return False
+        size = len(raw) - len(before) - len(after)
+        if size < 0 or _PLAIN.fullmatch(raw, len(before), len(raw) - len(after)) is None:
+            return False
+        self._text_bytes += size
+        self._pieces += size > 0
+        return True
+
+    def _learn(self, event: Event, told: dict[str, Any]) -> None:
+        """Remember what is around the text of an event, where that is beyond doubt."""
+        raw, choices = event.raw, choices_of(told)
+        if len(choices) != 1 or told.get("usage") or b"\\" in raw:
+            return
+        choice = choices[0]
+        part = choice.get("delta") or choice
+        if choice.get("finish_reason") or not isinstance(part, dict) or any(part.get(name) for name in CALLS):
+            return
+        keys = [key for key in _TEXT_KEYS if key in raw]
+        if not raw.startswith(b"data:") or len(_LINE.findall(raw)) != 2 or len(keys) != 1 or raw.count(keys[0]) != 1:
+            return
+        key_end = raw.find(keys[0]) + len(keys[0])
+        start = raw.find(b'"', key_end) + 1
+        end = raw.find(b'"', start)
+        if 0 < start < end and not raw[key_end : start - 1].strip() and end - start == text_bytes(choice):
+            self._before, self._after = raw[:start], raw[end:]
+
+
+def choices_of(told: dict[str, Any]) -> list[dict[str, Any]]:
+    """The choices of an answer or an event."""
+    choices = told.get("choices")
+    return [each for each in choices if isinstance(each, dict)] if isinstance(choices, list) else []
+
+
+def text_bytes(choice: dict[str, Any]) -> int:
+    """Bytes of all that a model wrote in a choice: text, reasoning, parts, calls of tools."""
+    part = choice.get("delta") or choice.get("message") or choice
+    if not isinstance(part, dict):
+        return 0
+    size = 0
+    for name in TEXTS:
+        said = part.get(name)
+        if isinstance(said, str):
+            size += len(said.encode())
+        elif isinstance(said, list):
+            texts = (each.get("text") for each in said if isinstance(each, dict))
+            size += sum(len(text.encode()) for text in texts if isinstance(text, str))
+    return size + sum(len(orjson.dumps(part[name])) for name in CALLS if part.get(name))
+
+
+def usage_of(told: dict[str, Any]) -> Usage | None:
+    """What an answer or an event says of its tokens; None for nothing, or nonsense."""
+    usage = told.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    prompt, output = usage.get("prompt_tokens", 0), usage.get("completion_tokens")
+    if type(prompt) is not int or type(output) is not int or min(prompt, output) < 0:
+        return None
+    return Usage(prompt, output)
+
+
+def _object(told: bytes) -> dict[str, Any] | None:
+    try:
+        found = orjson.loads(told)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _data(block: bytes) -> bytes:
+    """The data of an event, its lines without their end."""
+    if block.startswith(b"data:") and b"\n" not in block and b"\r" not in block:
+        return block[6:] if block[5:6] == b" " else block[5:]
+    found = []
+    for line in _LINE.split(block):
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            found.append(value[1:] if value.startswith(b" ") else value)
+    return b"\n".join(found)

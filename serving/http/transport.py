@@ -1,0 +1,159 @@
+"""HTTP as a node speaks it to others: its engine and its peers. Behind a protocol, so that a test can put a network in
+memory in its place.
+
+Redirects are never followed, cookies not kept, bodies not decompressed, proxies not looked up in the environment. What
+goes wrong is an OSError or a TimeoutError.
+"""
+
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
+
+import aiohttp
+from yarl import URL
+
+CONNECT_TIMEOUT_S = 5.0
+
+_METHOD = re.compile(r"[A-Z]{1,16}")
+_URL = re.compile(r"https?://[!-~]+")
+_NAME = re.compile(r"[a-z0-9-]{1,64}")
+_VALUE = re.compile(r"[ -~]*")
+
+
+class AnswerTooLarge(OSError):
+    """A body or a line is longer than the caller takes."""
+
+
+class Response(Protocol):
+    """A response of which the head is there. Reading its body raises OSError or TimeoutError where it breaks off."""
+
+    status: int
+    headers: Mapping[str, str]  # looked up by names in lower case
+    raw_headers: Sequence[tuple[bytes, bytes]]
+
+    def iter_any(self) -> AsyncIterator[bytes]:
+        """The rest of the body, in pieces as they come."""
+
+    async def read(self, limit: int) -> bytes:
+        """The rest of the body, to its end. Raises AnswerTooLarge beyond `limit` bytes."""
+
+    async def readline(self, limit: int) -> bytes:
+        """The next line with its end, or what is left of the body. Raises AnswerTooLarge beyond `limit` bytes."""
+
+    def close(self) -> None:
+        """Break the response off: whoever reads it gets an OSError."""
+
+
+class Transport(Protocol):
+    """The way to other servers."""
+
+    def request(
+        self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
+        read_timeout_s: float,
+    ) -> AbstractAsyncContextManager[Response]:  # fmt: skip
+        """Send a request; the context begins once the head of the response is there.
+
+        Leaving it before the response's end breaks the connection off. `timeout_s` bounds all of it (None: no bound),
+        `read_timeout_s` the time without a byte. Raises OSError and TimeoutError.
+        """
+
+
+def check_request(method: str, url: str, headers: Mapping[str, str]) -> None:
+    """Raises OSError for characters that could end a line of a request's head, or begin another."""
+    if not _METHOD.fullmatch(method):
+        raise OSError(f"{method!r} is no method")
+    if not _URL.fullmatch(url):
+        raise OSError(f"{url!r} is no URL of printable ASCII characters")
+    for name, value in headers.items():
+        if not (_NAME.fullmatch(name) and _VALUE.fullmatch(value)):
+            raise OSError(f"header {name!r} has characters that no header has")
+
+
+async def read_all(response: Response, limit: int) -> bytes:
+    """The rest of a body, for implementations of `Response.read`."""
+    pieces, size = [], 0
+    async for piece in response.iter_any():
+        size += len(piece)
+        if size > limit:
+            raise AnswerTooLarge(f"the answer has more than {limit} bytes")
+        pieces.append(piece)
+    return b"".join(pieces) if len(pieces) != 1 else pieces[0]
+
+
+class AiohttpResponse:
+    """A `Response` of aiohttp."""
+
+    __slots__ = ("_response", "headers", "raw_headers", "status")
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+        self.raw_headers: Sequence[tuple[bytes, bytes]] = response.raw_headers
+
+    async def iter_any(self) -> AsyncIterator[bytes]:
+        """See `Response`."""
+        try:
+            async for piece in self._response.content.iter_any():
+                yield piece
+        except aiohttp.ClientError as error:
+            raise _os_error(error) from None
+
+    async def read(self, limit: int) -> bytes:
+        """See `Response`."""
+        return await read_all(self, limit)
+
+    async def readline(self, limit: int) -> bytes:
+        """See `Response`."""
+        try:
+            line = await self._response.content.readline()
+        except ValueError:  # longer than aiohttp's buffer
+            raise AnswerTooLarge("a line is too long") from None
+        except aiohttp.ClientError as error:
+            raise _os_error(error) from None
+        if len(line) > limit:
+            raise AnswerTooLarge(f"a line has more than {limit} bytes")
+        return line
+
+    def close(self) -> None:
+        """See `Response`."""
+        self._response.close()
+
+
+class AiohttpTransport:
+    """A `Transport` over one session of aiohttp; to be used and closed in one event loop."""
+
+    def __init__(self, keepalive_s: float = 30.0) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_s), cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False, trust_env=False, skip_auto_headers=("accept", "accept-encoding", "user-agent"),
+        )  # fmt: skip
+
+    @asynccontextmanager
+    async def request(
+        self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
+        read_timeout_s: float,
+    ) -> AsyncIterator[Response]:  # fmt: skip
+        """See `Transport`."""
+        check_request(method, url, headers)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S, sock_read=read_timeout_s)
+        asked = self._session.request(
+            method, URL(url, encoded=True), data=body or None, headers=headers, timeout=timeout,
+            allow_redirects=False,
+        )  # fmt: skip
+        try:
+            response = await asked
+        except (aiohttp.ClientError, ValueError) as error:  # a ValueError for a URL that cannot be
+            raise _os_error(error) from None
+        async with response:
+            yield AiohttpResponse(response)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+
+def _os_error(error: Exception) -> OSError:
+    """An error of aiohttp as what a `Transport` raises."""
+    return error if isinstance(error, OSError) else ConnectionError(f"{type(error).__name__}: {error}")
