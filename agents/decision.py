@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.kernel import Floats, Ints, Ints32, kernel
+from wwwserve.agents.kernel import Floats, Ints, Ints32, Record, kernel
 from wwwserve.agents.knowledge import AD_PRICE, AD_TIME_S, NO_TIME, Peers
 from wwwserve.agents.protocol import MICRO, PER_REQUEST
 
@@ -96,13 +96,12 @@ def affordable(pricing: int, peers: Peers, j: int, longest: int) -> bool:
 
 
 @kernel
-def may_offer(pricing, request, peers, k):  # type: ignore[no-untyped-def]
+def may_offer(pricing: int, request: Record, peers: Peers, k: int) -> bool:
     """Whether a request, a record of `agents.provider`, may be offered to its candidate k."""
     if k < 0 or k >= request.n_candidates or (request.refused >> k) & 1 == 1:
         return False
     j = request.candidates[k]
-    there = peers.adverts[j, AD_TIME_S] > NO_TIME
-    return there and affordable(pricing, peers, j, request.longest)
+    return bool(peers.adverts[j, AD_TIME_S] > NO_TIME) and affordable(pricing, peers, j, request.longest)
 
 
 @kernel

@@ -30,6 +30,9 @@ Bools = NDArray[np.bool_]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _KERNEL_PACKAGES = ("agents", "envs")
+Record = Any  # one record of a structured array
+Records = NDArray[Any]
+
 CACHE_LINE = 64  # bytes
 
 

@@ -28,7 +28,7 @@ from wwwserve.agents.decision import (
 )
 from wwwserve.agents.dice import WORDS, uniform
 from wwwserve.agents.estimate import expect
-from wwwserve.agents.kernel import Bools, Floats, kernel
+from wwwserve.agents.kernel import Bools, Floats, Ints, Record, Records, kernel
 from wwwserve.agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
@@ -40,6 +40,7 @@ from wwwserve.agents.knowledge import (
     ADVERT_SIZE,
     MAX_CLASSES,
     RATE_WINDOW_S,
+    Peers,
     aged_rate,
     clear_progress,
     on_answer,
@@ -118,7 +119,7 @@ HELD_FIELDS = [
     ("refused", np.int64),  # bit k: candidate k refused it since they were drawn
     ("candidates", np.int64, CANDIDATES),  # rows of peers, in the order drawn
 ]
-REQUEST_FIELDS = [*OUT_FIELDS, *HELD_FIELDS]
+REQUEST_FIELDS: list[Any] = [*OUT_FIELDS, *HELD_FIELDS]
 REQUEST = np.dtype(REQUEST_FIELDS, align=True)
 
 
@@ -149,7 +150,7 @@ def reset_requests(q: NDArray[Any]) -> None:
 
 
 @kernel
-def enqueue(p, q, r, front):
+def enqueue(p: Record, q: Records, r: int, front: bool) -> None:
     """Hold request r, at the front of its queue if it was held before and came back."""
     c = q[r].klass
     if p.held_head[c] < 0:
@@ -167,7 +168,7 @@ def enqueue(p, q, r, front):
 
 
 @kernel
-def dequeue(p, q, c):
+def dequeue(p: Record, q: Records, c: int) -> int:
     """Take the first request out of the queue of class c; returns it."""
     r = p.held_head[c]
     p.held_head[c] = q[r].next
@@ -176,11 +177,13 @@ def dequeue(p, q, c):
     q[r].next = -1
     p.held -= 1
     p.own[AD_HELD + c] -= 1.0
-    return r
+    if p.head == r:
+        p.head = -1
+    return int(r)
 
 
 @kernel
-def withdraw(p, q, r):
+def withdraw(p: Record, q: Records, r: int) -> bool:
     """Take request r out of its queue, wherever it stands. Returns whether it was there."""
     c = q[r].klass
     before = np.int32(-1)
@@ -204,13 +207,13 @@ def withdraw(p, q, r):
 
 
 @kernel
-def count_arrival(p):
+def count_arrival(p: Record) -> None:
     """An own user asks, whether the request is taken or not."""
     p.arrival_rate += 1.0 / RATE_WINDOW_S
 
 
 @kernel
-def arrive(p, q, r):
+def arrive(p: Record, q: Records, r: int) -> None:
     """An own user asks for r."""
     count_arrival(p)
     enqueue(p, q, r, False)
@@ -220,7 +223,7 @@ def arrive(p, q, r):
 
 
 @kernel
-def next_head(p, a, q):
+def next_head(p: Record, a: Record, q: Records) -> int:
     """The request whose last deadline comes first, of the classes that are not closed; -1 if there is none."""
     head = -1
     soonest = np.inf
@@ -235,7 +238,7 @@ def next_head(p, a, q):
 
 
 @kernel
-def choose_head(p, a, q):
+def choose_head(p: Record, a: Record, q: Records) -> bool:
     """Put the most urgent request that may be decided on at the head. Returns whether it is another than before, which
     then needs candidates and random numbers."""
     r = next_head(p, a, q)
@@ -245,7 +248,9 @@ def choose_head(p, a, q):
 
 
 @kernel
-def draw_candidates(p, a, q, r, peers, serves, now_s, scratch):
+def draw_candidates(
+    p: Record, a: Record, q: Records, r: int, peers: Peers, serves: Bools, now_s: float, scratch: Scratch
+) -> None:
     """Draw the candidates of request r by advertised stake: peers that were heard lately and can be afforded.
 
     `serves` [N]: which peers serve the model that it asks for.
@@ -260,7 +265,7 @@ def draw_candidates(p, a, q, r, peers, serves, now_s, scratch):
 
 
 @kernel
-def draw_uniforms(p, uniforms):
+def draw_uniforms(p: Record, uniforms: Floats) -> None:
     """Random numbers for the policy's decision on a new head; `uniforms` [UNIFORMS_PER_DECISION]."""
     for k in range(uniforms.size):
         uniforms[k] = uniform(p.generator)
@@ -270,7 +275,7 @@ def draw_uniforms(p, uniforms):
 
 
 @kernel
-def decide(p, a, q, peers, route, now_s):
+def decide(p: Record, a: Record, q: Records, peers: Peers, route: int, now_s: float) -> int:
     """What the policy's `route` for the head comes to: HOLD, LOCAL, or from FIRST_CANDIDATE on the candidate.
 
     A route that is not open becomes hold, and hold becomes local once the last deadline is over. A class that is held
@@ -290,7 +295,7 @@ def decide(p, a, q, peers, route, now_s):
 
 
 @kernel
-def set_terms(p, a, terms, price):
+def set_terms(p: Record, a: Record, terms: Floats, price: int) -> None:
     """Terms on which peers' requests are taken from now on; `price`, an index, holds from the next advert on."""
     for t in range(TERMS_SIZE):
         p.terms[t] = terms[t]
@@ -299,7 +304,7 @@ def set_terms(p, a, terms, price):
 
 
 @kernel
-def reopen(p):
+def reopen(p: Record) -> None:
     """What is held is decided on again, with candidates drawn anew."""
     for c in range(MAX_CLASSES):
         p.closed[c] = 0
@@ -310,7 +315,7 @@ def reopen(p):
 
 
 @kernel
-def offer(p, q, r, j, dealings, advert):
+def offer(p: Record, q: Records, r: int, j: int, dealings: Floats, advert: Floats) -> None:
     """Request r goes to peer j, of whom `dealings` and `advert` are known; whether it takes it is yet to be heard."""
     q[r].executor = j
     q[r].taken_s = np.nan
@@ -324,7 +329,7 @@ def offer(p, q, r, j, dealings, advert):
 
 
 @kernel
-def accepted(q, r, now_s, ttft_s, tpot_s):
+def accepted(q: Records, r: int, now_s: float, ttft_s: float, tpot_s: float) -> None:
     """The peer took request r and promises a time to first token and a time per token, s."""
     q[r].taken_s = now_s
     q[r].promised_ttft_s = ttft_s
@@ -332,14 +337,14 @@ def accepted(q, r, now_s, ttft_s, tpot_s):
 
 
 @kernel
-def refused(p, q, r, dealings, advert):
+def refused(p: Record, q: Records, r: int, dealings: Floats, advert: Floats) -> None:
     """The peer that r was offered to does not take it, or does not answer."""
     end_leg(p, q, r, dealings)
     on_refused(dealings, advert)
 
 
 @kernel
-def come_back(p, q, r):
+def come_back(p: Record, q: Records, r: int) -> None:
     """Request r, refused by or lost with a peer, is at the head of its queue again, that peer masked."""
     for k in range(q[r].n_candidates):
         if q[r].candidates[k] == q[r].executor:
@@ -350,7 +355,7 @@ def come_back(p, q, r):
 
 
 @kernel
-def answered(p, q, r, dealings, now_s, output):
+def answered(p: Record, q: Records, r: int, dealings: Floats, now_s: float, output: int) -> None:
     """The peer's answer to request r, of `output` tokens, is all there."""
     promised_s = q[r].promised_ttft_s + q[r].promised_tpot_s * (output - 1)
     on_answer(dealings, now_s - q[r].taken_s, promised_s)
@@ -358,7 +363,7 @@ def answered(p, q, r, dealings, now_s, output):
 
 
 @kernel
-def end_leg(p, q, r, dealings):
+def end_leg(p: Record, q: Records, r: int, dealings: Floats) -> None:
     """Request r is no longer with a peer, whatever became of it."""
     before, after = q[r].out_prev, q[r].out_next
     if before >= 0:
@@ -372,7 +377,13 @@ def end_leg(p, q, r, dealings):
 
 
 @kernel
-def look_at_evidence(p, q, dealings, now_s):
+def is_out(p: Record, q: Records, r: int) -> bool:
+    """Whether request r is with a peer, or on its way there or back."""
+    return bool(q[r].out_next >= 0 or q[r].out_prev >= 0 or p.out_head == r)
+
+
+@kernel
+def look_at_evidence(p: Record, q: Records, dealings: Floats, now_s: float) -> None:
     """Compare what every peer has streamed with what it promised. `dealings` [N, DEALINGS_SIZE]."""
     for j in range(dealings.shape[0]):
         clear_progress(dealings[j])
@@ -388,7 +399,7 @@ def look_at_evidence(p, q, dealings, now_s):
 
 
 @kernel
-def consider(p, prompt):
+def consider(p: Record, prompt: float) -> tuple[bool, float, float]:
     """Whether it takes a peer's request of `prompt` tokens, on its terms and its fresh own state; and the time to first
     token and per token, s, that it expects."""
     first_s, token_s = expect(p.own, 0.0, prompt)
@@ -400,21 +411,21 @@ def consider(p, prompt):
 
 
 @kernel
-def tick(p, elapsed_s):
+def tick(p: Record, elapsed_s: float) -> None:
     """A tick went by, `elapsed_s` after the one before."""
     p.arrival_rate = aged_rate(p.arrival_rate, elapsed_s)
     reopen(p)
 
 
 @kernel
-def move_own_stake(p, account, elapsed_s):
+def move_own_stake(p: Record, account: Ints, elapsed_s: float) -> None:
     """Move the stake, for `elapsed_s`, toward what the own load calls for. `account` [ACCOUNT_SIZE]."""
     use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
     move_stake(account, stake_target(use, p.own[AD_WAITING], p.held), elapsed_s)
 
 
 @kernel
-def gossip(p, a, now_s):
+def gossip(p: Record, a: Record, now_s: float) -> bool:
     """Make an advert due if it is time for one; returns whether it is."""
     if now_s < p.next_gossip_s - 1e-9:
         return False
@@ -426,7 +437,7 @@ def gossip(p, a, now_s):
 
 
 @kernel
-def advertise(p, staked, now_s, advert):
+def advertise(p: Record, staked: int, now_s: float, advert: Floats) -> None:
     """Write the own advert [ADVERT_SIZE], which is then no longer due; `staked` micro-credits."""
     p.advert_due = 0
     p.own[AD_PRICE] = p.price
@@ -437,7 +448,7 @@ def advertise(p, staked, now_s, advert):
 
 
 @kernel
-def leave(p):
+def leave(p: Record) -> None:
     """It goes offline: nothing is asked of it, and nothing is due. What it held is the caller's to give up first."""
     p.head = -1
     p.advert_due = 0
@@ -445,7 +456,7 @@ def leave(p):
 
 
 @kernel
-def write_credit(p, account, a, q, credit):
+def write_credit(p: Record, account: Ints, a: Record, q: Records, credit: Ints) -> None:
     """Micro-credits [N] that may be put in escrow with each peer, of one account, within the market's exposure."""
     p.credit = account[FREE]
     for j in range(credit.size):

@@ -12,7 +12,7 @@ import numpy as np
 
 from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, may_hold, may_offer
 from wwwserve.agents.estimate import chance_on_time, expect, slowdown
-from wwwserve.agents.kernel import Bytes, Floats, Ints, Singles, kernel
+from wwwserve.agents.kernel import Bytes, Floats, Ints, Record, Records, Singles, kernel
 from wwwserve.agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
@@ -26,6 +26,7 @@ from wwwserve.agents.knowledge import (
     AD_WEIGHT_S,
     OUT,
     OVERDUE_S,
+    Peers,
     duel_rate,
     pace,
     record,
@@ -298,7 +299,9 @@ def idle_token_time(advert: Floats) -> float:
 
 
 @kernel
-def write_request_view(view, p, a, request, peers, now_s, scratch):  # type: ignore[no-untyped-def]
+def write_request_view(
+    view: Views, p: Record, a: Record, request: Record, peers: Peers, now_s: float, scratch: ViewScratch
+) -> None:
     """The view of a request at the head.
 
     view: `Views` of one provider; p, a, request: records of `agents.provider`; peers: `agents.knowledge.Peers`;
@@ -351,7 +354,7 @@ def write_request_view(view, p, a, request, peers, now_s, scratch):  # type: ign
 
 
 @kernel
-def write_idle_view(view, own_advert, now_s):  # type: ignore[no-untyped-def]
+def write_idle_view(view: Views, own_advert: Floats, now_s: float) -> None:
     """The view without a request: the own node's load, and hold as the only route."""
     view.nodes[:] = 0.0
     view.request[:] = 0.0
@@ -369,7 +372,7 @@ def write_idle_view(view, own_advert, now_s):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def write_view(view, p, a, q, peers, now_s, scratch):  # type: ignore[no-untyped-def]
+def write_view(view: Views, p: Record, a: Record, q: Records, peers: Peers, now_s: float, scratch: ViewScratch) -> None:
     """What provider `p` sees: itself, and the request at its head with the candidates for it, or none. See
     `write_request_view`; `q` are the request records."""
     if p.head >= 0:

@@ -20,7 +20,7 @@ from wwwserve.agents.view import class_row
 from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.stakes import MOST_JUDGES
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
-from wwwserve.serving.provider import Market
+from wwwserve.serving.node_provider import Market
 
 MOST_AT_ONCE = 1 << 16  # requests in an engine
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
@@ -196,7 +196,7 @@ class NodeConfig(Struct):
         market = self.market
         return Market(
             known=np.array(rows), deadlines=np.array(deadlines), prices=market.prices, per_ktok=market.per_ktok,
-            rtt_s=market.rtt_s, gossip_s=market.gossip_s,
+            rtt_s=market.rtt_s, gossip_s=market.gossip_s, tick_s=market.tick_s,
         )  # fmt: skip
 
     @property

@@ -1,15 +1,16 @@
 """The way of a request through a node: held, run here, or handed to a peer, and answered exactly once.
 
-The dispatcher tells a `serving.provider.Provider` what happens, carries out what it decides, and does it again when a
-peer refuses, fails before the first byte of an answer has gone to the user, or later if the answer can be resumed. All
-of it runs on one event loop; a request is one task from arrival to its end.
+The dispatcher tells a `serving.node_provider.NodeProvider` what happens, carries out what it decides, and does it again
+when a peer refuses, fails before the first byte of an answer has gone to the user, or later if the answer can be
+resumed. All of it runs on one event loop; a request is one task from arrival to its end.
 """
 
 import asyncio
 import logging
+import math
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ from wwwserve.serving.ledger.stakes import Staked, Verdict
 from wwwserve.serving.ledger.statements import digest
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
-from wwwserve.serving.provider import Decision, Out, Promise, Provider, Request
+from wwwserve.serving.node_provider import Decision, NodeProvider, Promise
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -75,7 +76,9 @@ class Job:
     """A user's request on its way."""
 
     ask: CompletionRequest
-    request: Request
+    request: int  # its number with the provider
+    most: int  # tokens of the longest answer that it may get
+    prompt: int  # tokens
     placed: "asyncio.Future[Decision]"
     failures: int = 0  # of the own engine
     turned_away: bool = False  # by the own engine, which was full
@@ -93,39 +96,40 @@ class Handed:
     meter: AnswerMeter
     cancelled: bool = False  # by who asked
 
-    def out(self, now_s: float) -> Out:
-        """As its origin sees it. An answer that is not streamed shows nothing on its way, so it is as promised."""
-        waited_s = now_s - self.taken_s
-        due = max(0.0, waited_s - self.promise.ttft_s) / max(self.promise.tpot_s, 1e-9)
-        return Out(self.peer, waited_s, *self.promise, self.meter.tokens if self.stream else int(due) + 1)
+    def tokens(self, now_s: float) -> int:
+        """Tokens that came so far. An answer that is not streamed shows nothing on its way, so it is as promised."""
+        if self.stream:
+            return self.meter.tokens
+        late_s = now_s - self.taken_s - self.promise.ttft_s
+        return int(max(0.0, late_s) / max(self.promise.tpot_s, 1e-9)) + 1
 
 
 class Dispatcher:
     """One node's requests."""
 
     def __init__(
-        self, config: NodeConfig, provider: Provider, engine: Engine, membership: Membership,
+        self, config: NodeConfig, provider: NodeProvider, engine: Engine, membership: Membership,
         messages: Messages, transport: Transport, metrics: Metrics, url: str,
         ledger: ChannelLedger | None = None,
     ) -> None:  # fmt: skip
         self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
         self.messages, self.metrics, self.url = messages, metrics, url
-        self.accounts = Accounts(ledger, provider.pricing, self._tell_ledger) if ledger is not None else None
+        self.accounts = Accounts(ledger, provider.market.pricing, self._tell_ledger) if ledger is not None else None
         self.speed = config.market.speed
         self.serves = list(config.serves)
         self.peers: dict[str, Advert] = {}  # by name, those that are there
         self.client = PeerClient(messages, transport, self.peers)
-        self.handed: set[Handed] = set()
+        self.handed: dict[int, Handed] = {}  # by the provider's number of the request
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.bytes_per_token = BYTES_PER_TOKEN
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
         self.number = 0
-        self.generator = np.random.default_rng(config.seed)
+        self.restaked_s = -np.inf  # when the stake was last stated
         self.attestor = Attestor(messages.identity)
         self.bench = Bench(messages.identity, self._judge, metrics)
         self.duels = Duels(messages.identity, _DuelPeers(self), metrics, judges=config.market.judges)
-        if self.accounts is not None:
-            provider.room = np.zeros(len(provider.names))
+        if ledger is not None:
+            provider.pay(ledger.free_credit())
 
     # Time.
 
@@ -140,24 +144,30 @@ class Dispatcher:
                 group.create_task(self.membership.run(self.heard, self.gone))
                 if self.accounts is not None:
                     group.create_task(self.accounts.run())
-                group.create_task(self._every(self.config.market.tick_s, self.tick))
-                group.create_task(self._every(self.config.market.gossip_s, self.gossip))
+                group.create_task(self._keep_ticking())
         finally:
             await self.duels.stop()
 
-    async def _every(self, interval_s: float, act: Callable[[], Awaitable[None]]) -> None:
-        due_s = self.clock()
+    async def _keep_ticking(self) -> None:
+        """Tick at every multiple of the interval, leaving out those that cannot be kept."""
+        loop, interval_s = asyncio.get_running_loop(), self.config.market.tick_s
+        began_s, ticks = self.clock(), 0
         while True:
             try:
-                await act()
+                await self.tick()
             except Exception:  # whatever one round met, the next one comes
                 log.exception("a round failed")
-            due_s = max(due_s + interval_s, self.clock())
-            await asyncio.sleep((due_s - self.clock()) / self.speed)
+            ticks = max(ticks + 1, math.ceil((self.clock() - began_s) / interval_s))
+            due = loop.create_future()
+            timer = loop.call_at((began_s + ticks * interval_s) / self.speed, due.set_result, None)
+            try:
+                await due
+            finally:
+                timer.cancel()
 
     async def tick(self) -> None:
-        """Look at the engine and at what peers have of ours; decide anew on what is held."""
-        up = self.engine.healthy
+        """Look at the engine and at what peers have of ours; decide anew on what is held; say how things are here."""
+        up, market = self.engine.healthy, self.config.market
         try:
             await self.engine.scrape()
             if not self.serves:
@@ -168,23 +178,23 @@ class Dispatcher:
         if self.engine.healthy and not up:
             log.info("the engine is up", extra={"serves": self.serves})
         now_s = self.clock()
-        self.provider.looked(handed.out(now_s) for handed in self.handed)
-        if self.config.market.stake_rule == "load":
-            self._look_at_engine(now_s)
-            if self.accounts is None:
-                self.provider.restake(self.config.market.tick_s)
-        self.provider.ticked(self.config.market.tick_s)
+        for r, handed in self.handed.items():
+            self.provider.streamed(r, handed.tokens(now_s))
+        self.provider.looked(now_s)
+        self._look_at_engine(now_s)
+        if self.accounts is None and market.stake_rule == "load":
+            self.provider.restake(market.tick_s)
+        elif self.accounts is not None and now_s >= self.restaked_s + market.gossip_s:
+            self.restaked_s = now_s
+            await self._restake(self.accounts)
+        self.provider.ticked(market.tick_s, now_s)
         self.pump()
 
-    async def gossip(self) -> None:
-        """Say how things are here."""
-        self.provider.advert_due = True
-        self.pump()
+    def _publish(self, now_s: float) -> None:
+        """Say how things are here; a node that cannot serve says nothing, and is taken for offline."""
+        self.provider.advert_due = False
         if not self.serves or not self.engine.healthy:
-            return  # who cannot serve says nothing, and is taken for offline
-        if self.accounts is not None:
-            await self._restake(self.accounts)
-        now_s = self.clock()
+            return
         self.number += 1
         advert = Advert(
             name=self.messages.name, label=self.config.name, url=self.url, serves=tuple(self.serves),
@@ -226,18 +236,22 @@ class Dispatcher:
         self.provider.gone(name)
         if self.accounts is not None:
             self.accounts.gone(name)
-        for handed in [each for each in self.handed if each.peer == name]:
+        for handed in [each for each in self.handed.values() if each.peer == name]:
             handed.response.close()
 
     def pump(self) -> None:
         """Decide on all that can be decided on now."""
         now_s, provider = self.clock(), self.provider
-        provider.guests = self.metrics.guests_now
         self._look_at_engine(now_s)
         if self.accounts is not None:
             self._look_at_ledger(self.accounts.ledger)
-        while (decision := provider.decide(now_s)) is not None:
-            job: Job = decision.request.key
+        while True:
+            decision = provider.decide(now_s, self.metrics.guests_now)
+            if provider.advert_due:
+                self._publish(now_s)
+            if decision is None:
+                return
+            job: Job = provider.keys[decision.request]
             where = "hold" if decision.route == HOLD else decision.peer or "local"
             self.metrics.decided(decision.route)
             self.decisions.append(
@@ -249,7 +263,7 @@ class Dispatcher:
     def _look_at_ledger(self, ledger: ChannelLedger) -> None:
         """A peer with whom nothing more may be in escrow is no candidate."""
         if ledger.changed:
-            self.provider.credit = ledger.free_credit()
+            self.provider.pay(ledger.free_credit())
         while ledger.changed:
             peer = ledger.changed.pop()
             if peer in ledger.books.channels:
@@ -270,9 +284,9 @@ class Dispatcher:
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
         prompt = max(1, round(ask.prompt_bytes / self.bytes_per_token))
         most = (ask.max_tokens or self.config.output.max) * ask.choices
-        request = Request(None, ask.klass, prompt, arrival_s, ask.model, most)
-        job = Job(ask, request, asyncio.get_running_loop().create_future())
-        request.key = job
+        request = provider.new(None, ask.klass, prompt, most, arrival_s, ask.model)
+        job = Job(ask, request, most, prompt, asyncio.get_running_loop().create_future())
+        provider.keys[request] = job
         self.metrics.accepted()
         outcome, where = "failed", "nowhere"
         again = Resumed(ask, reply) if self.config.resume and resumable(ask) else None
@@ -286,7 +300,7 @@ class Dispatcher:
                     job.ask, reply = again.ask(), again
                 try:
                     if decision.route == LOCAL:
-                        usage = await self._run_here(job.ask, request.prompt, reply)
+                        usage = await self._run_here(job.ask, job.prompt, reply)
                     else:
                         usage = await self._delegate(job, decision, reply)
                     break
@@ -295,7 +309,8 @@ class Dispatcher:
                     if again is not None and await again.finish():
                         usage = None
                         break
-                    request.prompt = prompt + (again.tokens if again is not None else 0)
+                    job.prompt = prompt + (again.tokens if again is not None else 0)
+                    provider.reprompt(request, job.prompt)
                     self._take_back(job, decision, reason)
             outcome = "answered"
             self._learn(ask, usage)
@@ -303,7 +318,7 @@ class Dispatcher:
             outcome = "cancelled"
             raise
         finally:
-            provider.dropped(request)
+            provider.release(request)
             took_s = self.clock() - arrival_s
             on_time = outcome == "answered" and took_s <= self.last_deadlines_s[ask.klass]
             self.metrics.ended(outcome, where, took_s, on_time)
@@ -312,15 +327,14 @@ class Dispatcher:
     def _room_again(self) -> None:
         """An answer is done, so what is held may be decided on."""
         if self.provider.held:
-            self.provider.ticked(0.0)
+            self.provider.reopen()
             self.pump()
 
     def _take_back(self, job: Job, decision: Decision, reason: RetryableError) -> None:
         """Hold a request that came back. Raises Failed where there is nobody left to ask."""
         job.placed = asyncio.get_running_loop().create_future()
         if decision.peer is not None:
-            self.provider.refused(decision.peer)
-            self.provider.come_back(decision)
+            self.provider.come_back(job.request)
             return
         job.failures += not reason.full
         if job.failures >= ENGINE_TRIES:
@@ -328,9 +342,9 @@ class Dispatcher:
         if not self.provider.may_hold(job.request, self.clock()):
             told = reason.status if reason.full and reason.status else 503
             raise Failed(told, f"the engine has no room: {reason}", "overloaded", reason.retry_after_s or 1)
-        self.provider.queue(job.request, front=True)
+        self.provider.come_back(job.request)
         if not self.peers or job.turned_away:  # nothing has changed before the next tick
-            self.provider.closed[job.ask.klass] = True
+            self.provider.close(job.ask.klass)
         job.turned_away = job.turned_away or reason.full
 
     def _learn(self, ask: CompletionRequest, usage: Usage | None) -> None:
@@ -386,19 +400,22 @@ class Dispatcher:
         """Hand a request to a peer, or, with the market's chance, to two. Raises as `_hand_over`."""
         ask = job.ask
         if self.accounts is not None:
-            per_choice = job.request.most // ask.choices
+            per_choice = job.most // ask.choices
             ask, hidden = for_pay(ask, per_choice if self.provider.market.per_ktok else None)
             reply = WithoutUsage(reply) if hidden else reply
         rival = self._rival(ask, decision, reply)
         if rival is None or decision.peer is None:
-            return await self._hand_over(ask, job.request, decision.peer, reply)
+            return await self._hand_over(ask, job, job.request, decision.peer, reply)
 
         async def hand(name: str, leg: Leg) -> Usage | None:
+            if name != rival:
+                return await self._hand_over(ask, job, job.request, name, leg)
+            copy = self.provider.new(None, ask.klass, job.prompt, job.most, self.clock(), ask.model)
+            self.provider.offer(copy, rival)
             try:
-                return await self._hand_over(ask, job.request, name, leg)
-            except RetryableError:
-                self.provider.refused(name)
-                raise
+                return await self._hand_over(ask, job, copy, name, leg)
+            finally:
+                self.provider.release(copy)
 
         usage: Usage | None = await self.duels.run(ask, (decision.peer, rival), hand, reply)
         return usage
@@ -406,26 +423,28 @@ class Dispatcher:
     def _rival(self, ask: CompletionRequest, decision: Decision, reply: Reply) -> str | None:
         """Who answers a request as well; None for nobody. A stream that may be resumed has one executor at a time."""
         chance = self.config.market.duel_probability
-        if chance == 0.0 or self.generator.random() >= chance or reply.resumable or not self.duels.may_begin():
+        if chance == 0.0 or self.provider.toss() >= chance or reply.resumable or not self.duels.may_begin():
             return None
         if not judgeable(ask.path, orjson.loads(ask.body)):
             return None
         return next((name for name in self.provider.rivals(decision) if name in self.peers), None)
 
     async def _hand_over(
-        self, ask: CompletionRequest, request: Request, name: str | None, reply: Reply
+        self, ask: CompletionRequest, job: Job, request: int, name: str | None, reply: Reply
     ) -> Usage | None:
-        """Hand a request to a peer. Raises RetryableError if it did not take it or nothing came of it, Failed if it
-        broke off."""
-        if name is None or name not in self.peers:
-            raise RetryableError("it is gone")
+        """Hand a request, offered to a peer by its number, over to it. Raises RetryableError if the peer did not take
+        it or nothing came of it, Failed if it broke off."""
         path = PEER_PREFIX + ask.path
-        headers = {PROMPT: str(request.prompt)}
-        payment = await self._escrow(name, request.most, ask.body) if self.accounts is not None else None
-        if payment is not None:
-            headers[ESCROW] = payment.header
+        headers = {PROMPT: str(job.prompt)}
         handed: Handed | None = None
+        payment: Payment | None = None
+        answered = False
         try:
+            if name is None or name not in self.peers:
+                raise RetryableError("it is gone")
+            if self.accounts is not None:
+                payment = await self._escrow(name, job.most, ask.body)
+                headers[ESCROW] = payment.header
             async with (
                 asyncio.timeout(OFFER_TIMEOUT_S) as patience,
                 self.client.request(
@@ -443,9 +462,10 @@ class Dispatcher:
                 promise = _promise(response)
                 patience.reschedule(None)
                 handed = Handed(name, self.clock(), promise, ask.stream, response, AnswerMeter())
-                self.handed.add(handed)
-                self.provider.sent(name)
+                self.handed[request] = handed
+                self.provider.accepted(request, handed.taken_s, promise)
                 await self._fetch(ask, handed, payment, reply)
+                answered = handed.meter.tokens > 0
         except Refused as error:
             self.metrics.message_refused(error.kind)
             raise RetryableError(str(error)) from None
@@ -459,20 +479,24 @@ class Dispatcher:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
             raise RetryableError(reason) from None
         finally:
-            if handed is not None:
-                self.handed.discard(handed)
-                self.provider.ended(name)
+            self._end_leg(request, handed, answered)
             if payment is not None:
                 if handed is not None:
                     payment.end(self._came(handed), handed.meter.complete)
                 else:
                     payment.end()
-        assert handed is not None
-        output = handed.meter.tokens
-        if output:
-            promised_s = handed.promise.ttft_s + handed.promise.tpot_s * output
-            self.provider.answered(name, self.clock() - handed.taken_s, promised_s)
         return handed.meter.usage
+
+    def _end_leg(self, request: int, handed: Handed | None, answered: bool) -> None:
+        """A request is no longer with a peer, which may not have taken it."""
+        if handed is None:
+            self.provider.refused(request)
+            return
+        del self.handed[request]
+        if answered:
+            self.provider.answered(request, self.clock(), handed.meter.tokens)
+        else:
+            self.provider.lost(request)
 
     async def _escrow(self, peer: str, most: int, body: bytes) -> Payment:
         """Raises RetryableError if nothing can be in escrow with the peer."""
@@ -488,7 +512,7 @@ class Dispatcher:
         """Tokens that are due of an answer: those that came; of one that is not streamed and that the user did not wait
         for, what was generated by then, as promised."""
         if handed.cancelled and not handed.stream and not handed.meter.complete:
-            return handed.out(self.clock()).streamed
+            return handed.tokens(self.clock())
         return handed.meter.tokens
 
     async def _fetch(self, ask: CompletionRequest, handed: Handed, payment: Payment | None, reply: Reply) -> None:
@@ -515,7 +539,7 @@ class Dispatcher:
         if not self.engine.takes:
             return None
         self._look_at_engine(self.clock())
-        return self.provider.consider(prompt, float(self.generator.random()))
+        return self.provider.consider(prompt)
 
     async def run_for(
         self, origin: str, ask: CompletionRequest, prompt: int, reply: Reply, paid: Delivery | None = None
@@ -577,7 +601,7 @@ class Dispatcher:
         now_s, load, provider = self.clock(), self.engine.load(), self.provider
         peers = []
         for row, name in enumerate(provider.names):
-            advert, vector = self.peers.get(name), provider.adverts[row]
+            advert, vector = self.peers.get(name), provider.peers.adverts[row]
             there = advert is not None
             peers.append(
                 {
@@ -587,9 +611,9 @@ class Dispatcher:
                     "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
                     "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
                     "price": vector[AD_PRICE], "stake": vector[AD_STAKE],
-                    "out": sum(each.peer == name for each in self.handed),
-                    "duels_won": int(provider.dealings[row, DUELS_WON]),
-                    "duels_lost": int(provider.dealings[row, DUELS_LOST]),
+                    "out": sum(each.peer == name for each in self.handed.values()),
+                    "duels_won": int(provider.peers.dealings[row, DUELS_WON]),
+                    "duels_lost": int(provider.peers.dealings[row, DUELS_LOST]),
                     "judged": asdict(self.duels.records[name]) if name in self.duels.records else None,
                 }
             )  # fmt: skip

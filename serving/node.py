@@ -35,7 +35,7 @@ from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.membership.heartbeat import Membership, StaticMembership
 from wwwserve.serving.membership.zenoh import ZenohMembership, open_session
 from wwwserve.serving.metrics import Metrics
-from wwwserve.serving.provider import Provider
+from wwwserve.serving.node_provider import NodeProvider
 
 log = logging.getLogger("wwwserve.node")
 
@@ -115,13 +115,13 @@ async def serve(
     policy = policy_of(config.policy)
     profile = config.engine_profile()
     provider, rehearsal = (
-        Provider(
+        NodeProvider(
             policy, profile, config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
             mean_prompt=config.prompt_tokens, mean_output=config.mean_output,
         )
         for _ in range(2)
     )  # fmt: skip
-    rehearsal.rehearse()
+    rehearsal.warm_up()
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(socket.create_server((config.host, config.port), backlog=1024))
         url = (config.url or f"http://{config.host}:{listener.getsockname()[1]}").rstrip("/")
@@ -134,7 +134,7 @@ async def serve(
         messages = Messages(identity, membership.knows, wall_clock)
         told = config.engine
         engine = Engine(told.kind, told.url, profile, direct, key=told.key, timeout_s=told.timeout_s)
-        ledger = ledger_of(config, identity, provider.pricing, stack)
+        ledger = ledger_of(config, identity, provider.market.pricing, stack)
         dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
         web = uvicorn.Config(
             App(dispatcher, config, refusals), http=Connection.limited(config.limits), lifespan="off", ws="none",

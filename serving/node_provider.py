@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wwwserve.agents import provider as transitions
 from wwwserve.agents.decision import FIRST_CANDIDATE, make_actions, may_hold, may_offer
-from wwwserve.agents.dice import DICE_PER_DECISION, make_dice
+from wwwserve.agents.dice import DICE_PER_DECISION, make_dice, uniform
 from wwwserve.agents.hardware import Profile
 from wwwserve.agents.kernel import Floats, Ints, one_at_a_time, records
 from wwwserve.agents.knowledge import (
@@ -44,10 +44,8 @@ from wwwserve.agents.protocol import (
     stake_target,
 )
 from wwwserve.agents.provider import AGREEMENT, MAX_DEADLINES, PROVIDER, REQUEST, Scratch
-from wwwserve.agents.rules import Policy, Rule
+from wwwserve.agents.rules import Policy
 from wwwserve.agents.view import CLASS_LAST_DEADLINE_S, CLASS_SIZE, NODES, Views, ViewScratch, make_views, write_view
-
-FALLBACK = "earliest_finish"  # the rule that decides where a view is not finite
 
 
 class Market(NamedTuple):
@@ -111,7 +109,7 @@ class NodeProvider:
         stake: float = 0.0, mean_prompt: float = 256.0, mean_output: float = 512.0,
     ) -> None:  # fmt: skip
         """Raises ValueError as `Market.agreement` does."""
-        self.policy, self.fallback, self.market = policy, Rule(FALLBACK), market
+        self.policy, self.market = policy, market
         self._agreement = market.agreement()
         self._provider = records(1, PROVIDER)
         transitions.reset_provider(self._provider)
@@ -121,7 +119,7 @@ class NodeProvider:
         write_profile(record["own"], profile.row(), 1.0)
         record["price"], record["credit"] = market.prices[0], round(credit * MICRO)
         record["generator"] = make_dice(seed)[0]
-        record["next_gossip_s"] = -np.inf
+        record["next_gossip_s"] = -np.inf  # at once
         self.account = np.zeros(ACCOUNT_SIZE, np.int64)
         self.account[FREE], self.account[STAKED] = round(credit * MICRO), round(stake * MICRO)
         self.pays = False  # whether credit that may be in escrow bounds what is handed over
@@ -178,18 +176,16 @@ class NodeProvider:
         r = self._free.pop()
         transitions.reset_requests(self._requests[r : r + 1])
         request = self._requests[r]
-        request["klass"], request["prompt"], request["longest"], request["arrival_s"] = (
-            klass,
-            prompt,
-            longest,
-            arrival_s,
-        )
+        request["klass"], request["arrival_s"] = klass, arrival_s
+        request["prompt"], request["longest"] = prompt, longest
         self.keys[r], self._models[r] = key, model
         return r
 
     def release(self, r: int) -> None:
-        """The request has come to its end, and is held no longer if it was."""
+        """The request has come to its end, and is neither held nor with a peer any longer if it was."""
         transitions.withdraw(self.record, self._requests, r)
+        if transitions.is_out(self.record, self._requests, r):
+            self.refused(r)
         self.keys[r] = None
         self._free.append(r)
 
@@ -214,6 +210,14 @@ class NodeProvider:
         request = self._requests[r]
         last_s = float(self.record["known"][request["klass"], CLASS_LAST_DEADLINE_S])
         return may_hold(now_s - float(request["arrival_s"]), last_s)
+
+    def reprompt(self, r: int, prompt: int) -> None:
+        """The request's prompt has so many tokens from now on, as what was answered is part of it."""
+        self._requests[r]["prompt"] = prompt
+
+    def toss(self) -> float:
+        """A random number in (0, 1)."""
+        return uniform(self.record["generator"])
 
     # Requests that are offered to a peer, or with one.
 
@@ -341,6 +345,15 @@ class NodeProvider:
         self.record["advert_due"] = due
 
     @property
+    def stake(self) -> float:
+        """What is at stake, credits."""
+        return float(self.account[STAKED]) / MICRO
+
+    @stake.setter
+    def stake(self, credits: float) -> None:
+        self.account[STAKED] = round(credits * MICRO)
+
+    @property
     def held(self) -> int:
         """Own users' requests that are not decided."""
         return int(self.record["held"])
@@ -371,12 +384,7 @@ class NodeProvider:
         record["guests"] = guests
         view = Views(*(array[0] for array in self.view))
         write_view(view, record, self.agreement, requests, peers, now_s, self._view_scratch)
-        finite = all(bool(np.isfinite(array).all()) for array in view[:3])
-        policy = self.policy if finite else self.fallback
-        if not finite:
-            for array in view[:3]:
-                np.nan_to_num(array, copy=False)
-        policy.decide(self.view, self._asked, self.uniforms, self.actions)
+        self.policy.decide(self.view, self._asked, self.uniforms, self.actions)
         transitions.set_terms(record, self.agreement, self.actions.terms[0], int(self.actions.price[0]))
         if r < 0:
             return None

@@ -25,7 +25,7 @@ from wwwserve.serving.ledger.audit import Audit, audit, compare, settled
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import Terms
 from wwwserve.serving.local_nodes import free_ports
-from wwwserve.serving.provider import Provider, Request
+from wwwserve.serving.node_provider import NodeProvider, Promise
 
 MODEL = "stub"
 PROFILE = {"kind": "catalogue", "gpu": "rtx-4090", "model": "qwen3-8b", "max_num_seqs": 8}
@@ -397,26 +397,29 @@ def test_a_ledger_that_cannot_be_is_refused(ledger: dict[str, Any], told: str) -
 def test_a_peer_that_advertises_load_it_does_not_have_is_found_out_by_what_it_delivers() -> None:
     told = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "test")
 
-    def provider(rule: str) -> Provider:
-        made = Provider(Rule(rule), told.engine_profile(), told.agreed(), credit=1e6)
+    def provider(rule: str) -> NodeProvider:
+        made = NodeProvider(Rule(rule), told.engine_profile(), told.agreed(), credit=1e6)
         made.scraped(0.0, 8.0, 200.0, 0.0)
-        idle = Provider(Rule(rule), told.engine_profile(), told.agreed(), stake=1.0)
+        idle = NodeProvider(Rule(rule), told.engine_profile(), told.agreed(), stake=1.0)
         for name in ("honest", "liar"):  # both say that they are idle
             made.heard(name, idle.advertise(0.0), 0.0, frozenset({MODEL}))
         return made
 
-    def chosen(made: Provider, took_s: float) -> Counter[str | None]:
+    def chosen(made: NodeProvider, took_s: float) -> Counter[str | None]:
         for _ in range(20):
             for name, seconds in (("honest", 3.0), ("liar", took_s)):
-                made.sent(name)
-                made.answered(name, seconds, 3.0)
-                made.ended(name)
+                made.offer(one := made.new(None, 0, 100, 100, 0.0, MODEL), name)
+                made.accepted(one, 0.0, Promise(3.0, 0.0))
+                made.answered(one, seconds, 1)
+                made.release(one)
         found: Counter[str | None] = Counter()
         for _ in range(20):
-            made.arrived(Request(None, 0, 100, 0.0, MODEL))
+            made.arrived(made.new(None, 0, 100, 100, 0.0, MODEL))
             decision = made.decide(0.0)
             assert decision is not None
             found[decision.peer] += 1
+            made.lost(decision.request)
+            made.release(decision.request)
         return found
 
     assert chosen(provider("earliest_finish_trust"), took_s=60.0) == {"honest": 20}

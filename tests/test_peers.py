@@ -28,7 +28,7 @@ from wwwserve.serving.fallback import FiniteViews
 from wwwserve.serving.http import messages as signed
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SIGNATURE, Messages
-from wwwserve.serving.provider import Provider, Request
+from wwwserve.serving.node_provider import NodeProvider
 
 CHAT = PEER_PREFIX + "/v1/chat/completions"
 BODY = json.dumps({"model": MODEL, "messages": []}).encode()
@@ -345,15 +345,16 @@ def test_where_a_view_is_not_finite_a_rule_decides(route: int) -> None:
 
     profile = engine_profile("rtx-4090", "qwen3-8b", 8)
     told = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "t")
-    one = Provider(FiniteViews(Learned()), profile, told.agreed(), credit=1e6)
+    one = NodeProvider(FiniteViews(Learned()), profile, told.agreed(), credit=1e6)
     one.scraped(0.0, *((0.0, 0.0, 0.0) if route == LOCAL else (8.0, 200.0, 20000.0)))
-    one.heard("peer", Provider(Rule("single"), profile, told.agreed(), stake=1.0).advertise(0.0), 0.0, frozenset({"m"}))
+    peer = NodeProvider(Rule("single"), profile, told.agreed(), stake=1.0)
+    one.heard("peer", peer.advertise(0.0), 0.0, frozenset({"m"}))
     for finite in (True, False):
         if not finite:
-            one.dealings[0, RECORD] = np.nan
-            one.dealings[0, RECORD_WEIGHT] = 1.0
-        one.arrived(Request(finite, 0, 100, 0.0, "m"))
+            one.peers.dealings[0, RECORD] = np.nan
+            one.peers.dealings[0, RECORD_WEIGHT] = 1.0
+        one.arrived(one.new(finite, 0, 100, 100, 0.0, "m"))
         decision = one.decide(0.0)
         assert decision is not None and decision.route == (HOLD if finite else route)
-        one.dropped(decision.request)
-        one.ticked(0.0)
+        one.release(decision.request)
+        one.reopen()

@@ -18,7 +18,7 @@ from wwwserve.agents.protocol import (
     settle_duel,
     vote_of,
 )
-from wwwserve.agents.provider import end_leg
+from wwwserve.agents.provider import end_leg, is_out
 from wwwserve.envs.engine import abort
 from wwwserve.envs.market.engines import place
 from wwwserve.envs.market.mail import forget
@@ -114,12 +114,6 @@ def hear_judge(w, r, answered):
 
 
 @kernel
-def is_out(w, r):
-    """Whether request r is with a peer, or on its way there or back."""
-    return w.q[r].out_next >= 0 or w.q[r].out_prev >= 0 or w.p[w.q[r].origin].out_head == r
-
-
-@kernel
 def withdraw_out(w, r):
     """The origin of request r, which is with a peer or on its way, wants it no longer, and pays nothing."""
     q = w.q
@@ -143,7 +137,7 @@ def end_duels(w):
             continue
         void_duel(w, k)
         for leg in (duel.first, duel.second):
-            if is_out(w, leg) and q[leg].duel == k and not np.isnan(q[duel.first].answer_s):
+            if is_out(w.p[q[leg].origin], q, leg) and q[leg].duel == k and not np.isnan(q[duel.first].answer_s):
                 withdraw_out(w, leg)
     for r in range(m.n_arrivals, m.used):
         if q[r].kind == JUDGEMENT and q[r].status == IN_ENGINE:
