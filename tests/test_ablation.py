@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, make_actions
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.network import Actor
-from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.policy.forward import LearnedPolicy
+from wwwserve.agents.policy.network import Actor, weights_of
 from wwwserve.agents.rules import Rule
 from wwwserve.agents.view import HAS_REQUEST, NODE_FEATURES, Views
 from wwwserve.envs.batch import MarketBatch

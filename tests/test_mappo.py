@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from wwwserve.agents.policy.runtime import load
+from wwwserve.agents.policy.bundle import load
 from wwwserve.agents.rules import Rule
 from wwwserve.eval import regret
 from wwwserve.eval.tune import best_for

@@ -9,7 +9,7 @@ import pytest
 from wwwserve.agents.decision import FIRST_CANDIDATE, make_actions
 from wwwserve.agents.dice import WORDS
 from wwwserve.agents.knowledge import AD_TIME_S
-from wwwserve.agents.policy import runtime
+from wwwserve.agents.policy import bundle
 from wwwserve.agents.protocol import PER_KTOK
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.agents.view import Views
@@ -183,7 +183,7 @@ def policies() -> list[str]:
 
 @pytest.mark.parametrize("name", policies())
 def test_a_live_provider_sees_and_decides_as_the_simulated_one(name: str, plans: list[MarketPlan]) -> None:
-    policy: Policy = runtime.load(runtime.DEFAULT_BUNDLE) if name == "learned" else Rule(name)
+    policy: Policy = bundle.load(bundle.DEFAULT_BUNDLE) if name == "learned" else Rule(name)
     batch = MarketBatch(plans, notes=NOTES)
     replays = [Replay(planned, batch, b, policy) for b, planned in enumerate(plans)]
     actions, mine = batch.actions(), make_actions(1)

@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.forward import Net, net_of
-from wwwserve.agents.policy.network import Actor, Inputs
-from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.policy.forward import LearnedPolicy, Net, net_of
+from wwwserve.agents.policy.network import Actor, Inputs, weights_of
 from wwwserve.agents.rules import RULES, Rule
 from wwwserve.agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
 from wwwserve.envs.batch import MarketBatch

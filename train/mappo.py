@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.forward import Weights, net_of
-from wwwserve.agents.policy.network import Actor, Critic, Inputs
-from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.policy.architecture import Weights
+from wwwserve.agents.policy.forward import LearnedPolicy, net_of
+from wwwserve.agents.policy.network import Actor, Critic, Inputs, weights_of
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.envs.distribution import KINDS, Kind
 from wwwserve.envs.oracle import ORACLES, Oracle

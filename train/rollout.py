@@ -15,17 +15,9 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, write_terms
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.policy.forward import (
-    ABOUT,
-    EVIDENCE,
-    LOGITS,
-    Net,
-    is_node,
-    logits,
-    normalise_about,
-    normalise_node,
-    room,
-)
+from wwwserve.agents.policy.architecture import ABOUT, EVIDENCE, LOGITS
+from wwwserve.agents.policy.forward import Net, is_node, logits, normalise_about, normalise_node
+from wwwserve.agents.policy.forward import scratch as make_scratch
 from wwwserve.agents.policy.network import SUMMARY
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.view import (
@@ -311,7 +303,7 @@ class Collector:
         count, providers = batch.count, batch.providers
         rng = np.random.default_rng((self.source.seed, 1, number))
         learned = rng.random((self.total, providers))[self.numbers] < self.share
-        scratch = room(net), np.zeros(LOGITS, np.float32)
+        scratch = make_scratch(net), np.zeros(LOGITS, np.float32)
         reward = np.zeros((steps, count, providers), np.float32)
         summary = np.zeros((steps, count, SUMMARY), np.float32)
         elapsed_s, cut = np.zeros((steps, count)), np.zeros((steps, count), np.bool_)
