@@ -64,7 +64,7 @@ class Args:
     """of the imitation's steps, the last ones in which the critic learns as well; before, nothing is rewarded"""
     imitation: float = 0.3
     """weight of imitation after that, beside the policy's own loss; 0 for none"""
-    markets: int = 384
+    markets: int = 192
     """markets in a batch, over all processes"""
     rollout_steps: int = 128
     """steps of every market between updates"""
@@ -96,7 +96,7 @@ class Args:
     """of the providers, so many are learned from, others in each rollout; playing is cheaper than learning"""
     minibatches: int = 8
     """parts of a rollout, each for one gradient step"""
-    average: float = 0.97
+    average: float = 0.95
     """share of itself that the averaged policy, which is validated and kept, keeps at each update; 0: the last alone"""
     clip: float = 0.2
     """PPO's clip range"""
