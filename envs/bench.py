@@ -115,14 +115,14 @@ class Loop:
             for b, planned in enumerate(self.batch.plans):
                 self.batch.reset(b, planned)
             self._warm_up()
-        before_s, done = self.batch.now_s.copy(), self._done()
+        moved, done = np.zeros(self.markets, np.int64), self._done()
         start = time.perf_counter()
         for _ in range(CHUNK):
             self.step()
+            moved += self.batch.elapsed_s > 0
         seconds = time.perf_counter() - start
-        ticks = int(np.rint((self.batch.now_s - before_s) / self.scenario.decision_interval_s).sum())
         running = float(self.batch.markets.engines["running"].mean())
-        return Chunk(ticks * self.batch.providers, self._done() - done, seconds, running)
+        return Chunk(int(moved.sum()) * self.batch.providers, self._done() - done, seconds, running)
 
     def _warm_up(self) -> None:
         while self.batch.now_s.min() < WARM_UP_S:

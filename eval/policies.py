@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from wwwserve.agents.policy import runtime
+from wwwserve.agents.policy import bundle
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.envs.oracle import ORACLES, Oracle
 
@@ -36,7 +36,7 @@ def load_policy(argument: str) -> Policy | Oracle:
     if argument in ORACLES:
         return Oracle(argument)
     if argument == LEARNED:
-        return _load_bundle(argument, runtime.DEFAULT_BUNDLE)
+        return _load_bundle(argument, bundle.DEFAULT_BUNDLE)
     if Path(argument).is_dir():
         return _load_bundle(argument, Path(argument))
     raise PolicyError(
@@ -76,6 +76,6 @@ def _settings(argument: str, text: str) -> dict[str, float]:
 
 def _load_bundle(argument: str, folder: Path) -> Policy:
     try:
-        return runtime.load(folder)
+        return bundle.load(folder)
     except ValueError as error:
         raise PolicyError(f"policy {argument!r}: {error}") from None

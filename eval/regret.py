@@ -58,7 +58,7 @@ def families(first_seed: int, count: int, seeds: int, scenarios: Sequence[str] =
     return named
 
 
-def yardsticks() -> list[Policy]:
+def baselines() -> list[Policy]:
     """Every rule with its defaults, and the best for each kind of market and for any peers."""
     return [*(Rule(name) for name in RULES), *(best_for(objective) for objective in OBJECTIVES[1:])]
 
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, PolicyError) as error:
         print(f"eval.regret: {error}", file=sys.stderr)
         return 2
-    rules = yardsticks()
+    rules = baselines()
     oracles = [Oracle(name) for name in ORACLES] if args.oracles else []
     names = {rule.name for rule in rules} | set(ORACLES)
     measured = measure(

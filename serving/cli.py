@@ -28,8 +28,19 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from wwwserve.agents.decision import make_actions
-from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError, read, results_table
-from wwwserve.agents.policy.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
+from wwwserve.agents.policy.bundle import (
+    DEFAULT_BUNDLE,
+    MANIFEST,
+    SEALED,
+    TOLERANCE,
+    Bundle,
+    BundleError,
+    from_bundle,
+    golden_error,
+    read,
+    results_table,
+)
+from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.view import Views
 from wwwserve.serving import config, node
 from wwwserve.serving import local_nodes as network

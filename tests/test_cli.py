@@ -11,8 +11,7 @@ import torch
 from bundle_cases import RESULTS, WITHOUT
 
 from wwwserve.agents.policy.bundle import MANIFEST, SEALED, WEIGHTS, digest, seal
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.network import Actor
+from wwwserve.agents.policy.network import Actor, weights_of
 from wwwserve.serving import cli
 from wwwserve.train.export import export
 

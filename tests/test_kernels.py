@@ -22,7 +22,7 @@ import pytest
 
 from wwwserve import agents
 from wwwserve.agents import decision, dice, estimate, hardware, knowledge, protocol, rules, view
-from wwwserve.agents.policy import bundle, forward, runtime
+from wwwserve.agents.policy import architecture, forward
 from wwwserve.envs import scenario
 from wwwserve.envs.batch import MarketBatch
 
@@ -184,10 +184,10 @@ def view_and_rules_case(rng: np.random.Generator) -> Results:
 def learned_case(rng: np.random.Generator) -> Results:
     """The learned policy with random weights."""
     views = views_of(rng, DRAWS)
-    weights: forward.Weights = {}
-    for name, shape in bundle.shapes(12).items():
+    weights: architecture.Weights = {}
+    for name, shape in architecture.shapes(12).items():
         weights[name] = np.asarray(0.3 * rng.standard_normal(shape), np.float32)
-    policy = runtime.LearnedPolicy(weights, {})
+    policy = forward.LearnedPolicy(weights, {})
     actions = decision.make_actions(DRAWS)
     policy.decide(views, rng.random(DRAWS) < 0.9, rng.random((DRAWS, 4)), actions)
     normalised = view.normalise(views.nodes, view.NODE_FEATURES)

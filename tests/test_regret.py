@@ -18,7 +18,7 @@ from wwwserve.eval import regret, tune
 from wwwserve.eval.compare import FIRST_TEST_SEED
 from wwwserve.eval.metrics import goodput_value, slo_auc
 from wwwserve.eval.play import rollout, scores
-from wwwserve.eval.regret import families, judge, table, yardsticks
+from wwwserve.eval.regret import baselines, families, judge, table
 from wwwserve.train import mappo
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]
@@ -97,8 +97,8 @@ def test_the_table_shows_scores_less_the_best_rules_and_the_best_policies_last()
     assert cells["seer"][2] == "+0.2000"
 
 
-def test_yardsticks_are_the_rules_and_the_best_for_each_kind() -> None:
-    names = [policy.name for policy in yardsticks()]
+def test_baselines_are_the_rules_and_the_best_for_each_kind() -> None:
+    names = [policy.name for policy in baselines()]
     assert names[: len(RULES)] == list(RULES)
     assert [name.partition("@")[2] for name in names[len(RULES) :]] == [*KINDS, "anyone"]
 
@@ -152,7 +152,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
                 "two": [plan(short, first_seed + 50 + k) for k in range(seeds)]}  # fmt: skip
 
     monkeypatch.setattr(regret, "families", two)
-    monkeypatch.setattr(regret, "yardsticks", lambda: [Rule("single"), Rule("earliest_finish")])
+    monkeypatch.setattr(regret, "baselines", lambda: [Rule("single"), Rule("earliest_finish")])
 
 
 @pytest.mark.usefixtures("small")

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.network import Actor
+from wwwserve.agents.policy.network import Actor, weights_of
 from wwwserve.train.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +93,7 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 from wwwserve import agents, envs, serving
 
-needs_training_libraries = {"wwwserve.agents.policy.network", "wwwserve.agents.policy.checkpoint"}
+needs_training_libraries = {"wwwserve.agents.policy.network"}
 for package in (agents, serving):
     assert "site-packages" in package.__file__, package.__file__
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

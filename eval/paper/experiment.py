@@ -17,7 +17,7 @@ from wwwserve.envs.state import plan
 from wwwserve.eval.metrics import MeanCi, mean_ci
 from wwwserve.eval.play import scores
 from wwwserve.eval.policies import LEARNED, load_policy
-from wwwserve.eval.regret import yardsticks
+from wwwserve.eval.regret import baselines
 
 Tree = dict[str, Any]
 """Numbers by name, as JSON takes them."""
@@ -92,13 +92,13 @@ def load_between(scenario: Scenario, from_s: float, until_s: float) -> Load:
 def rule_scores(scenario: Scenario, seeds: Sequence[int]) -> dict[str, NDArray[np.float64]]:
     """The score with each seed of every rule, with its defaults or tuned for a kind of market, by its name."""
     plans = [plan(scenario, seed) for seed in seeds]
-    return {rule.name: scores(rule, plans) for rule in yardsticks()}
+    return {rule.name: scores(rule, plans) for rule in baselines()}
 
 
 def best_of(measured: Mapping[str, NDArray[np.float64]]) -> Policy:
     """The rule with the highest mean."""
     best = max(measured, key=lambda name: float(np.nanmean(measured[name])))
-    return next(rule for rule in yardsticks() if rule.name == best)
+    return next(rule for rule in baselines() if rule.name == best)
 
 
 def contenders(scenario: Scenario, seeds: Sequence[int]) -> dict[str, Policy | Oracle]:
