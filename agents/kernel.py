@@ -9,12 +9,14 @@ runs every kernel as plain Python.
 import fcntl
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+import numba.core.event as event
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,6 +54,34 @@ def _cache_dir() -> Path:
 
 if "NUMBA_CACHE_DIR" not in os.environ:
     numba.config.CACHE_DIR = str(_cache_dir())
+
+
+def say_compiling() -> None:
+    """Say on standard error why nothing is to be seen for a while."""
+    print("wwwserve: compiling kernels, about a minute, once for each version", file=sys.stderr, flush=True)
+
+
+def compiled_before() -> bool:
+    """Whether there are compiled kernels in the cache."""
+    return bool(numba.config.DISABLE_JIT) or any(Path(numba.config.CACHE_DIR).rglob("*.nbc"))
+
+
+class _FirstCompilation(event.Listener):  # type: ignore[misc]
+    """Says so when the first kernel of this process is not in the cache and has to be compiled."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        """A kernel is compiled from here on; numba calls this for nothing that comes from the cache."""
+        if not self.said:
+            self.said = True
+            say_compiling()
+
+    def on_end(self, event: Any) -> None:
+        """A kernel is compiled."""
+
+
+event.register("numba:compile", _FirstCompilation())
 
 
 @contextmanager

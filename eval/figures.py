@@ -4,15 +4,16 @@
 log of a training run. Every policy has a line style and a marker of its own, so that figures read without colour.
 """
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
+import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -20,7 +21,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from wwwserve.agents.arguments import UsageError, parse_args, refuse
 from wwwserve.eval.compare import Tree
+
+PROG = "wwwserve figures"
 
 # Line, marker and colour by policy (colours: Okabe and Ito, distinct to the colour-blind).
 _STYLES: dict[str, tuple[Any, str, str]] = {
@@ -231,18 +235,25 @@ def _read(path: Path, parse: Any) -> Any:
         raise FigureError(f"{path}: not JSON: {error}") from None
 
 
+@dataclass
+class Args:
+    """Draw results of `wwwserve compare`."""
+
+    result: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RESULT.json")]
+    """what compare --json wrote"""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """folder for the figures"""
+    training: Annotated[Path | None, tyro.conf.arg(metavar="LOG")] = None
+    """progress.jsonl of a training run, to draw too"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for a file that cannot be drawn."""
-    parser = argparse.ArgumentParser(prog="python -m eval.figures", description="Draw results of eval.compare.")
-    parser.add_argument("result", type=Path, metavar="RESULT.json", help="what eval.compare --json wrote")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
-    parser.add_argument("--training", type=Path, metavar="LOG", help="progress.jsonl of a training run, to draw too")
-    args = parser.parse_args(argv)
     try:
+        args = parse_args(Args, PROG, argv)
         files = draw(args.result, args.out, args.training)
-    except (FigureError, OSError) as error:
-        print(f"eval.figures: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, FigureError, OSError) as error:
+        return refuse(PROG, error)
     print("\n".join(map(str, files)))
     return 0
 

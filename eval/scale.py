@@ -7,11 +7,12 @@ decision. A decision sees eight candidates however many providers there are, so 
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 
+from wwwserve.agents.arguments import Count, File, Policies, Range, UsageError, flat, parse_args, refuse
 from wwwserve.agents.hardware import profile
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.agents.rules import RULES, Policy, Rule
@@ -19,12 +20,12 @@ from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import capacity_per_s
 from wwwserve.envs.scenario import Scenario, parse
 from wwwserve.envs.state import plan
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
 from wwwserve.eval.metrics import mean_ci, measure
 from wwwserve.eval.policies import PolicyError, load_policies
 
 SIZES = (4, 16, 64, 256)
+PROG = "wwwserve scale"
 LOAD = 0.85  # of what the providers sustain together
 _NODES = (
     ("a100-80g", "qwen3-8b", 128),
@@ -76,21 +77,29 @@ def play(policy: Policy, scenario: Scenario, seeds: Sequence[int], threads: int)
     return [float(x) for x in aucs], 1e6 * spent_s / max(1, decisions)  # type: ignore[arg-type]
 
 
+@dataclass
+class Args:
+    """Judge policies by the market's size."""
+
+    policy: Policies = ()
+    """policies beside the rules"""
+    sizes: Annotated[tuple[int, ...], Range(1)] = SIZES
+    """providers of the markets"""
+    requests: Count = 20_000
+    """about so many for each size"""
+    threads: Count = 2
+    """CPU threads"""
+    json: File = None
+    """write the results to this file"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.scale", description="Judge policies by the market's size.")
-    add = parser.add_argument
-    add("--policy", nargs="+", default=[], metavar="NAME|BUNDLE", help="policies beside the rules")
-    add("--sizes", nargs="+", type=integer(1), default=list(SIZES), metavar="N", help="(default: 4 16 64 256)")
-    add("--requests", type=integer(1), default=20_000, help="about so many requests for each size (default: 20000)")
-    add("--threads", type=integer(1), default=2, help="(default: 2)")
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
     try:
-        args = parser.parse_args(argv)
-        judged = load_policies(args.policy) if args.policy else []
+        args = parse_args(Args, PROG, argv)
+        judged = load_policies(flat(args.policy))
     except (UsageError, PolicyError) as error:
-        print(f"eval.scale: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     policies = [*judged, *(Rule(name) for name in RULES)]
     result: dict[str, Any] = {}
     for policy in policies:

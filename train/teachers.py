@@ -9,7 +9,7 @@ from wwwserve.agents.kernel import Bools, Floats
 from wwwserve.agents.rules import Actions, Policy, Rule
 from wwwserve.agents.view import WAITING, Views
 from wwwserve.envs.distribution import Kind
-from wwwserve.eval.tune import best_for
+from wwwserve.eval.tuned import best_for
 
 ACCEPT_WAIT_S = 5.0
 LONGEST_QUEUE = 2  # requests that wait at an engine, beyond which none is bound to it
