@@ -1,4 +1,4 @@
-"""The command `python -m eval.paper [FIGURE...]`: run, draw and write up the paper's experiments."""
+"""The command `python -m eval.paper [FIGURE...]`: run and draw the paper's experiments."""
 
 import hashlib
 import sys
@@ -13,7 +13,7 @@ import tyro
 
 from wwwserve.agents.arguments import Count, Folder, Range, UsageError, parse_args, refuse
 from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, WEIGHTS
-from wwwserve.eval.compare import FIRST_TEST_SEED, write_json
+from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
 from wwwserve.eval.paper import credits, flexible, participation, report, settings
 from wwwserve.eval.paper.experiment import Experiment, Tree
 from wwwserve.eval.policies import LEARNED, PolicyError, load_policy
@@ -52,7 +52,7 @@ def make(
 ) -> dict[str, Tree]:
     """Run and draw these figures into the folder `out`, with `paper.json` and `report.html`; the data.
 
-    `docs` is a folder that gets `paper.md` and its images.
+    `docs` is a folder in which `paper/` gets the tables and images.
     """
     experiments = [x for x in EXPERIMENTS if x.name in names]
     keys = list(dict.fromkeys(x.data for x in experiments))
@@ -73,8 +73,7 @@ def make(
         folder.mkdir(parents=True, exist_ok=True)
         for file in (file for found in files.values() for file in found if file.suffix == ".png"):
             (folder / file.name).write_bytes(file.read_bytes())
-        text = report.as_markdown(experiments, data, options, files, folder.name)
-        (docs / "paper.md").write_text(text, encoding="utf-8")
+        (folder / "tables.md").write_text(report.as_markdown(experiments, data, options), encoding="utf-8")
     return data
 
 
@@ -91,7 +90,7 @@ class Args:
     processes: Count = 2
     """experiments run at a time"""
     docs: Folder = None
-    """copy the figures into this folder's paper/, and write the tables as paper.md"""
+    """write figures and tables into this folder's paper/ as well"""
 
 
 def check(args: Args) -> None:
@@ -118,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + args.seeds)
     names = args.figures or NAMES
     data = make(names, seeds, args.out, processes=args.processes, docs=args.docs)
-    for experiment in EXPERIMENTS:
-        if experiment.name in names:
-            print(f"{experiment.title}\n" + "\n".join(f"  {x}" for x in experiment.findings(data[experiment.data])))
+    experiments = [experiment for experiment in EXPERIMENTS if experiment.name in names]
+    print(columns([["figure", "what", "published", "here"], *report.summary(experiments, data).rows]))
     print(f"{args.out / 'report.html'}: {time.perf_counter() - start_s:.0f} s", file=sys.stderr)
     return 0
