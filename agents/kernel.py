@@ -61,9 +61,13 @@ def say_compiling() -> None:
     print("wwwserve: compiling kernels, about a minute, once for each version", file=sys.stderr, flush=True)
 
 
-def compiled_before() -> bool:
-    """Whether there are compiled kernels in the cache."""
-    return bool(numba.config.DISABLE_JIT) or any(Path(numba.config.CACHE_DIR).rglob("*.nbc"))
+def compiled_before(*programs: str) -> bool:
+    """Whether these `programs` have gone through `one_at_a_time` with this version, so that all is in the cache."""
+    return bool(numba.config.DISABLE_JIT) or all(_marker(program).exists() for program in programs)
+
+
+def _marker(program: str) -> Path:
+    return Path(numba.config.CACHE_DIR) / f"{program}.compiled"
 
 
 class _FirstCompilation(event.Listener):  # type: ignore[misc]
@@ -85,13 +89,14 @@ event.register("numba:compile", _FirstCompilation())
 
 
 @contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Where processes start together, let one compile while the others wait for what it leaves in the cache."""
+def one_at_a_time(program: str = "node") -> Iterator[None]:
+    """Where processes of a `program` start together, let one compile what it needs while the others wait for that."""
     folder = Path(numba.config.CACHE_DIR)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    _marker(program).touch()
 
 
 def kernel(function: F) -> F:

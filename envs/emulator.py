@@ -157,7 +157,7 @@ class Emulator:
 
     def rehearse(self) -> None:
         """Run a request, as the first may have to be compiled. For a new emulator, which is not the same afterwards."""
-        with one_at_a_time():
+        with one_at_a_time("emulator"):
             self.withdraw(self.put(1, 1000, True))
             self.metrics()
 

@@ -153,7 +153,7 @@ def running(plan: Plan) -> Iterator[Network]:
     """A network whose nodes are all ready; it ends with the context. Raises as `configurations`, and NetworkError for
     what does not come up."""
     nodes, engines = configurations(plan)
-    if not compiled_before():
+    if not compiled_before("node", *(["emulator"] if plan.engine == "emulated" else [])):
         say_compiling()  # nodes and engines do, in logs of their own
     with started(nodes, engines, READY_S[plan.engine], plan.calibrate) as network:
         yield network
