@@ -14,9 +14,10 @@ import yaml
 from msgspec import Meta
 
 from wwwserve.agents import hardware, strict_yaml
-from wwwserve.agents.lengths import Lognormal
+from wwwserve.agents.lengths import Lognormal as Lognormal
 from wwwserve.envs import trace
-from wwwserve.envs.decode import At, OneOf, ScenarioError, Text, check_increasing, did_you_mean, hints_of, scalar, split
+from wwwserve.envs.decode import At, OneOf, Text, check_increasing, did_you_mean, hints_of, scalar, split
+from wwwserve.envs.decode import ScenarioError as ScenarioError
 from wwwserve.envs.engine import MAX_SLOTS
 
 SCENARIOS_DIR = Path(__file__).resolve().parent / "scenarios"
@@ -292,7 +293,7 @@ class _Decoder:
         self.duration_s, self.folder, self.defaults = duration_s, folder, defaults
         self._phase_end = Annotated[float, Meta(gt=0, le=duration_s)]
         within = Annotated[float, Meta(ge=0, le=duration_s)]
-        window = tuple[within, within]  # type: ignore[valid-type]
+        window = tuple[within, within]
         self._within: dict[str, Any] = {
             "until_s": within,
             "from_s": within,
@@ -359,10 +360,10 @@ class _Decoder:
             return self._decode(at, options[0]) if len(options) == 1 else self._traffic(at)
         if get_origin(base) is tuple:
             length = None if options[-1] is Ellipsis else len(options)
-            least, most = (meta.min_length or 0, meta.max_length) if length is None else (length, length)
+            least, most = (meta.min_length or 0, meta.max_length or 0) if length is None else (length, length)
             items = at.items(least, most)
             return tuple(self._decode(item, options[k if length else 0]) for k, item in enumerate(items))
-        return self.record(at, base) if is_dataclass(base) else scalar(at, hint)
+        return self.record(at, base) if isinstance(base, type) and is_dataclass(base) else scalar(at, hint)
 
     def _classes(self, at: At) -> tuple[SloClass, ...]:
         entries = at.entries()

@@ -18,7 +18,8 @@ from wwwserve.agents.lengths import Lognormal
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import capacity_per_s
-from wwwserve.envs.scenario import Scenario, parse
+from wwwserve.envs.oracle import Oracle
+from wwwserve.envs.scenario import PoissonTraffic, Scenario, parse
 from wwwserve.envs.state import plan
 from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
 from wwwserve.eval.metrics import mean_ci, measure
@@ -97,16 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
     try:
         args = parse_args(Args, PROG, argv)
-        judged = load_policies(flat(args.policy))
+        judged = []
+        for policy in load_policies(flat(args.policy)):
+            if isinstance(policy, Oracle):
+                raise UsageError(f"policy {policy.name!r} is no provider's: it sees the whole market")
+            judged.append(policy)
     except (UsageError, PolicyError) as error:
         return refuse(PROG, error)
-    policies = [*judged, *(Rule(name) for name in RULES)]
+    policies: list[Policy] = [*judged, *(Rule(name) for name in RULES)]
     result: dict[str, Any] = {}
     for policy in policies:
         policy.decide(*_nothing(), actions=MarketBatch([plan(market(4), 0)]).actions())  # compiles
     for size in args.sizes:
         scenario = market(size)
-        expected = sum(phase.rate_per_s * 300 for p in scenario.providers for phase in p.traffic.phases)
+        expected = sum(
+            phase.rate_per_s * 300
+            for p in scenario.providers
+            if isinstance(p.traffic, PoissonTraffic)
+            for phase in p.traffic.phases
+        )
         count = max(3, round(args.requests / expected))
         seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + count)
         cell = result.setdefault(str(size), {})

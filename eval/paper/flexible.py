@@ -11,6 +11,7 @@ from wwwserve.agents.decision import Actions
 from wwwserve.agents.kernel import Bools, Floats
 from wwwserve.agents.rules import Policy, Rule
 from wwwserve.agents.view import Views
+from wwwserve.envs.oracle import Oracle
 from wwwserve.envs.scenario import Scenario
 from wwwserve.envs.scenario import load as load_scenario
 from wwwserve.eval import figures
@@ -70,11 +71,11 @@ def run(seeds: Sequence[int]) -> Tree:
     return result
 
 
-def _slo_auc(scenario: Scenario, policy: Policy, seeds: Sequence[int]) -> list[float | None]:
+def _slo_auc(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int]) -> list[float | None]:
     return pair(mean_ci([each["slo_auc"] for each in measures(rollout(scenario, policy, seeds), scenario)]))
 
 
-def _course(scenario: Scenario, policy: Policy, seeds: Sequence[int]) -> Tree:
+def _course(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int]) -> Tree:
     """Requests that the peers of the first provider run, over time and in the mean, and their shares of its work."""
     samples = int(scenario.duration_s / INTERVAL_S) + 1
     histories = record(scenario, policy, seeds, samples=samples, interval_s=INTERVAL_S)

@@ -60,7 +60,7 @@ def run(seeds: Sequence[int]) -> Tree:
         result["policies"][name] = {
             "latency_s": pairs([windowed(each.latency_s, each.arrival_s, edges_s.tolist()) for each in tables]),
             "stretches_s": pairs([windowed(each.latency_s, each.arrival_s, changes) for each in tables]),
-            "slo_auc": pair(mean_ci([measure(each, scenario)["slo_auc"] for each in tables])),
+            "slo_auc": pair(mean_ci(np.array([measure(each, scenario)["slo_auc"] for each in tables], np.float64))),
             "unfinished": sum(int(np.isinf(each.latency_s).sum()) for each in tables),
         }
     return result

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.rules import Policy, Rule
 from wwwserve.envs.oracle import ORACLES, Oracle
-from wwwserve.envs.scenario import Scenario
+from wwwserve.envs.scenario import PoissonTraffic, Scenario
 from wwwserve.envs.scenario import load as load_scenario
 from wwwserve.eval import figures
 from wwwserve.eval.compare import cell, measures
@@ -79,7 +79,14 @@ def run(seeds: Sequence[int]) -> Tree:
 def _loads(scenario: Scenario) -> Load:
     """Load of the market over the run, and the least and the most that a node has in any phase."""
     whole = load_between(scenario, 0.0, scenario.duration_s)
-    ends = sorted({phase.until_s for p in scenario.providers for phase in p.traffic.phases})
+    ends = sorted(
+        {
+            phase.until_s
+            for p in scenario.providers
+            if isinstance(p.traffic, PoissonTraffic)
+            for phase in p.traffic.phases
+        }
+    )
     phases = [load_between(scenario, start, end) for start, end in pairwise([0.0, *ends])]
     return Load(whole.market, min(each.least for each in phases), max(each.most for each in phases))
 
