@@ -213,8 +213,8 @@ def _learning(progress: Sequence[Tree]) -> Figure:
 def legend(figure: Figure, axes: Sequence[Axes], title: str | None = None) -> None:
     """One legend for all panels, to their right."""
     entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
-    place = {"loc": "outside right upper", "frameon": False, "handlelength": 3.6}
-    figure.legend(entries.values(), entries.keys(), title=title, alignment="left", **place)
+    place: dict[str, Any] = {"frameon": False, "handlelength": 3.6, "title": title, "alignment": "left"}
+    figure.legend(list(entries.values()), list(entries), loc="outside right upper", **place)
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:
