@@ -5,16 +5,20 @@ clock moves count, one for each of its providers, all of whose views are then bu
 take time and count nothing. Policies are uniform over the legal routes, the admission waits and the posted prices.
 """
 
-import argparse
 import json
 import os
 import statistics
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import tyro
 
+from wwwserve.agents.arguments import Positive, UsageError, parse_args, refuse
 from wwwserve.agents.decision import ADMIT_WAIT_S, ADMITS, HOLD, MAX_WAIT_S, ROUTES, TERMS_SIZE
 from wwwserve.agents.dice import make_dice, uniform
 from wwwserve.agents.hardware import profile
@@ -25,6 +29,7 @@ from wwwserve.envs.market_v0 import parallel_env
 from wwwserve.envs.scenario import Lengths, Scenario, parse
 from wwwserve.envs.state import OWN_DONE
 
+PROG = "wwwserve bench"
 LOAD = 0.85
 """Arrivals over what the nodes sustain, see `envs.distribution.capacity_per_s`."""
 SMALL_CARDS = ("rtx-4090", "rtx-3090")
@@ -186,14 +191,22 @@ def report(seconds: float) -> dict[str, Any]:
     return {"load": LOAD, "runs": runs, "large_cards": large, "pettingzoo": zoo}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print, and write the report."""
-    parser = argparse.ArgumentParser(prog="python -m envs.bench", description="Agent-steps per second of the market.")
-    parser.add_argument("--json", type=Path, required=True, help="where to write the report")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each figure, warm-up aside")
-    args = parser.parse_args(argv)
-    if not args.seconds > 0:
-        parser.error(f"--seconds is {args.seconds}, expected more than 0")
+@dataclass
+class Args:
+    """Agent-steps per second of the market."""
+
+    json: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """where to write the report"""
+    seconds: Positive = 5.0
+    """time for each figure, warm-up aside"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write the report; returns the exit status, 2 for what cannot be done as asked."""
+    try:
+        args = parse_args(Args, PROG, argv)
+    except UsageError as error:
+        return refuse(PROG, error)
     figures = report(args.seconds)
     for run in figures["runs"]:
         print(
@@ -212,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         f"the batch is {zoo['ratio']} times faster"
     )
     args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

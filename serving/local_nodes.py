@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from wwwserve.agents.kernel import compiled_before, say_compiling
 from wwwserve.serving import guard
 from wwwserve.serving.config import parse
 from wwwserve.serving.engine import calibrate, local_vllm
@@ -152,6 +153,8 @@ def running(plan: Plan) -> Iterator[Network]:
     """A network whose nodes are all ready; it ends with the context. Raises as `configurations`, and NetworkError for
     what does not come up."""
     nodes, engines = configurations(plan)
+    if not compiled_before("node", *(["emulator"] if plan.engine == "emulated" else [])):
+        say_compiling()  # nodes and engines do, in logs of their own
     with started(nodes, engines, READY_S[plan.engine], plan.calibrate) as network:
         yield network
 

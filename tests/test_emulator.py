@@ -304,7 +304,7 @@ def test_words_of_parts_are_words_of_the_whole() -> None:
         (["--speed", "0"], "--speed is 0, expected more than 0"),
         (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
         (["--gpu", "abacus"], "unknown gpu 'abacus'"),
-        (["--max-num-seqs", "1000"], "max_num_seqs is 1000"),
+        (["--max-num-seqs", "2000"], "--max-num-seqs is 2000, expected 1 to 1024"),
         (["--profile", "/nowhere.json"], "/nowhere.json"),
     ],
 )
@@ -315,7 +315,7 @@ def test_bad_arguments_are_refused(arguments: list[str], told: str) -> None:
         text=True,
         timeout=60,
     )
-    assert done.returncode == 2 and done.stderr.startswith("envs.emulator: ") and told in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("wwwserve emulator: ") and told in done.stderr
     assert done.stdout == ""
 
 

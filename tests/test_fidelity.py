@@ -109,7 +109,7 @@ def test_errors_are_against_each_play() -> None:
     ("arguments", "told"),
     [
         (["--loads", "0"], "expected more than 0"),
-        (["--loads", "many"], "expected more than 0"),
+        (["--loads", "many"], "--loads: .*many"),
         (["--output", "10", "0.5", "4"], "--output: expected a median"),
         (["--model", "qwen3-8b"], "expected one of .* without --url"),
         (["--json", "/nowhere/out.json"], "--json /nowhere/out.json"),
@@ -118,7 +118,7 @@ def test_errors_are_against_each_play() -> None:
 def test_what_cannot_be_done_is_refused(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     err = capsys.readouterr().err
-    assert err.startswith("eval.fidelity: ")
+    assert err.startswith("wwwserve fidelity: ")
     assert re.search(told, err)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
+from wwwserve.agents.arguments import UsageError
 from wwwserve.agents.hardware import profile
 from wwwserve.envs.scenario import Misreport, Scenario, load, parse
 from wwwserve.envs.state import plan
-from wwwserve.eval.arguments import UsageError
 from wwwserve.eval.live import trial as command
 from wwwserve.eval.live.trial import check, check_lengths, node, remote
 from wwwserve.eval.policies import load_policy

@@ -19,7 +19,7 @@ from wwwserve.agents.policy.bundle import load
 from wwwserve.agents.rules import Rule
 from wwwserve.envs.distribution import KINDS
 from wwwserve.eval import regret
-from wwwserve.eval.tune import best_for
+from wwwserve.eval.tuned import best_for
 from wwwserve.train import mappo
 from wwwserve.train.mappo import Args, Learner, Processes, ValueScale, seconds_to_beat
 from wwwserve.train.rollout import Collector, Source

@@ -173,10 +173,10 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--markets", "1"], "argument --markets: got '1', expected an integer of at least 2"),
-        (["--seeds", "1"], "argument --seeds: got '1', expected an integer of at least 2"),
-        (["--processes", "0"], "argument --processes: got '0', expected an integer of at least 1"),
-        (["--first-seed", "-1"], "argument --first-seed: got '-1', expected an integer of at least 0"),
+        (["--markets", "1"], "--markets is 1, expected at least 2"),
+        (["--seeds", "1"], "--seeds is 1, expected at least 2"),
+        (["--processes", "0"], "--processes is 0, expected at least 1"),
+        (["--first-seed", "-1"], "--first-seed is -1, expected at least 0"),
         (["--policy", "nobody"], "unknown policy 'nobody'"),
         (["--policy", "random", "random"], "given twice"),
         (["--json", "/nowhere/result.json"], "/nowhere is not a folder"),
@@ -188,4 +188,4 @@ def test_a_bad_argument_is_refused_in_one_line(
     assert regret.main(arguments) == 2
     shown = capsys.readouterr()
     assert named in shown.err and shown.err.count("\n") == 1
-    assert shown.err.startswith("eval.regret: ") and not shown.out
+    assert shown.err.startswith("wwwserve regret: ") and not shown.out

@@ -7,7 +7,6 @@ core could carry of it. Measured without a ledger and with one, and beside that 
 on its own engine. `split_us` is what signing, verifying and the journal take of it, each timed alone in this process.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -17,15 +16,16 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import uvloop
 import yaml
 
+from wwwserve.agents.arguments import Count, File, Range, UsageError, parse_args, refuse
 from wwwserve.agents.protocol import MICRO, PER_KTOK
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import write_json
 from wwwserve.eval.live import overhead
 from wwwserve.eval.live.processes import cpu_s
@@ -37,6 +37,7 @@ from wwwserve.serving.ledger.statements import digest
 from wwwserve.serving.local_nodes import free_ports
 
 # So full that the peer looks better with all that is sent to it between two adverts, which is thousands here.
+PROG = "wwwserve delegated"
 BUSY = b"vllm:num_requests_running 256\nvllm:num_requests_waiting 1000000\nvllm:kv_cache_usage_perc 1\n"
 CREDIT, EXPOSURE = 100_000_000.0, 100_000.0
 TOGETHER = 32  # entries in a transaction, for the split
@@ -219,21 +220,30 @@ def _wait(port: int, ledger: bool) -> None:
         time.sleep(0.1)
 
 
+@dataclass
+class Args:
+    """Measure what it costs to hand a request over."""
+
+    seconds: Count = 5
+    """of requests, each time"""
+    connections: Count = 32
+    """requests at once"""
+    repeats: Annotated[int, Range(TOGETHER)] = 3200
+    """of each part that is timed"""
+    json: File = None
+    """write the figures to this file"""
+    serve_engine: int | None = None
+    """for its own processes: be the bare engine at this port"""
+    serve_full: int | None = None
+    """for its own processes: be a full engine at this port"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.live.delegated", description="What it costs to hand a request over.")
-    add = parser.add_argument
-    add("--seconds", type=integer(1), default=5, help="of requests, each time (default: 5)")
-    add("--connections", type=integer(1), default=32, help="requests at once (default: 32)")
-    add("--repeats", type=integer(TOGETHER), default=3200, help="of each part that is timed (default: 3200)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--serve-engine", type=int, help=argparse.SUPPRESS)
-    add("--serve-full", type=int, help=argparse.SUPPRESS)
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.live.delegated: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     if args.serve_engine or args.serve_full:
         if args.serve_full:
             overhead.METRICS = BUSY

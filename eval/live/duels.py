@@ -6,22 +6,22 @@ when the worthless provider has no stake left and nothing to stake, or after `--
 is counted from the signed votes that the first node's journal keeps as evidence.
 """
 
-import argparse
 import asyncio
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
 import yaml
 
+from wwwserve.agents.arguments import Count, File, Range, UsageError, parse_args, refuse
 from wwwserve.agents.protocol import MICRO, VOTE_A, VOTE_UNDECIDED
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import write_json
 from wwwserve.eval.live.judges import CHAT, question
 from wwwserve.serving.config import parse
@@ -36,6 +36,7 @@ from wwwserve.serving.local_nodes import NetworkError, free_ports, vllm
 from wwwserve.serving.node import serve
 
 STAKE, FUNDS = 2.0, 8.0  # credits at stake, and what one has to stake in all
+PROG = "wwwserve duels"
 JUDGES = 3
 GOSSIP_S = 1.0
 NODES_READY_S = 120.0
@@ -223,27 +224,31 @@ def judged(verdicts: list[Verdict], made: Nodes, funds: float) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.live.duels", description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--nodes", type=integer(5), default=5, help="before SmolLM2, on one core")
-    parser.add_argument("--most", type=integer(1), default=200, help="duels, after which it ends anyhow")
-    parser.add_argument("--tokens", type=integer(1), default=24, help="of an answer at most")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes")
-    return parser.parse_args(argv)
+@dataclass
+class Args:
+    """Hold duels on real vLLM until a worthless provider has nothing at stake."""
+
+    nodes: Annotated[int, Range(5)] = 5
+    """before SmolLM2, on one core"""
+    most: Count = 200
+    """duels, after which it ends anyhow"""
+    tokens: Count = 24
+    """of an answer at most"""
+    json: File = None
+    """write the figures to this file"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if the worthless provider has something left to stake."""
     try:
-        told = _arguments(argv)
+        told = parse_args(Args, PROG, argv)
         with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as (urls, _):
             result = asyncio.run(fight(*urls, count=told.nodes, most=told.most, tokens=told.tokens))
         print(msgspec.json.format(msgspec.json.encode(result)).decode())
         if told.json:
             write_json(told.json, result)
     except (UsageError, NetworkError, PrepareError) as error:
-        print(f"eval.live.duels: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     return int(result["funds_left"] > 0)
 
 

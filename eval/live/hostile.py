@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +31,9 @@ import msgspec
 import orjson
 import yaml
 
+from wwwserve.agents.arguments import Count, File, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.agents.protocol import MICRO
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import write_json
 from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH
@@ -45,6 +46,7 @@ from wwwserve.serving.ledger.statements import Opening, Receipt, Signed, State, 
 from wwwserve.serving.local_nodes import Command, free_ports, look, served
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, Advert, signed
 
+PROG = "wwwserve hostile"
 MODEL = "qwen3-8b"
 LIMIT = 10.0  # credits that the node and its peer give each other
 READY_S = 300.0
@@ -458,19 +460,26 @@ def run(inputs: int, connections: int, seed: int) -> Seen:
     return seen
 
 
+@dataclass
+class Args:
+    """Send hostile input to a live node."""
+
+    inputs: Count = 50_000
+    """how many"""
+    connections: Count = 256
+    """at once"""
+    seed: Seed = 0
+    """of the inputs"""
+    json: File = None
+    """write what was counted to this file"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if there was a fault, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.live.hostile", description="Send hostile input to a live node.")
-    add = parser.add_argument
-    add("--inputs", type=integer(1), default=50_000, help="(default: 50000)")
-    add("--connections", type=integer(1), default=256, help="at once (default: 256)")
-    add("--seed", type=integer(0), default=0, help="of the inputs (default: 0)")
-    add("--json", type=Path, metavar="FILE", help="write what was counted there")
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.live.hostile: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     seen = run(args.inputs, args.connections, args.seed)
     for kind, counts in seen.statuses.items():
         print(f"{kind:<28} {counts.total():>7}  " + "  ".join(f"{status} {n}" for status, n in sorted(counts.items())))

@@ -8,7 +8,6 @@ in turn; `requests_per_s` is with `--connections` at once; `cpu_us_per_chunk` is
 chunk of a stream.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -20,20 +19,23 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+import tyro
 import uvloop
 import yaml
 
-from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.agents.arguments import Count, File, UsageError, parse_args, refuse
 from wwwserve.eval.compare import write_json
 from wwwserve.eval.live.processes import cpu_s
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.local_nodes import free_ports
 
+PROG = "wwwserve overhead"
 MODEL = "stub"
 STREAM_CHUNKS, CHUNK_EVERY_S = 400, 0.004
 READY_S = 300.0
@@ -285,22 +287,32 @@ def run(calls: int, seconds: float, connections: int, policy: str | None) -> dic
     return results
 
 
+@dataclass
+class Args:
+    """Measure what a node adds to a request."""
+
+    calls: Count = 2000
+    """requests one at a time"""
+    seconds: Count = 5
+    """of requests at once"""
+    connections: Count = 32
+    """requests at once"""
+    policy: Annotated[str | None, tyro.conf.arg(metavar="NAME|BUNDLE")] = None
+    """default: the shipped bundle"""
+    json: File = None
+    """write the figures to this file"""
+    serve_engine: int | None = None
+    """for its own processes: be the bare engine at this port"""
+    serve_fastapi: Annotated[tuple[int, str] | None, tyro.conf.arg(metavar="PORT URL")] = None
+    """for its own processes: be the plain application at this port, before that engine"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.live.overhead", description="What a node adds to a request.")
-    add = parser.add_argument
-    add("--calls", type=integer(1), default=2000, help="requests one at a time (default: 2000)")
-    add("--seconds", type=integer(1), default=5, help="of requests at once (default: 5)")
-    add("--connections", type=integer(1), default=32, help="requests at once (default: 32)")
-    add("--policy", metavar="NAME|BUNDLE", help="(default: the shipped bundle)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--serve-engine", type=int, help=argparse.SUPPRESS)
-    add("--serve-fastapi", nargs=2, help=argparse.SUPPRESS)
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.live.overhead: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     if args.serve_engine:
         uvloop.run(serve_engine(args.serve_engine))
     elif args.serve_fastapi:

@@ -8,7 +8,6 @@ micro-credit; no request was paid for twice; every request that a node took ende
 Exit status 1 if anything of it is not so.
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -21,15 +20,17 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
+import tyro
 import yaml
 
+from wwwserve.agents.arguments import Count, File, Folder, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.protocol import MICRO
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import write_json
 from wwwserve.serving import guard
 from wwwserve.serving.http.keys import Identity
@@ -39,6 +40,7 @@ from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.ledger.statements import WHOLE
 from wwwserve.serving.local_nodes import free_ports
 
+PROG = "wwwserve soak"
 NODES = 5
 MODEL, GPU, SPEED = "qwen3-8b", "rtx-4090", 10.0
 CREDIT, STAKE, PRICE = 400.0, 4.0, 1.0  # credits; the price is of 1000 tokens
@@ -448,24 +450,32 @@ def serve_node(file: str, off_s: float, blocked: Path) -> int:
     return cli.main(["node", file])
 
 
+@dataclass
+class Args:
+    """Kill nodes under load, see that all is accounted for."""
+
+    kills: Count = 100
+    """that are made"""
+    seed: Seed = 0
+    """of all that is random"""
+    rate: Count = 12
+    """requests/s, of all users together"""
+    minutes: Count = 60
+    """after which no more are killed"""
+    keep: Folder = None
+    """leave journals and logs there"""
+    json: File = None
+    """write the figures to this file"""
+    serve_node: Annotated[tuple[str, float, Path] | None, tyro.conf.arg(metavar="FILE SECONDS FILE")] = None
+    """for its own processes: be a node"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 1 where something did not hold, 2 for what cannot be done as asked."""
-    parser = Parser(
-        prog="python -m eval.live.soak", description="Kill nodes under load, see that all is accounted for."
-    )
-    add = parser.add_argument
-    add("--kills", type=integer(1), default=100, help="(default: 100)")
-    add("--seed", type=integer(0), default=0, help="(default: 0)")
-    add("--rate", type=integer(1), default=12, help="requests/s, of all users together (default: 12)")
-    add("--minutes", type=integer(1), default=60, help="after which no more are killed (default: 60)")
-    add("--keep", type=Path, metavar="FOLDER", help="leave journals and logs there")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--serve-node", nargs=3, help=argparse.SUPPRESS)
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.live.soak: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     if args.serve_node:
         return serve_node(args.serve_node[0], float(args.serve_node[1]), Path(args.serve_node[2]))
     with tempfile.TemporaryDirectory(prefix="wwwserve-soak-") as made:

@@ -8,22 +8,23 @@ Emulated engines and their nodes can be run at `--speed` times real time; times 
 A node has dice of its own, where a simulated market has one set for all, so single decisions differ.
 """
 
-import argparse
 import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import aiohttp
 import numpy as np
 import orjson
+import tyro
 import yaml
 
 from wwwserve.agents import strict_yaml
+from wwwserve.agents.arguments import Count, File, Policies, Range, Seed, UsageError, flat, parse_args, refuse
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
 from wwwserve.agents.rules import RULES, Policy
 from wwwserve.envs.batch import RequestTable
@@ -31,7 +32,6 @@ from wwwserve.envs.oracle import ORACLES
 from wwwserve.envs.scenario import Scenario, ScenarioError, load
 from wwwserve.envs.state import MarketPlan, plan
 from wwwserve.envs.traffic import expected_output
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import FIRST_TEST_SEED, Tree, cell, check_outputs, columns, measures, over_seeds, write_json
 from wwwserve.eval.live.processes import cpu_s
 from wwwserve.eval.metrics import threshold_key
@@ -46,6 +46,8 @@ from wwwserve.serving.local_nodes import READY_S, Command, NetworkError, free_po
 LOWEST_TOKEN, HIGHEST_TOKEN = 1000, 30_000  # of made-up prompts: in every vocabulary, and none of them special
 MARGIN = 64  # tokens, of the longest request that engines are measured with beyond the scenario's
 REPEATS = 2  # of each load, when engines are measured
+DEFAULT_POLICIES = ("single", "www_serve", LEARNED)
+PROG = "wwwserve trial"
 KV_TOKENS = 2560  # of a real engine: a full batch of `live/pair` nearly fills it, as is usual on a GPU
 SETTLE_S = 2.0  # between a network's being ready and the first arrival
 MOST_SPEED = 100.0
@@ -418,16 +420,6 @@ def _number(x: float | None, digits: int) -> str:
     return "-" if x is None else f"{x:.{digits}f}"
 
 
-def _speed(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.01 <= value <= MOST_SPEED:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0.01 to {MOST_SPEED:g}")
-    return value
-
-
 def _told(argument: str) -> str | None:
     """What a node is told of a policy. Raises UsageError for one that a node cannot run."""
     if argument == LEARNED:
@@ -439,39 +431,45 @@ def _told(argument: str) -> str | None:
     return argument if argument in RULES else str(Path(argument).resolve())
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.live", description="Play a scenario through a live network.")
-    add = parser.add_argument
-    add("scenario", metavar="SCENARIO", help="name of a packaged scenario, or a file")
-    add("--policy", nargs="+", default=["single", "www_serve", LEARNED], metavar="NAME|BUNDLE",
-        help="on every node; differences are from the first (default: single www_serve learned)")  # fmt: skip
-    add("--runs", type=integer(1), default=3, metavar="N", help="of each policy (default: 3)")
-    add("--first-seed", type=integer(0), default=FIRST_TEST_SEED, metavar="S",
-        help=f"they have the seeds S to S + N - 1 (default: {FIRST_TEST_SEED})")  # fmt: skip
-    add("--speed", type=_speed, default=1.0, metavar="X", help="market seconds in a second (default: 1)")
-    add("--stream", action="store_true", help="ask for streams, so that times to first token are seen")
-    add("--engine", choices=("emulated", "vllm"), default="emulated", help="vllm: real vLLM with a small model in "
-        "every place, calibrated first (default: emulated)")  # fmt: skip
-    add("--profiles", type=Path, metavar="FILE", help="with --engine vllm: the engines' profiles; measured, and "
-        "written there, if there is no such file (default: measured)")  # fmt: skip
-    add("--kv-tokens", type=integer(local_vllm.MAX_MODEL_LEN), default=KV_TOKENS, metavar="N",
-        help=f"with --engine vllm: of each engine's KV cache (default: {KV_TOKENS})")  # fmt: skip
-    add("--network", type=Path, metavar="FILE",
-        help="of a network that runs: YAML with nodes, URLs in the order of the providers")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    return parser.parse_args(argv)
+@dataclass
+class Args:
+    """Play a scenario through a live network."""
+
+    scenario: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SCENARIO")]
+    """name of a packaged scenario, or a file"""
+    policy: Policies = ()
+    """on every node; differences are from the first; default: single, www_serve and learned"""
+    runs: Count = 3
+    """of each policy"""
+    first_seed: Seed = FIRST_TEST_SEED
+    """the seeds are this one and those that follow"""
+    speed: Annotated[float, Range(0.01, MOST_SPEED)] = 1.0
+    """market seconds in a second"""
+    stream: bool = False
+    """ask for streams, so that times to first token are seen"""
+    engine: Literal["emulated", "vllm"] = "emulated"
+    """vllm: real vLLM with a small model in every place, calibrated first"""
+    profiles: File = None
+    """with --engine vllm: the engines' profiles; measured, and written there, if there is no such file"""
+    kv_tokens: Annotated[int, Range(local_vllm.MAX_MODEL_LEN)] = KV_TOKENS
+    """with --engine vllm: of each engine's KV cache"""
+    network: File = None
+    """of a network that runs: YAML with nodes, URLs in the order of the providers"""
+    json: File = None
+    """write the results to this file"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if a network fails, 2 for what cannot be done as asked."""
     try:
-        args = _arguments(argv)
+        args = parse_args(Args, PROG, argv)
+        policies = flat(args.policy) or list(DEFAULT_POLICIES)
         scenario = load(args.scenario)
         check(scenario)
-        told = {argument: _told(argument) for argument in args.policy}
-        if len(told) < len(args.policy):
+        told = {argument: _told(argument) for argument in policies}
+        if len(told) < len(policies):
             raise UsageError("a policy is given twice")
-        loaded = [load_policy(argument) for argument in args.policy]
+        loaded = [load_policy(argument) for argument in policies]
         check_outputs(args.json, None)
         seeds = range(args.first_seed, args.first_seed + args.runs)
         if args.engine == "vllm" and (args.speed != 1 or args.network is not None):
@@ -483,8 +481,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UsageError("--network takes one --policy, the one that its nodes run")
             running = remote(args.network, scenario, loaded[0], args.speed)
     except (UsageError, ScenarioError, PolicyError) as error:
-        print(f"eval.live: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
 
     @contextmanager
     def opened(planned: MarketPlan, policy: str | None) -> Iterator[Live]:
@@ -507,7 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report=lambda line: print(line, file=sys.stderr, flush=True),
             )  # fmt: skip
     except (NetworkError, ConfigError, UsageError, CalibrationError, PrepareError) as error:
-        print(f"eval.live: {error}", file=sys.stderr)
+        print(f"{PROG}: {error}", file=sys.stderr)
         return 1
     print(table(result, scenario))
     if args.json is not None:

@@ -39,8 +39,6 @@ class Experiment(NamedTuple):
     name: str
     title: str
     scenarios: tuple[str, ...]
-    published: str
-    """What the paper shows, in a sentence."""
     data: str
     """Key of its data; figures from the same runs share one."""
     run: Callable[[Sequence[int]], Tree]
@@ -50,10 +48,6 @@ class Experiment(NamedTuple):
     tables: Callable[[Tree], list[Table]]
     lines: Callable[[Tree], list[Sequence[str]]]
     """Its numbers beside the published ones: what is measured, as published, as it is here."""
-    findings: Callable[[Tree], list[str]]
-    """What agrees with the paper and what does not, in sentences with their numbers."""
-    why: str
-    """What explains it, or limits it."""
 
 
 class Load(NamedTuple):
@@ -122,8 +116,3 @@ def shown(value: Sequence[float | None], digits: int, sign: str = "") -> str:
     if mean is None:
         return "none"
     return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def holds(what: bool, yes: str = "as published", no: str = "not as published") -> str:
-    """A verdict."""
-    return yes if what else no
