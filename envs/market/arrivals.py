@@ -20,7 +20,8 @@ from wwwserve.envs.market.duels import void_duel, withdraw_out
 from wwwserve.envs.market.engines import clip_length, scrape
 from wwwserve.envs.market.reward import expect_value
 from wwwserve.envs.market.world import lying
-from wwwserve.envs.state import HELD, MAX_WINDOWS, OWN_ARRIVED
+from wwwserve.envs.scenario import MAX_WINDOWS
+from wwwserve.envs.state import HELD, OWN_ARRIVED
 
 
 @kernel
