@@ -96,5 +96,6 @@ def go_offline(w, i):
         u = user_of(w, r)
         if not under_way(q[u].status):  # else it is in the list too, and still to be withdrawn
             fail_user(w, u)
+    p.online = 0
     leave(p)
     scrape(w, i)
