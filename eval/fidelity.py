@@ -38,16 +38,10 @@ from wwwserve.eval.metrics import FloatArray, time_stats
 from wwwserve.eval.replay import replay
 from wwwserve.serving.engine import local_vllm
 from wwwserve.serving.engine.adapter import NAMES
-from wwwserve.serving.engine.calibrate import (
-    CalibrationError,
-    Measurement,
-    Prober,
-    Settings,
-    connected,
-    find_model,
-    settle,
-)
+from wwwserve.serving.engine.calibrate import Measurement
+from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.local_vllm import PROFILES, SMOLLM2, PrepareError
+from wwwserve.serving.engine.probe import Prober, Settings, connected, find_model, settle
 from wwwserve.serving.local_nodes import NetworkError, vllm
 
 BURST = 4  # times as many requests as the engine runs at once: at once, they tell its capacity

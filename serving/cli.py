@@ -36,8 +36,9 @@ from wwwserve.serving import local_nodes as network
 from wwwserve.serving.config import ConfigError
 from wwwserve.serving.engine import calibrate, local_vllm
 from wwwserve.serving.engine.adapter import NAMES
-from wwwserve.serving.engine.calibrate import CalibrationError
+from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.local_vllm import PrepareError
+from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.keys import Identity, IdentityError
 from wwwserve.serving.ledger import audit
 from wwwserve.serving.ledger.channel import LedgerError
@@ -194,7 +195,7 @@ def _key_show(args: argparse.Namespace) -> int:
 
 
 def _add_calibrate(groups: Groups) -> None:
-    default = calibrate.Settings()
+    default = Settings()
     add = _add_command(
         groups, "calibrate", "measure what a running engine can do, for node.yaml", _calibrate
     ).add_argument
@@ -220,7 +221,7 @@ def _add_calibrate(groups: Groups) -> None:
 
 def _calibrate(args: argparse.Namespace) -> int:
     try:
-        settings = calibrate.Settings(
+        settings = Settings(
             model=args.model, key=args.key, kind=args.kind, max_num_seqs=args.max_num_seqs, kv_tokens=args.kv_tokens,
             max_batched_tokens=args.max_batched_tokens, tokens=args.tokens, repeats=args.repeats,
             longest=args.longest,

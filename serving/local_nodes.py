@@ -24,6 +24,7 @@ from rich.table import Table
 from wwwserve.serving import guard
 from wwwserve.serving.config import parse
 from wwwserve.serving.engine import calibrate, local_vllm
+from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.keys import Identity
 
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
@@ -257,7 +258,7 @@ def _measure(configured: Sequence[dict[str, Any]]) -> None:
     """Measure the engines, one after the other, while the others are idle."""
     for node in configured:
         local_vllm.on_stderr(f"measuring the engine of {node['name']}, which takes minutes")
-        found = asyncio.run(calibrate.calibrate(node["engine"]["url"], calibrate.Settings()))
+        found = asyncio.run(calibrate.calibrate(node["engine"]["url"], Settings()))
         node["engine"]["profile"] = {"kind": "measured", **calibrate.measured(found.profile)}
 
 
