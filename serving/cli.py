@@ -31,8 +31,7 @@ from wwwserve.agents.decision import make_actions
 from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError, read, results_table
 from wwwserve.agents.policy.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
 from wwwserve.agents.view import Views
-from wwwserve.serving import config, node
-from wwwserve.serving import local_nodes as network
+from wwwserve.serving import config, display, node
 from wwwserve.serving.config import ConfigError
 from wwwserve.serving.engine import calibrate, local_vllm
 from wwwserve.serving.engine.adapter import NAMES
@@ -44,7 +43,7 @@ from wwwserve.serving.ledger import audit
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import JournalError
 from wwwserve.serving.ledger.statements import StatementError
-from wwwserve.serving.local_nodes import NetworkError
+from wwwserve.serving.local_nodes import NetworkError, Plan, look
 
 DONE, FAILED = 0, 1  # argparse itself exits with 2
 DECISIONS = 2000  # that `verify` times
@@ -142,8 +141,8 @@ def _add_up(groups: Groups) -> None:
 
 def _up(args: argparse.Namespace) -> int:
     model = args.model or {"emulated": "qwen3-8b", "vllm": local_vllm.SMOLLM2}[args.engine]
-    network.up(
-        network.Plan(
+    display.up(
+        Plan(
             args.nodes, args.base_port, args.policy, args.gpu, model, args.max_num_seqs, args.speed, args.engine,
             args.calibrate, args.membership,
         )
@@ -158,11 +157,11 @@ def _add_status(groups: Groups) -> None:
 
 
 def _status(args: argparse.Namespace) -> int:
-    seen = network.look(args.url)
+    seen = look(args.url)
     if args.json:
         print(json.dumps(seen, indent=2))
     else:
-        network.show(seen)
+        display.show(seen)
     return DONE
 
 

@@ -4,14 +4,9 @@ import asyncio
 import itertools
 import json
 import math
-import random
 import re
-import selectors
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,19 +15,20 @@ import numpy as np
 import pytest
 import yaml
 from scipy.optimize import nnls
+from virtual import NO_STALLS, OVERHEAD_S, VirtualEngine, VirtualProber, virtually
 
 from wwwserve.agents.hardware import Profile
 from wwwserve.agents.hardware import profile as catalogued
-from wwwserve.envs.emulator import BYTES_PER_TOKEN, LOOK_S, Emulator
+from wwwserve.envs.emulator import LOOK_S
 from wwwserve.serving import cli
 from wwwserve.serving.config import parse
 from wwwserve.serving.engine import calibrate as calibration
 from wwwserve.serving.engine.calibrate import Calibration, Measurement, calibrate
 from wwwserve.serving.engine.fit import CalibrationError, Fit, Sample, errors, fit, nonnegative
-from wwwserve.serving.engine.probe import Limits, Prober, Settings, Stream, kv_tokens_of
+from wwwserve.serving.engine.probe import Limits, Settings, kv_tokens_of
+from wwwserve.serving.local_nodes import emulator, free_ports, served
 
 TRUTH = Profile(0.04, 1.5e-3, 2e-6, 0.02, 4e-4, 512, 4, 1024, 1024, "made up", seq_tokens=0.4, per_pair_s=3e-7)
-OVERHEAD_S = 5e-3
 KNOWN = Fit((0.04, 1.5e-3, 2e-6, 0.02, 4e-4), 0.4, 3e-7, OVERHEAD_S)
 LOADS = np.array(
     [(n, n * c, 0) for n in (1, 2, 4, 8, 16) for c in (40, 400, 900)]
@@ -119,71 +115,6 @@ def test_nonnegative_least_squares_are_those_of_scipy(seed: int) -> None:
 # An engine on a clock that jumps to whatever is waited for next: what is measured depends on nothing that runs beside.
 
 
-class Jumping(selectors.DefaultSelector):
-    """Nothing is waited for: the time of the loop jumps."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready and timeout:
-            self.now_s += timeout
-        return ready
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop that takes no time to sleep."""
-
-    def __init__(self) -> None:
-        self.jumping = Jumping()
-        super().__init__(self.jumping)
-
-    def time(self) -> float:
-        return self.jumping.now_s
-
-
-class VirtualEngine(Emulator):
-    """An emulated engine on the loop's clock."""
-
-    @property
-    def now_s(self) -> float:
-        return asyncio.get_running_loop().time()
-
-
-NO_STALLS = itertools.repeat(0.0)
-
-
-class VirtualProber(Prober):
-    """Asks an engine of this process, for which it takes `OVERHEAD_S`."""
-
-    def __init__(self, engine: VirtualEngine, settings: Settings) -> None:
-        loop = asyncio.get_running_loop()
-        super().__init__("http://engine", "m", settings, None, loop.time)  # type: ignore[arg-type]
-        self.engine, self.random = engine, random.Random(5)
-        self.stalls = NO_STALLS
-
-    async def ask(self, prompt: str | list[int], tokens: int, stream: Stream | None = None) -> Stream:
-        seen = stream or Stream()
-        seen.sent_s = self.clock()
-        await asyncio.sleep(OVERHEAD_S)
-        seen.prompt = len(prompt) // BYTES_PER_TOKEN
-        job = self.engine.put(seen.prompt, tokens, streams=True)
-        try:
-            told = 0
-            while told < tokens:
-                await job.changed.wait()
-                job.changed.clear()
-                await asyncio.sleep(next(self.stalls))
-                seen.times_s += [self.clock()] * (job.tokens > told)
-                told = job.tokens
-                seen.first_s, seen.last_s = seen.times_s[0], self.clock()
-                seen.begun.set()
-        finally:
-            self.engine.withdraw(job)
-        seen.tokens = told
-        return seen
-
-
 async def measure(
     profile: Profile, settings: Settings, stalls: Iterator[float] = NO_STALLS,
     then: Callable[[Measurement], None] = lambda measurement: None,
@@ -207,12 +138,6 @@ async def measure(
 
 async def settled() -> None:
     """Nobody else asks."""
-
-
-def virtually(measuring: Coroutine[Any, Any, Calibration]) -> Calibration:
-    """Run it on a virtual clock."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(measuring)
 
 
 @pytest.mark.parametrize("truth", [TRUTH, catalogued("rtx-4090", "qwen3-8b", 64)], ids=["cpu", "gpu"])
@@ -253,35 +178,15 @@ def test_a_fit_that_is_far_off_what_was_held_out_is_refused() -> None:
         virtually(measure(TRUTH, Settings(repeats=1), then=slower))
 
 
-@contextmanager
-def emulator(profile: Profile, folder: Path) -> Iterator[str]:
-    file = folder / "profile.json"
-    file.write_text(json.dumps(vars(profile)))
-    command = [
-        sys.executable,
-        "-m",
-        "wwwserve.envs.emulator",
-        "--port",
-        "0",
-        "--profile",
-        str(file),
-        "--served-model-name",
-        "m",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield json.loads(process.stdout.readline())["url"]
-        finally:
-            process.terminate()
-
-
 def test_a_running_engine_is_measured_by_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How well, depends on what runs beside, so that it may be off as far as it likes."""
     monkeypatch.setattr(calibration, "MOST_ERROR", math.inf)
-    with emulator(TRUTH, tmp_path) as url, emulator(TRUTH, tmp_path) as neighbour:
+    profile, ports = tmp_path / "profile.json", free_ports(2)
+    profile.write_text(json.dumps(vars(TRUTH)))
+    engines = [emulator(port, profile=profile, serves=["m"]) for port in ports]
+    with served(engines, ports) as ((url, neighbour), _):
         file = tmp_path / "found.json"
         arguments = ["--json", str(file), "--tokens", "16", "--repeats", "1", "--beside", neighbour,
                      "--beside-requests", "2"]  # fmt: skip
