@@ -118,10 +118,10 @@ def test_arrivals_are_played_on_an_engine_and_simulated(vllm_network: Network, t
     assert fidelity.main([*arguments, "--calibration", str(calibration), "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["engine"]["model"] == SMOLLM2 and result["loads"]["burst"]["requests"] == 64
-    for name, load in result["loads"].items():
-        assert load["requests"] >= 2  # how many at half its capacity, is up to its speed
-        assert load["simulated"]["latency_s"]["mean"] > 0.01
-        [ttft_s], [latency_s] = load["by_request"]["ttft_s"], load["by_request"]["latency_s"]
+    for name, played in result["loads"].items():
+        assert played["requests"] >= 2  # how many at half its capacity, is up to its speed
+        assert played["simulated"]["latency_s"]["mean"] > 0.01
+        [ttft_s], [latency_s] = played["by_request"]["ttft_s"], played["by_request"]["latency_s"]
         assert all(0 < first <= last for first, last in zip(ttft_s, latency_s, strict=True)), name
 
 
@@ -265,7 +265,8 @@ def test_up_leaves_nothing_behind_when_it_is_interrupted(vllm_network: Network, 
     finally:
         process.kill()
         process.communicate()
-    until_s = time.monotonic() + (PATIENCE_S if number == signal.SIGKILL else 0)  # killed, it cannot wait for the others
+    # Killed, it cannot wait for the others.
+    until_s = time.monotonic() + (PATIENCE_S if number == signal.SIGKILL else 0)
     while alive := [line for pid, line in processes().items() if pid in started]:
         assert time.monotonic() < until_s, alive
         time.sleep(0.1)
