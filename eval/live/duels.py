@@ -34,8 +34,7 @@ STAKE, FUNDS = 2.0, 8.0  # credits at stake, and what one has to stake in all
 CREDIT, EXPOSURE = 10_000.0, 1000.0
 JUDGES = 3
 GOSSIP_S = 1.0
-NODES_READY_S = 120.0
-JUDGED_S = 90.0  # for what is under way to end
+NODES_READY_S = 300.0
 
 
 class Nodes(NamedTuple):
