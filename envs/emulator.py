@@ -43,7 +43,7 @@ from wwwserve.envs.engine import (
 )
 
 PROG = "wwwserve emulator"
-LOOK_S = 0.004  # wall time between two looks at a busy engine
+LOOK_S = 0.002  # wall time between two looks at a busy engine
 LARGEST_BODY = 8 * 2**20  # bytes
 BYTES_PER_TOKEN = 4
 WORDS = ("a", "fair", "wind", "carries", "every", "word", "over", "the", "open", "sea", "to", "those", "who", "wait")

@@ -17,7 +17,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,16 +36,10 @@ from wwwserve.eval.live.trial import HIGHEST_TOKEN, LOWEST_TOKEN
 from wwwserve.eval.metrics import FloatArray, time_stats
 from wwwserve.eval.replay import replay
 from wwwserve.serving.engine import local_vllm
-from wwwserve.serving.engine.calibrate import (
-    CalibrationError,
-    Measurement,
-    Prober,
-    Settings,
-    connected,
-    find_model,
-    settle,
-)
+from wwwserve.serving.engine.calibrate import Measurement
+from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.local_vllm import PROFILES, SMOLLM2, PrepareError
+from wwwserve.serving.engine.probe import Prober, Settings, connected, find_model, settle
 from wwwserve.serving.local_nodes import NetworkError, vllm
 
 PROG = "wwwserve fidelity"
@@ -116,12 +109,12 @@ async def play(prober: Prober, requests: Trace, rng: np.random.Generator) -> Pla
     count = len(requests.time_s)
     ttft_s, latency_s, late_s = np.zeros(count), np.zeros(count), np.zeros(count)
     prompts = [rng.integers(LOWEST_TOKEN, HIGHEST_TOKEN, int(n)).tolist() for n in requests.prompt]
-    start_s = time.perf_counter()
+    start_s = prober.clock()
 
     async def one(r: int) -> None:
         due_s = start_s + float(requests.time_s[r])
-        await asyncio.sleep(due_s - time.perf_counter())
-        late_s[r] = time.perf_counter() - due_s
+        await asyncio.sleep(due_s - prober.clock())
+        late_s[r] = prober.clock() - due_s
         seen = await prober.ask(prompts[r], int(requests.output[r]))
         ttft_s[r], latency_s[r] = seen.first_s - due_s, seen.last_s - due_s
 

@@ -43,7 +43,7 @@ from wwwserve.envs.state import Reward
 from wwwserve.eval import regret
 from wwwserve.eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from wwwserve.eval.figures import draw
-from wwwserve.eval.tune import best_for
+from wwwserve.eval.tuned import best_for
 from wwwserve.train.export import export
 from wwwserve.train.rollout import Collector, Rollout, Situation, Source, advantages
 
