@@ -83,8 +83,8 @@ class Study:
     def requests(self, index: int, time_s: FloatArray) -> Trace:
         """Requests that come at `time_s` [R], from 0; lengths are those of the `index`th load."""
         rng = np.random.default_rng((self.seed, index, 1))
-        lengths = (_draw(each, time_s.size, rng) for each in (self.prompt, self.output))
-        return Trace(time_s, *lengths, period_s=max(float(time_s[-1]), 1.0))
+        prompt, output = (_draw(each, time_s.size, rng) for each in (self.prompt, self.output))
+        return Trace(time_s, prompt, output, period_s=max(float(time_s[-1]), 1.0))
 
     def poisson(self, index: int, rate_per_s: float) -> FloatArray:
         """Arrivals of the `index`th load, s; at least two."""

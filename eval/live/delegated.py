@@ -27,7 +27,7 @@ from wwwserve.eval.live import overhead
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SIGNATURE, Messages
 from wwwserve.serving.ledger.channel_ledger import WHOLE, ChannelLedger, Grant
-from wwwserve.serving.ledger.journal import MemoryJournal, SqliteJournal
+from wwwserve.serving.ledger.journal import Journal, MemoryJournal, SqliteJournal
 from wwwserve.serving.ledger.statements import digest
 from wwwserve.serving.local_nodes import Accounts, NetworkError, cpu_s, free_ports, local_urls, look, programs, started
 
@@ -93,7 +93,7 @@ def split(repeats: int) -> dict[str, float]:
 def journalling(a: Identity, b: Identity, journal: SqliteJournal, kind: str) -> Callable[[], None]:
     """A transaction of `TOGETHER` requests, as the origin or the executor writes it."""
     grants = [{each.name: Grant(10**15, 10**15, "limits")} for each in (b, a)]
-    journals = (journal, MemoryJournal()) if kind == "origin" else (MemoryJournal(), journal)
+    journals: tuple[Journal, Journal] = (journal, MemoryJournal()) if kind == "origin" else (MemoryJournal(), journal)
     one, other = (
         ChannelLedger(who, kept, granted, {}, exposure=10**14, pricing=PER_KTOK)
         for who, kept, granted in zip((a, b), journals, grants, strict=True)
@@ -210,10 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(Args, PROG, argv)
     except UsageError as error:
         return refuse(PROG, error)
-    if args.serve_engine or args.serve_full:
-        if args.serve_full:
-            overhead.METRICS = BUSY
-        uvloop.run(overhead.serve_engine(args.serve_full or args.serve_engine))
+    if args.serve_full is not None:
+        overhead.METRICS = BUSY
+        uvloop.run(overhead.serve_engine(args.serve_full))
+    elif args.serve_engine is not None:
+        uvloop.run(overhead.serve_engine(args.serve_engine))
     else:
         results = run(args.seconds, args.connections, args.repeats)
         if args.json:

@@ -246,7 +246,7 @@ def adverts(m: Made) -> bytes:
     advert = Advert(
         name=identity.name, label=text(r), url=r.choice(["http://127.0.0.1:9", "file:///x", "http://[", text(r)]),
         serves=tuple(text(r) for _ in range(r.randrange(3))), run=r.choice([0, -1, 2**62]), number=r.randrange(9),
-        load=tuple(load), age_s=r.choice([0.0, -1.0, 1e9]), valid_s=1.0,
+        load=tuple(load), age_s=r.choice([0.0, -1.0, 1e9]),
         sent_us=round((time.time() + r.choice([0, 0, 100, -100])) * 1e6),
     )  # fmt: skip
     match r.randrange(4):

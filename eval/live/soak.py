@@ -418,7 +418,7 @@ def serve_node(file: str, off_s: float, blocked: Path) -> int:
                 raise aiohttp.ClientConnectionError("the network is parted")
         return await request(self, method, url, **more)
 
-    aiohttp.ClientSession._request = unless_blocked  # type: ignore[method-assign]
+    aiohttp.ClientSession._request = unless_blocked  # type: ignore[method-assign, assignment]
     from wwwserve.serving import cli  # not before: what it imports binds the clock
 
     return cli.main(["node", file])
