@@ -43,7 +43,7 @@ from wwwserve.envs.engine import (
 )
 
 PROG = "wwwserve emulator"
-LOOK_S = 0.004  # wall time between two looks at a busy engine
+LOOK_S = 0.002  # wall time between two looks at a busy engine
 LARGEST_BODY = 8 * 2**20  # bytes
 BYTES_PER_TOKEN = 4
 WORDS = ("a", "fair", "wind", "carries", "every", "word", "over", "the", "open", "sea", "to", "those", "who", "wait")
@@ -419,7 +419,8 @@ async def _disconnect(receive: Receive) -> None:
 async def _first(event: asyncio.Event, gone: "asyncio.Future[None]") -> bool:
     """Wait for one of the two; returns whether the event came."""
     waiting = asyncio.ensure_future(event.wait())
-    await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+    both: set[asyncio.Future[Any]] = {waiting, gone}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if not event.is_set():
         waiting.cancel()
     return event.is_set() and not gone.done()
@@ -462,7 +463,8 @@ def read_profile(path: Path) -> Profile:
     needed = {each.name for each in fields(Profile) if each.default is MISSING} - {"source"}
     if not isinstance(table, dict) or not needed <= set(table) <= names:
         raise ValueError(f"{path}: expected an object with {', '.join(sorted(needed))}")
-    return Profile(**({"source": str(path)} | table))
+    given: dict[str, Any] = {"source": str(path)} | table
+    return Profile(**given)
 
 
 @dataclass

@@ -24,8 +24,8 @@ from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
 from wwwserve.agents.decision import ADMITS, FLAT_ACTIONS, HOLD, PRICES, ROUTES, write_terms
-from wwwserve.agents.kernel import kernel
-from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, bounds
+from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints, Singles, kernel
+from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, bounds
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import Scenario, load
 from wwwserve.envs.state import Reward, plan
@@ -47,7 +47,7 @@ def observation_bounds() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 class MaskedDiscrete(spaces.Discrete):
     """`Discrete` that samples with a mask in a tenth of the time, as it does not check the mask."""
 
-    def sample(self, mask: NDArray[np.int8] | None = None, probability: Any = None) -> np.integer:
+    def sample(self, mask: NDArray[np.int8] | None = None, probability: Any = None) -> np.int64:
         """One of the actions at which `mask` int8 [n] is 1, or by `probability` [n]; without either, any."""
         if mask is None:
             return super().sample(probability=probability)
@@ -56,7 +56,9 @@ class MaskedDiscrete(spaces.Discrete):
 
 
 @kernel
-def _carry_out(chosen, active, masks, route, terms, price, invalid):
+def _carry_out(
+    chosen: Ints, active: Bools, masks: Bytes, route: Ints, terms: Floats, price: Ints, invalid: Ints
+) -> int:
     """Write the flat actions `chosen` [N] into `route`, `terms` and `price`; count in `invalid` [N] those masked.
 
     Returns the first agent whose action does not exist, before which nothing is written; -1 if all do.
@@ -75,7 +77,7 @@ def _carry_out(chosen, active, masks, route, terms, price, invalid):
 
 
 @kernel
-def _observe(views, active, prices, vectors, masks):
+def _observe(views: Views, active: Bools, prices: int, vectors: Singles, masks: Bytes) -> None:
     """Write the observations `vectors` [N, OBSERVATION_SIZE] and `masks` [N, FLAT_ACTIONS] of a market's first N
     `views` [1, N]; it posts the first `prices` prices."""
     for i in range(active.size):
@@ -143,7 +145,7 @@ class MarketEnv(ParallelEnv):
     the arrival time and of the drain time that are past.
     """
 
-    metadata = {"name": "market_v0", "render_modes": ["ansi"], "is_parallelizable": True}  # noqa: RUF012
+    metadata: dict[str, Any] = {"name": "market_v0", "render_modes": ["ansi"], "is_parallelizable": True}  # noqa: RUF012
 
     def __init__(self, scenario: Scenario, reward: Reward, render_mode: str | None = None) -> None:
         """Raises ValueError for a reward or a render mode that does not exist."""
@@ -171,11 +173,11 @@ class MarketEnv(ParallelEnv):
         )
         self._prices = 1 if scenario.economy.pricing == "per_request" else len(scenario.economy.price_bins)
 
-    def observation_space(self, agent: str) -> spaces.Space:
+    def observation_space(self, agent: str) -> spaces.Space[Any]:
         """The space of an agent's observations, always the same object."""
         return self.observation_spaces[agent]
 
-    def action_space(self, agent: str) -> spaces.Space:
+    def action_space(self, agent: str) -> spaces.Space[Any]:
         """The space of an agent's actions, always the same object."""
         return self.action_spaces[agent]
 

@@ -17,7 +17,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,16 +36,10 @@ from wwwserve.eval.live.trial import HIGHEST_TOKEN, LOWEST_TOKEN
 from wwwserve.eval.metrics import FloatArray, time_stats
 from wwwserve.eval.replay import replay
 from wwwserve.serving.engine import local_vllm
-from wwwserve.serving.engine.calibrate import (
-    CalibrationError,
-    Measurement,
-    Prober,
-    Settings,
-    connected,
-    find_model,
-    settle,
-)
+from wwwserve.serving.engine.calibrate import Measurement
+from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.local_vllm import PROFILES, SMOLLM2, PrepareError
+from wwwserve.serving.engine.probe import Prober, Settings, connected, find_model, settle
 from wwwserve.serving.local_nodes import NetworkError, vllm
 
 PROG = "wwwserve fidelity"
@@ -90,8 +83,8 @@ class Study:
     def requests(self, index: int, time_s: FloatArray) -> Trace:
         """Requests that come at `time_s` [R], from 0; lengths are those of the `index`th load."""
         rng = np.random.default_rng((self.seed, index, 1))
-        lengths = (_draw(each, time_s.size, rng) for each in (self.prompt, self.output))
-        return Trace(time_s, *lengths, period_s=max(float(time_s[-1]), 1.0))
+        prompt, output = (_draw(each, time_s.size, rng) for each in (self.prompt, self.output))
+        return Trace(time_s, prompt, output, period_s=max(float(time_s[-1]), 1.0))
 
     def poisson(self, index: int, rate_per_s: float) -> FloatArray:
         """Arrivals of the `index`th load, s; at least two."""
@@ -116,12 +109,12 @@ async def play(prober: Prober, requests: Trace, rng: np.random.Generator) -> Pla
     count = len(requests.time_s)
     ttft_s, latency_s, late_s = np.zeros(count), np.zeros(count), np.zeros(count)
     prompts = [rng.integers(LOWEST_TOKEN, HIGHEST_TOKEN, int(n)).tolist() for n in requests.prompt]
-    start_s = time.perf_counter()
+    start_s = prober.clock()
 
     async def one(r: int) -> None:
         due_s = start_s + float(requests.time_s[r])
-        await asyncio.sleep(due_s - time.perf_counter())
-        late_s[r] = time.perf_counter() - due_s
+        await asyncio.sleep(due_s - prober.clock())
+        late_s[r] = prober.clock() - due_s
         seen = await prober.ask(prompts[r], int(requests.output[r]))
         ttft_s[r], latency_s[r] = seen.first_s - due_s, seen.last_s - due_s
 

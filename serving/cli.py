@@ -37,18 +37,18 @@ from wwwserve.agents.policy.bundle import (
 )
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.view import Views
-from wwwserve.serving import config, node
-from wwwserve.serving import local_nodes as network
+from wwwserve.serving import config, display, node
 from wwwserve.serving.config import ConfigError
 from wwwserve.serving.engine import calibrate, local_vllm
-from wwwserve.serving.engine.calibrate import CalibrationError
+from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.local_vllm import PrepareError
+from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.keys import Identity, IdentityError
 from wwwserve.serving.ledger import audit
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import JournalError
 from wwwserve.serving.ledger.statements import StatementError
-from wwwserve.serving.local_nodes import NetworkError
+from wwwserve.serving.local_nodes import NetworkError, Plan, look
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 DECISIONS = 2000  # that `policy verify` times
@@ -116,8 +116,8 @@ class Up:
 
     def run(self) -> int:
         model = self.model or {"emulated": "qwen3-8b", "vllm": local_vllm.SMOLLM2}[self.engine]
-        network.up(
-            network.Plan(
+        display.up(
+            Plan(
                 self.nodes, self.base_port, self.policy, self.gpu, model, self.max_num_seqs, self.speed, self.engine,
                 self.calibrate, self.membership,
             )
@@ -135,11 +135,11 @@ class Status:
     """print what the node says as it is"""
 
     def run(self) -> int:
-        seen = network.look(self.url)
+        seen = look(self.url)
         if self.json:
             print(json.dumps(seen, indent=2))
         else:
-            network.show(seen)
+            display.show(seen)
         return DONE
 
 
@@ -170,7 +170,7 @@ class KeyShow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate(calibrate.Settings):
+class Calibrate(Settings):
     """Measure what a running engine can do, for node.yaml."""
 
     url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]

@@ -138,7 +138,7 @@ class Net:
         found = [c for c in (await self.see(k))["ledger"]["channels"] if c["peer"] == self.keys[other]]
         return found[0] if found else {}
 
-    async def until(self, what: Callable[[], Awaitable[bool]], for_s: float = 20.0) -> None:
+    async def until(self, what: Callable[[], Awaitable[bool]], for_s: float = 60.0) -> None:
         until_s = asyncio.get_running_loop().time() + for_s
         while not await what():
             assert asyncio.get_running_loop().time() < until_s, f"not within {for_s} s"

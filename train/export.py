@@ -59,7 +59,7 @@ def record(policy: Policy, count: int, seed: int) -> Views:
         batch = MarketBatch(plans)
         actions = batch.actions()
         while not batch.over.all():
-            seen.append(Views(*(array[batch.active] for array in batch.views)))
+            seen.append(Views._make(array[batch.active] for array in batch.views))
             policy.decide(batch.views, batch.active, batch.dice, actions)
             batch.step(actions)
         asks = np.concatenate([views.me[:, HAS_REQUEST] > 0.5 for views in seen])

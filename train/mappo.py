@@ -43,7 +43,7 @@ from wwwserve.envs.state import Reward
 from wwwserve.eval import regret
 from wwwserve.eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from wwwserve.eval.figures import draw
-from wwwserve.eval.tune import best_for
+from wwwserve.eval.tuned import best_for
 from wwwserve.train.export import export
 from wwwserve.train.rollout import Collector, Rollout, Situation, Source, advantages
 
@@ -358,7 +358,7 @@ class Learner:
         if imitate:
             taught = [p.gather(-1, d.expert[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)]
             # An expert that was at odds with the mask held, which becomes running here.
-            loss = -sum(p.clamp_min(-30.0).sum() for p in taught)
+            loss = -sum((p.clamp_min(-30.0).sum() for p in taught), start=torch.zeros(()))
             named["imitation_loss"] = -taught[0].clamp_min(-30.0).sum()
             named["agreement"] = (heads[0].argmax(-1) == d.expert[:, 0]).sum()
         else:
@@ -525,7 +525,7 @@ class Run:
             for name in ("progress.jsonl", "resume.pt"):
                 (args.out / name).unlink(missing_ok=True)
         among = validation_families(args)
-        baselines = [*regret.baselines(), Oracle("centralized")]
+        baselines: list[Policy | Oracle] = [*regret.baselines(), Oracle("centralized")]
         rules = {policy.name: self.processes.shared(among, partial(means, policy)) for policy in baselines}
         with tqdm(total=args.agent_steps, initial=self.progress.agent_steps, unit="step", unit_scale=True,
                   dynamic_ncols=True, disable=self.processes.rank != 0) as bar:  # fmt: skip
@@ -622,7 +622,7 @@ def report(args: Args, policy: Policy) -> dict[str, Any]:
     )
     judged = regret.judge(measured, [rule.name for rule in rules])
     scenarios = [load_scenario(name) for name in regret.SCENARIOS if not name.startswith("trace/")]
-    policies = [policy, *(Rule(name) for name in RULES), *(Oracle(name) for name in ORACLES)]
+    policies: list[Policy | Oracle] = [policy, *(Rule(name) for name in RULES), *(Oracle(name) for name in ORACLES)]
     result = compare(scenarios, policies, range(FIRST_TEST_SEED, FIRST_TEST_SEED + args.test_seeds))
     write_json(args.out / "comparison.json", result)
     for scenario in scenarios:

@@ -5,15 +5,15 @@ copied between environment and learner. What is random depends on the run's seed
 number of the market in the whole run, so it is the same however the markets are spread over processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, write_terms
-from wwwserve.agents.kernel import kernel
+from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, Actions, write_terms
+from wwwserve.agents.kernel import Bools, Floats, Ints, Singles, kernel
 from wwwserve.agents.policy.architecture import ABOUT, EVIDENCE, LOGITS
 from wwwserve.agents.policy.forward import Net, is_node, logits, normalise_about, normalise_node
 from wwwserve.agents.policy.forward import scratch as make_scratch
@@ -94,7 +94,7 @@ class Rollout(NamedTuple):
 
 
 @kernel
-def draw(scores, u):
+def draw(scores: FloatArray, u: float) -> tuple[int, float]:
     """An index with probability softmax(scores [C]), by the uniform `u`, and its log-probability."""
     top = scores[0]
     for k in range(scores.size):
@@ -115,7 +115,10 @@ def draw(scores, u):
 
 
 @kernel
-def act(net, views, step, m, market, provider, learned, uniform, actions, d, work, out):
+def act(
+    net: Net, views: Views, step: int, m: int, market: Ints, provider: Ints, learned: Bools, uniform: Singles,
+    actions: Actions, d: Decisions, work: Singles, out: Singles,
+) -> int:  # fmt: skip
     """Decide for each row of `market` and `provider`; `actions` receives the choices, drawn by `uniform` [B, N, 3].
 
     Decisions of the `learned` [B, N] providers are written to `d`, from number m on; there is to be space for one more.
@@ -146,7 +149,7 @@ def act(net, views, step, m, market, provider, learned, uniform, actions, d, wor
 
 
 @kernel
-def summarise(views, count, wanted, own, about, summary):
+def summarise(views: Views, count: Ints, wanted: Bools, own: Singles, about: Singles, summary: Singles) -> None:
     """Mean and maximum [B, SUMMARY] over the `count` [B] providers of each `wanted` [B] market.
 
     What is pooled are the normalised features of provider and own node; `own` [F] and `about` [ABOUT] are scratch.
@@ -169,7 +172,7 @@ def summarise(views, count, wanted, own, about, summary):
 
 
 @kernel
-def _situations(views, markets, own, about):
+def _situations(views: Views, markets: Ints, own: Singles, about: Singles) -> None:
     for k in range(markets.size):
         b = markets[k]
         for i in range(own.shape[1]):
@@ -264,7 +267,8 @@ class Collector:
         """Decisions with space for `count`, of which `used` are kept."""
         if count > len(self.decisions.step):
             larger = make_decisions(2 * count)
-            for old, new in zip(self.decisions, larger, strict=True):
+            columns: Iterable[tuple[Any, Any]] = zip(self.decisions, larger, strict=True)
+            for old, new in columns:
                 new[:used] = old[:used]
             self.decisions = larger
         return self.decisions
@@ -304,7 +308,7 @@ class Collector:
         count, providers = batch.count, batch.providers
         rng = np.random.default_rng((self.source.seed, 1, number))
         learned = rng.random((self.total, providers))[self.numbers] < self.share
-        scratch = make_scratch(net), np.zeros(LOGITS, np.float32)
+        work, out = make_scratch(net), np.zeros(LOGITS, np.float32)
         reward = np.zeros((steps, count, providers), np.float32)
         summary = np.zeros((steps, count, SUMMARY), np.float32)
         elapsed_s, truncated = np.zeros((steps, count)), np.zeros((steps, count), np.bool_)
@@ -319,11 +323,11 @@ class Collector:
             asked = batch.active & (views.me[..., HAS_REQUEST] > 0.5)
             if every:
                 asked |= batch.active & (views.me[..., ADVERT_DUE] > 0.5)
-            rows = np.nonzero(asked)
+            market, provider = np.nonzero(asked)
             self.actions.route[...] = HOLD
-            first, d = used, self._space(used + rows[0].size + 1, used)
-            used = act(net, views, t, first, *rows, learned, uniform, self.actions, d, *scratch)
-            wanted = (asked & learned).any(1)
+            first, d = used, self._space(used + market.size + 1, used)
+            used = act(net, views, t, first, market, provider, learned, uniform, self.actions, d, work, out)
+            wanted = np.asarray((asked & learned).any(1))
             summarise(views, self.sizes, wanted, own_row, about_row, summary[t])
             if experts:
                 self._ask_experts(experts, batch, first, used)
@@ -346,7 +350,7 @@ class Collector:
         last = situations(views, self.sizes, np.arange(count))
         final = final or [Situation(*(column[:0] for column in last))]
         finals = Situation(*(np.concatenate(columns) for columns in zip(*final, strict=True)))
-        decisions = Decisions(*(column[:used] for column in self.decisions))
+        decisions = Decisions._make(column[:used] for column in self.decisions)
         return Rollout(
             self.numbers, decisions, summary, priced, reward, elapsed_s, truncated, last, finals, agent_steps
         )
@@ -360,7 +364,10 @@ def nearest_admit(wait_s: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 @kernel
-def _advantages(reward, elapsed_s, decided, value, truncated, final_value, last_value, gamma, lam, advantage):
+def _advantages(
+    reward: Singles, elapsed_s: Floats, decided: Bools, value: Singles, truncated: Bools, final_value: Singles,
+    last_value: Singles, gamma: float, lam: float, advantage: Singles,
+) -> None:  # fmt: skip
     """Advantages of the decisions of a rollout, after Schulman et al. 2016 (arXiv 1506.02438), in continuous time.
 
     A provider decides at some of the T steps of a market, and the reward between two decisions belongs to the first.

@@ -167,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
         told = parse_args(Args, PROG, argv)
-        with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as (urls, _):
-            result = asyncio.run(measure(*urls, told.pairs, told.tokens))
+        with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as ((good_url, bad_url), _):
+            result = asyncio.run(measure(good_url, bad_url, told.pairs, told.tokens))
         print(table(result))
         if told.json:
             write_json(told.json, result)
