@@ -93,6 +93,7 @@ PROVIDER_FIELDS = [
     ("held", np.int64),
     ("out_head", np.int32),  # first of the requests that it has with peers
     ("head", np.int32),  # the request to decide on, -1 if none
+    ("opening", np.int64),  # number, from 1, of the last opening of what is held: candidates are drawn anew at each
     ("advert_due", np.int64),
     ("generator", np.int64, WORDS),  # of random numbers
 ]
@@ -116,6 +117,7 @@ HELD_FIELDS = [
     ("arrival_s", np.float64),
     ("n_candidates", np.int64),
     ("refused", np.int64),  # bit k: candidate k refused it since they were drawn
+    ("opening", np.int64),  # for which it has them, 0 before
     ("candidates", np.int64, CANDIDATES),  # rows of peers, in the order drawn
 ]
 REQUEST_FIELDS = [*OUT_FIELDS, *HELD_FIELDS]
@@ -133,6 +135,7 @@ def reset_provider(p: NDArray[Any]) -> None:
     """Make PROVIDER records those of providers that have nothing and take everything."""
     for name in ("held_head", "held_tail", "out_head", "head"):
         p[name] = -1
+    p["opening"] = 1
     p["terms"] = (np.inf, np.inf, 1.0, 0.0)
 
 
@@ -170,6 +173,8 @@ def enqueue(p, q, r, front):
 def dequeue(p, q, c):
     """Take the first request out of the queue of class c; returns it."""
     r = p.held_head[c]
+    if p.head == r:
+        p.head = -1
     p.held_head[c] = q[r].next
     if p.held_head[c] < 0:
         p.held_tail[c] = -1
@@ -198,8 +203,8 @@ def withdraw(p, q, r):
         q[r].next = -1
         p.held -= 1
         p.own[AD_HELD + c] -= 1.0
-    if p.head == r:
-        p.head = -1
+        if p.head == r:
+            p.head = -1
     return True
 
 
@@ -237,11 +242,18 @@ def next_head(p, a, q):
 @kernel
 def choose_head(p, a, q):
     """Put the most urgent request that may be decided on at the head. Returns whether it is another than before, which
-    then needs candidates and random numbers."""
+    then needs random numbers, and candidates unless it `has_candidates`."""
     r = next_head(p, a, q)
     another = r >= 0 and r != p.head
     p.head = r
     return another
+
+
+@kernel
+def has_candidates(p, q, r):
+    """Whether request r has candidates since what is held was opened last: drawn since then, or kept, with those that
+    refused it masked, when it came back from a peer."""
+    return q[r].opening == p.opening
 
 
 @kernel
@@ -257,6 +269,7 @@ def draw_candidates(p, a, q, r, peers, serves, now_s, scratch):
         scratch.stake[j] = peers.adverts[j, AD_STAKE]
     q[r].n_candidates = draw_by_stake(scratch.stake, scratch.eligible, CANDIDATES, p.generator, q[r].candidates)
     q[r].refused = 0
+    q[r].opening = p.opening
 
 
 @kernel
@@ -303,6 +316,7 @@ def reopen(p):
     """What is held is decided on again, with candidates drawn anew."""
     for c in range(MAX_CLASSES):
         p.closed[c] = 0
+    p.opening += 1
     p.head = -1
 
 
@@ -339,14 +353,19 @@ def refused(p, q, r, dealings, advert):
 
 
 @kernel
+def mask(q, r, j):
+    """Peer j is not to be offered request r again while it has these candidates."""
+    for k in range(q[r].n_candidates):
+        if q[r].candidates[k] == j:
+            q[r].refused |= 1 << k
+
+
+@kernel
 def come_back(p, q, r):
     """Request r, refused by or lost with a peer, is at the head of its queue again, that peer masked."""
-    for k in range(q[r].n_candidates):
-        if q[r].candidates[k] == q[r].executor:
-            q[r].refused |= 1 << k
+    mask(q, r, q[r].executor)
+    q[r].opening = p.opening
     enqueue(p, q, r, True)
-    if p.closed[q[r].klass] == 0:  # if it is next, its candidates are not drawn anew
-        p.head = r
 
 
 @kernel
