@@ -414,6 +414,9 @@ class Dispatcher:
             self.provider.offer(copy, rival)
             try:
                 return await self._hand_over(ask, job, copy, name, leg)
+            except RetryableError:
+                self.provider.mask(job.request, rival)
+                raise
             finally:
                 self.provider.release(copy)
 

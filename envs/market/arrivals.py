@@ -40,7 +40,7 @@ def receive_arrivals(w):
             p[i].arrived += value
             q[r].status = HELD
             arrive(p[i], q, r)
-        else:  # it came between the last tick before the provider left and the tick at which it did
+        else:  # it came before the tick at which the provider joins
             count_arrival(p[i])
             fail_user(w, r)
 
