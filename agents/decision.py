@@ -91,7 +91,7 @@ def may_hold(waited_s: float, last_deadline_s: float) -> bool:
 @kernel
 def affordable(pricing: int, peers: Peers, j: int, longest: int) -> bool:
     """Whether peer j can be paid for an answer of at most `longest` tokens."""
-    price = int(round(peers.adverts[j, AD_PRICE] * MICRO))
+    price = round(peers.adverts[j, AD_PRICE] * MICRO)
     return bool(price_of(pricing, price, longest) <= peers.credit[j])
 
 

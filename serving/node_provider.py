@@ -202,7 +202,7 @@ class NodeProvider:
         transitions.come_back(self.record, self._requests, r)
 
     def mask(self, r: int, name: str) -> None:
-        """A peer, which does not bring an answer, is not to be offered the request again before candidates are drawn."""
+        """A peer does not bring an answer: it is offered the request no more until candidates are drawn anew."""
         transitions.mask(self._requests, r, self._row_of(name))
 
     def close(self, klass: int) -> None:
