@@ -209,7 +209,7 @@ def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
 
 def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
     made = collector()
-    rollouts = [made.collect(net, k, 60, NONE) for k in range(2)]
+    rollouts = [made.collect(net, k, 250, NONE) for k in range(2)]
     cuts = sum(int(each.cut.sum()) for each in rollouts)
     assert cuts >= MARKETS - 2
     for each in rollouts:
@@ -226,12 +226,12 @@ def together(net: Net, threads: int, **process: int) -> Rollout:
     """A rollout by collectors in threads, long enough for markets to end."""
     made = Collectors(SOURCE, REWARD, MARKETS, threads=threads, **process)
     made.renew(0)
-    return made.collect(net, 3, 60, TEACHERS, every=True)
+    return made.collect(net, 3, 200, TEACHERS, every=True)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_decide_what_one_does(net: Net, threads: int) -> None:
-    whole, spread = collected(net, 3, steps=60, every=True, teachers=TEACHERS), together(net, threads)
+    whole, spread = collected(net, 3, steps=200, every=True, teachers=TEACHERS), together(net, threads)
     assert whole.numbers.tolist() == list(range(MARKETS)) == sorted(spread.numbers)
     assert whole.cut.sum() >= 2
     assert spread.agent_steps == whole.agent_steps
