@@ -55,8 +55,8 @@ class Policy(Protocol):
     def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
         """Write the decisions of the `active` [...] providers into `actions` [...].
 
-        `dice` [..., 4]: uniforms in (0, 1), the policy's only source of chance; a request that was refused comes back
-        with the same ones.
+        `dice` [..., 4]: uniforms in (0, 1), the policy's only source of chance; a request that comes back
+        from a peer finds others.
         """
 
 

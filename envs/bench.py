@@ -120,14 +120,14 @@ class Loop:
             for b, planned in enumerate(self.batch.plans):
                 self.batch.reset(b, planned)
             self._warm_up()
-        moved, done = np.zeros(self.markets, np.int64), self._done()
+        done, moved = self._done(), 0
         start = time.perf_counter()
         for _ in range(CHUNK):
             self.step()
-            moved += self.batch.elapsed_s > 0
+            moved += int(np.count_nonzero(self.batch.elapsed_s))
         seconds = time.perf_counter() - start
         running = float(self.batch.markets.engines["running"].mean())
-        return Chunk(int(moved.sum()) * self.batch.providers, self._done() - done, seconds, running)
+        return Chunk(moved * self.batch.providers, self._done() - done, seconds, running)
 
     def _warm_up(self) -> None:
         while self.batch.now_s.min() < WARM_UP_S:
@@ -165,15 +165,15 @@ def measure_pettingzoo(providers: int, seconds: float) -> dict[str, Any]:
     rates: list[float] = []
     spent_s = 0.0
     while len(rates) < LEAST_CHUNKS or spent_s < seconds:
-        ticks = 0
+        moved = 0
         start = time.perf_counter()
         for _ in range(CHUNK):
             actions = {a: env.action_space(a).sample(observations[a]["action_mask"]) for a in env.agents}
             observations, _, _, _, infos = env.step(actions)
-            ticks += infos[env.possible_agents[0]]["elapsed_s"] > 0
+            moved += infos[env.possible_agents[0]]["elapsed_s"] > 0
         took_s = time.perf_counter() - start
         if infos[env.possible_agents[0]]["now_s"] > WARM_UP_S:
-            rates.append(ticks * providers / took_s)
+            rates.append(moved * providers / took_s)
             spent_s += took_s
         if infos[env.possible_agents[0]]["now_s"] + CHUNK * env.scenario.decision_interval_s > env.scenario.duration_s:
             observations, infos = env.reset()

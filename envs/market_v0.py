@@ -6,10 +6,10 @@
         actions = {a: env.action_space(a).sample(observations[a]["action_mask"]) for a in env.agents}
         observations, rewards, terminations, truncations, infos = env.step(actions)
 
-A step is one decision round: every active provider decides, and the clock moves on by the `elapsed_s` of the infos,
-which is 0 if another round follows at the same instant. Every provider stays in `agents` to the end. One that is
-offline or has nothing to decide may only hold, and what it does is ignored. The end of a market is a truncation:
-nothing terminates.
+A step is one decision of every active provider; then the clock moves to the next instant at which somebody has
+something to decide, or not at all while some request is undecided. Every provider stays in `agents` to the end. One
+that is offline or has nothing to decide may only hold, and what it does is ignored. The end of a market is a
+truncation: nothing terminates.
 
 The version in the name goes up whenever agents trained before would see or earn something else.
 """

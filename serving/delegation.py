@@ -128,6 +128,9 @@ class Delegation:
             self.provider.offer(copy, rival)
             try:
                 return await self._hand_over(offer._replace(request=copy, peer=rival), leg)
+            except RetryableError:
+                self.provider.mask(offer.request, rival)
+                raise
             finally:
                 self.provider.release(copy)
 

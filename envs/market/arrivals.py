@@ -40,7 +40,7 @@ def receive_arrivals(w):
             p[i].arrived += value
             q[r].status = HELD
             arrive(p[i], q, r)
-        else:  # it came between the last tick before the provider left and the tick at which it did
+        else:  # it came before the tick at which the provider joins
             count_arrival(p[i])
             fail_user(w, r)
 
@@ -96,5 +96,6 @@ def go_offline(w, i):
         u = user_of(w, r)
         if not under_way(q[u].status):  # else it is in the list too, and still to be withdrawn
             fail_user(w, u)
+    p.online = 0
     leave(p)
     scrape(w, i)
