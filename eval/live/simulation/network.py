@@ -98,10 +98,12 @@ class MemoryNetwork:
 
     def __init__(
         self, loop: VirtualLoop, *, seed: int = 0, delay_s: float | Delay = 0.0, loss: float = 0.0,
-        duplication: float = 0.0, keep_history: bool = False,
+        duplication: float = 0.0, reliable: Sequence[str] = (), keep_history: bool = False,
     ) -> None:  # fmt: skip
-        """`delay_s` one way; `loss` of a message and `duplication` of a request are chances. Each may be changed."""
+        """`delay_s` one way; `loss` of a message and `duplication` of a request are chances. Each may be changed. What
+        those that are `reliable` send or get is never lost by chance."""
         self.loop, self.delay_s, self.loss, self.duplication = loop, delay_s, loss, duplication
+        self.reliable = frozenset(reliable)
         self.random = random.Random(f"network {seed}")
         self.hosts: dict[str, Host] = {}  # by name
         self.history = History(keep_history)
@@ -182,15 +184,30 @@ class MemoryNetwork:
         *content: Any,
     ) -> float:  # fmt: skip
         """Bring `content` to `deliver` after the delay, or lose it. Returns when it arrives."""
-        delay_s = self.delay_s
-        if not isinstance(delay_s, float | int):
-            delay_s = delay_s(source, destination, self.random)
-        at_s = max(self.loop.time() + delay_s, not_before_s)
-        if exchange.lost or (source, destination) in self._cut or (self.loss and self.random.random() < self.loss):
+        at_s = max(self.loop.time() + self._delay(source, destination), not_before_s)
+        if exchange.lost or self._loses(source, destination):
             exchange.lose()
         else:
             self.loop.call_at(at_s, self._arrive, exchange, source, destination, deliver, content)
         return at_s
+
+    def tell(self, source: str, destination: str, deliver: Callable[..., None], *content: Any) -> None:
+        """Bring `content` to `deliver` after the delay, or lose it, without a connection: nobody hears which."""
+        self.note(source, destination, "tells")
+        at_s = self.loop.time() + self._delay(source, destination)
+        if not self._loses(source, destination):
+            self.loop.call_at(at_s, deliver, *content)
+
+    def _delay(self, source: str, destination: str) -> float:
+        delay_s = self.delay_s
+        return float(delay_s) if isinstance(delay_s, float | int) else delay_s(source, destination, self.random)
+
+    def _loses(self, source: str, destination: str) -> bool:
+        if (source, destination) in self._cut:
+            return True
+        if not self.loss or source in self.reliable or destination in self.reliable:
+            return False
+        return self.random.random() < self.loss
 
     def _arrive(
         self, exchange: "Exchange", source: str, destination: str, deliver: Callable[..., None], content: Any
