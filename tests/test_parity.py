@@ -16,10 +16,10 @@ from wwwserve.agents.policy.bundle import BundleError
 from wwwserve.agents.policy.runtime import DEFAULT_BUNDLE
 from wwwserve.agents.policy.runtime import load as load_bundle
 from wwwserve.agents.rules import RULES, Policy, Rule
-from wwwserve.agents.view import HAS_REQUEST, Views
+from wwwserve.agents.view import CREDIT, HAS_REQUEST, SELF_FEATURES, Views
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import parse
-from wwwserve.envs.state import PROBES_REFUSED, MarketPlan, plan
+from wwwserve.envs.state import PROBES_REFUSED, SERVED_FOR_PEERS, MarketPlan, plan
 from wwwserve.eval.live.simulation import loop as virtual
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.eval.live.simulation.nodes import Node, Nodes, Outcome
@@ -47,7 +47,8 @@ class Course(NamedTuple):
     decisions: list[list[Seen]]  # of each provider
     latency_s: Floats  # of each request
     executor: list[int]  # of each request
-    refused: list[int]  # offers of each provider that were refused
+    refused: int  # offers
+    served: list[int]  # peers' requests, by each provider
 
 
 def _seen(time_s: float, request: int, views: Views, dice: Floats, actions: Actions, at: Any, target: int) -> Seen:
@@ -77,7 +78,9 @@ def in_market(planned: MarketPlan, policy: Policy) -> Course:
                 seen[i].append(decision)
         batch.step(actions)
     table = batch.requests(0)
-    return Course(seen, table.latency_s, table.executor.tolist(), providers["counts"][:, PROBES_REFUSED].tolist())
+    counts = providers["counts"]
+    refused, served = int(counts[:, PROBES_REFUSED].sum()), counts[:, SERVED_FOR_PEERS].tolist()
+    return Course(seen, table.latency_s, table.executor.tolist(), refused, served)
 
 
 class Recorder:
@@ -130,9 +133,10 @@ def on_nodes(planned: MarketPlan, policy: Policy) -> Course:
             for seen in each.seen:
                 executor[seen.request] = seen.target
         latency_s = np.array([each.latency_s for each in outcomes])
-        refused = [_count(node, "offers_refused_total") for node in nodes.nodes]
+        refused = sum(_count(node, "offers_refused_total") for node in nodes.nodes)
+        served = [_count(node, "guests_ended_total", outcome="answered") for node in nodes.nodes]
         nodes.close()
-        return Course([each.seen for each in recorders], latency_s, executor, refused)
+        return Course([each.seen for each in recorders], latency_s, executor, refused, served)
 
     course: Course = virtual.run(main)
     return course
@@ -190,3 +194,60 @@ def wide(duration_s: float) -> dict[str, Any]:
 
 
 SCENARIOS: list[Callable[[float], dict[str, Any]]] = [paid, crowded, wide]
+
+LONG_S, SHORT_S = 300.0, 40.0
+
+
+def _policies() -> dict[str, tuple[float, Callable[[], Policy]]]:
+    """Every policy: how long its scenarios are played, and how it is made."""
+    rules = {name: (LONG_S if name in ("www_serve", "earliest_finish") else SHORT_S, _rule(name)) for name in RULES}
+    return rules | {"learned": (LONG_S, lambda: load_bundle(DEFAULT_BUNDLE))}
+
+
+def _rule(name: str) -> Callable[[], Policy]:
+    return lambda: Rule(name)
+
+
+POLICIES = _policies()
+
+
+def _assert_alike(market: Seen, node: Seen, what: str) -> None:
+    assert node.request == market.request, what
+    assert node.time_s == pytest.approx(market.time_s, abs=TIME_S), what
+    np.testing.assert_allclose(node.view, market.view, RELATIVE, RELATIVE, err_msg=what)
+    assert node.routes == market.routes, what
+    assert node.dice == market.dice, what
+    assert (node.route, node.target, node.terms) == (market.route, market.target, market.terms), what
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nodes_decide_as_a_market_does(name: str) -> None:
+    duration_s, make = POLICIES[name]
+    try:
+        policy = make()
+    except BundleError as error:
+        pytest.skip(f"the shipped bundle cannot be used: {error}")
+    decisions = 0
+    for k, scenario in enumerate(SCENARIOS):
+        planned = plan(parse(scenario(duration_s)), 7 + k)
+        market, nodes = in_market(planned, policy), on_nodes(planned, policy)
+        for row, (ours, theirs) in enumerate(zip(market.decisions, nodes.decisions, strict=True)):
+            for number, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+                _assert_alike(a, b, f"{scenario.__name__}, provider {row}, decision {number} at {a.time_s} s")
+            assert len(ours) == len(theirs)
+            decisions += len(ours)
+        assert nodes.executor == market.executor
+        assert nodes.refused == market.refused
+        assert nodes.served == market.served
+        np.testing.assert_allclose(nodes.latency_s, market.latency_s, 0, TIME_S)
+    assert decisions >= (10_000 if duration_s == LONG_S else 1_000)
+
+
+def test_what_is_played_decides_in_all_ways() -> None:
+    """Else parity would say little: requests are held, refused and offered, and credit is short."""
+    courses = [in_market(plan(parse(scenario(SHORT_S)), 7 + k), Rule("www_serve")) for k, scenario in enumerate(SCENARIOS)]
+    routes = [{seen.route for row in course.decisions for seen in row} for course in courses]
+    assert all({HOLD, LOCAL, FIRST_CANDIDATE} < found for found in routes)
+    assert all(course.refused > 0 for course in courses)
+    seen = [each for row in courses[0].decisions for each in row]
+    assert any(each.view[-len(SELF_FEATURES) :][CREDIT] < 1.0 for each in seen)

@@ -154,6 +154,11 @@ class EngineServer:
             self._looked = now_s, Load(float(e["running"]), float(e["waiting"]), float(used))
         return self._looked[1]
 
+    @property
+    def running(self) -> int:
+        """Requests that it has, waiting ones as well."""
+        return len(self._running)
+
     def _see(self, now_s: float) -> None:
         of, to = (self._then if self._finish.at_s <= now_s else self._now), self._seen
         _look(*of.bytes, to.engine, to.jobs, *to.bytes, now_s, self._done, self._tokens)

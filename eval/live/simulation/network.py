@@ -1,8 +1,8 @@
 """A network in memory between ASGI applications: delays, loss, duplicates, partitions, crashes, one history per seed.
 
 A `Host` is a machine that has an address; while a process of it serves an application there, requests reach that as
-they would from a real server. What is sent on one connection arrives in order, one way delay later. A message that is
-lost, or runs into a partition, takes its connection with it: neither side hears more of it, as if TCP gave up; each has
+they would from a real server. What is sent on one connection arrives in order, one way delay later; what arrives at one
+instant, in the order of the hosts that sent it. A message that is lost, or runs into a partition, takes its connection with it: neither side hears more of it, as if TCP gave up; each has
 its own timeouts. A process that is killed closes its connections, unless its machine is cut off with it.
 """
 
@@ -54,6 +54,7 @@ class Host:
 
     def __init__(self, network: "MemoryNetwork", name: str, url: str) -> None:
         self.network, self.name, self.url = network, name, url
+        self.rank = len(network.hosts)
         self.disk = MemoryDisk()
         self.skew_s = 0.0  # of its wall clock
         self.process: Process | None = None
@@ -111,6 +112,7 @@ class MemoryNetwork:
         self._by_url: dict[str, Host] = {}
         self._cut: set[tuple[str, str]] = set()
         self._requests = 0
+        self._on_the_way: dict[tuple[str, float], list[tuple[int, Callable[..., None], tuple[Any, ...]]]] = {}
         self._asking: dict[Process, dict[Exchange, None]] = {}
         self._serving: dict[Process, dict[_Call, None]] = {}
 
@@ -188,7 +190,7 @@ class MemoryNetwork:
         if exchange.lost or self._loses(source, destination):
             exchange.lose()
         else:
-            self.loop.call_at(at_s, self._arrive, exchange, source, destination, deliver, content)
+            self._bring(source, destination, at_s, self._arrive, exchange, source, destination, deliver, content)
         return at_s
 
     def tell(self, source: str, destination: str, deliver: Callable[..., None], *content: Any) -> None:
@@ -196,7 +198,20 @@ class MemoryNetwork:
         self.note(source, destination, "tells")
         at_s = self.loop.time() + self._delay(source, destination)
         if not self._loses(source, destination):
-            self.loop.call_at(at_s, deliver, *content)
+            self._bring(source, destination, at_s, deliver, *content)
+
+    def _bring(
+        self, source: str, destination: str, at_s: float, deliver: Callable[..., None], *content: Any
+    ) -> None:
+        there = self._on_the_way.setdefault((destination, at_s), [])
+        if not there:
+            self.loop.call_at(at_s, self._deliver, destination, at_s)
+        host = self.hosts.get(source)
+        there.append((host.rank if host is not None else len(self.hosts), deliver, content))
+
+    def _deliver(self, destination: str, at_s: float) -> None:
+        for _, deliver, content in sorted(self._on_the_way.pop((destination, at_s)), key=lambda each: each[0]):
+            deliver(*content)
 
     def _delay(self, source: str, destination: str) -> float:
         delay_s = self.delay_s

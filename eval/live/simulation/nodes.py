@@ -78,11 +78,13 @@ class Node:
         )  # fmt: skip
         self.dispatcher: Dispatcher
         self.provider: NodeProvider
+        self.errors: list[BaseException] = []  # that ended its tasks, in all of its runs
 
     def boot(self) -> None:
         """Start it, or start it anew after a crash."""
         nodes, loop, row = self.nodes, self.nodes.loop, self.row
         process = self.host.boot()
+        process.errors = self.errors
         planned, scenario = nodes.planned, nodes.planned.scenario
         market = Market(
             known=planned.known[row], deadlines=planned.deadlines, prices=nodes.prices,
