@@ -1,4 +1,5 @@
-# make train   learn a policy           make train ARGS="--help" lists its arguments
+# make train   learn a policy, compare it with the rules: minutes on 2 cores. make train ARGS="--help" lists arguments
+# make results train three seeds for long, measure them on test markets and packaged scenarios; most of an hour on 2 cores
 # make test    every check that CI runs
 # make paper   the experiments of WWW.Serve, as runs/paper/report.html; minutes on 2 cores
 # make clean   back to a fresh clone; results in runs/ and wandb/ stay
@@ -12,10 +13,16 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: train test paper clean
+.PHONY: train results test paper clean
 
 train: $(INSTALLED)
 	$(BIN)/python train/mappo.py $(ARGS)
+
+LONG := --agent-steps 56000000 --imitate-steps 36000000 --critic-steps 4000000 --markets 384 --average 0.97 \
+	--checkpoint-every 50 --validation-markets 32 --test-markets 48 --test-seeds 128
+results: $(INSTALLED)
+	for seed in 1 2 3; do $(BIN)/python train/mappo.py $(LONG) --seed $$seed --out runs/seed$$seed $(ARGS) || exit 1; done
+	$(BIN)/python -m eval.regret --policy runs/seed1/policy runs/seed2/policy runs/seed3/policy --json runs/regret.json
 
 paper: $(INSTALLED)
 	$(BIN)/python -m eval.paper $(ARGS)

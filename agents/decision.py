@@ -1,7 +1,7 @@
 """What a provider decides: where the request at the head goes, on what terms it takes others' work, at what price.
 
-`route` is 0 to hold, 1 to run here, 2 + k for candidate k. `admit` picks the longest expected wait at which a probe is
-accepted, `price` one of the market's prices. A route that the mask forbids becomes hold, and is counted by the caller.
+`route` is 0 to hold, 1 to run here, 2 + k for candidate k. `admit` picks the longest expected wait at which an offer
+is taken, `price` one of the market's prices. A route that the mask forbids becomes hold, and is counted by the caller.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.kernel import Floats, Ints, Ints32, Record, kernel
 from wwwserve.agents.knowledge import AD_PRICE, AD_TIME_S, NO_TIME, Peers
-from wwwserve.agents.protocol import MICRO, PER_REQUEST
+from wwwserve.agents.protocol import MICRO, price_of
 
 CANDIDATES = 8  # K
 HOLD, LOCAL, FIRST_CANDIDATE = 0, 1, 2
@@ -91,8 +91,8 @@ def may_hold(waited_s: float, last_deadline_s: float) -> bool:
 @kernel
 def affordable(pricing: int, peers: Peers, j: int, longest: int) -> bool:
     """Whether peer j can be paid for an answer of at most `longest` tokens."""
-    units = 1.0 if pricing == PER_REQUEST else longest / 1000.0
-    return bool(peers.adverts[j, AD_PRICE] * MICRO * units <= peers.credit[j])
+    price = round(peers.adverts[j, AD_PRICE] * MICRO)
+    return bool(price_of(pricing, price, longest) <= peers.credit[j])
 
 
 @kernel
@@ -106,7 +106,7 @@ def may_offer(pricing: int, request: Record, peers: Peers, k: int) -> bool:
 
 @kernel
 def accept(terms: Floats, wait_s: float, kv_use: float, held: int, u: float) -> bool:
-    """Whether a provider with these terms takes a probe, on its fresh own state.
+    """Whether a provider with these terms takes an offer, on its fresh own state.
 
     `wait_s`: the request's expected wait here; `held`: own users' requests not yet decided; `u` uniform in (0, 1).
     """

@@ -20,15 +20,14 @@ coefficients are fitted to them; elsewhere they are a roofline of published band
 efficiencies that the fitted pairs show. Neither has a floor for kernel launches or the host, so a model under 1B
 parameters on a fast GPU comes out optimistic.
 
-`python -m agents.hardware` prints the catalogue and the held-out errors of the fits.
+`python -m agents.hardware` prints the catalogue; `python -m eval.hardware_fit` fits again, to half of each table, and
+prints the errors on the other half.
 """
 
-import csv
 import math
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from numbers import Integral
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -76,12 +75,12 @@ def iteration_s(
 
 @kernel
 def off_line_s(profile_row: Floats, decoding: int) -> float:
-    """Seconds that an iteration of `decoding` sequences, 1 to 256, without prefill takes beyond `iteration_s`."""
+    """Seconds that an iteration of `decoding` sequences, at least 1, without prefill takes beyond `iteration_s`."""
     knot, at = 0, 1
     while knot < KNOTS - 2 and 2 * at <= decoding:
         knot += 1
         at *= 2
-    part = (decoding - at) / at
+    part = min(1.0, (decoding - at) / at)
     time_s: float = (1.0 - part) * profile_row[BATCH_S + knot] + part * profile_row[BATCH_S + knot + 1]
     return time_s
 
@@ -260,7 +259,8 @@ ATTENTIONS: dict[str, Attention] = {
     ),
 }  # fmt: skip
 
-# `fit` over every row of `iteration_times()`: weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s.
+# `eval.hardware_fit.fit` over every row of its tables, in seconds:
+# weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s.
 FITTED: dict[tuple[str, str], tuple[float, float, float, float, float]] = {
     ("a100-80g", "llama-3-8b"): (0.01029, 4.445e-05, 8.622e-08, 0.003378, 7.803e-05),
     ("a100-80g", "llama-2-7b"): (0.009457, 4.435e-05, 2.834e-07, 0.0041, 6.527e-05),
@@ -356,82 +356,8 @@ def profile(
     )  # fmt: skip
 
 
-# Columns of a table of iteration times.
-DECODING, KV_TOKENS, PREFILL_TOKENS, TIME_S = range(4)
-
-
-def predict_s(coefficients: Floats, rows: Floats) -> Floats:
-    """`iteration_s` of each of the measured `rows`, shape (n,)."""
-    return np.array([iteration_s(coefficients, row[DECODING], row[KV_TOKENS], row[PREFILL_TOKENS]) for row in rows])
-
-
-def fit(rows: Floats) -> Floats:
-    """The five coefficients with the least squared relative error over measured iterations; needs scipy.
-
-    `rows` is (n, 4): sequences decoding, KV tokens, prefill tokens, seconds. Rows with more than `CHUNK_TOKENS` of
-    prefill are left out. Raises ValueError if two different batch sizes and two different prefill sizes are not there.
-    """
-    from scipy.optimize import least_squares
-
-    rows = rows[rows[:, PREFILL_TOKENS] <= CHUNK_TOKENS]
-    decode, prefill = rows[rows[:, PREFILL_TOKENS] == 0], rows[rows[:, PREFILL_TOKENS] > 0]
-    for part, column, what in ((decode, DECODING, "decode batch"), (prefill, PREFILL_TOKENS, "prefill")):
-        if np.unique(part[:, column]).size < 2:
-            raise ValueError(f"a fit needs iterations of at least two {what} sizes, got {np.unique(part[:, column])}")
-    if not (np.isfinite(rows).all() and (rows[:, TIME_S] > 0).all()):
-        raise ValueError("measured iterations must be finite, with positive times")
-    weight_s = decode[:, TIME_S].min()
-    largest = prefill[prefill[:, PREFILL_TOKENS].argmax()]
-    # Start where the largest prefill is bound by compute: under the weight read the compute terms have no gradient.
-    scale = np.array(
-        [weight_s, weight_s / 200, weight_s / 1e5, weight_s / 3, largest[TIME_S] / largest[PREFILL_TOKENS]]
-    )
-    solution = least_squares(
-        lambda x: predict_s(x * scale, rows) / rows[:, TIME_S] - 1.0,
-        np.ones(COEFFICIENTS),
-        bounds=(1e-6, np.inf),
-        x_scale="jac",
-    )
-    return np.asarray(solution.x * scale, dtype=np.float64)
-
-
-def iteration_times() -> dict[tuple[str, str], Floats]:
-    """Measured iterations by (gpu, model), in the columns `fit` takes."""
-    gpus = {"a100": "a100-80g", "a40": "a40"}
-    models = {"meta-llama/Meta-Llama-3-8B": "llama-3-8b", "meta-llama/Llama-2-7b-hf": "llama-2-7b"}
-    table: dict[tuple[str, str], list[list[float]]] = {}
-    with (Path(__file__).parent / "data" / "gpu_iteration_times.csv").open(newline="") as file:
-        for line in csv.DictReader(file):
-            counts = [float(line[name]) for name in ("batch_decode", "kv_tokens_total", "prefill_tokens")]
-            pair = gpus[line["device"]], models[line["model"]]
-            table.setdefault(pair, []).append([*counts, float(line["time_ms"]) / 1e3])
-    return {pair: np.array(lines) for pair, lines in table.items()}
-
-
-def held_out_errors(rows: Floats, half: int) -> dict[str, float]:
-    """Mean relative errors, on rows it has not seen, of a fit to half of the sizes.
-
-    Sizes are the distinct batch sizes of decode-only rows and the distinct prefill sizes of prefill-only rows; the fit
-    sees every other one, from the first (`half` 0) or the second (1). Mixed rows are never fitted.
-    """
-    rows = rows[rows[:, PREFILL_TOKENS] <= CHUNK_TOKENS]
-    decoding, prefilling = rows[:, DECODING] > 0, rows[:, PREFILL_TOKENS] > 0
-    parts = {"decode": rows[decoding & ~prefilling], "prefill": rows[~decoding & prefilling]}
-    seen, unseen = [], {}
-    for (name, part), column in zip(parts.items(), (DECODING, PREFILL_TOKENS), strict=True):
-        fitted = np.isin(part[:, column], np.unique(part[:, column])[half::2])
-        seen.append(part[fitted])
-        unseen[name] = part[~fitted]
-    unseen["mixed"] = rows[decoding & prefilling]
-    unseen["all"] = np.concatenate(list(unseen.values()))
-    coefficients = fit(np.concatenate(seen))
-    return {
-        name: float(np.abs(predict_s(coefficients, part) / part[:, TIME_S] - 1).mean()) for name, part in unseen.items()
-    }
-
-
 def main() -> None:
-    """Print the catalogue and the held-out errors of the fits."""
+    """Print the catalogue."""
     print("gpu           model       weight ms  seq us  kv ns   base ms  token us  kv tokens  max len  source")
     for gpu in GPUS:
         for model in MODELS:
@@ -445,11 +371,6 @@ def main() -> None:
                 f"{p.prefill_base_s * 1e3:9.2f} {p.per_token_s * 1e6:9.1f} {p.kv_tokens:10d} {p.max_model_len:8d}  "
                 f"{p.source.partition(':')[0]}"
             )
-    print("\nmean relative error on rows not fitted, %")
-    for (gpu, model), rows in iteration_times().items():
-        for half in (0, 1):
-            errors = "  ".join(f"{name} {100 * error:.1f}" for name, error in held_out_errors(rows, half).items())
-            print(f"{gpu:<13} {model:<11} half {half}: {errors}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ runs every kernel as plain Python.
 import fcntl
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+import numba.core.event as event
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,14 +59,47 @@ if "NUMBA_CACHE_DIR" not in os.environ:
     numba.config.CACHE_DIR = str(_cache_dir())
 
 
+def say_compiling() -> None:
+    """Say on standard error why nothing is to be seen for a while."""
+    print("wwwserve: compiling kernels, about a minute, once for each version", file=sys.stderr, flush=True)
+
+
+def compiled_before(*programs: str) -> bool:
+    """Whether these `programs` have gone through `one_at_a_time` with this version, so that all is in the cache."""
+    return bool(numba.config.DISABLE_JIT) or all(_marker(program).exists() for program in programs)
+
+
+def _marker(program: str) -> Path:
+    return Path(numba.config.CACHE_DIR) / f"{program}.compiled"
+
+
+class _FirstCompilation(event.Listener):  # type: ignore[misc]
+    """Says so when the first kernel of this process is not in the cache and has to be compiled."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        """A kernel is compiled from here on; numba calls this for nothing that comes from the cache."""
+        if not self.said:
+            self.said = True
+            say_compiling()
+
+    def on_end(self, event: Any) -> None:
+        """A kernel is compiled."""
+
+
+event.register("numba:compile", _FirstCompilation())
+
+
 @contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Where processes start together, let one compile while the others wait for what it leaves in the cache."""
+def one_at_a_time(program: str = "node") -> Iterator[None]:
+    """Where processes of a `program` start together, let one compile what it needs while the others wait for that."""
     folder = Path(numba.config.CACHE_DIR)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    _marker(program).touch()
 
 
 def kernel(function: F) -> F:

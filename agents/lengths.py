@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
 
 
 @dataclass(frozen=True)
 class Lognormal:
     """A token count: lognormal, rounded, clipped to [1, max]."""
 
-    median: float
+    median: Annotated[float, Meta(ge=1, le=1e6)]
     """Median before clipping, tokens; at least 1."""
-    sigma: float
+    sigma: Annotated[float, Meta(ge=0, le=4)]
     """Standard deviation of the logarithm, 0 to 4."""
-    max: int
+    max: Annotated[int, Meta(ge=1, le=1_000_000)]
     """Largest count, tokens; at least 1."""
 
     def moment(self, k: int) -> float:

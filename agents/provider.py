@@ -94,6 +94,7 @@ PROVIDER_FIELDS = [
     ("held", np.int64),
     ("out_head", np.int32),  # first of the requests that it has with peers
     ("head", np.int32),  # the request to decide on, -1 if none
+    ("opening", np.int64),  # number, from 1, of the last opening of what is held: candidates are drawn anew at each
     ("advert_due", np.int64),
     ("generator", np.int64, WORDS),  # of random numbers
 ]
@@ -117,6 +118,7 @@ HELD_FIELDS = [
     ("arrival_s", np.float64),
     ("n_candidates", np.int64),
     ("refused", np.int64),  # bit k: candidate k refused it since they were drawn
+    ("opening", np.int64),  # for which it has them, 0 before
     ("candidates", np.int64, CANDIDATES),  # rows of peers, in the order drawn
 ]
 REQUEST_FIELDS: list[Any] = [*OUT_FIELDS, *HELD_FIELDS]
@@ -134,6 +136,7 @@ def reset_provider(p: NDArray[Any]) -> None:
     """Make PROVIDER records those of providers that have nothing and take everything."""
     for name in ("held_head", "held_tail", "out_head", "head"):
         p[name] = -1
+    p["opening"] = 1
     p["terms"] = (np.inf, np.inf, 1.0, 0.0)
 
 
@@ -171,14 +174,14 @@ def enqueue(p: Record, q: Records, r: int, front: bool) -> None:
 def dequeue(p: Record, q: Records, c: int) -> int:
     """Take the first request out of the queue of class c; returns it."""
     r = p.held_head[c]
+    if p.head == r:
+        p.head = -1
     p.held_head[c] = q[r].next
     if p.held_head[c] < 0:
         p.held_tail[c] = -1
     q[r].next = -1
     p.held -= 1
     p.own[AD_HELD + c] -= 1.0
-    if p.head == r:
-        p.head = -1
     return int(r)
 
 
@@ -201,8 +204,8 @@ def withdraw(p: Record, q: Records, r: int) -> bool:
         q[r].next = -1
         p.held -= 1
         p.own[AD_HELD + c] -= 1.0
-    if p.head == r:
-        p.head = -1
+        if p.head == r:
+            p.head = -1
     return True
 
 
@@ -240,11 +243,18 @@ def next_head(p: Record, a: Record, q: Records) -> int:
 @kernel
 def choose_head(p: Record, a: Record, q: Records) -> bool:
     """Put the most urgent request that may be decided on at the head. Returns whether it is another than before, which
-    then needs candidates and random numbers."""
+    then needs random numbers, and candidates unless it `has_candidates`."""
     r = next_head(p, a, q)
     another = r >= 0 and r != p.head
     p.head = r
     return another
+
+
+@kernel
+def has_candidates(p: Record, q: Records, r: int) -> bool:
+    """Whether request r has candidates since what is held was opened last: drawn since then, or kept, with those that
+    refused it masked, when it came back from a peer."""
+    return bool(q[r].opening == p.opening)
 
 
 @kernel
@@ -262,6 +272,7 @@ def draw_candidates(
         scratch.stake[j] = peers.adverts[j, AD_STAKE]
     q[r].n_candidates = draw_by_stake(scratch.stake, scratch.eligible, CANDIDATES, p.generator, q[r].candidates)
     q[r].refused = 0
+    q[r].opening = p.opening
 
 
 @kernel
@@ -308,6 +319,7 @@ def reopen(p: Record) -> None:
     """What is held is decided on again, with candidates drawn anew."""
     for c in range(MAX_CLASSES):
         p.closed[c] = 0
+    p.opening += 1
     p.head = -1
 
 
@@ -344,14 +356,19 @@ def refused(p: Record, q: Records, r: int, dealings: Floats, advert: Floats) -> 
 
 
 @kernel
+def mask(q: Records, r: int, j: int) -> None:
+    """Peer j is not to be offered request r again while it has these candidates."""
+    for k in range(q[r].n_candidates):
+        if q[r].candidates[k] == j:
+            q[r].refused |= 1 << k
+
+
+@kernel
 def come_back(p: Record, q: Records, r: int) -> None:
     """Request r, refused by or lost with a peer, is at the head of its queue again, that peer masked."""
-    for k in range(q[r].n_candidates):
-        if q[r].candidates[k] == q[r].executor:
-            q[r].refused |= 1 << k
+    mask(q, r, q[r].executor)
+    q[r].opening = p.opening
     enqueue(p, q, r, True)
-    if p.closed[q[r].klass] == 0:  # if it is next, its candidates are not drawn anew
-        p.head = r
 
 
 @kernel

@@ -55,8 +55,8 @@ class Policy(Protocol):
     def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
         """Write the decisions of the `active` [...] providers into `actions` [...].
 
-        `dice` [..., 4]: uniforms in (0, 1), the policy's only source of chance; a request that was refused comes back
-        with the same ones.
+        `dice` [..., 4]: uniforms in (0, 1), the policy's only source of chance; a request that comes back
+        from a peer finds others.
         """
 
 
@@ -75,6 +75,9 @@ ACCEPT_WAIT_S = Setting(
 OWN_MARGIN = Setting(1.0, "a peer must be expected to finish in less than this times the own time", search=(0.7, 1.2))
 SLOWDOWN = Setting(0.0, "weight of the delay that a request brings to those running beside it", search=(0.0, 2.0))
 CROWD = Setting(0.0, "tokens' time added for each request on the node", search=(0.0, 20.0))
+MAX_QUEUE = Setting(
+    1e9, "requests waiting on a node beyond which none is sent there, but held until one has room", search=(0.0, 8.0)
+)
 PACE_WEIGHT = Setting(1.0, "exponent of the in-flight evidence", 10.0, search=(0.0, 2.0))
 RECORD_WEIGHT = Setting(1.0, "exponent of the record of completed work", 10.0, search=(0.0, 2.0))
 OVERDUE_WEIGHT = Setting(1.0, "seconds added for each second overdue", search=(0.0, 2.0))
@@ -86,14 +89,17 @@ CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 
 PRICE_SLOPE = Setting(4.0, "own price bin at full KV use", search=(0.0, 7.0))
 
-FINISH = {"accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN, "crowd": CROWD}
+FINISH = {
+    "accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN, "crowd": CROWD,
+    "max_queue": MAX_QUEUE,
+}  # fmt: skip
 TRUST = {"pace": PACE_WEIGHT, "record": RECORD_WEIGHT, "overdue": OVERDUE_WEIGHT}
 CAP = {"urgency": URGENCY, "cap_fast": CAP_FAST, "cap_slow": CAP_SLOW}
 
 
 def _tuned(settings: dict[str, Setting], **defaults: float) -> dict[str, Setting]:
     """Settings with the defaults that `eval.tune` found best over all kinds of market."""
-    return {key: each._replace(default=defaults[key]) for key, each in settings.items()}
+    return {key: each._replace(default=defaults.get(key, each.default)) for key, each in settings.items()}
 
 
 RULES: dict[str, dict[str, Setting]] = {
@@ -158,11 +164,11 @@ _IDS = {name: k for k, name in enumerate(RULES)}
 ) = range(len(RULES))  # fmt: skip
 # Every rule's settings as a kernel reads them; a rule that lacks one has it at a value without effect.
 (
-    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _CROWD, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST, _CAP_SLOW,
-    _PRICE_SLOPE, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
-) = range(16)  # fmt: skip
+    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _CROWD, _MAX_QUEUE, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST,
+    _CAP_SLOW, _PRICE_SLOPE, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
+) = range(17)  # fmt: skip
 _COLUMNS = (*FINISH, *TRUST, *CAP, "price_slope", *RULES["www_serve"])
-_WITHOUT = {"own_margin": 1.0}
+_WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default}
 
 
 @kernel
@@ -316,6 +322,8 @@ def _decide(
         route[k] = HOLD
         if me[k, HAS_REQUEST] > 0.5:
             route[k] = choose(rule, p, nodes[k], request[k], routes[k], dice[k])
+            if route[k] != HOLD and nodes[k, _node_of(route[k]), WAITING] > p[_MAX_QUEUE]:
+                route[k] = HOLD
             if route[k] == HOLD and not routes[k, HOLD]:  # past its last deadline a request is held no longer
                 route[k] = LOCAL
         terms[k, MAX_WAIT_S] = np.inf

@@ -85,7 +85,7 @@ class MarketBatch:
     @property
     def over(self) -> NDArray[np.bool_]:
         """Which markets have reached their horizon. That is a truncation: the market itself would go on."""
-        return np.asarray(self.markets.market["over"]) == 1
+        return np.asarray(self.markets.market["over"], np.bool_)
 
     @property
     def now_s(self) -> NDArray[np.float64]:

@@ -5,16 +5,20 @@ clock moves count, one for each of its providers, all of whose views are then bu
 take time and count nothing. Policies are uniform over the legal routes, the admission waits and the posted prices.
 """
 
-import argparse
 import json
 import os
 import statistics
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import tyro
 
+from wwwserve.agents.arguments import Positive, UsageError, parse_args, refuse
 from wwwserve.agents.decision import ADMIT_WAIT_S, ADMITS, HOLD, MAX_WAIT_S, ROUTES, TERMS_SIZE
 from wwwserve.agents.dice import make_dice, uniform
 from wwwserve.agents.hardware import profile
@@ -25,6 +29,7 @@ from wwwserve.envs.market_v0 import parallel_env
 from wwwserve.envs.scenario import Lengths, Scenario, parse
 from wwwserve.envs.state import OWN_DONE
 
+PROG = "wwwserve bench"
 LOAD = 0.85
 """Arrivals over what the nodes sustain, see `envs.distribution.capacity_per_s`."""
 SMALL_CARDS = ("rtx-4090", "rtx-3090")
@@ -115,14 +120,14 @@ class Loop:
             for b, planned in enumerate(self.batch.plans):
                 self.batch.reset(b, planned)
             self._warm_up()
-        before_s, done = self.batch.now_s.copy(), self._done()
+        done, moved = self._done(), 0
         start = time.perf_counter()
         for _ in range(CHUNK):
             self.step()
+            moved += int(np.count_nonzero(self.batch.elapsed_s))
         seconds = time.perf_counter() - start
-        ticks = int(np.rint((self.batch.now_s - before_s) / self.scenario.decision_interval_s).sum())
         running = float(self.batch.markets.engines["running"].mean())
-        return Chunk(ticks * self.batch.providers, self._done() - done, seconds, running)
+        return Chunk(moved * self.batch.providers, self._done() - done, seconds, running)
 
     def _warm_up(self) -> None:
         while self.batch.now_s.min() < WARM_UP_S:
@@ -160,15 +165,15 @@ def measure_pettingzoo(providers: int, seconds: float) -> dict[str, Any]:
     rates: list[float] = []
     spent_s = 0.0
     while len(rates) < LEAST_CHUNKS or spent_s < seconds:
-        ticks = 0
+        moved = 0
         start = time.perf_counter()
         for _ in range(CHUNK):
             actions = {a: env.action_space(a).sample(observations[a]["action_mask"]) for a in env.agents}
             observations, _, _, _, infos = env.step(actions)
-            ticks += infos[env.possible_agents[0]]["elapsed_s"] > 0
+            moved += infos[env.possible_agents[0]]["elapsed_s"] > 0
         took_s = time.perf_counter() - start
         if infos[env.possible_agents[0]]["now_s"] > WARM_UP_S:
-            rates.append(ticks * providers / took_s)
+            rates.append(moved * providers / took_s)
             spent_s += took_s
         if infos[env.possible_agents[0]]["now_s"] + CHUNK * env.scenario.decision_interval_s > env.scenario.duration_s:
             observations, infos = env.reset()
@@ -186,14 +191,22 @@ def report(seconds: float) -> dict[str, Any]:
     return {"load": LOAD, "runs": runs, "large_cards": large, "pettingzoo": zoo}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, print, and write the report."""
-    parser = argparse.ArgumentParser(prog="python -m envs.bench", description="Agent-steps per second of the market.")
-    parser.add_argument("--json", type=Path, required=True, help="where to write the report")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each figure, warm-up aside")
-    args = parser.parse_args(argv)
-    if not args.seconds > 0:
-        parser.error(f"--seconds is {args.seconds}, expected more than 0")
+@dataclass
+class Args:
+    """Agent-steps per second of the market."""
+
+    json: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """where to write the report"""
+    seconds: Positive = 5.0
+    """time for each figure, warm-up aside"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write the report; returns the exit status, 2 for what cannot be done as asked."""
+    try:
+        args = parse_args(Args, PROG, argv)
+    except UsageError as error:
+        return refuse(PROG, error)
     figures = report(args.seconds)
     for run in figures["runs"]:
         print(
@@ -212,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         f"the batch is {zoo['ratio']} times faster"
     )
     args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ from wwwserve.agents.hardware import Profile, iteration_s, profile
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.envs.scenario import Lengths, Scenario, parse
 
-Kind = Literal["honest", "lying", "switching", "deadlines", "conversation", "alike", "hardware"]
+Kind = Literal["honest", "lying", "switching", "deadlines", "conversation", "alike", "hardware", "bursts", "code"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FAMILY = "qwen3"
@@ -58,9 +58,12 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
     honest: load 0.6 to 1.1 of capacity. lying: the same, and up to a third of the providers, mostly slow ones,
     advertise less load and more speed than they have. switching: they do so for a part of the run only. deadlines: load
     0.7 to 1.3, chat and batch requests, priced per 1000 tokens. conversation: honest, with short requests, many, and
-    tight thresholds, in a sixth of the time. alike: honest, all nodes the same. hardware: honest, one model, any GPU.
-    In the other kinds, nodes are alike in a fifth of the markets and serve one model in another. Load is uneven between
-    providers, steady, alternating or bursty in time, and providers may leave or join.
+    tight thresholds, in a sixth of the time. alike: honest, all nodes the same, load 0.6 to 1.4. hardware: honest, one
+    model, any GPU. bursts: load 0.6 to 1.4, most requests in a few bursts at given times, which providers have together
+    or each for itself; nodes are alike in half the markets. code: long prompts, answers of tens of tokens, thresholds
+    that fit, in a sixth of the time. In the other kinds, nodes are alike in a fifth of the markets and serve one model
+    in another. Load is uneven between providers, steady, alternating or bursty in time, and providers may leave or
+    join.
     Raises ValueError for another kind.
     """
     if kind not in KINDS:
@@ -69,8 +72,8 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
     lengths = Lengths(_PROMPT, _OUTPUT if workload < 0.5 else _random_output(rng))
     thresholds_s, usual = (200.0, 250.0, 300.0, 350.0, 400.0), _OUTPUT.mean
     mapping: dict[str, Any] = {"name": kind}
-    if kind == "conversation":
-        lengths = _conversation(rng)
+    if kind in ("conversation", "code"):
+        lengths = _conversation(rng) if kind == "conversation" else _code(rng)
         thresholds_s, usual = _CHAT_THRESHOLDS_S, _CHAT_OUTPUT
         mapping["decision_interval_s"] = float(rng.choice([0.25, 0.5, 1.0]))
         mapping["economy"] = {"initial_credit": 100_000}
@@ -92,25 +95,30 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
         }
     else:
         classes = {}
-    scale = lengths.output.mean / usual
-    mapping["slo"] = {"thresholds_s": [round(scale * seconds, 1) for seconds in thresholds_s]}
-    if classes:
-        mapping["slo"]["classes"] = classes
-
     count = int(rng.integers(3, 9))
-    common = _IN_COMMON.get(kind) or str(rng.choice(["all", "model", "nothing"], p=[0.2, 0.2, 0.6]))
+    odds = [0.5, 0.2, 0.3] if kind == "bursts" else [0.2, 0.2, 0.6]
+    common = _IN_COMMON.get(kind) or str(rng.choice(["all", "model", "nothing"], p=odds))
     providers = _fleet(count, common, rng)
     capacities = [
         capacity_per_s(profile(each["gpu"], each["model"], each["max_num_seqs"]), lengths.prompt, outputs)
         for each in providers
     ]
-    load = rng.uniform(0.7, 1.3) if kind == "deadlines" else rng.uniform(0.6, 1.1)
+    scale = lengths.output.mean / usual
+    if kind == "code":  # what takes long is to read the prompts of those that run beside one
+        scale = float(rng.uniform(1.0, 3.0)) * _stay_s(providers, lengths, capacities) / _CHAT_THRESHOLDS_S[-1]
+    mapping["slo"] = {"thresholds_s": [round(scale * seconds, 2) for seconds in thresholds_s]}
+    if classes:
+        mapping["slo"]["classes"] = classes
+    load = rng.uniform(*_LOADS.get(kind, (0.6, 1.1)))
     uneven = rng.uniform(0.3, 1.7, count)
     rates = load * uneven * capacities * (np.sum(capacities) / np.sum(uneven * capacities))
     for i, each in enumerate(providers):
         each["name"] = f"n{i + 1}"
         each["serves"] = [FAMILY, each["model"]]
-    _add_traffic(providers, rates, duration_s, rng)
+    if kind == "bursts":
+        _add_bursts(providers, rates, duration_s, rng)
+    else:
+        _add_traffic(providers, rates, duration_s, rng)
     _add_absences(providers, duration_s, rng)
     if kind in ("lying", "switching"):
         _add_lies(providers, capacities, duration_s if kind == "switching" else None, rng)
@@ -134,6 +142,20 @@ def _conversation(rng: np.random.Generator) -> Lengths:
     return Lengths(prompt, Lognormal(float(rng.uniform(80, 300)), float(rng.uniform(0.5, 0.9)), 2048))
 
 
+def _code(rng: np.random.Generator) -> Lengths:
+    """Prompts of 1000 to 3000 tokens and answers of 10 to 60 at the median, as editors ask for."""
+    prompt = Lognormal(float(np.exp(rng.uniform(np.log(1000), np.log(3000)))), float(rng.uniform(0.5, 1.0)), 8192)
+    return Lengths(prompt, Lognormal(float(rng.uniform(10, 60)), float(rng.uniform(0.5, 1.0)), 1024))
+
+
+def _stay_s(providers: list[dict[str, Any]], lengths: Lengths, capacities: Sequence[float]) -> float:
+    """How long a request takes on the median node while it runs as many as it can, s."""
+    context = lengths.prompt.mean + lengths.output.moment(2) / (2 * lengths.output.mean)
+    engines = [profile(each["gpu"], each["model"], each["max_num_seqs"]) for each in providers]
+    full = [min(engine.max_num_seqs, engine.kv_tokens / context) for engine in engines]
+    return float(np.median(np.divide(full, capacities)))
+
+
 def _fits(gpu: str, model: str) -> bool:
     try:
         profile(gpu, model)
@@ -145,6 +167,7 @@ def _fits(gpu: str, model: str) -> bool:
 _MODELS_OF = {gpu: [model for model in _MODEL_WEIGHTS if _fits(gpu, model)] for gpu in _GPU_WEIGHTS}
 
 
+_LOADS = {"deadlines": (0.7, 1.3), "alike": (0.6, 1.4), "bursts": (0.6, 1.4)}
 _IN_COMMON = {"alike": "all", "hardware": "model"}
 
 
@@ -199,6 +222,19 @@ def _add_traffic(
                 "rates_per_s": [float(rate * low), float(rate * high)],
                 "mean_dwell_s": [float(quiet_s), float(burst_s)],
             }
+
+
+def _add_bursts(providers: list[dict[str, Any]], rates_per_s: Any, duration_s: float, rng: np.random.Generator) -> None:
+    """Give each provider its mean rate: half to all of its requests come in 1 to 5 bursts of 1 to 40 s."""
+    count, share, together = int(rng.integers(1, 6)), rng.uniform(0.5, 1.0), rng.random() < 0.5
+    length_s = float(np.exp(rng.uniform(0.0, np.log(40.0)))) * duration_s / 600.0
+    starts_s = rng.uniform(0.0, 0.9 * duration_s, count)
+    for provider, rate in zip(providers, rates_per_s.tolist(), strict=True):
+        own_s = starts_s if together else rng.uniform(0.0, 0.9 * duration_s, count)
+        n = int(rng.poisson(rate * duration_s))
+        in_burst = own_s[rng.integers(count, size=n)] + rng.uniform(0.0, length_s, n)
+        times_s = np.where(rng.random(n) < share, in_burst, rng.uniform(0.0, duration_s, n))
+        provider["traffic"] = {"kind": "times", "times_s": np.sort(times_s).round(3).tolist()}
 
 
 def _add_absences(providers: list[dict[str, Any]], duration_s: float, rng: np.random.Generator) -> None:

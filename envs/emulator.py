@@ -7,7 +7,6 @@ A stream carries what came out since the last look, which is one token a chunk u
 When it is ready it prints one line of JSON: its address and the models it serves.
 """
 
-import argparse
 import asyncio
 import hashlib
 import json
@@ -19,13 +18,15 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import orjson
+import tyro
 import uvicorn
 
-from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS, MAX_NUM_SEQS, Profile, profile
+from wwwserve.agents.arguments import File, Range, parse_args, refuse
+from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS, Profile, profile
 from wwwserve.agents.kernel import one_at_a_time, records
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.envs.engine import (
@@ -41,7 +42,8 @@ from wwwserve.envs.engine import (
     tokens_out,
 )
 
-LOOK_S = 0.004  # wall time between two looks at a busy engine
+PROG = "wwwserve emulator"
+LOOK_S = 0.002  # wall time between two looks at a busy engine
 LARGEST_BODY = 8 * 2**20  # bytes
 BYTES_PER_TOKEN = 4
 WORDS = ("a", "fair", "wind", "carries", "every", "word", "over", "the", "open", "sea", "to", "those", "who", "wait")
@@ -155,7 +157,7 @@ class Emulator:
 
     def rehearse(self) -> None:
         """Run a request, as the first may have to be compiled. For a new emulator, which is not the same afterwards."""
-        with one_at_a_time():
+        with one_at_a_time("emulator"):
             self.withdraw(self.put(1, 1000, True))
             self.metrics()
 
@@ -417,7 +419,8 @@ async def _disconnect(receive: Receive) -> None:
 async def _first(event: asyncio.Event, gone: "asyncio.Future[None]") -> bool:
     """Wait for one of the two; returns whether the event came."""
     waiting = asyncio.ensure_future(event.wait())
-    await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+    both: set[asyncio.Future[Any]] = {waiting, gone}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     if not event.is_set():
         waiting.cancel()
     return event.is_set() and not gone.done()
@@ -460,40 +463,54 @@ def read_profile(path: Path) -> Profile:
     needed = {each.name for each in fields(Profile) if each.default is MISSING} - {"source"}
     if not isinstance(table, dict) or not needed <= set(table) <= names:
         raise ValueError(f"{path}: expected an object with {', '.join(sorted(needed))}")
-    return Profile(**({"source": str(path)} | table))
+    given: dict[str, Any] = {"source": str(path)} | table
+    return Profile(**given)
+
+
+@dataclass
+class Args:
+    """An emulated engine."""
+
+    host: str = "127.0.0.1"
+    """address to listen at"""
+    port: Annotated[int, Range(0, 65535)] = 8000
+    """port, 0 for any that is free"""
+    gpu: str = "rtx-4090"
+    """of the catalogue in agents.hardware"""
+    model: str = "qwen3-8b"
+    """of the same catalogue"""
+    max_num_seqs: Annotated[int, Range(1, MAX_SLOTS)] = 64
+    """requests at once, at most"""
+    profile: File = None
+    """JSON of a calibrated profile, instead of gpu and model"""
+    served_model_name: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    """names to answer to; default: the model's"""
+    speed: Annotated[float, Range(0, 1e4, above=True)] = 1.0
+    """engine seconds in a second"""
+    max_num_queued_reqs: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """answer 503 beyond so many waiting; default: never"""
+    output_median: float = 200.0
+    """tokens of an answer"""
+    output_sigma: float = 0.6
+    """spread of their logarithm"""
+    output_max: int = 1024
+    """longest answer, tokens"""
+    seed: int = 0
+    """of the lengths of answers"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = argparse.ArgumentParser(prog="python -m envs.emulator", description="An emulated engine.")
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="port, 0 for any that is free (default: 8000)")
-    add("--gpu", default="rtx-4090", help="of the catalogue in agents.hardware (default: rtx-4090)")
-    add("--model", default="qwen3-8b", help="of the same catalogue (default: qwen3-8b)")
-    add("--max-num-seqs", type=int, default=64, help="requests at once, at most (default: 64)")
-    add("--profile", type=Path, metavar="FILE", help="JSON of a calibrated profile, instead of gpu and model")
-    add("--served-model-name", nargs="+", metavar="NAME", help="names to answer to (default: the model's)")
-    add("--speed", type=float, default=1.0, help="engine seconds in a second (default: 1)")
-    add("--max-num-queued-reqs", type=int, help="answer 503 beyond so many waiting (default: never)")
-    add("--output-median", type=float, default=200.0, help="tokens of an answer (default: 200)")
-    add("--output-sigma", type=float, default=0.6, help="spread of their logarithm (default: 0.6)")
-    add("--output-max", type=int, default=1024, help="longest answer, tokens (default: 1024)")
-    add("--seed", type=int, default=0, help="of the lengths of answers (default: 0)")
-    args = parser.parse_args(argv)
     try:
-        if not 0 < args.speed <= 1e4:
-            raise ValueError(f"--speed is {args.speed:g}, expected more than 0, at most 10000")
-        if not 0 <= args.port < 65536:
-            raise ValueError(f"--port is {args.port}, expected 0 to 65535")
+        args = parse_args(Args, PROG, argv)
         chosen = read_profile(args.profile) if args.profile else profile(args.gpu, args.model, args.max_num_seqs)
-        if chosen.row()[MAX_NUM_SEQS] > MAX_SLOTS:
+        if chosen.max_num_seqs > MAX_SLOTS:
             raise ValueError(f"max_num_seqs is {chosen.max_num_seqs}, expected at most {MAX_SLOTS}")
         lengths = Lognormal(args.output_median, args.output_sigma, args.output_max)
 
         emulator, rehearsal = (
             Emulator(
-                chosen, args.served_model_name or [args.model], speed=args.speed, lengths=lengths, seed=args.seed,
+                chosen, args.served_model_name or (args.model,), speed=args.speed, lengths=lengths, seed=args.seed,
                 max_queued=args.max_num_queued_reqs,
             )
             for _ in range(2)
@@ -506,8 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=_loop) as runner:
             runner.run(run())
     except (ValueError, OSError) as error:
-        print(f"envs.emulator: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0

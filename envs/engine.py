@@ -37,9 +37,7 @@ from wwwserve.agents.hardware import (
 from wwwserve.agents.kernel import kernel
 
 NEVER = 1 << 62
-
-
-MAX_SLOTS = 256  # largest `max_num_seqs`
+MAX_SLOTS = 1024  # largest `max_num_seqs`, vLLM's default on an H100
 
 ENGINE = np.dtype(
     [

@@ -6,9 +6,10 @@
         actions = {a: env.action_space(a).sample(observations[a]["action_mask"]) for a in env.agents}
         observations, rewards, terminations, truncations, infos = env.step(actions)
 
-A step is one decision of every active provider; the clock moves by the decision interval, or not at all while some
-request is undecided. Every provider stays in `agents` to the end. One that is offline or has nothing to decide may only
-hold, and what it does is ignored. The end of a market is a truncation: nothing terminates.
+A step is one decision of every active provider; then the clock moves to the next instant at which somebody has
+something to decide, or not at all while some request is undecided. Every provider stays in `agents` to the end. One
+that is offline or has nothing to decide may only hold, and what it does is ignored. The end of a market is a
+truncation: nothing terminates.
 
 The version in the name goes up whenever agents trained before would see or earn something else.
 """
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from wwwserve.agents.decision import ADMITS, FLAT_ACTIONS, HOLD, PRICES, ROUTES, decode, set_admit
+from wwwserve.agents.decision import ADMITS, FLAT_ACTIONS, HOLD, PRICES, ROUTES, write_terms
+from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints, Singles, kernel
 from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, bounds
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import Scenario, load
@@ -35,20 +37,68 @@ SEED_BOUND = 2**63
 Observation = dict[str, NDArray[Any]]
 
 
-def flatten(views: Views) -> NDArray[np.float32]:
-    """Views [...] as vectors [..., OBSERVATION_SIZE] in physical units: nodes, own first, then request, then self.
-
-    Within each the order is that of `agents.view`: feature f of node k is at k * len(NODE_FEATURES) + f.
-    """
-    nodes = views.nodes.reshape(*views.nodes.shape[:-2], -1)
-    return np.concatenate((nodes, views.request, views.me), axis=-1)
-
-
 def observation_bounds() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Lowest and highest values of a flattened view, [OBSERVATION_SIZE] each."""
+    """Lowest and highest values of an observation, [OBSERVATION_SIZE] each; see `MarketEnv`."""
     node, request, me = (bounds(features) for features in (NODE_FEATURES, REQUEST_FEATURES, SELF_FEATURES))
     low, high = (np.concatenate((np.tile(node[k], NODES), request[k], me[k])) for k in (0, 1))
     return low, high
+
+
+class MaskedDiscrete(spaces.Discrete):
+    """`Discrete` that samples with a mask in a tenth of the time, as it does not check the mask."""
+
+    def sample(self, mask: NDArray[np.int8] | None = None, probability: Any = None) -> np.int64:
+        """One of the actions at which `mask` int8 [n] is 1, or by `probability` [n]; without either, any."""
+        if mask is None:
+            return super().sample(probability=probability)
+        legal = mask.view(np.bool_).nonzero()[0]
+        return legal[int(self.np_random.random() * legal.size)] if legal.size else self.start
+
+
+@kernel
+def _carry_out(
+    chosen: Ints, active: Bools, masks: Bytes, route: Ints, terms: Floats, price: Ints, invalid: Ints
+) -> int:
+    """Write the flat actions `chosen` [N] into `route`, `terms` and `price`; count in `invalid` [N] those masked.
+
+    Returns the first agent whose action does not exist, before which nothing is written; -1 if all do.
+    """
+    for i in range(chosen.size):
+        if not 0 <= chosen[i] < FLAT_ACTIONS:
+            return i
+    for i in range(chosen.size):
+        route[i] = chosen[i] // (ADMITS * PRICES)
+        write_terms(terms[i], chosen[i] // PRICES % ADMITS)
+        price[i] = chosen[i] % PRICES
+        if active[i] and masks[i, chosen[i]] == 0:
+            route[i] = INVALID_ROUTE
+            invalid[i] += 1
+    return -1
+
+
+@kernel
+def _observe(views: Views, active: Bools, prices: int, vectors: Singles, masks: Bytes) -> None:
+    """Write the observations `vectors` [N, OBSERVATION_SIZE] and `masks` [N, FLAT_ACTIONS] of a market's first N
+    `views` [1, N]; it posts the first `prices` prices."""
+    for i in range(active.size):
+        at = 0
+        for node in views.nodes[0, i]:
+            for x in node:
+                vectors[i, at] = x
+                at += 1
+        for x in views.request[0, i]:
+            vectors[i, at] = x
+            at += 1
+        for x in views.me[0, i]:
+            vectors[i, at] = x
+            at += 1
+        at = 0
+        for route in range(ROUTES):
+            is_open = views.routes[0, i, route] if active[i] else np.int8(route == HOLD)
+            for _ in range(ADMITS):
+                for price in range(PRICES):
+                    masks[i, at] = is_open if price < prices else np.int8(0)
+                    at += 1
 
 
 def parallel_env(
@@ -77,8 +127,9 @@ def env(scenario: str | Scenario = "paper/alternating", **settings: Any) -> AECE
 class MarketEnv(ParallelEnv):
     """One market of a scenario; agents have the names of its providers.
 
-    Observation: a dict of "observation", float32 [OBSERVATION_SIZE] in physical units within `observation_bounds`, see
-    `flatten`, and "action_mask", int8 [FLAT_ACTIONS].
+    Observation: a dict of "observation", float32 [OBSERVATION_SIZE], and "action_mask", int8 [FLAT_ACTIONS]. The first
+    is the provider's view in physical units, within `observation_bounds`: nodes, own first, then request, then self,
+    each in the order of `agents.view`; feature f of node k is at k * len(NODE_FEATURES) + f.
 
     Action: `agents.decision.encode(route, admit, price)`. The mask forbids routes that are not open and prices that
     the scenario does not post; every admit is legal. A forbidden action becomes hold (where holding is no longer
@@ -94,7 +145,7 @@ class MarketEnv(ParallelEnv):
     the arrival time and of the drain time that are past.
     """
 
-    metadata = {"name": "market_v0", "render_modes": ["ansi"], "is_parallelizable": True}  # noqa: RUF012
+    metadata: dict[str, Any] = {"name": "market_v0", "render_modes": ["ansi"], "is_parallelizable": True}  # noqa: RUF012
 
     def __init__(self, scenario: Scenario, reward: Reward, render_mode: str | None = None) -> None:
         """Raises ValueError for a reward or a render mode that does not exist."""
@@ -115,20 +166,18 @@ class MarketEnv(ParallelEnv):
             agent: spaces.Dict({"observation": spaces.Box(low, high), "action_mask": spaces.MultiBinary(FLAT_ACTIONS)})
             for agent in self.possible_agents
         }
-        self.action_spaces = {agent: spaces.Discrete(FLAT_ACTIONS) for agent in self.possible_agents}
+        self.action_spaces = {agent: MaskedDiscrete(FLAT_ACTIONS) for agent in self.possible_agents}
         share = np.ones(2 * count + 2, np.float32)
         self.state_space = spaces.Box(
             np.concatenate((np.tile(low, count), 0 * share)), np.concatenate((np.tile(high, count), share))
         )
-        prices = 1 if scenario.economy.pricing == "per_request" else len(scenario.economy.price_bins)
-        self._posted = np.tile(np.arange(PRICES) < prices, ADMITS).astype(np.int8)  # [ADMITS * PRICES]
-        self._only_hold = (np.arange(ROUTES) == HOLD).astype(np.int8)
+        self._prices = 1 if scenario.economy.pricing == "per_request" else len(scenario.economy.price_bins)
 
-    def observation_space(self, agent: str) -> spaces.Space:
+    def observation_space(self, agent: str) -> spaces.Space[Any]:
         """The space of an agent's observations, always the same object."""
         return self.observation_spaces[agent]
 
-    def action_space(self, agent: str) -> spaces.Space:
+    def action_space(self, agent: str) -> spaces.Space[Any]:
         """The space of an agent's actions, always the same object."""
         return self.action_spaces[agent]
 
@@ -146,7 +195,7 @@ class MarketEnv(ParallelEnv):
             self._rng = np.random.default_rng(seed)
         self._batch = MarketBatch([plan(self.scenario, seed)], reward=self.reward)
         self._actions = self._batch.actions()
-        self._invalid = [0] * len(self.possible_agents)
+        self._invalid = np.zeros(len(self.possible_agents), np.int64)
         self.agents = list(self.possible_agents)
         return self._look()
 
@@ -161,15 +210,14 @@ class MarketEnv(ParallelEnv):
         batch = self._running()
         if not self.agents:
             return {}, {}, {}, {}, {}
-        chosen = self._check(actions)
-        route, admit, price = decode(chosen)
-        masked = batch.active[0] & (self._masks[np.arange(chosen.size), chosen] == 0)
-        for i in np.flatnonzero(masked):
-            self._invalid[i] += 1
-        self._actions.route[0] = np.where(masked, INVALID_ROUTE, route)
-        set_admit(self._actions, admit[None])
-        self._actions.price[0] = price
-        batch.step(self._actions)
+        decided = self._actions
+        refused = _carry_out(
+            self._flat(actions), batch.active[0], self._masks, decided.route[0], decided.terms[0], decided.price[0],
+            self._invalid,
+        )  # fmt: skip
+        if refused >= 0:
+            raise self._no_action(actions, self.agents[refused])
+        batch.step(decided)
         observations, infos = self._look()
         over = bool(batch.over[0])
         rewards = dict(zip(self.agents, batch.reward[0].tolist(), strict=True))
@@ -210,34 +258,43 @@ class MarketEnv(ParallelEnv):
             raise RuntimeError("the market has not begun: call reset() first")
         return self._batch
 
-    def _check(self, actions: Mapping[str, int]) -> NDArray[np.int64]:
-        """Actions in the order of the agents."""
+    def _flat(self, actions: Mapping[str, int]) -> NDArray[np.int64]:
+        """Actions [N] in the order of the agents."""
         try:
             chosen = [actions[agent] for agent in self.agents]
         except KeyError as error:
             raise ValueError(f"no action for agent {error.args[0]!r}") from None
-        for agent, action in zip(self.agents, chosen, strict=True):
-            if not self.action_spaces[agent].contains(action):
-                raise ValueError(f"action of {agent} is {action!r}, expected an integer, 0 to {FLAT_ACTIONS - 1}")
-        return np.array(chosen, np.int64)
+        try:
+            flat = np.array(chosen)
+        except ValueError:  # their shapes differ
+            flat = np.zeros(0)
+        if flat.ndim == 1 and flat.dtype.kind in "iu":
+            return flat.astype(np.int64, copy=False)
+        for agent in self.agents:
+            if not self.action_spaces[agent].contains(actions[agent]):
+                raise self._no_action(actions, agent)
+        return np.array([int(action) for action in chosen], np.int64)
+
+    def _no_action(self, actions: Mapping[str, int], agent: str) -> ValueError:
+        return ValueError(f"action of {agent} is {actions[agent]!r}, expected an integer, 0 to {FLAT_ACTIONS - 1}")
 
     def _look(self) -> tuple[dict[str, Observation], dict[str, dict[str, Any]]]:
         """Observations and infos of all agents, none of which a later step overwrites."""
-        batch = self._running()
+        batch, count = self._running(), len(self.possible_agents)
         active = batch.active[0]
-        self._vectors = flatten(batch.views)[0]
-        routes = np.where(active[:, None], batch.views.routes[0], self._only_hold)
-        self._masks = (routes[:, :, None] & self._posted).reshape(active.size, FLAT_ACTIONS)
+        self._vectors = np.empty((count, OBSERVATION_SIZE), np.float32)
+        self._masks = np.empty((count, FLAT_ACTIONS), np.int8)
+        _observe(batch.views, active, self._prices, self._vectors, self._masks)
         now_s, elapsed_s = float(batch.now_s[0]), float(batch.elapsed_s[0])
-        observations, infos = {}, {}
         online = batch.markets.providers["online"][0].tolist()
-        for i, agent in enumerate(self.agents):
-            observations[agent] = {"observation": self._vectors[i], "action_mask": self._masks[i]}
+        observations, infos = {}, {}
+        for agent, vector, mask, is_active, is_online, invalid in zip(
+            self.agents, self._vectors, self._masks, active.tolist(), online, self._invalid.tolist(),
+            strict=True,
+        ):  # fmt: skip
+            observations[agent] = {"observation": vector, "action_mask": mask}
             infos[agent] = {
-                "active": bool(active[i]),
-                "online": online[i] == 1,
-                "now_s": now_s,
-                "elapsed_s": elapsed_s,
-                "invalid": self._invalid[i],
-            }
+                "active": is_active, "online": is_online == 1, "now_s": now_s, "elapsed_s": elapsed_s,
+                "invalid": invalid,
+            }  # fmt: skip
         return observations, infos

@@ -139,7 +139,7 @@ class MarketVecEnv(VecEnv):
         over = self.batch.over.copy()
         infos = self._infos()
         observations = observe(self.batch.views)
-        for b in np.flatnonzero(over):
+        for b in np.flatnonzero(over).tolist():
             for p in range(self._providers):
                 info = infos[b * self._providers + p]
                 info["terminal_observation"] = observations[b, p].copy()
@@ -192,7 +192,7 @@ class MarketVecEnv(VecEnv):
         return [indices] if isinstance(indices, int) else indices
 
     def _seed_markets(self, seed: int | None) -> None:
-        entropy = np.random.SeedSequence(seed).entropy
+        entropy: Any = np.random.SeedSequence(seed).entropy  # an integer
         self._rngs = [np.random.default_rng((entropy, b)) for b in range(self._markets)]
 
     def _plan(self, b: int) -> MarketPlan:

@@ -149,6 +149,7 @@ REQUEST = np.dtype(
         ("noticed_s", np.float64),  # when the origin notices that a lost request is lost
         ("predicted", np.float64),  # its share of the origin's potential
         ("predicted_held", np.float64),  # the same before it was offered
+        ("beside", np.float64),  # what its placement took from the origin's reward for those that run there
         ("answer_s", np.float64),  # when the user had the whole answer; NaN until then
         ("first_answer_s", np.float64),  # when the user had the first token
         ("locked", np.int64),  # escrow, micro-credits

@@ -4,7 +4,6 @@ Every policy runs every scenario with the same seeds, so differences between pol
 start at a million: training draws its own below that, and nothing is measured on what it was trained on.
 """
 
-import argparse
 import json
 import math
 import os
@@ -12,21 +11,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
+from wwwserve.agents.arguments import Count, File, Folder, Policies, Seed, UsageError, flat, parse_args, refuse
 from wwwserve.agents.rules import Policy
 from wwwserve.envs.oracle import ORACLES, Oracle
 from wwwserve.envs.scenario import Scenario, ScenarioError, load
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.metrics import mean_ci, measure, paired_ci, score, time_quantiles
 from wwwserve.eval.play import Run, rollout
 from wwwserve.eval.policies import DEFAULT_POLICIES, PolicyError, load_policies
 
 FIRST_TEST_SEED = 1_000_000
 DEFAULT_BASELINE = "www_serve"
+PROG = "wwwserve compare"
 
 Tree = dict[str, Any]
 """Numbers by name, nested as results are."""
@@ -224,36 +226,31 @@ def write_json(path: Path, result: Tree) -> None:
         raise
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.compare", description="Compare policies on the same arrivals.")
-    add = parser.add_argument
-    add("scenarios", nargs="+", metavar="SCENARIO", help="name of a packaged scenario, or a file")
-    add(
-        "--policy",
-        nargs="+",
-        default=list(DEFAULT_POLICIES),
-        metavar="NAME|BUNDLE",
-        help=f"{', '.join(DEFAULT_POLICIES)}; a rule with settings, as rank_cap:cap_fast=0.2,urgency=3; "
-        "or the folder of a bundle (default: every name)",
-    )
-    add("--seeds", type=integer(1), default=32, metavar="N", help="runs of each policy in each scenario (default: 32)")
-    add(
-        "--first-seed",
-        type=integer(0),
-        default=FIRST_TEST_SEED,
-        metavar="S",
-        help=f"they have the seeds S to S + N - 1 (default: {FIRST_TEST_SEED}; training has its seeds below that)",
-    )
-    add("--threads", type=integer(1), default=os.cpu_count() or 1, metavar="T", help="(default: one per core)")
-    add(
-        "--baseline",
-        default=DEFAULT_BASELINE,
-        metavar="NAME|BUNDLE",
-        help="differences are from this policy, which also runs if it is not among the others (default: www_serve)",
-    )
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    add("--figures", type=Path, metavar="DIR", help="draw the results as PNG and SVG into DIR")
-    return parser.parse_args(argv)
+Scenarios = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SCENARIO...")]
+
+
+@dataclass
+class Args:
+    """Compare policies on the same arrivals."""
+
+    scenarios: Scenarios = ()
+    """names of packaged scenarios, or files"""
+    policy: Policies = ()
+    """a rule, as tuned, with settings (rank_cap:cap_fast=0.2,urgency=3) or as tuned for one kind of market
+    (rank_cap@deadlines); centralized or omniscient, which see everything; learned, the policy that is shipped; or the
+    folder of a bundle; default: every rule and router"""
+    seeds: Count = 32
+    """runs of each policy in each scenario"""
+    first_seed: Seed = FIRST_TEST_SEED
+    """the seeds are this one and those that follow; training has its own below a million"""
+    threads: Count = os.cpu_count() or 1
+    """CPU threads"""
+    baseline: Annotated[str, tyro.conf.arg(metavar="NAME|BUNDLE")] = DEFAULT_BASELINE
+    """differences are from this policy, which also runs if it is not among the others"""
+    json: File = None
+    """write the results to this file"""
+    figures: Folder = None
+    """draw the results as PNG and SVG into this folder"""
 
 
 def check_outputs(json_file: Path | None, figures: Path | None) -> None:
@@ -277,17 +274,17 @@ def check_outputs(json_file: Path | None, figures: Path | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
     try:
-        args = _arguments(argv)
+        args = parse_args(Args, PROG, argv)
         scenarios = [load(name) for name in args.scenarios]
-        names = args.policy if args.baseline in args.policy else [args.baseline, *args.policy]
+        names = flat(args.policy) or list(DEFAULT_POLICIES)
+        names = names if args.baseline in names else [args.baseline, *names]
         policies = load_policies(names)
         baseline = policies[names.index(args.baseline)].name
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         _check(scenarios, policies, seeds, baseline)
         check_outputs(args.json, args.figures)
     except (UsageError, ScenarioError, PolicyError) as error:
-        print(f"eval.compare: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
 
     result = compare(
         scenarios,

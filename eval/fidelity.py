@@ -12,44 +12,37 @@ what calibration found that a request takes beside iterations.
 Without `--url` the engine is real vLLM with a small model, on one CPU core of this machine; the client has another.
 """
 
-import argparse
 import asyncio
 import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import orjson
+import tyro
 
+from wwwserve.agents.arguments import Count, File, Name, Range, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.hardware import CHUNK_TOKENS, Profile
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.envs.trace import Trace
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import Tree, check_outputs, write_json
 from wwwserve.eval.live.trial import HIGHEST_TOKEN, LOWEST_TOKEN
 from wwwserve.eval.metrics import FloatArray, time_stats
 from wwwserve.eval.replay import replay
 from wwwserve.serving.engine import local_vllm
-from wwwserve.serving.engine.adapter import NAMES
-from wwwserve.serving.engine.calibrate import (
-    CalibrationError,
-    Measurement,
-    Prober,
-    Settings,
-    connected,
-    find_model,
-    settle,
-)
+from wwwserve.serving.engine.calibrate import Measurement
+from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.local_vllm import PROFILES, SMOLLM2, PrepareError
+from wwwserve.serving.engine.probe import Prober, Settings, connected, find_model, settle
 from wwwserve.serving.local_nodes import NetworkError, vllm
 
+PROG = "wwwserve fidelity"
 BURST = 4  # times as many requests as the engine runs at once: at once, they tell its capacity
 MARGIN = 64  # tokens, of the longest request that is calibrated with beyond the longest drawn
 MEASURES = ("latency_s", "ttft_s")
@@ -90,8 +83,8 @@ class Study:
     def requests(self, index: int, time_s: FloatArray) -> Trace:
         """Requests that come at `time_s` [R], from 0; lengths are those of the `index`th load."""
         rng = np.random.default_rng((self.seed, index, 1))
-        lengths = (_draw(each, time_s.size, rng) for each in (self.prompt, self.output))
-        return Trace(time_s, *lengths, period_s=max(float(time_s[-1]), 1.0))
+        prompt, output = (_draw(each, time_s.size, rng) for each in (self.prompt, self.output))
+        return Trace(time_s, prompt, output, period_s=max(float(time_s[-1]), 1.0))
 
     def poisson(self, index: int, rate_per_s: float) -> FloatArray:
         """Arrivals of the `index`th load, s; at least two."""
@@ -116,12 +109,12 @@ async def play(prober: Prober, requests: Trace, rng: np.random.Generator) -> Pla
     count = len(requests.time_s)
     ttft_s, latency_s, late_s = np.zeros(count), np.zeros(count), np.zeros(count)
     prompts = [rng.integers(LOWEST_TOKEN, HIGHEST_TOKEN, int(n)).tolist() for n in requests.prompt]
-    start_s = time.perf_counter()
+    start_s = prober.clock()
 
     async def one(r: int) -> None:
         due_s = start_s + float(requests.time_s[r])
-        await asyncio.sleep(due_s - time.perf_counter())
-        late_s[r] = time.perf_counter() - due_s
+        await asyncio.sleep(due_s - prober.clock())
+        late_s[r] = prober.clock() - due_s
         seen = await prober.ask(prompts[r], int(requests.output[r]))
         ttft_s[r], latency_s[r] = seen.first_s - due_s, seen.last_s - due_s
 
@@ -246,16 +239,6 @@ def own_vllm(model: str) -> Iterator[str]:
             os.sched_setaffinity(0, cores)
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 2:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected more than 0, less than 2")
-    return value
-
-
 def _lengths(argument: str, values: Sequence[float]) -> Lognormal:
     median, sigma, longest = values
     if not (median >= 1 and 0 <= sigma <= 4 and longest >= median):
@@ -263,42 +246,49 @@ def _lengths(argument: str, values: Sequence[float]) -> Lognormal:
     return Lognormal(median, sigma, int(longest))
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.fidelity", description="Play arrivals on an engine and in the simulator.")
-    add = parser.add_argument
-    add("--url", help="of a vLLM or SGLang engine that has nothing else to do (default: vLLM on a CPU core)")
-    add("--model", help="that the engine serves; without --url "
-        f"{' or '.join(PROFILES)} (default: the engine's first; {SMOLLM2})")  # fmt: skip
-    add("--loads", nargs="+", type=_share, default=[0.3, 0.5, 0.7, 0.85], metavar="X",
-        help="arrivals/s, in parts of the capacity (default: 0.3 0.5 0.7 0.85)")  # fmt: skip
-    add("--seconds", type=integer(1), default=40, metavar="S", help="of arrivals at each load (default: 40)")
-    add(
-        "--repeats",
-        type=integer(1),
-        default=3,
-        metavar="N",
-        help="turns of calibration, and plays of each load (default: 3)",
-    )
-    add("--seed", type=integer(0), default=0, help="of arrivals and lengths (default: 0)")
-    for name, default in (("--prompt", (120.0, 0.8, 700.0)), ("--output", (48.0, 0.7, 256.0))):
-        add(name, nargs=3, type=float, default=default, metavar=("MEDIAN", "SIGMA", "MAX"),
-            help=f"tokens, lognormal (default: {' '.join(f'{each:g}' for each in default)})")  # fmt: skip
-    add("--calibration", type=Path, metavar="FILE", help="what calibration found; measured, and written there, if "
-        "there is no such file (default: measured)")  # fmt: skip
-    add("--kind", choices=NAMES, default="vllm", help="of the engine's metrics (default: vllm)")
-    add("--key", help="API key that the engine wants")
-    add("--max-num-seqs", type=integer(2), metavar="N", help="that the engine runs at once (default: found)")
-    add("--max-batched-tokens", type=integer(64), default=CHUNK_TOKENS, metavar="N",
-        help=f"that it computes in an iteration (default: {CHUNK_TOKENS})")  # fmt: skip
-    add("--kv-tokens", type=integer(1024), metavar="N", help="of its KV cache (default: as vLLM says)")
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    return parser.parse_args(argv)
+Spread = Annotated[tuple[float, float, float], tyro.conf.arg(metavar="MEDIAN SIGMA MAX")]
+
+
+@dataclass
+class Args:
+    """Play arrivals on an engine and in the simulator."""
+
+    url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """of a vLLM or SGLang engine that has nothing else to do; default: vLLM on a CPU core"""
+    model: Name = None
+    """that the engine serves, by default its first; without --url one of those that can be prepared"""
+    loads: Annotated[tuple[float, ...], Range(0, 2, above=True)] = (0.3, 0.5, 0.7, 0.85)
+    """arrivals/s, in parts of the capacity"""
+    seconds: Count = 40
+    """of arrivals at each load"""
+    repeats: Count = 3
+    """turns of calibration, and plays of each load"""
+    seed: Seed = 0
+    """of arrivals and lengths"""
+    prompt: Spread = (120.0, 0.8, 700.0)
+    """tokens of prompts, lognormal"""
+    output: Spread = (48.0, 0.7, 256.0)
+    """tokens of answers, lognormal"""
+    calibration: File = None
+    """what calibration found; measured, and written there, if there is no such file"""
+    kind: str = "vllm"
+    """of the engine's metrics"""
+    key: Annotated[str | None, tyro.conf.arg(metavar="KEY")] = None
+    """API key that the engine wants"""
+    max_num_seqs: Annotated[int | None, Range(2), tyro.conf.arg(metavar="N")] = None
+    """that the engine runs at once; default: found"""
+    max_batched_tokens: Annotated[int, Range(64)] = CHUNK_TOKENS
+    """that it computes in an iteration"""
+    kv_tokens: Annotated[int | None, Range(1024), tyro.conf.arg(metavar="N")] = None
+    """of its KV cache; default: as vLLM says"""
+    json: File = None
+    """write the results to this file"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if an engine fails, 2 for what cannot be done as asked."""
     try:
-        args = _arguments(argv)
+        args = parse_args(Args, PROG, argv)
         check_outputs(args.json, None)
         wanted = Study(
             tuple(args.loads), args.seconds, args.repeats, args.seed, _lengths("--prompt", args.prompt),
@@ -312,8 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"--model is {args.model!r}, expected one of {', '.join(PROFILES)} without --url")
         known = _read(args.calibration)
     except (UsageError, ValueError) as error:
-        print(f"eval.fidelity: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     try:
         if args.url is not None:
             result = asyncio.run(study(args.url.rstrip("/"), settings, wanted, known))
@@ -321,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with own_vllm(args.model or SMOLLM2) as url:
                 result = asyncio.run(study(url, settings, wanted, known))
     except (NetworkError, UsageError, CalibrationError, PrepareError) as error:
-        print(f"eval.fidelity: {error}", file=sys.stderr)
+        print(f"{PROG}: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     if args.calibration is not None and known is None:
         write_json(args.calibration, result["calibration"])

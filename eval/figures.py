@@ -4,15 +4,16 @@
 log of a training run. Every policy has a line style and a marker of its own, so that figures read without colour.
 """
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
+import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -20,7 +21,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from wwwserve.agents.arguments import UsageError, parse_args, refuse
 from wwwserve.eval.compare import Tree
+
+PROG = "wwwserve figures"
 
 # Line, marker and colour by policy (colours: Okabe and Ito, distinct to the colour-blind).
 _STYLES: dict[str, tuple[Any, str, str]] = {
@@ -44,7 +48,7 @@ _OTHERS = (("-", "H", "#a6761d"), ("--", ">", "#1b7837"), ("-.", "X", "#762a83")
            ((0, (9, 2, 1, 2)), "h", "#4d4d4d"), ((0, (2, 2)), "8", "#006d5b"),
            ((0, (6, 3)), "4", "#5a3d8a"), ((0, (8, 1, 1, 1)), "|", "#8a3d5a"), ((0, (3, 3)), "_", "#3d5a8a"),
            ((0, (1, 2, 4, 2)), "$o$", "#5a8a3d"))  # fmt: skip
-SETTINGS = {
+SETTINGS: Any = {
     "figure.dpi": 150,
     "font.size": 9,
     "axes.spines.top": False,
@@ -209,8 +213,8 @@ def _learning(progress: Sequence[Tree]) -> Figure:
 def legend(figure: Figure, axes: Sequence[Axes], title: str | None = None) -> None:
     """One legend for all panels, to their right."""
     entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
-    place = {"loc": "outside right upper", "frameon": False, "handlelength": 3.6}
-    figure.legend(entries.values(), entries.keys(), title=title, alignment="left", **place)
+    place: dict[str, Any] = {"frameon": False, "handlelength": 3.6, "title": title, "alignment": "left"}
+    figure.legend(list(entries.values()), list(entries), loc="outside right upper", **place)
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:
@@ -231,18 +235,25 @@ def _read(path: Path, parse: Any) -> Any:
         raise FigureError(f"{path}: not JSON: {error}") from None
 
 
+@dataclass
+class Args:
+    """Draw results of `wwwserve compare`."""
+
+    result: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RESULT.json")]
+    """what compare --json wrote"""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """folder for the figures"""
+    training: Annotated[Path | None, tyro.conf.arg(metavar="LOG")] = None
+    """progress.jsonl of a training run, to draw too"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for a file that cannot be drawn."""
-    parser = argparse.ArgumentParser(prog="python -m eval.figures", description="Draw results of eval.compare.")
-    parser.add_argument("result", type=Path, metavar="RESULT.json", help="what eval.compare --json wrote")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the figures")
-    parser.add_argument("--training", type=Path, metavar="LOG", help="progress.jsonl of a training run, to draw too")
-    args = parser.parse_args(argv)
     try:
+        args = parse_args(Args, PROG, argv)
         files = draw(args.result, args.out, args.training)
-    except (FigureError, OSError) as error:
-        print(f"eval.figures: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, FigureError, OSError) as error:
+        return refuse(PROG, error)
     print("\n".join(map(str, files)))
     return 0
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from wwwserve.agents.policy import runtime
+from wwwserve.agents.policy import bundle
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.envs.oracle import ORACLES, Oracle
+from wwwserve.eval.tuned import OBJECTIVES, tuned_for
 
 DEFAULT_POLICIES = (*RULES, *ORACLES)
 LEARNED = "learned"  # the policy that the project ships
@@ -20,10 +21,16 @@ def load_policy(argument: str) -> Policy | Oracle:
     """The policy that `argument` stands for. Raises PolicyError.
 
     A rule, with settings where they differ from its tuned ones (`rank_cap` or `rank_cap:cap_fast=0.2,urgency=3`; the
-    policy is then named so in full); `centralized` or `omniscient`, which see everything; `learned`, the policy that
-    the project ships; else the folder of a bundle.
+    policy is then named so in full), or as it was tuned for a kind of market (`rank_cap@deadlines`); `centralized` or
+    `omniscient`, which see everything; `learned`, the policy that the project ships; else the folder of a bundle.
     """
     name, colon, settings = argument.partition(":")
+    rule_name, at, kind = argument.partition("@")
+    if at and rule_name in RULES:
+        try:
+            return tuned_for(rule_name, kind)
+        except ValueError as error:
+            raise PolicyError(f"policy {argument!r}: {error}") from None
     if name in RULES:
         try:
             rule = Rule(name, _settings(argument, settings) if colon else None)
@@ -36,11 +43,12 @@ def load_policy(argument: str) -> Policy | Oracle:
     if argument in ORACLES:
         return Oracle(argument)
     if argument == LEARNED:
-        return _load_bundle(argument, runtime.DEFAULT_BUNDLE)
+        return _load_bundle(argument, bundle.DEFAULT_BUNDLE)
     if Path(argument).is_dir():
         return _load_bundle(argument, Path(argument))
     raise PolicyError(
-        f"unknown policy {argument!r}, expected a rule ({', '.join(RULES)}), a router that sees everything "
+        f"unknown policy {argument!r}, expected a rule ({', '.join(RULES)}; RULE@KIND as tuned for one of "
+        f"{', '.join(OBJECTIVES)}), a router that sees everything "
         f"({', '.join(ORACLES)}), {LEARNED} or the folder of a bundle"
     )
 
@@ -76,6 +84,6 @@ def _settings(argument: str, text: str) -> dict[str, float]:
 
 def _load_bundle(argument: str, folder: Path) -> Policy:
     try:
-        return runtime.load(folder)
+        return bundle.load(folder)
     except ValueError as error:
         raise PolicyError(f"policy {argument!r}: {error}") from None

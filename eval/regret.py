@@ -8,23 +8,24 @@ reaches who knows the market.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wwwserve.agents.arguments import Count, File, Policies, Range, Seed, UsageError, flat, parse_args, refuse
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.envs.oracle import ORACLES, Oracle
 from wwwserve.envs.scenario import load
 from wwwserve.envs.state import MarketPlan, plan
-from wwwserve.eval.arguments import Parser, UsageError, integer
-from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
+from wwwserve.eval.compare import FIRST_TEST_SEED, check_outputs, columns, write_json
 from wwwserve.eval.metrics import mean_ci, paired_ci
 from wwwserve.eval.play import scores
 from wwwserve.eval.policies import PolicyError, load_policies
-from wwwserve.eval.tune import OBJECTIVES, best_for, markets
+from wwwserve.eval.tune import markets
+from wwwserve.eval.tuned import OBJECTIVES, best_for
 from wwwserve.eval.workers import each
 
 SCENARIOS = (
@@ -38,6 +39,7 @@ SCENARIOS = (
     "liars/first",
 )
 MARKETS, SEEDS = 48, 128  # random markets of each kind and seeds of every scenario that a policy is judged by
+PROG = "wwwserve regret"
 Families = Mapping[str, Sequence[MarketPlan]]
 Scores = dict[str, NDArray[np.float64]]
 Tree = dict[str, Any]
@@ -58,7 +60,7 @@ def families(first_seed: int, count: int, seeds: int, scenarios: Sequence[str] =
     return named
 
 
-def yardsticks() -> list[Policy]:
+def baselines() -> list[Policy]:
     """Every rule with its defaults, and the best for each kind of market and for any peers."""
     return [*(Rule(name) for name in RULES), *(best_for(objective) for objective in OBJECTIVES[1:])]
 
@@ -114,26 +116,35 @@ def table(result: Tree) -> str:
     return columns(rows)
 
 
+@dataclass
+class Args:
+    """Judge policies by their worst regret."""
+
+    policy: Policies = ()
+    """policies beside the rules"""
+    markets: Annotated[int, Range(2)] = MARKETS
+    """random markets of each kind"""
+    seeds: Annotated[int, Range(2)] = SEEDS
+    """seeds of each packaged scenario"""
+    first_seed: Seed = FIRST_TEST_SEED
+    """of them all"""
+    processes: Count = 2
+    """policies measured at a time"""
+    oracles: bool = False
+    """with the routers that see everything; they set no standard"""
+    json: File = None
+    """write the results to this file"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.regret", description="Judge policies by their worst regret.")
-    add = parser.add_argument
-    add("--policy", nargs="*", default=[], metavar="NAME|BUNDLE", help="policies beside the rules")
-    add("--markets", type=integer(2), default=MARKETS, help=f"random markets of each kind (default: {MARKETS})")
-    add("--seeds", type=integer(2), default=SEEDS, help=f"seeds of each packaged scenario (default: {SEEDS})")
-    add("--first-seed", type=integer(0), default=FIRST_TEST_SEED, help=f"(default: {FIRST_TEST_SEED})")
-    add("--processes", type=integer(1), default=2, help="policies measured at a time (default: 2)")
-    add("--oracles", action="store_true", help="with the routers that see everything; they set no standard")
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
     try:
-        args = parser.parse_args(argv)
-        if args.json is not None and not args.json.parent.is_dir():
-            raise UsageError(f"--json {args.json}: {args.json.parent} is not a folder")
-        judged = load_policies(args.policy) if args.policy else []
+        args = parse_args(Args, PROG, argv)
+        check_outputs(args.json, None)
+        judged = load_policies(flat(args.policy))
     except (UsageError, PolicyError) as error:
-        print(f"eval.regret: {error}", file=sys.stderr)
-        return 2
-    rules = yardsticks()
+        return refuse(PROG, error)
+    rules = baselines()
     oracles = [Oracle(name) for name in ORACLES] if args.oracles else []
     names = {rule.name for rule in rules} | set(ORACLES)
     measured = measure(

@@ -5,21 +5,23 @@ is routed and nothing decided, so the latencies are those of the engine and its 
 a request's arrival.
 """
 
-import argparse
-import json
 import math
+import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.hardware import GPUS, MODELS, Profile, profile
+from wwwserve.agents.arguments import File, Range, parse_args, refuse
+from wwwserve.agents.hardware import Profile, profile
 from wwwserve.agents.kernel import records
 from wwwserve.envs import trace
 from wwwserve.envs.engine import ENGINE, JOB, MAX_SLOTS, advance, reset_engine, reset_jobs, submit
+from wwwserve.eval.compare import check_outputs, write_json
 
+PROG = "wwwserve replay"
 TRACE = "azure_llm_conv_2023.csv"
 PERCENTILES = (50, 90, 99)
 _SPAN_S = 60.0  # how far the engine runs at a time once all requests are in
@@ -96,74 +98,50 @@ def table(by_rate: dict[float, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _rate(text: str) -> float:
+@dataclass
+class Args:
+    """Replay the Azure trace on one engine."""
+
+    rates: Annotated[tuple[float, ...], Range(0, above=True)] = (1.0, 3.0, 5.0)
+    """mean rates, requests/s"""
+    gpu: str = "a100-80g"
+    """of the catalogue in agents.hardware"""
+    model: str = "llama-3-8b"
+    """of the same catalogue"""
+    max_num_seqs: Annotated[int, Range(1, MAX_SLOTS)] = 256
+    """most requests running at once"""
+    json: File = None
+    """also write the numbers to this file"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate, expected a positive number of requests/s")
-    return value
-
-
-def _slots(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_SLOTS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of slots, expected 1 to {MAX_SLOTS}")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.replay", description="Replay the Azure trace on one engine.")
-    parser.add_argument(
-        "--rates", type=_rate, nargs="+", default=[1.0, 3.0, 5.0], metavar="R", help="mean rates, requests/s (1 3 5)"
-    )
-    parser.add_argument("--gpu", default="a100-80g", choices=GPUS, help="%(choices)s (%(default)s)", metavar="GPU")
-    parser.add_argument(
-        "--model", default="llama-3-8b", choices=MODELS, help="%(choices)s (%(default)s)", metavar="MODEL"
-    )
-    parser.add_argument(
-        "--max-num-seqs",
-        type=_slots,
-        default=MAX_SLOTS,
-        metavar="N",
-        help="most requests running at once (%(default)s)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; ends with status 2 and a line on stderr if an argument is wrong."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        engine = profile(options.gpu, options.model, options.max_num_seqs)
+        args = parse_args(Args, PROG, argv)
+        check_outputs(args.json, None)
+        engine = profile(args.gpu, args.model, args.max_num_seqs)
     except ValueError as error:
-        parser.error(str(error))
-    if options.json is not None and (options.json.is_dir() or not options.json.resolve().parent.is_dir()):
-        parser.error(f"argument --json: {str(options.json)!r} is not a file in an existing folder")
+        return refuse(PROG, error)
     path = trace.find(TRACE, None)
     assert path is not None, f"{TRACE} is packaged data"
     requests = trace.read(path)
 
-    by_rate = {rate: summary(replay(requests, engine, rate)) for rate in sorted(set(options.rates))}
+    by_rate = {rate: summary(replay(requests, engine, rate)) for rate in sorted(set(args.rates))}
     clipped = next(iter(by_rate.values()))["clipped"]
     print(f"{TRACE}: {len(requests.time_s)} requests, {clipped} cut to {engine.max_model_len} tokens")
-    print(f"{options.model} on {options.gpu}, at most {engine.max_num_seqs} at once")
+    print(f"{args.model} on {args.gpu}, at most {engine.max_num_seqs} at once")
     print(table(by_rate))
-    if options.json is not None:
+    if args.json is not None:
         result = {
             "trace": TRACE,
-            "gpu": options.gpu,
-            "model": options.model,
+            "gpu": args.gpu,
+            "model": args.model,
             "max_num_seqs": engine.max_num_seqs,
             "rates": {f"{rate:g}": numbers for rate, numbers in by_rate.items()},
         }
-        try:
-            options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            parser.error(f"argument --json: {error.strerror}: {str(options.json)!r}")
+        write_json(args.json, result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

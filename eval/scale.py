@@ -7,24 +7,26 @@ decision. A decision sees eight candidates however many providers there are, so 
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 
+from wwwserve.agents.arguments import Count, File, Policies, Range, UsageError, flat, parse_args, refuse
 from wwwserve.agents.hardware import profile
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import capacity_per_s
-from wwwserve.envs.scenario import Scenario, parse
+from wwwserve.envs.oracle import Oracle
+from wwwserve.envs.scenario import PoissonTraffic, Scenario, parse
 from wwwserve.envs.state import plan
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
 from wwwserve.eval.metrics import mean_ci, measure
 from wwwserve.eval.policies import PolicyError, load_policies
 
 SIZES = (4, 16, 64, 256)
+PROG = "wwwserve scale"
 LOAD = 0.85  # of what the providers sustain together
 _NODES = (
     ("a100-80g", "qwen3-8b", 128),
@@ -76,28 +78,45 @@ def play(policy: Policy, scenario: Scenario, seeds: Sequence[int], threads: int)
     return [float(x) for x in aucs], 1e6 * spent_s / max(1, decisions)  # type: ignore[arg-type]
 
 
+@dataclass
+class Args:
+    """Judge policies by the market's size."""
+
+    policy: Policies = ()
+    """policies beside the rules"""
+    sizes: Annotated[tuple[int, ...], Range(1)] = SIZES
+    """providers of the markets"""
+    requests: Count = 20_000
+    """about so many for each size"""
+    threads: Count = 2
+    """CPU threads"""
+    json: File = None
+    """write the results to this file"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.scale", description="Judge policies by the market's size.")
-    add = parser.add_argument
-    add("--policy", nargs="+", default=[], metavar="NAME|BUNDLE", help="policies beside the rules")
-    add("--sizes", nargs="+", type=integer(1), default=list(SIZES), metavar="N", help="(default: 4 16 64 256)")
-    add("--requests", type=integer(1), default=20_000, help="about so many requests for each size (default: 20000)")
-    add("--threads", type=integer(1), default=2, help="(default: 2)")
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
     try:
-        args = parser.parse_args(argv)
-        judged = load_policies(args.policy) if args.policy else []
+        args = parse_args(Args, PROG, argv)
+        judged = []
+        for policy in load_policies(flat(args.policy)):
+            if isinstance(policy, Oracle):
+                raise UsageError(f"policy {policy.name!r} is no provider's: it sees the whole market")
+            judged.append(policy)
     except (UsageError, PolicyError) as error:
-        print(f"eval.scale: {error}", file=sys.stderr)
-        return 2
-    policies = [*judged, *(Rule(name) for name in RULES)]
+        return refuse(PROG, error)
+    policies: list[Policy] = [*judged, *(Rule(name) for name in RULES)]
     result: dict[str, Any] = {}
     for policy in policies:
         policy.decide(*_nothing(), actions=MarketBatch([plan(market(4), 0)]).actions())  # compiles
     for size in args.sizes:
         scenario = market(size)
-        expected = sum(phase.rate_per_s * 300 for p in scenario.providers for phase in p.traffic.phases)
+        expected = sum(
+            phase.rate_per_s * 300
+            for p in scenario.providers
+            if isinstance(p.traffic, PoissonTraffic)
+            for phase in p.traffic.phases
+        )
         count = max(3, round(args.requests / expected))
         seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + count)
         cell = result.setdefault(str(size), {})

@@ -29,7 +29,7 @@ def win_rates(strengths: ArrayLike, judges: int = JUDGES) -> NDArray[np.float64]
     """Share of its duels that each of `strengths` [N] wins in a round robin, [N]."""
     s = np.asarray(strengths, np.float64)
     wins = [[majority(1 / (1 + math.exp(b - a)), judges) for b in s] for a in s]
-    return (np.sum(wins, axis=1) - 0.5) / (s.size - 1)
+    return np.asarray((np.sum(wins, axis=1) - 0.5) / (s.size - 1), np.float64)
 
 
 def fit(rates: ArrayLike, judges: int = JUDGES) -> NDArray[np.float64]:
@@ -48,7 +48,7 @@ def fit(rates: ArrayLike, judges: int = JUDGES) -> NDArray[np.float64]:
             break
         gap = target - win_rates(strengths, judges)
         if np.abs(gap).max() < 1e-12:
-            return strengths - strengths.mean()
+            return np.asarray(strengths - strengths.mean(), np.float64)
         strengths = strengths + 2.0 * gap
     raise ValueError(f"no strengths give the win rates {target.tolist()}")
 

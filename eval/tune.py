@@ -8,28 +8,28 @@ and tuned for it, and stands beside the defaults wherever policies are judged. S
 of whom it is not known whether they are honest.
 """
 
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
+from wwwserve.agents.arguments import Count, Range, UsageError, parse_args, refuse
 from wwwserve.agents.rules import RULES, Rule
 from wwwserve.envs.distribution import KINDS, Kind, sample
 from wwwserve.envs.state import MarketPlan, plan
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import FIRST_TEST_SEED, write_json
 from wwwserve.eval.play import scores
+from wwwserve.eval.tuned import OBJECTIVES, TUNED
 from wwwserve.eval.workers import each
 
-TUNED = Path(__file__).parent / "tuned_rules.json"
+PROG = "wwwserve tune"
 SEED = FIRST_TEST_SEED // 4  # apart from what policies are trained, validated and tested on
 OF_UNKNOWN_HONESTY: tuple[Kind, ...] = ("honest", "lying", "switching")  # until it shows, one cannot tell which it is
-ANYONE = "anyone"
-OBJECTIVES = ("all", *KINDS, ANYONE)
 Settings = dict[str, float]
 
 
@@ -120,41 +120,34 @@ def play_off(rules: dict[str, dict[str, Any]], count: int, processes: int) -> di
     }
 
 
-def tuned(objective: str) -> dict[str, Rule]:
-    """Every tunable rule with the settings that the last tuning found best for one of `OBJECTIVES`."""
-    table = json.loads(TUNED.read_text())["rules"]
-    return {name: Rule(name, found[objective]["settings"]) for name, found in table.items()}
+@dataclass
+class Args:
+    """Tune the rules on training markets."""
 
-
-def best_for(objective: str) -> Rule:
-    """The best rule for one of `OBJECTIVES` with the settings that are best for it, named `rule@objective`."""
-    best = json.loads(TUNED.read_text())["best"][objective]
-    rule = Rule(best["rule"], best["settings"])
-    rule.name = f"{rule.name}@{objective}"
-    return rule
+    draws: Count = 64
+    """settings drawn for each rule"""
+    few: Count = 12
+    """markets of each kind for the draws"""
+    many: Count = 48
+    """markets of each kind for the finalists"""
+    finalists: Count = 4
+    """draws that go on, overall and by kind"""
+    refine: Annotated[int, Range(0)] = 28
+    """variations of what is best then"""
+    last: Count = 192
+    """markets of each kind where all that is best meets"""
+    processes: Count = 2
+    """rules tuned at a time"""
+    json: Annotated[Path, tyro.conf.arg(metavar="FILE")] = TUNED
+    """write what was found to this file"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.tune", description="Tune the rules on training markets.")
-    add = parser.add_argument
-    add("--draws", type=integer(1), default=64, help="settings drawn for each rule (default: 64)")
-    add("--few", type=integer(1), default=12, help="markets of each kind for the draws (default: 12)")
-    parser.add_argument(
-        "--many", type=integer(1), default=48, help="markets of each kind for the finalists (default: 48)"
-    )
-    parser.add_argument(
-        "--finalists", type=integer(1), default=4, help="draws that go on, overall and by kind (default: 4)"
-    )
-    add("--refine", type=integer(0), default=28, help="variations of what is best then (default: 28)")
-    add("--last", type=integer(1), default=192, help="markets of each kind where all that is best meets (default: 192)")
-    add("--processes", type=integer(1), default=2, help="rules tuned at a time (default: 2)")
-    add("--json", type=Path, default=TUNED, metavar="FILE", help=f"(default: {TUNED.name} here)")
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.tune: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     names = [rule for rule in RULES if any(setting.search for setting in RULES[rule].values())]
     job = partial(tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists,
                   refine=args.refine)  # fmt: skip

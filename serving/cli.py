@@ -1,69 +1,320 @@
-"""The `wwwserve` command.
+"""The `wwwserve` command: a node's own commands, and the project's other tools by name.
 
-    wwwserve node FILE
-    wwwserve up [--nodes N] [--engine emulated|vllm] [--base-port P] [--policy NAME|BUNDLE] ...
-    wwwserve status [URL]
-    wwwserve key new FILE
-    wwwserve key show FILE
-    wwwserve calibrate URL [--model NAME] [--json FILE|-] [--beside URL] ...
-    wwwserve ledger show FILE
-    wwwserve ledger verify FILE [FILE]
-    wwwserve policy show [BUNDLE] [--json]
-    wwwserve policy verify [BUNDLE]
+    wwwserve --help
+    wwwserve COMMAND --help
 
 Exit status: 0 done, 1 refused or failed, with the reason on standard error, 2 not used as it should be.
 """
 
-import argparse
 import asyncio
+import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+import tyro
 
+from wwwserve.agents.arguments import Name, UsageError, parse_args, refuse
 from wwwserve.agents.decision import make_actions
-from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, MANIFEST, SEALED, Bundle, BundleError, read, results_table
-from wwwserve.agents.policy.runtime import TOLERANCE, LearnedPolicy, from_bundle, golden_error
+from wwwserve.agents.policy.bundle import (
+    DEFAULT_BUNDLE,
+    MANIFEST,
+    SEALED,
+    TOLERANCE,
+    Bundle,
+    BundleError,
+    from_bundle,
+    golden_error,
+    read,
+    results_table,
+)
+from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.view import Views
-from wwwserve.serving import config, node
-from wwwserve.serving import local_nodes as network
+from wwwserve.serving import config, display, node
 from wwwserve.serving.config import ConfigError
 from wwwserve.serving.engine import calibrate, local_vllm
-from wwwserve.serving.engine.adapter import NAMES
-from wwwserve.serving.engine.calibrate import CalibrationError
+from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.local_vllm import PrepareError
+from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.keys import Identity, IdentityError
 from wwwserve.serving.ledger import audit
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import JournalError
 from wwwserve.serving.ledger.statements import StatementError
-from wwwserve.serving.local_nodes import NetworkError
+from wwwserve.serving.local_nodes import NetworkError, Plan, look
 
-DONE, FAILED = 0, 1  # argparse itself exits with 2
-DECISIONS = 2000  # that `verify` times
+DONE, FAILED, WRONG_USAGE = 0, 1, 2
+DECISIONS = 2000  # that `policy verify` times
 
 REFUSED = (
     BundleError, CalibrationError, ConfigError, IdentityError, JournalError, LedgerError, NetworkError, PrepareError,
     StatementError, OSError,
 )  # fmt: skip
 
-Groups: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Run = Callable[[argparse.Namespace], int]
+Policy = Annotated[str | None, tyro.conf.arg(metavar="NAME|BUNDLE")]
+Given = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+GivenBundle = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
+
+
+class Command(Protocol):
+    """The arguments of a command of this module."""
+
+    def run(self) -> int:
+        """Carry it out; returns the exit status."""
+
+
+class Tool(NamedTuple):
+    """A command of another package, imported when it is asked for: what it needs may not be installed."""
+
+    module: str
+    about: str
+
+
+@dataclass
+class Node:
+    """Run a node before an engine."""
+
+    file: Given
+    """its configuration, see docs/node.md"""
+
+    def run(self) -> int:
+        node.run(config.load(self.file))
+        return DONE
+
+
+@dataclass
+class Up:
+    """Run a whole network on this machine, on emulated engines or real vLLM."""
+
+    nodes: int = 3
+    """nodes"""
+    base_port: int = 9001
+    """port of the first node's API, the others follow; 0 for any that are free"""
+    policy: Policy = None
+    """a rule or a bundle, for every node; default: the shipped bundle"""
+    engine: Literal["emulated", "vllm"] = "emulated"
+    """vllm: real vLLM with a small model, a CPU core and 2.8 GB each; what it needs is installed at the first time"""
+    model: Name = None
+    """that they serve: if emulated, of the catalogue (qwen3-8b), with vllm one of those that can be prepared"""
+    calibrate: bool = False
+    """measure every engine first, for minutes, instead of taking known profiles"""
+    gpu: str = "rtx-4090"
+    """that engines emulate"""
+    max_num_seqs: int = 64
+    """requests at once in an emulated engine"""
+    speed: float = 1.0
+    """emulated seconds in a second"""
+    membership: Literal["static", "zenoh"] = "static"
+    """how nodes find each other"""
+
+    def run(self) -> int:
+        model = self.model or {"emulated": "qwen3-8b", "vllm": local_vllm.SMOLLM2}[self.engine]
+        display.up(
+            Plan(
+                self.nodes, self.base_port, self.policy, self.gpu, model, self.max_num_seqs, self.speed, self.engine,
+                self.calibrate, self.membership,
+            )
+        )  # fmt: skip
+        return DONE
+
+
+@dataclass
+class Status:
+    """Show how a node is and what it sees of its peers."""
+
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = "http://127.0.0.1:9000"
+    """of the node"""
+    json: bool = False
+    """print what the node says as it is"""
+
+    def run(self) -> int:
+        seen = look(self.url)
+        if self.json:
+            print(json.dumps(seen, indent=2))
+        else:
+            display.show(seen)
+        return DONE
+
+
+@dataclass
+class KeyNew:
+    """Make a key in a new file, and print its public half."""
+
+    file: Given
+    """where the key is kept"""
+
+    def run(self) -> int:
+        identity = Identity.generate()
+        identity.save(self.file)
+        print(identity.name)
+        return DONE
+
+
+@dataclass
+class KeyShow:
+    """Print the public half of a key, by which peers name the node."""
+
+    file: Given
+    """where the key is kept"""
+
+    def run(self) -> int:
+        print(Identity.load(self.file).name)
+        return DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Settings):
+    """Measure what a running engine can do, for node.yaml."""
+
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
+    """of the engine, without /v1; it should have nothing else to do"""
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE|-")] = None
+    """write everything that was measured there as well; - prints only that"""
+    beside: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="URL")] = ()
+    """keep this engine busy meanwhile, as a neighbour on the same machine would be"""
+
+    def run(self) -> int:
+        found = asyncio.run(calibrate.calibrate(self.url, self, lambda line: print(line, file=sys.stderr)))
+        told = json.dumps(found.json(), indent=2) + "\n"
+        if self.json == "-":
+            sys.stdout.write(told)
+            return DONE
+        if self.json:
+            Path(self.json).write_text(told)
+        print("\n".join(f"# {line}" for line in found.report().splitlines()))
+        print(found.yaml(), end="")
+        return DONE
+
+
+@dataclass
+class LedgerShow:
+    """Say what a node owns, owes and has in escrow."""
+
+    file: Given
+    """of the ledger"""
+
+    def run(self) -> int:
+        print(audit.describe(audit.audit(self.file)))
+        return DONE
+
+
+@dataclass
+class LedgerVerify:
+    """Check chain, signatures and sums of ledgers."""
+
+    file: Given
+    """of the ledger"""
+    other: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
+    """of a peer: whether both sides of the channel agree"""
+
+    def run(self) -> int:
+        files = [self.file] if self.other is None else [self.file, self.other]
+        found = [audit.audit(file) for file in files]
+        problems = [f"{file}: {each}" for file, one in zip(files, found, strict=True) for each in one.problems]
+        if len(found) == 2:
+            problems += audit.compare(*found)
+        if problems:
+            print("\n".join(f"wwwserve: {_printable(each)}" for each in problems), file=sys.stderr)
+            return FAILED
+        for file, one in zip(files, found, strict=True):
+            print(f"ok: {_printable(str(file))}")
+            print(f"    {one.entries:,} entries of {one.owner}: chain, signatures, sums and balances as they should be")
+        if len(found) == 2:
+            settled = ", and nothing is under way" if audit.settled(*found) else ""
+            print(f"    the two agree on what both signed{settled}")
+        return DONE
+
+
+@dataclass
+class PolicyShow:
+    """Say what a bundle holds and how it was made."""
+
+    bundle: GivenBundle = DEFAULT_BUNDLE
+    """folder of the bundle; default: the policy that is shipped"""
+    json: bool = False
+    """print the manifest as it is"""
+
+    def run(self) -> int:
+        bundle = read(self.bundle)
+        if self.json:
+            sys.stdout.write((bundle.folder / MANIFEST).read_text(encoding="utf-8"))
+        else:
+            print(describe(bundle))
+        return DONE
+
+
+@dataclass
+class PolicyVerify:
+    """Load a bundle with every check, and time its decisions."""
+
+    bundle: GivenBundle = DEFAULT_BUNDLE
+    """folder of the bundle; default: the policy that is shipped"""
+
+    def run(self) -> int:
+        bundle = read(self.bundle)
+        policy = from_bundle(bundle)
+        error, spent_us = golden_error(policy, bundle), decision_us(policy, bundle.views)
+        print(f"ok: {_printable(str(self.bundle))}")
+        size = f"{1 + len(SEALED)}, {_bundle_bytes(bundle):,} bytes"
+        print(f"files    {size}; digests, shapes and numbers as they should be")
+        print(f"golden   {len(bundle.logits)} views, logits within {error:.1e} (at most {TOLERANCE:g})")
+        print(f"speed    {spent_us:.1f} µs a decision, median of {DECISIONS}")
+        return DONE
+
+
+COMMANDS: dict[str, type[Command] | Tool] = {
+    "node": Node,
+    "up": Up,
+    "status": Status,
+    "calibrate": Calibrate,
+    "key new": KeyNew,
+    "key show": KeyShow,
+    "ledger show": LedgerShow,
+    "ledger verify": LedgerVerify,
+    "policy show": PolicyShow,
+    "policy verify": PolicyVerify,
+    "emulator": Tool("envs.emulator", "Run an emulated engine."),
+    "train": Tool("train.mappo", "Train a policy with MAPPO, and compare it with the rules."),
+    "sb3": Tool("train.sb3_ppo", "Train a policy with the PPO of Stable-Baselines3."),
+    "compare": Tool("eval.compare", "Compare policies on the same arrivals."),
+    "regret": Tool("eval.regret", "Judge policies by their worst regret."),
+    "tune": Tool("eval.tune", "Tune the rules on training markets."),
+    "scale": Tool("eval.scale", "Judge policies by the market's size."),
+    "figures": Tool("eval.figures", "Draw results of a comparison."),
+    "paper": Tool("eval.paper.command", "Reproduce the experiments of WWW.Serve."),
+    "replay": Tool("eval.replay", "Replay the Azure trace on one engine."),
+    "fidelity": Tool("eval.fidelity", "Play arrivals on an engine and in the simulator."),
+    "bench": Tool("envs.bench", "Measure how fast the market runs."),
+    "trial": Tool("eval.live.trial", "Play a scenario through a live network."),
+    "overhead": Tool("eval.live.overhead", "Measure what a node adds to a request."),
+    "delegated": Tool("eval.live.delegated", "Measure what it costs to hand a request over."),
+    "judges": Tool("eval.live.judges", "Measure how often judges err, on real vLLM."),
+    "duels": Tool("eval.live.duels", "Hold duels on real vLLM."),
+    "hostile": Tool("eval.live.hostile", "Send hostile input to a live node."),
+    "soak": Tool("eval.live.soak", "Kill nodes under load, see that all is accounted for."),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status. Exits by itself, with 2, if it is not used as it should be."""
-    args = _parser().parse_args(argv)
-    run: Run = args.run
+    """Run the command; returns the exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    name = next((each for each in COMMANDS if given[: len(each.split())] == each.split()), None)
     try:
-        status = run(args)
+        if name is None:
+            return _help(given)
+        prog, rest = f"wwwserve {name}", given[len(name.split()) :]
+        command = COMMANDS[name]
+        status = _run_tool(command, prog, rest) if isinstance(command, Tool) else parse_args(command, prog, rest).run()
         sys.stdout.flush()
+    except UsageError as error:
+        status = refuse(prog, error)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
@@ -75,22 +326,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="wwwserve",
-        description="A provider among providers that serve each other's overflow.",
-        epilog="Exit status: 0 done, 1 refused or failed, 2 wrong usage.",
-    )
-    parser.add_argument("--version", action="version", version=f"wwwserve {_version()}")
-    groups = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_node(groups)
-    _add_up(groups)
-    _add_status(groups)
-    _add_key(groups)
-    _add_calibrate(groups)
-    _add_ledger(groups)
-    _add_policy(groups)
-    return parser
+def _run_tool(tool: Tool, prog: str, rest: Sequence[str]) -> int:
+    try:
+        module = importlib.import_module(f"wwwserve.{tool.module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "wwwserve").partition(".")[0] == "wwwserve":
+            raise
+        print(f"{prog}: needs {error.name}: pip install 'wwwserve[train]'", file=sys.stderr)
+        return FAILED
+    sys.argv = [prog, *rest]
+    return int(module.main() or DONE)
+
+
+def _help(given: Sequence[str]) -> int:
+    """The list of commands, after `--help`; for a command that is none, on standard error."""
+    if given == ["--version"]:
+        print(f"wwwserve {_version()}")
+        return DONE
+    asked = bool({"-h", "--help"} & set(given))
+    listed = {name: told for name, told in COMMANDS.items() if name.split()[0] == given[0]} if given else {}
+    lines = ["usage: wwwserve COMMAND [-h] ...", ""]
+    for name, told in (listed or COMMANDS).items():
+        lines.append(f"  {name:<15} {told.about if isinstance(told, Tool) else (told.__doc__ or '').splitlines()[0]}")
+    if given and not asked and not listed:
+        lines = [f"wwwserve: unknown command {_printable(given[0])!r}", *lines]
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return DONE if asked else WRONG_USAGE
 
 
 def _version() -> str:
@@ -98,221 +359,6 @@ def _version() -> str:
         return version("wwwserve")
     except PackageNotFoundError:
         return "(not installed)"
-
-
-def _add_command(groups: Groups, name: str, text: str, run: Run) -> argparse.ArgumentParser:
-    """A command that is carried out by `run`, which returns the exit status."""
-    command = groups.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    command.set_defaults(run=run)
-    return command
-
-
-# wwwserve node, up, status
-
-
-def _add_node(groups: Groups) -> None:
-    node = _add_command(groups, "node", "run a node before an engine", _node)
-    node.add_argument("file", type=Path, metavar="FILE", help="its configuration, see README.md")
-
-
-def _node(args: argparse.Namespace) -> int:
-    node.run(config.load(args.file))
-    return DONE
-
-
-def _add_up(groups: Groups) -> None:
-    text = "run a whole network on this machine, on emulated engines or real vLLM"
-    add = _add_command(groups, "up", text, _up).add_argument
-    add("--nodes", type=int, default=3, metavar="N", help="nodes (default: 3)")
-    add("--base-port", type=int, default=9001, metavar="P", help="port of the first node's API, the others follow; 0 "
-        "for any that are free (default: 9001)")  # fmt: skip
-    add("--policy", metavar="NAME|BUNDLE", help="a rule or a bundle, for every node (default: the shipped bundle)")
-    add("--engine", choices=["emulated", "vllm"], default="emulated", help="vllm: real vLLM with a small model, a CPU "
-        "core and 2.8 GB each; what it needs is installed at the first time (default: emulated)")  # fmt: skip
-    add("--model", help=f"that they serve: if emulated, of the catalogue (default: qwen3-8b), with vllm "
-        f"{' or '.join(local_vllm.PROFILES)} (default: {local_vllm.SMOLLM2})")  # fmt: skip
-    add("--calibrate", action="store_true", help="measure every engine first, for minutes (default: known profiles)")
-    add("--gpu", default="rtx-4090", help="that engines emulate (default: rtx-4090)")
-    add("--max-num-seqs", type=int, default=64, help="requests at once in an emulated engine (default: 64)")
-    add("--speed", type=float, default=1.0, help="emulated seconds in a second (default: 1)")
-    add("--membership", choices=("static", "zenoh"), default="static", help="how nodes find each other "
-        "(default: static)")  # fmt: skip
-
-
-def _up(args: argparse.Namespace) -> int:
-    model = args.model or {"emulated": "qwen3-8b", "vllm": local_vllm.SMOLLM2}[args.engine]
-    network.up(
-        network.Plan(
-            args.nodes, args.base_port, args.policy, args.gpu, model, args.max_num_seqs, args.speed, args.engine,
-            args.calibrate, args.membership,
-        )
-    )  # fmt: skip
-    return DONE
-
-
-def _add_status(groups: Groups) -> None:
-    status = _add_command(groups, "status", "show how a node is and what it sees of its peers", _status)
-    status.add_argument("url", nargs="?", default="http://127.0.0.1:9000", help="(default: http://127.0.0.1:9000)")
-    status.add_argument("--json", action="store_true", help="print what the node says as it is")
-
-
-def _status(args: argparse.Namespace) -> int:
-    seen = network.look(args.url)
-    if args.json:
-        print(json.dumps(seen, indent=2))
-    else:
-        network.show(seen)
-    return DONE
-
-
-# wwwserve key
-
-
-def _add_key(groups: Groups) -> None:
-    text = "make a node's key, or show its public half"
-    key = groups.add_parser("key", help=text, description=text[0].upper() + text[1:] + ".")
-    commands = key.add_subparsers(metavar="COMMAND", required=True)
-    new = _add_command(commands, "new", "make a key in a new file, and print its public half", _key_new)
-    show = _add_command(commands, "show", "print the public half of a key, by which peers name the node", _key_show)
-    for command in (new, show):
-        command.add_argument("file", type=Path, metavar="FILE", help="where the key is kept")
-
-
-def _key_new(args: argparse.Namespace) -> int:
-    identity = Identity.generate()
-    identity.save(args.file)
-    print(identity.name)
-    return DONE
-
-
-def _key_show(args: argparse.Namespace) -> int:
-    print(Identity.load(args.file).name)
-    return DONE
-
-
-# wwwserve calibrate
-
-
-def _add_calibrate(groups: Groups) -> None:
-    default = calibrate.Settings()
-    add = _add_command(
-        groups, "calibrate", "measure what a running engine can do, for node.yaml", _calibrate
-    ).add_argument
-    add("url", metavar="URL", help="of the engine, without /v1; it should have nothing else to do")
-    add("--model", metavar="NAME", help="as the engine calls it (default: its first)")
-    add("--json", metavar="FILE|-", help="write everything that was measured there as well; - prints only that")
-    add("--key", help="API key that the engine wants")
-    add("--kind", default=default.kind, choices=list(NAMES), help=f"names of its metrics (default: {default.kind})")
-    add("--max-num-seqs", type=int, metavar="N", help="requests that it runs at once (default: found by trying)")
-    add("--kv-tokens", type=int, metavar="N", help="tokens of its KV cache (default: as vLLM says)")
-    add("--max-batched-tokens", type=int, default=default.max_batched_tokens, metavar="N",
-        help=f"that it computes in one iteration (default: {default.max_batched_tokens})")  # fmt: skip
-    add("--tokens", type=int, default=default.tokens, metavar="N",
-        help=f"of an answer that is timed (default: {default.tokens})")  # fmt: skip
-    add("--longest", type=int, metavar="N",
-        help="tokens of the longest request that is measured (default: what the engine takes)")  # fmt: skip
-    add("--repeats", type=int, default=default.repeats, metavar="N",
-        help=f"measurements of each load (default: {default.repeats})")  # fmt: skip
-    add("--beside", action="append", default=[], metavar="URL", help="keep this engine busy meanwhile; may be repeated")
-    add("--beside-requests", type=int, default=default.beside_requests, metavar="N",
-        help=f"requests that it has all the time (default: {default.beside_requests})")  # fmt: skip
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    try:
-        settings = calibrate.Settings(
-            model=args.model, key=args.key, kind=args.kind, max_num_seqs=args.max_num_seqs, kv_tokens=args.kv_tokens,
-            max_batched_tokens=args.max_batched_tokens, tokens=args.tokens, repeats=args.repeats,
-            longest=args.longest,
-            beside=tuple(args.beside), beside_requests=args.beside_requests,
-        )  # fmt: skip
-    except ValueError as error:
-        raise CalibrationError(str(error)) from None
-    found = asyncio.run(calibrate.calibrate(args.url, settings, lambda line: print(line, file=sys.stderr)))
-    told = json.dumps(found.json(), indent=2) + "\n"
-    if args.json == "-":
-        sys.stdout.write(told)
-        return DONE
-    if args.json:
-        Path(args.json).write_text(told)
-    print("\n".join(f"# {line}" for line in found.report().splitlines()))
-    print(found.yaml(), end="")
-    return DONE
-
-
-# wwwserve ledger
-
-
-def _add_ledger(groups: Groups) -> None:
-    text = "look at a node's ledger, or check it"
-    ledger = groups.add_parser("ledger", help=text, description=text[0].upper() + text[1:] + ".")
-    commands = ledger.add_subparsers(metavar="COMMAND", required=True)
-    show = _add_command(commands, "show", "say what a node owns, owes and has in escrow", _show_ledger)
-    show.add_argument("file", type=Path, metavar="FILE", help="of the ledger")
-    verify = _add_command(commands, "verify", "check chain, signatures and sums of ledgers", _verify_ledger)
-    verify.add_argument("file", type=Path, metavar="FILE", help="of the ledger")
-    verify.add_argument(
-        "other", type=Path, nargs="?", metavar="FILE", help="of a peer: whether both sides of the channel agree"
-    )
-
-
-def _show_ledger(args: argparse.Namespace) -> int:
-    print(audit.describe(audit.audit(args.file)))
-    return DONE
-
-
-def _verify_ledger(args: argparse.Namespace) -> int:
-    files = [args.file] if args.other is None else [args.file, args.other]
-    found = [audit.audit(file) for file in files]
-    problems = [f"{file}: {each}" for file, one in zip(files, found, strict=True) for each in one.problems]
-    if len(found) == 2:
-        problems += audit.compare(*found)
-    if problems:
-        print("\n".join(f"wwwserve: {_printable(each)}" for each in problems), file=sys.stderr)
-        return FAILED
-    for file, one in zip(files, found, strict=True):
-        print(f"ok: {_printable(str(file))}")
-        print(f"    {one.entries:,} entries of {one.owner}: chain, signatures, sums and balances as they should be")
-    if len(found) == 2:
-        print("    the two agree on what both signed" + (", and nothing is under way" if audit.settled(*found) else ""))
-    return DONE
-
-
-# wwwserve policy
-
-
-def _add_policy(groups: Groups) -> None:
-    text = "look at a policy's bundle, or check it"
-    policy = groups.add_parser("policy", help=text, description=text[0].upper() + text[1:] + ".")
-    commands = policy.add_subparsers(metavar="COMMAND", required=True)
-    show = _add_command(commands, "show", "say what a bundle holds and how it was made", _show)
-    show.add_argument("--json", action="store_true", help="print the manifest as it is")
-    verify = _add_command(commands, "verify", "load a bundle with every check, and time its decisions", _verify)
-    for command in (show, verify):
-        command.add_argument(
-            "bundle", nargs="?", type=Path, default=DEFAULT_BUNDLE, metavar="BUNDLE",
-            help="folder of the bundle (default: the policy that is shipped)",
-        )  # fmt: skip
-
-
-def _show(args: argparse.Namespace) -> int:
-    bundle = read(args.bundle)
-    if args.json:
-        sys.stdout.write((bundle.folder / MANIFEST).read_text(encoding="utf-8"))
-    else:
-        print(describe(bundle))
-    return DONE
-
-
-def _verify(args: argparse.Namespace) -> int:
-    bundle = read(args.bundle)
-    policy = from_bundle(bundle)
-    error, spent_us = golden_error(policy, bundle), decision_us(policy, bundle.views)
-    print(f"ok: {_printable(str(args.bundle))}")
-    print(f"files    {1 + len(SEALED)}, {_bundle_bytes(bundle):,} bytes; digests, shapes and numbers as they should be")
-    print(f"golden   {len(bundle.logits)} views, logits within {error:.1e} (at most {TOLERANCE:g})")
-    print(f"speed    {spent_us:.1f} µs a decision, median of {DECISIONS}")
-    return DONE
 
 
 def decision_us(policy: LearnedPolicy, views: Views) -> float:

@@ -44,7 +44,7 @@ from wwwserve.serving.http.transport import Response, Transport
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Accounts, Delivery, Payment
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
-from wwwserve.serving.ledger.journal import Full as LedgerFull
+from wwwserve.serving.ledger.journal import Full
 from wwwserve.serving.ledger.stakes import Staked, Verdict
 from wwwserve.serving.ledger.statements import digest
 from wwwserve.serving.membership.heartbeat import Advert, Membership
@@ -427,6 +427,9 @@ class Dispatcher:
             self.provider.offer(copy, rival)
             try:
                 return await self._hand_over(ask, job, copy, name, leg)
+            except RetryableError:
+                self.provider.mask(job.request, rival)
+                raise
             finally:
                 self.provider.release(copy)
 
@@ -516,7 +519,7 @@ class Dispatcher:
         assert self.accounts is not None
         try:
             return await self.accounts.escrow(peer, micro(self.provider.posted(peer)), most, body)
-        except LedgerFull as error:
+        except Full as error:
             raise RetryableError(f"there is no room for the ledger: {error}") from None
         except LedgerError as error:
             raise RetryableError(str(error)) from None

@@ -1,15 +1,25 @@
 """What decides where a policy cannot: its view has to be of finite numbers."""
 
 import logging
+import math
 
 import numpy as np
 
 from wwwserve.agents.decision import Actions
-from wwwserve.agents.kernel import Bools, Floats
+from wwwserve.agents.kernel import Bools, Floats, Singles, kernel
 from wwwserve.agents.rules import Policy, Rule
 from wwwserve.agents.view import Views
 
 log = logging.getLogger("wwwserve.policy")
+
+
+@kernel
+def is_finite(values: Singles) -> bool:
+    """Whether all of [n] are numbers, and none is infinite."""
+    for value in values:  # noqa: SIM110: compiled, a loop takes a tenth of the time
+        if not math.isfinite(value):
+            return False
+    return True
 
 
 class FiniteViews:
@@ -21,7 +31,7 @@ class FiniteViews:
 
     def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
         """See `agents.rules.Policy`."""
-        if all(np.isfinite(each).all() for each in views):
+        if is_finite(views.nodes.ravel()) and is_finite(views.request.ravel()) and is_finite(views.me.ravel()):
             self.policy.decide(views, active, dice, actions)
             return
         if not self._told:

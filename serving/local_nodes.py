@@ -1,4 +1,9 @@
-"""A whole network on this machine: engines, nodes before them, and a table of what they do."""
+"""Programs on this machine: engines, nodes before them, whole networks. Nothing else starts them.
+
+`programs` starts any, each in a process group of its own with a log, and ends them with the context; a guard does so
+where this process is killed. `served` waits for engines, `started` for nodes that see each other, `running` for a
+network of nodes that are all alike.
+"""
 
 import asyncio
 import json
@@ -9,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,40 +21,354 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import yaml
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
+from wwwserve.agents.kernel import compiled_before, say_compiling
 from wwwserve.serving import guard
 from wwwserve.serving.config import parse
 from wwwserve.serving.engine import calibrate, local_vllm
+from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.keys import Identity
 
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
-LOG_LINES = 10  # shown of an engine that ends
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-REFRESH_S = 1.0
+LOG_LINES = 10  # shown of a program that ends
+LOOK_S = 0.05  # between two looks at whether a program is ready
+
+Process = subprocess.Popen[bytes]
 
 
 class NetworkError(RuntimeError):
     """A network that does not come up, or a node that does not answer; the message says which and why."""
 
 
-class Network(NamedTuple):
-    """A network that runs: URLs and public keys of its nodes, URLs of their engines, and its processes."""
+# Programs.
 
-    urls: list[str]
-    keys: list[str]
-    engine_urls: list[str]
-    engines: list["subprocess.Popen[bytes]"]
-    nodes: list["subprocess.Popen[bytes]"]
+
+class Command(NamedTuple):
+    """A program to start."""
+
+    argv: list[str]
+    environment: Mapping[str, str] = os.environ
+    core: int | None = None  # the only CPU core that it may use
+
+
+class Programs:
+    """Programs that run, by their names, with their files in `folder`."""
+
+    def __init__(self, folder: Path, guarded: IO[bytes]) -> None:
+        self.folder, self._guarded = folder, guarded
+        self.running: dict[str, Process] = {}
+
+    def log(self, name: str) -> Path:
+        """What a program of this name prints."""
+        return self.folder / f"{name}.log"
+
+    def start(self, name: str, command: Command) -> Process:
+        """Start a program, or one of a name whose program has ended again; what it prints is appended to its log."""
+        pinned = [] if command.core is None else ["taskset", "-c", str(command.core)]
+        with self.log(name).open("ab") as out:
+            process = subprocess.Popen(
+                [*pinned, *command.argv], stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
+                env=command.environment,
+            )  # fmt: skip
+        self._guarded.write(b"%d\n" % process.pid)
+        self.running[name] = process
+        return process
+
+    def wait(self, urls: Sequence[str], ready: Callable[[str], bool], ready_s: float) -> None:
+        """Until every URL is ready. Raises NetworkError where a program ends meanwhile, or it takes longer."""
+        until_s = time.monotonic() + ready_s
+        waiting = list(urls)
+        while waiting:
+            for name, process in self.running.items():
+                if process.poll() is not None:
+                    said = self.log(name).read_text(errors="replace").strip().splitlines()
+                    word = "\n".join(said[-LOG_LINES:]) or "no word"
+                    raise NetworkError(f"{name} ended with {process.returncode}: {word}")
+            if ready(waiting[0]):
+                waiting.pop(0)
+            elif time.monotonic() > until_s:
+                raise NetworkError(f"{waiting[0]} was not ready within {ready_s:g} s")
+            else:
+                time.sleep(LOOK_S)
+
+    def stop(self, *processes: Process) -> None:
+        """End processes and all that they started, which is in the group of each."""
+        for process in processes:
+            _signal(process, signal.SIGTERM)
+            _signal(process, signal.SIGCONT)  # one that was stopped could not end
+        until_s = time.monotonic() + guard.STOP_S
+        for process in processes:
+            while _signal(process, 0):
+                process.poll()
+                if time.monotonic() > until_s:
+                    _signal(process, signal.SIGKILL)
+                time.sleep(0.02)
+        self.running = {name: each for name, each in self.running.items() if each not in processes}
+
+
+@contextmanager
+def programs(folder: Path | None = None) -> Iterator[Programs]:
+    """Programs that end with the context, the last first. Their files are left in `folder`; without one, removed."""
+    with tempfile.TemporaryDirectory(prefix="wwwserve-") as made, _guarded() as guarded:
+        running = Programs(folder or Path(made), guarded)
+        try:
+            yield running
+        finally:
+            running.stop(*reversed(running.running.values()))
+
+
+@contextmanager
+def _guarded() -> Iterator[IO[bytes]]:
+    """Where the programs that are started are told, so that they end though we are killed."""
+    command = [sys.executable, "-I", guard.__file__]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+    assert process.stdin is not None
+    try:
+        yield process.stdin
+    finally:
+        process.stdin.close()  # which also ends what a program of ours left behind
+        process.wait()
+
+
+def _signal(process: Process, number: int) -> bool:
+    """Send a signal to the group of a process; returns whether there is any process in it."""
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def local_urls(ports: Sequence[int]) -> list[str]:
+    """URLs of this machine."""
+    return [f"http://127.0.0.1:{port}" for port in ports]
+
+
+def listens(url: str) -> bool:
+    """Whether anything does at the port of a URL of this machine."""
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time, s, that a process has used, with what it started, if it leads a group: of all that are in it.
+
+    Raises FileNotFoundError for a process that is gone.
+    """
+    ticks = _ticks(Path(f"/proc/{pid}/stat"))[1]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        if stat.parent.name != str(pid):
+            try:
+                group, used = _ticks(stat)
+            except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                continue
+            ticks += used if group == pid else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(stat: Path) -> tuple[int, int]:
+    """Process group, and ticks of CPU time that were used, in user and kernel."""
+    fields = stat.read_text().rpartition(")")[2].split()
+    return int(fields[2]), int(fields[11]) + int(fields[12])
+
+
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process, MB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+# Engines.
 
 
 class Engines(NamedTuple):
     """Engines that run: their URLs and processes."""
 
     urls: list[str]
-    processes: list["subprocess.Popen[bytes]"]
+    processes: list[Process]
+
+
+def emulator(
+    port: int, *, gpu: str = "rtx-4090", model: str = "qwen3-8b", max_num_seqs: int = 64, speed: float = 1.0,
+    seed: int = 0, serves: Sequence[str] = (), profile: Path | None = None,
+) -> Command:  # fmt: skip
+    """An emulated engine at `port`, of a GPU and model of the catalogue, or of the `profile` in a file."""
+    engine = ["--profile", str(profile)] if profile else ["--gpu", gpu, "--max-num-seqs", str(max_num_seqs)]
+    named = ["--served-model-name", *serves] if serves else []
+    return Command(
+        [sys.executable, "-m", "wwwserve.envs.emulator", "--port", str(port), *engine, "--model", model, *named,
+         "--speed", str(speed), "--seed", str(seed)]
+    )  # fmt: skip
+
+
+def vllm_servers(
+    models: Sequence[str], ports: Sequence[int], name: str | None = None, kv_tokens: int | None = None
+) -> list[Command]:
+    """vLLM servers of small `models`, each on one core, in turn. Raises serving.engine.local_vllm.PrepareError."""
+    made, cores = local_vllm.prepare(), local_vllm.cores()
+    servers = []
+    for i, (model, port) in enumerate(zip(models, ports, strict=True)):
+        core = cores[i % len(cores)]
+        servers.append(Command(*local_vllm.server(made, model, port, core, name, kv_tokens), core))
+    return servers
+
+
+@contextmanager
+def served(
+    commands: Sequence[Command], ports: Sequence[int], ready_s: float = READY_S["emulated"]
+) -> Iterator[Engines]:
+    """Engines alone, started by `commands`, all ready; they end with the context. Raises NetworkError."""
+    with programs() as made:
+        processes = [made.start(f"engine {k + 1}", command) for k, command in enumerate(commands)]
+        made.wait(local_urls(ports), answers, ready_s)
+        yield Engines(local_urls(ports), processes)
+
+
+@contextmanager
+def vllm(models: Sequence[str], name: str | None = None, kv_tokens: int | None = None) -> Iterator[Engines]:
+    """Real vLLM engines of small `models`, all ready; they end with the context.
+
+    `name` and `kv_tokens` are as in `serving.engine.local_vllm.server`. Raises NetworkError, PrepareError.
+    """
+    ports = free_ports(len(models))
+    with served(vllm_servers(models, ports, name, kv_tokens), ports, READY_S["vllm"]) as engines:
+        yield engines
+
+
+def answers(url: str) -> bool:
+    """Whether an engine answers."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=2.0) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+# Nodes.
+
+
+class Accounts(NamedTuple):
+    """What every node of a network with ledgers begins with, credits."""
+
+    credit: float
+    stake: float
+    exposure: float  # that it lends a peer at most
+
+
+class NodeFiles(NamedTuple):
+    """A node on disk: public key, URL, configuration, and its ledger, if it has one."""
+
+    key: str
+    url: str
+    config: Path
+    ledger: Path
+
+    def command(self, core: int | None = None) -> Command:
+        """Runs it."""
+        return Command([sys.executable, "-m", "wwwserve.serving.cli", "node", str(self.config)], core=core)
+
+
+def write_nodes(
+    folder: Path, configured: Sequence[dict[str, Any]], accounts: Accounts | None = None
+) -> list[NodeFiles]:
+    """Give every node a key, with static membership all others as peers, and with `accounts` a ledger and the genesis
+    that all share; write all that to `folder`."""
+    identities = [Identity.generate() for _ in configured]
+    urls = local_urls([node["port"] for node in configured])
+    genesis, nodes = folder / "genesis.yaml", []
+    if accounts:
+        each = {"credit": accounts.credit, "stake": accounts.stake}
+        genesis.write_text(yaml.safe_dump({"accounts": {identity.name: each for identity in identities}}))
+    for k, (node, identity) in enumerate(zip(configured, identities, strict=True)):
+        key, ledger = folder / f"node{k + 1}.pem", folder / f"node{k + 1}.db"
+        identity.save(key)
+        told = node | {"key": str(key)}
+        if "membership" not in node and "peers" not in node:
+            told["peers"] = [{"key": identities[i].name, "url": url} for i, url in enumerate(urls) if i != k]
+        if accounts:
+            told["ledger"] = {"file": str(ledger), "genesis": str(genesis), "exposure": accounts.exposure}
+        config = folder / f"node{k + 1}.yaml"
+        config.write_text(yaml.safe_dump(told))
+        nodes.append(NodeFiles(identity.name, urls[k], config, ledger))
+    return nodes
+
+
+class Network(NamedTuple):
+    """A network that runs: URLs and keys of its nodes, URLs of their engines, its processes, and the nodes' files."""
+
+    urls: list[str]
+    keys: list[str]
+    engine_urls: list[str]
+    engines: list[Process]
+    nodes: list[Process]
+    files: list[NodeFiles]
+
+
+@contextmanager
+def started(
+    configured: Sequence[dict[str, Any]], commands: Sequence[Command], ready_s: float = READY_S["emulated"],
+    measure: bool = False, accounts: Accounts | None = None, cores: Sequence[int] | None = None,
+) -> Iterator[Network]:  # fmt: skip
+    """A network of the nodes `configured`, all ready; it ends with the context, and so do its engines, started by
+    `commands`. Without any, engines run already. Nodes are made as by `write_nodes`; `cores` has one for each.
+
+    With `measure`, the engines' profiles are measured first. Raises NetworkError for what is not ready in `ready_s`,
+    serving.engine.fit.CalibrationError for an engine that cannot be measured.
+    """
+    engine_urls = [node["engine"]["url"] for node in configured]
+    with programs() as made:
+        engines = [made.start(f"engine {k + 1}", command) for k, command in enumerate(commands)]
+        if measure:
+            made.wait(engine_urls, answers, ready_s)
+            _measure(configured)
+        files = write_nodes(made.folder, configured, accounts)
+        urls = [each.url for each in files]
+        nodes = [made.start(f"node {k + 1}", each.command(cores[k] if cores else None)) for k, each in enumerate(files)]
+        try:
+            made.wait(urls, lambda url: sees(url, len(urls) - 1), ready_s)
+            yield Network(urls, [each.key for each in files], engine_urls, engines, nodes, files)
+        finally:
+            made.stop(*nodes)  # before their engines
+
+
+def _measure(configured: Sequence[dict[str, Any]]) -> None:
+    """Measure the engines, one after the other, while the others are idle."""
+    for node in configured:
+        local_vllm.on_stderr(f"measuring the engine of {node['name']}, which takes minutes")
+        found = asyncio.run(calibrate.calibrate(node["engine"]["url"], Settings()))
+        node["engine"]["profile"] = {"kind": "measured", **calibrate.measured(found.profile)}
+
+
+def sees(url: str, peers: int) -> bool:
+    """Whether a node has its engine and sees so many peers."""
+    try:
+        seen = look(url)
+    except NetworkError:
+        return False
+    return bool(seen["engine"]["up"]) and sum(peer["there"] for peer in seen["peers"]) == peers
+
+
+def look(url: str) -> dict[str, Any]:
+    """What a node says of itself and its peers. Raises NetworkError."""
+    if not url.startswith(("http://", "https://")):
+        raise NetworkError(f"{url} is no URL of a node, expected http://HOST:PORT")
+    try:
+        with urllib.request.urlopen(url.rstrip("/") + "/network", timeout=2.0) as response:
+            seen: dict[str, Any] = json.load(response)
+    except (OSError, ValueError) as error:
+        raise NetworkError(f"{url} does not answer as a node: {error}") from None
+    return seen
+
+
+# Networks of nodes that are all alike.
 
 
 class Plan(NamedTuple):
@@ -66,22 +384,6 @@ class Plan(NamedTuple):
     engine: Literal["emulated", "vllm"] = "emulated"
     calibrate: bool = False  # measure each engine, instead of taking the profile as it is known
     membership: Literal["static", "zenoh"] = "static"
-
-
-class Command(NamedTuple):
-    """A program to start, with its environment."""
-
-    argv: list[str]
-    environment: Mapping[str, str] = os.environ
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
@@ -120,12 +422,13 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
 
 def _emulated(plan: Plan, ports: Sequence[int]) -> tuple[dict[str, Any], list[Command]]:
     """Profile and commands of emulated engines."""
-    shared = ["--gpu", plan.gpu, "--model", plan.model, "--max-num-seqs", str(plan.max_num_seqs), "--speed",
-              str(plan.speed)]  # fmt: skip
     return (
         {"kind": "catalogue", "gpu": plan.gpu, "model": plan.model, "max_num_seqs": plan.max_num_seqs},
-        [Command([sys.executable, "-m", "wwwserve.envs.emulator", "--port", str(port), "--seed", str(i), *shared])
-         for i, port in enumerate(ports)],
+        [
+            emulator(
+                port, gpu=plan.gpu, model=plan.model, max_num_seqs=plan.max_num_seqs, speed=plan.speed, seed=i
+            ) for i, port in enumerate(ports)
+        ],
     )  # fmt: skip
 
 
@@ -134,17 +437,7 @@ def _vllm(plan: Plan, ports: Sequence[int]) -> tuple[dict[str, Any], list[Comman
     if plan.model not in local_vllm.PROFILES:
         known = ", ".join(local_vllm.PROFILES)
         raise NetworkError(f"--model is {plan.model!r}, expected one of {known} with --engine vllm")
-    return {"kind": "measured", **local_vllm.PROFILES[plan.model]}, _vllm_servers([plan.model] * len(ports), ports)
-
-
-def _vllm_servers(
-    models: Sequence[str], ports: Sequence[int], name: str | None = None, kv_tokens: int | None = None
-) -> list[Command]:
-    made, cores = local_vllm.prepare(), local_vllm.cores()
-    return [
-        Command(*local_vllm.server(made, model, port, cores[i % len(cores)], name, kv_tokens))
-        for i, (model, port) in enumerate(zip(models, ports, strict=True))
-    ]
+    return {"kind": "measured", **local_vllm.PROFILES[plan.model]}, vllm_servers([plan.model] * len(ports), ports)
 
 
 @contextmanager
@@ -152,264 +445,7 @@ def running(plan: Plan) -> Iterator[Network]:
     """A network whose nodes are all ready; it ends with the context. Raises as `configurations`, and NetworkError for
     what does not come up."""
     nodes, engines = configurations(plan)
+    if not compiled_before("node", *(["emulator"] if plan.engine == "emulated" else [])):
+        say_compiling()  # nodes and engines do, in logs of their own
     with started(nodes, engines, READY_S[plan.engine], plan.calibrate) as network:
         yield network
-
-
-@contextmanager
-def served(
-    commands: Sequence[Command], urls: Sequence[str], ready_s: float
-) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Engines alone, started by `commands`, which answer at `urls`; they end with the context. Raises NetworkError."""
-    engines: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder, _guarded() as told:
-        try:
-            for k, command in enumerate(commands):
-                engines.append(_start(command, Path(folder, f"engine{k + 1}.log"), told))
-            _wait(urls, _serves, {"engine": engines}, Path(folder), ready_s)
-            yield engines
-        finally:
-            _stop(engines)
-
-
-@contextmanager
-def vllm(models: Sequence[str], name: str | None = None, kv_tokens: int | None = None) -> Iterator[Engines]:
-    """Real vLLM engines of small `models`, each on one core, in turn; they end with the context.
-
-    `name` and `kv_tokens` are as in `serving.engine.local_vllm.server`. Raises NetworkError, PrepareError.
-    """
-    ports = free_ports(len(models))
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    with served(_vllm_servers(models, ports, name, kv_tokens), urls, READY_S["vllm"]) as processes:
-        yield Engines(urls, processes)
-
-
-@contextmanager
-def started(
-    configured: Sequence[dict[str, Any]], commands: Sequence[Command], ready_s: float = 300.0, measure: bool = False
-) -> Iterator[Network]:
-    """A network of the nodes `configured`, all ready; it ends with the context, and so do its engines, started by
-    `commands`. Without any, engines run already. Every node gets a key, and with static membership all others as peers.
-
-    With `measure`, the engines' profiles are measured first. Raises NetworkError for what is not ready in `ready_s`,
-    serving.engine.calibrate.CalibrationError for an engine that cannot be measured.
-    """
-    engines: list[subprocess.Popen[bytes]] = []
-    nodes: list[subprocess.Popen[bytes]] = []
-    processes = {"engine": engines, "node": nodes}
-    urls = [f"http://127.0.0.1:{node['port']}" for node in configured]
-    engine_urls = [node["engine"]["url"] for node in configured]
-    with tempfile.TemporaryDirectory(prefix="wwwserve-") as folder, _guarded() as guarded:
-        try:
-            for k, command in enumerate(commands):
-                engines.append(_start(command, Path(folder, f"engine{k + 1}.log"), guarded))
-            if measure:
-                _wait(engine_urls, _serves, processes, Path(folder), ready_s)
-                _measure(configured)
-            keys = [_new_key(Path(folder, f"node{k + 1}.pem")) for k in range(len(configured))]
-            for k, node in enumerate(configured):
-                told = node | {"key": str(Path(folder, f"node{k + 1}.pem"))}
-                if "membership" not in node:
-                    others = [i for i in range(len(keys)) if i != k]
-                    told["peers"] = [{"key": keys[i], "url": urls[i]} for i in others]
-                file = Path(folder, f"node{k + 1}.yaml")
-                file.write_text(yaml.safe_dump(told))
-                command = Command([sys.executable, "-m", "wwwserve.serving.cli", "node", str(file)])
-                nodes.append(_start(command, Path(folder, f"node{k + 1}.log"), guarded))
-            _wait(urls, lambda url: _sees_all(url, len(urls) - 1), processes, Path(folder), ready_s)
-            yield Network(urls, keys, engine_urls, engines, nodes)
-        finally:
-            _stop(nodes)
-            _stop(engines)
-
-
-def _new_key(file: Path) -> str:
-    """The public key of a new one, which is kept in the file."""
-    identity = Identity.generate()
-    identity.save(file)
-    return identity.name
-
-
-@contextmanager
-def _guarded() -> Iterator[IO[bytes]]:
-    """Where the programs that are started are told, so that they end though we are killed."""
-    command = [sys.executable, "-I", guard.__file__]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
-    assert process.stdin is not None
-    try:
-        yield process.stdin
-    finally:
-        process.stdin.close()  # which also ends what a program of ours left behind
-        process.wait()
-
-
-def _start(command: Command, log: Path, told: IO[bytes]) -> "subprocess.Popen[bytes]":
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command.argv, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=command.environment,
-        )  # fmt: skip
-    told.write(b"%d\n" % process.pid)
-    return process
-
-
-def _measure(configured: Sequence[dict[str, Any]]) -> None:
-    """Measure the engines, one after the other, while the others are idle."""
-    for node in configured:
-        local_vllm.on_stderr(f"measuring the engine of {node['name']}, which takes minutes")
-        found = asyncio.run(calibrate.calibrate(node["engine"]["url"], calibrate.Settings()))
-        node["engine"]["profile"] = {"kind": "measured", **calibrate.measured(found.profile)}
-
-
-def _wait(
-    urls: Sequence[str], ready: Callable[[str], bool], started: "dict[str, list[subprocess.Popen[bytes]]]",
-    folder: Path, ready_s: float,
-) -> None:  # fmt: skip
-    """Until every URL is ready."""
-    until_s = time.monotonic() + ready_s
-    waiting = list(urls)
-    while waiting:
-        for what, processes in started.items():
-            for k, process in enumerate(processes):
-                if process.poll() is not None:
-                    said = (folder / f"{what}{k + 1}.log").read_text(errors="replace").strip().splitlines()
-                    word = "\n".join(said[-LOG_LINES:] if what == "engine" else said[-1:]) or "no word"
-                    raise NetworkError(f"{what} {k + 1} ended with {process.returncode}: {word}")
-        if ready(waiting[0]):
-            waiting.pop(0)
-        elif time.monotonic() > until_s:
-            raise NetworkError(f"{waiting[0]} was not ready within {ready_s:g} s")
-        else:
-            time.sleep(0.05)
-
-
-def _serves(url: str) -> bool:
-    """Whether an engine answers."""
-    try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=2.0) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-def _sees_all(url: str, peers: int) -> bool:
-    """Whether a node has its engine and sees so many peers."""
-    try:
-        seen = look(url)
-    except NetworkError:
-        return False
-    return bool(seen["engine"]["up"]) and sum(peer["there"] for peer in seen["peers"]) == peers
-
-
-def _stop(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
-    """End processes and all that they started, which is in the group of each."""
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-        _signal(process, signal.SIGCONT)  # one that was stopped could not end
-    until_s = time.monotonic() + guard.STOP_S
-    for process in processes:
-        while _signal(process, 0):
-            process.poll()
-            if time.monotonic() > until_s:
-                _signal(process, signal.SIGKILL)
-            time.sleep(0.02)
-
-
-def _signal(process: "subprocess.Popen[bytes]", number: int) -> bool:
-    """Send a signal to the group of a process; returns whether there is any process in it."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def look(url: str) -> dict[str, Any]:
-    """What a node says of itself and its peers. Raises NetworkError."""
-    if not url.startswith(("http://", "https://")):
-        raise NetworkError(f"{url} is no URL of a node, expected http://HOST:PORT")
-    try:
-        with urllib.request.urlopen(url.rstrip("/") + "/network", timeout=2.0) as response:
-            seen: dict[str, Any] = json.load(response)
-    except (OSError, ValueError, urllib.error.URLError) as error:
-        raise NetworkError(f"{url} does not answer as a node: {error}") from None
-    return seen
-
-
-def table(seen: list[dict[str, Any]]) -> Table:
-    """Nodes as rows: load, price, decisions, SLO."""
-    view = Table(title="wwwserve", expand=False)
-    for name in ("node", "API", "engine", "running", "waiting", "KV", "held", "guests", "price", "asked", "answered",
-                 "handed over", "in time", "mean s", "last decisions"):  # fmt: skip
-        view.add_column(name, justify="left" if name in ("node", "API", "engine", "last decisions") else "right")
-    for each in seen:
-        engine, requests = each["engine"], each["requests"]
-        answered = requests["answered"]
-        labels = {peer["key"]: _who(peer) for peer in each["peers"]}
-        view.add_row(
-            each["name"], each["url"], "up" if engine["up"] else "down", f"{engine['running']:.0f}",
-            f"{engine['waiting']:.0f}", f"{engine['kv_use']:.0%}", str(each["held"]), str(each["guests"]),
-            f"{each['price']:g}", str(requests["accepted"]), str(answered), str(requests["handed_over"]),
-            f"{requests['on_time'] / answered:.0%}" if answered else "-", f"{requests['mean_latency_s']:.2f}",
-            " ".join(labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]),
-        )  # fmt: skip
-    return view
-
-
-def _who(peer: Mapping[str, Any]) -> str:
-    """What a peer calls itself; of one that is gone the beginning of its key."""
-    return str(peer["label"] or peer["key"][:8])
-
-
-def show(seen: dict[str, Any]) -> None:
-    """Print a node and what it sees of its peers, in lines that fit a narrow terminal."""
-    console = Console()
-    own = Table(title="wwwserve", show_header=False)
-    for column in table([seen]).columns:  # one node, so names stand before their values
-        own.add_row(column.header, *column.cells)
-    console.print(own)
-    peers = Table(title=f"peers as {seen['name']} sees them")
-    peers.add_column("peer", overflow="fold")
-    for name in ("there", "age s", "run", "wait", "KV", "price", "stake", "ours"):
-        peers.add_column(name, no_wrap=True)
-    peers.add_column("API", overflow="fold")
-    for each in seen["peers"]:
-        age_s, kv_use = each["age_s"], each["kv_use"]
-        peers.add_row(
-            _who(each), "yes" if each["there"] else "no", "-" if age_s is None else f"{age_s:.1f}",
-            f"{each['running']:.0f}", f"{each['waiting']:.0f}", "-" if kv_use is None else f"{kv_use:.0%}",
-            f"{each['price']:g}", f"{each['stake']:.3g}", str(each["out"]), each["url"] or "-",
-        )  # fmt: skip
-    console.print(peers)
-
-
-def up(plan: Plan) -> None:
-    """Run a network until SIGINT or SIGTERM, with a live table on a terminal; else a line of JSON says when it is
-    ready. Raises as `running`."""
-
-    def stop(number: int, frame: object) -> None:
-        for each in STOPPING:  # a second one would leave processes behind
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for each in STOPPING:
-        signal.signal(each, stop)
-    console = Console()
-    try:
-        with running(plan) as network:
-            if not console.is_terminal:
-                print(json.dumps({"nodes": network.urls, "model": plan.model}), flush=True)
-                while True:
-                    signal.pause()
-            with Live(console=console, auto_refresh=False) as live:
-                while True:
-                    seen = []
-                    for url in network.urls:
-                        try:
-                            seen.append(look(url))
-                        except NetworkError:
-                            continue
-                    live.update(table(seen), refresh=True)
-                    time.sleep(REFRESH_S)
-    except KeyboardInterrupt:
-        pass

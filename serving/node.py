@@ -16,8 +16,8 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from wwwserve.agents.policy.runtime import DEFAULT_BUNDLE
-from wwwserve.agents.policy.runtime import load as load_bundle
+from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE
+from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.serving.config import ConfigError, NodeConfig, StaticConfig
 from wwwserve.serving.dispatcher import Dispatcher

@@ -201,6 +201,10 @@ class NodeProvider:
         """The request is at the head of its queue again; who refused it or was lost with it is masked."""
         transitions.come_back(self.record, self._requests, r)
 
+    def mask(self, r: int, name: str) -> None:
+        """A peer does not bring an answer: it is offered the request no more until candidates are drawn anew."""
+        transitions.mask(self._requests, r, self._row_of(name))
+
     def close(self, klass: int) -> None:
         """Requests of a class wait for the next tick or answer."""
         self.record["closed"][klass] = 1
@@ -375,9 +379,12 @@ class NodeProvider:
         record, requests, peers = self.record, self._requests, self._peers
         if transitions.choose_head(record, self.agreement, requests):
             r = int(record["head"])
-            for row, serves in enumerate(self.serves):
-                self._serving[row] = self._models[r] in serves
-            transitions.draw_candidates(record, self.agreement, requests, r, peers, self._serving, now_s, self._scratch)
+            if not transitions.has_candidates(record, requests, r):
+                for row, serves in enumerate(self.serves):
+                    self._serving[row] = self._models[r] in serves
+                transitions.draw_candidates(
+                    record, self.agreement, requests, r, peers, self._serving, now_s, self._scratch
+                )
             transitions.draw_uniforms(record, self.uniforms[0])
         r = int(record["head"])
         if r < 0 and not record["advert_due"]:

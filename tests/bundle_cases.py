@@ -17,10 +17,12 @@ RESULTS = {
 WITHOUT = """
 import sys
 
+BLOCKED = {"torch", "pettingzoo", "gymnasium", "stable_baselines3", "onnx", "onnxruntime", "matplotlib"}
+
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torch", "pettingzoo", "gymnasium", "stable_baselines3", "onnx", "onnxruntime"}:
-            raise ModuleNotFoundError(f"{name} is blocked")
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocked())
 """

@@ -17,13 +17,12 @@ from safetensors.numpy import load as read_safetensors
 from safetensors.numpy import save as safetensors_bytes
 
 from wwwserve.agents.decision import ADMITS, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, make_actions
-from wwwserve.agents.policy.bundle import CARD, MANIFEST, ONNX, SEALED, WEIGHTS, read, seal
-from wwwserve.agents.policy.checkpoint import actor_of, save, weights_of
-from wwwserve.agents.policy.network import Actor
-from wwwserve.agents.policy.runtime import BundleError, LearnedPolicy, load
+from wwwserve.agents.policy.bundle import CARD, MANIFEST, ONNX, SEALED, WEIGHTS, BundleError, load, read, save, seal
+from wwwserve.agents.policy.forward import LearnedPolicy
+from wwwserve.agents.policy.network import Actor, actor_of, onnx_bytes, weights_of
 from wwwserve.agents.view import CROWD_S, FINISH_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, Views
 from wwwserve.eval.policies import PolicyError, load_policy
-from wwwserve.train.export import export, record
+from wwwserve.train.export import card, export, record
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,6 +63,10 @@ def bundle(actor, tmp_path_factory) -> Path:
 def copy(bundle, tmp_path) -> Path:
     """A bundle that a test may damage."""
     return Path(shutil.copytree(bundle, tmp_path / "policy"))
+
+
+def keep(policy: Actor, folder: Path, about: dict[str, str], views: Views) -> None:
+    save(weights_of(policy), folder, about, views, onnx_bytes(policy, views), card)
 
 
 def in_torch(actor: Actor, views: Views) -> list[np.ndarray]:
@@ -189,15 +192,15 @@ def test_the_onnx_model_takes_one_view_or_many_and_names_no_folder_of_its_maker(
 
 
 def test_saving_again_replaces_the_bundle_and_leaves_nothing_else(actor, few, tmp_path):
-    save(actor, tmp_path / "policy", {"name": "one"}, few)
-    save(actor, tmp_path / "policy", {"name": "two"}, few)
+    keep(actor, tmp_path / "policy", {"name": "one"}, few)
+    keep(actor, tmp_path / "policy", {"name": "two"}, few)
     assert load(tmp_path / "policy").name == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
 
 
 def test_the_same_policy_gives_the_same_bytes(actor, few, tmp_path):
     for name in ("a", "b"):
-        save(actor, tmp_path / name, {}, few)
+        keep(actor, tmp_path / name, {}, few)
     for name in (MANIFEST, *SEALED):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -206,7 +209,7 @@ def test_saving_over_a_folder_that_is_no_bundle_is_refused(actor, few, tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
     with pytest.raises(ValueError, match="not a policy bundle"):
-        save(actor, tmp_path / "photos", {}, few)
+        keep(actor, tmp_path / "photos", {}, few)
     assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"x"
 
 
@@ -214,7 +217,7 @@ def test_a_policy_that_cannot_be_loaded_is_not_saved(few, tmp_path):
     broken = weights_of(Actor(width=16))
     broken["score.weight"][0, 0] = np.inf
     with pytest.raises(ValueError):
-        save(broken, tmp_path / "policy", {}, few)
+        save(broken, tmp_path / "policy", {}, few, b"", card)
     assert not list(tmp_path.iterdir())
 
 
@@ -352,7 +355,7 @@ def test_a_link_to_the_bundle_itself_is_followed(bundle, tmp_path):
 
 
 def test_learned_is_the_policy_that_is_shipped(copy, monkeypatch):
-    monkeypatch.setattr("wwwserve.agents.policy.runtime.DEFAULT_BUNDLE", copy)
+    monkeypatch.setattr("wwwserve.agents.policy.bundle.DEFAULT_BUNDLE", copy)
     assert load_policy("learned").name == "learned"
     (copy / ONNX).unlink()
     with pytest.raises(PolicyError, match=r"policy 'learned': .*policy\.onnx: cannot be read"):
@@ -360,7 +363,7 @@ def test_learned_is_the_policy_that_is_shipped(copy, monkeypatch):
 
 
 def test_it_runs_where_no_training_library_can_be_imported(bundle):
-    program = WITHOUT + "from agents.policy.runtime import load\nprint(load(sys.argv[1]).name)"
+    program = WITHOUT + "from wwwserve.agents.policy.bundle import load\nprint(load(sys.argv[1]).name)"
     command = [sys.executable, "-c", program, str(bundle)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "learned\n", done.stderr

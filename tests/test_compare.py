@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import yaml
 
+from wwwserve.agents.arguments import UsageError
 from wwwserve.agents.rules import RULES, Rule
 from wwwserve.envs.scenario import Scenario, parse
 from wwwserve.eval import compare as command
 from wwwserve.eval import play as rollouts
-from wwwserve.eval.arguments import UsageError
 from wwwserve.eval.compare import compare, write_json
 from wwwserve.eval.metrics import attainment, paired_ci
 from wwwserve.eval.play import Run, rollout
 from wwwserve.eval.policies import DEFAULT_POLICIES, PolicyError, load_policies, load_policy
+from wwwserve.eval.tuned import best_for
 
 SEEDS = range(1_000_000, 1_000_005)
 LENGTHS = {"prompt": {"median": 500, "sigma": 0.5, "max": 1024}, "output": {"median": 400, "sigma": 0.7, "max": 1024}}
@@ -194,6 +195,14 @@ def test_a_rule_takes_settings() -> None:
     assert policy.settings == Rule("rank_cap", {"cap_fast": 0.2, "urgency": 3.0}).settings
 
 
+def test_a_rule_as_tuned_for_a_kind_of_market() -> None:
+    best = best_for("deadlines")
+    found = load_policy(best.name)
+    assert isinstance(found, Rule)
+    assert (found.name, found.settings) == (best.name, best.settings)
+    assert load_policy("www_serve@lying").name == "www_serve@lying"
+
+
 @pytest.mark.parametrize(
     "argument, expected",
     [
@@ -204,6 +213,10 @@ def test_a_rule_takes_settings() -> None:
         ("rank_cap:cap_fast=nan", "got 'cap_fast=nan'"),
         ("rank_cap:", "got ''"),
         ("rank_cap:urgency=1,urgency=2", "'urgency' is given twice"),
+        ("rank_cap@", "got '' after @, expected one of all, honest.*anyone"),
+        ("rank_cap@deadline", "got 'deadline' after @"),
+        ("single@honest", "rule 'single' has no settings"),
+        ("nobody@honest", "unknown policy 'nobody@honest'"),
         ("centralized:x=1", "unknown policy 'centralized:x=1'"),
     ],
 )
@@ -230,7 +243,8 @@ def test_command_writes_the_same_result_whatever_the_threads(
     common = (small_file, "--policy", "single", "omniscient", "--seeds", "4", "--json")
     assert run(*common, str(tmp_path / "a.json"), "--threads", "1") == 0
     shown = capsys.readouterr().out
-    assert run(*common, str(tmp_path / "b.json"), "--threads", "2") == 0
+    again = (small_file, "--policy", "single", "--policy", "omniscient", "--seeds", "4", "--json")  # each adds
+    assert run(*again, str(tmp_path / "b.json"), "--threads", "2") == 0
     assert capsys.readouterr().out == shown
     text = (tmp_path / "a.json").read_text()
     assert text == (tmp_path / "b.json").read_text()
@@ -262,15 +276,17 @@ def test_command_shows_regret_over_scenarios_against_policies_that_see_no_more(
         (["paper/alternatin"], "paper/alternatin: file: got none of this name"),
         (["FILE", "--policy", "wwwserve"], "unknown policy 'wwwserve'"),
         (["FILE", "--policy", "single", "single"], "policy 'single' is given twice"),
+        (["FILE", "--policy", "single", "--policy", "single"], "policy 'single' is given twice"),
         (["FILE", "--baseline", "nobody"], "unknown policy 'nobody'"),
         (["FILE", "FILE"], "scenario name 'small' is there twice"),
-        (["FILE", "--seeds", "0"], "--seeds: got '0', expected an integer of at least 1"),
-        (["FILE", "--first-seed", "-1"], "--first-seed: got '-1', expected an integer of at least 0"),
+        (["FILE", "--seeds", "0"], "--seeds is 0, expected at least 1"),
+        (["FILE", "--seeds", "few"], "--seeds: got 'few', expected a number"),
+        (["FILE", "--first-seed", "-1"], "--first-seed is -1, expected at least 0"),
         (["FILE", "--json", "nowhere/out.json"], "--json nowhere/out.json: nowhere is not a folder"),
         (["FILE", "--json", "."], "is a folder, expected a file"),
         (["FILE", "--figures", "nowhere/figures"], "--figures nowhere/figures: No such file or directory"),
-        (["FILE", "--polcy", "single"], "unrecognized arguments: --polcy"),
-        ([], "SCENARIO"),
+        (["FILE", "--polcy", "single"], "Unrecognized options: --polcy"),
+        ([], "no scenario is given"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_nothing_runs(

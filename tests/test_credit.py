@@ -42,12 +42,15 @@ class Engine:
     claims: int | None = None  # tokens that it says it generated
     pause_s: float = 0.0
     mode: str = "well"
+    per_event: int = 1  # words in an event of a stream
     begun: int = 0
+    asked: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.begun += 1
+        self.asked.append(body)
         if self.mode == "silent":
             await asyncio.sleep(60)
         if not body.get("stream"):
@@ -57,13 +60,17 @@ class Engine:
             return web.json_response({"choices": [{"message": {"content": text}}], "usage": usage})
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
-        for k in range(-1, self.words):
-            delta = {"role": "assistant", "content": ""} if k < 0 else {"content": f"w{k} "}
+        for k in (-1, *range(0, self.words, self.per_event)):
+            words = "".join(f"w{i} " for i in range(k, min(k + self.per_event, self.words)))
+            delta = {"role": "assistant", "content": ""} if k < 0 else {"content": words}
             await response.write(b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\n\n")
             if self.mode == "breaks off" and k == self.words // 2 - 1:
                 assert request.transport is not None
                 request.transport.abort()
             await asyncio.sleep(self.pause_s)
+        if (body.get("stream_options") or {}).get("include_usage"):
+            told = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": self.words}}
+            await response.write(b"data: " + json.dumps(told).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -131,7 +138,7 @@ class Net:
         found = [c for c in (await self.see(k))["ledger"]["channels"] if c["peer"] == self.keys[other]]
         return found[0] if found else {}
 
-    async def until(self, what: Callable[[], Awaitable[bool]], for_s: float = 20.0) -> None:
+    async def until(self, what: Callable[[], Awaitable[bool]], for_s: float = 60.0) -> None:
         until_s = asyncio.get_running_loop().time() + for_s
         while not await what():
             assert asyncio.get_running_loop().time() < until_s, f"not within {for_s} s"
@@ -230,6 +237,30 @@ def test_an_answer_is_paid_by_its_tokens_whole_or_streamed(tmp_path: Path) -> No
             page = await (await n.session.get(n.url(0) + "/metrics")).text()
             free = page.split(f'wwwserve_credits{{peer="{n.keys[1]}",state="free",whose="own"}} ')[1].split()[0]
             assert float(free) == pytest.approx(100 - paid)
+        assert settled(*agree(n))
+
+    play(scene)
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_is_paid_by_its_usage_which_its_user_sees_only_if_it_was_asked_for(
+    tmp_path: Path, usage: bool
+) -> None:
+    async def scene() -> None:
+        other = Engine(per_event=4)
+        async with net(tmp_path, busy(), other) as n:
+            more = {"stream_options": {"include_usage": True}} if usage else {}
+            body = {"model": MODEL, "messages": [], "stream": True} | more
+            while not other.begun:
+                async with n.session.post(n.url(0) + "/v1/chat/completions", json=body) as response:
+                    answer = (await response.read()).decode()
+            assert [each["max_tokens"] for each in other.asked] == [4096]  # as many as are in escrow
+            events = [json.loads(each[6:]) for each in answer.split("\n\n") if each[6:].startswith("{")]
+            assert len(events) == 1 + WORDS // 4 + usage and answer.endswith("data: [DONE]\n\n")
+            assert [event["usage"] for event in events if "usage" in event] == (
+                [{"prompt_tokens": 7, "completion_tokens": WORDS}] if usage else []
+            )
+            assert await n.paid() == pytest.approx(cost(WORDS))
         assert settled(*agree(n))
 
     play(scene)

@@ -15,11 +15,18 @@ from wwwserve.agents.decision import (
     ROUTES,
     TERMS_SIZE,
     accept,
+    affordable,
     decode,
     encode,
     make_actions,
+    may_hold,
+    may_offer,
     set_admit,
 )
+from wwwserve.agents.kernel import records
+from wwwserve.agents.knowledge import AD_PRICE, ADVERT_SIZE, Peers, make_dealings
+from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST
+from wwwserve.agents.provider import REQUEST
 
 INF = np.inf
 
@@ -85,3 +92,28 @@ def test_each_admit_bin_accepts_up_to_its_wait() -> None:
 )
 def test_accept(offered, wait_s: float, kv_use: float, held: int, u: float, taken: bool) -> None:
     assert accept(offered, wait_s, kv_use, held, u) == taken
+
+
+def peers(prices: list[float], credit: list[int]) -> Peers:
+    adverts = np.zeros((len(prices), ADVERT_SIZE))
+    adverts[:, AD_PRICE] = prices
+    return Peers(adverts, make_dealings(len(prices)), np.array(credit))
+
+
+def test_a_peer_is_affordable_up_to_its_longest_answer() -> None:
+    known = peers([9.0, 2.0, 0.5], [0, 3 * MICRO, MICRO - 1])
+    assert affordable(PER_KTOK, known, 1, 1500) and not affordable(PER_KTOK, known, 1, 1501)
+    assert affordable(PER_KTOK, known, 2, 1999) and not affordable(PER_KTOK, known, 2, 2000)
+    assert affordable(PER_REQUEST, known, 1, 10**6) and not affordable(PER_REQUEST, known, 0, 1)
+
+
+def test_an_offer_goes_to_candidates_that_did_not_refuse_and_can_be_paid() -> None:
+    request = records(1, REQUEST)
+    request["n_candidates"], request["refused"], request["longest"] = 3, 0b010, 1000
+    request["candidates"][0, :4] = 3, 1, 2, 1
+    known = peers([0.0, 1.0, 1.0, 1.0, 1.0], [MICRO, MICRO, MICRO - 1, MICRO, MICRO])
+    assert [may_offer(PER_KTOK, request[0], known, k) for k in range(-2, 6)] == [False] * 2 + [True] + [False] * 5
+
+
+def test_a_request_is_held_until_its_last_deadline() -> None:
+    assert [may_hold(waited_s, 20.0) for waited_s in (0.0, 19.99, 20.0, 25.0)] == [True, True, False, False]

@@ -7,11 +7,10 @@ from numpy.typing import NDArray
 
 from wwwserve.agents import view as v
 from wwwserve.agents.decision import ADMITS, CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, PRICES, ROUTES, make_actions
-from wwwserve.agents.policy import forward
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.forward import EVIDENCE, FORBIDDEN, LOGITS, SHORTEST_S
-from wwwserve.agents.policy.network import Actor
-from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.policy import architecture, forward
+from wwwserve.agents.policy.architecture import EVIDENCE, FORBIDDEN, LOGITS, SHORTEST_S
+from wwwserve.agents.policy.forward import LearnedPolicy
+from wwwserve.agents.policy.network import Actor, weights_of
 from wwwserve.agents.rules import Rule
 from wwwserve.agents.view import Views, make_views
 from wwwserve.envs.batch import MarketBatch
@@ -176,7 +175,7 @@ def test_decisions_are_the_most_probable(policy: LearnedPolicy, seen: Views) -> 
 
 def test_features_are_normalised_as_the_view_says(seen: Views) -> None:
     node = np.zeros(len(v.NODE_FEATURES), np.float32)
-    about = np.zeros(forward.ABOUT, np.float32)
+    about = np.zeros(architecture.ABOUT, np.float32)
     nodes = v.normalise(seen.nodes, v.NODE_FEATURES)
     request, me = v.normalise(seen.request, v.REQUEST_FEATURES), v.normalise(seen.me, v.SELF_FEATURES)
     for k in range(0, len(seen.me), 9):
@@ -219,7 +218,7 @@ def test_settings_depend_on_the_view_and_are_never_negative(actor: Actor) -> Non
     rng = np.random.default_rng(0)
     pooled = rng.uniform(-60, 60, (50, WIDTH)).astype(np.float32)
     net = forward.net_of(weights_of(actor))
-    found = np.zeros((len(pooled), forward.SETTINGS), np.float32)
+    found = np.zeros((len(pooled), architecture.SETTINGS), np.float32)
     for row, out in zip(pooled, found, strict=True):
         forward.settings(net, row, out)
     assert (found >= 0).all() and np.isfinite(found).all() and (found.std(0) > 0.1).all()
@@ -229,7 +228,7 @@ def test_settings_depend_on_the_view_and_are_never_negative(actor: Actor) -> Non
 
 def test_an_unlearned_policy_has_the_usual_settings() -> None:
     net = forward.net_of(weights_of(Actor(WIDTH)))
-    found = np.zeros(forward.SETTINGS, np.float32)
+    found = np.zeros(architecture.SETTINGS, np.float32)
     forward.settings(net, np.zeros(WIDTH, np.float32), found)
     assert found.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.5, 10.0, 1.0, 0.3, 0.7, 1.0], rel=1e-4)
 

@@ -3,22 +3,22 @@
 import numpy as np
 import pytest
 
-from wwwserve.train.gae import estimate
+from wwwserve.train.rollout import advantages
 
 GAMMA, LAM = 0.9, 0.8
 
 
-def run(reward, elapsed_s, decided, value, cut=None, cut_value=None, last_value=0.0):
+def run(reward, elapsed_s, decided, value, truncated=None, final_value=None, last_value=0.0):
     """One market, one provider."""
     steps = len(reward)
     shape = (steps, 1, 1)
-    return estimate(
+    return advantages(
         np.array(reward, np.float32).reshape(shape),
         np.array(elapsed_s, np.float64).reshape(steps, 1),
         np.array(decided, np.bool_).reshape(shape),
         np.array(value, np.float32).reshape(shape),
-        np.array(cut or [False] * steps, np.bool_).reshape(steps, 1),
-        np.array(cut_value or [0.0] * steps, np.float32).reshape(shape),
+        np.array(truncated or [False] * steps, np.bool_).reshape(steps, 1),
+        np.array(final_value or [0.0] * steps, np.float32).reshape(shape),
         np.full((1, 1), last_value, np.float32),
         GAMMA,
         LAM,
@@ -46,10 +46,16 @@ def test_rounds_at_the_same_instant_are_not_discounted():
     assert got == pytest.approx([1.0 + last, last], rel=1e-6)
 
 
-def test_a_cut_bootstraps_from_what_would_have_followed_and_not_from_the_next_market():
+def test_a_truncation_bootstraps_from_what_would_have_followed_and_not_from_the_next_market():
     got = run(
-        [1.0, 2.0, 50.0], [1, 1, 1], [1, 1, 1], [0.5, 0.25, 7.0], cut=[0, 1, 0], cut_value=[0, 6.0, 0], last_value=100.0
-    )
+        [1.0, 2.0, 50.0],
+        [1, 1, 1],
+        [1, 1, 1],
+        [0.5, 0.25, 7.0],
+        truncated=[0, 1, 0],
+        final_value=[0, 6.0, 0],
+        last_value=100.0,
+    )  # fmt: skip
     second = 2.0 + GAMMA * 6.0 - 0.25
     first = 1.0 + GAMMA * 0.25 - 0.5 + GAMMA * LAM * second
     assert got[:2] == pytest.approx([first, second], rel=1e-6)
@@ -58,14 +64,14 @@ def test_a_cut_bootstraps_from_what_would_have_followed_and_not_from_the_next_ma
 def test_markets_and_providers_are_kept_apart():
     rng = np.random.default_rng(0)
     shape = (20, 3, 4)
-    reward, value, cut_value = (rng.normal(size=shape).astype(np.float32) for _ in range(3))
-    elapsed_s, cut, decided = rng.random(shape[:2]), rng.random(shape[:2]) < 0.1, rng.random(shape) < 0.6
+    reward, value, final_value = (rng.normal(size=shape).astype(np.float32) for _ in range(3))
+    elapsed_s, truncated, decided = rng.random(shape[:2]), rng.random(shape[:2]) < 0.1, rng.random(shape) < 0.6
     last_value = rng.normal(size=shape[1:]).astype(np.float32)
-    together = estimate(reward, elapsed_s, decided, value, cut, cut_value, last_value, GAMMA, LAM)
+    together = advantages(reward, elapsed_s, decided, value, truncated, final_value, last_value, GAMMA, LAM)
     for b in range(3):
         for n in range(4):
             alone = run(
                 reward[:, b, n], elapsed_s[:, b], decided[:, b, n], value[:, b, n],
-                list(cut[:, b]), list(cut_value[:, b, n]), last_value[b, n],
+                list(truncated[:, b]), list(final_value[:, b, n]), last_value[b, n],
             )  # fmt: skip
             assert alone == pytest.approx(together[:, b, n])

@@ -18,6 +18,7 @@ from wwwserve.agents.hardware import (
     off_line_s,
     profile,
 )
+from wwwserve.eval import hardware_fit
 
 PAIRS = [(gpu, model) for gpu in GPUS for model in MODELS]
 TOO_LARGE = {("rtx-4090", "qwen3-14b"), ("rtx-3090", "qwen3-14b")}
@@ -32,8 +33,7 @@ def llama() -> Profile:
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("pair", FITTED, ids=" ".join)
 def test_a_fit_to_half_of_the_sizes_predicts_the_other_half(pair: tuple[str, str], half: int) -> None:
-    pytest.importorskip("scipy")
-    errors = hardware.held_out_errors(hardware.iteration_times()[pair], half)
+    errors = hardware_fit.held_out_errors(hardware_fit.iteration_times()[pair], half)
     assert errors["decode"] <= 0.04
     assert errors["mixed"] <= 0.08
     assert errors["all"] <= 0.08
@@ -42,12 +42,11 @@ def test_a_fit_to_half_of_the_sizes_predicts_the_other_half(pair: tuple[str, str
 
 @pytest.mark.parametrize("pair", FITTED, ids=" ".join)
 def test_stored_coefficients_are_the_fit_to_all_rows(pair: tuple[str, str]) -> None:
-    pytest.importorskip("scipy")
-    np.testing.assert_allclose(hardware.fit(hardware.iteration_times()[pair]), FITTED[pair], rtol=0.01)
+    np.testing.assert_allclose(hardware_fit.fit(hardware_fit.iteration_times()[pair]), FITTED[pair], rtol=0.01)
 
 
 def test_every_table_of_iteration_times_is_in_the_catalogue() -> None:
-    tables = hardware.iteration_times()
+    tables = hardware_fit.iteration_times()
     assert set(tables) == set(FITTED)
     assert {pair: len(rows) for pair, rows in tables.items()} == {
         ("a100-80g", "llama-3-8b"): 154,
@@ -58,25 +57,23 @@ def test_every_table_of_iteration_times_is_in_the_catalogue() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_fit_recovers_known_coefficients(scale: float) -> None:
-    pytest.importorskip("scipy")
     truth = scale * np.array([8e-3, 6e-5, 2e-7, 2e-3, 9e-5])
     decode = [(b, b * c, 0) for b in (1, 4, 16, 64) for c in (100, 2000)]
     prefill = [(0, 0, p) for p in (32, 256, 1024, 2048)]
     rows = np.array([(*row, iteration_s(truth, *map(float, row))) for row in decode + prefill])
-    np.testing.assert_allclose(hardware.fit(rows), truth, rtol=1e-3)
+    np.testing.assert_allclose(hardware_fit.fit(rows), truth, rtol=1e-3)
     beyond_one_chunk = np.vstack([rows, [0, 0, 4096, 99.0]])
-    np.testing.assert_allclose(hardware.fit(beyond_one_chunk), truth, rtol=1e-3)
+    np.testing.assert_allclose(hardware_fit.fit(beyond_one_chunk), truth, rtol=1e-3)
 
 
 def test_fit_refuses_what_it_cannot_identify() -> None:
-    pytest.importorskip("scipy")
-    rows = hardware.iteration_times()["a40", "llama-2-7b"]
+    rows = hardware_fit.iteration_times()["a40", "llama-2-7b"]
     with pytest.raises(ValueError, match="two prefill sizes"):
-        hardware.fit(rows[rows[:, hardware.PREFILL_TOKENS] == 0])
+        hardware_fit.fit(rows[rows[:, hardware_fit.PREFILL_TOKENS] == 0])
     with pytest.raises(ValueError, match="two decode batch sizes"):
-        hardware.fit(rows[rows[:, hardware.DECODING] <= 1])
+        hardware_fit.fit(rows[rows[:, hardware_fit.DECODING] <= 1])
     with pytest.raises(ValueError, match="positive times"):
-        hardware.fit(rows * [1, 1, 1, -1])
+        hardware_fit.fit(rows * [1, 1, 1, -1])
 
 
 @pytest.mark.parametrize(("gpu", "model"), PAIRS)
@@ -238,9 +235,10 @@ def test_time_grows_with_each_argument(gpu: str) -> None:
 
 def test_beyond_the_line_a_batch_takes_what_was_measured(llama: Profile) -> None:
     row = replace(llama, batch_s=(0.001, -0.002, 0.004)).row()
-    expected = {1: 0.001, 2: -0.002, 3: 0.001, 4: 0.004, 6: 0.004, 256: 0.004}
+    expected = {1: 0.001, 2: -0.002, 3: 0.001, 4: 0.004, 6: 0.004, 256: 0.004, 1024: 0.004}
     assert {batch: off_line_s(row, batch) for batch in expected} == pytest.approx(expected)
     assert off_line_s(replace(llama, batch_s=tuple(range(9))).row(), 192) == pytest.approx(7.5)
+    assert off_line_s(replace(llama, batch_s=tuple(range(9))).row(), 1024) == 8.0  # as at the last knot
     assert {off_line_s(llama.row(), batch) for batch in range(1, 257)} == {0.0}
 
 

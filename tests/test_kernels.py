@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from wwwserve import agents
-from wwwserve.agents import decision, dice, estimate, hardware, knowledge, protocol, rules, view
-from wwwserve.agents.policy import bundle, forward, runtime
+from wwwserve.agents import decision, dice, estimate, hardware, kernel, knowledge, protocol, provider, rules, view
+from wwwserve.agents.policy import architecture, forward
 from wwwserve.envs import scenario
 from wwwserve.envs.batch import MarketBatch
 
@@ -138,28 +138,155 @@ def protocol_case(rng: np.random.Generator) -> Results:
     return {name: np.array(values) for name, values in named.items()}
 
 
+KNOWN = np.array([[80, 0.5, 400, 90, 3, 20], [800, 0.0, 4000, 900, 1, 600], [200, 0.6, 1000, 240, 2, 60.0]])
+DEADLINES = np.array([[10.0, 20.0], [300.0, 600.0], [30.0, 60.0]])
+PEERS = 12
+
+# A request record as a market or a node has it, with what it has in escrow.
+REQUEST = np.dtype([*provider.REQUEST_FIELDS, ("locked", np.int64)], align=True)
+
+
+def provider_of(rng: np.random.Generator, requests: int) -> tuple[Any, Any, Any]:
+    """A provider that has nothing, what it has agreed on, and the records of requests of three classes."""
+    p, a = kernel.records(1, provider.PROVIDER), kernel.records(1, provider.AGREEMENT)
+    q = kernel.records(requests, REQUEST)
+    provider.reset_provider(p)
+    provider.reset_requests(q)
+    p["known"][0, :3], p["own"], p["generator"] = KNOWN, adverts_of(rng, 1)[0], dice.make_dice(int(rng.integers(99)))
+    p["own"][0, knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = 0
+    a["tick_s"], a["gossip_s"], a["rtt_s"] = 1.0, 3.0, 0.05
+    a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
+    a["pricing"], a["n_prices"], a["prices"][0, :3] = rng.integers(2), 3, (0.5, 1, 2)
+    a["exposure"] = rng.choice([protocol.NO_BOUND, 8 * protocol.MICRO])
+    q["klass"], q["prompt"], q["arrival_s"] = (rng.integers(high, size=requests) + low for low, high in
+                                               ((0, 3), (1, 3000), (-100, 105)))  # fmt: skip
+    q["longest"] = KNOWN[q["klass"], view.CLASS_MAX]
+    return p[0], a[0], q
+
+
 def views_of(rng: np.random.Generator, count: int) -> view.Views:
     views = view.make_views(count)
-    idle_token_s, looser_than = np.empty(view.NODES), np.empty(knowledge.MAX_CLASSES, np.int64)
-    known = np.array([[80, 0.5, 400, 90, 3, 20], [800, 0.0, 4000, 900, 1, 600], [200, 0.6, 1000, 240, 2, 60.0]])
-    deadlines = np.array([[10.0, 20.0], [300.0, 600.0], [30.0, 60.0]])
+    scratch = view.ViewScratch(np.empty(view.NODES), np.empty(knowledge.MAX_CLASSES, np.int64))
     for b in range(count):
-        adverts = adverts_of(rng, 12)
-        n = int(rng.integers(0, 9))
-        if b % 10 == 0:
-            view.write_idle_view(views.nodes[b], views.request[b], views.routes[b], adverts[0], 5.0)
-        else:
-            view.write_request_view(
-                views.nodes[b], views.request[b], views.routes[b], adverts[0], adverts, dealings_of(rng, adverts),
-                rng.permutation(np.arange(1, 12)), n, int(rng.integers(256)), bool(rng.random() < 0.5),
-                int(rng.integers(0, 10**7)), 5.0, 0.05, rng.uniform(1, 3000), rng.uniform(-100, 5),
-                int(rng.integers(3)), known, deadlines, int(rng.integers(2)), idle_token_s, looser_than,
-            )  # fmt: skip
-        view.write_self(
-            views.me[b], b % 10 != 0, b % 3 == 0, int(rng.integers(9)), rng.random(), int(rng.integers(9)),
-            int(rng.integers(10**9)), rng.random(),
-        )  # fmt: skip
+        adverts = adverts_of(rng, PEERS)
+        p, a, q = provider_of(rng, 1)
+        p["head"] = -1 if b % 10 == 0 else 0
+        p["advert_due"], p["held"], p["guests"] = b % 3 == 0, *rng.integers(9, size=2)
+        p["arrival_rate"], p["price"], p["credit"] = *rng.random(2), rng.integers(10**9)
+        q["n_candidates"], q["refused"] = rng.integers(0, 9), rng.integers(256)
+        q["candidates"] = rng.permutation(np.arange(1, PEERS))[: decision.CANDIDATES]
+        peers = knowledge.Peers(adverts, dealings_of(rng, adverts), rng.integers(0, 10**7, PEERS))
+        one = view.Views(*(array[b] for array in views))
+        view.write_view(one, p, a, q, peers, 5.0, scratch)
     return views
+
+
+class Life:
+    """A provider through random transitions, in the order in which a market or a node may call them."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng, self.now_s = rng, 5.0
+        self.p, self.a, self.q = provider_of(rng, 40)
+        self.adverts = adverts_of(rng, PEERS)
+        self.dealings = knowledge.make_dealings(PEERS)
+        self.account = np.array([20 * protocol.MICRO, 2 * protocol.MICRO, 0])
+        self.credit = np.zeros(PEERS, np.int64)
+        self.scratch = provider.Scratch(np.zeros(PEERS), np.zeros(PEERS, np.bool_))
+        self.uniforms = np.zeros(dice.DICE_PER_DECISION)
+        self.arrived = 0
+        self.offered: list[int] = []
+        self.taken: list[int] = []
+        self.log: list[float] = []
+
+    def peers(self) -> knowledge.Peers:
+        provider.write_credit(self.p, self.account, self.a, self.q, self.credit)
+        return knowledge.Peers(self.adverts, self.dealings, self.credit)
+
+    def arrive(self) -> None:
+        if self.arrived < self.q.size:
+            provider.arrive(self.p, self.q, self.arrived)
+            self.arrived += 1
+
+    def decide(self) -> None:
+        p, q, rng = self.p, self.q, self.rng
+        if provider.choose_head(p, self.a, q):
+            if not provider.has_candidates(p, q, p["head"]):
+                serves = rng.random(PEERS) < 0.8
+                provider.draw_candidates(p, self.a, q, p["head"], self.peers(), serves, self.now_s, self.scratch)
+            provider.draw_uniforms(p, self.uniforms)
+        r = int(p["head"])
+        if r < 0:
+            return
+        route = provider.decide(p, self.a, q, self.peers(), int(rng.integers(-2, decision.ROUTES + 2)), self.now_s)
+        self.log += [r, route, q[r]["n_candidates"], *self.uniforms]
+        if route >= decision.FIRST_CANDIDATE:
+            j = int(q[r]["candidates"][route - decision.FIRST_CANDIDATE])
+            provider.offer(p, q, r, j, self.dealings[j], self.adverts[j])
+            q[r]["locked"] = 10**5
+            self.offered.append(r)
+
+    def hear(self) -> None:
+        """Of an offer, a refusal or an acceptance."""
+        if not self.offered:
+            return
+        r = self.offered.pop(int(self.rng.integers(len(self.offered))))
+        j = int(self.q[r]["executor"])
+        if self.rng.random() < 0.5:
+            provider.accepted(self.q, r, self.now_s, self.rng.uniform(0.1, 5), self.rng.uniform(0.01, 0.1))
+            self.taken.append(r)
+        else:
+            provider.refused(self.p, self.q, r, self.dealings[j], self.adverts[j])
+            self.q[r]["locked"] = 0
+            provider.mask(self.q, r, int(self.rng.integers(PEERS)))
+            provider.come_back(self.p, self.q, r)
+
+    def answer(self) -> None:
+        """Of what was taken one is answered, or lost."""
+        if not self.taken:
+            return
+        r = self.taken.pop(int(self.rng.integers(len(self.taken))))
+        j = int(self.q[r]["executor"])
+        if self.rng.random() < 0.7:
+            provider.answered(self.p, self.q, r, self.dealings[j], self.now_s, int(self.rng.integers(1, 900)))
+        else:
+            provider.end_leg(self.p, self.q, r, self.dealings[j])
+            provider.come_back(self.p, self.q, r)
+        self.q[r]["locked"] = 0
+
+    def give_up(self) -> None:
+        """A user leaves."""
+        if self.arrived:
+            provider.withdraw(self.p, self.q, int(self.rng.integers(self.arrived)))
+
+    def tick(self) -> None:
+        p = self.p
+        provider.tick(p, 1.0)
+        self.q["streamed"] += self.rng.integers(0, 60, self.q.size)
+        provider.look_at_evidence(p, self.q, self.dealings, self.now_s)
+        provider.move_own_stake(p, self.account, 1.0)
+        if provider.gossip(p, self.a, self.now_s):
+            terms = np.array([self.rng.uniform(0, 60), 1.0, 0.9, self.rng.integers(2)])
+            provider.set_terms(p, self.a, terms, int(self.rng.integers(-1, 5)))
+            provider.advertise(p, int(self.account[protocol.STAKED]), self.now_s, self.adverts[0])
+        self.log += provider.consider(p, float(self.rng.uniform(1, 3000)))
+
+    def bytes(self) -> Results:
+        fields = {f"p.{name}": self.p[name].copy() for name in provider.PROVIDER.names or ()}
+        fields |= {f"q.{name}": self.q[name].copy() for name in REQUEST.names or ()}
+        return fields | {"log": self.log, "dealings": self.dealings, "adverts": self.adverts, "account": self.account}
+
+
+def provider_case(rng: np.random.Generator) -> Results:
+    results: Results = {}
+    for k in range(4):
+        life = Life(rng)
+        acts = [life.arrive, life.decide, life.decide, life.hear, life.answer, life.give_up, life.tick]
+        for act in rng.choice(len(acts), 300, p=[0.14, 0.2, 0.2, 0.16, 0.16, 0.02, 0.12]):
+            life.now_s += float(rng.uniform(0, 0.4))
+            acts[act]()
+        provider.leave(life.p)
+        results |= {f"{k}.{name}": values for name, values in life.bytes().items()}
+    return results
 
 
 def view_and_rules_case(rng: np.random.Generator) -> Results:
@@ -184,10 +311,10 @@ def view_and_rules_case(rng: np.random.Generator) -> Results:
 def learned_case(rng: np.random.Generator) -> Results:
     """The learned policy with random weights."""
     views = views_of(rng, DRAWS)
-    weights: forward.Weights = {}
-    for name, shape in bundle.shapes(12).items():
+    weights: architecture.Weights = {}
+    for name, shape in architecture.shapes(12).items():
         weights[name] = np.asarray(0.3 * rng.standard_normal(shape), np.float32)
-    policy = runtime.LearnedPolicy(weights, {})
+    policy = forward.LearnedPolicy(weights, {})
     actions = decision.make_actions(DRAWS)
     policy.decide(views, rng.random(DRAWS) < 0.9, rng.random((DRAWS, 4)), actions)
     normalised = view.normalise(views.nodes, view.NODE_FEATURES)
@@ -239,7 +366,7 @@ def markets_case(rng: np.random.Generator) -> Results:
         results |= {f"{title}.{field}": array for field, array in batch.views._asdict().items()}
         results |= {f"{title}.{name}": getattr(state, name) for name in ("adverts", "dealings", "accounts")}
         results |= {f"{title}.provider.{name}": state.providers[name] for name in ("counts", "profit", "own")}
-        results |= {f"{title}.market.{name}": state.market[name] for name in ("steps", "dice", "n_duels", "now_s")}
+        results |= {f"{title}.market.{name}": state.market[name] for name in ("steps", "generator", "n_duels", "now_s")}
         results[f"{title}.rewards"] = rewards
         for b in range(len(names)):
             results |= {f"{title}.{b}.{name}": array for name, array in batch.requests(b)._asdict().items()}
@@ -247,7 +374,8 @@ def markets_case(rng: np.random.Generator) -> Results:
 
 
 CASES: tuple[Case, ...] = (
-    knowledge_case, estimate_case, dice_case, protocol_case, view_and_rules_case, learned_case, markets_case,
+    knowledge_case, estimate_case, dice_case, protocol_case, provider_case, view_and_rules_case, learned_case,
+    markets_case,
 )  # fmt: skip
 
 

@@ -48,6 +48,19 @@ def test_what_was_sent_counts_until_the_next_advert(dealings: Floats, advert: Fl
     assert dealings[k.OUT] == 4.0  # those sent before are still out
 
 
+def test_what_was_refused_no_longer_counts_as_sent(dealings: Floats, advert: Floats) -> None:
+    for _ in range(3):
+        k.on_sent(dealings, advert)
+    for left in (2, 1, 0, 0):
+        k.on_refused(dealings, advert)
+        assert k.sent_since(dealings, advert) == left
+    k.on_sent(dealings, advert)
+    newer = advert.copy()
+    newer[k.AD_TIME_S] = 103.0
+    k.on_refused(dealings, newer)  # it was sent under the advert before, and does not count now
+    assert k.sent_since(dealings, newer) == 0.0
+
+
 def test_ended_requests_are_no_longer_out_and_never_negative(dealings: Floats, advert: Floats) -> None:
     k.on_sent(dealings, advert)
     k.on_sent(dealings, advert)

@@ -18,7 +18,7 @@ MAY_IMPORT = {
 
 TRAINING_LIBRARIES = {"torch", "pettingzoo", "gymnasium", "stable_baselines3", "onnx", "onnxscript", "onnxruntime"}
 LIGHT_PACKAGES = {"agents", "serving"}
-MAY_NEED_TRAINING_LIBRARIES = {"agents/policy/network.py", "agents/policy/checkpoint.py"}
+MAY_NEED_TRAINING_LIBRARIES = {"agents/policy/network.py"}
 
 TOP_LEVEL = {
     *MAY_IMPORT,
@@ -108,7 +108,7 @@ def test_imports_point_down(layer):
         ("serving/http/routes.py", "from importlib import import_module\nx = import_module('wwwserve.envs.emulator')"),
         ("serving/http/routes.py", "__import__('pettingzoo')"),
         ("serving/local_nodes.py", "import stable_baselines3.common"),
-        ("agents/policy/runtime.py", "import onnxruntime"),
+        ("agents/policy/bundle.py", "import onnxruntime"),
         ("eval/compare.py", "from wwwserve.train.mappo import Args"),
         ("train/mappo.py", "import wwwserve.serving"),
         ("train/mappo.py", "from wwwserve import serving"),
@@ -130,7 +130,7 @@ def test_checker_sees_a_violation(path, source):
         ("envs/market_v0.py", "import pettingzoo\nfrom wwwserve.agents import protocol"),
         (
             "serving/http/routes.py",
-            "from wwwserve.agents.policy.runtime import Policy\nfrom wwwserve.serving.engine.adapter import Engine",
+            "from wwwserve.agents.policy.bundle import Bundle\nfrom wwwserve.serving.engine.adapter import Engine",
         ),
         ("eval/live/trial.py", "import wwwserve.agents, wwwserve.envs, wwwserve.serving"),
         ("train/mappo.py", "import torch\nfrom wwwserve.eval import compare\nfrom wwwserve.envs.batch import Batch"),

@@ -116,7 +116,7 @@ def sides(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sides]:
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scene(), 30.0))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(scene(), 180.0))  # type: ignore[arg-type]
 
 
 def mirrored(sides: Sides) -> None:

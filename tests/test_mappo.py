@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from wwwserve.agents.policy.runtime import load
+from wwwserve.agents.policy.bundle import load
 from wwwserve.agents.rules import Rule
+from wwwserve.envs.distribution import KINDS
 from wwwserve.eval import regret
-from wwwserve.eval.tune import best_for
+from wwwserve.eval.tuned import best_for
 from wwwserve.train import mappo
 from wwwserve.train.mappo import Args, Learner, Processes, ValueScale, seconds_to_beat
 from wwwserve.train.rollout import Collector, Source
@@ -26,9 +27,8 @@ from wwwserve.train.rollout import Collector, Source
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
     "--markets", "8", "--rollout-steps", "8", "--imitate-steps", "900", "--agent-steps", "2400",
-    "--checkpoint-every", "2", "--validation-markets", "2", "--duration-s", "40", "--drain-s", "10", "--threads", "1",
-    "--processes", "1",
-    "--no-report", "--no-wandb",
+    "--checkpoint-every", "2", "--validation-markets", "2", "--duration-s", "40", "--drain-s", "10",
+    "--processes", "1", "--test-markets", "0", "--no-wandb",
 ]  # fmt: skip
 
 
@@ -229,7 +229,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--share", "0"], "--share is 0.0, expected more than 0, at most 1"),
         (["--share", "1.5"], "--share is 1.5, expected more than 0, at most 1"),
         (["--critic-steps", "-1"], "--critic-steps is -1, expected at least 0"),
-        (["--markets", "5", "--processes", "3", "--threads", "2", "--minibatches", "1"], "one for each of 6 threads"),
+        (["--markets", "2", "--processes", "3", "--minibatches", "1"], "expected one for each of 3 processes"),
+        (["--test-seeds", "1"], "--test-seeds is 1, expected at least 2"),
         (["--device", "nothing"], "--device is nothing: "),
         pytest.param(
             ["--device", "cuda"],
@@ -272,7 +273,6 @@ def small(**changes: Any) -> tuple[Learner, Any]:
     changes = {
         "markets": 6,
         "rollout_steps": 24,
-        "threads": 1,
         "wandb": False,
         "kinds": ("honest", "deadlines"),
     } | changes
@@ -283,10 +283,10 @@ def small(**changes: Any) -> tuple[Learner, Any]:
     collector = Collector(source, reward, args.markets)
     collector.renew(0)
     net = mappo.net_of(mappo.weights_of(learner.actor))
-    return learner, collector.collect(net, 0, args.rollout_steps, mappo.teachers())
+    return learner, collector.collect(net, 0, args.rollout_steps, {kind: best_for(kind) for kind in KINDS})
 
 
-def test_imitation_comes_to_agree_with_the_teacher() -> None:
+def test_imitation_comes_to_agree_with_the_expert() -> None:
     learner, rollout = small(learning_rate=3e-3)
     first = learner.update(rollout, 0, True)["imitation_loss"]
     for k in range(1, 8):
@@ -330,11 +330,11 @@ def test_terms_are_imitated_to_the_end_where_they_are_not_learned() -> None:
 
     def agreed() -> float:
         with torch.no_grad():
-            return float(torch.softmax(learner.actor(batch.view)[1], -1).gather(-1, batch.lesson[:, 1:2]).mean())
+            return float(torch.softmax(learner.actor(batch.view)[1], -1).gather(-1, batch.expert[:, 1:2]).mean())
 
     before = agreed()
     for _ in range(20):
-        learner.descend(batch, len(batch.lesson), False)
+        learner.descend(batch, len(batch.expert), False)
     assert agreed() > before + 0.1
 
 
@@ -360,10 +360,10 @@ def test_a_minibatch_is_made_of_whole_markets_and_all_are_learned_from() -> None
     seen: list[int] = []
     descend = learner.descend
 
-    def count(d: Any, total: int, imitate: bool, judged: bool) -> dict[str, float]:
+    def count(d: Any, total: int, imitate: bool, paid: bool) -> dict[str, float]:
         assert len(d.choice) == total
         seen.append(total)
-        return descend(d, total, imitate, judged)
+        return descend(d, total, imitate, paid)
 
     learner.descend = count  # type: ignore[method-assign]
     learner.update(rollout, 0, True)
@@ -373,16 +373,16 @@ def test_a_minibatch_is_made_of_whole_markets_and_all_are_learned_from() -> None
     assert any(sum(of_each[list(three)]) == seen[0] for three in itertools.combinations(range(6), 3))
 
 
-def test_the_critic_learns_only_from_what_is_judged() -> None:
+def test_the_critic_learns_only_from_what_is_paid() -> None:
     learner, rollout = small()
 
     def critic() -> list[torch.Tensor]:
         return [weight.detach().clone() for weight in learner.critic.parameters()]
 
     before = critic()
-    assert "value_loss" not in learner.update(rollout, 0, True, judged=False)
+    assert "value_loss" not in learner.update(rollout, 0, True, paid=False)
     assert all(torch.equal(old, now) for old, now in zip(before, critic(), strict=True))
-    assert "value_loss" in learner.update(rollout, 1, True, judged=True)
+    assert "value_loss" in learner.update(rollout, 1, True, paid=True)
     assert not any(torch.equal(old, now) for old, now in zip(before, critic(), strict=True))
 
 
@@ -399,22 +399,29 @@ def test_value_scale_follows_the_returns_and_leaves_the_values_as_they_were() ->
     assert scale.mean == pytest.approx(5.0, abs=0.1) and scale.std == pytest.approx(2.0, rel=0.05)
 
 
-def test_seconds_to_beat_counts_packaged_scenarios_alone() -> None:
-    rule = {"paper/a": 0.5, "trace/b": 0.6, "random/honest": 0.9}
-    scores = [(0.6, 0.5, 1.0), (0.6, 0.6, 1.0), (0.51, 0.61, 0.0), (0.9, 0.9, 0.9)]
+def test_seconds_to_beat_a_rule_are_those_to_a_higher_mean_score() -> None:
+    rule = {"random/honest": 0.5, "random/code": 0.7}
+    scores = [(0.4, 0.75), (0.5, 0.7), (0.45, 0.78), (0.9, 0.9)]
     lines = [{"seconds": 10.0 * k, "scores": dict(zip(rule, each, strict=True))} for k, each in enumerate(scores)]
     assert seconds_to_beat(lines, rule) == 20.0
     assert seconds_to_beat(lines[:2], rule) is None
 
 
-def few_families(first_seed: int, count: int, seeds: int) -> regret.Families:
-    """Random markets alone: packaged scenarios take minutes."""
-    return {name: plans[:1] for name, plans in FAMILIES(first_seed, count, seeds, ()).items()}
+def test_policies_are_chosen_on_random_markets_alone() -> None:
+    families = mappo.validation_families(Args(validation_markets=1))
+    assert set(families) == {f"random/{kind}" for kind in KINDS}
+    seeds = {planned.seed for plans in families.values() for planned in plans}
+    assert seeds == {mappo.VALIDATION_SEED}
+
+
+def few_families(*arguments: Any, **named: Any) -> regret.Families:
+    """Of each family its first market."""
+    return {name: plans[:1] for name, plans in FAMILIES(*arguments, **named).items()}
 
 
 FAMILIES = regret.families
 
 if __name__ == "__main__":
     regret.families = few_families
-    regret.yardsticks = lambda: [Rule("single"), best_for("honest")]
+    regret.baselines = lambda: [Rule("single"), best_for("honest")]
     mappo.main()

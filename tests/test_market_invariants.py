@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wwwserve.agents.decision import (
+    CANDIDATES,
     FIRST_CANDIDATE,
     HOLD,
     LOCAL,
@@ -34,16 +35,24 @@ from wwwserve.agents.knowledge import (
     DUELS_LOST,
     DUELS_WON,
     MAX_CLASSES,
+    NO_TIME,
     OUT,
+    PROMISED,
+    RECORD,
+    STREAMED,
+    sent_since,
 )
 from wwwserve.agents.protocol import ESCROW, FREE, MICRO, STAKED
 from wwwserve.agents.rules import Rule
-from wwwserve.agents.view import AGE_S, REFUSALS
+from wwwserve.agents.view import AGE_S, GUESTS, N_CANDIDATES, REFUSALS
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import KINDS, sample
-from wwwserve.envs.engine import NEVER, kv_use, tokens_out
+from wwwserve.envs.engine import NEVER, advance, kv_use, tokens_out
+from wwwserve.envs.market.offers import OFFER_TIMEOUT_S
 from wwwserve.envs.scenario import Scenario, parse
 from wwwserve.envs.state import (
+    ANSWER,
+    ANSWERING,
     COPY,
     DELEGATED,
     DONE,
@@ -59,11 +68,15 @@ from wwwserve.envs.state import (
     JUDGED,
     JUDGEMENT,
     LOST,
+    NOTHING,
+    OFFER,
+    OFFERED,
     OWN_ARRIVED,
     OWN_DONE,
     OWN_FAILED,
     PROBES_REFUSED,
     PROBES_UNANSWERED,
+    REFUSAL,
     RETURNED,
     RUN_LOCAL,
     SERVED_FOR_PEERS,
@@ -206,7 +219,10 @@ def randomly(rng: np.random.Generator, illegal: float) -> Decide:
 class Checker:
     """Everything that must add up in market `b` of a batch, computed anew from its requests."""
 
-    WALKED = ("next", "prompt", "output", "generated", "finish_tick", "origin", "klass", "kind", "out_next", "out_prev")
+    WALKED = (
+        "next", "prompt", "output", "generated", "finish_tick", "origin", "klass", "kind", "out_next", "out_prev",
+        "mail", "mail_next", "mail_s", "finish_s", "status",
+    )  # fmt: skip
 
     def __init__(self, batch: MarketBatch, b: int) -> None:
         self.batch, self.b = batch, b
@@ -225,7 +241,9 @@ class Checker:
         self.rows = {name: self.q[name][:used].tolist() for name in self.WALKED}  # lists are quicker to walk
         held, engine = self.held(), self.engine()
         self.credits(used)
-        self.peers(used)
+        self.peers()
+        self.mail()
+        self.wakes()
         self.whereabouts(held, engine)
         self.users()
 
@@ -264,7 +282,11 @@ class Checker:
                 count += here
             assert p["held"] == count
             assert p["online"] or count == 0
-            assert p["head"] == -1 or p["head"] in found
+            tick_s = self.market["ticks"] * self.market["tick_s"]
+            assert p["online"] == any(begin_s <= tick_s < end_s for begin_s, end_s in p["windows"])
+            if p["head"] >= 0:
+                self.head(p, i)
+                assert p["head"] in found
         return found
 
     def engine(self) -> dict[int, int]:
@@ -299,8 +321,16 @@ class Checker:
             assert self.p[i]["online"] or count + e["running"] == 0
         return found
 
-    def peers(self, used: int) -> None:
-        """Lists of what is out, guests and the dealings' counts tell the same."""
+    def head(self, p: Any, i: int) -> None:
+        """What a provider decides on is first of its class, which is open, with candidates."""
+        r, c = int(p["head"]), self.rows["klass"][int(p["head"])]
+        assert p["held_head"][c] == r and p["closed"][c] == 0 and self.q["opening"][r] == p["opening"]
+        drawn = self.q["candidates"][r][: self.q["n_candidates"][r]].tolist()
+        assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(self.n)) - {i}
+        assert int(self.q["refused"][r]) < 1 << len(drawn)
+
+    def peers(self) -> None:
+        """Lists of what is out and the dealings' counts tell the same; guests are those in the engine."""
         out: set[int] = set()
         counts = np.zeros((self.n, self.n))
         for i in range(self.n):
@@ -312,12 +342,49 @@ class Checker:
                 out.add(r)
                 counts[i, self.executor[r]] += 1
                 before, r = r, self.rows["out_next"][r]
-        away = (self.status == IN_ENGINE) | (self.status == LOST)
+        away = np.isin(self.status, (OFFERED, IN_ENGINE, ANSWERING, LOST))
         away &= (self.kind != JUDGEMENT) & (self.origin != self.executor)
         assert out == set(np.flatnonzero(away).tolist())
-        assert self.p["guests"][: self.n].tolist() == counts.sum(0).tolist()
+        guests = self.executor[away & (self.status == IN_ENGINE)]
+        assert self.p["guests"][: self.n].tolist() == np.bincount(guests, minlength=self.n).tolist()
         assert np.array_equal(self.batch.markets.dealings[self.b, : self.n, : self.n, OUT], counts)
         assert self.p["online"][self.origin[list(out)]].all() if out else True
+
+    def mail(self) -> None:
+        """What is on its way is in one list, in the order in which it will be there, and that is when it should."""
+        now_s, rtt_s = float(self.market["now_s"]), float(self.market["rtt_s"])
+        found: list[int] = []
+        tail, r = -1, int(self.market["mail_head"])
+        while r >= 0:
+            found.append(r)
+            assert len(found) <= self.status.size
+            tail, r = r, self.rows["mail_next"][r]
+        assert self.market["mail_tail"] == tail
+        there_s = [self.rows["mail_s"][r] for r in found]
+        assert there_s == sorted(there_s) and (not found or there_s[0] >= now_s)
+        mail = np.array(self.rows["mail"], np.int64)
+        assert sorted(found) == np.flatnonzero(mail != NOTHING).tolist()
+        assert np.array_equal(self.status == OFFERED, (mail == OFFER) | (mail == REFUSAL))
+        assert np.array_equal(self.status == ANSWERING, mail == ANSWER)
+        for r, at_s in zip(found, there_s, strict=True):
+            if mail[r] == ANSWER:
+                assert at_s == self.rows["finish_s"][r] + 0.5 * rtt_s
+            else:
+                assert np.isnan(self.q["taken_s"][r])
+                assert at_s <= now_s + (0.5 * rtt_s if mail[r] == OFFER else max(rtt_s, OFFER_TIMEOUT_S))
+        for r in set(range(self.status.size)).difference(found):
+            assert self.rows["mail_next"][r] == -1
+
+    def wakes(self) -> None:
+        """No engine that is left alone finishes anything before its `wake_s`."""
+        engines, requests = self.engines[: self.n].copy(), self.q.copy()
+        done = np.zeros(requests.size, np.int64)
+        for e in engines:
+            if e["running"] + e["waiting"] > 0:
+                assert np.isfinite(e["wake_s"])
+                until_s = np.nextafter(e["wake_s"], -np.inf)
+                if until_s >= e["clock_s"]:
+                    assert advance(e, requests, until_s, done, 0) == 0
 
     def whereabouts(self, held: set[int], engine: dict[int, int]) -> None:
         """Status says where a request is, and it is there and nowhere else."""
@@ -346,14 +413,12 @@ class Checker:
         # A request whose first executor was lost is open while its duel's copy is under way.
         for u in np.flatnonzero(open_ & (status == FAILED)).tolist():
             copy = int(self.batch.markets.duels[self.b]["second"][self.q["duel"][u]])
-            assert self.status[copy] in (IN_ENGINE, LOST) and self.kind[copy] == COPY
-        # An end is final; the other leg of a duel can only turn out to have come earlier in the same tick.
+            assert self.status[copy] in (OFFERED, IN_ENGINE, ANSWERING, LOST) and self.kind[copy] == COPY
+        # An end is final, and comes no earlier than it is seen.
         before = self.answered_s[:n_arrivals]
         known = ~np.isnan(before)
-        assert (answer_s[known] <= before[known]).all()
-        assert np.isinf(answer_s[known & np.isinf(before)]).all(), "a failed request was answered"
-        later = np.isfinite(before) & (answer_s < before)
-        assert (before[later] > now_s - self.market["interval_s"]).all()
+        assert np.array_equal(answer_s[known], before[known])
+        assert (answer_s[np.isfinite(answer_s)] <= now_s).all()
         self.answered_s[:n_arrivals] = answer_s
         counts = self.p["counts"]
         arrived = int(self.market["next_arrival"])
@@ -399,59 +464,136 @@ def test_everything_adds_up_in_training_markets(kind: str) -> None:
 # Decisions.
 
 
-def test_nothing_waits_for_lack_of_decisions() -> None:
-    """20 requests/s at one provider: each leaves its dispatcher at the tick after its arrival."""
+def test_a_request_is_decided_on_when_it_arrives() -> None:
+    """20 requests/s at one provider, between ticks: each is in the engine at the instant of its arrival."""
     arrivals_s = [0.025 + 0.05 * k for k in range(100)]
     batch = MarketBatch([market({"traffic": times(*arrivals_s), "lengths": lengths(30, 20)}, {})])
     for _ in run(batch, by_rule("single")):
-        if batch.elapsed_s[0] > 0:  # a fresh tick: what is undecided has come since the last one
-            q = batch.markets.requests[0]
-            assert (q["arrival_s"][q["status"] == HELD] > batch.now_s[0] - 1).all()
-    q = batch.markets.requests[0]
-    np.testing.assert_array_equal(q["submit_s"], np.ceil(arrivals_s))
+        q = batch.markets.requests[0]
+        assert (q["arrival_s"][q["status"] == HELD] == batch.now_s[0]).all()
+    np.testing.assert_array_equal(batch.markets.requests[0]["submit_s"], arrivals_s)
     assert batch.markets.providers[0, 0]["counts"][RUN_LOCAL] == 100
     assert np.isfinite(batch.requests(0).latency_s).all()
 
 
 def test_a_hold_is_bounded() -> None:
-    """Held at every chance, a request is run here at the first tick at which its last deadline is over."""
+    """Held at every chance, a request is run here at the first tick or answer at which its last deadline is over."""
     slo = {"classes": {"chat": {"share": 0.5, "deadline_s": 3}, "batch": {"share": 0.5, "deadline_s": 7.5}}}
-    arrivals_s = [0.5, 1.25, 2.0, 3.75, 4.5, 5.0, 6.25, 7.0]
+    arrivals_s = np.arange(0.3, 9, 0.37)
     batch = MarketBatch([market({"traffic": times(*arrivals_s), "lengths": lengths(30, 20)}, {}, slo=slo)], [4])
     finish(batch, hold)
     q = batch.markets.requests[0]
     deadline_s = np.array([3.0, 7.5])[q["klass"]]
     assert set(q["klass"]) == {0, 1}
-    np.testing.assert_array_equal(q["submit_s"], np.ceil(q["arrival_s"] + deadline_s))
+    over_s = q["arrival_s"] + deadline_s
+    answers_s = np.sort(q["finish_s"])
+    next_answer_s = np.append(answers_s, np.inf)[np.searchsorted(answers_s, over_s)]
+    np.testing.assert_array_equal(q["submit_s"], np.minimum(np.ceil(over_s), next_answer_s))
+    assert (next_answer_s < np.ceil(over_s)).any()
     counts = batch.markets.providers[0, 0]["counts"]
-    assert counts[INVALID] == counts[RUN_LOCAL] == 8  # the last hold of each was refused
-    assert counts[HOLDS] > 8
+    assert counts[INVALID] == counts[RUN_LOCAL] == arrivals_s.size  # the last hold of each was refused
+    assert counts[HOLDS] > arrivals_s.size
 
 
-def test_a_refusal_masks_the_candidate_and_costs_a_round_trip() -> None:
+@pytest.mark.parametrize(("ends", "asked_again"), [("here", 0), ("elsewhere", 0), ("guest", 1)])
+def test_what_is_held_is_decided_on_again_at_an_answer(ends: str, asked_again: int) -> None:
+    """Between two ticks: where the answer's engine is, and where its user is."""
+    busy = {"traffic": times(0.5), "lengths": lengths(30, 100)}
+    if asked_again == 0:
+        providers = [busy | {"traffic": times(0.5, 1.0)}, {}]
+    else:
+        providers = [busy, {"traffic": times(1.0), "lengths": lengths(30, 20)}]
+    scenario = market(*providers, decision_interval_s=5, gossip_interval_s=100, slo={"thresholds_s": [1000]})
+    batch = MarketBatch([scenario])
+    asked_s = []
+
+    def decide(batch: MarketBatch, actions: Actions) -> None:
+        actions.route[...] = HOLD
+        heads = batch.markets.providers[0]["head"]
+        if heads[0] == 0:
+            actions.route[0, 0] = LOCAL if ends == "here" else FIRST_CANDIDATE
+        if heads[asked_again] == 1:
+            asked_s.append(float(batch.now_s[0]))
+
+    for _ in run(batch, decide):
+        if len(asked_s) > 3:
+            break
+    q = batch.markets.requests[0]
+    answer_s = q["finish_s"][0] + (0.025 if ends == "elsewhere" else 0.0)
+    assert 1.0 < answer_s < 5.0
+    assert asked_s == [1.0, answer_s, 5.0, 10.0]
+    assert batch.markets.providers[0, 1 - asked_again]["head"] == -1
+
+
+def test_a_refusal_is_back_after_a_round_trip_with_the_refuser_masked() -> None:
     scenario = market({"traffic": times(0.5), "lengths": lengths(30, 20)}, {}, {}, rtt_ms=80)
     batch = MarketBatch([scenario])
     actions = batch.actions()
     actions.terms[..., MAX_WAIT_S] = -1.0  # nobody takes anything
     while not (batch.active[0, 0] and batch.views.routes[0, 0, LOCAL]):
         batch.step(actions)
+    assert batch.now_s[0] == 0.5
     legal = batch.views.routes[0, 0, FIRST_CANDIDATE : FIRST_CANDIDATE + 3].tolist()
     assert legal == [1, 1, 0]
-    for k, left in ((1, [1, 0]), (0, [0, 0])):
+    drawn = batch.markets.requests[0]["candidates"][0].tolist()
+    dealings, adverts = batch.markets.dealings[0, 0], batch.markets.adverts[0]
+    for k, left, now_s in ((1, [1, 0], 0.58), (0, [0, 0], 0.66)):
         actions.route[0, 0] = FIRST_CANDIDATE + k
         batch.step(actions)
-        assert batch.elapsed_s[0] == 0 and batch.now_s[0] == 1.0
+        assert batch.elapsed_s[0] == pytest.approx(0.08) and batch.now_s[0] == pytest.approx(now_s)
         assert batch.views.routes[0, 0, FIRST_CANDIDATE : FIRST_CANDIDATE + 2].tolist() == left
+        assert batch.markets.requests[0]["candidates"][0].tolist() == drawn
+        assert batch.markets.accounts[0, 0].tolist() == [1000 * MICRO, 2 * MICRO, 0]
+        assert sent_since(dealings[drawn[k]], adverts[drawn[k]]) == 0
     assert batch.views.request[0, 0, REFUSALS] == 2
     actions.route[0, 0] = FIRST_CANDIDATE  # refused already: an invalid action is a hold
     batch.step(actions)
     counts = batch.markets.providers[0, 0]["counts"]
     assert (counts[PROBES_REFUSED], counts[INVALID], counts[HOLDS]) == (2, 1, 1)
-    assert batch.now_s[0] == 2.0  # and a hold lasts until the next tick, where there are candidates anew
+    assert batch.now_s[0] == 1.0  # and a hold lasts until the next tick, where there are candidates anew
     assert batch.views.routes[0, 0, FIRST_CANDIDATE : FIRST_CANDIDATE + 2].tolist() == [1, 1]
     actions.route[0, 0] = LOCAL
     batch.step(actions)
-    assert batch.markets.requests[0]["submit_s"][0] == 2.0  # the round trips, to 1.16, are over by then
+    assert batch.markets.requests[0]["submit_s"][0] == 1.0
+
+
+def test_requests_that_are_refused_at_one_instant_all_keep_their_candidates() -> None:
+    scenario = market({"traffic": times(*[0.5] * 3), "lengths": lengths(30, 20)}, *[{}] * 12)
+    batch = MarketBatch([scenario])
+    actions = batch.actions()
+    actions.terms[..., MAX_WAIT_S] = -1.0
+    offered: dict[int, tuple[list[int], int]] = {}
+    back = 0
+    while back < 3:
+        head = int(batch.markets.providers[0, 0]["head"])
+        if head >= 0:
+            drawn = batch.markets.requests[0]["candidates"][head].tolist()
+            if head not in offered:
+                actions.route[0, 0] = FIRST_CANDIDATE + head
+                offered[head] = drawn, drawn[head]
+            else:
+                assert drawn == offered[head][0]
+                closed = np.flatnonzero(batch.views.routes[0, 0, FIRST_CANDIDATE:] == 0)
+                assert [drawn[k] for k in closed] == [offered[head][1]]
+                assert batch.now_s[0] == pytest.approx(0.55)
+                actions.route[0, 0] = LOCAL
+                back += 1
+        batch.step(actions)
+
+
+def test_a_request_whose_copy_is_refused_too_comes_back_without_both() -> None:
+    scenario = market({"traffic": times(0.5), "lengths": lengths(30, 20)}, {}, {}, {}, economy={"duel_probability": 1})
+    batch = MarketBatch([scenario])
+    actions = batch.actions()
+    actions.terms[..., MAX_WAIT_S] = -1.0
+    while batch.markets.providers[0, 0]["head"] < 0:
+        batch.step(actions)
+    actions.route[0, 0] = FIRST_CANDIDATE + 1
+    batch.step(actions)
+    assert batch.now_s[0] == pytest.approx(0.55)
+    assert batch.views.routes[0, 0, FIRST_CANDIDATE : FIRST_CANDIDATE + 3].tolist() == [0, 0, 1]
+    counts = batch.markets.providers[0, 0]["counts"]
+    assert counts[[PROBES_REFUSED, DUELS_STARTED, DUELS_VOID, RETURNED]].tolist() == [2, 1, 1, 0]
 
 
 def test_two_refusals_delay_a_request_by_two_round_trips() -> None:
@@ -462,16 +604,126 @@ def test_two_refusals_delay_a_request_by_two_round_trips() -> None:
         actions.terms[..., MAX_WAIT_S] = -1.0
 
     finish(batch, decide)
-    assert batch.markets.requests[0]["submit_s"][0] == pytest.approx(1.0 + 2 * 0.080)
+    assert batch.markets.requests[0]["submit_s"][0] == pytest.approx(0.5 + 2 * 0.080)
 
 
-def test_a_taken_request_travels_one_and_a_half_round_trips_there_and_half_of_one_back() -> None:
+def test_an_offer_travels_half_a_round_trip_and_the_answer_another() -> None:
     batch = MarketBatch([market({"traffic": times(0.5), "lengths": lengths(30, 20)}, {}, rtt_ms=80)])
     finish(batch, to_candidates)
     q = batch.markets.requests[0]
-    assert q["submit_s"][0] == pytest.approx(1.0 + 1.5 * 0.080)
+    assert q["submit_s"][0] == pytest.approx(0.5 + 0.5 * 0.080)
+    assert q["taken_s"][0] == pytest.approx(0.5 + 0.080)
     assert q["answer_s"][0] == pytest.approx(q["finish_s"][0] + 0.5 * 0.080)
     assert q["first_answer_s"][0] == pytest.approx(q["first_token_s"][0] + 0.5 * 0.080)
+
+
+def test_an_executor_decides_on_its_state_when_the_offer_is_there() -> None:
+    """It takes no more than it has slots for: of two offers at one instant the second finds the first."""
+    scenario = market(
+        {"traffic": times(0.5), "lengths": lengths(30, 500)},
+        {"max_num_seqs": 1},
+        {"traffic": times(0.55), "lengths": lengths(30, 500)},
+        rtt_ms=200,
+    )
+    batch = MarketBatch([scenario])
+    checker = Checker(batch, 0)
+
+    def decide(batch: MarketBatch, actions: Actions) -> None:
+        """Both go to the second provider, which takes nothing that has to wait."""
+        actions.route[...] = LOCAL
+        actions.terms[0, 1, MAX_WAIT_S] = 0.3
+        for i in (0, 2):
+            r = int(batch.markets.providers[0, i]["head"])
+            if r >= 0:
+                k = batch.markets.requests[0]["candidates"][r].tolist().index(1)
+                actions.route[0, i] = FIRST_CANDIDATE + k if batch.views.routes[0, i, FIRST_CANDIDATE + k] else LOCAL
+
+    for _ in run(batch, decide):
+        checker.check()
+        if batch.now_s[0] == pytest.approx(0.75):  # the second is back
+            assert batch.views.me[0, 1, GUESTS] == 1
+    q = batch.markets.requests[0]
+    assert q["executor"][:2].tolist() == [1, 2]
+    assert q["submit_s"][:2].tolist() == pytest.approx([0.6, 0.75])
+
+
+def test_escrow_is_locked_and_the_request_counts_as_sent_when_the_offer_leaves() -> None:
+    """It is a guest while it is in the peer's engine, neither on its way there nor back."""
+    looks_s = [1.1, 1.8, 2.5, 4.0]
+    scenario = market({"traffic": times(1.0, *looks_s), "lengths": lengths(30, 10)}, {}, rtt_ms=1500)
+    batch = MarketBatch([scenario])
+    checker = Checker(batch, 0)
+    seen = []
+
+    def decide(batch: MarketBatch, actions: Actions) -> None:
+        actions.route[...] = FIRST_CANDIDATE if batch.markets.providers[0, 0]["head"] == 0 else LOCAL
+
+    for _ in run(batch, decide):
+        checker.check()
+        m = batch.markets
+        if batch.now_s[0] in looks_s:
+            status, guests = int(m.requests[0]["status"][0]), int(m.providers[0, 1]["guests"])
+            seen.append((status, int(m.accounts[0, 0, ESCROW]), guests))
+            assert sent_since(m.dealings[0, 0, 1], m.adverts[0, 1]) == (1 if m.adverts[0, 1, AD_TIME_S] == 0 else 0)
+            assert m.dealings[0, 0, 1, OUT] == (status != DONE)
+    assert seen == [(OFFERED, MICRO, 0), (IN_ENGINE, MICRO, 1), (ANSWERING, MICRO, 0), (DONE, 0, 0)]
+
+
+def test_an_answer_faster_than_the_acceptance() -> None:
+    """1.5 s of round trip and five tokens: done before the origin hears that it was taken."""
+    scenario = market(
+        {"traffic": times(0.9), "lengths": lengths(30, 5)}, {}, rtt_ms=1500, decision_interval_s=0.5,
+        gossip_interval_s=1.0, economy={"stake_rule": "fixed"},
+    )  # fmt: skip
+    batch = MarketBatch([scenario])
+    checker = Checker(batch, 0)
+    in_flight = 0
+    for _ in run(batch, to_candidates):
+        checker.check()
+        q = batch.markets.requests[0]
+        if q["status"][0] == ANSWERING and batch.now_s[0] < q["taken_s"][0]:
+            in_flight += 1
+            assert batch.markets.dealings[0, 0, 1, PROMISED] == 0
+    q = batch.markets.requests[0]
+    assert in_flight > 0
+    assert q["finish_s"][0] < q["taken_s"][0] < q["answer_s"][0]
+    assert q["taken_s"][0] == pytest.approx(0.9 + 1.5)
+    took_s = q["answer_s"][0] - q["taken_s"][0]
+    assert took_s == pytest.approx(q["finish_s"][0] - q["submit_s"][0])
+    promised_s = q["promised_ttft_s"][0] + 4 * q["promised_tpot_s"][0]
+    assert batch.markets.dealings[0, 0, 1, RECORD] == pytest.approx(math.log(took_s / promised_s))
+    assert batch.markets.accounts[0, :, FREE].tolist() == [999 * MICRO, 1001 * MICRO]
+
+
+def test_a_router_that_sees_everything_places_at_once_whatever_the_terms() -> None:
+    batch = MarketBatch([market({"traffic": times(0.5, 0.6), "lengths": lengths(30, 500)}, {}, {})])
+
+    def decide(batch: MarketBatch, actions: Actions) -> None:
+        actions.terms[..., MAX_WAIT_S] = -1.0
+        actions.direct[0, 0] = 2 - batch.markets.providers[0, 0]["head"]
+
+    for _ in run(batch, decide):
+        if batch.now_s[0] == 0.6:
+            q = batch.markets.requests[0]
+            assert (q["status"][0], q["executor"][0]) == (IN_ENGINE, 2)
+            assert (q["submit_s"][0], q["taken_s"][0]) == (0.525, pytest.approx(0.55))
+    assert batch.markets.requests[0]["executor"].tolist() == [2, 1]
+
+
+def test_what_one_provider_draws_does_not_depend_on_what_others_do() -> None:
+    drawn = []
+    for busy in (True, False):
+        other = {"traffic": times(*np.arange(0.6, 50, 0.7)), "lengths": lengths(30, 20)} if busy else {}
+        scenario = market(
+            {"traffic": times(*np.arange(0.5, 50)), "lengths": lengths(30, 20)}, other, *[{}] * 12,
+            economy={"stake_rule": "fixed"},
+        )  # fmt: skip
+        batch = MarketBatch([scenario])
+        finish(batch, here)
+        q = batch.markets.requests[0]
+        drawn.append(q["candidates"][q["origin"] == 0].tolist())
+    assert drawn[0] == drawn[1]
+    assert len({tuple(each) for each in drawn[0]}) > 40
 
 
 # Joins and departures.
@@ -555,6 +807,37 @@ def test_an_origin_that_leaves_fails_its_requests_and_peers_drop_them() -> None:
     assert batch.requests(0).latency_s[:3].tolist() == [np.inf] * 3
     assert np.isfinite(batch.requests(0).latency_s[3])
     assert batch.markets.providers[0]["counts"][:, OWN_FAILED].tolist() == [3, 0, 0]
+
+
+def test_an_origin_that_leaves_with_offers_and_answers_on_their_way() -> None:
+    """Whatever is on its way is forgotten; the peer, whose work it was, has nothing of it and gets nothing."""
+    arrivals_s = np.arange(2.25, 20, 0.25)
+    scenario = market(
+        {"traffic": times(*arrivals_s), "lengths": lengths(50, 60), "online_s": [[0, 20]]},
+        {},
+        rtt_ms=1500,
+        gossip_interval_s=1.0,
+        slo={"thresholds_s": [1000]},
+        economy={"stake_rule": "fixed"},
+    )
+    batch = MarketBatch([scenario])
+    checker = Checker(batch, 0)
+    before: dict[int, int] = {}
+    for began_s in run(batch, to_candidates):
+        checker.check()
+        m, q = batch.markets, batch.markets.requests[0]
+        count = {each: int((q["status"] == each).sum()) for each in (OFFERED, IN_ENGINE, ANSWERING, DONE)}
+        if batch.now_s[0] == 19.75:
+            before = count
+        if began_s < 20 <= batch.now_s[0]:
+            assert batch.now_s[0] == 20 and m.market["mail_head"][0] == -1
+            assert m.engines[0]["running"].tolist() == m.providers[0]["guests"].tolist() == [0, 0]
+            free = [1000 * MICRO - count[DONE] * MICRO, 1000 * MICRO + count[DONE] * MICRO]
+            assert m.accounts[0, :, FREE].tolist() == free and m.accounts[0, 0, ESCROW] == 0
+    assert min(before.values()) > 0
+    counts = batch.markets.providers[0, 0]["counts"]
+    assert counts[OWN_DONE] + counts[OWN_FAILED] == counts[OWN_ARRIVED] == arrivals_s.size
+    assert counts[OWN_FAILED] >= before[OFFERED] + before[ANSWERING]
 
 
 def test_both_executors_of_a_duel_stop_when_the_origin_leaves() -> None:
@@ -657,7 +940,8 @@ def test_a_liar_promises_what_it_advertises() -> None:
 
 @pytest.mark.parametrize(("gossip_s", "oldest_s"), [(3.0, 3.0), (2.5, 3.0), (1.0, 1.0), (7.0, 7.0)])
 def test_adverts_are_as_old_as_the_gossip_interval(gossip_s: float, oldest_s: float) -> None:
-    """From the start; an interval between two ticks ends at the later one. Not everybody gossips at once."""
+    """When the next is made, and older by their way when that is there. An interval between two ticks ends at the later
+    one. Not everybody gossips at once."""
     providers = [{"traffic": times(*np.arange(0.5, 60)), "lengths": lengths(30, 20)}] + [{}] * 4
     batch = MarketBatch([market(*providers, gossip_interval_s=gossip_s)])
     ages, published_s = [], [set() for _ in range(5)]
@@ -668,12 +952,60 @@ def test_adverts_are_as_old_as_the_gossip_interval(gossip_s: float, oldest_s: fl
             for i in range(5):
                 published_s[i].add(float(adverts_s[i]))
             if batch.views.routes[0, 0, LOCAL]:  # what the policy sees is what there is
-                candidates = batch.markets.providers[0, 0]["candidates"][:4]
+                head = batch.markets.providers[0, 0]["head"]
+                candidates = batch.markets.requests[0]["candidates"][head][:4]
                 shown = batch.views.nodes[0, 0, 1:5, AGE_S]
                 np.testing.assert_allclose(shown, batch.now_s[0] - adverts_s[candidates])
     assert np.max(ages, axis=0).tolist() == [oldest_s] * 5
     if gossip_s == 3.0:
         assert len({frozenset(each) for each in published_s}) == 3  # one for each tick of the interval
+
+
+@pytest.mark.parametrize("gossip_s", [3.0, 0.5])
+def test_an_advert_is_there_half_a_round_trip_after_it_was_made(gossip_s: float) -> None:
+    """Not before. Where that takes longer than the gossip interval, the next is made when it is there."""
+    traffic = {"traffic": times(*np.arange(0.1, 30, 0.17)), "lengths": lengths(30, 20)}
+    scenario = market(traffic, {}, {}, rtt_ms=1300, gossip_interval_s=gossip_s, decision_interval_s=0.5, duration_s=30)
+    batch = MarketBatch([scenario])
+    made_s: list[set[float]] = [set() for _ in range(3)]
+    for _ in run(batch, here):
+        now_s = float(batch.now_s[0])
+        for i in range(3):
+            made_s[i].add(float(batch.markets.sent_adverts[0, i, AD_TIME_S]))
+            there = [each for each in made_s[i] if each + 0.65 <= now_s]
+            assert batch.markets.adverts[0, i, AD_TIME_S] == max(there, default=NO_TIME)
+    for each in made_s:
+        assert set(np.diff(sorted(each))[1:].tolist()) == {gossip_s if gossip_s == 3.0 else 1.0}
+
+
+def test_evidence_of_what_is_out_is_looked_at_each_tick() -> None:
+    """The promised tokens grow from tick to tick, while no advert is sent at all."""
+    scenario = market(
+        {"traffic": times(0.5, 1.5), "lengths": lengths(50, 3000)},
+        {"misreport": {"load": 1.0, "speed": 4.0}},
+        gossip_interval_s=100,
+        slo={"thresholds_s": [1000]},
+    )
+    batch = MarketBatch([scenario])
+    looked = 0
+
+    def decide(batch: MarketBatch, actions: Actions) -> None:
+        """The second request is held, so that the first provider is asked at each tick."""
+        actions.route[...] = HOLD
+        if batch.markets.providers[0, 0]["head"] == 0:
+            actions.route[0, 0] = FIRST_CANDIDATE
+
+    for _ in run(batch, decide):
+        q, now_s = batch.markets.requests[0][0], float(batch.now_s[0])
+        if q["status"] == IN_ENGINE and now_s >= 2:
+            assert now_s == batch.markets.market["ticks"][0]
+            late_s = now_s - q["taken_s"] - q["promised_ttft_s"]
+            dealings = batch.markets.dealings[0, 0, 1]
+            assert dealings[PROMISED] == pytest.approx(1 + late_s / q["promised_tpot_s"])
+            assert 0 < dealings[STREAMED] == tokens_out(batch.markets.engines[0, 1], batch.markets.requests[0], 0)
+            assert dealings[PROMISED] > 2 * dealings[STREAMED]
+            looked += 1
+    assert looked > 20
 
 
 # Money.
@@ -770,8 +1102,8 @@ def test_usage_prices_pay_what_was_delivered() -> None:
     assert profit.tolist() == pytest.approx([3 - paid / MICRO, paid / MICRO - 0.4 * tokens.sum() / 1000])
 
 
-def test_who_cannot_pay_cannot_send() -> None:
-    """1.5 free credits: one request at a time is out, and the mask says so; asking all the same is invalid."""
+def test_who_cannot_pay_has_no_candidates() -> None:
+    """1.5 free credits: one request at a time is out; asking all the same is invalid."""
     scenario = market(
         {"traffic": times(0.5, 0.6), "lengths": lengths(50, 3000)},
         {},
@@ -783,19 +1115,37 @@ def test_who_cannot_pay_cannot_send() -> None:
     actions.route[...] = FIRST_CANDIDATE
     while batch.markets.market["next_arrival"][0] < 2:
         batch.step(actions)
-    assert batch.views.routes[0, 0, FIRST_CANDIDATE] == 1
-    batch.step(actions)
-    assert batch.now_s[0] == 1 and batch.views.routes[0, 0, : FIRST_CANDIDATE + 1].tolist() == [1, 1, 0]
+    assert batch.now_s[0] == 0.6 and batch.views.routes[0, 0, : FIRST_CANDIDATE + 1].tolist() == [1, 1, 0]
+    assert batch.views.request[0, 0, N_CANDIDATES] == 0
     batch.step(actions)
     assert batch.markets.requests[0]["status"].tolist() == [IN_ENGINE, HELD]
     assert batch.markets.providers[0, 0]["counts"][[DELEGATED, INVALID]].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("bound", ["credit", "exposure"])
+def test_a_peer_that_cannot_be_afforded_is_never_drawn(bound: str) -> None:
+    """Every second of 16 peers is dear: an answer of 1000 tokens there costs 6, and 5 are to be had."""
+    economy: dict[str, Any] = {"pricing": "per_ktok", "price_bins": [1, 6], "stake_rule": "fixed"}
+    economy |= {"initial_credit": 5} if bound == "credit" else {"exposure": 5}
+    traffic = {"traffic": times(*np.arange(0.5, 40)), "lengths": lengths(50, 1000)}
+    batch = MarketBatch([market(traffic, *[{}] * 16, economy=economy)])
+
+    def decide(batch: MarketBatch, actions: Actions) -> None:
+        here(batch, actions)
+        actions.price[0, 1::2] = 1
+
+    finish(batch, decide)
+    drawn = batch.markets.requests[0]["candidates"]
+    assert set(drawn.ravel()) == set(range(2, 17, 2))
+    assert (batch.markets.requests[0]["n_candidates"] == CANDIDATES).all()
 
 
 def test_stake_follows_load() -> None:
     """4, 3, 2, 1 by quarters of 65 % KV use, 0 above or with a queue, 2 less with undecided requests; 2 a second."""
     arrivals_s = np.concatenate((np.linspace(2, 40, 30), np.linspace(60, 62, 30)))
     full = {"model": "qwen3-8b", "gpu": "rtx-4090", "lengths": lengths(500, 1500), "max_num_seqs": 24}
-    scenario = market({"traffic": times(*arrivals_s), **full}, {}, slo={"thresholds_s": [20]}, decision_interval_s=0.5)
+    tick = {"decision_interval_s": 0.5, "gossip_interval_s": 0.5}  # so that somebody is asked at every tick
+    scenario = market({"traffic": times(*arrivals_s), **full}, {}, slo={"thresholds_s": [20]}, **tick)
     batch = MarketBatch([scenario])
 
     def decide(batch: MarketBatch, actions: Actions) -> None:
@@ -804,8 +1154,13 @@ def test_stake_follows_load() -> None:
     before = batch.markets.accounts[0, :, STAKED].copy()
     assert before.tolist() == [2 * MICRO, 2 * MICRO]
     targets = set()
+    ticks = 0
     for _ in run(batch, decide):
-        if batch.elapsed_s[0] > 0:
+        if batch.markets.market["ticks"][0] == ticks:
+            assert batch.markets.accounts[0, :, STAKED].tolist() == before.tolist()
+        else:
+            ticks += 1
+            assert batch.now_s[0] == 0.5 * ticks
             for i in range(2):
                 e, p = batch.markets.engines[0, i], batch.markets.providers[0, i]
                 share = float(kv_use(e)) / 0.65
@@ -898,6 +1253,7 @@ def test_a_market_ends_with_its_duels(judging: bool) -> None:
     if not judging:  # one is far faster than the other
         fast = replace(scenario.providers[2], gpu="h100")
         scenario = replace(scenario, providers=(*scenario.providers[:2], fast, *scenario.providers[3:]))
+    scenario = replace(scenario, decision_interval_s=0.05, gossip_interval_s=0.05)  # judges take less than a second
     end_s = 0.0
     batch = MarketBatch([scenario])
     for _ in run(batch, to_candidates):
@@ -978,14 +1334,17 @@ def test_dense_rewards_sum_to_the_sparse_ones(gamma: float, team_weight: float, 
 
 @pytest.mark.parametrize("team_weight", [0.0, 1.0])
 def test_the_dense_reward_comes_with_the_arrival_and_is_told_apart(team_weight: float) -> None:
-    """One request, worth 3 and certain to be in time: 3 are expected from its arrival at 1 s on until it is done."""
+    """One request, worth 3 and certain to be in time: 3 are expected from its arrival at 0.5 s on until it is done."""
     slo = {"classes": {"chat": {"share": 1, "deadline_s": 90, "value": 3}}}
     scenario = market({"traffic": times(0.5), "lengths": lengths(100, 900)}, {}, slo=slo, duration_s=10)
     share = 1 - team_weight / 2
     batch = MarketBatch([scenario], reward=Reward(team_weight, 0.9, True))
-    seen = [(float(batch.reward[0, 0]), float(batch.given[0, 0])) for _ in run(batch, here)]
-    assert seen[0] == pytest.approx((0.9 * 3 * share, 0.9 * 3 * share))
-    assert seen[1:3] == [(pytest.approx((0.9 - 1) * 3 * share, rel=1e-3), 0)] * 2  # placed, and on its way
+    steps = run(batch, here)
+    seen = [(float(batch.reward[0, 0]), float(batch.given[0, 0]), float(batch.elapsed_s[0])) for _ in steps]
+    arrived = 0.9**0.5 * 3 * share
+    assert seen[0] == pytest.approx((arrived, arrived, 0.5))
+    for paid, given_, elapsed_s in seen[1:3]:  # placed, and on its way
+        assert paid == pytest.approx((0.9**elapsed_s - 1) * 3 * share, rel=1e-3) and given_ == 0 < elapsed_s
     sparse = MarketBatch([scenario], reward=Reward(team_weight, 0.9, False))
     seen = [(float(sparse.reward[0, 0]), float(sparse.given[0, 0])) for _ in run(sparse, here)]
     assert seen[0] == seen[1] == (0, 0)
@@ -1002,14 +1361,20 @@ def test_team_weight_mixes_own_profit_with_the_mean() -> None:
     np.testing.assert_allclose(half, 0.5 * own + 0.5 * mean, rtol=1e-5, atol=1e-5)
 
 
-def test_an_unanswered_probe_costs_its_timeout() -> None:
-    """A peer has left, its advert is still fresh: the origin asks it in vain."""
-    scenario = market({"traffic": times(21.5), "lengths": lengths(50, 100)}, {"online_s": [[0, 20]]})
+@pytest.mark.parametrize(("arrival_s", "rtt_ms"), [(21.5, 50), (19.5, 1500)])
+def test_an_offer_to_a_peer_that_is_offline_costs_its_timeout(arrival_s: float, rtt_ms: float) -> None:
+    """It has left, and its advert is still fresh; or it leaves while the offer is on its way."""
+    scenario = market(
+        {"traffic": times(arrival_s), "lengths": lengths(50, 100)}, {"online_s": [[0, 20]]}, rtt_ms=rtt_ms
+    )
     batch = MarketBatch([scenario])
-    finish(batch, to_candidates)
+    checker = Checker(batch, 0)
+    for _ in run(batch, to_candidates):
+        checker.check()
     counts = batch.markets.providers[0, 0]["counts"]
-    assert (counts[PROBES_UNANSWERED], counts[RUN_LOCAL]) == (1, 1)
-    assert batch.markets.requests[0]["submit_s"][0] == 22.0 + 2.0
+    assert counts[[PROBES_UNANSWERED, PROBES_REFUSED, RUN_LOCAL, RETURNED]].tolist() == [1, 0, 1, 0]
+    assert batch.markets.requests[0]["submit_s"][0] == pytest.approx(arrival_s + OFFER_TIMEOUT_S)
+    assert batch.markets.accounts[0, 0, ESCROW] == 0
 
 
 def test_a_silent_peer_is_no_candidate_after_ten_seconds() -> None:
@@ -1019,7 +1384,8 @@ def test_a_silent_peer_is_no_candidate_after_ten_seconds() -> None:
     for _ in run(batch, here):
         p = batch.markets.providers[0, 0]
         if p["head"] >= 0:
-            seen[int(p["head"])] = sorted(p["candidates"][: p["n_candidates"]].tolist())
+            q = batch.markets.requests[0][p["head"]]
+            seen[int(p["head"])] = sorted(q["candidates"][: q["n_candidates"]].tolist())
     assert seen == {0: [1, 2], 1: [2]}
 
 

@@ -19,7 +19,7 @@ from wwwserve.agents.view import (
     SELF_FEATURES,
 )
 from wwwserve.envs.batch import MarketBatch
-from wwwserve.envs.market_v0 import OBSERVATION_SIZE, MarketEnv, env, parallel_env
+from wwwserve.envs.market_v0 import OBSERVATION_SIZE, MarketEnv, MaskedDiscrete, env, parallel_env
 from wwwserve.envs.scenario import Scenario, ScenarioError, load, parse
 from wwwserve.envs.state import INVALID, Reward, plan
 
@@ -325,17 +325,33 @@ def test_the_end_is_a_truncation() -> None:
     assert env.agents == list(observations) == env.possible_agents
 
 
-def test_time_moves_by_the_interval_or_not_at_all() -> None:
-    env = parallel_env(market(decision_interval_s=0.5))
+def test_time_moves_to_the_next_decision_or_not_at_all() -> None:
+    """To what has something to decide, which need not be a tick, and never past a tick at which an advert is due."""
+    env = parallel_env(market(decision_interval_s=0.5, gossip_interval_s=0.5))
     observations, infos = env.reset(seed=0)
     rng, elapsed = np.random.default_rng(0), set()
-    now_s = 0.0
+    now_s, instants = 0.0, {0.0}
     while env.agents:
         observations, _, _, _, infos = env.step(legal_actions(env, observations, rng))
         elapsed.add(infos["n2"]["elapsed_s"])
         now_s += infos["n2"]["elapsed_s"]
-        assert infos["n1"]["now_s"] == now_s
-    assert elapsed == {0.0, 0.5}
+        assert infos["n1"]["now_s"] == pytest.approx(now_s)
+        assert not env.agents or infos["n2"]["elapsed_s"] == 0 or any(info["active"] for info in infos.values())
+        instants.add(infos["n1"]["now_s"])
+    assert 0.0 in elapsed and max(elapsed) <= 0.5 + 1e-9
+    assert env._batch is not None
+    arrivals_s = env._batch.requests(0).arrival_s
+    online = env._batch.plans[0].traffic.provider != 2  # the third is away for a while, and joins at a tick
+    assert instants >= set(np.arange(0, infos["n1"]["now_s"], 0.5).tolist()) | set(arrivals_s[online].tolist())
+
+
+def test_samples_are_uniform_over_the_legal_actions() -> None:
+    space = MaskedDiscrete(6, seed=3)
+    mask = np.array([0, 1, 1, 0, 0, 1], np.int8)
+    found = np.bincount([space.sample(mask) for _ in range(3000)], minlength=6)
+    assert not found[mask == 0].any() and (found[mask == 1] > 900).all()
+    assert {int(space.sample()) for _ in range(200)} == set(range(6))
+    assert space.sample(np.zeros(6, np.int8)) == 0  # as Discrete does
 
 
 def test_later_steps_leave_what_was_returned_alone() -> None:
@@ -392,7 +408,7 @@ def test_render_is_a_table_of_the_providers() -> None:
     env.reset(seed=0)
     while True:
         _, _, _, _, infos = env.step(hold_all(env))
-        if infos["n1"]["now_s"] == 25:  # n3 is away from 20 s to 35 s
+        if infos["n1"]["now_s"] > 25:  # n3 is away from 20 s to 35 s
             break
     table = env.render()
     assert table is not None

@@ -40,7 +40,7 @@ KINDS = ("static", "zenoh")
 NAMES = ("a", "b", "an odd/name*$?#é%2F")  # what members call themselves; their keys are
 KEYS = {name: Identity.generate() for name in NAMES}
 LABELS = {identity.name: name for name, identity in KEYS.items()}
-SOON_S = 2.0  # for a newcomer to know all, and for a departure to be noticed
+SOON_S = 60.0  # at most, for a newcomer to know all, and for a departure to be noticed
 
 
 def advert(label: str, number: int = 1, url: str = "http://127.0.0.1:1", load: float = 1.0, **more: Any) -> Advert:
@@ -159,7 +159,7 @@ async def network(kind: str, **more: Any) -> AsyncIterator[Network]:
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scene(), 30.0))
+    asyncio.run(asyncio.wait_for(scene(), 180.0))
 
 
 # The contract.
@@ -231,7 +231,7 @@ def test_who_leaves_is_gone_and_heard_again_when_it_comes_back(kind: str) -> Non
             a, b, _ = [await n.join(name) for name in NAMES]
             await until(lambda: len(a.there) == len(b.there) == 2)
             await n.leave(NAMES[2])
-            await until(lambda: a.there == {"b"} and b.there == {"a"}, 0.5 if kind == "zenoh" else SOON_S)
+            await until(lambda: a.there == {"b"} and b.there == {"a"})
             await n.join(NAMES[2])
             await until(lambda: len(a.there) == len(b.there) == 2)
             await n.leave("a")  # the one that all others knew
@@ -349,9 +349,9 @@ def test_who_has_a_clock_that_is_off_is_not_heard_and_it_is_told_why(kind: str, 
             a, _ = await n.join("a"), await n.join("b")
             n.wall_clock = lambda: time.time() + off_s
             c = await n.join(NAMES[2])
-            await until(lambda: len(n.refusals) >= 4)  # both ways
+            both = {"before", "after"}
+            await until(lambda: {str(each).split(" s ")[1].split()[0] for each in n.refusals} == both)
             assert {each.kind for each in n.refusals} == {"stale"}
-            assert {str(each).split(" s ")[1].split()[0] for each in n.refusals} == {"before", "after"}
             assert all("one of the two clocks is off" in str(each) for each in n.refusals)
             assert a.there == {"b"} and not c.there
             c.membership.wall_clock = lambda: time.time() + off_s / 60 * (SKEW_S - 1)

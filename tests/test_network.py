@@ -1,6 +1,7 @@
-"""Whole networks of processes on emulated engines: up in time, and whole when nodes die."""
+"""Whole networks of processes on emulated engines, and what is left of them when nodes die."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +19,12 @@ import openai
 import pytest
 
 from wwwserve.serving.config import ConfigError
-from wwwserve.serving.local_nodes import NetworkError, Plan, configurations, look, running, show
+from wwwserve.serving.display import show
+from wwwserve.serving.local_nodes import NetworkError, Plan, configurations, look, running
 
 MODEL = "qwen3-8b"
 PLAN = Plan(nodes=5, base_port=0, policy=None, gpu="rtx-4090", model=MODEL, max_num_seqs=2, speed=5.0)
-LOAD_S = 9.0
-DEAD_S = 2.0  # after which a node that died gets nothing more
+PATIENCE_S = 120.0
 
 
 async def ask(session: aiohttp.ClientSession, url: str, stream: bool) -> str:
@@ -41,20 +43,35 @@ async def ask(session: aiohttp.ClientSession, url: str, stream: bool) -> str:
     return "failed" if json.loads(last)["error"]["message"] else "lost"
 
 
-async def load(urls: list[str], per_s: float, for_s: float) -> dict[str, Counter[str]]:
-    """Ask the nodes in turn, every second request for a stream; counts of what became of it for each."""
+async def load(urls: list[str], per_s: float, enough: asyncio.Event) -> dict[str, Counter[str]]:
+    """Ask the nodes in turn until it is enough, every second request for a stream; what became of them, by node."""
     seen: dict[str, Counter[str]] = {url: Counter() for url in urls}
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60.0)) as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE_S)) as session:
 
         async def one(k: int) -> None:
             url = urls[k % len(urls)]
             seen[url][await ask(session, url, k // len(urls) % 2 == 0)] += 1
 
         async with asyncio.TaskGroup() as group:
-            for k in range(round(per_s * for_s)):
+            for k in itertools.count():
+                if enough.is_set():
+                    break
                 group.create_task(one(k))
                 await asyncio.sleep(1.0 / per_s)
     return seen
+
+
+async def until(what: Callable[[], bool]) -> None:
+    """Wait for it, outside of the loop. Raises AssertionError after `PATIENCE_S`."""
+    until_s = time.monotonic() + PATIENCE_S
+    while not await asyncio.to_thread(what):
+        assert time.monotonic() < until_s
+        await asyncio.sleep(0.1)
+
+
+def there(url: str) -> dict[str, bool]:
+    """Which peers a node sees."""
+    return {peer["key"]: peer["there"] for peer in look(url)["peers"]}
 
 
 @pytest.mark.parametrize("membership", ["static", "zenoh"])
@@ -62,40 +79,36 @@ def test_every_request_ends_once_though_nodes_are_killed_and_stopped(membership:
     with running(PLAN._replace(membership=membership)) as network:
         users = network.urls[:2]  # of these two alone, so that they hand over; the other three have no users
         killed, stopped = network.keys[2:4]
-        at_s: dict[str, float] = {}
+
+        def handed_over() -> bool:
+            return all(look(url)["requests"]["handed_over"] > 10 for url in users)
 
         async def scene() -> dict[str, Counter[str]]:
-            loading = asyncio.create_task(load(users, 40.0, LOAD_S))
-            await asyncio.sleep(2.0)
+            enough = asyncio.Event()
+            loading = asyncio.create_task(load(users, 40.0, enough))
+            await until(handed_over)
             network.nodes[2].kill()
-            at_s[killed] = time.monotonic()
-            await asyncio.sleep(1.0)
+            await until(lambda: not any(there(url)[killed] for url in users))
             network.nodes[3].send_signal(signal.SIGSTOP)
-            at_s[stopped] = time.monotonic()
-            await asyncio.sleep(3.5)
-            before = [look(url) for url in users]
-            for each in before:
-                assert {peer["key"]: peer["there"] for peer in each["peers"] if peer["key"] in at_s} == {
-                    killed: False, stopped: False
-                }  # fmt: skip
-                late = [d for d in each["decisions"] if d["to"] in at_s and d["at_s"] > at_s[d["to"]] + DEAD_S]
-                assert not late
+            await until(lambda: not any(there(url)[stopped] for url in users))
+            gone_s = time.monotonic()
+            await asyncio.sleep(2.0)
+            for url in users:
+                later = [d for d in look(url)["decisions"] if d["at_s"] > gone_s]
+                assert later and not [d for d in later if d["to"] in (killed, stopped)]
             network.nodes[3].send_signal(signal.SIGCONT)
+            await until(lambda: there(users[0])[stopped])  # it goes on, and is seen again
+            assert not there(users[0])[killed]
+            enough.set()
             return await loading
 
         seen = asyncio.run(scene())
         for url in users:
             totals = look(url)["requests"]
             assert seen[url]["lost"] == 0
-            assert totals["answered"] == seen[url]["answered"] > 100
-            assert totals["failed"] == seen[url]["failed"] < 0.02 * totals["accepted"]
+            assert totals["answered"] == seen[url]["answered"] > 0.9 * totals["accepted"]
+            assert totals["failed"] == seen[url]["failed"]
             assert totals["accepted"] == totals["answered"] + totals["failed"] and totals["cancelled"] == 0
-            assert totals["handed_over"] > 10
-        until_s = time.monotonic() + 5.0
-        while not {p["key"]: p["there"] for p in look(users[0])["peers"]}[stopped]:  # it goes on, and is seen again
-            assert time.monotonic() < until_s
-            time.sleep(0.1)
-        assert not {p["key"]: p["there"] for p in look(users[0])["peers"]}[killed]
 
 
 def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:
@@ -121,7 +134,7 @@ def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:
         assert len(pids) == 5  # two engines, two nodes, and who ends them if this process cannot
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -224,10 +224,8 @@ def test_what_is_too_much_is_refused(parts: list[bytes], status: int, told: str)
 def test_who_dribbles_is_cut_off(parts: list[bytes], status: int) -> None:
     async def scene() -> None:
         async with net(Stub(), limits={"receive_s": 0.4}) as n:
-            start_s = time.monotonic()
             found, message = error_of(await raw(n.urls[0], *parts, pause_s=0.05))
             assert found == status and "did not come within 0.4 s" in message
-            assert time.monotonic() - start_s < 5.0
             assert (await n.ask())[0] == 200
 
     play(scene)

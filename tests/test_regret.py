@@ -18,7 +18,7 @@ from wwwserve.eval import regret, tune
 from wwwserve.eval.compare import FIRST_TEST_SEED
 from wwwserve.eval.metrics import goodput_value, slo_auc
 from wwwserve.eval.play import rollout, scores
-from wwwserve.eval.regret import families, judge, table, yardsticks
+from wwwserve.eval.regret import baselines, families, judge, table
 from wwwserve.train import mappo
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]
@@ -97,8 +97,8 @@ def test_the_table_shows_scores_less_the_best_rules_and_the_best_policies_last()
     assert cells["seer"][2] == "+0.2000"
 
 
-def test_yardsticks_are_the_rules_and_the_best_for_each_kind() -> None:
-    names = [policy.name for policy in yardsticks()]
+def test_baselines_are_the_rules_and_the_best_for_each_kind() -> None:
+    names = [policy.name for policy in baselines()]
     assert names[: len(RULES)] == list(RULES)
     assert [name.partition("@")[2] for name in names[len(RULES) :]] == [*KINDS, "anyone"]
 
@@ -152,7 +152,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
                 "two": [plan(short, first_seed + 50 + k) for k in range(seeds)]}  # fmt: skip
 
     monkeypatch.setattr(regret, "families", two)
-    monkeypatch.setattr(regret, "yardsticks", lambda: [Rule("single"), Rule("earliest_finish")])
+    monkeypatch.setattr(regret, "baselines", lambda: [Rule("single"), Rule("earliest_finish")])
 
 
 @pytest.mark.usefixtures("small")
@@ -173,10 +173,10 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--markets", "1"], "argument --markets: got '1', expected an integer of at least 2"),
-        (["--seeds", "1"], "argument --seeds: got '1', expected an integer of at least 2"),
-        (["--processes", "0"], "argument --processes: got '0', expected an integer of at least 1"),
-        (["--first-seed", "-1"], "argument --first-seed: got '-1', expected an integer of at least 0"),
+        (["--markets", "1"], "--markets is 1, expected at least 2"),
+        (["--seeds", "1"], "--seeds is 1, expected at least 2"),
+        (["--processes", "0"], "--processes is 0, expected at least 1"),
+        (["--first-seed", "-1"], "--first-seed is -1, expected at least 0"),
         (["--policy", "nobody"], "unknown policy 'nobody'"),
         (["--policy", "random", "random"], "given twice"),
         (["--json", "/nowhere/result.json"], "/nowhere is not a folder"),
@@ -188,4 +188,4 @@ def test_a_bad_argument_is_refused_in_one_line(
     assert regret.main(arguments) == 2
     shown = capsys.readouterr()
     assert named in shown.err and shown.err.count("\n") == 1
-    assert shown.err.startswith("eval.regret: ") and not shown.out
+    assert shown.err.startswith("wwwserve regret: ") and not shown.out

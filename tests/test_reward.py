@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL
+from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, MAX_WAIT_S
 from wwwserve.agents.estimate import CONTEXT_PRIOR, chance_on_time
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.knowledge import (
@@ -26,7 +26,7 @@ from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import KINDS, Kind, sample
 from wwwserve.envs.engine import tokens_out
 from wwwserve.envs.scenario import Scenario, parse
-from wwwserve.envs.state import Reward
+from wwwserve.envs.state import PROBES_REFUSED, Reward
 
 HERE, TO_FIRST = LOCAL, FIRST_CANDIDATE
 
@@ -117,8 +117,8 @@ def test_a_placement_on_an_idle_node_pays_its_own_predicted_loss(team_weight: fl
     seen.until(0)
     assert seen.predicted(0) == 3.0
     paid = seen.step(HERE, HERE)
-    assert seen.now_s == 1.0 and seen.own[0][AD_RUNNING] == 0
-    expected = value(0.75, *times_on(seen.own[0], 1), 600)
+    assert seen.now_s == 0.25 and seen.own[0][AD_RUNNING] == 0
+    expected = value(0.0, *times_on(seen.own[0], 1), 600)
     assert 0.5 < expected < 2.5
     assert paid.tolist() == [pytest.approx(expected - 3.0, rel=1e-5), 0.0]
     assert seen.predicted(0) == pytest.approx(expected)
@@ -140,13 +140,13 @@ def test_who_runs_beside_a_newcomer_is_predicted_anew_at_the_cost_of_who_sent_it
     left = 600 - int(tokens_out(engine, requests, 0))
     assert 300 < left < 450
     paid = seen.step(route, HERE)
-    assert seen.now_s == 6.0
-    own = value(0.75 + (0.075 if route == TO_FIRST else 0.0), *times_on(seen.own[route - HERE], route), 600)
+    assert seen.now_s == 5.25
+    own = value(0.025 if route == TO_FIRST else 0.0, *times_on(seen.own[route - HERE], route), 600)
     if route == HERE:
         assert paid.tolist() == [pytest.approx(own - 3.0, rel=1e-5), 0.0]
         assert seen.predicted(0) == before
         return
-    alone, beside = (value_in_flight(5.75, times_on(seen.own[1], decoding)[1], left) for decoding in (1, 2))
+    alone, beside = (value_in_flight(5.0, times_on(seen.own[1], decoding)[1], left) for decoding in (1, 2))
     assert beside < alone - 0.02
     assert paid.tolist() == [pytest.approx(own - 3.0 + team_weight * (beside - alone), rel=1e-5), 0.0]
     assert seen.predicted(0) == pytest.approx(beside)
@@ -163,8 +163,8 @@ def test_the_own_request_beside_a_newcomer_counts_in_full() -> None:
     seen.until(0)
     left = 600 - int(tokens_out(seen.batch.markets.engines[0, 0], seen.batch.markets.requests[0], 0))
     paid = seen.step(HERE, HERE)
-    alone, beside = (value_in_flight(5.75, times_on(seen.own[0], decoding)[1], left) for decoding in (1, 2))
-    own = value(0.75, *times_on(seen.own[0], 2), 600)
+    alone, beside = (value_in_flight(5.0, times_on(seen.own[0], decoding)[1], left) for decoding in (1, 2))
+    own = value(0.0, *times_on(seen.own[0], 2), 600)
     assert paid[0] == pytest.approx(own - 3.0 + beside - alone, rel=1e-5)
 
 
@@ -183,7 +183,7 @@ def test_nothing_is_paid_for_arrivals_ends_and_the_horizon() -> None:
             assert rewards[0] == 0
     latency_s = seen.batch.requests(0).latency_s
     assert np.isfinite(latency_s[:3]).all() and np.isinf(latency_s[3])
-    assert list(paid) == [1.0, 2.0, 13.0, 30.0]
+    assert list(paid) == [0.25, 1.25, 12.25, 29.5]
     assert all(-3 < reward < 0 for reward in paid.values())
 
 
@@ -204,6 +204,25 @@ def test_a_wait_costs_what_it_makes_impossible_when_it_does() -> None:
     placed = seen.step(HERE, HERE)
     late = value(seen.now_s - 0.25, *times_on(seen.own[0], 1), 600)
     assert placed[0] == pytest.approx(late - worth, rel=1e-4)
+
+
+@pytest.mark.parametrize("team_weight", [0.0, 1.0])
+def test_a_refusal_gives_back_what_the_offer_took(team_weight: float) -> None:
+    """From the wait on, and of the request beside which it would have run, too."""
+    scenario = market(NODE | {"traffic": times(5.25)}, NODE | {"traffic": times(0.25)}, gossip_interval_s=1)
+    seen = Watched(scenario, Reward(team_weight, by_decision=True))
+    seen.until(1)
+    seen.step(HERE, HERE)
+    seen.until(0)
+    seen.actions.terms[0, 1, MAX_WAIT_S] = -1.0
+    paid = sum(float(seen.step(HOLD, HERE)[0]) for _ in range(7))
+    held = seen.predicted(1)
+    assert paid == pytest.approx(held - 3.0, rel=1e-4) and held < 2.9
+    refused = float(seen.step(TO_FIRST, HERE)[0])
+    assert seen.batch.markets.providers["counts"][0, 0, PROBES_REFUSED] == 1
+    assert refused == pytest.approx(0.0, abs=1e-6) and seen.predicted(1) == held
+    placed = float(seen.step(HERE, HERE)[0])
+    assert placed == pytest.approx(seen.predicted(1) - held, rel=1e-4)
 
 
 def test_what_is_held_too_long_is_lost_by_then() -> None:

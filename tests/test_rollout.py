@@ -11,19 +11,17 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.forward import Net, net_of
-from wwwserve.agents.policy.network import Actor, Inputs
-from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.policy.forward import LearnedPolicy, Net, net_of
+from wwwserve.agents.policy.network import Actor, Inputs, weights_of
 from wwwserve.agents.rules import RULES, Rule
 from wwwserve.agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import Kind
 from wwwserve.envs.state import Reward
-from wwwserve.train.rollout import Collector, Collectors, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
+from wwwserve.train.rollout import Collector, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
 
 KINDS: tuple[Kind, ...] = ("honest", "deadlines", "conversation")
-TEACHERS: dict[Kind, Rule] = {
+EXPERTS: dict[Kind, Rule] = {
     kind: Rule(list(RULES)[k]) for k, kind in enumerate((*KINDS, "alike", "hardware"), start=1)
 }
 SOURCE = Source(seed=5, kinds=KINDS, duration_s=60.0, drain_s=20.0, max_requests=3000, seeds=1000)
@@ -62,14 +60,14 @@ def collector(*, source: Source = SOURCE, **share: Any) -> Begun:
 
 def collected(
     net: Net, number: int = 0, *, steps: int = STEPS, every: bool = False,
-    teachers: Mapping[Kind, Rule] = NONE, **share: Any,
+    experts: Mapping[Kind, Rule] = NONE, **share: Any,
 ) -> Rollout:  # fmt: skip
-    return collector(**share).collect(net, number, steps, teachers, every=every)
+    return collector(**share).collect(net, number, steps, experts, every=every)
 
 
 @pytest.fixture(scope="module")
 def rollout(net: Net) -> Rollout:
-    return collected(net, every=True, teachers=TEACHERS)
+    return collected(net, every=True, experts=EXPERTS)
 
 
 def flat(tree: Any) -> list[NDArray[Any]]:
@@ -160,15 +158,13 @@ def test_summaries_are_the_mean_and_maximum_over_the_providers_of_a_market(net: 
 
 
 def test_a_share_of_the_providers_is_learned_from_and_the_markets_go_the_same_way(net: Net) -> None:
-    whole = collected(net, steps=40, teachers=TEACHERS)
-    part = collected(net, steps=40, teachers=TEACHERS, share=0.4)
+    whole = collected(net, steps=40, experts=EXPERTS)
+    part = collected(net, steps=40, experts=EXPERTS, share=0.4)
     np.testing.assert_array_equal(part.reward, whole.reward)
 
     def rows(d: Decisions) -> dict[tuple[int, ...], NDArray[Any]]:
-        lessons = np.concatenate([d.choice, d.lesson], 1)
-        return dict(
-            zip(zip(d.step.tolist(), d.market.tolist(), d.provider.tolist(), strict=True), lessons, strict=True)
-        )
+        both = np.concatenate([d.choice, d.expert], 1)
+        return dict(zip(zip(d.step.tolist(), d.market.tolist(), d.provider.tolist(), strict=True), both, strict=True))
 
     all_of_them, some = rows(whole.decisions), rows(part.decisions)
     kept = {key[1:] for key in some}
@@ -210,11 +206,11 @@ def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
 def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
     made = collector()
     rollouts = [made.collect(net, k, 60, NONE) for k in range(2)]
-    cuts = sum(int(each.cut.sum()) for each in rollouts)
-    assert cuts >= MARKETS - 2
+    ends = sum(int(each.truncated.sum()) for each in rollouts)
+    assert ends >= MARKETS - 2
     for each in rollouts:
-        assert len(each.at_cut.own) == each.cut.sum()
-        assert np.isfinite(each.at_cut.summary).all()
+        assert len(each.final.own) == each.truncated.sum()
+        assert np.isfinite(each.final.summary).all()
         assert each.elapsed_s.max() > 0
     assert not made.batch.over.any()
 
@@ -222,51 +218,14 @@ def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
 # However it is spread.
 
 
-def together(net: Net, threads: int, **process: int) -> Rollout:
-    """A rollout by collectors in threads, long enough for markets to end."""
-    made = Collectors(SOURCE, REWARD, MARKETS, threads=threads, **process)
-    made.renew(0)
-    return made.collect(net, 3, 60, TEACHERS, every=True)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_decide_what_one_does(net: Net, threads: int) -> None:
-    whole, spread = collected(net, 3, steps=60, every=True, teachers=TEACHERS), together(net, threads)
-    assert whole.numbers.tolist() == list(range(MARKETS)) == sorted(spread.numbers)
-    assert whole.cut.sum() >= 2
-    assert spread.agent_steps == whole.agent_steps
-    for name in ("summary", "priced", "reward", "elapsed_s", "cut"):
-        np.testing.assert_array_equal(getattr(spread, name), getattr(whole, name)[:, spread.numbers], err_msg=name)
-    for a, b in zip(spread.last, whole.last, strict=True):
-        np.testing.assert_array_equal(a, b[spread.numbers])
-    for rollout in (whole, spread):  # what followed a cut goes with the step and the market of the cut
-        step, market = np.nonzero(rollout.cut)
-        order = np.lexsort((rollout.numbers[market], step))
-        rollout.at_cut.own[:] = rollout.at_cut.own[order]
-    np.testing.assert_array_equal(spread.at_cut.own, whole.at_cut.own)
-    d, all_ = spread.decisions, whole.decisions
-    order, order_ = (np.lexsort((x.provider, r.numbers[x.market], x.step)) for x, r in ((d, spread), (all_, whole)))
-    np.testing.assert_array_equal(spread.numbers[d.market][order], all_.market[order_])
-    for name in Decisions._fields:
-        if name != "market":
-            np.testing.assert_array_equal(getattr(d, name)[order], getattr(all_, name)[order_], err_msg=name)
-
-
-def test_processes_with_threads_share_the_markets_out(net: Net) -> None:
-    parts = [together(net, 2, rank=rank, world=2) for rank in range(2)]
-    assert [sorted(part.numbers) for part in parts] == [[0, 2, 4, 6], [1, 3, 5]]
-    with pytest.raises(ValueError, match="7 markets for 8 threads"):
-        Collectors(SOURCE, REWARD, MARKETS, threads=4, world=2)
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_decide_what_one_does(net: Net, world: int) -> None:
-    whole = collected(net, 3, teachers=TEACHERS)
-    parts = [collected(net, 3, teachers=TEACHERS, rank=rank, world=world) for rank in range(world)]
+    whole = collected(net, 3, experts=EXPERTS)
+    parts = [collected(net, 3, experts=EXPERTS, rank=rank, world=world) for rank in range(world)]
     assert sum(part.agent_steps for part in parts) == whole.agent_steps
     for rank, part in enumerate(parts):
         mine = np.arange(rank, MARKETS, world)
-        for name in ("summary", "priced", "reward", "elapsed_s", "cut"):
+        for name in ("summary", "priced", "reward", "elapsed_s", "truncated"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[:, mine], err_msg=name)
         d, all_ = part.decisions, whole.decisions
         chosen = np.isin(all_.market, mine)
@@ -309,28 +268,28 @@ def test_the_first_markets_of_a_batch_end_at_different_times() -> None:
     assert all(planned.scenario.drain_s == SOURCE.drain_s for _, planned in first + second)
 
 
-# Teachers.
+# Experts.
 
 
-def test_lessons_are_what_the_teacher_of_the_kind_decides(net: Net) -> None:
+def test_the_expert_of_the_kind_is_asked(net: Net) -> None:
     made = collector()
     for k in range(8):
         views = type(made.batch.views)(*(array.copy() for array in made.batch.views))
         active, dice, kinds = made.batch.active.copy(), made.batch.dice.copy(), list(made.kinds)
-        d = made.collect(net, k, 1, TEACHERS).decisions
+        d = made.collect(net, k, 1, EXPERTS).decisions
         for m in range(len(d.step)):
             b, i = d.market[m], d.provider[m]
             actions = made.batch.actions()
-            TEACHERS[kinds[b]].decide(views, active, dice, actions)
+            EXPERTS[kinds[b]].decide(views, active, dice, actions)
             wait_s = actions.terms[b, i, MAX_WAIT_S]
             admit = int(nearest_admit(np.array([wait_s]))[0])
-            assert d.lesson[m].tolist() == [actions.route[b, i], admit, min(actions.price[b, i], PRICES - 1)]
-            assert d.routes[m, d.lesson[m, 0]] == 1
+            assert d.expert[m].tolist() == [actions.route[b, i], admit, min(actions.price[b, i], PRICES - 1)]
+            assert d.routes[m, d.expert[m, 0]] == 1
 
 
-def test_without_a_teacher_there_is_no_lesson(net: Net) -> None:
-    assert (collected(net, steps=3, teachers=TEACHERS).decisions.lesson >= 0).all()
-    assert (collected(net, steps=3).decisions.lesson == -1).all()
+def test_without_an_expert_there_is_no_expert_action(net: Net) -> None:
+    assert (collected(net, steps=3, experts=EXPERTS).decisions.expert >= 0).all()
+    assert (collected(net, steps=3).decisions.expert == -1).all()
 
 
 @pytest.mark.parametrize(

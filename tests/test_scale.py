@@ -46,9 +46,10 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--sizes", "0"], "--sizes: got '0'"),
-        (["--requests", "0"], "--requests: got '0'"),
+        (["--sizes", "0"], "--sizes is 0"),
+        (["--requests", "0"], "--requests is 0"),
         (["--policy", "no"], "'no'"),
+        (["--policy", "omniscient"], "sees the whole market"),
     ],
 )
 def test_what_cannot_be_done_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -278,7 +278,7 @@ CASES: dict[str, tuple[Change, str, str, str]] = {
     "online outside": (put("providers[2].online_s", [[0, 700]]), "providers[2].online_s[0][1]", "700", "[0, 600]"),
     "online backwards": (put("providers[2].online_s", [[9, 5]]), "providers[2].online_s[0][1]", "5", "more than 9"),
     "many judges": (put("economy.judges", 8), "economy.judges", "8", "an integer in [1, 7]"),
-    "many slots": (put("providers[0].max_num_seqs", 257), "providers[0].max_num_seqs", "257", "in [1, 256]"),
+    "many slots": (put("providers[0].max_num_seqs", 1025), "providers[0].max_num_seqs", "1025", "in [1, 1024]"),
     "many windows": (
         put("providers[2].online_s", [[k, k + 0.5] for k in range(9)]), "providers[2].online_s", "[1, 1.5]", "1 to 8"
     ),

@@ -81,6 +81,10 @@ STREAMS: dict[str, tuple[bytes, int]] = {
     "a usage that is nonsense": (
         event([delta("word")]) + event([], usage={"completion_tokens": -5}) + b"data: [DONE]\n\n", 1
     ),
+    "a call of a tool that is nested too deep": (
+        b'data: {"choices": [{"delta": {"content": "a", "tool_calls": ' + b"[" * 500 + b"]" * 500 + b"}}]}\n\n"
+        + b"data: [DONE]\n\n", 1
+    ),
     "events that are nothing": (b"data: 1\n\ndata: {\"choices\": 3}\n\ndata: \xff\n\n" + chat(WORDS), N),
     "data in two lines": (b'data: {"choices": [{"delta":\ndata: {"content": "a"}}]}\n\ndata: [DONE]\n\n', 1),
 }  # fmt: skip
@@ -256,6 +260,8 @@ def test_a_stream_that_is_paid_for_tells_its_usage_and_has_a_limit() -> None:
     }  # fmt: skip
     same = ask._replace(body=b'{"stream_options": {"include_usage": true}, "max_tokens": 3}')
     assert for_pay(same, 50) == (same, False)
+    deep = ask._replace(body=b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}")
+    assert for_pay(deep, 50) == (deep, False)
     assert for_pay(ask._replace(stream=False), None) == (ask._replace(stream=False), False)
 
 

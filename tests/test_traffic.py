@@ -1,7 +1,6 @@
 """Arrivals: their rates, lengths and classes, what they depend on and what they do not."""
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -226,14 +225,3 @@ def test_what_an_origin_expects_of_its_users() -> None:
         assert fitted.median == pytest.approx(np.exp(np.log(tokens).mean()))
         assert fitted.sigma == pytest.approx(np.log(tokens).std())
         assert fitted.max == tokens.max()
-
-
-def test_drawing_a_market_is_quick() -> None:
-    made = market(*[STEPS, BURSTS, STEADY, STEADY] * 2)
-    traffic.arrivals(made, 0)
-    seconds = []
-    for seed in range(20):
-        start = time.perf_counter()
-        traffic.arrivals(made, seed)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.02  # about 2.5 ms for these 19,000 requests

@@ -11,7 +11,8 @@ from wwwserve.agents.rules import RULES, Rule
 from wwwserve.envs.distribution import KINDS, Kind, kind_of
 from wwwserve.eval import tune
 from wwwserve.eval.compare import FIRST_TEST_SEED
-from wwwserve.eval.tune import OBJECTIVES, TUNED, best_for, draw, markets, tuned
+from wwwserve.eval.tune import draw, markets
+from wwwserve.eval.tuned import OBJECTIVES, TUNED, best_for, tuned_for
 
 TUNABLE = [name for name, settings in RULES.items() if any(setting.search for setting in settings.values())]
 
@@ -50,10 +51,11 @@ def test_defaults_are_the_settings_tuned_for_all_kinds(rule: str, table: dict[st
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_tuned_rules_have_the_settings_of_the_file(objective: str, table: dict[str, Any]) -> None:
-    rules = tuned(objective)
-    assert list(rules) == TUNABLE
-    for name, rule in rules.items():
-        assert (rule.name, rule.settings) == (name, table["rules"][name][objective]["settings"])
+    best = table["best"][objective]
+    for name in TUNABLE:
+        rule = tuned_for(name, objective)
+        expected = best if name == best["rule"] else table["rules"][name][objective]
+        assert (rule.name, rule.settings) == (f"{name}@{objective}", expected["settings"])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -84,7 +86,7 @@ def test_an_honest_market_is_of_the_kind_that_it_came_out_as() -> None:
     assert len(seen) == len(KINDS) + 2
 
 
-def test_what_reads_the_file_reads_it_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_reads_a_file_reads_it_anew(tmp_path: Path) -> None:
     def entry(score: float, wait_s: float) -> dict[str, Any]:
         each = {"settings": {"accept_wait_s": wait_s}, "score": score}
         return dict.fromkeys(OBJECTIVES, each)
@@ -93,10 +95,9 @@ def test_what_reads_the_file_reads_it_anew(monkeypatch: pytest.MonkeyPatch, tmp_
     rules = {"earliest_finish": entry(0.5, 7.0), "rank_cap": entry(0.7, 8.0), "best_value": entry(0.6, 9.0)}
     best = {name: {"rule": "rank_cap", **each} for name, each in rules["rank_cap"].items()}
     path.write_text(json.dumps({"rules": rules, "best": best}))
-    monkeypatch.setattr(tune, "TUNED", path)
-    assert best_for("lying").name == "rank_cap@lying"
-    assert best_for("lying").settings["accept_wait_s"] == 8.0
-    assert tuned("all")["best_value"].settings["accept_wait_s"] == 9.0
+    assert best_for("lying", path).name == "rank_cap@lying"
+    assert best_for("lying", path).settings["accept_wait_s"] == 8.0
+    assert tuned_for("best_value", "all", path).settings["accept_wait_s"] == 9.0
 
 
 @pytest.mark.parametrize("rule", TUNABLE)
@@ -255,9 +256,9 @@ def test_a_short_run_writes_what_the_readers_read(
     written = json.loads(path.read_text())
     assert list(written["rules"]) == ["www_serve", "best_value"]
     assert written["options"] == {"draws": 1, "few": 1, "many": 1, "finalists": 1, "refine": 1, "last": 1}
-    monkeypatch.setattr(tune, "TUNED", path)
-    assert set(tuned("all")) == {"www_serve", "best_value"}
-    assert best_for("honest").name.endswith("@honest")
+    best = best_for("honest", path)
+    assert best.name == f"{written['best']['honest']['rule']}@honest"
+    assert tuned_for("www_serve", "lying", path).settings == written["rules"]["www_serve"]["lying"]["settings"]
     shown = capsys.readouterr().out
     assert "best_value: accept_wait_s" in shown
 
@@ -265,4 +266,4 @@ def test_a_short_run_writes_what_the_readers_read(
 @pytest.mark.parametrize("name", ["draws", "few", "many", "finalists", "last", "processes"])
 def test_a_bad_argument_is_refused_in_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([f"--{name}", "0"]) == 2
-    assert capsys.readouterr().err == f"eval.tune: argument --{name}: got '0', expected an integer of at least 1\n"
+    assert capsys.readouterr().err == f"wwwserve tune: --{name} is 0, expected at least 1\n"

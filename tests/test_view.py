@@ -12,8 +12,9 @@ from wwwserve.agents import knowledge as k
 from wwwserve.agents import view as v
 from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL
 from wwwserve.agents.estimate import chance_on_time, expect, slowdown
-from wwwserve.agents.kernel import Floats
+from wwwserve.agents.kernel import Floats, records
 from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST
+from wwwserve.agents.provider import AGREEMENT, PROVIDER, REQUEST, reset_provider, reset_requests
 
 NOW_S = 50.0
 
@@ -41,11 +42,10 @@ def see(**changes: Any) -> v.Views:
         "dealings": k.make_dealings(4),
         "candidates": [2, 1],
         "refused": 0,
-        "may_hold": True,
         "credit": 100 * MICRO,
         "now_s": NOW_S,
         "rtt_s": 0.05,
-        "prompt": 150.0,
+        "prompt": 150,
         "arrival_s": NOW_S - 5.0,
         "klass": 2,
         "known": KNOWN,
@@ -57,15 +57,25 @@ def see(**changes: Any) -> v.Views:
     views = v.make_views()
     for array in views:
         array[...] = 99  # leftovers of another view
-    candidates = np.full(CANDIDATES, -1)
-    candidates[: len(w["candidates"])] = w["candidates"]
-    v.write_request_view(
-        views.nodes, views.request, views.routes, w["own"], w["adverts"], w["dealings"], candidates,
-        len(w["candidates"]), w["refused"], w["may_hold"], w["credit"], w["now_s"], w["rtt_s"], w["prompt"],
-        w["arrival_s"], w["klass"], w["known"], w["deadlines"], w["pricing"], np.empty(v.NODES),
-        np.empty(k.MAX_CLASSES, np.int64),
-    )  # fmt: skip
+    p, a, q = records(1, PROVIDER), records(1, AGREEMENT), records(2, REQUEST)
+    reset_provider(p)
+    reset_requests(q)
+    (classes, deadlines), count = w["deadlines"].shape, len(w["candidates"])
+    p["known"][0, :classes], p["own"], p["head"] = w["known"], w["own"], 1
+    a["rtt_s"], a["n_classes"], a["n_deadlines"], a["pricing"] = w["rtt_s"], classes, deadlines, w["pricing"]
+    a["deadlines"][0, :classes, :deadlines] = w["deadlines"]
+    request = q[1]
+    request["klass"], request["prompt"], request["arrival_s"] = w["klass"], w["prompt"], w["arrival_s"]
+    request["longest"] = w["known"][w["klass"], v.CLASS_MAX]
+    request["n_candidates"], request["refused"] = count, w["refused"]
+    request["candidates"] = -1
+    request["candidates"][:count] = w["candidates"]
+    peers = k.Peers(w["adverts"], w["dealings"], np.full(len(w["adverts"]), w["credit"]))
+    v.write_view(views, p[0], a[0], q, peers, w["now_s"], SCRATCH)
     return views
+
+
+SCRATCH = v.ViewScratch(np.empty(v.NODES), np.empty(k.MAX_CLASSES, np.int64))
 
 
 def test_columns_are_in_the_order_of_the_spec() -> None:
@@ -77,7 +87,7 @@ def test_columns_are_in_the_order_of_the_spec() -> None:
 
 def test_the_spec_is_the_version_that_policies_were_trained_on() -> None:
     """A change here changes what trained policies see: raise VIEW_VERSION with it."""
-    assert v.VIEW_VERSION == 3
+    assert v.VIEW_VERSION == 4
     assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [24, 10, 7]
 
 
@@ -113,13 +123,13 @@ def test_a_peer() -> None:
     k.on_progress(dealings[3], 8.0, 2.0, 0.01, 0)
     dealings[3, k.DUELS_WON] = 2
     views = see(adverts=adverts, dealings=dealings, candidates=[3])
-    first_s, token_s = expect(adverts[3], 3.0, 150.0)
-    first_s += 0.1  # two round trips
+    first_s, token_s = expect(adverts[3], 2.0, 150.0)
+    first_s += 0.05  # a round trip
     chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
     expected = {
         v.OWN: 0, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
-        v.SLOWDOWN_S: slowdown(adverts[3], 3.0), v.CROWD_S: 8 * token_s,
-        v.KV_USE: 0.75, v.RUNNING: 4, v.WAITING: 1, v.HELD_TIGHTER: 5, v.HELD_LOOSER: 2, v.SENT_SINCE: 3,
+        v.SLOWDOWN_S: slowdown(adverts[3], 2.0), v.CROWD_S: 7 * token_s,
+        v.KV_USE: 0.75, v.RUNNING: 4, v.WAITING: 1, v.HELD_TIGHTER: 5, v.HELD_LOOSER: 2, v.SENT_SINCE: 2,
         v.OUT_THERE: 2, v.COST: 4 * 0.24, v.STAKE: 2.5, v.PACE: math.log(801 / 200), v.RECORD: math.log(3) / 2,
         v.OVERDUE: 6, v.AGE_S: 2, v.DUEL_RATE: 0.75, v.REFUSED: 1,
     }  # fmt: skip
@@ -156,11 +166,13 @@ def test_one_class_has_no_looseness() -> None:
     ("changes", "legal"),
     [
         ({}, [HOLD, LOCAL, 2, 3]),
-        ({"may_hold": False}, [LOCAL, 2, 3]),
+        ({"arrival_s": NOW_S - 59.9}, [HOLD, LOCAL, 2, 3]),
+        ({"arrival_s": NOW_S - 60.0}, [LOCAL, 2, 3]),
+        ({"arrival_s": NOW_S - 60.0, "klass": 1}, [HOLD, LOCAL, 2, 3]),
         ({"candidates": []}, [HOLD, LOCAL]),
         ({"candidates": [1, 2, 3]}, [HOLD, LOCAL, 2, 3, 4]),
         ({"candidates": [1, 2, 3], "refused": 0b010}, [HOLD, LOCAL, 2, 4]),
-        ({"candidates": [1, 2, 3], "refused": 0b111, "may_hold": False}, [LOCAL]),
+        ({"candidates": [1, 2, 3], "refused": 0b111, "arrival_s": NOW_S - 99}, [LOCAL]),
         # The price is 2 a thousand tokens, the longest output of the class 1000 tokens.
         ({"credit": 2 * MICRO}, [HOLD, LOCAL, 2, 3]),
         ({"credit": 2 * MICRO - 1}, [HOLD, LOCAL]),
@@ -185,7 +197,7 @@ def test_ranks_by_hand() -> None:
     nodes = see(adverts=adverts, candidates=[1, 2, 3]).nodes
     third = np.float32(1 / 3)
     assert nodes[:4, v.SPEED_RANK].tolist() == [third, 0, 1, third]
-    # The other equal node is two round trips away.
+    # The other equal node is a round trip away.
     assert nodes[:4, v.FINISH_RANK].tolist() == [0, 1, np.float32(2 / 3), third]
     alone = see(candidates=[]).nodes[0]
     assert (alone[v.SPEED_RANK], alone[v.FINISH_RANK]) == (0, 0)
@@ -220,10 +232,9 @@ def random_world(seed: int, size: int, reckless: bool) -> dict[str, Any]:
         "dealings": dealings,
         "candidates": rng.permutation(np.arange(1, size))[: rng.integers(0, min(size, CANDIDATES + 1))],
         "refused": int(rng.integers(0, 2**CANDIDATES)),
-        "may_hold": bool(rng.random() < 0.5),
         "credit": int(rng.uniform(0, 5 * far) * MICRO),
         "rtt_s": rng.uniform(0, 0.3) * far,
-        "prompt": rng.uniform(1, 4000 * far),
+        "prompt": int(rng.uniform(1, 4000 * far)),
         "arrival_s": NOW_S - rng.uniform(0, 100 * far),
         "klass": int(rng.integers(0, 3)),
         "pricing": int(rng.choice([PER_REQUEST, PER_KTOK])),
@@ -243,7 +254,8 @@ def test_every_feature_is_in_its_range(world: dict[str, Any]) -> None:
         normal = v.normalise(values, features)
         assert normal.dtype == np.float32 and np.abs(normal).max() <= 1 + 1e-6
     count = len(world["candidates"])
-    assert views.routes[LOCAL] == 1 and views.routes[HOLD] == world["may_hold"]
+    last_deadline_s = KNOWN[world["klass"], v.CLASS_LAST_DEADLINE_S]
+    assert views.routes[LOCAL] == 1 and views.routes[HOLD] == (NOW_S - world["arrival_s"] < last_deadline_s)
     assert set(views.routes.tolist()) <= {0, 1} and not views.routes[FIRST_CANDIDATE + count :].any()
     assert not views.nodes[1 + count :].any()
     assert views.nodes[: 1 + count, v.OWN].tolist() == [1] + [0] * count
@@ -283,7 +295,12 @@ def test_a_view_without_a_request() -> None:
     for array in views:
         array[...] = 99
     own = advert(AD_TIME_S=NOW_S - 0.5, AD_RUNNING=3, AD_WAITING=2, AD_KV_TOKENS=5000, AD_STAKE=7)
-    v.write_idle_view(views.nodes, views.request, views.routes, own, NOW_S)
+    p, a, q = records(1, PROVIDER), records(1, AGREEMENT), records(1, REQUEST)
+    reset_provider(p)
+    p["own"] = own
+    peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_dealings(1), np.zeros(1, np.int64))
+    v.write_view(views, p[0], a[0], q, peers, NOW_S, SCRATCH)
+    assert views.me.tolist() == [0] * 7
     expected = np.zeros(len(v.NODE_FEATURES))
     expected[[v.OWN, v.KV_USE, v.RUNNING, v.WAITING, v.STAKE, v.AGE_S, v.DUEL_RATE]] = 1, 0.25, 3, 2, 7, 0.5, 0.5
     np.testing.assert_allclose(views.nodes[0], expected)
@@ -292,12 +309,22 @@ def test_a_view_without_a_request() -> None:
 
 
 def test_the_provider_itself() -> None:
-    me = v.make_views(2).me
-    v.write_self(me[1], True, False, 3, 0.25, 5, 7_500_000, 1.5)
-    np.testing.assert_allclose(me, [[0] * 7, [1, 0, 3, 0.25, 5, 7.5, 1.5]])
-    v.write_self(me[0], False, True, 10**6, 1e9, 10**6, 10**18, 1e9)
-    np.testing.assert_array_equal(me[0], v.bounds(v.SELF_FEATURES)[1] * [0, 1, 1, 1, 1, 1, 1])
-    assert np.abs(v.normalise(me, v.SELF_FEATURES)).max() <= 1 + 1e-6
+    p, a, q = records(1, PROVIDER), records(1, AGREEMENT), records(1, REQUEST)
+    reset_requests(q)
+    p["own"], p["known"][0, :3] = advert(), KNOWN
+    a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
+    peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_dealings(1), np.zeros(1, np.int64))
+    names = ["head", "advert_due", "held", "arrival_rate", "guests", "credit", "price"]
+    seen = []
+    for values in ((0, 0, 3, 0.25, 5, 7_500_000, 1.5), (-1, 1, 10**6, 1e9, 10**6, 10**18, 1e9)):
+        for name, value in zip(names, values, strict=True):
+            p[name] = value
+        views = v.make_views()
+        v.write_view(views, p[0], a[0], q, peers, NOW_S, SCRATCH)
+        seen.append(views.me)
+    np.testing.assert_allclose(seen[0], [1, 0, 3, 0.25, 5, 7.5, 1.5])
+    np.testing.assert_array_equal(seen[1], v.bounds(v.SELF_FEATURES)[1] * [0, 1, 1, 1, 1, 1, 1])
+    assert np.abs(v.normalise(np.array(seen), v.SELF_FEATURES)).max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("features", [v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES])

@@ -1,9 +1,12 @@
 """The wheel, installed with base dependencies only, is a whole node: light modules, packaged data and scenarios."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 import venv
 import zipfile
 from pathlib import Path
@@ -11,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.network import Actor
+from wwwserve.agents.policy.network import Actor, weights_of
 from wwwserve.train.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,11 +54,11 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def node_python(wheel, tmp_path_factory) -> Path:
-    """Python of a fresh environment that holds the wheel and its base dependencies, and nothing else."""
+    """Python of a fresh environment: the wheel, its base dependencies, and a package that others import as `agents`."""
     home = tmp_path_factory.mktemp("node")
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", wheel, cwd=home)
+    run(python, "-m", "pip", "install", "-q", wheel, "openai-agents", cwd=home)
     return python
 
 
@@ -83,18 +85,60 @@ def test_base_install_has_no_training_libraries(node_python, tmp_path):
         node_python,
         "-c",
         "from importlib.util import find_spec\n"
-        "names = ('torch', 'pettingzoo', 'gymnasium', 'stable_baselines3', 'onnx')\n"
+        "names = ('torch', 'pettingzoo', 'gymnasium', 'stable_baselines3', 'onnx', 'scipy', 'matplotlib')\n"
         "print([name for name in names if find_spec(name)])",
         cwd=tmp_path,
     )
     assert found.strip() == "[]"
 
 
+def test_it_stands_beside_a_package_of_the_same_name(node_python, tmp_path):
+    program = "import agents, wwwserve.agents; print(hasattr(agents, 'Runner'), wwwserve.agents.__name__)"
+    assert run(node_python, "-c", program, cwd=tmp_path).split() == ["True", "wwwserve.agents"]
+
+
+def test_base_install_prints_the_catalogue_and_names_the_extra_for_training(node_python, tmp_path):
+    shown = run(node_python, "-m", "wwwserve.agents.hardware", cwd=tmp_path)
+    assert "rtx-4090" in shown and "roofline" in shown and "fitted" in shown
+    command = [str(node_python.with_name("wwwserve")), "train", "--agent-steps", "200000"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith(": pip install 'wwwserve[train]'\n")
+
+
+def test_base_install_has_the_tuned_rules(node_python, tmp_path):
+    program = "from wwwserve.eval.policies import load_policy; print(load_policy('rank_cap@deadlines').name)"
+    assert run(node_python, "-c", program, cwd=tmp_path) == "rank_cap@deadlines\n"
+
+
+def test_base_install_runs_a_network_that_answers(node_python, tmp_path):
+    command = [node_python.with_name("wwwserve"), "up", "--nodes", "2", "--speed", "10", "--base-port", "0"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["WWWSERVE_CACHE"] = str(tmp_path / "cache")
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as up:
+        try:
+            network = json.loads(up.stdout.readline())  # when it is ready
+            question = {"model": network["model"], "max_tokens": 8, "messages": [{"role": "user", "content": "hello"}]}
+            request = urllib.request.Request(
+                f"{network['nodes'][0]}/v1/chat/completions",
+                json.dumps(question).encode(),
+                {"content-type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                assert json.load(response)["usage"]["completion_tokens"] == 8
+        finally:
+            up.send_signal(signal.SIGINT)
+            told = up.communicate(timeout=60)[1]
+    assert up.returncode == 0
+    assert told.count("compiling kernels") == 1
+
+
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 from wwwserve import agents, envs, serving
 
-needs_training_libraries = {"wwwserve.agents.policy.network", "wwwserve.agents.policy.checkpoint"}
+needs_training_libraries = {"wwwserve.agents.policy.network"}
 for package in (agents, serving):
     assert "site-packages" in package.__file__, package.__file__
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):

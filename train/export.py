@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from wwwserve.agents.policy.checkpoint import save
-from wwwserve.agents.policy.forward import Weights
-from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.policy.architecture import Weights
+from wwwserve.agents.policy.bundle import Tree, results_table, save
+from wwwserve.agents.policy.forward import LearnedPolicy
+from wwwserve.agents.policy.network import actor_of, onnx_bytes
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.view import HAS_REQUEST, Views
 from wwwserve.envs.batch import MarketBatch
@@ -29,7 +30,7 @@ ENVIRONMENT = ("kinds", "duration_s", "drain_s", "max_requests", "reward", "team
 def export(
     weights: Weights, folder: str | Path, about: Mapping[str, Any], results: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the bundle of a trained policy to `folder`; see `agents.policy.checkpoint.save`.
+    """Write the bundle of a trained policy to `folder`; see `agents.policy.bundle.save`.
 
     `about` goes into the manifest: `training` (the run's arguments), `agent_steps` and what else there is to say;
     environment and seed are taken from the arguments, revision and package versions from here. `results` are those of
@@ -42,7 +43,8 @@ def export(
         "name": "learned", **about, "training": training, "seed": training.get("seed"), "environment": environment,
         "git": revision(), "packages": packages(), "results": results,
     }  # fmt: skip
-    save(weights, folder, made, record(LearnedPolicy(weights, made), GOLDEN_VIEWS, GOLDEN_SEED))
+    views = record(LearnedPolicy(weights, made), GOLDEN_VIEWS, GOLDEN_SEED)
+    save(weights, folder, made, views, onnx_bytes(actor_of(weights), views), card)
 
 
 def record(policy: Policy, count: int, seed: int) -> Views:
@@ -57,7 +59,7 @@ def record(policy: Policy, count: int, seed: int) -> Views:
         batch = MarketBatch(plans)
         actions = batch.actions()
         while not batch.over.all():
-            seen.append(Views(*(array[batch.active] for array in batch.views)))
+            seen.append(Views._make(array[batch.active] for array in batch.views))
             policy.decide(batch.views, batch.active, batch.dice, actions)
             batch.step(actions)
         asks = np.concatenate([views.me[:, HAS_REQUEST] > 0.5 for views in seen])
@@ -90,3 +92,85 @@ def packages() -> dict[str, str | None]:
         except PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+# The model card.
+
+_CARD = """\
+# {name}: a policy for providers of `wwwserve`
+
+LLM providers serve each other's overflow without a coordinator. For the request at the head of its queue, a provider
+with this policy decides whether to hold it, run it here or hand it to one of up to {candidates} candidates; and on what
+terms it takes others' work, at which of its prices. It sees only what a provider knows: its own node, the adverts of
+the candidates, and its dealings with them.
+
+A {architecture} network of width {width}, {parameters:,} parameters: one encoder for every node in view, pooled, and a
+score for each node, so that the order of the candidates does not matter.
+
+## Use
+
+```sh
+wwwserve policy verify FOLDER
+python -m eval.compare paper/mixed-hardware --policy FOLDER www_serve earliest_finish_trust
+```
+
+`wwwserve.agents.policy.bundle.load(FOLDER)` gives the policy in Python; it needs NumPy, numba and safetensors.
+`policy.onnx` is the same function for other runtimes: inputs `nodes` [M, {nodes}, {node_features}],
+`request` [M, {request_features}] and `me` [M, {self_features}], float32 in the physical units that
+`manifest.json` lists (normalisation is in the graph), and the mask `routes` [M, {routes}], int8; outputs
+the logits of `route`, `admit` and `price`. Take the most probable of each.
+
+## Training
+
+{training}
+
+## Results
+
+{results}
+
+## Limits
+
+- Trained and measured in the simulated market alone. Engines there are exact to the iteration, networks and users are
+  models.
+- It reads adverts, which may lie; it discounts them by the record of a peer, which a stranger does not have.
+- Features are clipped to the ranges in the manifest; beyond them it cannot tell one load from another.
+- It was trained on the markets named above; others, many more providers or other hardware may ask for another policy.
+- Observation spec version {view_version}, bundle format {format}: other versions refuse it.
+"""
+
+
+def card(manifest: Tree) -> str:
+    """The model card, in Markdown, of the policy that `manifest` describes."""
+    rows = results_table(manifest)
+    results = "Not measured.\n"
+    if rows:
+        lines = ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+        results = (
+            "Mean score (SLO attainment, or value delivered in time where requests have values) on test markets that "
+            "training\nnever saw, with 95 % intervals; the last column is paired by market.\n\n" + "\n".join(lines)
+        )
+    facts = []
+    if isinstance(manifest.get("agent_steps"), int):
+        facts.append(f"- {manifest['agent_steps']:,} agent steps, seed {manifest.get('seed')}")
+    for key, value in (manifest.get("environment") or {}).items():
+        facts.append(f"- {key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    git = manifest.get("git")
+    if git:
+        facts.append(f"- revision {git['revision']}" + (", with uncommitted changes" if git["dirty"] else ""))
+    features = manifest["features"]
+    return _CARD.format(
+        name=manifest["name"],
+        candidates=manifest["decisions"]["candidates"],
+        architecture=manifest["architecture"]["name"],
+        width=manifest["architecture"]["width"],
+        parameters=manifest["architecture"]["parameters"],
+        nodes=1 + manifest["decisions"]["candidates"],
+        routes=len(manifest["decisions"]["routes"]),
+        node_features=len(features["node"]),
+        request_features=len(features["request"]),
+        self_features=len(features["self"]),
+        training="\n".join(facts) or "Not recorded.",
+        results=results.rstrip(),
+        view_version=manifest["view_version"],
+        format=manifest["format"],
+    )

@@ -3,11 +3,11 @@
     python train/mappo.py --help
 
 One shared actor decides for every provider from its own view; a critic that sees the pooled state of the market serves
-training alone. The actor first imitates a teacher for each kind of market (`train.teachers`), then improves on it by
-PPO; what is kept is the average of its last updates. Markets are drawn from `envs.distribution`; what is reported at
-the end is from markets, scenarios and seeds that training never saw. The file reads from top to bottom: arguments, the
-update, validation, the run; `train.rollout` plays the markets. Under `torchrun` each process has its share of the
-markets and gradients are summed over them.
+training alone. The actor first imitates the best rule for each kind of market (`eval.tune`), then improves on it by
+PPO; what is kept is the average of its last updates. Markets are drawn from `envs.distribution`. The policy is chosen
+on random validation markets; test markets, and the packaged scenarios, are for the report at the end alone. The file
+reads from top to bottom: arguments, the update, validation, the run; `train.rollout` plays the markets. Under
+`torchrun` each process has its share of the markets and gradients are summed over them.
 """
 
 import json
@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from wwwserve.agents.policy.checkpoint import weights_of
-from wwwserve.agents.policy.forward import Weights, net_of
-from wwwserve.agents.policy.network import Actor, Critic, Inputs
-from wwwserve.agents.policy.runtime import LearnedPolicy
+from wwwserve.agents.policy.architecture import Weights
+from wwwserve.agents.policy.forward import LearnedPolicy, net_of
+from wwwserve.agents.policy.network import Actor, Critic, Inputs, weights_of
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.envs.distribution import KINDS, Kind
 from wwwserve.envs.oracle import ORACLES, Oracle
@@ -44,11 +43,9 @@ from wwwserve.envs.state import Reward
 from wwwserve.eval import regret
 from wwwserve.eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from wwwserve.eval.figures import draw
-from wwwserve.train.ablation import StakeOnly, forget_estimates
+from wwwserve.eval.tuned import best_for
 from wwwserve.train.export import export
-from wwwserve.train.gae import estimate
-from wwwserve.train.rollout import Collectors, Rollout, Situation, Source
-from wwwserve.train.teachers import teachers
+from wwwserve.train.rollout import Collector, Rollout, Situation, Source, advantages
 
 
 @dataclass
@@ -59,19 +56,19 @@ class Args:
     """folder of the run: policy/, resume.pt, progress.jsonl, summary.json, comparison.json, figures/"""
     seed: int = 1
     """seed of everything that is random"""
-    agent_steps: int = 56_000_000
+    agent_steps: int = 12_000_000
     """length of training; one step is one provider in one tick of its market"""
-    imitate_steps: int = 36_000_000
+    imitate_steps: int = 8_000_000
     """of these, the first to imitate the best rule for each kind of market; 0 starts from the prior alone"""
-    critic_steps: int = 4_000_000
+    critic_steps: int = 1_500_000
     """of the imitation's steps, the last ones in which the critic learns as well; before, nothing is rewarded"""
     imitation: float = 0.3
     """weight of imitation after that, beside the policy's own loss; 0 for none"""
-    markets: int = 384
+    markets: int = 192
     """markets in a batch, over all processes"""
     rollout_steps: int = 128
     """steps of every market between updates"""
-    kinds: tuple[Kind, ...] = (*KINDS, "alike", "hardware")
+    kinds: tuple[Kind, ...] = KINDS
     """kinds of random market to train on, in turn; one that is named twice comes twice as often"""
     duration_s: float = 600.0
     """length of a training market"""
@@ -83,16 +80,10 @@ class Args:
     """what a provider is paid: what its own decisions changed in predicted values, or what became of requests"""
     team_weight: float = 1.0
     """0: selfish, only own requests and payments count; 1: team, all requests of the market; between: a mixture"""
-    dense: bool = True
-    """with --reward mean: pay predicted value when a request is placed, not all of it when it is done"""
     terms: bool = False
     """learn the terms on which others' work is taken, and prices, as well; else they stay as imitated"""
     central: bool = True
     """a critic that sees the whole market; --no-central is independent PPO"""
-    estimates: bool = True
-    """let the actor read what is expected of nodes; --no-estimates leaves it counts, ages and records, and no prior"""
-    stake_only: bool = False
-    """dispatch by stake alone: a request can be handed to the first candidate drawn, to no other"""
     gamma: float = 0.99
     """discount per second"""
     gae_lambda: float = 0.9
@@ -105,7 +96,7 @@ class Args:
     """of the providers, so many are learned from, others in each rollout; playing is cheaper than learning"""
     minibatches: int = 8
     """parts of a rollout, each for one gradient step"""
-    average: float = 0.97
+    average: float = 0.95
     """share of itself that the averaged policy, which is validated and kept, keeps at each update; 0: the last alone"""
     clip: float = 0.2
     """PPO's clip range"""
@@ -119,16 +110,16 @@ class Args:
     """initial preference for the node that is expected to be done first; 0 for none"""
     processes: int = 2
     """processes that share markets and gradients, started here unless torchrun did it"""
-    threads: int = 1
-    """CPU threads of each process, for markets and for torch; another process is faster than another thread"""
     device: str = "cpu"
     """where the networks learn, as torch names it: cpu, cuda, cuda:1; markets are always on the CPU"""
-    checkpoint_every: int = 50
+    checkpoint_every: int = 25
     """updates between checkpoints: the policy is validated, the run can be resumed from there, markets begin anew"""
-    validation_markets: int = 16
-    """validation markets of each kind, and seeds of the packaged scenarios"""
-    report: bool = True
-    """compare the policy with every rule and router at the end"""
+    validation_markets: int = 8
+    """random validation markets of each kind"""
+    test_markets: int = 8
+    """random test markets of each kind that the policy is compared with the rules on at the end; 0 for no comparison"""
+    test_seeds: int = 4
+    """seeds of every packaged scenario in that comparison"""
     resume: bool = False
     """go on from the last checkpoint in --out, if there is one"""
     wandb: bool = True
@@ -137,13 +128,22 @@ class Args:
     def check(self) -> None:
         """Raises ValueError for a value out of its range."""
         for name in ("agent_steps", "markets", "rollout_steps", "epochs", "minibatches", "width",
-                     "processes", "threads", "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
+                     "processes", "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         for name in ("duration_s", "learning_rate", "clip", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
-        for name in ("seed", "imitate_steps", "critic_steps", "drain_s", "imitation", "entropy", "prior"):
+        for name in (
+            "seed",
+            "imitate_steps",
+            "critic_steps",
+            "drain_s",
+            "imitation",
+            "entropy",
+            "prior",
+            "test_markets",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
         for name in ("gamma", "gae_lambda", "team_weight", "average"):
@@ -153,9 +153,12 @@ class Args:
             raise ValueError(f"--share is {self.share}, expected more than 0, at most 1")
         if self.minibatches > self.markets:
             raise ValueError(f"--minibatches is {self.minibatches}, expected at most --markets, {self.markets}")
-        workers = int(os.environ.get("WORLD_SIZE", self.processes)) * self.threads
-        if workers > self.markets:
-            raise ValueError(f"--markets is {self.markets}, expected one for each of {workers} threads at least")
+        for name in ("test_markets", "test_seeds"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"--{name.replace('_', '-')} is 1, expected at least 2, for an interval")
+        world = int(os.environ.get("WORLD_SIZE", self.processes))
+        if world > self.markets:
+            raise ValueError(f"--markets is {self.markets}, expected one for each of {world} processes at least")
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
@@ -249,12 +252,12 @@ class Batch(NamedTuple):
 
     view: Inputs
     summary: Tensor  # [M, SUMMARY]
-    counted: Tensor  # [M, 3] 1 for what is learned of route, admit and price
+    loss_mask: Tensor  # [M, 3] 1 for what is learned of route, admit and price
     choice: Tensor  # [M, 3]
     log_prob: Tensor  # [M, 3]
-    lesson: Tensor  # [M, 3]
+    expert: Tensor  # [M, 3]
     advantage: Tensor  # [M] normalised
-    goal: Tensor  # [M] normalised return
+    value_target: Tensor  # [M] normalised return
 
     def pick(self, rows: Tensor) -> "Batch":
         """Some of the decisions."""
@@ -268,8 +271,6 @@ class Learner:
         torch.manual_seed(args.seed)
         self.args, self.processes = args, processes
         self.actor = Actor(args.width, args.prior).to(args.device)
-        if not args.estimates:
-            forget_estimates(self.actor)
         self.averaged = AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(args.average))
         self.critic = Critic(central=args.central).to(args.device)
         self.scale = ValueScale(self.critic.last)
@@ -282,7 +283,7 @@ class Learner:
         on_device = (torch.from_numpy(x).to(self.args.device) for x in at)
         return self.scale.unscaled(self.critic(*on_device)).cpu().numpy()
 
-    def judge(self, rollout: Rollout) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
+    def compute_advantages(self, rollout: Rollout) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, float]]:
         """Normalised advantages and returns [M] of a rollout's decisions, and what is logged of them."""
         args, d = self.args, rollout.decisions
         at = (d.step, d.market, d.provider)
@@ -290,11 +291,11 @@ class Learner:
         own_value = self.values(seen)
         decided, value = np.zeros(rollout.reward.shape, np.bool_), np.zeros(rollout.reward.shape, np.float32)
         decided[at], value[at] = True, own_value
-        cut_value = np.zeros(rollout.reward.shape, np.float32)
-        cut_value[rollout.cut] = self.values(rollout.at_cut)
-        advantage = estimate(
-            rollout.reward, rollout.elapsed_s, decided, value, rollout.cut, cut_value, self.values(rollout.last),
-            args.gamma, args.gae_lambda,
+        final_value = np.zeros(rollout.reward.shape, np.float32)
+        final_value[rollout.truncated] = self.values(rollout.final)
+        advantage = advantages(
+            rollout.reward, rollout.elapsed_s, decided, value, rollout.truncated, final_value,
+            self.values(rollout.last), args.gamma, args.gae_lambda,
         )[at]  # fmt: skip
         returns = advantage + own_value
         moments = np.array([len(returns), returns.sum(), (returns**2).sum(), advantage.sum(), (advantage**2).sum()])
@@ -306,18 +307,18 @@ class Learner:
         logged = {"return": mean, "advantage_std": spread, "value_unexplained": unexplained}
         return (advantage - advantage_mean) / spread, (returns - self.scale.mean) / self.scale.std, logged
 
-    def batch(self, rollout: Rollout, judged: bool = True) -> tuple[Batch, dict[str, float]]:
-        """The decisions of a rollout, with their advantages if they are `judged`; and what is logged of them."""
+    def batch(self, rollout: Rollout, paid: bool = True) -> tuple[Batch, dict[str, float]]:
+        """The decisions of a rollout, with their advantages if they are `paid`; and what is logged of them."""
         args, d = self.args, rollout.decisions
-        advantage = goal = np.zeros(len(d.step), np.float32)
+        advantage = value_target = np.zeros(len(d.step), np.float32)
         logged: dict[str, float] = {}
-        if judged:
-            advantage, goal, logged = self.judge(rollout)
-        counted = np.ones((len(d.step), 3), np.float32)
-        counted[:, 1] = args.terms
-        counted[:, 2] = args.terms * rollout.priced[d.step, d.market]
+        if paid:
+            advantage, value_target, logged = self.compute_advantages(rollout)
+        loss_mask = np.ones((len(d.step), 3), np.float32)
+        loss_mask[:, 1] = args.terms
+        loss_mask[:, 2] = args.terms * rollout.priced[d.step, d.market]
         summary = rollout.summary[d.step, d.market]
-        columns = [summary, counted, d.choice, d.log_prob, d.lesson, advantage, goal]
+        columns = [summary, loss_mask, d.choice, d.log_prob, d.expert, advantage, value_target]
         tensors = [torch.from_numpy(np.asarray(x)).to(args.device) for x in columns]
         view = Inputs(
             *(torch.from_numpy(x).to(args.device) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))
@@ -325,15 +326,15 @@ class Learner:
         float_tensors = [x.float() if x.is_floating_point() else x for x in tensors]
         return Batch(view, *float_tensors), logged
 
-    def update(self, rollout: Rollout, number: int, imitate: bool, judged: bool = True) -> dict[str, float]:
+    def update(self, rollout: Rollout, number: int, imitate: bool, paid: bool = True) -> dict[str, float]:
         """Learn from rollout `number` of the run; returns the means of what is logged.
 
-        The critic learns from what is `judged`, and so does the policy unless it is to `imitate`. A minibatch is made
-        of whole markets, so it is the same however they are spread over processes.
+        The critic learns if the rollout was `paid`, and so does the policy unless it is to `imitate`. A minibatch is
+        made of whole markets, so it is the same however they are spread over processes.
         """
         args = self.args
-        torch.set_num_threads(args.threads)
-        batch, logged = self.batch(rollout, judged)
+        torch.set_num_threads(1)
+        batch, logged = self.batch(rollout, paid)
         rng = np.random.default_rng((args.seed, 2, number))
         place = rollout.numbers[rollout.decisions.market]
         totals: dict[str, float] = {}
@@ -343,38 +344,38 @@ class Learner:
             for k in range(args.minibatches):
                 if counts[k]:
                     rows = torch.from_numpy(np.nonzero(part == k)[0]).to(args.device)
-                    for name, x in self.descend(batch.pick(rows), counts[k], imitate, judged).items():
+                    for name, x in self.descend(batch.pick(rows), counts[k], imitate, paid).items():
                         totals[name] = totals.get(name, 0.0) + x / (args.epochs * args.minibatches)
         self.averaged.update_parameters(self.actor)
         return logged | totals
 
-    def descend(self, d: Batch, count: int, imitate: bool, judged: bool = True) -> dict[str, float]:
+    def descend(self, d: Batch, count: int, imitate: bool, paid: bool = True) -> dict[str, float]:
         """One gradient step on a minibatch of `count` decisions, of which `d` are this process's."""
         args = self.args
         heads = [torch.log_softmax(logits, -1) for logits in self.actor(d.view)]
         entropy = -(heads[0].exp() * heads[0].clamp_min(-50.0)).sum()
         named = {"entropy": entropy}
         if imitate:
-            taught = [p.gather(-1, d.lesson[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)]
-            # A teacher that was at odds with the mask held, which becomes running here.
-            loss = -sum(p.clamp_min(-30.0).sum() for p in taught)
+            taught = [p.gather(-1, d.expert[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)]
+            # An expert that was at odds with the mask held, which becomes running here.
+            loss = -sum((p.clamp_min(-30.0).sum() for p in taught), start=torch.zeros(()))
             named["imitation_loss"] = -taught[0].clamp_min(-30.0).sum()
-            named["agreement"] = (heads[0].argmax(-1) == d.lesson[:, 0]).sum()
+            named["agreement"] = (heads[0].argmax(-1) == d.expert[:, 0]).sum()
         else:
             chosen = torch.stack([p.gather(-1, d.choice[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)], -1)
-            log_ratio = ((chosen - d.log_prob) * d.counted).sum(-1)
+            log_ratio = ((chosen - d.log_prob) * d.loss_mask).sum(-1)
             ratio = log_ratio.exp()
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
             policy_loss = -torch.min(ratio * d.advantage, clipped * d.advantage).sum()
             loss = policy_loss - args.entropy * entropy
             if args.imitation:  # which is all that the terms learn from where they are not learned
-                taught = [heads[k].gather(-1, d.lesson[:, k : k + 1]) for k in range(1 if args.terms else len(heads))]
+                taught = [heads[k].gather(-1, d.expert[:, k : k + 1]) for k in range(1 if args.terms else len(heads))]
                 loss = loss - args.imitation * sum(p.clamp_min(-30.0).sum() for p in taught)
             named |= {"policy_loss": policy_loss, "kl": (ratio - 1 - log_ratio).sum(),
                       "clipped": ((ratio - 1).abs() > args.clip).sum()}  # fmt: skip
-        if judged:
+        if paid:
             value = self.critic(d.view.nodes[:, 0], d.view.about, d.summary)
-            named["value_loss"] = nn.functional.huber_loss(value, d.goal, delta=10.0, reduction="sum")
+            named["value_loss"] = nn.functional.huber_loss(value, d.value_target, delta=10.0, reduction="sum")
             loss = loss + named["value_loss"]
         self.optimiser.zero_grad(set_to_none=True)
         (loss / count).backward()
@@ -401,14 +402,8 @@ class Learner:
 
 
 def validation_families(args: Args) -> regret.Families:
-    """Validation markets, the same for every training seed."""
-    return regret.families(VALIDATION_SEED, args.validation_markets, max(2, args.validation_markets))
-
-
-def policy_of(weights: Weights, args: Args) -> Policy:
-    """The policy as operators will run it, or as the ablation wants it."""
-    policy = LearnedPolicy(weights, {"name": "learned"})
-    return StakeOnly(policy) if args.stake_only else policy
+    """Random validation markets, the same for every training seed."""
+    return regret.families(VALIDATION_SEED, args.validation_markets, 0, scenarios=())
 
 
 def means(policy: Policy | Oracle, among: regret.Families) -> dict[str, float]:
@@ -435,7 +430,7 @@ class Progress(NamedTuple):
 
 def identity(args: Args) -> dict[str, Any]:
     """What two runs must share for one to go on where the other stopped."""
-    free = ("out", "resume", "report", "wandb", "processes")
+    free = ("out", "resume", "wandb", "processes", "test_markets", "test_seeds")
     return {key: str(value) for key, value in asdict(args).items() if key not in free}
 
 
@@ -445,15 +440,14 @@ class Run:
     def __init__(self, args: Args) -> None:
         self.args, self.processes = args, Processes()
         self.learner = Learner(args, self.processes)
-        reward = Reward(args.team_weight, gamma=1.0, dense=args.dense, transfers=args.team_weight < 1,
+        reward = Reward(args.team_weight, gamma=1.0, transfers=args.team_weight < 1,
                         by_decision=args.reward == "decision")  # fmt: skip
         # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
         # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
         source = Source(args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS)
-        self.teachers = teachers()
-        self.collector = Collectors(source, reward, args.markets, threads=args.threads, rank=self.processes.rank,
-                                    world=self.processes.world, share=args.share,
-                                    stake_only=args.stake_only)  # fmt: skip
+        self.experts = {kind: best_for(kind) for kind in KINDS}
+        self.collector = Collector(source, reward, args.markets, rank=self.processes.rank,
+                                   world=self.processes.world, share=args.share)  # fmt: skip
         self.progress = Progress()
         self.best = self.learner.policy()
         self.log = start_log(args) if self.processes.rank == 0 else lambda numbers: None
@@ -493,7 +487,7 @@ class Run:
         """Validate the policy, keep it if it is the best, write down where the run stands, begin new markets."""
         began_s = time.perf_counter()
         policy = self.learner.policy()
-        achieved = self.processes.shared(among, partial(means, policy_of(policy, self.args)))
+        achieved = self.processes.shared(among, partial(means, LearnedPolicy(policy, {})))
         if self.processes.rank == 0:
             fair = [name for name in rules if name != "centralized"]
             behind = {name: max(rules[rule][name] for rule in fair) - x for name, x in achieved.items()}
@@ -531,8 +525,8 @@ class Run:
             for name in ("progress.jsonl", "resume.pt"):
                 (args.out / name).unlink(missing_ok=True)
         among = validation_families(args)
-        yardsticks = [*regret.yardsticks(), Oracle("centralized")]
-        rules = {policy.name: self.processes.shared(among, partial(means, policy)) for policy in yardsticks}
+        baselines: list[Policy | Oracle] = [*regret.baselines(), Oracle("centralized")]
+        rules = {policy.name: self.processes.shared(among, partial(means, policy)) for policy in baselines}
         with tqdm(total=args.agent_steps, initial=self.progress.agent_steps, unit="step", unit_scale=True,
                   dynamic_ncols=True, disable=self.processes.rank != 0) as bar:  # fmt: skip
             while True:
@@ -546,15 +540,15 @@ class Run:
                 if due:
                     collector.renew(self.progress.updates)
                 imitate = self.progress.agent_steps < args.imitate_steps
-                judged = self.progress.agent_steps >= args.imitate_steps - args.critic_steps
-                asked = self.teachers if imitate or args.imitation else {}
+                paid = self.progress.agent_steps >= args.imitate_steps - args.critic_steps
+                experts = self.experts if imitate or args.imitation else {}
                 learner.anneal(self.progress.agent_steps / args.agent_steps)
                 net = net_of(weights_of(learner.actor))
                 rollout = collector.collect(
-                    net, self.progress.updates, args.rollout_steps, asked, paid=judged, every=args.terms
+                    net, self.progress.updates, args.rollout_steps, experts, paid=paid, every=args.terms
                 )
                 middle_s = time.perf_counter()
-                logged = learner.update(rollout, self.progress.updates, imitate, judged)
+                logged = learner.update(rollout, self.progress.updates, imitate, paid)
                 taken = int(self.processes.sum(torch.tensor(rollout.agent_steps)))
                 end_s = time.perf_counter()
                 was = self.progress
@@ -582,18 +576,14 @@ class Run:
             "seconds_to_beat": {rule: seconds_to_beat(lines, each) for rule, each in rules.items()},
             "seeds": {"training": self.args.seed, "validation_first": VALIDATION_SEED, "test_first": FIRST_TEST_SEED},
             "processes": self.processes.world,
-            "threads": self.args.threads,
             "device": device_name(self.args.device),
         }
 
 
 def seconds_to_beat(lines: list[dict[str, Any]], rule: dict[str, float]) -> float | None:
-    """Seconds of training until a validation found the policy above `rule` in every `paper/` and `trace/` family."""
-    names = [name for name in rule if name.startswith(("paper/", "trace/"))]
-    for line in lines:
-        if all(line["scores"][name] > rule[name] for name in names):
-            return float(line["seconds"])
-    return None
+    """Seconds of training until a validation found the policy's mean score over the families above that of `rule`."""
+    mean = float(np.mean(list(rule.values())))
+    return next((line["seconds"] for line in lines if np.mean(list(line["scores"].values())) > mean), None)
 
 
 def device_name(device: str) -> str:
@@ -619,20 +609,21 @@ def refuse(reason: str) -> int:
 
 
 def report(args: Args, policy: Policy) -> dict[str, Any]:
-    """Judge the policy on test markets; print the tables, draw the figures. Returns `eval.regret.judge`'s result."""
-    rules = regret.yardsticks()
-    among = regret.families(FIRST_TEST_SEED, regret.MARKETS, regret.SEEDS)
+    """Measure the policy on test markets and packaged scenarios; print the tables, draw the figures.
+
+    Returns `eval.regret.judge`'s result.
+    """
+    rules = regret.baselines()
     measured = regret.measure(
         [policy, *rules],
-        among,
-        processes=args.processes * args.threads,
+        regret.families(FIRST_TEST_SEED, args.test_markets, args.test_seeds),
+        processes=args.processes,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )
     judged = regret.judge(measured, [rule.name for rule in rules])
     scenarios = [load_scenario(name) for name in regret.SCENARIOS if not name.startswith("trace/")]
-    policies = [policy, *(Rule(name) for name in RULES), *(Oracle(name) for name in ORACLES)]
-    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 32)
-    result = compare(scenarios, policies, seeds, threads=args.threads)
+    policies: list[Policy | Oracle] = [policy, *(Rule(name) for name in RULES), *(Oracle(name) for name in ORACLES)]
+    result = compare(scenarios, policies, range(FIRST_TEST_SEED, FIRST_TEST_SEED + args.test_seeds))
     write_json(args.out / "comparison.json", result)
     for scenario in scenarios:
         print(table(result, scenario), end="\n\n")
@@ -641,9 +632,9 @@ def report(args: Args, policy: Policy) -> dict[str, Any]:
     return judged
 
 
-def launch(processes: int, threads: int) -> NoReturn:
+def launch(processes: int) -> NoReturn:
     """Become torchrun, which starts this script in so many processes."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_NUM_THREADS"] = "1"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     os.execv(sys.executable, [*torchrun, str(Path(__file__).resolve()), *sys.argv[1:]])
 
@@ -655,18 +646,17 @@ def main() -> None:
         args.check()
         args.out.mkdir(parents=True, exist_ok=True)
         if args.processes > 1 and "WORLD_SIZE" not in os.environ:
-            launch(args.processes, args.threads)
+            launch(args.processes)
         run = Run(args)
         summary = run.train()
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(refuse(str(error)))
     if run.processes.rank == 0:
         about = {"training": json.loads(json.dumps(asdict(args), default=str)), "agent_steps": summary["agent_steps"]}
-        if args.report:
-            summary["table"] = report(args, policy_of(run.best, args))
+        if args.test_markets:
+            summary["table"] = report(args, LearnedPolicy(run.best, {}))
         write_json(args.out / "summary.json", summary)
-        if not args.stake_only:  # a node offers a policy every candidate
-            export(run.best, args.out / "policy", about, summary.get("table"))
+        export(run.best, args.out / "policy", about, summary.get("table"))
         spent = ", ".join(f"{name} {each:.0f} s" for name, each in summary["split_s"].items())
         print(f"trained {summary['agent_steps']:,} agent-steps in {summary['seconds']:.0f} s "
               f"({summary['agent_steps_per_s']:,.0f}/s): {spent}")  # fmt: skip

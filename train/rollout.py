@@ -2,30 +2,21 @@
 
 The policy's kernels read the batch's views where they lie and write the decisions where learning reads them; nothing is
 copied between environment and learner. What is random depends on the run's seed, the number of the rollout and the
-number of the market in the whole run, so it is the same however the markets are spread over threads and processes.
+number of the market in the whole run, so it is the same however the markets are spread over processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, write_terms
-from wwwserve.agents.kernel import kernel
-from wwwserve.agents.policy.forward import (
-    ABOUT,
-    EVIDENCE,
-    LOGITS,
-    Net,
-    is_node,
-    logits,
-    normalise_about,
-    normalise_node,
-    room,
-)
+from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, Actions, write_terms
+from wwwserve.agents.kernel import Bools, Floats, Ints, Singles, kernel
+from wwwserve.agents.policy.architecture import ABOUT, EVIDENCE, LOGITS
+from wwwserve.agents.policy.forward import Net, is_node, logits, normalise_about, normalise_node
+from wwwserve.agents.policy.forward import scratch as make_scratch
 from wwwserve.agents.policy.network import SUMMARY
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.view import (
@@ -40,7 +31,6 @@ from wwwserve.agents.view import (
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import Kind, kind_of, sample
 from wwwserve.envs.state import MarketPlan, Reward, Shape, plan
-from wwwserve.train.ablation import close_choice
 
 FloatArray = NDArray[np.float32]
 ADMITS = ADMIT_WAIT_S.size
@@ -48,7 +38,7 @@ MOST_PROVIDERS = 8  # in a training market
 
 
 class Decisions(NamedTuple):
-    """Decisions and what is needed to judge them anew, [M] each; see `agents.policy.network.Inputs`."""
+    """Decisions and what is needed to evaluate them anew, [M] each; see `agents.policy.network.Inputs`."""
 
     step: NDArray[np.int64]  # which step, market and provider
     market: NDArray[np.int64]
@@ -60,11 +50,11 @@ class Decisions(NamedTuple):
     routes: NDArray[np.int8]  # [M, ROUTES] the mask
     choice: NDArray[np.int64]  # [M, 3] route, admit, price
     log_prob: FloatArray  # [M, 3] of each
-    lesson: NDArray[np.int64]  # [M, 3] what the teacher would have chosen, -1 where there is none
+    expert: NDArray[np.int64]  # [M, 3] the action of the expert, -1 where there is none
 
 
 def make_decisions(count: int) -> Decisions:
-    """Room for `count` decisions."""
+    """Space for `count` decisions."""
     return Decisions(
         step=np.zeros(count, np.int64),
         market=np.zeros(count, np.int64),
@@ -76,7 +66,7 @@ def make_decisions(count: int) -> Decisions:
         routes=np.zeros((count, ROUTES), np.int8),
         choice=np.zeros((count, 3), np.int64),
         log_prob=np.zeros((count, 3), np.float32),
-        lesson=np.full((count, 3), -1, np.int64),
+        expert=np.full((count, 3), -1, np.int64),
     )
 
 
@@ -97,14 +87,14 @@ class Rollout(NamedTuple):
     priced: NDArray[np.bool_]  # [T, B] whether the market has more than one price
     reward: FloatArray  # [T, B, N] in seconds' worth of the market's arrivals
     elapsed_s: NDArray[np.float64]  # [T, B]
-    cut: NDArray[np.bool_]  # [T, B] the market's horizon came at the end of this step
+    truncated: NDArray[np.bool_]  # [T, B] the market's horizon came at the end of this step
     last: Situation  # [B, N] what follows the rollout
-    at_cut: Situation  # [C, N] what followed in the markets that were cut, in the order of `cut`
+    final: Situation  # [C, N] what followed in the markets that were truncated, in the order of `truncated`
     agent_steps: int
 
 
 @kernel
-def draw(scores, u):
+def draw(scores: FloatArray, u: float) -> tuple[int, float]:
     """An index with probability softmax(scores [C]), by the uniform `u`, and its log-probability."""
     top = scores[0]
     for k in range(scores.size):
@@ -125,10 +115,13 @@ def draw(scores, u):
 
 
 @kernel
-def act(net, views, step, m, market, provider, learned, uniform, actions, d, work, out):
+def act(
+    net: Net, views: Views, step: int, m: int, market: Ints, provider: Ints, learned: Bools, uniform: Singles,
+    actions: Actions, d: Decisions, work: Singles, out: Singles,
+) -> int:  # fmt: skip
     """Decide for each row of `market` and `provider`; `actions` receives the choices, drawn by `uniform` [B, N, 3].
 
-    Decisions of the `learned` [B, N] providers are written to `d`, from number m on; there is to be room for one more.
+    Decisions of the `learned` [B, N] providers are written to `d`, from number m on; there is to be space for one more.
     Returns the number that follows.
     """
     for k in range(market.size):
@@ -156,10 +149,10 @@ def act(net, views, step, m, market, provider, learned, uniform, actions, d, wor
 
 
 @kernel
-def summarise(views, count, wanted, own, about, summary):
+def summarise(views: Views, count: Ints, wanted: Bools, own: Singles, about: Singles, summary: Singles) -> None:
     """Mean and maximum [B, SUMMARY] over the `count` [B] providers of each `wanted` [B] market.
 
-    What is pooled are the normalised features of provider and own node; `own` [F] and `about` [ABOUT] are room.
+    What is pooled are the normalised features of provider and own node; `own` [F] and `about` [ABOUT] are scratch.
     """
     nodes = own.size
     half = summary.shape[1] // 2
@@ -179,7 +172,7 @@ def summarise(views, count, wanted, own, about, summary):
 
 
 @kernel
-def _situations(views, markets, own, about):
+def _situations(views: Views, markets: Ints, own: Singles, about: Singles) -> None:
     for k in range(markets.size):
         b = markets[k]
         for i in range(own.shape[1]):
@@ -207,6 +200,11 @@ def worth_per_s(planned: MarketPlan) -> float:
     """
     value = planned.known[planned.traffic.provider, planned.traffic.klass, CLASS_VALUE].sum()
     return float(value / (planned.scenario.duration_s * len(planned.profiles)))
+
+
+def has_prices(planned: MarketPlan) -> bool:
+    """Whether providers of this market choose among prices."""
+    return planned.scenario.economy.pricing != "per_request" and len(planned.scenario.economy.price_bins) > 1
 
 
 class Source(NamedTuple):
@@ -238,17 +236,13 @@ class Source(NamedTuple):
 
 
 class Collector:
-    """Steps a share of the training markets, of `total` those numbered rank, rank + world, ..., in one thread."""
+    """Steps a share of the training markets: of `total` those numbered rank, rank + world, ..."""
 
     def __init__(
-        self, source: Source, reward: Reward, total: int, *, rank: int = 0, world: int = 1, share: float = 1.0,
-        stake_only: bool = False,
-    ) -> None:  # fmt: skip
-        """`share` of the providers are learned from, others in each rollout.
-
-        `stake_only` leaves of the candidates the first alone; see `train.ablation`.
-        """
-        self.source, self.reward, self.total, self.share, self.stake_only = source, reward, total, share, stake_only
+        self, source: Source, reward: Reward, total: int, *, rank: int = 0, world: int = 1, share: float = 1.0
+    ) -> None:
+        """`share` of the providers are learned from, others in each rollout."""
+        self.source, self.reward, self.total, self.share = source, reward, total, share
         self.numbers = np.arange(rank, total, world)
         self.decisions = make_decisions(4096)
         self.batch: MarketBatch | None = None
@@ -263,38 +257,41 @@ class Collector:
         else:
             for b, (_, planned) in enumerate(drawn):
                 self.batch.reset(b, planned)
-        self.actions, self.taught = self.batch.actions(), self.batch.actions()
+        self.actions, self.expert = self.batch.actions(), self.batch.actions()
         self.kinds = [kind for kind, _ in drawn]
         self.worth = np.array([worth_per_s(planned) for _, planned in drawn], np.float32)
+        self.sizes = np.array([len(planned.profiles) for _, planned in drawn])
+        self.priced = np.array([has_prices(planned) for _, planned in drawn])
 
-    def _room(self, count: int, used: int) -> Decisions:
-        """Decisions with room for `count`, of which `used` are kept."""
+    def _space(self, count: int, used: int) -> Decisions:
+        """Decisions with space for `count`, of which `used` are kept."""
         if count > len(self.decisions.step):
             larger = make_decisions(2 * count)
-            for old, new in zip(self.decisions, larger, strict=True):
+            columns: Iterable[tuple[Any, Any]] = zip(self.decisions, larger, strict=True)
+            for old, new in columns:
                 new[:used] = old[:used]
             self.decisions = larger
         return self.decisions
 
-    def _teach(self, teachers: Mapping[Kind, Policy], batch: MarketBatch, low: int, high: int) -> None:
-        """Write down what the teacher of each market's kind would choose where decisions `low` to `high` were made."""
+    def _ask_experts(self, experts: Mapping[Kind, Policy], batch: MarketBatch, low: int, high: int) -> None:
+        """Write down what the expert of each market's kind would choose where decisions `low` to `high` were made."""
         rows = self.decisions.market[low:high], self.decisions.provider[low:high]
         asked = np.zeros_like(batch.active)
         asked[rows] = True
         kinds = np.array(self.kinds)
-        for kind, teacher in teachers.items():
-            teacher.decide(batch.views, asked & (kinds == kind)[:, None], batch.dice, self.taught)
-        lesson = self.decisions.lesson[low:high]
-        lesson[:, 0] = self.taught.route[rows]
-        lesson[:, 1] = nearest_admit(self.taught.terms[rows][:, MAX_WAIT_S])
-        lesson[:, 2] = np.minimum(self.taught.price[rows], PRICES - 1)
+        for kind, expert in experts.items():
+            expert.decide(batch.views, asked & (kinds == kind)[:, None], batch.dice, self.expert)
+        actions = self.decisions.expert[low:high]
+        actions[:, 0] = self.expert.route[rows]
+        actions[:, 1] = nearest_admit(self.expert.terms[rows][:, MAX_WAIT_S])
+        actions[:, 2] = np.minimum(self.expert.price[rows], PRICES - 1)
 
     def collect(
         self,
         net: Net,
         number: int,
         steps: int,
-        teachers: Mapping[Kind, Policy],
+        experts: Mapping[Kind, Policy],
         *,
         paid: bool = True,
         every: bool = False,
@@ -303,7 +300,7 @@ class Collector:
 
         What is not `paid` has no reward, which is quicker.
 
-        The `teachers` of each kind of market are asked what they would do; there may be none. Recorded are the
+        The `experts` of each kind of market are asked what they would do; there may be none. Recorded are the
         decisions of those that are learned from: on requests; with `every` on terms and prices alone as well.
         """
         assert self.batch is not None, "renew comes first"
@@ -311,123 +308,52 @@ class Collector:
         count, providers = batch.count, batch.providers
         rng = np.random.default_rng((self.source.seed, 1, number))
         learned = rng.random((self.total, providers))[self.numbers] < self.share
-        scratch = room(net), np.zeros(LOGITS, np.float32)
+        work, out = make_scratch(net), np.zeros(LOGITS, np.float32)
         reward = np.zeros((steps, count, providers), np.float32)
         summary = np.zeros((steps, count, SUMMARY), np.float32)
-        elapsed_s, cut = np.zeros((steps, count)), np.zeros((steps, count), np.bool_)
+        elapsed_s, truncated = np.zeros((steps, count)), np.zeros((steps, count), np.bool_)
         priced = np.zeros((steps, count), np.bool_)
         own_row, about_row = np.zeros(len(NODE_FEATURES), np.float32), np.zeros(ABOUT, np.float32)
-        at_cut: list[Situation] = []
+        final: list[Situation] = []
         used = agent_steps = 0
         for t in range(steps):
             uniform = rng.random((self.total, providers, 3), np.float32)[self.numbers]
-            market = batch.markets.market
-            market["by_decision"] = paid and self.reward.by_decision
-            priced[t] = market["n_prices"] > 1
+            batch.markets.market["by_decision"] = paid and self.reward.by_decision
+            priced[t] = self.priced
             asked = batch.active & (views.me[..., HAS_REQUEST] > 0.5)
             if every:
                 asked |= batch.active & (views.me[..., ADVERT_DUE] > 0.5)
-            rows = np.nonzero(asked)
+            market, provider = np.nonzero(asked)
             self.actions.route[...] = HOLD
-            if self.stake_only:
-                close_choice(views)
-            first, d = used, self._room(used + rows[0].size + 1, used)
-            used = act(net, views, t, first, *rows, learned, uniform, self.actions, d, *scratch)
-            told = (asked & learned).any(1)
-            summarise(views, market["n_providers"].copy(), told, own_row, about_row, summary[t])
-            if teachers:
-                self._teach(teachers, batch, first, used)
+            first, d = used, self._space(used + market.size + 1, used)
+            used = act(net, views, t, first, market, provider, learned, uniform, self.actions, d, work, out)
+            wanted = np.asarray((asked & learned).any(1))
+            summarise(views, self.sizes, wanted, own_row, about_row, summary[t])
+            if experts:
+                self._ask_experts(experts, batch, first, used)
             else:
-                d.lesson[first:used] = -1
+                d.expert[first:used] = -1
             batch.step(self.actions)
             # What arrivals bring does not depend on decisions, and is only noise here.
             if paid:
                 reward[t] = (batch.reward - batch.given) / self.worth[:, None]
-            elapsed_s[t], cut[t] = batch.elapsed_s, batch.over
-            agent_steps += int(market["n_providers"][elapsed_s[t] > 0].sum())
-            if not cut[t].any():
+            elapsed_s[t], truncated[t] = batch.elapsed_s, batch.over
+            agent_steps += int(self.sizes[elapsed_s[t] > 0].sum())
+            if not truncated[t].any():
                 continue
-            at_cut.append(situations(views, market["n_providers"].copy(), np.nonzero(cut[t])[0]))
-            for b in np.nonzero(cut[t])[0]:
+            final.append(situations(views, self.sizes, np.nonzero(truncated[t])[0]))
+            for b in np.nonzero(truncated[t])[0]:
                 self.kinds[b], planned = next(self.streams[b])
                 batch.reset(int(b), planned)
-                self.worth[b] = worth_per_s(planned)
-        last = situations(views, batch.markets.market["n_providers"].copy(), np.arange(count))
-        at_cut = at_cut or [Situation(*(column[:0] for column in last))]
-        cuts = Situation(*(np.concatenate(columns) for columns in zip(*at_cut, strict=True)))
-        decisions = Decisions(*(column[:used] for column in self.decisions))
-        return Rollout(self.numbers, decisions, summary, priced, reward, elapsed_s, cut, last, cuts, agent_steps)
-
-
-class Collectors:
-    """A collector in each of `threads` threads for this process's share of the markets.
-
-    Threads that met at every step of one batch would wait for each other longer than they work.
-    """
-
-    def __init__(
-        self, source: Source, reward: Reward, total: int, *, threads: int, rank: int = 0, world: int = 1,
-        share: float = 1.0, stake_only: bool = False,
-    ) -> None:  # fmt: skip
-        """Raises ValueError where a thread would have no market."""
-        if total < threads * world:
-            raise ValueError(f"{total} markets for {threads * world} threads, expected at least one for each")
-        ranks = range(rank, threads * world, world)
-        self.collectors = [
-            Collector(source, reward, total, rank=k, world=threads * world, share=share, stake_only=stake_only)
-            for k in ranks
-        ]
-        self.pool = ThreadPoolExecutor(threads)
-
-    def renew(self, batch: int) -> None:
-        """See `Collector.renew`."""
-        list(self.pool.map(lambda each: each.renew(batch), self.collectors))
-
-    def collect(
-        self,
-        net: Net,
-        number: int,
-        steps: int,
-        teachers: Mapping[Kind, Policy],
-        *,
-        paid: bool = True,
-        every: bool = False,
-    ) -> Rollout:
-        """See `Collector.collect`; the teachers are those of each kind of market, none to learn without."""
-
-        def play(each: Collector) -> Rollout:
-            return each.collect(net, number, steps, teachers, paid=paid, every=every)
-
-        return join(list(self.pool.map(play, self.collectors)))
-
-
-def join(parts: Sequence[Rollout]) -> Rollout:
-    """One rollout of the markets of several that went on for as many steps."""
-    if len(parts) == 1:
-        return parts[0]
-    first = np.cumsum([0, *(part.numbers.size for part in parts)])
-    moved = [
-        part.decisions._replace(market=part.decisions.market + low) for part, low in zip(parts, first, strict=False)
-    ]
-    cuts = [np.argwhere(part.cut) + np.array([0, low]) for part, low in zip(parts, first, strict=False)]
-    order = np.lexsort(np.concatenate(cuts).T[::-1])
-    at_cut = [np.concatenate(columns)[order] for columns in zip(*(part.at_cut for part in parts), strict=True)]
-
-    def beside(name: str) -> Any:
-        return np.concatenate([getattr(part, name) for part in parts], axis=1)
-
-    return Rollout(
-        numbers=np.concatenate([part.numbers for part in parts]),
-        decisions=Decisions(*(np.concatenate(columns) for columns in zip(*moved, strict=True))),
-        summary=beside("summary"),
-        priced=beside("priced"),
-        reward=beside("reward"),
-        elapsed_s=beside("elapsed_s"),
-        cut=beside("cut"),
-        last=Situation(*(np.concatenate(columns) for columns in zip(*(part.last for part in parts), strict=True))),
-        at_cut=Situation(*at_cut),
-        agent_steps=sum(part.agent_steps for part in parts),
-    )
+                self.worth[b], self.sizes[b] = worth_per_s(planned), len(planned.profiles)
+                self.priced[b] = has_prices(planned)
+        last = situations(views, self.sizes, np.arange(count))
+        final = final or [Situation(*(column[:0] for column in last))]
+        finals = Situation(*(np.concatenate(columns) for columns in zip(*final, strict=True)))
+        decisions = Decisions._make(column[:used] for column in self.decisions)
+        return Rollout(
+            self.numbers, decisions, summary, priced, reward, elapsed_s, truncated, last, finals, agent_steps
+        )
 
 
 def nearest_admit(wait_s: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -435,3 +361,59 @@ def nearest_admit(wait_s: NDArray[np.float64]) -> NDArray[np.int64]:
     bins = np.log(np.minimum(ADMIT_WAIT_S[1:], 1e4))
     near = 1 + np.abs(np.log(np.clip(wait_s, 1e-3, 1e4))[:, None] - bins).argmin(1)
     return np.where(wait_s < 0, 0, near)
+
+
+@kernel
+def _advantages(
+    reward: Singles, elapsed_s: Floats, decided: Bools, value: Singles, truncated: Bools, final_value: Singles,
+    last_value: Singles, gamma: float, lam: float, advantage: Singles,
+) -> None:  # fmt: skip
+    """Advantages of the decisions of a rollout, after Schulman et al. 2016 (arXiv 1506.02438), in continuous time.
+
+    A provider decides at some of the T steps of a market, and the reward between two decisions belongs to the first.
+    Discounts are per second: gamma to the power of the time between decisions, and likewise lambda.
+
+    reward [T, B, N], elapsed_s [T, B]; decided [T, B, N] bool; value [T, B, N], read where `decided`; truncated [T, B]:
+    the market was at its horizon after that step, with `final_value` [T, B, N] of what would have followed; last_value
+    [B, N] of what follows the last step. Writes `advantage` [T, B, N] where `decided`.
+    """
+    steps, markets, providers = reward.shape
+    for b in range(markets):
+        for n in range(providers):
+            following_value = last_value[b, n]
+            following_advantage = 0.0
+            paid = 0.0
+            discount = 1.0
+            memory = 1.0
+            for k in range(steps):
+                t = steps - 1 - k
+                if truncated[t, b]:
+                    following_value, following_advantage = final_value[t, b, n], 0.0
+                    paid, discount, memory = 0.0, 1.0, 1.0
+                g = gamma ** elapsed_s[t, b]
+                paid = reward[t, b, n] + g * paid
+                discount *= g
+                memory *= lam ** elapsed_s[t, b]
+                if decided[t, b, n]:
+                    delta = paid + discount * following_value - value[t, b, n]
+                    following_advantage = delta + discount * memory * following_advantage
+                    following_value = value[t, b, n]
+                    advantage[t, b, n] = following_advantage
+                    paid, discount, memory = 0.0, 1.0, 1.0
+
+
+def advantages(
+    reward: NDArray[np.float32],
+    elapsed_s: NDArray[np.float64],
+    decided: NDArray[np.bool_],
+    value: NDArray[np.float32],
+    truncated: NDArray[np.bool_],
+    final_value: NDArray[np.float32],
+    last_value: NDArray[np.float32],
+    gamma: float,
+    lam: float,
+) -> NDArray[np.float32]:
+    """Advantages [T, B, N], zero where nothing was decided."""
+    advantage = np.zeros_like(value)
+    _advantages(reward, elapsed_s, decided, value, truncated, final_value, last_value, gamma, lam, advantage)
+    return advantage

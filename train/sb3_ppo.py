@@ -33,9 +33,10 @@ from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 from tqdm import tqdm
 
 from wwwserve.agents.decision import Actions, set_admit
-from wwwserve.agents.rules import Rule
+from wwwserve.agents.rules import Policy, Rule
 from wwwserve.agents.view import Views
 from wwwserve.envs.distribution import Kind, sample
+from wwwserve.envs.oracle import Oracle
 from wwwserve.envs.sb3 import MarketVecEnv, Sampler, closed_routes, observe
 from wwwserve.envs.scenario import Scenario, load
 from wwwserve.envs.state import Reward
@@ -246,9 +247,9 @@ class SB3Policy:
         rows = np.nonzero(active)
         if rows[0].size == 0:
             return
-        seen = Views(*(array[rows] for array in views))
+        seen = Views._make(array[rows] for array in views)
         with torch.no_grad():
-            joint = self.model.policy.get_distribution(torch.from_numpy(observe(seen))).distribution
+            joint: Any = self.model.policy.get_distribution(torch.from_numpy(observe(seen))).distribution
         route, admit, price = (draw(each.probs.numpy(), self.rng.random(rows[0].size)) for each in joint)
         decisions, invalid = closed_routes(seen, active[rows], route)
         self.decisions += decisions
@@ -263,7 +264,7 @@ class SB3Policy:
 def evaluate(args: Args, model: PPO, scenarios: list[Scenario]) -> dict[str, Any]:
     """Compare the model with the rules on the test seeds, print the tables; returns what the summary says of it."""
     policy = SB3Policy(model, np.random.default_rng(args.seed))
-    policies = [policy, *(Rule(name) for name in COMPARED_RULES)]
+    policies: list[Policy | Oracle] = [policy, *(Rule(name) for name in COMPARED_RULES)]
     seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + args.test_seeds)
     result = compare(scenarios, policies, seeds, threads=args.threads)
     for scenario in scenarios:

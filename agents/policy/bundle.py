@@ -1,34 +1,39 @@
-"""A learned policy's bundle: the files that an operator is handed, what they must say, and reading them with suspicion.
+"""A learned policy's bundle: the files that an operator is handed, what they must say, writing and reading them.
 
 A bundle is a folder of four files: `policy.safetensors` (the weights), `policy.onnx` (the same policy for other
 runtimes), `README.md` (the model card) and `manifest.json`, which describes the policy and has the SHA-256 of all four;
-its own is taken with zeros in its place. Digests tell of damage, not of who made a bundle. Nothing here needs more than
-NumPy and safetensors; `agents.policy.runtime` runs what is read, `agents.policy.checkpoint` writes it.
+its own is taken with zeros in its place. Digests tell of damage, not of who made a bundle. Nothing here needs a library
+for learning.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load as read_safetensors
+from safetensors.numpy import save as safetensors_bytes
 
-from wwwserve.agents.decision import ADMIT_WAIT_S, ADMITS, CANDIDATES, PRICES, ROUTES
-from wwwserve.agents.policy.forward import ABOUT, LOGITS, SETTINGS, Weights
+from wwwserve.agents.decision import ADMIT_WAIT_S, CANDIDATES, PRICES, ROUTES
+from wwwserve.agents.policy import architecture
+from wwwserve.agents.policy.architecture import LOGITS, MAX_WIDTH, Weights, width_of
+from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, VIEW_VERSION, Views, scales
 
 FORMAT = 4
-ARCHITECTURE = "pooled-pointer"  # that of `agents.policy.forward`
 MANIFEST, WEIGHTS, ONNX, CARD = "manifest.json", "policy.safetensors", "policy.onnx", "README.md"
 SEALED = (WEIGHTS, ONNX, CARD)  # the files whose digests the manifest has
 MAX_BYTES = 16 * 2**20  # of one file
-MAX_WIDTH = 1024
 MAX_GOLDEN = 256
 MAX_DEPTH = 16  # of the manifest
+TOLERANCE = 1e-4  # between golden logits and those computed here
 DEFAULT_BUNDLE = Path(__file__).parents[1] / "data" / "policy"
 
 Tree = dict[str, Any]
@@ -64,28 +69,6 @@ def seal(manifest: Tree, contents: Mapping[str, bytes]) -> bytes:
     lines = (f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in fields.items())
     draft = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
     return draft.replace(_UNSEALED.encode(), digest(draft).encode())
-
-
-def shapes(width: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of a policy of this width; matrices are [outputs, inputs]."""
-    layers = {
-        "node_in": (width, len(NODE_FEATURES)),
-        "about_in": (width, ABOUT),
-        "node_hidden": (width, width),
-        "pool": (width, ABOUT + 2 * width),
-        "score_node": (width, width),
-        "score_pool": (width, width),
-        "score": (1, width),
-        "hold": (1, width),
-        "admit": (ADMITS, width),
-        "price": (PRICES, width),
-        "setting": (SETTINGS, width),
-    }
-    table: dict[str, tuple[int, ...]] = {"prior": ()}
-    for name, shape in layers.items():
-        table[f"{name}.weight"] = shape
-        table[f"{name}.bias"] = shape[:1]
-    return table
 
 
 # What a manifest must say to be of this version of the project.
@@ -124,9 +107,9 @@ def normaliser_table() -> dict[str, dict[str, list[float]]]:
 def architecture_table(width: int) -> Tree:
     """Name, width and parameter count of a policy of this width."""
     return {
-        "name": ARCHITECTURE,
+        "name": architecture.NAME,
         "width": width,
-        "parameters": sum(math.prod(shape) for shape in shapes(width).values()),
+        "parameters": architecture.parameters(width),
     }
 
 
@@ -148,7 +131,7 @@ def golden_table(views: Views, logits: NDArray[np.float32]) -> Tree:
 def read(folder: str | Path) -> Bundle:
     """The bundle in `folder`. Raises BundleError, with file and reason, for anything that is not a sound bundle.
 
-    Checked is all but the golden logits, which `agents.policy.runtime.load` compares with its own.
+    Checked is all but the golden logits, which `from_bundle` compares with its own.
     """
     folder = Path(folder)
     content = _content(folder, MANIFEST)
@@ -229,15 +212,15 @@ def _check_tables(path: Path, manifest: Tree) -> None:
                 same = False
             if not same:
                 raise BundleError(f"{path}: normaliser differs from that of this version, at {part}.{key}")
-    architecture: Any = manifest.get("architecture")
-    if not isinstance(architecture, dict):
-        raise BundleError(f"{path}: architecture is {_shown(architecture)}, expected a JSON object")
-    width = architecture.get("width")
+    made: Any = manifest.get("architecture")
+    if not isinstance(made, dict):
+        raise BundleError(f"{path}: architecture is {_shown(made)}, expected a JSON object")
+    width = made.get("width")
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MAX_WIDTH:
         raise BundleError(f"{path}: width is {_shown(width)}, expected an integer from 1 to {MAX_WIDTH}")
     for key, value in architecture_table(width).items():
-        if architecture.get(key) != value:
-            raise BundleError(f"{path}: architecture.{key} is {_shown(architecture.get(key))}, expected {value!r}")
+        if made.get(key) != value:
+            raise BundleError(f"{path}: architecture.{key} is {_shown(made.get(key))}, expected {value!r}")
 
 
 def _shown(value: object) -> str:
@@ -263,7 +246,7 @@ def _weights(path: Path, content: bytes, width: int) -> Weights:
         weights: Weights = read_safetensors(content)
     except Exception as error:  # safetensors raises its own and struct errors for malformed files
         raise BundleError(f"{path}: not a safetensors file: {error}") from None
-    table = shapes(width)
+    table = architecture.shapes(width)
     if extra := sorted(set(weights) - set(table)):
         raise BundleError(f"{path}: {_shown(extra[0])} is no weight of this architecture")
     for name, shape in table.items():
@@ -303,6 +286,98 @@ def _golden(path: Path, table: object) -> tuple[Views, NDArray[np.float32]]:
     nodes, request, me, logits = (arrays[name].astype(np.float32) for name in ("nodes", "request", "me", "logits"))
     routes = (arrays["routes"] > 0).astype(np.int8)
     return Views(nodes, request, me, routes), logits
+
+
+def from_bundle(bundle: Bundle) -> LearnedPolicy:
+    """The policy of a bundle that was read. Raises BundleError unless it gives the golden logits."""
+    policy = LearnedPolicy(bundle.weights, bundle.manifest)
+    error = golden_error(policy, bundle)
+    if not error <= TOLERANCE:
+        raise BundleError(
+            f"{bundle.folder / MANIFEST}: logits of a golden view differ by {error:.3g} from those computed here, "
+            f"expected at most {TOLERANCE:g}"
+        )
+    return policy
+
+
+def golden_error(policy: LearnedPolicy, bundle: Bundle) -> float:
+    """Largest difference between the bundle's golden logits and the policy's."""
+    return float(np.max(np.abs(policy.logits(bundle.views).astype(np.float64) - bundle.logits)))
+
+
+def load(folder: str | Path) -> LearnedPolicy:
+    """The policy of a bundle. Raises BundleError, with file and reason, for anything that is not a sound bundle."""
+    return from_bundle(read(folder))
+
+
+# Writing.
+
+
+def save(
+    weights: Weights, folder: str | Path, about: Mapping[str, Any], views: Views, onnx: bytes,
+    card: Callable[[Tree], str],
+) -> None:  # fmt: skip
+    """Write a policy as a bundle to `folder`, replacing a bundle that is there.
+
+    `about` goes into the manifest, where what is not a finite number becomes null; `views` [G], 1 to MAX_GOLDEN
+    recorded ones, become the golden views; `onnx` is the same policy for other runtimes, `card` writes the model card
+    of a manifest.
+
+    The bundle is written beside its place, loaded once to verify it, and moved; a failure leaves what was there.
+    Raises ValueError if `folder` exists and is not a bundle, BundleError if the bundle would not be a sound one.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a policy bundle; give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "name": "learned",
+        **_plain(about),
+        "format": FORMAT,
+        "view_version": VIEW_VERSION,
+        "architecture": architecture_table(width_of(weights)),
+        "decisions": decision_table(),
+        "features": feature_table(),
+        "normaliser": normaliser_table(),
+        "golden": golden_table(views, LearnedPolicy(weights, {}).logits(views)),
+    }
+    contents = {
+        WEIGHTS: safetensors_bytes(weights),
+        ONNX: onnx,
+        CARD: card(manifest).encode(),
+    }
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, content in contents.items():
+            (draft / name).write_bytes(content)
+        (draft / MANIFEST).write_bytes(seal(manifest, contents))
+        load(draft)
+        draft.chmod(0o755)
+        if folder.exists():
+            retired = draft.with_name(draft.name + "-old")
+            os.replace(folder, retired)
+            os.replace(draft, folder)
+            shutil.rmtree(retired)
+        else:
+            os.replace(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can say it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | None) else str(value)
 
 
 # What the results say, for the model card and for people at a terminal.

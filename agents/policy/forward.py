@@ -5,13 +5,24 @@ The simulator calls these kernels for thousands of providers, a node for one.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.decision import ADMITS, HOLD, LOCAL, PRICES, ROUTES
-from wwwserve.agents.kernel import Bytes, Singles, kernel
+from wwwserve.agents.decision import ADMITS, HOLD, LOCAL, ROUTES, TERMS_SIZE, Actions, write_terms
+from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints32, Singles, kernel
+from wwwserve.agents.policy.architecture import (
+    ABOUT,
+    FORBIDDEN,
+    FULL_WIDTH,
+    LOGITS,
+    SETTING_UNITS,
+    SETTINGS,
+    SHORTEST_S,
+    Layers,
+    Weights,
+)
 from wwwserve.agents.view import (
     CROWD_S,
     FINISH_S,
@@ -27,84 +38,38 @@ from wwwserve.agents.view import (
     SLOWDOWN_S,
     SPEED_RANK,
     WAITING,
+    Views,
     normalise_row,
     scales,
 )
 
-Weights = dict[str, NDArray[np.float32]]
 
-FORBIDDEN = np.float32(-1e9)  # the logit of a route that the mask rules out
-ABOUT = len(REQUEST_FEATURES) + len(SELF_FEATURES)
-LOGITS = ROUTES + ADMITS + PRICES
-SHORTEST_S = np.float32(1e-3)
+class Linear(NamedTuple):
+    """A layer as the kernels read it, contiguous."""
 
-# What the rule within reads of a node: the time to finish there, what it discounts it by, and how full the node is.
-EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, CROWD_S, KV_USE, SPEED_RANK, WAITING)
-# Its settings, in what a softplus of 1 stands for: weights of pace, record, overdue, slowdown and crowd; sharpness of
-# the preference; KV use above which the fastest node counts as full, and the slowest; how far a full node is avoided.
-SETTING_UNITS = (1.0, 1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 10.0)
-SETTINGS = len(SETTING_UNITS)
-FULL_WIDTH = np.float32(0.05)  # of KV use, from hardly full to nearly full
+    weight: Singles  # [inputs, outputs]
+    bias: Singles  # [outputs]
 
 
 class Net(NamedTuple):
-    """Weights [inputs, outputs] and biases of a policy of width W, contiguous; see `agents.policy.network.Actor`."""
+    """A policy as the kernels read it."""
 
-    node_in: Singles  # [len(NODE_FEATURES), W]
-    about_in: Singles  # [ABOUT, W]
-    in_bias: Singles  # [W]
-    node_hidden: Singles  # [W, W]
-    hidden_bias: Singles
-    pool: Singles  # [ABOUT + 2 W, W]
-    pool_bias: Singles
-    score_node: Singles  # [W, W]
-    score_pool: Singles  # [W, W]
-    score_bias: Singles
-    score: Singles  # [W, 1]
-    hold: Singles  # [W, 1]
-    heads_bias: Singles  # [2] of score and hold
-    admit: Singles  # [W, ADMITS]
-    admit_bias: Singles
-    price: Singles  # [W, PRICES]
-    price_bias: Singles
-    setting: Singles  # [W, SETTINGS]
-    setting_bias: Singles
+    layers: Layers[Linear]
     prior: Singles  # [1]
 
 
-def net_of(w: Weights) -> Net:
-    """The kernels' form of a bundle's weights (matrices [outputs, inputs] there)."""
-
-    def turned(name: str) -> Singles:
-        return np.ascontiguousarray(w[f"{name}.weight"].T, np.float32)
-
-    return Net(
-        node_in=turned("node_in"),
-        about_in=turned("about_in"),
-        in_bias=w["node_in.bias"] + w["about_in.bias"],
-        node_hidden=turned("node_hidden"),
-        hidden_bias=w["node_hidden.bias"].copy(),
-        pool=turned("pool"),
-        pool_bias=w["pool.bias"].copy(),
-        score_node=turned("score_node"),
-        score_pool=turned("score_pool"),
-        score_bias=w["score_node.bias"] + w["score_pool.bias"],
-        score=turned("score"),
-        hold=turned("hold"),
-        heads_bias=np.concatenate([w["score.bias"], w["hold.bias"]]),
-        admit=turned("admit"),
-        admit_bias=w["admit.bias"].copy(),
-        price=turned("price"),
-        price_bias=w["price.bias"].copy(),
-        setting=turned("setting"),
-        setting_bias=w["setting.bias"].copy(),
-        prior=w["prior"].reshape(1).copy(),
+def net_of(weights: Weights) -> Net:
+    """The kernels' form of weights, whose matrices are [outputs, inputs]."""
+    layers = (
+        Linear(np.ascontiguousarray(weights[f"{name}.weight"].T, np.float32), weights[f"{name}.bias"].copy())
+        for name in Layers._fields
     )
+    return Net(Layers(*layers), weights["prior"].reshape(1).copy())
 
 
-def room(net: Net) -> Singles:
-    """Scratch that `logits` works in: a row for each node and six more."""
-    return np.zeros((NODES + 6, net.in_bias.size), np.float32)
+def scratch(net: Net) -> Singles:
+    """What `logits` works in: a row for each node and six more."""
+    return np.zeros((NODES + 6, net.layers.node_in.bias.size), np.float32)
 
 
 _NODE_UNIT, _NODE_TOP = scales(NODE_FEATURES)
@@ -146,6 +111,19 @@ def _add(x: Singles, weight: Singles, out: Singles) -> None:
 
 
 @kernel
+def _plus(x: Singles, out: Singles) -> None:
+    for k in range(out.size):
+        out[k] += x[k]
+
+
+@kernel
+def _linear(x: Singles, layer: Linear, out: Singles) -> None:
+    """out [O] = x [I] through a layer."""
+    _copy(layer.bias, out)
+    _add(x, layer.weight, out)
+
+
+@kernel
 def _relu(x: Singles) -> None:
     for k in range(x.size):
         x[k] = max(x[k], np.float32(0.0))
@@ -158,19 +136,18 @@ def is_node(row: Singles) -> bool:
 
 
 @kernel
-def _dot(x: Singles, weight: Singles) -> np.float32:
-    """x [I] @ weight [I, 1]."""
+def _one(x: Singles, layer: Linear) -> np.float32:
+    """x [I] through a layer of one output."""
     total = np.float32(0.0)
     for i in range(x.size):
-        total += x[i] * weight[i, 0]
-    return total
+        total += x[i] * layer.weight[i, 0]
+    return np.float32(layer.bias[0] + total)
 
 
 @kernel
 def settings(net: Net, pooled: Singles, out: Singles) -> None:
     """The settings of the rule within [SETTINGS], at least 0, for what is in view."""
-    _copy(net.setting_bias, out)
-    _add(pooled, net.setting, out)
+    _linear(pooled, net.layers.setting, out)
     for k in range(out.size):
         x = out[k]
         softplus = max(x, np.float32(0.0)) + np.float32(math.log1p(math.exp(-abs(x))))
@@ -206,16 +183,18 @@ def logits(
     """The logits of one view: `out` [LOGITS] of routes, then admits, then prices.
 
     nodes [NODES, F], request, me, routes as in `agents.view`; `x` [NODES, F] and `about` [ABOUT] receive the normalised
-    features, `x` of nodes alone; `work` is `room`.
+    features, `x` of nodes alone; `work` is `scratch`.
     """
+    at = net.layers
     hidden = work[:NODES]
     shared, first, mean, peak, pooled, scored = (
         work[NODES], work[NODES + 1], work[NODES + 2], work[NODES + 3], work[NODES + 4], work[NODES + 5],
     )  # fmt: skip
     width = shared.size
     normalise_about(request, me, about)
-    _copy(net.in_bias, shared)
-    _add(about, net.about_in, shared)
+    _copy(at.node_in.bias, shared)
+    _plus(at.about_in.bias, shared)
+    _add(about, at.about_in.weight, shared)
     mean[:] = np.float32(0.0)
     peak[:] = np.float32(0.0)
     count = np.float32(0.0)
@@ -226,23 +205,23 @@ def logits(
         count += np.float32(1.0)
         normalise_node(nodes[n], x[n])
         _copy(shared, first)
-        _add(x[n], net.node_in, first)
+        _add(x[n], at.node_in.weight, first)
         _relu(first)
-        _copy(net.hidden_bias, hidden[n])
-        _add(first, net.node_hidden, hidden[n])
+        _linear(first, at.node_hidden, hidden[n])
         _relu(hidden[n])
         for o in range(width):
             mean[o] += hidden[n, o]
             peak[o] = max(peak[o], hidden[n, o])
     for o in range(width):
         mean[o] /= count
-    _copy(net.pool_bias, pooled)
-    _add(about, net.pool[:ABOUT], pooled)
-    _add(mean, net.pool[ABOUT : ABOUT + width], pooled)
-    _add(peak, net.pool[ABOUT + width :], pooled)
+    _copy(at.pool.bias, pooled)
+    _add(about, at.pool.weight[:ABOUT], pooled)
+    _add(mean, at.pool.weight[ABOUT : ABOUT + width], pooled)
+    _add(peak, at.pool.weight[ABOUT + width :], pooled)
     _relu(pooled)
-    _copy(net.score_bias, shared)
-    _add(pooled, net.score_pool, shared)
+    _copy(at.score_node.bias, shared)
+    _plus(at.score_pool.bias, shared)
+    _add(pooled, at.score_pool.weight, shared)
 
     now = out[ROUTES : ROUTES + SETTINGS]  # until admits and prices come there
     settings(net, pooled, now)
@@ -261,14 +240,67 @@ def logits(
     for n in range(NODES):
         if routes[LOCAL + n] and is_node(nodes[n]):
             _copy(shared, scored)
-            _add(hidden[n], net.score_node, scored)
+            _add(hidden[n], at.score_node.weight, scored)
             _relu(scored)
-            route[LOCAL + n] = net.heads_bias[0] + _dot(scored, net.score) - (route[LOCAL + n] - least)
+            route[LOCAL + n] = _one(scored, at.score) - (route[LOCAL + n] - least)
     if routes[HOLD]:
-        route[HOLD] = net.heads_bias[1] + _dot(pooled, net.hold)
+        route[HOLD] = _one(pooled, at.hold)
         if emptiest < np.inf:
             route[HOLD] += emptiest
-    _copy(net.admit_bias, out[ROUTES : ROUTES + ADMITS])
-    _add(pooled, net.admit, out[ROUTES : ROUTES + ADMITS])
-    _copy(net.price_bias, out[ROUTES + ADMITS :])
-    _add(pooled, net.price, out[ROUTES + ADMITS :])
+    _linear(pooled, at.admit, out[ROUTES : ROUTES + ADMITS])
+    _linear(pooled, at.price, out[ROUTES + ADMITS :])
+
+
+class LearnedPolicy:
+    """A policy by its weights; it takes the most probable choice."""
+
+    def __init__(self, weights: Weights, manifest: dict[str, Any]) -> None:
+        """`manifest` is the bundle's, which names the policy; else `learned`."""
+        self.weights = weights
+        self.manifest = manifest
+        self.name = str(manifest.get("name", "learned"))
+        self._net = net_of(weights)
+        self._scratch = (
+            scratch(self._net), np.zeros((NODES, len(NODE_FEATURES)), np.float32), np.zeros(ABOUT, np.float32)
+        )  # fmt: skip
+
+    def decide(self, views: Views, active: NDArray[np.bool_], dice: NDArray[np.float64], actions: Actions) -> None:
+        """See `agents.rules.Policy.decide`; the dice are not used. `actions` must be contiguous arrays."""
+        if not all(array.flags.c_contiguous for array in actions):
+            raise ValueError("actions must be contiguous arrays, or what is written to them is lost")
+        nodes, request, me, routes = views
+        flat = Views(
+            nodes.reshape(-1, *nodes.shape[-2:]), request.reshape(-1, request.shape[-1]), me.reshape(-1, me.shape[-1]),
+            routes.reshape(-1, routes.shape[-1]),
+        )  # fmt: skip
+        work, x, about = self._scratch
+        _decide(
+            self._net, flat, active.reshape(-1), x, about, work, np.zeros(LOGITS, np.float32),
+            actions.route.reshape(-1), actions.terms.reshape(-1, TERMS_SIZE), actions.price.reshape(-1),
+        )  # fmt: skip
+
+    def logits(self, views: Views) -> NDArray[np.float32]:
+        """Logits [M, LOGITS] of views [M]: of routes, then admits, then prices."""
+        work, x, about = self._scratch
+        out = np.zeros((len(views.me), LOGITS), np.float32)
+        _logits(self._net, views, x, about, work, out)
+        return out
+
+
+@kernel
+def _logits(net: Net, views: Views, x: Singles, about: Singles, work: Singles, out: Singles) -> None:
+    for k in range(out.shape[0]):
+        logits(net, views.nodes[k], views.request[k], views.me[k], views.routes[k], x, about, work, out[k])
+
+
+@kernel
+def _decide(
+    net: Net, views: Views, active: Bools, x: Singles, about: Singles, work: Singles, out: Singles,
+    route: Ints32, terms: Floats, price: Ints32,
+) -> None:  # fmt: skip
+    for k in range(active.size):
+        if active[k]:
+            logits(net, views.nodes[k], views.request[k], views.me[k], views.routes[k], x, about, work, out)
+            route[k] = np.argmax(out[:ROUTES])
+            write_terms(terms[k], int(np.argmax(out[ROUTES : ROUTES + ADMITS])))
+            price[k] = np.argmax(out[ROUTES + ADMITS :])

@@ -5,14 +5,29 @@ order; a pointer head over nodes, and heads for holding, for the terms and for t
 normalised already; `Actor.inputs` makes them from views.
 """
 
-from typing import NamedTuple
+import io
+import warnings
+from typing import Any, NamedTuple
 
+import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
-from wwwserve.agents.decision import ADMITS, PRICES
-from wwwserve.agents.policy.forward import ABOUT, EVIDENCE, FORBIDDEN, FULL_WIDTH, SETTING_UNITS, SETTINGS, SHORTEST_S
-from wwwserve.agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, scales
+from wwwserve.agents.policy.architecture import (
+    ABOUT,
+    EVIDENCE,
+    FORBIDDEN,
+    FULL_WIDTH,
+    HEADS,
+    SETTING_UNITS,
+    SHORTEST_S,
+    Layers,
+    Weights,
+    sizes,
+    width_of,
+)
+from wwwserve.agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, Views, scales
 
 USUAL_ADMIT = 4  # the terms and the price that an untrained policy prefers: up to a minute's wait, the second price
 USUAL_PRICE = 1
@@ -72,29 +87,23 @@ class Actor(nn.Module):
 
     def __init__(self, width: int = 32, prior: float = 6.0) -> None:
         super().__init__()
-        self.width = width
-        relu = 2**0.5
         self.scale_nodes = Normalise(NODE_FEATURES)
         self.scale_request = Normalise(REQUEST_FEATURES)
         self.scale_me = Normalise(SELF_FEATURES)
-        self.node_in = _linear(len(NODE_FEATURES), width, relu)
-        self.about_in = _linear(ABOUT, width, relu)
-        self.node_hidden = _linear(width, width, relu)
-        self.pool = _linear(ABOUT + 2 * width, width, relu)
-        self.score_node = _linear(width, width, relu)
-        self.score_pool = _linear(width, width, relu)
-        self.score = _linear(width, 1, 0.01)
-        self.hold = _linear(width, 1, 0.01)
-        self.admit = _linear(width, ADMITS, 0.01)
-        self.price = _linear(width, PRICES, 0.01)
+        for name, size in sizes(width)._asdict().items():
+            self.add_module(name, _linear(size.inputs, size.outputs, 0.01 if name in HEADS else 2**0.5))
         self.prior = nn.Parameter(torch.tensor(prior))
-        self.setting = _linear(width, SETTINGS, 0.01)
         self.register_buffer("setting_units", torch.tensor(SETTING_UNITS), persistent=False)
+        at = self.layers()
         with torch.no_grad():
-            self.setting.bias.copy_(torch.log(torch.expm1(torch.tensor(USUAL_SETTINGS))))
-            self.hold.bias.fill_(HOLD_BIAS)
-            self.admit.bias[USUAL_ADMIT] = USUAL_BONUS
-            self.price.bias[USUAL_PRICE] = USUAL_BONUS
+            at.setting.bias.copy_(torch.log(torch.expm1(torch.tensor(USUAL_SETTINGS))))
+            at.hold.bias.fill_(HOLD_BIAS)
+            at.admit.bias[USUAL_ADMIT] = USUAL_BONUS
+            at.price.bias[USUAL_PRICE] = USUAL_BONUS
+
+    def layers(self) -> Layers[nn.Linear]:
+        """The linear layers."""
+        return Layers(*(getattr(self, name) for name in Layers._fields))
 
     def inputs(self, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> Inputs:
         """Views [M, ...] as in `agents.view`, as the networks read them."""
@@ -105,26 +114,27 @@ class Actor(nn.Module):
 
     def forward(self, view: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of route [M, ROUTES], admit [M, ADMITS], price [M, PRICES]."""
-        hidden = torch.relu(self.node_in(view.nodes) + self.about_in(view.about).unsqueeze(-2))
-        hidden = torch.relu(self.node_hidden(hidden)) * view.present.unsqueeze(-1)
+        at = self.layers()
+        hidden = torch.relu(at.node_in(view.nodes) + at.about_in(view.about).unsqueeze(-2))
+        hidden = torch.relu(at.node_hidden(hidden)) * view.present.unsqueeze(-1)
         mean = hidden.sum(-2) / view.present.sum(-1, keepdim=True)
-        pooled = torch.relu(self.pool(torch.cat([view.about, mean, hidden.amax(-2)], -1)))
-        scored = torch.relu(self.score_node(hidden) + self.score_pool(pooled).unsqueeze(-2))
+        pooled = torch.relu(at.pool(torch.cat([view.about, mean, hidden.amax(-2)], -1)))
+        scored = torch.relu(at.score_node(hidden) + at.score_pool(pooled).unsqueeze(-2))
         settings = self.settings(pooled)
         full = settings[..., 8:] * self.fullness(view.evidence, settings[..., 6:8])
         cost = self.prior * settings[..., 5:6] * self.log_time(view.evidence, settings[..., :5]) + full
         legal = (view.routes[..., 1:] > 0) & (view.present > 0)
         least = torch.where(legal, cost, 1e9).amin(-1, keepdim=True)
         emptiest = torch.where(legal, full, 1e9).amin(-1, keepdim=True)
-        hold = self.hold(pooled) + torch.where(legal.any(-1, keepdim=True), emptiest, 0.0)
-        route = torch.cat([hold, self.score(scored).squeeze(-1) - (cost - least)], -1)
+        hold = at.hold(pooled) + torch.where(legal.any(-1, keepdim=True), emptiest, 0.0)
+        route = torch.cat([hold, at.score(scored).squeeze(-1) - (cost - least)], -1)
         allowed = torch.cat([view.routes[..., :1] > 0, legal], -1)
         route = torch.where(allowed, route, float(FORBIDDEN))
-        return route, self.admit(pooled), self.price(pooled)
+        return route, at.admit(pooled), at.price(pooled)
 
     def settings(self, pooled: Tensor) -> Tensor:
-        """Settings [M, SETTINGS] of the rule within, at least 0; see `agents.policy.forward.SETTING_UNITS`."""
-        return nn.functional.softplus(self.setting(pooled)) * self.setting_units
+        """Settings [M, SETTINGS] of the rule within, at least 0; see `agents.policy.architecture.SETTING_UNITS`."""
+        return nn.functional.softplus(self.layers().setting(pooled)) * self.setting_units
 
     def log_time(self, evidence: Tensor, weights: Tensor) -> Tensor:
         """Log of the expected times to finish [M, NODES], discounted with weights [M, 5]."""
@@ -165,3 +175,60 @@ class Critic(nn.Module):
         seen = [own, about, summary] if self.central else [own, about]
         value: Tensor = self.last(self.body(torch.cat(seen, -1)))
         return value.squeeze(-1)
+
+
+def weights_of(actor: Actor) -> Weights:
+    """The actor's weights by name."""
+    return {name: t.detach().to("cpu", torch.float32).numpy().copy() for name, t in actor.state_dict().items()}
+
+
+def actor_of(weights: Weights) -> Actor:
+    """An actor on the CPU with these weights."""
+    actor = Actor(width_of(weights))
+    actor.load_state_dict({name: torch.from_numpy(np.array(weight)) for name, weight in weights.items()})
+    return actor
+
+
+# For other runtimes.
+
+OPSET = 17  # of ONNX
+INPUTS, OUTPUTS = Views._fields, ("route", "admit", "price")
+
+
+class _FromViews(nn.Module):
+    """An actor that takes views as they are recorded, and normalises them itself."""
+
+    def __init__(self, actor: Actor) -> None:
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits: tuple[Tensor, Tensor, Tensor] = self.actor(
+            self.actor.inputs(nodes, request, me, routes.to(torch.int32))  # runtimes compare few types
+        )
+        return logits
+
+
+def onnx_bytes(actor: Actor, views: Views) -> bytes:
+    """The actor as an ONNX model: inputs the arrays of `views` [M, ...], outputs the logits of route, admit and price.
+
+    M is free; `views` serve as the example that is traced. Normalisation and mask are in the graph.
+    """
+    model = _FromViews(actor).eval()
+    file: Any = io.BytesIO()  # which is taken, though not by its type
+    with warnings.catch_warnings():
+        # The older exporter: the newer one's graph is thrice as large and quotes the source files of whoever exported.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(
+            model,
+            tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in views),
+            file,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            dynamic_axes={name: {0: "batch"} for name in (*INPUTS, *OUTPUTS)},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    content: bytes = file.getvalue()
+    onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+    return content

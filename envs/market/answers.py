@@ -5,7 +5,7 @@ import numpy as np
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import OFFLINE_AFTER_S, on_length
 from wwwserve.agents.protocol import delivered_value
-from wwwserve.agents.provider import answered, come_back, end_leg, look_at_evidence, reopen
+from wwwserve.agents.provider import answered, come_back, end_leg, look_at_evidence, mask, reopen
 from wwwserve.agents.view import CLASS_VALUE
 from wwwserve.envs.engine import NEVER, abort, tokens_out
 from wwwserve.envs.market.duels import hear_judge, start_judging, void_duel
@@ -126,9 +126,14 @@ def leg_failed(w, r):
         other = w.d[k].second if r == u else u
     if not np.isnan(q[u].answer_s) or (other >= 0 and under_way(q[other].status)):
         return
-    if r == u and not np.isnan(q[u].taken_s):
+    if np.isnan(q[u].taken_s):
+        expect_value(w, u, q[u].predicted_held)
+    else:
+        expect_value(w, u, w.p[q[u].origin].known[q[u].klass, CLASS_VALUE])
+    if not (np.isnan(q[u].taken_s) and np.isnan(q[r].taken_s)):
         w.p[q[u].origin].counts[RETURNED] += 1
-    expect_value(w, u, w.p[q[u].origin].known[q[u].klass, CLASS_VALUE])
+    if other >= 0:
+        mask(q, u, q[w.d[k].second].executor)
     q[u].duel = -1
     q[u].generated = 0
     q[u].finish_tick = NEVER

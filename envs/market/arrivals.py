@@ -20,7 +20,8 @@ from wwwserve.envs.market.duels import void_duel, withdraw_out
 from wwwserve.envs.market.engines import clip_length, scrape
 from wwwserve.envs.market.reward import expect_value
 from wwwserve.envs.market.world import lying
-from wwwserve.envs.state import HELD, MAX_WINDOWS, OWN_ARRIVED
+from wwwserve.envs.scenario import MAX_WINDOWS
+from wwwserve.envs.state import HELD, OWN_ARRIVED
 
 
 @kernel
@@ -39,7 +40,7 @@ def receive_arrivals(w):
             p[i].arrived += value
             q[r].status = HELD
             arrive(p[i], q, r)
-        else:  # it came between the last tick before the provider left and the tick at which it did
+        else:  # it came before the tick at which the provider joins
             count_arrival(p[i])
             fail_user(w, r)
 
@@ -95,5 +96,6 @@ def go_offline(w, i):
         u = user_of(w, r)
         if not under_way(q[u].status):  # else it is in the list too, and still to be withdrawn
             fail_user(w, u)
+    p.online = 0
     leave(p)
     scrape(w, i)

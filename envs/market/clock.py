@@ -5,6 +5,8 @@ is something to decide: a request arrives, a refusal or an answer comes back, a 
 due. Events of one instant happen in this order: engines, what was on its way, arrivals, the tick.
 """
 
+import numpy as np
+
 from wwwserve.agents.decision import Actions
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.provider import gossip, move_own_stake, set_terms, tick
@@ -136,7 +138,8 @@ def pass_tick(w):
             look_at_streams(w, i)
             if m.stake_follows_load == 1:
                 move_own_stake(p[i], w.accounts[i], m.tick_s)
-            gossip(p[i], m, m.now_s)
+            if p[i].advert_lands_s == np.inf:  # of a provider one advert at a time is on its way
+                gossip(p[i], m, m.now_s)
         tick(p[i], m.tick_s)
 
 

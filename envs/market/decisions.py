@@ -4,7 +4,7 @@ from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, may_offer
 from wwwserve.agents.dice import uniform
 from wwwserve.agents.estimate import expect
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.provider import choose_head, decide, dequeue, draw_candidates, draw_uniforms
+from wwwserve.agents.provider import choose_head, decide, dequeue, draw_candidates, draw_uniforms, has_candidates
 from wwwserve.agents.view import Views, write_view
 from wwwserve.envs.market.duels import new_request
 from wwwserve.envs.market.engines import place, scrape
@@ -16,15 +16,16 @@ from wwwserve.envs.state import COPY, DUELS_STARTED, HOLDS, INVALID, RUN_LOCAL
 
 @kernel
 def look(w, i, uniforms):
-    """Provider i reads its engine and turns to its head; a new one gets candidates and random numbers. Returns whether
-    there is something to decide."""
+    """Provider i reads its engine and turns to its head; a new one gets random numbers, and candidates if it has none.
+    Returns whether there is something to decide."""
     m, p = w.m, w.p[i]
     if p.held > 0 or p.advert_due == 1:
         scrape(w, i)
     if choose_head(p, m, w.q):
-        for j in range(w.serves.size):
-            w.serves[j] = j < m.n_providers and j != i and (w.p[j].serves & p.asks) != 0
-        draw_candidates(p, m, w.q, p.head, peers_of(w, i), w.serves, m.now_s, w.draw)
+        if not has_candidates(p, w.q, p.head):
+            for j in range(w.serves.size):
+                w.serves[j] = j < m.n_providers and j != i and (w.p[j].serves & p.asks) != 0
+            draw_candidates(p, m, w.q, p.head, peers_of(w, i), w.serves, m.now_s, w.draw)
         draw_uniforms(p, uniforms)
     return p.head >= 0 or p.advert_due == 1
 

@@ -1,5 +1,6 @@
 """A request on its way to a peer, which takes it or does not."""
 
+from wwwserve.agents.decision import affordable
 from wwwserve.agents.estimate import expect
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.provider import accepted, consider, offer, refused
@@ -8,7 +9,7 @@ from wwwserve.envs.market.engines import place, scrape
 from wwwserve.envs.market.mail import send
 from wwwserve.envs.market.reward import expect_value, predict
 from wwwserve.envs.market.settlement import escrow
-from wwwserve.envs.market.world import lying
+from wwwserve.envs.market.world import lying, peers_of
 from wwwserve.envs.state import DELEGATED, OFFER, OFFERED, PROBES_REFUSED, PROBES_UNANSWERED, REFUSAL, USER
 
 OFFER_TIMEOUT_S = 2.0  # after which a peer that does not answer is given up
@@ -16,11 +17,10 @@ OFFER_TIMEOUT_S = 2.0  # after which a peer that does not answer is given up
 
 @kernel
 def send_offer(w, r, j):
-    """Offer request r to provider j, with what it can cost in escrow. Returns whether there was credit for it."""
+    """Offer request r to provider j, which is affordable, with what it can cost in escrow."""
     m, p, q = w.m, w.p, w.q
     i = q[r].origin
-    if not escrow(w, r, j, False):
-        return False
+    escrow(w, r, j, False)
     offer(p[i], q, r, j, w.dealings[i, j], w.adverts[j])
     q[r].status = OFFERED
     if q[r].kind == USER:
@@ -29,7 +29,6 @@ def send_offer(w, r, j):
         first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
         predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
     send(w, r, OFFER, m.now_s + 0.5 * m.rtt_s)
-    return True
 
 
 @kernel
@@ -43,13 +42,13 @@ def receive_offer(w, r):
     scrape(w, j)
     taken, first_s, token_s = consider(p[j], q[r].prompt)
     if taken:
-        take(w, r, first_s, token_s)
+        run_for_peer(w, r, first_s, token_s)
     else:
         send(w, r, REFUSAL, q[r].mail_s + 0.5 * m.rtt_s)
 
 
 @kernel
-def take(w, r, first_s, token_s):
+def run_for_peer(w, r, first_s, token_s):
     """The provider that request r went to runs it, and promises what it expects, or says that it does."""
     m, p, q = w.m, w.p, w.q
     i, j = q[r].origin, q[r].executor
@@ -70,7 +69,7 @@ def receive_refusal(w, r):
     p[i].counts[PROBES_UNANSWERED if p[j].online == 0 else PROBES_REFUSED] += 1
     refused(p[i], q, r, w.dealings[i, j], w.adverts[j])
     if q[r].kind == USER and w.m.by_decision == 1:
-        p[i].effect += q[r].predicted_held - q[r].predicted
+        p[i].effect += q[r].predicted_held - q[r].predicted + q[r].beside
         expect_value(w, r, q[r].predicted_held)
     leg_failed(w, r)
 
@@ -83,8 +82,7 @@ def direct_to(w, r, j):
     i = q[r].origin
     scrape(w, j)
     first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
-    if not escrow(w, r, j, False):
-        escrow(w, r, j, True)
+    escrow(w, r, j, not affordable(m.pricing, peers_of(w, i), j, q[r].longest))
     offer(p[i], q, r, j, w.dealings[i, j], w.adverts[j])
     if q[r].kind == USER:
         predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)

@@ -65,7 +65,9 @@ def predict(w, r, j, at_s, first_s, token_s):
     m, q = w.m, w.q
     o, c = q[r].origin, q[r].klass
     if m.by_decision == 1:
+        q[r].beside = w.p[o].effect
         reprice(w, o, j, token_s)
+        q[r].beside -= w.p[o].effect
     deadlines = m.deadlines[c][: m.n_deadlines]
     chance = chance_on_time(
         deadlines, at_s - q[r].arrival_s, first_s, token_s, float(q[r].output), PREDICTION_SIGMA, 1e9

@@ -9,14 +9,12 @@ from wwwserve.agents.protocol import MICRO, lock, price_of, settle
 
 @kernel
 def escrow(w, r, j, free_of_charge):
-    """Put in escrow what request r can cost at provider j; False, and nothing moved, if its origin has less."""
+    """Put in escrow what request r can cost at provider j, whom its origin can afford."""
     q = w.q
     price = np.int64(0) if free_of_charge else np.int64(round(w.adverts[j, AD_PRICE] * MICRO))
     amount = price_of(w.m.pricing, price, np.int64(q[r].longest))
-    if not lock(w.accounts[q[r].origin], amount):
-        return False
+    lock(w.accounts[q[r].origin], amount)
     q[r].price, q[r].locked = price, amount
-    return True
 
 
 @kernel

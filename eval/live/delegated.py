@@ -7,38 +7,34 @@ core could carry of it. Measured without a ledger and with one, and beside that 
 on its own engine. `split_us` is what signing, verifying and the journal take of it, each timed alone in this process.
 """
 
-import argparse
 import asyncio
-import json
 import os
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import uvloop
-import yaml
 
+from wwwserve.agents.arguments import Count, File, Range, UsageError, parse_args, refuse
 from wwwserve.agents.protocol import MICRO, PER_KTOK
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import write_json
 from wwwserve.eval.live import overhead
-from wwwserve.eval.live.processes import cpu_s
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SIGNATURE, Messages
 from wwwserve.serving.ledger.channel_ledger import WHOLE, ChannelLedger, Grant
-from wwwserve.serving.ledger.journal import MemoryJournal, SqliteJournal
+from wwwserve.serving.ledger.journal import Journal, MemoryJournal, SqliteJournal
 from wwwserve.serving.ledger.statements import digest
-from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.local_nodes import Accounts, NetworkError, cpu_s, free_ports, local_urls, look, programs, started
 
+PROG = "wwwserve delegated"
 # So full that the peer looks better with all that is sent to it between two adverts, which is thousands here.
 BUSY = b"vllm:num_requests_running 256\nvllm:num_requests_waiting 1000000\nvllm:kv_cache_usage_perc 1\n"
-CREDIT, EXPOSURE = 100_000_000.0, 100_000.0
+ACCOUNTS = Accounts(credit=100_000_000.0, stake=4.0, exposure=100_000.0)
 TOGETHER = 32  # entries in a transaction, for the split
 PATH = "/peer/v1/chat/completions"
 
@@ -72,13 +68,6 @@ async def ask(port: int, pids: Sequence[int], seconds: float, connections: int) 
     }  # fmt: skip
 
 
-def look(port: int) -> dict[str, Any]:
-    """What a node says of itself."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/network", timeout=5) as response:
-        seen: dict[str, Any] = json.load(response)
-        return seen
-
-
 def split(repeats: int) -> dict[str, float]:
     """CPU time of the parts of a request that is handed over, µs, by whom."""
     a, b = Identity.generate(), Identity.generate()
@@ -104,7 +93,7 @@ def split(repeats: int) -> dict[str, float]:
 def journalling(a: Identity, b: Identity, journal: SqliteJournal, kind: str) -> Callable[[], None]:
     """A transaction of `TOGETHER` requests, as the origin or the executor writes it."""
     grants = [{each.name: Grant(10**15, 10**15, "limits")} for each in (b, a)]
-    journals = (journal, MemoryJournal()) if kind == "origin" else (MemoryJournal(), journal)
+    journals: tuple[Journal, Journal] = (journal, MemoryJournal()) if kind == "origin" else (MemoryJournal(), journal)
     one, other = (
         ChannelLedger(who, kept, granted, {}, exposure=10**14, pricing=PER_KTOK)
         for who, kept, granted in zip((a, b), journals, grants, strict=True)
@@ -148,96 +137,84 @@ def timed(repeats: int, act: Callable[[], object]) -> float:
 
 
 def run(seconds: float, connections: int, repeats: int) -> dict[str, Any]:
-    """Measure all of it."""
-    allowed = os.sched_getaffinity(0)
-    cores = sorted(allowed)
+    """Measure all of it. Raises NetworkError for what does not start."""
+    cores = sorted(os.sched_getaffinity(0))
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
-        folder = Path(made)
-        full_port, engine_port = free_ports(2)
+    full_port, engine_port = free_ports(2)
+    with programs() as engines:
         for option, port in (("--serve-full", full_port), ("--serve-engine", engine_port)):
             command = [sys.executable, "-m", "wwwserve.eval.live.delegated", option, str(port)]
-            stack.enter_context(overhead.started(command, cores[-1], port))
-        for name, ledger, engines in (
-            ("signed", False, (full_port, engine_port)), ("signed_and_paid", True, (full_port, engine_port)),
-            ("own_engine", True, (engine_port, engine_port)),
+            overhead.pinned(engines, option, command, cores[-1], port)
+        for name, accounts, ports in (
+            ("signed", None, (full_port, engine_port)), ("signed_and_paid", ACCOUNTS, (full_port, engine_port)),
+            ("own_engine", ACCOUNTS, (engine_port, engine_port)),
         ):  # fmt: skip
-            ports = free_ports(2)
-            commands = configured(folder / name, ports, engines, ledger)
+            nodes = [
+                configured(k, port, engine) for k, (port, engine) in enumerate(zip(free_ports(2), ports, strict=True))
+            ]
             with (
-                overhead.started(commands[1], cores[-1], ports[1]) as executor,
-                overhead.started(commands[0], cores[0], ports[0]) as origin,
+                started(nodes, [], accounts=accounts, cores=(cores[0], cores[-1])) as network,
+                overhead.only_core(cores[-1]),
             ):
-                os.sched_setaffinity(0, {cores[-1]})
-                try:
-                    _wait(ports[0], ledger)
-                    results[name] = uvloop.run(ask(ports[0], (origin, executor), seconds, connections))
-                    results[name]["handed_over"] = look(ports[0])["requests"]["handed_over"]
-                finally:
-                    os.sched_setaffinity(0, allowed)
-                print(f"{name}: {results[name]}", flush=True)
+                asked = network.urls[0]
+                if accounts:
+                    _wait_for_channel(asked)
+                pids = [process.pid for process in network.nodes]
+                results[name] = uvloop.run(ask(nodes[0]["port"], pids, seconds, connections))
+                results[name]["handed_over"] = look(asked)["requests"]["handed_over"]
+            print(f"{name}: {results[name]}", flush=True)
     results["split_us"] = split(repeats)
     print(f"split_us: {results['split_us']}", flush=True)
     return results
 
 
-def configured(folder: Path, ports: Sequence[int], engines: Sequence[int], ledger: bool) -> list[list[str]]:
-    """Commands of the two nodes."""
-    folder.mkdir()
-    identities = [Identity.generate() for _ in ports]
-    accounts = {each.name: {"credit": CREDIT, "stake": 4.0} for each in identities}
-    (folder / "genesis.yaml").write_text(yaml.safe_dump({"accounts": accounts}))
-    commands = []
-    for k, identity in enumerate(identities):
-        identity.save(folder / f"{k}.pem")
-        profile = {"kind": "catalogue", "gpu": "h100", "model": "qwen3-8b", "max_num_seqs": 256}
-        config: dict[str, Any] = {
-            "name": f"n{k}", "key": str(folder / f"{k}.pem"), "port": ports[k], "policy": "earliest_finish",
-            "engine": {"url": f"http://127.0.0.1:{engines[k]}", "profile": profile},
-            "peers": [{"key": identities[1 - k].name, "url": f"http://127.0.0.1:{ports[1 - k]}"}],
-            "market": {"per_ktok": True, "prices": [1.0]}, "log": "error",
-        }  # fmt: skip
-        if ledger:
-            config["ledger"] = {
-                "file": str(folder / f"{k}.db"), "genesis": str(folder / "genesis.yaml"), "exposure": EXPOSURE,
-            }  # fmt: skip
-        (folder / f"{k}.yaml").write_text(yaml.safe_dump(config))
-        commands.append([sys.executable, "-m", "wwwserve.serving.cli", "node", str(folder / f"{k}.yaml")])
-    return commands
+def configured(k: int, port: int, engine: int) -> dict[str, Any]:
+    """The configuration of a node before the engine at that port."""
+    [url] = local_urls([engine])
+    return {
+        "name": f"n{k}", "port": port, "policy": "earliest_finish", "engine": {"url": url, "profile": overhead.PROFILE},
+        "market": {"per_ktok": True, "prices": [1.0]}, "log": "error",
+    }  # fmt: skip
 
 
-def _wait(port: int, ledger: bool) -> None:
-    """Until the two know each other."""
+def _wait_for_channel(url: str) -> None:
+    """Until a node can pay its peer. Raises NetworkError."""
     until_s = time.monotonic() + overhead.READY_S
-    while True:
-        seen = look(port)
-        there = any(each["there"] for each in seen["peers"]) and seen["engine"]["up"]
-        if there and (not ledger or seen["ledger"]["channels"]):
-            return
+    while not look(url)["ledger"]["channels"]:
         if time.monotonic() > until_s:
-            raise RuntimeError("the nodes do not find each other")
+            raise NetworkError(f"{url} opens no channel")
         time.sleep(0.1)
+
+
+@dataclass
+class Args:
+    """Measure what it costs to hand a request over."""
+
+    seconds: Count = 5
+    """of requests, each time"""
+    connections: Count = 32
+    """requests at once"""
+    repeats: Annotated[int, Range(TOGETHER)] = 3200
+    """of each part that is timed"""
+    json: File = None
+    """write the figures to this file"""
+    serve_engine: int | None = None
+    """for its own processes: be the bare engine at this port"""
+    serve_full: int | None = None
+    """for its own processes: be a full engine at this port"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.live.delegated", description="What it costs to hand a request over.")
-    add = parser.add_argument
-    add("--seconds", type=integer(1), default=5, help="of requests, each time (default: 5)")
-    add("--connections", type=integer(1), default=32, help="requests at once (default: 32)")
-    add("--repeats", type=integer(TOGETHER), default=3200, help="of each part that is timed (default: 3200)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--serve-engine", type=int, help=argparse.SUPPRESS)
-    add("--serve-full", type=int, help=argparse.SUPPRESS)
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.live.delegated: {error}", file=sys.stderr)
-        return 2
-    if args.serve_engine or args.serve_full:
-        if args.serve_full:
-            overhead.METRICS = BUSY
-        uvloop.run(overhead.serve_engine(args.serve_full or args.serve_engine))
+        return refuse(PROG, error)
+    if args.serve_full is not None:
+        overhead.METRICS = BUSY
+        uvloop.run(overhead.serve_engine(args.serve_full))
+    elif args.serve_engine is not None:
+        uvloop.run(overhead.serve_engine(args.serve_engine))
     else:
         results = run(args.seconds, args.connections, args.repeats)
         if args.json:

@@ -6,47 +6,44 @@ when the worthless provider has no stake left and nothing to stake, or after `--
 is counted from the signed votes that the first node's journal keeps as evidence.
 """
 
-import argparse
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import aiohttp
 import msgspec
-import yaml
 
+from wwwserve.agents.arguments import Count, File, Range, UsageError, parse_args, refuse
 from wwwserve.agents.protocol import MICRO, VOTE_A, VOTE_UNDECIDED
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import write_json
 from wwwserve.eval.live.judges import CHAT, question
-from wwwserve.serving.config import parse
 from wwwserve.serving.duel.duels import chance_of_bias, record_of
 from wwwserve.serving.engine.local_vllm import PROFILES, RANDOM, SMOLLM2, PrepareError
-from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.channel import Event, Stated
 from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.ledger.stakes import Stakes, Verdict
 from wwwserve.serving.ledger.stakes import decode as decode_stake
-from wwwserve.serving.local_nodes import NetworkError, free_ports, vllm
-from wwwserve.serving.node import serve
+from wwwserve.serving.local_nodes import Accounts, NetworkError, free_ports, started, vllm
 
 STAKE, FUNDS = 2.0, 8.0  # credits at stake, and what one has to stake in all
+PROG = "wwwserve duels"
+CREDIT, EXPOSURE = 10_000.0, 1000.0
 JUDGES = 3
 GOSSIP_S = 1.0
-NODES_READY_S = 120.0
-JUDGED_S = 90.0  # for what is under way to end
+NODES_READY_S = 300.0
 
 
-class Nodes:
-    """Nodes in this process: the first one's URL, and all keys, of which the last is the worthless provider's."""
+class Nodes(NamedTuple):
+    """The first node's URL, and all keys, of which the last is the worthless provider's; the first one's journal."""
 
-    def __init__(self, url: str, keys: list[str], journal: Path) -> None:
-        self.url, self.keys, self.journal = url, keys, journal
+    url: str
+    keys: list[str]
+    journal: Path
 
     @property
     def worthless(self) -> str:
@@ -56,44 +53,25 @@ class Nodes:
 
 @asynccontextmanager
 async def nodes(good_url: str, bad_url: str, count: int, funds: float) -> AsyncIterator[Nodes]:
-    """`count` nodes before a good engine and one before a bad one; they end with the context."""
-    with tempfile.TemporaryDirectory(prefix="wwwserve-") as name:
-        folder, ports = Path(name), free_ports(count + 1)
-        identities = [Identity.generate() for _ in ports]
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        genesis = folder / "genesis.yaml"
-        accounts = {each.name: {"credit": 10_000.0, "stake": funds} for each in identities}
-        genesis.write_text(yaml.safe_dump({"accounts": accounts}))
-        running: list[asyncio.Task[None]] = []
-        ready: list[asyncio.Future[None]] = []
-        for k, identity in enumerate(identities):
-            identity.save(folder / f"{k}.pem")
-            bad = k == count
-            told = {
-                "name": "worthless" if bad else f"n{k + 1}", "key": str(folder / f"{k}.pem"), "port": ports[k],
-                "policy": "random", "seed": k, "stake": STAKE, "serves": [SMOLLM2], "log": "warning",
-                "engine": {
-                    "url": bad_url if bad else good_url,
-                    "profile": {"kind": "measured", **PROFILES[RANDOM if bad else SMOLLM2]},
-                },
-                "peers": [{"key": identities[i].name, "url": urls[i]} for i in range(count + 1) if i != k],
-                "ledger": {"file": str(folder / f"{k}.db"), "genesis": str(genesis), "exposure": 1000.0},
-                "market": {"duel_probability": 1.0, "judges": JUDGES, "stake_rule": "fixed", "gossip_s": GOSSIP_S},
-            }  # fmt: skip
-            up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            ready.append(up)
-            config = parse(told, f"node {told['name']}")
-            running.append(asyncio.create_task(serve(config, lambda key, url, up=up: up.set_result(None))))  # type: ignore[misc]
-        try:
-            await asyncio.wait([*running, asyncio.gather(*ready)], return_when=asyncio.FIRST_COMPLETED)
-            for task in running:
-                if task.done():
-                    task.result()
-            yield Nodes(urls[0], [each.name for each in identities], folder / "0.db")
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+    """`count` nodes before a good engine and one before a bad one; they end with the context. Raises NetworkError."""
+    configured: list[dict[str, Any]] = []
+    for k, port in enumerate(free_ports(count + 1)):
+        bad = k == count
+        configured.append({
+            "name": "worthless" if bad else f"n{k + 1}", "port": port, "policy": "random", "seed": k, "stake": STAKE,
+            "serves": [SMOLLM2], "log": "warning",
+            "engine": {
+                "url": bad_url if bad else good_url,
+                "profile": {"kind": "measured", **PROFILES[RANDOM if bad else SMOLLM2]},
+            },
+            "market": {"duel_probability": 1.0, "judges": JUDGES, "stake_rule": "fixed", "gossip_s": GOSSIP_S},
+        })  # fmt: skip
+    context = started(configured, [], accounts=Accounts(CREDIT, funds, EXPOSURE))
+    network = await asyncio.to_thread(context.__enter__)  # what runs in this loop goes on
+    try:
+        yield Nodes(network.urls[0], network.keys, network.files[0].ledger)
+    finally:
+        await asyncio.to_thread(context.__exit__, None, None, None)
 
 
 async def look(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
@@ -139,7 +117,7 @@ async def fight(
             while sum((outcomes := await duels_of(session, made.url)).values()) < most:
                 left = await asyncio.to_thread(lambda: funds_after(evidence(made.journal), made, funds))
                 told = f"{outcomes}, the worthless provider has {left:g} credits left to stake"
-                print(f"eval.live.duels: {time.monotonic() - began_s:.0f} s, {told}", file=sys.stderr, flush=True)
+                print(f"{PROG}: {time.monotonic() - began_s:.0f} s, {told}", file=sys.stderr, flush=True)
                 if left == 0.0:
                     break
                 await asyncio.sleep(GOSSIP_S)
@@ -223,27 +201,31 @@ def judged(verdicts: list[Verdict], made: Nodes, funds: float) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.live.duels", description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--nodes", type=integer(5), default=5, help="before SmolLM2, on one core")
-    parser.add_argument("--most", type=integer(1), default=200, help="duels, after which it ends anyhow")
-    parser.add_argument("--tokens", type=integer(1), default=24, help="of an answer at most")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes")
-    return parser.parse_args(argv)
+@dataclass
+class Args:
+    """Hold duels on real vLLM until a worthless provider has nothing at stake."""
+
+    nodes: Annotated[int, Range(5)] = 5
+    """before SmolLM2, on one core"""
+    most: Count = 200
+    """duels, after which it ends anyhow"""
+    tokens: Count = 24
+    """of an answer at most"""
+    json: File = None
+    """write the figures to this file"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if the worthless provider has something left to stake."""
     try:
-        told = _arguments(argv)
+        told = parse_args(Args, PROG, argv)
         with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as (urls, _):
             result = asyncio.run(fight(*urls, count=told.nodes, most=told.most, tokens=told.tokens))
         print(msgspec.json.format(msgspec.json.encode(result)).decode())
         if told.json:
             write_json(told.json, result)
     except (UsageError, NetworkError, PrepareError) as error:
-        print(f"eval.live.duels: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     return int(result["funds_left"] > 0)
 
 

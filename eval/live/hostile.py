@@ -12,57 +12,32 @@ one that does not serve afterwards. The node's memory is printed, when a tenth o
 
 import asyncio
 import contextlib
-import json
-import os
 import random
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import orjson
-import yaml
 
-from wwwserve.agents.knowledge import ADVERT_SIZE
-from wwwserve.agents.protocol import MICRO
-from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.agents.arguments import Count, File, Seed, UsageError, parse_args, refuse
 from wwwserve.eval.compare import write_json
-from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT
-from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH
-from wwwserve.serving.http.keys import Identity, tagged
-from wwwserve.serving.http.messages import SIGNATURE, Messages
-from wwwserve.serving.ledger.accounts import LEDGER_PATH
-from wwwserve.serving.ledger.channel_ledger import Open, Telling, Vouching
-from wwwserve.serving.ledger.stakes import Answer, Stake, Staked
-from wwwserve.serving.ledger.statements import Opening, Receipt, Signed, State, Vouch, digest, link, sign
-from wwwserve.serving.local_nodes import Command, free_ports, look, served
-from wwwserve.serving.membership.heartbeat import BEAT_PATH, Advert, signed
+from wwwserve.eval.live.hostile_inputs import CHAT, KINDS, LIMIT, MODEL, Made, http
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import Messages
+from wwwserve.serving.local_nodes import Process, emulator, free_ports, look, programs, rss_mb, sees, write_nodes
 
-MODEL = "qwen3-8b"
-LIMIT = 10.0  # credits that the node and its peer give each other
+PROG = "wwwserve hostile"
 READY_S = 300.0
+SPEED = 20.0  # of the engine
 RECEIVE_S = 1.0  # that a request may take to come; those that never come to their end are answered then
 ANSWER_S = 30.0  # after which a node counts as hanging
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 TRACES = (b"Traceback", b'File "', b"site-packages")
-CHAT = "/v1/chat/completions"
-
-
-class Made(NamedTuple):
-    """What inputs are made with."""
-
-    random: random.Random
-    messages: Messages  # of a peer that the node knows
-    stranger: Messages
-    node: str  # its key
-    run: int  # of the node
 
 
 class Seen(NamedTuple):
@@ -74,279 +49,39 @@ class Seen(NamedTuple):
     seconds: float
 
 
-# Values and bytes.
+class Node(NamedTuple):
+    """The node under attack."""
 
-
-def value(r: random.Random, depth: int = 0) -> Any:
-    """Anything that JSON can hold, most of it not what was expected."""
-    kind = r.randrange(9 if depth < 3 else 7)
-    if kind == 0:
-        return r.choice([None, True, False])
-    if kind == 1:
-        return r.choice([0, -1, 1, 2**31, 2**53, -(2**63), 2**64 - 1, r.randrange(10**6)])
-    if kind == 2:
-        return r.choice([0.0, -0.0, 1e-300, 1e300, -1.5, r.random()])
-    if kind in (3, 4):
-        return text(r)
-    if kind == 5:
-        return r.choice(["", "assistant", "user", MODEL, "stream", "\x00", "\u202e", "💥" * 5])
-    if kind == 6:
-        return [] if r.random() < 0.5 else {}
-    if kind == 7:
-        return [value(r, depth + 1) for _ in range(r.randrange(4))]
-    return {text(r): value(r, depth + 1) for _ in range(r.randrange(4))}
-
-
-def text(r: random.Random) -> str:
-    """Some characters of any sort."""
-    sorts = ((0, 32), (32, 127), (127, 0xD7FF))
-    return "".join(chr(r.randrange(*r.choice(sorts))) for _ in range(r.randrange(12)))
-
-
-def mutated(r: random.Random, told: bytes) -> bytes:
-    """Some bytes with some mistakes."""
-    parts = bytearray(told)
-    for _ in range(r.choice([1, 1, 2, 5])):
-        at = r.randrange(len(parts) + 1)
-        match r.randrange(6):
-            case 0:
-                parts[at : at + 1] = bytes([r.randrange(256)])
-            case 1:
-                del parts[at : at + r.randrange(1, 40)]
-            case 2:
-                parts[at:at] = r.randbytes(r.randrange(1, 20))
-            case 3:
-                parts[at:at] = parts[at : at + r.randrange(1, 60)]
-            case 4:
-                parts[at:at] = r.choice([b"\r\n", b"\x00", b"\xff\xfe", b"%00", b"%s%n", b"{" * 50, b"-1", b"9" * 30])
-            case _:
-                parts = parts[: max(1, at)]
-    return bytes(parts)
-
-
-def body(r: random.Random) -> bytes:
-    """What a user may send."""
-    asked: dict[str, Any] = {
-        "model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "stream": False
-    }  # fmt: skip
-    match r.randrange(8):
-        case 0:
-            return mutated(r, orjson.dumps(asked))
-        case 1:
-            return r.randbytes(r.randrange(200))
-        case 2:
-            return r.choice([b"[", b'{"a":', b'{"messages":[']) * r.choice([10, 1000, 100_000])
-        case 3:
-            return b'{"model": "' + MODEL.encode() + b'", "max_tokens": 1, "prompt": "\xff\xfe\xed\xa0\x80"}'
-        case 4:
-            return orjson.dumps(value(r))
-        case 5:
-            return b"[" * 2000 + b"]" * 2000
-        case _:
-            for key in r.sample([*asked, "prompt", "n", "stop", "stream_options", "tools", text(r)], r.randrange(1, 4)):
-                asked[key] = value(r)
-            if asked.get("model") == MODEL and not isinstance(asked.get("max_tokens"), int):
-                asked["max_tokens"] = 1  # else a good request would run for long
-            asked["max_tokens"] = 1 if asked["max_tokens"] not in (0, -1) else asked["max_tokens"]
-            return orjson.dumps(asked)
-
-
-# Requests.
-
-
-def http(path: str, content: bytes, headers: dict[str, str] | None = None, method: str = "POST") -> bytes:
-    """A request that is one."""
-    lines = [f"{method} {path} HTTP/1.1", "host: 127.0.0.1", f"content-length: {len(content)}"]
-    lines += [f"{name}: {told}" for name, told in (headers or {}).items()]
-    return "\r\n".join([*lines, "", ""]).encode() + content
-
-
-def bytes_that_are_no_http(m: Made) -> bytes:
-    r = m.random
-    if r.random() < 0.3:
-        return r.randbytes(r.randrange(1, 300))
-    return mutated(r, http(CHAT, body(r)))
-
-
-def requests_that_nearly_are(m: Made) -> bytes:
-    r = m.random
-    path = r.choice([CHAT, "/v1/completions", "/health", "/metrics", "/network", "/v1/models", BEAT_PATH, "/peer", "*",
-                     "/../../etc/passwd", "/%00", "/%ff", "/" + "a" * 5000, "http://x:99999/", "//",
-                     "/v1/" + "é"])  # fmt: skip
-    method = r.choice(["GET", "POST", "PUT", "HEAD", "OPTIONS", "CONNECT", "DELETE", "TRACE", "PATCH"])
-    content = body(r)[:2000]
-    headers = [
-        b"content-length: %d" % len(content),
-        r.choice([b"content-length: -1", b"content-length: 5", b"content-length: 99999999999999999999", b"x: y",
-                  b"transfer-encoding: chunked\r\nx: z",
-                  b"transfer-encoding: chunked", b"transfer-encoding: x", b"content-length: 1e3",
-                  b"expect: 100-continue",
-                  b"connection: upgrade\r\nupgrade: websocket", b"upgrade: h2c\r\nconnection: upgrade"]),
-        r.choice([b"x-slo-class: " + r.randbytes(8).replace(b"\n", b""), b"x: " + b"y" * r.choice([10, 70_000]),
-                  b"\xff\xfe: 1", b"authorization: Bearer \xff", b"a:b\r\n" * 300 + b"c: d", b": empty"]),
-    ]  # fmt: skip
-    chosen = r.sample(headers, r.randrange(4))
-    head = f"{method} {path} HTTP/{r.choice(['1.1', '1.1', '1.0', '2.0', '9'])}".encode()
-    return b"\r\n".join([head, b"host: a", *chosen, b"", b""]) + content
-
-
-def bodies_of_users(m: Made) -> bytes:
-    return http(m.random.choice([CHAT, "/v1/completions"]), body(m.random))
-
-
-def signatures_that_nearly_are(m: Made) -> bytes:
-    r, path, content = m.random, PEER_PREFIX + CHAT, b'{"model": "%b", "max_tokens": 1}' % MODEL.encode()
-    terms = {PROMPT: "12"}
-    signer = m.stranger if r.random() < 0.1 else m.messages
-    parts = signer.sign(m.node, m.run, path, terms, content).split(" ")
-    k = r.randrange(len(parts))
-    match r.randrange(5):
-        case 0:
-            parts[k] = mutated(r, parts[k].encode()).decode("latin-1")
-        case 1:
-            parts[k] = str(r.choice([0, -1, 2**64, 10**15, "", "é", "A" * 43, "A" * 88]))
-        case 2:
-            del parts[k]
-        case 3:
-            terms[PROMPT] = "13"
-        case _:
-            content += b" "
-    lines = "".join(f"{name}: {told}\r\n" for name, told in {**terms, SIGNATURE: " ".join(parts)}.items())
-    head = f"POST {path} HTTP/1.1\r\ncontent-length: {len(content)}\r\n{lines}\r\n"
-    return head.encode("latin-1", "replace") + content
-
-
-def signed_requests(m: Made) -> bytes:
-    r = m.random
-    path, content = PEER_PREFIX + r.choice([CHAT, "/v1/completions"]), body(r)
-    terms = {PROMPT: r.choice(["1", "0", "-1", "12", "1e3", "9" * 400, "x", "", str(2**24)])}
-    if r.random() < 0.3:
-        terms["x-wwwserve-" + "".join(r.choices("abc-", k=5))] = "".join(r.choices("abc =;", k=9)).strip()
-    sealed = m.messages.sign(m.node, m.run, path, terms, content)
-    return http(path, content, {**terms, SIGNATURE: sealed})
-
-
-def payment_and_duels(m: Made) -> bytes:
-    r = m.random
-    path = r.choice([LEDGER_PATH, LEDGER_PATH, JUDGE_PATH, ATTEST_PATH])
-    told = payment(m) if path == LEDGER_PATH else duel(m, path)
-    for _ in range(r.choice([0, 1, 1, 2])):
-        spoil(r, told)
-    content = orjson.dumps(told)
-    if r.random() < 0.2:
-        content = r.choice([mutated(r, content), b"[" * 9000, b'{"voucher":' * 9000, orjson.dumps(value(r))])
-    return http(path, content, {SIGNATURE: m.messages.sign(m.node, m.run, path, {}, content)})
-
-
-def payment(m: Made) -> Any:
-    """What a peer may tell of payment: signed as it should be, and with numbers of any sort."""
-    r, me = m.random, m.messages.identity
-    number = lambda: r.choice([0, 1, 1, 2, 5, -1, 2**40, 2**63 - 1])  # noqa: E731
-    a, b = sorted((me.name, m.node))
-    opening = Opening(a, b, round(LIMIT * MICRO), round(LIMIT * MICRO), "limits")
-    head, receipts = opening.digest(), []
-    for _ in range(r.randrange(1, 4)):
-        came = r.choice(["whole", "part", "nothing"])
-        receipts.append(Receipt(number(), digest(b""), "", number(), number(), number(), number(), came))
-        head = link(head, receipts[-1])
-    total = sum(each.due for each in receipts) % 2**63
-    state = State(opening.digest(), me.name, m.node, len(receipts), r.choice([total, number()]), head)
-    stake = Stake(me.name, number(), number())
-    staked = msgspec.json.encode(Staked(stake, sign(me, "stake", stake))).decode()
-    vouch = Vouch(Signed(state, sign(me, "voucher", state)), r.choice([1, 1, number()]), tuple(receipts))
-    messages = [Open(opening, sign(me, "opening", opening)), Vouching(vouch), Vouching(vouch)]
-    return msgspec.to_builtins(r.choice([*messages, Telling((staked, text(r)))]))
-
-
-def duel(m: Made, path: str) -> Any:
-    """What a peer may ask an executor to sign, or a judge to judge."""
-    r = m.random
-    if path == ATTEST_PATH:
-        return {"request": digest(b""), "answer": digest(b"")}
-    request = r.choice(["{}", "[" * 9000, '{"a":' * 9000, "\x00"])
-    answer = Answer(m.messages.name, digest(request.encode()), digest(b"{}")).signed(m.messages.identity)
-    told = msgspec.to_builtins(answer)
-    return {
-        "path": CHAT, "stream": False, "request": request, "a": told, "b": dict(told), "answer_a": "{}",
-        "answer_b": "[" * 9000, "electors": [[m.node, 1]], "judges": 3,
-    }  # fmt: skip
-
-
-def spoil(r: random.Random, tree: Any) -> None:
-    """Put something else in some place of a tree of mappings and lists."""
-    while isinstance(tree, dict | list) and tree:
-        at: Any = r.choice(list(tree)) if isinstance(tree, dict) else r.randrange(len(tree))
-        if not isinstance(tree[at], dict | list) or not tree[at] or r.random() < 0.2:
-            tree[at] = value(r)
-            return
-        tree = tree[at]
-
-
-def adverts(m: Made) -> bytes:
-    r, identity = m.random, m.messages.identity
-    load = [r.choice([0.0, 1.0, -1.0, 1e308, 1e-308, 5.0]) for _ in range(ADVERT_SIZE)]
-    advert = Advert(
-        name=identity.name, label=text(r), url=r.choice(["http://127.0.0.1:9", "file:///x", "http://[", text(r)]),
-        serves=tuple(text(r) for _ in range(r.randrange(3))), run=r.choice([0, -1, 2**62]), number=r.randrange(9),
-        load=tuple(load), age_s=r.choice([0.0, -1.0, 1e9]),
-        sent_us=round((time.time() + r.choice([0, 0, 100, -100])) * 1e6),
-    )  # fmt: skip
-    match r.randrange(4):
-        case 0:
-            return http(BEAT_PATH, signed(identity, advert))
-        case 1:
-            return http(BEAT_PATH, mutated(r, signed(identity, advert)))
-        case 2:
-            told = mutated(r, msgspec.json.encode(advert))
-        case _:
-            told = r.choice([b"[" * 9000, orjson.dumps(value(r)), r.randbytes(300), b""])
-    return http(BEAT_PATH, identity.name.encode() + identity.sign(tagged("advert", told)) + told)
-
-
-KINDS: tuple[Callable[[Made], bytes], ...] = (
-    bytes_that_are_no_http, requests_that_nearly_are, bodies_of_users, signatures_that_nearly_are, signed_requests,
-    payment_and_duels, adverts,
-)  # fmt: skip
-
-
-# The node.
+    process: Process
+    url: str
+    key: str
+    log: Path
 
 
 @contextlib.contextmanager
-def node(peer: str) -> Iterator[tuple["subprocess.Popen[bytes]", str, str, Path]]:
-    """A node process that knows one peer: with its URL, its key and its log."""
+def node(peer: str) -> Iterator[Node]:
+    """A node that knows one peer, which is not there."""
     engine_port, port = free_ports(2)
-    engine = f"http://127.0.0.1:{engine_port}"
-    emulator = [sys.executable, "-m", "wwwserve.envs.emulator", "--port", str(engine_port), "--speed", "20"]
-    with tempfile.TemporaryDirectory() as folder, served([Command(emulator)], [engine], READY_S):
-        key = Path(folder, "node.pem")
-        Identity.generate().save(key)
-        profile = {"kind": "catalogue", "gpu": "rtx-4090", "model": MODEL, "max_num_seqs": 64}
-        config = {
-            "name": "n", "key": str(key), "port": port, "policy": "single", "serves": [MODEL], "log": "warning",
-            "engine": {"url": engine, "profile": profile}, "peers": [{"key": peer, "url": "http://127.0.0.1:9"}],
-            "market": {"speed": 20.0},
-            "ledger": {"file": str(Path(folder, "ledger.db")), "limits": {peer: {"ours": LIMIT, "theirs": LIMIT}}},
-            "limits": {"receive_s": RECEIVE_S},
-        }  # fmt: skip
-        file, log = Path(folder, "node.yaml"), Path(folder, "log")
-        file.write_text(yaml.safe_dump(config))
-        with log.open("wb") as err:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "wwwserve.serving.cli", "node", str(file)], stdout=subprocess.PIPE, stderr=err
-            )
+    config = {
+        "name": "n", "port": port, "policy": "single", "serves": [MODEL], "log": "warning",
+        "engine": {
+            "url": f"http://127.0.0.1:{engine_port}",
+            "profile": {"kind": "catalogue", "gpu": "rtx-4090", "model": MODEL, "max_num_seqs": 64},
+        },
+        "peers": [{"key": peer, "url": "http://127.0.0.1:9"}], "market": {"speed": SPEED},
+        "limits": {"receive_s": RECEIVE_S},
+    }  # fmt: skip
+    with programs() as made:
+        made.start("engine", emulator(engine_port, model=MODEL, speed=SPEED))
+        limits = {peer: {"ours": LIMIT, "theirs": LIMIT}}
+        config["ledger"] = {"file": str(made.folder / "ledger.db"), "limits": limits}
+        [files] = write_nodes(made.folder, [config])
+        process = made.start("node", files.command())
+        made.wait([files.url], lambda url: sees(url, 0), READY_S)
         try:
-            assert process.stdout is not None
-            ready = json.loads(process.stdout.readline())
-            yield process, ready["url"], ready["key"], log
+            yield Node(process, files.url, files.key, made.log("node"))
         finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(20)
-
-
-def rss_mb(pid: int) -> float:
-    """Resident memory of a process, MB."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+            made.stop(process)
 
 
 def fault_of(answer: bytes) -> str | None:
@@ -445,32 +180,39 @@ async def attack(pid: int, port: int, made: Made, inputs: int, connections: int)
 def run(inputs: int, connections: int, seed: int) -> Seen:
     """Start a node and attack it."""
     peer, stranger = (Messages(Identity.generate(), lambda name: True) for _ in range(2))
-    with node(peer.name) as (process, url, key, log):
-        port = int(url.rpartition(":")[2])
-        made = Made(random.Random(seed), peer, stranger, key, int(look(url)["run"]))
-        seen = asyncio.run(attack(process.pid, port, made, inputs, connections))
-        if process.poll() is not None:
-            seen.faults.append(f"the node ended with {process.returncode}")
-        told = log.read_bytes()
+    with node(peer.name) as attacked:
+        port = int(attacked.url.rpartition(":")[2])
+        made = Made(random.Random(seed), peer, stranger, attacked.key, int(look(attacked.url)["run"]))
+        seen = asyncio.run(attack(attacked.process.pid, port, made, inputs, connections))
+        if attacked.process.poll() is not None:
+            seen.faults.append(f"the node ended with {attacked.process.returncode}")
+        told = attacked.log.read_bytes()
         if any(trace in told for trace in TRACES):
             at = min(told.find(trace) for trace in TRACES if trace in told)
             seen.faults.append(f"its log: {told[max(0, at - 300) : at + 1500].decode(errors='replace')}")
     return seen
 
 
+@dataclass
+class Args:
+    """Send hostile input to a live node."""
+
+    inputs: Count = 50_000
+    """how many"""
+    connections: Count = 256
+    """at once"""
+    seed: Seed = 0
+    """of the inputs"""
+    json: File = None
+    """write what was counted to this file"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if there was a fault, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.live.hostile", description="Send hostile input to a live node.")
-    add = parser.add_argument
-    add("--inputs", type=integer(1), default=50_000, help="(default: 50000)")
-    add("--connections", type=integer(1), default=256, help="at once (default: 256)")
-    add("--seed", type=integer(0), default=0, help="of the inputs (default: 0)")
-    add("--json", type=Path, metavar="FILE", help="write what was counted there")
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.live.hostile: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     seen = run(args.inputs, args.connections, args.seed)
     for kind, counts in seen.statuses.items():
         print(f"{kind:<28} {counts.total():>7}  " + "  ".join(f"{status} {n}" for status, n in sorted(counts.items())))

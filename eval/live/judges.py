@@ -6,25 +6,25 @@ a worse one: of the random model, to another question, or with its words in rand
 the answer to no question, and the model's own word on which is better.
 """
 
-import argparse
 import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import aiohttp
 import numpy as np
 import orjson
 
+from wwwserve.agents.arguments import Count, File, Range, UsageError, parse_args, refuse
 from wwwserve.agents.protocol import VOTE_A, VOTE_B, VOTE_UNDECIDED
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import write_json
 from wwwserve.serving.duel.judge import JudgeError, Post, gain, likelihood, vote_by
 from wwwserve.serving.engine.local_vllm import RANDOM, SMOLLM2, PrepareError
 from wwwserve.serving.local_nodes import NetworkError, vllm
 
+PROG = "wwwserve judges"
 CHAT = "/v1/chat/completions"
 AT_ONCE = 8  # requests in an engine
 THINGS = (
@@ -151,26 +151,29 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.live.judges", description=__doc__.split("\n\n")[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=integer(8), default=60, help="of each kind, at most 120 differ")
-    parser.add_argument("--tokens", type=integer(1), default=48, help="of an answer at most")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes")
-    return parser.parse_args(argv)
+@dataclass
+class Args:
+    """Measure how often a judge errs on pairs of answers of known quality, on real vLLM."""
+
+    pairs: Annotated[int, Range(8)] = 60
+    """of each kind, at most 120 differ"""
+    tokens: Count = 48
+    """of an answer at most"""
+    json: File = None
+    """write the figures to this file"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
-        told = _arguments(argv)
-        with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as (urls, _):
-            result = asyncio.run(measure(*urls, told.pairs, told.tokens))
+        told = parse_args(Args, PROG, argv)
+        with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as ((good_url, bad_url), _):
+            result = asyncio.run(measure(good_url, bad_url, told.pairs, told.tokens))
         print(table(result))
         if told.json:
             write_json(told.json, result)
     except (UsageError, NetworkError, PrepareError, JudgeError) as error:
-        print(f"eval.live.judges: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     return 0
 
 

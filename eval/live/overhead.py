@@ -8,35 +8,40 @@ in turn; `requests_per_s` is with `--connections` at once; `cpu_us_per_chunk` is
 chunk of a stream.
 """
 
-import argparse
 import asyncio
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+import tyro
 import uvloop
-import yaml
 
-from wwwserve.eval.arguments import Parser, UsageError, integer
+from wwwserve.agents.arguments import Count, File, UsageError, parse_args, refuse
 from wwwserve.eval.compare import write_json
-from wwwserve.eval.live.processes import cpu_s
-from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.local_nodes import (
+    Command,
+    Process,
+    Programs,
+    cpu_s,
+    free_ports,
+    listens,
+    local_urls,
+    programs,
+    write_nodes,
+)
 
+PROG = "wwwserve overhead"
 MODEL = "stub"
 STREAM_CHUNKS, CHUNK_EVERY_S = 400, 0.004
 READY_S = 300.0
+PROFILE = {"kind": "catalogue", "gpu": "h100", "model": "qwen3-8b", "max_num_seqs": 256}
 ANSWER = json.dumps(
     {
         "id": "1", "object": "chat.completion", "model": MODEL,
@@ -222,85 +227,78 @@ async def measure(
     }
 
 
+def pinned(programs: Programs, name: str, argv: Sequence[str], core: int, port: int) -> Process:
+    """A program on one core, when it listens at `port` and has warmed up. Raises NetworkError."""
+    process = programs.start(name, Command(list(argv), core=core))
+    programs.wait(local_urls([port]), listens, READY_S)
+    time.sleep(2.0)  # until it has looked at its engine, and compiled what it needs
+    return process
+
+
 @contextmanager
-def started(command: list[str], core: int, port: int) -> Iterator[int]:
-    """A process on one core that listens at `port`; its PID."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, {core}))
+def only_core(core: int) -> Iterator[None]:
+    """This process keeps to one core."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
     try:
-        until_s = time.monotonic() + READY_S
-        while not _listens(port):
-            if process.poll() is not None or time.monotonic() > until_s:
-                raise RuntimeError(f"{' '.join(command)} does not listen at {port}")
-            time.sleep(0.05)
-        time.sleep(2.0)  # until it has looked at its engine, and compiled what it needs
-        yield process.pid
+        yield
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
+        os.sched_setaffinity(0, allowed)
 
 
 def run(calls: int, seconds: float, connections: int, policy: str | None) -> dict[str, Any]:
-    """Measure the node and what stands beside it."""
-    allowed = os.sched_getaffinity(0)
-    cores = sorted(allowed)
+    """Measure the node and what stands beside it. Raises NetworkError for what does not start."""
+    cores = sorted(os.sched_getaffinity(0))
     engine_port, node_port, other_port, router_port = free_ports(4)
     me = [sys.executable, "-m", "wwwserve.eval.live.overhead"]
     results: dict[str, Any] = {}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        started([*me, "--serve-engine", str(engine_port)], cores[-1], engine_port),
-    ):
-        profile = {"kind": "catalogue", "gpu": "h100", "model": "qwen3-8b", "max_num_seqs": 256}
-        engine = f"http://127.0.0.1:{engine_port}"
-        key = Path(folder, "node.pem")
-        Identity.generate().save(key)
-        config = {"name": "n", "key": str(key), "port": node_port, "policy": policy,
-                  "engine": {"url": engine, "profile": profile}}  # fmt: skip
-        file = Path(folder, "node.yaml")
-        file.write_text(yaml.safe_dump(config))
-        node = [sys.executable, "-m", "wwwserve.serving.cli", "node", str(file)]
+    with programs() as made:
+        pinned(made, "engine", [*me, "--serve-engine", str(engine_port)], cores[-1], engine_port)
+        [engine] = local_urls([engine_port])
+        config = {"name": "n", "port": node_port, "policy": policy, "engine": {"url": engine, "profile": PROFILE}}
+        [node] = write_nodes(made.folder, [config])
         fastapi = [*me, "--serve-fastapi", str(other_port), engine]
-        measured = [("node", node, node_port), ("fastapi_httpx", fastapi, other_port)]
+        measured = [("node", node.command().argv, node_port), ("fastapi_httpx", fastapi, other_port)]
         if find_spec("vllm_router"):
             router = [sys.executable, "-m", "vllm_router.launch_router", "--worker-urls", engine, "--host", "127.0.0.1",
                       "--port", str(router_port), "--prometheus-port", str(free_ports(1)[0]), "--policy", "round_robin",
                       "--log-level", "error"]  # fmt: skip
             measured.append(("vllm_router", router, router_port))
-        for name, command, port in measured:
-            with started(command, cores[0], port) as pid:
-                os.sched_setaffinity(0, {cores[-1]})
-                try:
-                    results[name] = uvloop.run(measure(pid, port, engine_port, calls, seconds, connections))
-                finally:
-                    os.sched_setaffinity(0, allowed)
-                print(f"{name}: {results[name]}", flush=True)
+        for name, argv, port in measured:
+            process = pinned(made, name, argv, cores[0], port)
+            with only_core(cores[-1]):
+                results[name] = uvloop.run(measure(process.pid, port, engine_port, calls, seconds, connections))
+            made.stop(process)
+            print(f"{name}: {results[name]}", flush=True)
     return results
+
+
+@dataclass
+class Args:
+    """Measure what a node adds to a request."""
+
+    calls: Count = 2000
+    """requests one at a time"""
+    seconds: Count = 5
+    """of requests at once"""
+    connections: Count = 32
+    """requests at once"""
+    policy: Annotated[str | None, tyro.conf.arg(metavar="NAME|BUNDLE")] = None
+    """default: the shipped bundle"""
+    json: File = None
+    """write the figures to this file"""
+    serve_engine: int | None = None
+    """for its own processes: be the bare engine at this port"""
+    serve_fastapi: Annotated[tuple[int, str] | None, tyro.conf.arg(metavar="PORT URL")] = None
+    """for its own processes: be the plain application at this port, before that engine"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
-    parser = Parser(prog="python -m eval.live.overhead", description="What a node adds to a request.")
-    add = parser.add_argument
-    add("--calls", type=integer(1), default=2000, help="requests one at a time (default: 2000)")
-    add("--seconds", type=integer(1), default=5, help="of requests at once (default: 5)")
-    add("--connections", type=integer(1), default=32, help="requests at once (default: 32)")
-    add("--policy", metavar="NAME|BUNDLE", help="(default: the shipped bundle)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--serve-engine", type=int, help=argparse.SUPPRESS)
-    add("--serve-fastapi", nargs=2, help=argparse.SUPPRESS)
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.live.overhead: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     if args.serve_engine:
         uvloop.run(serve_engine(args.serve_engine))
     elif args.serve_fastapi:

@@ -8,40 +8,50 @@ micro-credit; no request was paid for twice; every request that a node took ende
 Exit status 1 if anything of it is not so.
 """
 
-import argparse
 import asyncio
 import json
 import random
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import aiohttp
 import msgspec
-import yaml
+import tyro
 
+from wwwserve.agents.arguments import Count, File, Folder, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.protocol import MICRO
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import write_json
-from wwwserve.serving import guard
-from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.audit import Audit, audit, compare, settled
 from wwwserve.serving.ledger.channel import Settled
 from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.ledger.statements import WHOLE
-from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.local_nodes import (
+    Accounts,
+    Command,
+    NodeFiles,
+    Process,
+    Programs,
+    emulator,
+    free_ports,
+    local_urls,
+    programs,
+    write_nodes,
+)
 
+PROG = "wwwserve soak"
 NODES = 5
 MODEL, GPU, SPEED = "qwen3-8b", "rtx-4090", 10.0
-CREDIT, STAKE, PRICE = 400.0, 4.0, 1.0  # credits; the price is of 1000 tokens
+ACCOUNTS = Accounts(credit=400.0, stake=4.0, exposure=50.0)
+PRICE = 1.0  # credits for 1000 tokens
 READY_S, CALM_S, ANSWER_S = 300.0, 120.0, 90.0
 MOST_DOWN = 2  # nodes, killed and not back yet
 OFF_S = 60.0  # of a clock
@@ -51,28 +61,29 @@ LARGEST = resource.RLIM_INFINITY
 class Node:
     """One of the nodes: its files, and its process while it runs."""
 
-    def __init__(self, k: int, folder: Path, config: dict[str, Any], key: str) -> None:
-        self.k, self.folder, self.key, self.config = k, folder, key, config
-        self.url = f"http://127.0.0.1:{config['port']}"
-        self.ledger, self.blocked = Path(config["ledger"]["file"]), folder / f"n{k}.blocked"
-        self.process: subprocess.Popen[bytes] | None = None
+    def __init__(self, k: int, programs: Programs, files: NodeFiles) -> None:
+        self.k, self.programs, self.files = k, programs, files
+        self.url, self.ledger = files.url, files.ledger
+        self.blocked = programs.folder / f"n{k}.blocked"
+        self.process: Process | None = None
         self.lives = 0
-        (folder / f"n{k}.yaml").write_text(yaml.safe_dump(config))
+
+    @property
+    def port(self) -> str:
+        """Where it listens."""
+        return self.url.rpartition(":")[2]
 
     @property
     def up(self) -> bool:
         """Whether its process runs."""
         return self.process is not None and self.process.poll() is None
 
-    def start(self, off_s: float = 0.0) -> int:
-        """Run it; returns its process group."""
+    def start(self, off_s: float = 0.0) -> None:
+        """Run it, with a clock that is off by so much."""
         self.lives += 1
-        command = [sys.executable, "-m", "wwwserve.eval.live.soak", "--serve-node",
-                   str(self.folder / f"n{self.k}.yaml"), str(off_s), str(self.blocked)]  # fmt: skip
-        log = (self.folder / f"n{self.k}.log").open("ab")
-        with log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        return self.process.pid
+        command = [sys.executable, "-m", "wwwserve.eval.live.soak", "--serve-node", str(self.files.config), str(off_s),
+                   str(self.blocked)]  # fmt: skip
+        self.process = self.programs.start(f"n{self.k}", Command(command))
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -95,8 +106,8 @@ class Node:
 class Soak:
     """One run."""
 
-    def __init__(self, nodes: list[Node], told: Any, seed: int, rate_per_s: float) -> None:
-        self.nodes, self.told, self.rate_per_s = nodes, told, rate_per_s
+    def __init__(self, nodes: list[Node], seed: int, rate_per_s: float) -> None:
+        self.nodes, self.rate_per_s = nodes, rate_per_s
         self.draw = random.Random(seed)
         self.session: aiohttp.ClientSession
         self.ended: Counter[str] = Counter()
@@ -108,10 +119,6 @@ class Soak:
         self._returning: dict[Node, asyncio.Task[None]] = {}
 
     # Nodes.
-
-    def start(self, node: Node, off_s: float = 0.0) -> None:
-        """Run a node."""
-        self.told.write(b"%d\n" % node.start(off_s))
 
     async def see(self, node: Node) -> dict[str, Any] | None:
         """What a node says of itself; None while it does not."""
@@ -210,7 +217,7 @@ class Soak:
         problems = await asyncio.to_thread(_problems, node.ledger)
         self.audited += 1
         self.problems += [f"after kill {kill}, n{node.k}: {each}" for each in problems]
-        self.start(node)
+        node.start()
 
         async def back() -> bool:
             seen = await self.see(node)
@@ -230,12 +237,16 @@ class Soak:
 
         await self.until(f"n{node.k} notices that there is no room", full, CALM_S)
         before = await self.see(node)
-        await asyncio.sleep(3.0)
-        after = await self.see(node)
+        answered = 0
+
+        async def serves() -> bool:
+            nonlocal answered
+            seen = await self.see(node)
+            answered = seen["requests"]["answered"] - before["requests"]["answered"] if before and seen else 0
+            return answered > 0
+
+        await self.until(f"n{node.k} serves somebody while there is no room for its ledger", serves, CALM_S)
         node.limit(LARGEST)
-        answered = after["requests"]["answered"] - before["requests"]["answered"] if before and after else 0
-        if answered <= 0:
-            self.problems.append(f"n{node.k} serves nobody while there is no room for its ledger")
 
         async def room() -> bool:
             return not await full()
@@ -248,7 +259,7 @@ class Soak:
         await self.all_ready()
         node = self.draw.choice(self.nodes)
         node.kill()
-        self.start(node, OFF_S)
+        node.start(OFF_S)
 
         async def alone() -> bool:
             seen = await self.see(node)
@@ -259,7 +270,7 @@ class Soak:
         seen = await self.see(node)
         answered = seen["requests"]["answered"] if seen else 0
         node.kill()
-        self.start(node)
+        node.start()
         await self.all_ready()
         self._count("clock off", answered_meanwhile=answered)
 
@@ -270,7 +281,7 @@ class Soak:
         halves = nodes[:2], nodes[2:]
         for half, other in (halves, halves[::-1]):
             for node in half:
-                node.blocked.write_text(" ".join(str(each.config["port"]) for each in other))
+                node.blocked.write_text(" ".join(each.port for each in other))
         for half in halves:
             await self.until("each half sees itself", lambda h=half: self.ready(h, len(h) - 1), CALM_S)
         await asyncio.sleep(3.0)
@@ -292,7 +303,7 @@ class Soak:
         until_s = time.monotonic() + most_s
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as self.session:
             for node in self.nodes:
-                self.start(node)
+                node.start()
             await self.all_ready()
             loading = asyncio.create_task(self.load())
             others = [self.fill, self.clock, self.part]
@@ -366,67 +377,32 @@ def _billed_twice(ledgers: Sequence[Path]) -> list[str]:
     return [name for name, times in paid.items() if times > 1]
 
 
-def configured(folder: Path, engines: Sequence[int], ports: Sequence[int]) -> list[Node]:
-    """The nodes, with keys and a genesis."""
-    identities = [Identity.generate() for _ in range(NODES)]
-    accounts = {each.name: {"credit": CREDIT, "stake": STAKE} for each in identities}
-    (folder / "genesis.yaml").write_text(yaml.safe_dump({"accounts": accounts}))
-    nodes = []
-    for k, identity in enumerate(identities):
-        identity.save(folder / f"n{k}.pem")
-        config = {
-            "name": f"n{k}", "key": str(folder / f"n{k}.pem"), "port": ports[k], "policy": "random", "seed": k,
-            "engine": {
-                "url": f"http://127.0.0.1:{engines[k]}", "timeout_s": 20.0,
-                "profile": {"kind": "catalogue", "gpu": GPU, "model": MODEL, "max_num_seqs": 64},
-            },
-            "peers": [
-                {"key": other.name, "url": f"http://127.0.0.1:{ports[i]}"}
-                for i, other in enumerate(identities) if i != k
-            ],
-            "market": {"speed": SPEED, "per_ktok": True, "prices": [PRICE], "gossip_s": 5.0, "tick_s": 2.0},
-            "ledger": {"file": str(folder / f"n{k}.db"), "genesis": str(folder / "genesis.yaml"), "exposure": 50.0},
-            "log": "warning",
-        }  # fmt: skip
-        nodes.append(Node(k, folder, config, identity.name))
-    return nodes
-
-
-@asynccontextmanager
-async def emulators(ports: Sequence[int], told: Any) -> AsyncIterator[None]:
-    """Engines at these ports."""
-    processes = []
-    try:
-        for k, port in enumerate(ports):
-            command = [sys.executable, "-m", "wwwserve.envs.emulator", "--gpu", GPU, "--model", MODEL, "--port",
-                       str(port), "--speed", str(SPEED), "--seed", str(k), "--max-num-seqs", "64"]  # fmt: skip
-            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True))
-            told.write(b"%d\n" % processes[-1].pid)
-        yield
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
+def configured(k: int, port: int, engine: int) -> dict[str, Any]:
+    """The configuration of node k before the engine at that port."""
+    [url] = local_urls([engine])
+    return {
+        "name": f"n{k}", "port": port, "policy": "random", "seed": k,
+        "engine": {
+            "url": url, "timeout_s": 20.0,
+            "profile": {"kind": "catalogue", "gpu": GPU, "model": MODEL, "max_num_seqs": 64},
+        },
+        "market": {"speed": SPEED, "per_ktok": True, "prices": [PRICE], "gossip_s": 5.0, "tick_s": 2.0},
+        "log": "warning",
+    }  # fmt: skip
 
 
 async def soak(kills: int, seed: int, rate_per_s: float, most_s: float, folder: Path) -> dict[str, Any]:
     """One run, whose files are left in `folder`."""
     ports = free_ports(2 * NODES)
-    guarding = subprocess.Popen([sys.executable, "-I", guard.__file__], stdin=subprocess.PIPE, bufsize=0,
-                                start_new_session=True)  # fmt: skip
-    assert guarding.stdin is not None
     start_s = time.monotonic()
-    try:
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(emulators(ports[:NODES], guarding.stdin))
-            nodes = configured(folder, ports[:NODES], ports[NODES:])
-            run = Soak(nodes, guarding.stdin, seed, rate_per_s)
-            await run.run(kills, most_s)
-        return run.check() | {"took_s": round(time.monotonic() - start_s, 1)}
-    finally:
-        guarding.stdin.close()  # ends whatever is left
-        guarding.wait()
+    with programs(folder) as made:
+        for k, port in enumerate(ports[:NODES]):
+            made.start(f"engine{k}", emulator(port, gpu=GPU, model=MODEL, speed=SPEED, seed=k))
+        told = [configured(k, ports[NODES + k], ports[k]) for k in range(NODES)]
+        nodes = [Node(k, made, files) for k, files in enumerate(write_nodes(folder, told, ACCOUNTS))]
+        run = Soak(nodes, seed, rate_per_s)
+        await run.run(kills, most_s)
+    return run.check() | {"took_s": round(time.monotonic() - start_s, 1)}
 
 
 def serve_node(file: str, off_s: float, blocked: Path) -> int:
@@ -442,30 +418,38 @@ def serve_node(file: str, off_s: float, blocked: Path) -> int:
                 raise aiohttp.ClientConnectionError("the network is parted")
         return await request(self, method, url, **more)
 
-    aiohttp.ClientSession._request = unless_blocked  # type: ignore[method-assign]
+    aiohttp.ClientSession._request = unless_blocked  # type: ignore[method-assign, assignment]
     from wwwserve.serving import cli  # not before: what it imports binds the clock
 
     return cli.main(["node", file])
 
 
+@dataclass
+class Args:
+    """Kill nodes under load, see that all is accounted for."""
+
+    kills: Count = 100
+    """that are made"""
+    seed: Seed = 0
+    """of all that is random"""
+    rate: Count = 12
+    """requests/s, of all users together"""
+    minutes: Count = 60
+    """after which no more are killed"""
+    keep: Folder = None
+    """leave journals and logs there"""
+    json: File = None
+    """write the figures to this file"""
+    serve_node: Annotated[tuple[str, float, Path] | None, tyro.conf.arg(metavar="FILE SECONDS FILE")] = None
+    """for its own processes: be a node"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 1 where something did not hold, 2 for what cannot be done as asked."""
-    parser = Parser(
-        prog="python -m eval.live.soak", description="Kill nodes under load, see that all is accounted for."
-    )
-    add = parser.add_argument
-    add("--kills", type=integer(1), default=100, help="(default: 100)")
-    add("--seed", type=integer(0), default=0, help="(default: 0)")
-    add("--rate", type=integer(1), default=12, help="requests/s, of all users together (default: 12)")
-    add("--minutes", type=integer(1), default=60, help="after which no more are killed (default: 60)")
-    add("--keep", type=Path, metavar="FOLDER", help="leave journals and logs there")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--serve-node", nargs=3, help=argparse.SUPPRESS)
     try:
-        args = parser.parse_args(argv)
+        args = parse_args(Args, PROG, argv)
     except UsageError as error:
-        print(f"eval.live.soak: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     if args.serve_node:
         return serve_node(args.serve_node[0], float(args.serve_node[1]), Path(args.serve_node[2]))
     with tempfile.TemporaryDirectory(prefix="wwwserve-soak-") as made:

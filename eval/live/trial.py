@@ -8,70 +8,53 @@ Emulated engines and their nodes can be run at `--speed` times real time; times 
 A node has dice of its own, where a simulated market has one set for all, so single decisions differ.
 """
 
-import argparse
 import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import aiohttp
 import numpy as np
 import orjson
-import yaml
+import tyro
 
-from wwwserve.agents import strict_yaml
-from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
+from wwwserve.agents.arguments import Count, File, Policies, Range, Seed, UsageError, flat, parse_args, refuse
+from wwwserve.agents.hardware import Profile
 from wwwserve.agents.rules import RULES, Policy
 from wwwserve.envs.batch import RequestTable
-from wwwserve.envs.oracle import ORACLES
+from wwwserve.envs.oracle import Oracle
 from wwwserve.envs.scenario import Scenario, ScenarioError, load
 from wwwserve.envs.state import MarketPlan, plan
-from wwwserve.envs.traffic import expected_output
-from wwwserve.eval.arguments import Parser, UsageError, integer
 from wwwserve.eval.compare import FIRST_TEST_SEED, Tree, cell, check_outputs, columns, measures, over_seeds, write_json
-from wwwserve.eval.live.processes import cpu_s
+from wwwserve.eval.live.networks import (
+    Live,
+    check,
+    check_lengths,
+    longest_request,
+    own,
+    remote,
+    vllm_servers,
+)
 from wwwserve.eval.metrics import threshold_key
 from wwwserve.eval.play import Run, run
 from wwwserve.eval.policies import LEARNED, PolicyError, load_policy
-from wwwserve.serving.config import ConfigError, parse
+from wwwserve.serving.config import ConfigError
 from wwwserve.serving.engine import local_vllm
-from wwwserve.serving.engine.calibrate import CalibrationError, Settings, calibrate
-from wwwserve.serving.engine.local_vllm import SMOLLM2, PrepareError
-from wwwserve.serving.local_nodes import READY_S, Command, NetworkError, free_ports, look, started, vllm
+from wwwserve.serving.engine.fit import CalibrationError
+from wwwserve.serving.engine.local_vllm import PrepareError
+from wwwserve.serving.local_nodes import NetworkError, cpu_s
 
 LOWEST_TOKEN, HIGHEST_TOKEN = 1000, 30_000  # of made-up prompts: in every vocabulary, and none of them special
-MARGIN = 64  # tokens, of the longest request that engines are measured with beyond the scenario's
-REPEATS = 2  # of each load, when engines are measured
+DEFAULT_POLICIES = ("single", "www_serve", LEARNED)
+PROG = "wwwserve trial"
 KV_TOKENS = 2560  # of a real engine: a full batch of `live/pair` nearly fills it, as is usual on a GPU
 SETTLE_S = 2.0  # between a network's being ready and the first arrival
 MOST_SPEED = 100.0
-
-
-class Site(NamedTuple):
-    """One node of a network: where users reach it, the model they ask for, and its engine's profile."""
-
-    url: str
-    model: str
-    profile: Profile
-
-
-class Live(NamedTuple):
-    """A network that runs: a site for each provider, and the processes of nodes and engines that are its own."""
-
-    sites: list[Site]
-    pids: dict[str, list[int]]
-
-
-class Servers(NamedTuple):
-    """Engines that run already, one for each provider."""
-
-    urls: list[str]
-    profiles: list[Profile]
-    pids: list[int]
+LENGTH_STEP = 512  # tokens, to which the longest request that engines are measured with is rounded up
 
 
 class Measured(NamedTuple):
@@ -81,177 +64,6 @@ class Measured(NamedTuple):
     cpu_cores: dict[str, float]  # CPU time over the time of the run, by kind of process
     lag_s: float  # of the market: longest that a request was sent after its time
     failed: int  # requests that got an error
-
-
-def check(scenario: Scenario) -> None:
-    """Raises UsageError for a scenario that asks for what a live network does not play."""
-    for provider in scenario.providers:
-        if provider.misreport is not None:
-            raise UsageError(f"{scenario.name}: provider {provider.name} misreports, live nodes are honest")
-        if any(start > 0 or end < scenario.duration_s for start, end in provider.online_s):
-            raise UsageError(f"{scenario.name}: provider {provider.name} is offline for a time, live nodes stay")
-    if scenario.economy.duel_probability > 0:
-        raise UsageError(f"{scenario.name}: it has duels, live nodes hold none")
-
-
-def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, speed: float) -> dict[str, Any]:
-    """The configuration of provider i's node, but for addresses and peers."""
-    provider, economy = scenario.providers[i], scenario.economy
-    lengths = asdict(expected_output(provider, None))
-    classes = {
-        each.name: {
-            "deadline_s": each.deadline_s, "value": each.value, "output": asdict(expected_output(provider, each))
-        }
-        for each in scenario.slo.classes
-    }  # fmt: skip
-    per_ktok = economy.pricing == "per_ktok"
-    market = {
-        "prices": economy.price_bins if per_ktok else (1.0,), "per_ktok": per_ktok, "rtt_s": scenario.rtt_ms / 1000,
-        "gossip_s": scenario.gossip_interval_s, "tick_s": scenario.decision_interval_s,
-        "stake_rule": economy.stake_rule, "speed": speed,
-    }  # fmt: skip
-    return {
-        "name": provider.name, "seed": planned.seed * len(scenario.providers) + i, "policy": policy,
-        "serves": list(provider.serves), "stake": economy.initial_stake, "credit": economy.initial_credit,
-        "prompt_tokens": float(planned.mean_prompt[i]), "output": lengths, "classes": classes,
-        "deadlines_s": list(scenario.slo.thresholds_s), "market": market, "log": "warning",
-        "limits": {"held": 100_000},  # the simulator's nodes have no bound
-    }  # fmt: skip
-
-
-@contextmanager
-def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers | None = None) -> Iterator[Live]:
-    """A network of the plan's providers, on emulated engines of its own or before `servers`. Raises NetworkError."""
-    scenario = planned.scenario
-    count = len(scenario.providers)
-    ports = free_ports(2 * count)
-    engines = [] if servers else _emulators(planned, ports[count:], speed)
-    engine_urls = servers.urls if servers else [f"http://127.0.0.1:{port}" for port in ports[count:]]
-    models = [SMOLLM2 if servers else provider.serves[0] for provider in scenario.providers]
-    profiles = servers.profiles if servers else list(planned.profiles)
-    nodes = []
-    for i, (provider, profile) in enumerate(zip(scenario.providers, profiles, strict=True)):
-        told = node(scenario, planned, i, policy, speed)
-        told["serves"] = [SMOLLM2] if servers else told["serves"]
-        told["port"] = ports[i]
-        told["engine"] = {"url": engine_urls[i], "profile": {"kind": "measured", **asdict(profile)}}
-        plain = orjson.loads(orjson.dumps(told))
-        parse(plain | {"key": "made when it starts"}, f"node {provider.name}")
-        nodes.append(plain)
-    with started(nodes, engines, READY_S["emulated"]) as network:
-        sites = [Site(*each) for each in zip(network.urls, models, profiles, strict=True)]
-        pids = servers.pids if servers else [p.pid for p in network.engines]
-        yield Live(sites, {"nodes": [p.pid for p in network.nodes], "engines": pids})
-
-
-def _emulators(planned: MarketPlan, ports: Sequence[int], speed: float) -> list[Command]:
-    return [
-        Command(
-            [sys.executable, "-m", "wwwserve.envs.emulator", "--port", str(port), "--gpu", provider.gpu, "--model",
-             provider.model, "--max-num-seqs", str(provider.max_num_seqs), "--served-model-name", *provider.serves,
-             "--speed", str(speed), "--seed", str(i)]
-        )
-        for i, (port, provider) in enumerate(zip(ports, planned.scenario.providers, strict=True))
-    ]  # fmt: skip
-
-
-@contextmanager
-def vllm_servers(count: int, longest: int, kv_tokens: int, file: Path | None) -> Iterator[Servers]:
-    """Real vLLM with a small model, each on a core, with a KV cache of `kv_tokens`.
-
-    `file` has their profiles; where it does not exist, it is written, after each was measured while the others are kept
-    busy, with requests of up to `longest` tokens and caches that hold as many of them as run at once. Raises UsageError
-    for a file of another kind or of other engines, NetworkError, serving.engine.local_vllm.PrepareError and
-    serving.engine.calibrate.CalibrationError.
-    """
-    if file is not None and file.exists():
-        profiles = read_profiles(file, count, kv_tokens)
-    else:
-        with vllm([SMOLLM2] * count, kv_tokens=local_vllm.MAX_NUM_SEQS * local_vllm.MAX_MODEL_LEN) as (urls, _):
-            profiles = [replace(each, kv_blocks=kv_tokens // BLOCK_TOKENS) for each in _calibrated(urls, longest)]
-        if file is not None:
-            write_profiles(file, profiles)
-    with vllm([SMOLLM2] * count, kv_tokens=kv_tokens) as (urls, processes):
-        yield Servers(urls, profiles, [process.pid for process in processes])
-
-
-def _calibrated(urls: Sequence[str], longest: int) -> list[Profile]:
-    found = []
-    for url in urls:
-        settings = Settings(
-            beside=tuple(each for each in urls if each != url), longest=longest, repeats=REPEATS,
-            max_num_seqs=local_vllm.MAX_NUM_SEQS,
-        )  # fmt: skip
-        start_s = time.monotonic()
-        found.append(asyncio.run(calibrate(url, settings)))
-        print(f"{url}, measured in {time.monotonic() - start_s:.0f} s:\n{found[-1].report()}", file=sys.stderr)
-    return [each.profile for each in found]
-
-
-def write_profiles(file: Path, profiles: Sequence[Profile]) -> None:
-    """Write engines' profiles, for `read_profiles`."""
-    write_json(file, {"profiles": [asdict(profile) for profile in profiles]})
-
-
-def read_profiles(file: Path, count: int, kv_tokens: int) -> list[Profile]:
-    """`count` engines' profiles. Raises UsageError for another file, or engines without a KV cache of `kv_tokens`."""
-    try:
-        profiles = [Profile(**each) for each in orjson.loads(file.read_bytes())["profiles"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"--profiles {file}: no profiles as this command writes them: {error!r}") from None
-    if len(profiles) != count:
-        raise UsageError(f"--profiles {file}: has {len(profiles)} profiles, expected {count}, one for each provider")
-    for profile in profiles:
-        if abs(profile.kv_tokens - kv_tokens) >= local_vllm.KV_BLOCK:
-            raise UsageError(f"--profiles {file}: of {profile.kv_tokens} KV tokens, --kv-tokens is {kv_tokens}")
-    return profiles
-
-
-def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live:
-    """A network that runs already: FILE has the `nodes`, URLs in the order of the scenario's providers.
-
-    Users ask for what a node serves first. Raises UsageError for another file, or nodes that do not answer, or run
-    another policy or at another speed.
-    """
-    try:
-        content = strict_yaml.load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--network {file}: {' '.join(str(error).split())}") from None
-    urls = content.get("nodes") if isinstance(content, dict) and set(content) == {"nodes"} else None
-    if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
-        raise UsageError(f"--network {file}: expected a mapping with nodes, a list of URLs")
-    if len(urls) != len(scenario.providers):
-        expected = len(scenario.providers)
-        raise UsageError(f"--network {file}: has {len(urls)} nodes, expected {expected}, as {scenario.name} has")
-    sites = []
-    for url in urls:
-        try:
-            seen = look(url)
-        except NetworkError as error:
-            raise UsageError(f"--network {file}: {error}") from None
-        if seen["policy"] != policy.name:
-            raise UsageError(f"--network {file}: {url} runs the policy {seen['policy']}, expected {policy.name}")
-        if seen["speed"] != speed:
-            raise UsageError(f"--network {file}: {url} runs at speed {seen['speed']:g}, --speed is {speed:g}")
-        if not seen["serves"]:
-            raise UsageError(f"--network {file}: {url} serves no model")
-        sites.append(Site(url.rstrip("/"), seen["serves"][0], Profile(**seen["engine"]["profile"])))
-    return Live(sites, {})
-
-
-def check_lengths(planned: MarketPlan, profiles: Sequence[Profile]) -> None:
-    """Raises UsageError for a request that one of the engines could not run whole."""
-    longest = _longest(planned)
-    room = min(min(profile.max_model_len, profile.kv_tokens) for profile in profiles)
-    if longest > room:
-        raise UsageError(
-            f"{planned.scenario.name}: a request has {longest} tokens with its answer, the smallest engine takes {room}"
-        )
-
-
-def _longest(planned: MarketPlan) -> int:
-    """Tokens of the longest request with its answer."""
-    return int((planned.traffic.prompt + planned.traffic.output).max(initial=0))
 
 
 async def play(network: Live, planned: MarketPlan, speed: float, stream: bool, turn: int = 0) -> Measured:
@@ -418,73 +230,74 @@ def _number(x: float | None, digits: int) -> str:
     return "-" if x is None else f"{x:.{digits}f}"
 
 
-def _speed(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.01 <= value <= MOST_SPEED:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected 0.01 to {MOST_SPEED:g}")
-    return value
-
-
 def _told(argument: str) -> str | None:
     """What a node is told of a policy. Raises UsageError for one that a node cannot run."""
     if argument == LEARNED:
         return None
-    if argument in ORACLES:
-        raise UsageError(f"policy {argument!r} sees what no node can")
     if argument not in RULES and not Path(argument).is_dir():
         raise UsageError(f"policy {argument!r} is no rule ({', '.join(RULES)}), {LEARNED} or the folder of a bundle")
     return argument if argument in RULES else str(Path(argument).resolve())
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.live", description="Play a scenario through a live network.")
-    add = parser.add_argument
-    add("scenario", metavar="SCENARIO", help="name of a packaged scenario, or a file")
-    add("--policy", nargs="+", default=["single", "www_serve", LEARNED], metavar="NAME|BUNDLE",
-        help="on every node; differences are from the first (default: single www_serve learned)")  # fmt: skip
-    add("--runs", type=integer(1), default=3, metavar="N", help="of each policy (default: 3)")
-    add("--first-seed", type=integer(0), default=FIRST_TEST_SEED, metavar="S",
-        help=f"they have the seeds S to S + N - 1 (default: {FIRST_TEST_SEED})")  # fmt: skip
-    add("--speed", type=_speed, default=1.0, metavar="X", help="market seconds in a second (default: 1)")
-    add("--stream", action="store_true", help="ask for streams, so that times to first token are seen")
-    add("--engine", choices=("emulated", "vllm"), default="emulated", help="vllm: real vLLM with a small model in "
-        "every place, calibrated first (default: emulated)")  # fmt: skip
-    add("--profiles", type=Path, metavar="FILE", help="with --engine vllm: the engines' profiles; measured, and "
-        "written there, if there is no such file (default: measured)")  # fmt: skip
-    add("--kv-tokens", type=integer(local_vllm.MAX_MODEL_LEN), default=KV_TOKENS, metavar="N",
-        help=f"with --engine vllm: of each engine's KV cache (default: {KV_TOKENS})")  # fmt: skip
-    add("--network", type=Path, metavar="FILE",
-        help="of a network that runs: YAML with nodes, URLs in the order of the providers")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    return parser.parse_args(argv)
+def _loaded(argument: str) -> Policy:
+    """What decides in the simulated market. Raises UsageError for what sees more than a node, PolicyError."""
+    policy = load_policy(argument)
+    if isinstance(policy, Oracle):
+        raise UsageError(f"policy {argument!r} sees what no node can")
+    return policy
+
+
+@dataclass
+class Args:
+    """Play a scenario through a live network."""
+
+    scenario: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SCENARIO")]
+    """name of a packaged scenario, or a file"""
+    policy: Policies = ()
+    """on every node; differences are from the first; default: single, www_serve and learned"""
+    runs: Count = 3
+    """of each policy"""
+    first_seed: Seed = FIRST_TEST_SEED
+    """the seeds are this one and those that follow"""
+    speed: Annotated[float, Range(0.01, MOST_SPEED)] = 1.0
+    """market seconds in a second"""
+    stream: bool = False
+    """ask for streams, so that times to first token are seen"""
+    engine: Literal["emulated", "vllm"] = "emulated"
+    """vllm: real vLLM with a small model in every place, measured first"""
+    measure_anew: bool = False
+    """with --engine vllm: measure the engines though it was done on this machine before"""
+    kv_tokens: Annotated[int, Range(local_vllm.MAX_MODEL_LEN)] = KV_TOKENS
+    """with --engine vllm: of each engine's KV cache"""
+    network: File = None
+    """of a network that runs: YAML with nodes, URLs in the order of the providers"""
+    json: File = None
+    """write the results to this file"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 1 if a network fails, 2 for what cannot be done as asked."""
     try:
-        args = _arguments(argv)
+        args = parse_args(Args, PROG, argv)
+        policies = flat(args.policy) or list(DEFAULT_POLICIES)
         scenario = load(args.scenario)
         check(scenario)
-        told = {argument: _told(argument) for argument in args.policy}
-        if len(told) < len(args.policy):
+        loaded = [_loaded(argument) for argument in policies]
+        told = {argument: _told(argument) for argument in policies}
+        if len(told) < len(policies):
             raise UsageError("a policy is given twice")
-        loaded = [load_policy(argument) for argument in args.policy]
         check_outputs(args.json, None)
         seeds = range(args.first_seed, args.first_seed + args.runs)
         if args.engine == "vllm" and (args.speed != 1 or args.network is not None):
             raise UsageError("--engine vllm goes with --speed 1 and without --network")
-        if args.profiles is not None and args.engine != "vllm":
-            raise UsageError("--profiles goes with --engine vllm")
+        if args.measure_anew and args.engine != "vllm":
+            raise UsageError("--measure-anew goes with --engine vllm")
         if args.network is not None:
             if len(loaded) != 1:
                 raise UsageError("--network takes one --policy, the one that its nodes run")
             running = remote(args.network, scenario, loaded[0], args.speed)
     except (UsageError, ScenarioError, PolicyError) as error:
-        print(f"eval.live: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
 
     @contextmanager
     def opened(planned: MarketPlan, policy: str | None) -> Iterator[Live]:
@@ -498,16 +311,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             servers = None
             if args.engine == "vllm":
-                longest = max(_longest(plan(scenario, seed)) for seed in seeds) + MARGIN
+                longest = max(longest_request(plan(scenario, seed)) for seed in seeds)
+                longest = -(-longest // LENGTH_STEP) * LENGTH_STEP  # what was measured serves other seeds, too
                 servers = stack.enter_context(
-                    vllm_servers(len(scenario.providers), longest, args.kv_tokens, args.profiles)
+                    vllm_servers(len(scenario.providers), longest, args.kv_tokens, args.measure_anew)
                 )
             result = live(
                 scenario, told, loaded, seeds, args.speed, args.stream, opened,
                 report=lambda line: print(line, file=sys.stderr, flush=True),
             )  # fmt: skip
     except (NetworkError, ConfigError, UsageError, CalibrationError, PrepareError) as error:
-        print(f"eval.live: {error}", file=sys.stderr)
+        print(f"{PROG}: {error}", file=sys.stderr)
         return 1
     print(table(result, scenario))
     if args.json is not None:

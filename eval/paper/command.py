@@ -1,21 +1,25 @@
-"""The command `python -m eval.paper [FIGURE...]`: run, draw and write up the paper's experiments."""
+"""The command `python -m eval.paper [FIGURE...]`: run and draw the paper's experiments."""
 
-import argparse
 import hashlib
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
+import tyro
+
+from wwwserve.agents.arguments import Count, Folder, Range, UsageError, parse_args, refuse
 from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, WEIGHTS
-from wwwserve.eval.arguments import Parser, UsageError, integer
-from wwwserve.eval.compare import FIRST_TEST_SEED, write_json
+from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
 from wwwserve.eval.paper import credits, flexible, participation, report, settings
 from wwwserve.eval.paper.experiment import Experiment, Tree
 from wwwserve.eval.policies import LEARNED, PolicyError, load_policy
 from wwwserve.eval.workers import each
 
+PROG = "wwwserve paper"
 EXPERIMENTS: tuple[Experiment, ...] = (
     settings.SLO,
     settings.LATENCY,
@@ -28,6 +32,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     credits.HARDWARE,
 )
 NAMES = tuple(experiment.name for experiment in EXPERIMENTS)
+Figure = Literal[
+    "slo", "latency", "participation", "policy", "duel", "model-size", "quantization", "attention", "hardware"
+]
 
 
 def _data(seeds: Sequence[int], name: str) -> Tree:
@@ -45,7 +52,7 @@ def make(
 ) -> dict[str, Tree]:
     """Run and draw these figures into the folder `out`, with `paper.json` and `report.html`; the data.
 
-    `docs` is a folder that gets `paper.md` and its images.
+    `docs` is a folder in which `paper/` gets the tables and images.
     """
     experiments = [x for x in EXPERIMENTS if x.name in names]
     keys = list(dict.fromkeys(x.data for x in experiments))
@@ -66,23 +73,28 @@ def make(
         folder.mkdir(parents=True, exist_ok=True)
         for file in (file for found in files.values() for file in found if file.suffix == ".png"):
             (folder / file.name).write_bytes(file.read_bytes())
-        text = report.as_markdown(experiments, data, options, files, folder.name)
-        (docs / "paper.md").write_text(text, encoding="utf-8")
+        (folder / "tables.md").write_text(report.as_markdown(experiments, data, options), encoding="utf-8")
     return data
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.paper", description="Reproduce the experiments of WWW.Serve.")
-    add = parser.add_argument
-    add("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(NAMES)} (default: all)")
-    add("--seeds", type=integer(2), default=64, metavar="N", help="runs of each policy in each scenario (default: 64)")
-    add("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="(default: runs/paper)")
-    add("--processes", type=integer(1), default=2, metavar="P", help="experiments run at a time (default: 2)")
-    add("--docs", type=Path, metavar="DIR", help="write paper.md and its images into DIR too")
-    args = parser.parse_args(argv)
-    for name in args.figures:
-        if name not in NAMES:
-            raise UsageError(f"unknown figure {name!r}, expected {', '.join(NAMES)}")
+@dataclass
+class Args:
+    """Reproduce the experiments of WWW.Serve."""
+
+    figures: Annotated[tuple[Figure, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FIGURE...")] = ()
+    """of the paper; default: all"""
+    seeds: Annotated[int, Range(2)] = 64
+    """runs of each policy in each scenario"""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/paper")
+    """folder for data, figures and report"""
+    processes: Count = 2
+    """experiments run at a time"""
+    docs: Folder = None
+    """write figures and tables into this folder's paper/ as well"""
+
+
+def check(args: Args) -> None:
+    """Raises UsageError for what could not be written at the end."""
     if args.docs is not None and args.figures:
         raise UsageError("--docs needs every figure")
     for option, folder in (("--out", args.out), ("--docs", args.docs)):
@@ -91,23 +103,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{option} {folder}: {error.strerror}") from None
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
     try:
-        args = _arguments(argv)
+        args = parse_args(Args, PROG, argv)
+        check(args)
         load_policy(LEARNED)
     except (UsageError, PolicyError) as error:
-        print(f"eval.paper: {error}", file=sys.stderr)
-        return 2
+        return refuse(PROG, error)
     start_s = time.perf_counter()
     seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + args.seeds)
     names = args.figures or NAMES
     data = make(names, seeds, args.out, processes=args.processes, docs=args.docs)
-    for experiment in EXPERIMENTS:
-        if experiment.name in names:
-            print(f"{experiment.title}\n" + "\n".join(f"  {x}" for x in experiment.findings(data[experiment.data])))
+    experiments = [experiment for experiment in EXPERIMENTS if experiment.name in names]
+    print(columns([["figure", "what", "published", "here"], *report.summary(experiments, data).rows]))
     print(f"{args.out / 'report.html'}: {time.perf_counter() - start_s:.0f} s", file=sys.stderr)
     return 0

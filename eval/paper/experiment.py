@@ -17,7 +17,7 @@ from wwwserve.envs.state import plan
 from wwwserve.eval.metrics import MeanCi, mean_ci
 from wwwserve.eval.play import scores
 from wwwserve.eval.policies import LEARNED, load_policy
-from wwwserve.eval.regret import yardsticks
+from wwwserve.eval.regret import baselines
 
 Tree = dict[str, Any]
 """Numbers by name, as JSON takes them."""
@@ -39,8 +39,6 @@ class Experiment(NamedTuple):
     name: str
     title: str
     scenarios: tuple[str, ...]
-    published: str
-    """What the paper shows, in a sentence."""
     data: str
     """Key of its data; figures from the same runs share one."""
     run: Callable[[Sequence[int]], Tree]
@@ -50,10 +48,6 @@ class Experiment(NamedTuple):
     tables: Callable[[Tree], list[Table]]
     lines: Callable[[Tree], list[Sequence[str]]]
     """Its numbers beside the published ones: what is measured, as published, as it is here."""
-    findings: Callable[[Tree], list[str]]
-    """What agrees with the paper and what does not, in sentences with their numbers."""
-    why: str
-    """What explains it, or limits it."""
 
 
 class Load(NamedTuple):
@@ -92,13 +86,13 @@ def load_between(scenario: Scenario, from_s: float, until_s: float) -> Load:
 def rule_scores(scenario: Scenario, seeds: Sequence[int]) -> dict[str, NDArray[np.float64]]:
     """The score with each seed of every rule, with its defaults or tuned for a kind of market, by its name."""
     plans = [plan(scenario, seed) for seed in seeds]
-    return {rule.name: scores(rule, plans) for rule in yardsticks()}
+    return {rule.name: scores(rule, plans) for rule in baselines()}
 
 
 def best_of(measured: Mapping[str, NDArray[np.float64]]) -> Policy:
     """The rule with the highest mean."""
     best = max(measured, key=lambda name: float(np.nanmean(measured[name])))
-    return next(rule for rule in yardsticks() if rule.name == best)
+    return next(rule for rule in baselines() if rule.name == best)
 
 
 def contenders(scenario: Scenario, seeds: Sequence[int]) -> dict[str, Policy | Oracle]:
@@ -122,8 +116,3 @@ def shown(value: Sequence[float | None], digits: int, sign: str = "") -> str:
     if mean is None:
         return "none"
     return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def holds(what: bool, yes: str = "as published", no: str = "not as published") -> str:
-    """A verdict."""
-    return yes if what else no

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.decision import Actions
 from wwwserve.agents.kernel import Bools, Floats
-from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.agents.rules import Policy, Rule
 from wwwserve.agents.view import Views
+from wwwserve.envs.oracle import Oracle
 from wwwserve.envs.scenario import Scenario
 from wwwserve.envs.scenario import load as load_scenario
 from wwwserve.eval import figures
@@ -24,7 +25,6 @@ from wwwserve.eval.paper.experiment import (
     Table,
     Tree,
     contenders,
-    holds,
     pair,
     pairs,
     shown,
@@ -71,11 +71,11 @@ def run(seeds: Sequence[int]) -> Tree:
     return result
 
 
-def _slo_auc(scenario: Scenario, policy: Policy, seeds: Sequence[int]) -> list[float | None]:
+def _slo_auc(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int]) -> list[float | None]:
     return pair(mean_ci([each["slo_auc"] for each in measures(rollout(scenario, policy, seeds), scenario)]))
 
 
-def _course(scenario: Scenario, policy: Policy, seeds: Sequence[int]) -> Tree:
+def _course(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int]) -> Tree:
     """Requests that the peers of the first provider run, over time and in the mean, and their shares of its work."""
     samples = int(scenario.duration_s / INTERVAL_S) + 1
     histories = record(scenario, policy, seeds, samples=samples, interval_s=INTERVAL_S)
@@ -163,40 +163,13 @@ def lines(data: Tree) -> list[Sequence[str]]:
     ]
 
 
-def findings(data: Tree) -> list[str]:
-    """Whether requests follow stake and acceptance, and what offloading brings."""
-    stake = [x[0] for x in data["stake"][PUBLISHED]["mean"]]
-    accept = [x[0] for x in data["acceptance"]["mean"]]
-    offload = [x[1] for x in data["offload"]]
-    learned = [x[0] for x in data["stake"][LEARNED]["share"]]
-    most = OFFLOADS[int(np.argmax(offload))]
-    return [
-        f"Published: the more a node stakes, the more requests run on it. Here stakes of "
-        f"{', '.join(f'{x:g}' for x in data['stakes'])} have {', '.join(f'{x:.1f}' for x in stake)} running, in the "
-        f"mean: {holds(stake == sorted(stake))}.",
-        f"Published: the more often it accepts, the more run on it. Here nodes that accept "
-        f"{', '.join(f'{100 * x:.0f}' for x in data['accept'])} % have {', '.join(f'{x:.1f}' for x in accept)} "
-        f"running: {holds(accept == sorted(accept))}.",
-        f"Published: attainment grows with the offload frequency. Here it goes from {offload[0]:.3f} without to "
-        f"{offload[-1]:.3f} with it always, highest at {most:g}: {holds(offload[-1] > offload[0])}. The learned "
-        f"policy, which has no such setting, has {data['levels'][LEARNED][0]:.3f}, the best rule "
-        f"{data['levels'][BEST_RULE][0]:.3f}.",
-        f"Stake buys visibility, not work: the learned policy chooses among all candidates drawn, and with four of "
-        f"them the shares are {', '.join(f'{x:.2f}' for x in learned)}.",
-    ]
-
-
 POLICY = Experiment(
     "policy",
     "Flexible policy: stake, acceptance, offloading",
     (STAKE, ACCEPTANCE, OFFLOAD),
-    "Running requests by stake and by acceptance frequency, SLO attainment by offload frequency.",
     "policy",
     run,
     draw,
     tables,
     lines,
-    findings,
-    f"A probe that is refused goes to the next candidate, up to {RULES[PUBLISHED]['probes'].default:g} in all, so "
-    "shares follow neither stake nor acceptance in proportion. Levels and loads are our choice.",
 )

@@ -22,14 +22,12 @@ from wwwserve.eval.paper.experiment import (
     Table,
     Tree,
     contenders,
-    holds,
     load_between,
     pair,
     pairs,
     shown,
 )
 from wwwserve.eval.play import rollout
-from wwwserve.eval.policies import LEARNED
 
 SCENARIO = "paper/participation"
 WINDOW_S = 50.0
@@ -62,7 +60,7 @@ def run(seeds: Sequence[int]) -> Tree:
         result["policies"][name] = {
             "latency_s": pairs([windowed(each.latency_s, each.arrival_s, edges_s.tolist()) for each in tables]),
             "stretches_s": pairs([windowed(each.latency_s, each.arrival_s, changes) for each in tables]),
-            "slo_auc": pair(mean_ci([measure(each, scenario)["slo_auc"] for each in tables])),
+            "slo_auc": pair(mean_ci(np.array([measure(each, scenario)["slo_auc"] for each in tables], np.float64))),
             "unfinished": sum(int(np.isinf(each.latency_s).sum()) for each in tables),
         }
     return result
@@ -125,36 +123,6 @@ def lines(data: Tree) -> list[Sequence[str]]:
     ]
 
 
-def findings(data: Tree) -> list[str]:
-    """Latency with fewer nodes and with more again, by policy."""
-    stretches = {name: [x[0] for x in found["stretches_s"]] for name, found in data["policies"].items()}
-    ours, learned, best = stretches[PUBLISHED], stretches[LEARNED], stretches[BEST_RULE]
-    up, down = ours[1] > ours[0], ours[3] < ours[1]
-    return [
-        f"Published: latency rises when a node leaves and falls again when nodes join. Here, with `www_serve`, it goes "
-        f"from {ours[0]:.0f} s to {ours[1]:.0f} s when one of {data['online'][0]} nodes leaves, and to {ours[2]:.0f} s "
-        f"and {ours[3]:.0f} s as two join: {holds(up and down)}. The load on the nodes that are online is "
-        f"{', '.join(f'{x:.2f}' for x in data['load'])} of what they sustain.",
-        f"With the learned policy the same four stretches have {', '.join(f'{x:.0f}' for x in learned)} s, with the "
-        f"best rule (`{data['best_rule']}`) {', '.join(f'{x:.0f}' for x in best)} s; `single` has "
-        f"{', '.join(f'{x:.0f}' for x in stretches[OPEN])} s. Nothing is lost with the leaving node but what peers "
-        f"notice after 10 s and place anew: {data['policies'][PUBLISHED]['unfinished']} requests stay unanswered with "
-        f"`www_serve`, {data['policies'][LEARNED]['unfinished']} with the learned policy.",
-    ]
-
-
 PARTICIPATION = Experiment(
-    "participation",
-    "Dynamic participation",
-    (SCENARIO,),
-    "Windowed mean latency through joins and departures of nodes.",
-    "participation",
-    run,
-    draw,
-    tables,
-    lines,
-    findings,
-    "Where load is above 1, requests pile up under every policy, so latency follows the load. Which nodes come and "
-    "go, and when, is our choice; the paper gives no numbers for this figure. `single` only ever gets worse, as the "
-    "nodes that come and go have no users, and it never uses them.",
+    "participation", "Dynamic participation", (SCENARIO,), "participation", run, draw, tables, lines
 )

@@ -1,4 +1,4 @@
-"""What the figures say, as one self-contained web page and as a page of the documentation."""
+"""The figures and their numbers as one self-contained web page, and the tables as Markdown."""
 
 import base64
 import html
@@ -9,6 +9,8 @@ from pathlib import Path
 from wwwserve.eval.paper.experiment import Experiment, Table, Tree
 
 TITLE = "WWW.Serve's experiments, reproduced"
+Files = Mapping[str, Sequence[Path]]
+"""Images by experiment."""
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff; max-width: 72rem; margin: 2rem auto;
   padding: 0 1rem; }
@@ -21,18 +23,19 @@ code { background: #f2f2f2; padding: 0 0.2em; }
 """
 
 
-def intro(experiments: Sequence[Experiment], options: Tree) -> list[str]:
-    """What all figures have in common."""
-    return [
-        "Wang, Xia, Chen and Chen, WWW.Serve: Interconnecting Global LLM Services through Decentralization, arXiv "
-        "2603.20661 (March 2026), in the simulated market, with learned policies, more rules and intervals beside the "
-        "paper's own.",
-        f"Made by `{command(experiments, options)}`, which gives the same numbers every time: {options['seeds']} seeds "
-        f"from {options['first_seed']} on, every policy on the same arrivals; ± is the half-width of a 95 % interval "
-        "over seeds, of duels Wilson's. `learned` is the policy that is shipped (its weights' SHA-256 begins with "
-        f"`{options['policy']}`), `best rule` that of all rules, with "
-        "their defaults or tuned for one kind of market, which scores highest in the scenario shown.",
-    ]
+def made(experiments: Sequence[Experiment], options: Tree) -> Table:
+    """How the numbers came to be: the command gives the same ones every time."""
+    return Table(
+        ["command", "seeds", "first seed", "SHA-256 of the policy's weights"],
+        [
+            [
+                f"`{command(experiments, options)}`",
+                str(options["seeds"]),
+                str(options["first_seed"]),
+                f"`{options['policy']}`",
+            ]
+        ],
+    )
 
 
 def summary(experiments: Sequence[Experiment], data: Mapping[str, Tree]) -> Table:
@@ -45,23 +48,19 @@ def command(experiments: Sequence[Experiment], options: Tree) -> str:
     """The command that makes this report again."""
     names = [] if options["all"] else [each.name for each in experiments]
     docs = [f"--docs {options['docs']}"] if options["docs"] else []
-    return " ".join(["python -m eval.paper", *names, f"--seeds {options['seeds']}", *docs])
+    return " ".join(["wwwserve paper", *names, f"--seeds {options['seeds']}", *docs])
 
 
-def as_html(experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree, files: Mapping) -> str:
-    """One page with all images in it, that asks for nothing from anywhere. `files` are the images by experiment."""
-    parts = [f"<h1>{TITLE}</h1>", *(f"<p>{_inline(text)}</p>" for text in intro(experiments, options))]
-    parts.append(_table_html(summary(experiments, data)))
+def as_html(experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree, files: Files) -> str:
+    """One page with all images in it, that asks for nothing from anywhere."""
+    parts = [f"<h1>{TITLE}</h1>", _table_html(made(experiments, options)), _table_html(summary(experiments, data))]
     for each in experiments:
         parts.append(f'<h2 id="{each.name}">{html.escape(each.title)}</h2>')
-        scenarios = ", ".join(f"`{name}`" for name in each.scenarios)
-        parts.append(f"<p>{_inline(f'{each.published} Here: {scenarios}.')}</p>")
+        parts.append(f"<p>{_inline(_scenarios(each))}</p>")
         for file in _images(files[each.name]):
             image = base64.b64encode(file.read_bytes()).decode("ascii")
             parts.append(f'<img alt="{html.escape(each.title)}" src="data:image/png;base64,{image}">')
         parts += [_table_html(table) for table in each.tables(data[each.data])]
-        parts.append("<ul>" + "".join(f"<li>{_inline(text)}</li>" for text in each.findings(data[each.data])) + "</ul>")
-        parts.append(f"<p>{_inline(each.why)}</p>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -69,19 +68,18 @@ def as_html(experiments: Sequence[Experiment], data: Mapping[str, Tree], options
     )
 
 
-def as_markdown(
-    experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree, files: Mapping, folder: str
-) -> str:
-    """The same as Markdown, its images in `folder`."""
-    parts = [f"# {TITLE}", *intro(experiments, options), _table_markdown(summary(experiments, data))]
+def as_markdown(experiments: Sequence[Experiment], data: Mapping[str, Tree], options: Tree) -> str:
+    """All tables as Markdown."""
+    parts = [f"# {TITLE}: tables", _table_markdown(made(experiments, options))]
+    parts.append(_table_markdown(summary(experiments, data)))
     for each in experiments:
-        scenarios = ", ".join(f"`{name}`" for name in each.scenarios)
-        parts += [f"## {each.title}", f"{each.published} Here: {scenarios}."]
-        parts += [f"![{each.title}]({folder}/{file.name})" for file in _images(files[each.name])]
-        parts.append("\n".join(f"- {text}" for text in each.findings(data[each.data])))
-        parts.append(each.why)
+        parts += [f"## {each.title}", _scenarios(each)]
         parts += [_table_markdown(table) for table in each.tables(data[each.data])]
     return "\n\n".join(parts) + "\n"
+
+
+def _scenarios(experiment: Experiment) -> str:
+    return ", ".join(f"`{name}`" for name in experiment.scenarios)
 
 
 def _images(files: Sequence[Path]) -> list[Path]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.rules import Policy, Rule
 from wwwserve.envs.oracle import ORACLES, Oracle
-from wwwserve.envs.scenario import Scenario
+from wwwserve.envs.scenario import PoissonTraffic, Scenario
 from wwwserve.envs.scenario import load as load_scenario
 from wwwserve.eval import figures
 from wwwserve.eval.compare import cell, measures
@@ -24,7 +24,6 @@ from wwwserve.eval.paper.experiment import (
     Table,
     Tree,
     best_of,
-    holds,
     load_between,
     pair,
     rule_scores,
@@ -80,7 +79,14 @@ def run(seeds: Sequence[int]) -> Tree:
 def _loads(scenario: Scenario) -> Load:
     """Load of the market over the run, and the least and the most that a node has in any phase."""
     whole = load_between(scenario, 0.0, scenario.duration_s)
-    ends = sorted({phase.until_s for p in scenario.providers for phase in p.traffic.phases})
+    ends = sorted(
+        {
+            phase.until_s
+            for p in scenario.providers
+            if isinstance(p.traffic, PoissonTraffic)
+            for phase in p.traffic.phases
+        }
+    )
     phases = [load_between(scenario, start, end) for start, end in pairwise([0.0, *ends])]
     return Load(whole.market, min(each.least for each in phases), max(each.most for each in phases))
 
@@ -188,33 +194,6 @@ def latency_tables(data: Tree) -> list[Table]:
     ]
 
 
-def slo_findings(data: Tree) -> list[str]:
-    """The headline's ratio, where `www_serve` stands to `centralized`, and the gap."""
-    best, pooled = headline(data), data["gap"]["all four"]
-    near = {
-        name: cells["centralized"]["slo_auc"][0] - cells[PUBLISHED]["slo_auc"][0]
-        for name, cells in data["scenarios"].items()
-    }
-    furthest = max(near, key=lambda name: near[name])
-    low = min(data["scenarios"], key=lambda name: _ratio(data["scenarios"][name]))
-    name = best["scenario"]
-    return [
-        f"Published: up to {PUBLISHED_RATIO} times the attainment of single nodes. Here, in `{name}` at {HEADLINE_S} s "
-        f"`www_serve` attains {shown(best['www_serve'], 3)} and `single` {shown(best['single'], 3)}: "
-        f"{best['ratio']:.2f} times as much, {holds(best['ratio'] >= PUBLISHED_RATIO)}; the learned policy "
-        f"{best['learned_ratio']:.2f} times. In the other settings it is less, down to "
-        f"{_ratio(data['scenarios'][low]):.2f} in `{low}`. Nodes have {data['load'][name][1]:.2f} to "
-        f"{data['load'][name][2]:.2f} times the load that they sustain in the first, {data['load'][low][1]:.2f} to "
-        f"{data['load'][low][2]:.2f} in the other, where the market as a whole has {data['load'][low][0]:.2f} and so "
-        "little room to move work to.",
-        f"Published: close to the centralized router. Here the router is ahead by at most {near[furthest]:.3f} of SLO "
-        f"AUC (`{furthest}`).",
-        f"What was left open: over the four settings the learned policy closes {_share(pooled[LEARNED])} of the gap "
-        f"from `www_serve` to `omniscient`, the best rule of each setting {_share(pooled[BEST_RULE])}, the best one "
-        f"rule for all four (`{data['one_rule']}`) {_share(pooled[ONE_RULE])}.",
-    ]
-
-
 def _ratio(cells: Tree) -> float:
     return float(cells[PUBLISHED]["slo"][HEADLINE_S][0] / cells[OPEN]["slo"][HEADLINE_S][0])
 
@@ -233,49 +212,5 @@ def latency_lines(data: Tree) -> list[Sequence[str]]:
     return [("mean latency against `single`, there", f"−{100 * PUBLISHED_SAVING:.1f} %", here)]
 
 
-def latency_findings(data: Tree) -> list[str]:
-    """The saving in the headline's setting and in the others."""
-    best = headline(data)
-    savings = {
-        name: 1 - cells[PUBLISHED]["latency_s"]["mean"][0] / cells[OPEN]["latency_s"]["mean"][0]
-        for name, cells in data["scenarios"].items()
-    }
-    verdict = holds(best["saving"] >= PUBLISHED_SAVING, "at least as published", "less")
-    over = [name for name, saving in savings.items() if saving >= PUBLISHED_SAVING]
-    return [
-        f"Published: mean latency {100 * PUBLISHED_SAVING:.1f} % lower than of single nodes. Here `www_serve` saves "
-        f"{100 * best['saving']:.1f} % in `{best['scenario']}`, {verdict}, and the learned policy "
-        f"{100 * best['learned_saving']:.1f} %.",
-        f"`www_serve` reaches {100 * PUBLISHED_SAVING:.1f} % in {len(over)} of {len(savings)} settings; the savings "
-        f"run from {100 * min(savings.values()):.1f} % to {100 * max(savings.values()):.1f} %.",
-    ]
-
-
-SLO = Experiment(
-    "slo",
-    "SLO attainment in four settings",
-    SCENARIOS,
-    "Global SLO attainment against thresholds of 200 to 400 s for single nodes, a centralized router and WWW.Serve.",
-    "settings",
-    run,
-    draw_slo,
-    slo_tables,
-    slo_lines,
-    slo_findings,
-    "What dispatch can gain is bounded by the room that the others have. `omniscient` knows output lengths and is "
-    "greedy, no strict bound. The best rule is chosen by its score on the very seeds that are shown, which favours it.",
-)
-LATENCY = Experiment(
-    "latency",
-    "Latency",
-    SCENARIOS,
-    "Mean and distribution of latency in the same runs.",
-    "settings",
-    run,
-    draw_latency,
-    latency_tables,
-    latency_lines,
-    latency_findings,
-    "The paper's saving is one figure for its own settings, whose loads it does not give; that ours lie on both sides "
-    "of it says that it depends on load and hardware more than on the mechanism.",
-)
+SLO = Experiment("slo", "SLO attainment in four settings", SCENARIOS, "settings", run, draw_slo, slo_tables, slo_lines)
+LATENCY = Experiment("latency", "Latency", SCENARIOS, "settings", run, draw_latency, latency_tables, latency_lines)

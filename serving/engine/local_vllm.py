@@ -199,13 +199,14 @@ def environment() -> dict[str, str]:
 def server(
     made: Prepared, model: str, port: int, core: int, served: str | None = None, kv_tokens: int | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of a server of `model` at `port` of the loopback, on one CPU `core`; it takes 2.8 GB.
+    """Command and environment of a server of `model` at `port` of the loopback, to be run on one CPU `core` alone; it
+    takes 2.8 GB.
 
     It says that it serves `served`, by default the model. Its KV cache has KV_GIB GiB, or holds `kv_tokens`, at least
     MAX_MODEL_LEN, in blocks of KV_BLOCK.
     """
     command = [
-        "taskset", "-c", str(core), str(made.python), "-m", "vllm.entrypoints.openai.api_server",
+        str(made.python), "-m", "vllm.entrypoints.openai.api_server",
         "--host", "127.0.0.1", "--port", str(port), "--model", str(made.models[model]),
         "--served-model-name", served or model, "--dtype", "bfloat16", "--enforce-eager",
         "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS),

@@ -63,7 +63,12 @@ def for_pay(ask: CompletionRequest, max_tokens: int | None) -> tuple[CompletionR
             change["stream_options"] = options | {"include_usage": True}
     if max_tokens is not None and limit_in_force(ask.path, request) is None:
         change["max_tokens"] = max_tokens
-    return (ask._replace(body=orjson.dumps(request | change)) if change else ask), hidden
+    if not change:
+        return ask, False
+    try:
+        return ask._replace(body=orjson.dumps(request | change)), hidden
+    except TypeError:  # nested deeper than orjson writes
+        return ask, False
 
 
 class WithoutUsage(Reply):

@@ -20,7 +20,7 @@ class PeerError(OSError):
         self.status, self.reason = status, reason
 
 
-class Answer(NamedTuple):
+class PeerAnswer(NamedTuple):
     """A peer's answer on its way, and the signature of what was asked, to which its head is bound."""
 
     response: Response
@@ -37,7 +37,7 @@ class PeerClient:
     async def request(
         self, peer: str, path: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float | None,
         read_timeout_s: float,
-    ) -> AsyncIterator[Answer]:  # fmt: skip
+    ) -> AsyncIterator[PeerAnswer]:  # fmt: skip
         """A signed request, with `headers` in lower case. Raises OSError and TimeoutError."""
         advert = self.adverts.get(peer)
         if advert is None:
@@ -47,7 +47,7 @@ class PeerClient:
         async with self.transport.request(
             "POST", advert.url + path, body=body, headers=told, timeout_s=timeout_s, read_timeout_s=read_timeout_s
         ) as response:
-            yield Answer(response, sealed)
+            yield PeerAnswer(response, sealed)
 
     async def post(self, peer: str, path: str, body: bytes, *, timeout_s: float) -> bytes:
         """The whole answer to a signed message. Raises PeerError for a refusal, OSError and TimeoutError."""

@@ -18,7 +18,7 @@ CALLS = ("tool_calls", "function_call")
 
 _END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
 _LINE = re.compile(rb"\r\n|\r|\n")
-_PLAIN = re.compile(rb"[ !#-\[\]-~]*")  # JSON strings of these are their own text
+_PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')  # JSON strings of these are their own text, if it is UTF-8
 _TEXT_KEYS = tuple(b'"%b":' % name.encode() for name in TEXTS)
 
 
@@ -47,6 +47,11 @@ class EventParser:
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that are complete now. Raises StreamError for one that is too long."""
         rest, events, start = self._rest, [], 0
+        if not rest and b"\r" not in chunk:  # as nearly all are
+            *blocks, left = chunk.split(b"\n\n")
+            rest += left
+            self._check_size()
+            return [Event(block + b"\n\n", _data(block)) for block in blocks]
         at = max(0, len(rest) - 3)
         rest += chunk
         while (match := _END.search(rest, at)) is not None:
@@ -56,9 +61,12 @@ class EventParser:
             events.append(Event(bytes(rest[start:end]), _data(bytes(rest[start : match.start()]))))
             start = end
         del rest[:start]
-        if len(rest) > MOST_EVENT_BYTES:
-            raise StreamError(f"an event has more than {MOST_EVENT_BYTES} bytes")
+        self._check_size()
         return events
+
+    def _check_size(self) -> None:
+        if len(self._rest) > MOST_EVENT_BYTES:
+            raise StreamError(f"an event has more than {MOST_EVENT_BYTES} bytes")
 
     def end(self) -> list[Event]:
         """The stream is over: what is left, as an event."""
@@ -82,6 +90,7 @@ class AnswerMeter:
         self.complete = False  # nothing is missing: the last event came, or the end, after all choices were finished
         self.usage: Usage | None = None
         self._parser = EventParser()
+        self._answer: dict[str, Any] | None = None
         self._pieces, self._text_bytes = 0, 0
         self._open: set[object] = set()  # choices that began
         self._finished: set[object] = set()
@@ -90,6 +99,9 @@ class AnswerMeter:
     @property
     def tokens(self) -> int:
         """Output tokens so far."""
+        if self._answer is not None:  # counted when it is asked, as few do
+            self._text_bytes = sum(map(text_bytes, choices_of(self._answer)))
+            self._answer = None
         return self._pieces if self.usage is None else min(self.usage.output, self._text_bytes)
 
     def feed(self, chunk: bytes) -> bytes:
@@ -116,9 +128,7 @@ class AnswerMeter:
         answer = _object(body)
         if answer is None:
             raise StreamError("the answer is no object of JSON")
-        self._read(answer)
-        self._pieces = 0  # of a whole answer only its usage tells
-        self.complete = True
+        self.usage, self._answer, self.complete = usage_of(answer), answer, True  # its usage alone tells of tokens
 
     def _count(self, event: Event) -> bool:
         """Count an event; returns whether it was the last."""
@@ -150,9 +160,15 @@ class AnswerMeter:
         before, after = self._before, self._after
         if not before or not (raw.startswith(before) and raw.endswith(after)):
             return False
-        size = len(raw) - len(before) - len(after)
-        if size < 0 or _PLAIN.fullmatch(raw, len(before), len(raw) - len(after)) is None:
+        start, end = len(before), len(raw) - len(after)
+        size = end - start
+        if size < 0 or _PLAIN.fullmatch(raw, start, end) is None:
             return False
+        if not raw.isascii():
+            try:
+                raw[start:end].decode()
+            except UnicodeDecodeError:
+                return False
         self._text_bytes += size
         self._pieces += size > 0
         return True
@@ -167,7 +183,8 @@ class AnswerMeter:
         if choice.get("finish_reason") or not isinstance(part, dict) or any(part.get(name) for name in CALLS):
             return
         keys = [key for key in _TEXT_KEYS if key in raw]
-        if not raw.startswith(b"data:") or len(_LINE.findall(raw)) != 2 or len(keys) != 1 or raw.count(keys[0]) != 1:
+        one_line = raw.startswith(b"data:") and len(_LINE.findall(raw)) == 2
+        if not one_line or len(keys) != 1 or raw.count(keys[0]) != 1:
             return
         key_end = raw.find(keys[0]) + len(keys[0])
         start = raw.find(b'"', key_end) + 1
@@ -195,7 +212,13 @@ def text_bytes(choice: dict[str, Any]) -> int:
         elif isinstance(said, list):
             texts = (each.get("text") for each in said if isinstance(each, dict))
             size += sum(len(text.encode()) for text in texts if isinstance(text, str))
-    return size + sum(len(orjson.dumps(part[name])) for name in CALLS if part.get(name))
+    for name in CALLS:
+        if part.get(name):
+            try:
+                size += len(orjson.dumps(part[name]))
+            except TypeError:  # nested deeper than orjson writes
+                continue
+    return size
 
 
 def usage_of(told: dict[str, Any]) -> Usage | None:

@@ -31,7 +31,7 @@ class Site(NamedTuple):
     tls: bool
 
 
-class Response:
+class DirectResponse:
     """See `serving.http.transport.Response`."""
 
     __slots__ = ("_connection", "_done", "_error", "_size", "_unread", "_waiter", "headers", "raw_headers", "status")
@@ -136,15 +136,15 @@ class _Connection(asyncio.Protocol):
         self.head: list[tuple[bytes, bytes]] = []
         self.loop = asyncio.get_running_loop()
         self.parser = httptools.HttpResponseParser(self)
-        self.response: Response | None = None
+        self.response: DirectResponse | None = None
         self.reusable, self.interim, self.paused = True, False, False
         self.heard_s = 0.0
         self.timer: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport
 
-    def ask(self, wire: bytes, read_s: float, due_s: float) -> Response:
+    def ask(self, wire: bytes, read_s: float, due_s: float) -> DirectResponse:
         """Send a request, whose response is given up `read_s` without a byte or at `due_s`."""
-        self.response = response = Response(self)
+        self.response = response = DirectResponse(self)
         self.heard_s, self.read_s, self.due_s, self.head_bytes = self.loop.time(), read_s, due_s, 0
         self.head = []
         self.timer = self.loop.call_at(min(self.heard_s + read_s, due_s), self._look)
@@ -251,7 +251,7 @@ class _Connection(asyncio.Protocol):
             self.response.ended()
 
 
-class Exchange(AbstractAsyncContextManager[Response]):
+class Exchange(AbstractAsyncContextManager[DirectResponse]):
     """A request and its response, as an asynchronous context; leaving it before the response's end breaks it off."""
 
     __slots__ = ("_connection", "_due_s", "_read_s", "_site", "_transport", "_wire")
@@ -260,7 +260,7 @@ class Exchange(AbstractAsyncContextManager[Response]):
         self._transport, self._site, self._wire, self._read_s, self._due_s = transport, site, wire, read_s, due_s
         self._connection: _Connection | None = None
 
-    async def __aenter__(self) -> Response:
+    async def __aenter__(self) -> DirectResponse:
         """The response, once its head is there. A kept connection that is found closed is replaced, once."""
         idle = self._transport.idle_at(self._site)
         if idle:
@@ -272,7 +272,7 @@ class Exchange(AbstractAsyncContextManager[Response]):
             connection = await self._transport.connect(self._site)
         return await self._ask(connection)
 
-    async def _ask(self, connection: _Connection) -> Response:
+    async def _ask(self, connection: _Connection) -> DirectResponse:
         self._connection = connection
         response = connection.ask(self._wire, self._read_s, self._due_s)
         try:
@@ -300,7 +300,7 @@ class DirectTransport:
     def request(
         self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
         read_timeout_s: float,
-    ) -> AbstractAsyncContextManager[Response]:  # fmt: skip
+    ) -> AbstractAsyncContextManager[DirectResponse]:  # fmt: skip
         """See `serving.http.transport.Transport`."""
         site, head = _head(method, url, tuple(headers.items()))
         now_s = asyncio.get_running_loop().time()

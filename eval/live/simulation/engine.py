@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS, Profile
-from wwwserve.agents.kernel import kernel, records
+from wwwserve.agents.kernel import Ints, Records, kernel, records
 from wwwserve.envs.engine import (
     ENGINE,
     JOB,
@@ -39,15 +40,20 @@ SLACK_S = 1e-9  # far above a rounding error of the clock, far below an iteratio
 EVENTS = b"text/event-stream; charset=utf-8"
 JSON = b"application/json"
 
+Octets = NDArray[np.uint8]
+
 
 @kernel
-def _copy(to, of):
+def _copy(to: Octets, of: Octets) -> None:
     for k in range(of.size):
         to[k] = of[k]
 
 
 @kernel
-def _find_finish(e, q, e_bytes, q_bytes, then, then_q, then_bytes, then_q_bytes, done):
+def _find_finish(
+    e: Records, q: Records, e_bytes: Octets, q_bytes: Octets, then: Records, then_q: Records, then_bytes: Octets,
+    then_q_bytes: Octets, done: Ints,
+) -> tuple[float, int]:  # fmt: skip
     """Bring `then`, a copy of the engine, to the moment at which its next request finishes.
 
     Returns that moment, s, and how many finish, which are in `done`; infinity and 0 if none ever does.
@@ -74,7 +80,10 @@ def _find_finish(e, q, e_bytes, q_bytes, then, then_q, then_bytes, then_q_bytes,
 
 
 @kernel
-def _look(e_bytes, q_bytes, then, then_q, then_bytes, then_q_bytes, now_s, done, tokens):
+def _look(
+    e_bytes: Octets, q_bytes: Octets, then: Records, then_q: Records, then_bytes: Octets, then_q_bytes: Octets,
+    now_s: float, done: Ints, tokens: Ints,
+) -> None:  # fmt: skip
     """Bring `then`, a copy of the engine, to `now_s`, and put into `tokens` what each request has generated."""
     _copy(then_bytes, e_bytes)
     _copy(then_q_bytes, q_bytes)
@@ -97,7 +106,7 @@ class _State:
             mine[: theirs.size] = theirs
 
 
-def _bytes(array: Any) -> Any:
+def _bytes(array: Records) -> Octets:
     return array.view(np.ndarray).view(np.uint8).reshape(-1)
 
 

@@ -1,0 +1,109 @@
+"""What the learned policy is made of, in one place: its layers, their order, sizes and names, and its constants.
+
+`agents.policy.network` builds the torch module from this, `agents.policy.forward` the arrays of its kernels,
+`agents.policy.bundle` the shapes that it accepts.
+"""
+
+import math
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wwwserve.agents.decision import ADMITS, PRICES, ROUTES
+from wwwserve.agents.view import (
+    CROWD_S,
+    FINISH_S,
+    KV_USE,
+    NODE_FEATURES,
+    OVERDUE,
+    PACE,
+    RECORD,
+    REQUEST_FEATURES,
+    SELF_FEATURES,
+    SLOWDOWN_S,
+    SPEED_RANK,
+    WAITING,
+)
+
+NAME = "pooled-pointer"
+MAX_WIDTH = 1024
+
+ABOUT = len(REQUEST_FEATURES) + len(SELF_FEATURES)
+LOGITS = ROUTES + ADMITS + PRICES
+FORBIDDEN = np.float32(-1e9)  # the logit of a route that the mask rules out
+
+# What the rule within reads of a node: the time to finish there, what it discounts it by, and how full the node is.
+EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, CROWD_S, KV_USE, SPEED_RANK, WAITING)
+# Its settings, in what a softplus of 1 stands for: weights of pace, record, overdue, slowdown and crowd; sharpness of
+# the preference; KV use above which the fastest node counts as full, and the slowest; how far a full node is avoided.
+SETTING_UNITS = (1.0, 1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 10.0)
+SETTINGS = len(SETTING_UNITS)
+FULL_WIDTH = np.float32(0.05)  # of KV use, from hardly full to nearly full
+SHORTEST_S = np.float32(1e-3)  # times to finish below this are taken for it
+
+T = TypeVar("T")
+Weights = dict[str, NDArray[np.float32]]
+"""Every weight by its name in `shapes`."""
+
+
+class Layers(NamedTuple, Generic[T]):
+    """Something for each linear layer of the policy, in the order of its weights."""
+
+    node_in: T  # a node's features
+    about_in: T  # request and provider, added to the former
+    node_hidden: T
+    pool: T  # request and provider, mean and maximum over nodes
+    score_node: T  # a node
+    score_pool: T  # what is pooled, added to the former
+    score: T  # the logit of a node
+    hold: T  # the logit of holding
+    admit: T  # logits of the terms
+    price: T  # logits of the price
+    setting: T  # settings of the rule within
+
+
+class Size(NamedTuple):
+    """Of a linear layer."""
+
+    outputs: int
+    inputs: int
+
+
+def sizes(width: int) -> Layers[Size]:
+    """The layers of a policy of this width."""
+    return Layers(
+        node_in=Size(width, len(NODE_FEATURES)),
+        about_in=Size(width, ABOUT),
+        node_hidden=Size(width, width),
+        pool=Size(width, ABOUT + 2 * width),
+        score_node=Size(width, width),
+        score_pool=Size(width, width),
+        score=Size(1, width),
+        hold=Size(1, width),
+        admit=Size(ADMITS, width),
+        price=Size(PRICES, width),
+        setting=Size(SETTINGS, width),
+    )
+
+
+HEADS = ("score", "hold", "admit", "price", "setting")  # whose outputs are not passed through a ReLU
+
+
+def shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a policy of this width; matrices are [outputs, inputs]."""
+    table: dict[str, tuple[int, ...]] = {"prior": ()}
+    for name, size in sizes(width)._asdict().items():
+        table[f"{name}.weight"] = tuple(size)
+        table[f"{name}.bias"] = (size.outputs,)
+    return table
+
+
+def width_of(weights: Weights) -> int:
+    """The width of the policy that has these weights."""
+    return len(weights["node_in.bias"])
+
+
+def parameters(width: int) -> int:
+    """How many numbers a policy of this width has."""
+    return sum(math.prod(shape) for shape in shapes(width).values())

@@ -1,0 +1,95 @@
+"""Watch nodes: one in detail, or a whole network on this machine as a live table."""
+
+import json
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from wwwserve.serving.local_nodes import NetworkError, Plan, look, running
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REFRESH_S = 1.0
+
+
+def table(seen: list[dict[str, Any]]) -> Table:
+    """Nodes as rows: load, price, decisions, SLO."""
+    view = Table(title="wwwserve", expand=False)
+    for name in ("node", "API", "engine", "running", "waiting", "KV", "held", "guests", "price", "asked", "answered",
+                 "handed over", "in time", "mean s", "last decisions"):  # fmt: skip
+        view.add_column(name, justify="left" if name in ("node", "API", "engine", "last decisions") else "right")
+    for each in seen:
+        engine, requests = each["engine"], each["requests"]
+        answered = requests["answered"]
+        labels = {peer["key"]: _who(peer) for peer in each["peers"]}
+        view.add_row(
+            each["name"], each["url"], "up" if engine["up"] else "down", f"{engine['running']:.0f}",
+            f"{engine['waiting']:.0f}", f"{engine['kv_use']:.0%}", str(each["held"]), str(each["guests"]),
+            f"{each['price']:g}", str(requests["accepted"]), str(answered), str(requests["handed_over"]),
+            f"{requests['on_time'] / answered:.0%}" if answered else "-", f"{requests['mean_latency_s']:.2f}",
+            " ".join(labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]),
+        )  # fmt: skip
+    return view
+
+
+def _who(peer: Mapping[str, Any]) -> str:
+    """What a peer calls itself; of one that is gone the beginning of its key."""
+    return str(peer["label"] or peer["key"][:8])
+
+
+def show(seen: dict[str, Any]) -> None:
+    """Print a node and what it sees of its peers, in lines that fit a narrow terminal."""
+    console = Console()
+    own = Table(title="wwwserve", show_header=False)
+    for column in table([seen]).columns:  # one node, so names stand before their values
+        own.add_row(column.header, *column.cells)
+    console.print(own)
+    peers = Table(title=f"peers as {seen['name']} sees them")
+    peers.add_column("peer", overflow="fold")
+    for name in ("there", "age s", "run", "wait", "KV", "price", "stake", "ours"):
+        peers.add_column(name, no_wrap=True)
+    peers.add_column("API", overflow="fold")
+    for each in seen["peers"]:
+        age_s, kv_use = each["age_s"], each["kv_use"]
+        peers.add_row(
+            _who(each), "yes" if each["there"] else "no", "-" if age_s is None else f"{age_s:.1f}",
+            f"{each['running']:.0f}", f"{each['waiting']:.0f}", "-" if kv_use is None else f"{kv_use:.0%}",
+            f"{each['price']:g}", f"{each['stake']:.3g}", str(each["out"]), each["url"] or "-",
+        )  # fmt: skip
+    console.print(peers)
+
+
+def up(plan: Plan) -> None:
+    """Run a network until SIGINT or SIGTERM, with a live table on a terminal; else a line of JSON says when it is
+    ready. Raises as `running`."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in STOPPING:  # a second one would leave processes behind
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in STOPPING:
+        signal.signal(each, stop)
+    console = Console()
+    try:
+        with running(plan) as network:
+            if not console.is_terminal:
+                print(json.dumps({"nodes": network.urls, "model": plan.model}), flush=True)
+                while True:
+                    signal.pause()
+            with Live(console=console, auto_refresh=False) as live:
+                while True:
+                    seen = []
+                    for url in network.urls:
+                        try:
+                            seen.append(look(url))
+                        except NetworkError:
+                            continue
+                    live.update(table(seen), refresh=True)
+                    time.sleep(REFRESH_S)
+    except KeyboardInterrupt:
+        pass

@@ -1,0 +1,64 @@
+"""Random markets: what distinguishes their kinds."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from wwwserve.agents.hardware import profile
+from wwwserve.envs.distribution import KINDS, Kind, capacity_per_s, sample
+from wwwserve.envs.scenario import Scenario, TimesTraffic
+from wwwserve.envs.state import plan
+
+
+def drawn(kind: Kind, count: int = 24) -> Iterator[Scenario]:
+    rng = np.random.default_rng((7, KINDS.index(kind)))
+    return (sample(kind, rng) for _ in range(count))
+
+
+def load_of(scenario: Scenario) -> float:
+    """Requests that arrive over those that the nodes sustain while requests arrive, with one class of requests."""
+    able = 0.0
+    for each in scenario.providers:
+        lengths = each.lengths
+        engine = profile(each.gpu, each.model, each.max_num_seqs)
+        able += capacity_per_s(engine, lengths.prompt, [(1.0, lengths.output)]) * scenario.duration_s
+    return plan(scenario, 1).traffic.time_s.size / able
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_gives_the_same_market(kind: Kind) -> None:
+    assert list(drawn(kind, 3)) == list(drawn(kind, 3))
+    assert all(3 <= len(scenario.providers) <= 8 for scenario in drawn(kind, 8))
+
+
+def test_code_has_long_prompts_and_answers_of_tens_of_tokens() -> None:
+    for scenario in drawn("code"):
+        for each in scenario.providers:
+            assert each.lengths.prompt.mean > 900
+            assert 8 < each.lengths.output.mean < 120
+        assert 0.2 < scenario.slo.thresholds_s[0] < scenario.slo.thresholds_s[-1] < 120
+        assert scenario.duration_s == 100
+
+
+def test_bursts_come_at_given_times_many_at_once() -> None:
+    shares, alike = [], 0
+    for scenario in drawn("bursts"):
+        for each in scenario.providers:
+            assert isinstance(each.traffic, TimesTraffic)
+            if len(each.traffic.times_s) >= 50:
+                counts, _ = np.histogram(each.traffic.times_s, bins=60, range=(0, scenario.duration_s))
+                shares.append(np.sort(counts)[-20:].sum() / counts.sum())
+        alike += len({(each.gpu, each.model) for each in scenario.providers}) == 1
+    assert min(shares) > 0.5  # of an even stream a third would come in a third of the time
+    assert 6 <= alike <= 20
+
+
+@pytest.mark.parametrize("kind", ["alike", "bursts"])
+def test_equal_nodes_are_met_below_near_and_above_capacity(kind: Kind) -> None:
+    loads = []
+    for scenario in drawn(kind, 48):
+        equal = len({each.gpu for each in scenario.providers}) == 1
+        if equal and all(len(each.online_s) == 1 for each in scenario.providers):
+            loads.append(load_of(scenario))
+    assert min(loads) < 0.8 and max(loads) > 1.2 and any(0.85 < load < 1.15 for load in loads)
