@@ -12,9 +12,8 @@ import pytest
 
 from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, Actions
 from wwwserve.agents.kernel import Bools, Floats
-from wwwserve.agents.policy.bundle import BundleError
-from wwwserve.agents.policy.runtime import DEFAULT_BUNDLE
-from wwwserve.agents.policy.runtime import load as load_bundle
+from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, BundleError
+from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.agents.view import CREDIT, HAS_REQUEST, SELF_FEATURES, Views
 from wwwserve.envs.batch import MarketBatch
@@ -125,9 +124,9 @@ def on_nodes(planned: MarketPlan, policy: Policy) -> Course:
         nodes.boot()
         outcomes: list[Outcome] = await nodes.play()
         assert not nodes.network.errors
-        assert {(each.status, each.tokens - out) for each, out in zip(outcomes, planned.traffic.output, strict=True)} == {
-            (200, 0)
-        }
+        assert {
+            (each.status, each.tokens - out) for each, out in zip(outcomes, planned.traffic.output, strict=True)
+        } == {(200, 0)}
         executor = [-1] * len(outcomes)
         for each in recorders:
             for seen in each.seen:
@@ -168,7 +167,11 @@ def paid(duration_s: float) -> dict[str, Any]:
     """Six providers, two classes, prices for tokens, and so little credit that it decides."""
     return _scenario(
         duration_s, [7.0, 4.0, 2.0, 1.0, 1.0, 0.5], rtt_ms=50,
-        slo={"classes": {"chat": {"share": 0.6, "deadline_s": 8, "value": 3}, "batch": {"share": 0.4, "deadline_s": 45}}},
+        slo={
+            "classes": {
+                "chat": {"share": 0.6, "deadline_s": 8, "value": 3}, "batch": {"share": 0.4, "deadline_s": 45}
+            }
+        },
         economy={
             "pricing": "per_ktok", "price_bins": [0.5, 1, 2, 4], "initial_credit": 12, "exposure": 4,
             "stake_rule": "fixed",
@@ -245,7 +248,9 @@ def test_nodes_decide_as_a_market_does(name: str) -> None:
 
 def test_what_is_played_decides_in_all_ways() -> None:
     """Else parity would say little: requests are held, refused and offered, and credit is short."""
-    courses = [in_market(plan(parse(scenario(SHORT_S)), 7 + k), Rule("www_serve")) for k, scenario in enumerate(SCENARIOS)]
+    courses = [
+        in_market(plan(parse(scenario(SHORT_S)), 7 + k), Rule("www_serve")) for k, scenario in enumerate(SCENARIOS)
+    ]
     routes = [{seen.route for row in course.decisions for seen in row} for course in courses]
     assert all({HOLD, LOCAL, FIRST_CANDIDATE} < found for found in routes)
     assert all(course.refused > 0 for course in courses)

@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, NO_BOUND, STAKED, lock, move_stake, price_of, room, settle
+from wwwserve.agents.protocol import (
+    ACCOUNT_SIZE,
+    FREE,
+    MICRO,
+    NO_BOUND,
+    STAKED,
+    lock,
+    move_stake,
+    price_of,
+    room,
+    settle,
+)
 from wwwserve.envs.scenario import Scenario
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.serving.ledger.channel import LedgerError

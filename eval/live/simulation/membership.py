@@ -4,12 +4,12 @@ Who joins hears the last advert of everyone that is there. A member whose proces
 if its signs of life had ceased.
 """
 
+import msgspec
+
 from wwwserve.eval.live.simulation.loop import Process
 from wwwserve.eval.live.simulation.network import MemoryNetwork
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.membership.heartbeat import SILENT_S, Advert, Gone, Heard
-
-import msgspec
 
 
 class Members:

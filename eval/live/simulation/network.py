@@ -2,8 +2,9 @@
 
 A `Host` is a machine that has an address; while a process of it serves an application there, requests reach that as
 they would from a real server. What is sent on one connection arrives in order, one way delay later; what arrives at one
-instant, in the order of the hosts that sent it. A message that is lost, or runs into a partition, takes its connection with it: neither side hears more of it, as if TCP gave up; each has
-its own timeouts. A process that is killed closes its connections, unless its machine is cut off with it.
+instant, in the order of the hosts that sent it. A message that is lost, or runs into a partition, takes its connection
+with it: neither side hears more of it, as if TCP gave up; each has its own timeouts. A process that is killed closes
+its connections, unless its machine is cut off with it.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import math
 import random
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -200,9 +202,7 @@ class MemoryNetwork:
         if not self._loses(source, destination):
             self._bring(source, destination, at_s, deliver, *content)
 
-    def _bring(
-        self, source: str, destination: str, at_s: float, deliver: Callable[..., None], *content: Any
-    ) -> None:
+    def _bring(self, source: str, destination: str, at_s: float, deliver: Callable[..., None], *content: Any) -> None:
         there = self._on_the_way.setdefault((destination, at_s), [])
         if not there:
             self.loop.call_at(at_s, self._deliver, destination, at_s)
@@ -242,7 +242,7 @@ class MemoryTransport:
     def request(
         self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
         read_timeout_s: float,
-    ) -> "Exchange":  # fmt: skip
+    ) -> AbstractAsyncContextManager["Exchange"]:  # fmt: skip
         """See `serving.http.transport.Transport`."""
         return Exchange(self, method, url, body, headers, timeout_s, read_timeout_s)
 
