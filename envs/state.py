@@ -85,6 +85,7 @@ MARKET = np.dtype(
         # the run
         ("now_s", np.float64),
         ("ticks", np.int64),
+        ("streams_sent", np.int64),  # ticks for which providers have sent on what they generated for peers
         ("steps", np.int64),
         ("elapsed_s", np.float64),  # of the last step
         ("over", np.int64),

@@ -100,6 +100,9 @@ class Dispatcher:
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
         self.number = 0
         self.restaked_s = -np.inf  # when the stake was last stated
+        self._ticked_s: float | None = None  # when the last tick was
+        self._round_due = False  # of decisions
+        self._priced = False  # whether the price of an advert that is due has been decided
         self.attestor = Attestor(messages.identity)
         self.bench = Bench(messages.identity, self._judge, metrics)
         if ledger is not None:
@@ -157,15 +160,17 @@ class Dispatcher:
         if self.engine.healthy and not up:
             log.info("the engine is up", extra={"serves": self.serves})
         now_s = self.clock()
+        elapsed_s = now_s - self._ticked_s if self._ticked_s is not None else 0.0
+        self._ticked_s = now_s
         self.delegation.look(now_s)
         self.provider.looked(now_s)
         self._look_at_engine(now_s)
         if self.accounts is None and market.stake_rule == "load":
-            self.provider.restake(market.tick_s)
+            self.provider.restake(elapsed_s)
         elif self.accounts is not None and now_s >= self.restaked_s + market.gossip_s:
             self.restaked_s = now_s
             await self._restake(self.accounts)
-        self.provider.ticked(market.tick_s, now_s)
+        self.provider.ticked(elapsed_s, now_s)
         self.pump()
 
     def _publish(self, now_s: float) -> None:
@@ -217,25 +222,33 @@ class Dispatcher:
         self.delegation.gone(name)
 
     def pump(self) -> None:
-        """Decide on all that can be decided on now."""
+        """Decide, at the end of this instant, on all that can be decided on: what else happens now comes first."""
+        if not self._round_due:
+            self._round_due = True
+            asyncio.get_running_loop().call_later(0.0, self._play_round)
+
+    def _play_round(self) -> None:
+        """One decision; the next one is made when what follows from it has been sent, so that it is counted."""
+        self._round_due = False
         now_s, provider = self.clock(), self.provider
         self._look_at_engine(now_s)
         if self.accounts is not None:
             self._look_at_ledger(self.accounts.ledger)
-        while True:
-            decision = provider.decide(now_s, self.metrics.guests_now)
-            if provider.advert_due:
-                self._publish(now_s)
-            if decision is None:
-                return
-            job: Job = provider.keys[decision.request]
-            where = "hold" if decision.route == HOLD else decision.peer or "local"
-            self.metrics.decided(decision.route)
-            self.decisions.append(
-                {"at_s": round(now_s, 3), "class": self.config.class_names[job.ask.klass], "to": where}
-            )
-            if decision.route != HOLD and not job.placed.done():
-                job.placed.set_result(decision)
+        if self._priced:
+            self._priced = False
+            self._publish(now_s)
+        decision = provider.decide(now_s, self.metrics.guests_now)
+        self._priced = provider.advert_due
+        if decision is not None or self._priced:
+            self.pump()
+        if decision is None:
+            return
+        job: Job = provider.keys[decision.request]
+        where = "hold" if decision.route == HOLD else decision.peer or "local"
+        self.metrics.decided(decision.route)
+        self.decisions.append({"at_s": round(now_s, 3), "class": self.config.class_names[job.ask.klass], "to": where})
+        if decision.route != HOLD and not job.placed.done():
+            job.placed.set_result(decision)
 
     def _look_at_ledger(self, ledger: ChannelLedger) -> None:
         """A peer with whom nothing more may be in escrow is no candidate."""

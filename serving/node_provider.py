@@ -276,7 +276,8 @@ class NodeProvider:
 
     def gone(self, name: str) -> None:
         """A peer left or fell silent."""
-        self._peers.adverts[self._row_of(name), AD_TIME_S] = NO_TIME
+        row = self._row_of(name)
+        self._peers.adverts[row, AD_TIME_S] = NO_TIME
 
     def pay(self, free: int) -> None:
         """What is handed over is paid from now on: `free` micro-credits are, with each peer as `may_escrow` says."""

@@ -12,7 +12,7 @@ from wwwserve.agents.kernel import kernel
 from wwwserve.agents.provider import gossip, move_own_stake, set_terms, tick
 from wwwserve.agents.view import Views
 from wwwserve.envs.engine import advance
-from wwwserve.envs.market.answers import finish, look_at_streams, receive_answer
+from wwwserve.envs.market.answers import finish, look_at_streams, receive_answer, send_streams
 from wwwserve.envs.market.arrivals import go_offline, is_scheduled, publish, receive_advert, receive_arrivals
 from wwwserve.envs.market.decisions import act, ask, show
 from wwwserve.envs.market.duels import end_duels
@@ -74,15 +74,25 @@ def pass_time(w):
         now_s = min(now_s, q[m.next_arrival].arrival_s)
     if m.mail_head >= 0:
         now_s = min(now_s, q[m.mail_head].mail_s)
+    guests = 0
     for i in range(m.n_providers):
         now_s = min(now_s, p[i].advert_lands_s)
         now_s = min(now_s, w.e[i].wake_s)
+        guests += p[i].guests
+    if m.streams_sent == m.ticks and guests > 0:  # what is out half a round trip before the tick is there by then
+        now_s = min(now_s, tick_s - 0.5 * m.rtt_s)
     m.now_s = now_s = max(now_s, m.now_s)
     for i in range(m.n_providers):
         if w.e[i].wake_s <= now_s:
             run_engine(w, i)
         if p[i].advert_lands_s <= now_s:
             receive_advert(w, i)
+    if m.streams_sent == m.ticks and now_s >= tick_s - 0.5 * m.rtt_s:
+        m.streams_sent += 1
+        for i in range(m.n_providers):
+            if p[i].guests > 0:
+                scrape(w, i)
+                send_streams(w, i)
     while m.mail_head >= 0 and q[m.mail_head].mail_s <= now_s:
         r = take(w)
         mail = q[r].mail

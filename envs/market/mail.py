@@ -1,7 +1,17 @@
 """What is on its way between two providers: of each request at most one thing, and of each provider one advert."""
 
 from wwwserve.agents.kernel import kernel
-from wwwserve.envs.state import NOTHING
+from wwwserve.envs.state import NOTHING, OFFER
+
+
+@kernel
+def is_sooner(q, r, s):
+    """Whether what is on its way of request r is there before that of s; at one instant, the first sender's is."""
+    if q[r].mail_s != q[s].mail_s:
+        return q[r].mail_s < q[s].mail_s
+    r_from = q[r].origin if q[r].mail == OFFER else q[r].executor
+    s_from = q[s].origin if q[s].mail == OFFER else q[s].executor
+    return r_from < s_from
 
 
 @kernel
@@ -11,15 +21,15 @@ def send(w, r, mail, at_s):
     q[r].mail, q[r].mail_s, q[r].mail_next = mail, at_s, -1
     if m.mail_head < 0:
         m.mail_head = m.mail_tail = r
-    elif q[m.mail_tail].mail_s <= at_s:
+    elif not is_sooner(q, r, m.mail_tail):
         q[m.mail_tail].mail_next = r
         m.mail_tail = r
-    elif at_s < q[m.mail_head].mail_s:
+    elif is_sooner(q, r, m.mail_head):
         q[r].mail_next = m.mail_head
         m.mail_head = r
     else:
         before = m.mail_head
-        while q[q[before].mail_next].mail_s <= at_s:
+        while not is_sooner(q, r, q[before].mail_next):
             before = q[before].mail_next
         q[r].mail_next = q[before].mail_next
         q[before].mail_next = r

@@ -2,7 +2,7 @@
 
 An `EngineServer` outlives the nodes that use it. It sets one timer, for the moment at which its next request finishes,
 and one more for the next look at its streams while there are any; nothing is done for a token. A request says how long
-its answer will be, `max_tokens` with `ignore_eos`, and its prompt has a token for every four bytes.
+its answer will be, `min_tokens` or, with `ignore_eos`, `max_tokens`, and its prompt has a token for every four bytes.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from wwwserve.envs.engine import (
 )
 from wwwserve.eval.live.simulation.loop import VirtualLoop, current
 from wwwserve.eval.live.simulation.response import Incoming
-from wwwserve.serving.engine.adapter import DOWN_WAITING, FAILURES, EngineError, Load
+from wwwserve.serving.engine.adapter import DOWN_WAITING, FAILURES, FULL_S, MOST_FULL_S, EngineError, Load
 
 BYTES_PER_TOKEN = 4
 TEXT = "tok "  # of one token
@@ -122,12 +122,14 @@ class EngineServer:
 
     def __init__(
         self, loop: VirtualLoop, profile: Profile, models: Sequence[str], *, look_s: float = 1.0, lag_s: float = 0.0,
-        ahead_s: float = 0.0, max_queued: int | None = None,
+        ahead_s: float = 0.0, max_queued: int | None = None, look_at_all: bool = True,
     ) -> None:  # fmt: skip
         """A stream's events come with its end and at looks. The kth look shows what is out at `k look_s - lag_s`, and
-        is sent `ahead_s` before that. Beyond `max_queued` waiting requests the engine answers 503."""
+        is sent `ahead_s` before that; unless `look_at_all`, only a stream that asks for usage, as one that is handed
+        over for pay does, is looked at. Beyond `max_queued` waiting requests the engine answers 503."""
         self.loop, self.profile, self.models = loop, profile, list(models)
         self.look_s, self.lag_s, self.ahead_s, self.max_queued = look_s, lag_s, ahead_s, max_queued
+        self.look_at_all = look_at_all
         self.longest = min(profile.max_model_len, profile.kv_tokens)  # prompt and answer, tokens
         self.up = True
         self.answers = 200  # the status of every response; one that is no 200 is an engine's error
@@ -161,6 +163,11 @@ class EngineServer:
             self._looked = now_s, Load(float(e["running"]), float(e["waiting"]), float(used))
         return self._looked[1]
 
+    @property
+    def running(self) -> int:
+        """Requests that it has, waiting ones as well."""
+        return len(self._running)
+
     def _see(self, now_s: float) -> None:
         of, to = (self._then if self._finish.at_s <= now_s else self._now), self._seen
         _look(*of.bytes, to.engine, to.jobs, *to.bytes, now_s, self._done, self._tokens)
@@ -186,7 +193,7 @@ class EngineServer:
         jobs[slot]["prompt"], jobs[slot]["output"] = answer.prompt, answer.output
         submit(self._now.engine[0], jobs, slot, now_s)
         self._running[slot] = answer
-        if answer.streams:
+        if answer.looked_at:
             self._streams += 1
             self._shown[slot] = 0
             if self._look_timer is None:
@@ -221,7 +228,7 @@ class EngineServer:
 
     def _forget(self, answer: "Answer") -> None:
         del self._running[answer.slot]
-        if answer.streams:
+        if answer.looked_at:
             self._streams -= 1
             self._shown[answer.slot] = NEVER
         self._free.append(answer.slot)
@@ -288,7 +295,7 @@ class Answer(Incoming):
         self.server, self.path, self.body = server, path, body
         self.slot = -1
         self.prompt = self.output = 0
-        self.streams = False
+        self.streams = self.looked_at = False
         self._shown = 0  # tokens
 
     async def __aenter__(self) -> "Answer":
@@ -318,6 +325,8 @@ class Answer(Incoming):
             self._whole(400, _error(f"{type(error).__name__}: {error}", 400))
             return
         if self.streams:
+            told = request.get("stream_options") or {}
+            self.looked_at = server.look_at_all or bool(told.get("include_usage"))
             self.begin(200, [(b"content-type", EVENTS)])
         server.put(self)
 
@@ -366,16 +375,28 @@ class Answer(Incoming):
 class SimulatedEngine:
     """The `serving.engine.adapter.Engine` of one run of a node, whose load is always exact."""
 
-    def __init__(self, server: EngineServer, url: str = "http://engine.simulated") -> None:
+    URL = "http://engine.simulated"
+
+    def __init__(self, server: EngineServer, url: str = URL) -> None:
         self.server, self.profile, self.url = server, server.profile, url
         self.failures = FAILURES  # down until it is heard of
         self.reason = "not yet scraped"
         self.out = 0  # requests of this node that it has
+        self._full_until_s = 0.0
 
     @property
     def healthy(self) -> bool:
         """See `serving.engine.adapter.Engine`."""
         return self.failures < FAILURES
+
+    @property
+    def takes(self) -> bool:
+        """See `serving.engine.adapter.Engine`."""
+        return self.healthy and self.server.loop.time() >= self._full_until_s
+
+    def full(self, for_s: float | None) -> None:
+        """See `serving.engine.adapter.Engine`."""
+        self._full_until_s = self.server.loop.time() + min(for_s or FULL_S, MOST_FULL_S)
 
     async def scrape(self) -> None:
         """See `serving.engine.adapter.Engine`."""
@@ -398,7 +419,7 @@ class SimulatedEngine:
 
     def load(self) -> Load:
         """See `serving.engine.adapter.Engine`."""
-        if not self.healthy:
+        if not self.takes:
             return Load(float(self.profile.max_num_seqs), DOWN_WAITING, float(self.profile.kv_tokens))
         return self.server.load()
 
@@ -420,11 +441,12 @@ def _read(request: Mapping[str, Any], longest: int) -> tuple[int, int, bool]:
 
     Raises ValueError, KeyError and TypeError for what is no such request.
     """
-    if request.get("ignore_eos") is not True:
-        raise ValueError("ignore_eos is not true, so nobody knows how long the answer will be")
-    output = request["max_completion_tokens"] if "max_completion_tokens" in request else request["max_tokens"]
-    if not isinstance(output, int) or output < 1:
-        raise ValueError(f"max_tokens is {output!r}, expected a positive integer")
+    most = request["max_completion_tokens"] if "max_completion_tokens" in request else request["max_tokens"]
+    if not isinstance(most, int) or most < 1:
+        raise ValueError(f"max_tokens is {most!r}, expected a positive integer")
+    output = most if request.get("ignore_eos") is True else request.get("min_tokens")
+    if not isinstance(output, int) or not 1 <= output <= most:
+        raise ValueError("neither ignore_eos nor min_tokens says how long the answer will be")
     if "messages" in request:
         size = sum(len(message["content"].encode()) for message in request["messages"])
     else:

@@ -1,9 +1,10 @@
 """A network in memory between ASGI applications: delays, loss, duplicates, partitions, crashes, one history per seed.
 
 A `Host` is a machine that has an address; while a process of it serves an application there, requests reach that as
-they would from a real server. What is sent on one connection arrives in order, one way delay later. A message that is
-lost, or runs into a partition, takes its connection with it: neither side hears more of it, as if TCP gave up; each has
-its own timeouts. A process that is killed closes its connections, unless its machine is cut off with it.
+they would from a real server. What is sent on one connection arrives in order, one way delay later; what arrives at one
+instant, in the order of the hosts that sent it. A message that is lost, or runs into a partition, takes its connection
+with it: neither side hears more of it, as if TCP gave up; each has its own timeouts. A process that is killed closes
+its connections, unless its machine is cut off with it.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import math
 import random
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -54,6 +56,7 @@ class Host:
 
     def __init__(self, network: "MemoryNetwork", name: str, url: str) -> None:
         self.network, self.name, self.url = network, name, url
+        self.rank = len(network.hosts)
         self.disk = MemoryDisk()
         self.skew_s = 0.0  # of its wall clock
         self.process: Process | None = None
@@ -98,10 +101,12 @@ class MemoryNetwork:
 
     def __init__(
         self, loop: VirtualLoop, *, seed: int = 0, delay_s: float | Delay = 0.0, loss: float = 0.0,
-        duplication: float = 0.0, keep_history: bool = False,
+        duplication: float = 0.0, reliable: Sequence[str] = (), keep_history: bool = False,
     ) -> None:  # fmt: skip
-        """`delay_s` one way; `loss` of a message and `duplication` of a request are chances. Each may be changed."""
+        """`delay_s` one way; `loss` of a message and `duplication` of a request are chances. Each may be changed. What
+        those that are `reliable` send or get is never lost by chance."""
         self.loop, self.delay_s, self.loss, self.duplication = loop, delay_s, loss, duplication
+        self.reliable = frozenset(reliable)
         self.random = random.Random(f"network {seed}")
         self.hosts: dict[str, Host] = {}  # by name
         self.history = History(keep_history)
@@ -109,6 +114,7 @@ class MemoryNetwork:
         self._by_url: dict[str, Host] = {}
         self._cut: set[tuple[str, str]] = set()
         self._requests = 0
+        self._on_the_way: dict[tuple[str, float], list[tuple[int, Callable[..., None], tuple[Any, ...]]]] = {}
         self._asking: dict[Process, dict[Exchange, None]] = {}
         self._serving: dict[Process, dict[_Call, None]] = {}
 
@@ -182,15 +188,41 @@ class MemoryNetwork:
         *content: Any,
     ) -> float:  # fmt: skip
         """Bring `content` to `deliver` after the delay, or lose it. Returns when it arrives."""
-        delay_s = self.delay_s
-        if not isinstance(delay_s, float | int):
-            delay_s = delay_s(source, destination, self.random)
-        at_s = max(self.loop.time() + delay_s, not_before_s)
-        if exchange.lost or (source, destination) in self._cut or (self.loss and self.random.random() < self.loss):
+        at_s = max(self.loop.time() + self._delay(source, destination), not_before_s)
+        if exchange.lost or self._loses(source, destination):
             exchange.lose()
         else:
-            self.loop.call_at(at_s, self._arrive, exchange, source, destination, deliver, content)
+            self._bring(source, destination, at_s, self._arrive, exchange, source, destination, deliver, content)
         return at_s
+
+    def tell(self, source: str, destination: str, deliver: Callable[..., None], *content: Any) -> None:
+        """Bring `content` to `deliver` after the delay, or lose it, without a connection: nobody hears which."""
+        self.note(source, destination, "tells")
+        at_s = self.loop.time() + self._delay(source, destination)
+        if not self._loses(source, destination):
+            self._bring(source, destination, at_s, deliver, *content)
+
+    def _bring(self, source: str, destination: str, at_s: float, deliver: Callable[..., None], *content: Any) -> None:
+        there = self._on_the_way.setdefault((destination, at_s), [])
+        if not there:
+            self.loop.call_at(at_s, self._deliver, destination, at_s)
+        host = self.hosts.get(source)
+        there.append((host.rank if host is not None else len(self.hosts), deliver, content))
+
+    def _deliver(self, destination: str, at_s: float) -> None:
+        for _, deliver, content in sorted(self._on_the_way.pop((destination, at_s)), key=lambda each: each[0]):
+            deliver(*content)
+
+    def _delay(self, source: str, destination: str) -> float:
+        delay_s = self.delay_s
+        return float(delay_s) if isinstance(delay_s, float | int) else delay_s(source, destination, self.random)
+
+    def _loses(self, source: str, destination: str) -> bool:
+        if (source, destination) in self._cut:
+            return True
+        if not self.loss or source in self.reliable or destination in self.reliable:
+            return False
+        return self.random.random() < self.loss
 
     def _arrive(
         self, exchange: "Exchange", source: str, destination: str, deliver: Callable[..., None], content: Any
@@ -210,7 +242,7 @@ class MemoryTransport:
     def request(
         self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
         read_timeout_s: float,
-    ) -> "Exchange":  # fmt: skip
+    ) -> AbstractAsyncContextManager["Exchange"]:  # fmt: skip
         """See `serving.http.transport.Transport`."""
         return Exchange(self, method, url, body, headers, timeout_s, read_timeout_s)
 

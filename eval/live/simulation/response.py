@@ -1,7 +1,7 @@
 """A response as its reader sees it, whoever answers: a `serving.http.transport.Response`."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 
@@ -18,7 +18,7 @@ class Incoming:
     def __init__(self, loop: VirtualLoop) -> None:
         self.loop = loop
         self.status = 0  # until its head is there
-        self.headers: dict[str, str] = {}  # by names in lower case
+        self.headers: Mapping[str, str] = {}  # by names in lower case
         self.raw_headers: Sequence[Header] = ()
         self.unread: list[bytes] = []
         self.ended = False

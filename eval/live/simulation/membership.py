@@ -1,0 +1,93 @@
+"""Membership in memory: adverts reach every other member once, one way delay later; nobody sends signs of life.
+
+Who joins hears the last advert of everyone that is there. A member whose process ends is gone for the others as late as
+if its signs of life had ceased.
+"""
+
+import msgspec
+
+from wwwserve.eval.live.simulation.loop import Process
+from wwwserve.eval.live.simulation.network import MemoryNetwork
+from wwwserve.serving.http.messages import Refused
+from wwwserve.serving.membership.heartbeat import SILENT_S, Advert, Gone, Heard
+
+
+class Members:
+    """All who may be members, by the names of their keys, each on a host of the network."""
+
+    def __init__(self, network: MemoryNetwork, hosts: dict[str, str]) -> None:
+        self.network, self.hosts = network, hosts
+        self.there: dict[str, MemoryMembership] = {}
+
+    def tell(self, advert: Advert, true_at_s: float, to: str) -> None:
+        """Send one member's advert to another, who hears it if both are there by then."""
+        self.network.tell(self.hosts[advert.name], self.hosts[to], self._arrive, advert, true_at_s, to)
+
+    def _arrive(self, advert: Advert, true_at_s: float, to: str) -> None:
+        member = self.there.get(to)
+        if member is not None:
+            age_s = self.network.loop.time() - true_at_s
+            member.hear(msgspec.structs.replace(advert, age_s=age_s))
+
+    def lose(self, member: "MemoryMembership") -> None:
+        """A member's process has ended."""
+        if self.there.get(member.name) is member:
+            del self.there[member.name]
+        if member.advert is not None:
+            for other in self.there.values():
+                self.network.loop.call_later(SILENT_S, other.miss, member.advert)
+
+
+class MemoryMembership:
+    """A `serving.membership.heartbeat.Membership` of one run of a node."""
+
+    def __init__(self, members: Members, name: str, process: Process) -> None:
+        self.members, self.name = members, name
+        self.advert: Advert | None = None
+        self._true_at_s = 0.0
+        self._process = process
+        self._known: dict[str, tuple[int, int]] = {}  # run and number of the last advert of each that is there
+        self._heard: Heard = lambda advert: None
+        self._gone: Gone = lambda name: None
+
+    async def run(self, heard: Heard, gone: Gone) -> None:
+        """See `Membership`."""
+        self._heard, self._gone = heard, gone
+        members = self.members
+        self._process.on_kill(lambda: members.lose(self))
+        members.there[self.name] = self
+        for other in members.there.values():
+            if other.advert is not None:
+                members.tell(other.advert, other._true_at_s, self.name)
+        await members.network.loop.create_future()
+
+    def publish(self, advert: Advert, now_s: float) -> None:
+        """See `Membership`."""
+        if not self._process.alive:
+            return
+        self.advert, self._true_at_s = advert, now_s
+        for name in self.members.hosts:
+            if name != self.name:
+                self.members.tell(advert, now_s, name)
+
+    def knows(self, name: str) -> bool:
+        """See `Membership`."""
+        return name != self.name and name in self.members.hosts
+
+    def received(self, body: bytes) -> None:
+        """See `Membership`."""
+        raise Refused("malformed", "adverts do not come over the data plane here")
+
+    def hear(self, advert: Advert) -> None:
+        """An advert of another is there; an older one than was heard before is not new."""
+        told = advert.run, advert.number
+        if self._process.alive and told > self._known.get(advert.name, (0, 0)):
+            self._known[advert.name] = told
+            self._heard(advert)
+
+    def miss(self, last: Advert) -> None:
+        """Another has been silent since its process ended, unless it runs again."""
+        known = self._known.get(last.name)
+        if self._process.alive and known is not None and known[0] == last.run:
+            del self._known[last.name]
+            self._gone(last.name)

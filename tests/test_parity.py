@@ -1,0 +1,258 @@
+"""One provider in two worlds: a market and real nodes on a virtual clock make the same decisions, one by one.
+
+Every decision on a request is compared, for every rule: when it is made and by whom, on which request, what the policy
+sees, the random numbers it is given, and what it chooses; then where each request ran and how long it took.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, Actions
+from wwwserve.agents.kernel import Bools, Floats
+from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, BundleError
+from wwwserve.agents.policy.bundle import load as load_bundle
+from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.agents.view import CREDIT, HAS_REQUEST, SELF_FEATURES, Views
+from wwwserve.envs.batch import MarketBatch
+from wwwserve.envs.scenario import parse
+from wwwserve.envs.state import PROBES_REFUSED, SERVED_FOR_PEERS, MarketPlan, plan
+from wwwserve.eval.live.simulation import loop as virtual
+from wwwserve.eval.live.simulation.loop import VirtualLoop
+from wwwserve.eval.live.simulation.nodes import Node, Nodes, Outcome
+
+TIME_S = 1e-6  # by which two worlds' times may differ
+RELATIVE = 1e-5  # and numbers of a view
+
+
+class Seen(NamedTuple):
+    """One decision on a request."""
+
+    time_s: float
+    request: int
+    view: np.ndarray[Any, np.dtype[np.float32]]  # nodes, request and self, flat
+    routes: bytes  # that are legal
+    dice: bytes
+    route: int
+    terms: bytes
+    target: int  # provider to which the route leads; -1 for hold
+
+
+class Course(NamedTuple):
+    """What happened in one world."""
+
+    decisions: list[list[Seen]]  # of each provider
+    latency_s: Floats  # of each request
+    executor: list[int]  # of each request
+    refused: int  # offers
+    served: list[int]  # peers' requests, by each provider
+
+
+def _seen(time_s: float, request: int, views: Views, dice: Floats, actions: Actions, at: Any, target: int) -> Seen:
+    view = np.concatenate([views.nodes[at].ravel(), views.request[at], views.me[at]])
+    route, terms = int(actions.route[at]), actions.terms[at].tobytes()
+    return Seen(time_s, request, view, views.routes[at].tobytes(), dice[at].tobytes(), route, terms, target)
+
+
+def _target(route: int, row: int, candidates: list[int]) -> int:
+    if route == HOLD:
+        return -1
+    return row if route == LOCAL else candidates[route - FIRST_CANDIDATE]
+
+
+def in_market(planned: MarketPlan, policy: Policy) -> Course:
+    """Play a plan in the market."""
+    batch, count = MarketBatch([planned]), len(planned.profiles)
+    actions, providers, requests = batch.actions(), batch.markets.providers[0], batch.markets.requests[0]
+    seen: list[list[Seen]] = [[] for _ in range(count)]
+    while not batch.over.all():
+        policy.decide(batch.views, batch.active, batch.dice, actions)
+        for i in np.flatnonzero(batch.active[0]).tolist():
+            if batch.views.me[0, i, HAS_REQUEST]:
+                head = int(providers[i]["head"])
+                target = _target(int(actions.route[0, i]), i, requests[head]["candidates"].tolist())
+                decision = _seen(float(batch.now_s[0]), head, batch.views, batch.dice, actions, (0, i), target)
+                seen[i].append(decision)
+        batch.step(actions)
+    table = batch.requests(0)
+    counts = providers["counts"]
+    refused, served = int(counts[:, PROBES_REFUSED].sum()), counts[:, SERVED_FOR_PEERS].tolist()
+    return Course(seen, table.latency_s, table.executor.tolist(), refused, served)
+
+
+class Recorder:
+    """A node's policy that remembers what it is asked and what it answers."""
+
+    def __init__(self, policy: Policy, loop: VirtualLoop, numbers: dict[float, int]) -> None:
+        self.policy, self.name, self.loop, self.numbers = policy, policy.name, loop, numbers
+        self.node: Node
+        self.seen: list[Seen] = []
+
+    def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
+        """See `Policy.decide`."""
+        self.policy.decide(views, active, dice, actions)
+        if views.me[0, HAS_REQUEST]:
+            provider, nodes = self.node.provider, self.node.nodes
+            request = provider.requests[int(provider.record["head"])]
+            rows = [nodes.names.index(name) for name in provider.names]
+            candidates = [rows[c] for c in request["candidates"][: int(request["n_candidates"])]]
+            target = _target(int(actions.route[0]), self.node.row, candidates)
+            number = self.numbers[float(request["arrival_s"])]
+            self.seen.append(_seen(self.loop.time(), number, views, dice, actions, 0, target))
+
+
+def _count(node: Node, name: str, **labels: str) -> int:
+    return int(node.dispatcher.metrics.registry.get_sample_value(f"wwwserve_{name}", labels) or 0)
+
+
+def on_nodes(planned: MarketPlan, policy: Policy) -> Course:
+    """Play a plan by real nodes."""
+
+    async def main(loop: VirtualLoop) -> Course:
+        numbers = {time_s: k for k, time_s in enumerate(planned.traffic.time_s.tolist())}
+        recorders: list[Recorder] = []
+
+        def recorder(row: int) -> Policy:
+            recorders.append(Recorder(policy, loop, numbers))
+            return recorders[-1]
+
+        nodes = Nodes(loop, planned, recorder)
+        for each, node in zip(recorders, nodes.nodes, strict=True):
+            each.node = node
+        nodes.boot()
+        outcomes: list[Outcome] = await nodes.play()
+        assert not nodes.network.errors
+        assert {
+            (each.status, each.tokens - out) for each, out in zip(outcomes, planned.traffic.output, strict=True)
+        } == {(200, 0)}
+        executor = [-1] * len(outcomes)
+        for each in recorders:
+            for seen in each.seen:
+                executor[seen.request] = seen.target
+        latency_s = np.array([each.latency_s for each in outcomes])
+        refused = sum(_count(node, "offers_refused_total") for node in nodes.nodes)
+        served = [_count(node, "guests_ended_total", outcome="answered") for node in nodes.nodes]
+        nodes.close()
+        return Course([each.seen for each in recorders], latency_s, executor, refused, served)
+
+    course: Course = virtual.run(main)
+    return course
+
+
+# What is played. An engine holds about twenty of these requests, for a few seconds each.
+
+DEFAULTS = {
+    "model": "llama-2-7b", "gpu": "rtx-4090", "max_num_seqs": 32,
+    "lengths": {
+        "prompt": {"median": 450, "sigma": 0.5, "max": 1500}, "output": {"median": 150, "sigma": 0.6, "max": 600}
+    },
+}  # fmt: skip
+
+
+def _scenario(duration_s: float, rates_per_s: list[float], **more: Any) -> dict[str, Any]:
+    def provider(k: int, rate_per_s: float) -> dict[str, Any]:
+        rates = [0.5 * rate_per_s, 2.0 * rate_per_s]
+        traffic = {"kind": "mmpp", "rates_per_s": rates, "mean_dwell_s": [20, 10]}
+        return {"name": f"p{k}", "traffic": traffic} | ({"gpu": "rtx-3090"} if k % 3 == 2 else {})
+
+    return {
+        "name": "parity", "duration_s": duration_s, "drain_s": 100_000, "defaults": DEFAULTS,
+        "providers": [provider(k, rate_per_s) for k, rate_per_s in enumerate(rates_per_s)], **more,
+    }  # fmt: skip
+
+
+def paid(duration_s: float) -> dict[str, Any]:
+    """Six providers, two classes, prices for tokens, and so little credit that it decides."""
+    return _scenario(
+        duration_s, [7.0, 4.0, 2.0, 1.0, 1.0, 0.5], rtt_ms=50,
+        slo={
+            "classes": {
+                "chat": {"share": 0.6, "deadline_s": 8, "value": 3}, "batch": {"share": 0.4, "deadline_s": 45}
+            }
+        },
+        economy={
+            "pricing": "per_ktok", "price_bins": [0.5, 1, 2, 4], "initial_credit": 12, "exposure": 4,
+            "stake_rule": "fixed",
+        },
+    )  # fmt: skip
+
+
+def crowded(duration_s: float) -> dict[str, Any]:
+    """Four providers far apart, more work than they can do, stakes that follow the load."""
+    return _scenario(
+        duration_s, [9.0, 6.0, 2.0, 1.0], rtt_ms=400, slo={"thresholds_s": [5, 10, 20, 40]},
+        economy={"pricing": "per_request", "initial_credit": 40, "stake_rule": "load", "initial_stake": 3},
+    )  # fmt: skip
+
+
+def wide(duration_s: float) -> dict[str, Any]:
+    """Eight providers, of which two have most of the users; ticks of half a second, adverts every two."""
+    return _scenario(
+        duration_s, [9.0, 8.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.0], rtt_ms=50, decision_interval_s=0.5,
+        gossip_interval_s=2.0, slo={"thresholds_s": [4, 8, 16]},
+        economy={"pricing": "per_ktok", "initial_credit": 500, "stake_rule": "load"},
+    )  # fmt: skip
+
+
+SCENARIOS: list[Callable[[float], dict[str, Any]]] = [paid, crowded, wide]
+
+LONG_S, SHORT_S = 300.0, 40.0
+
+
+def _policies() -> dict[str, tuple[float, Callable[[], Policy]]]:
+    """Every policy: how long its scenarios are played, and how it is made."""
+    rules = {name: (LONG_S if name in ("www_serve", "earliest_finish") else SHORT_S, _rule(name)) for name in RULES}
+    return rules | {"learned": (LONG_S, lambda: load_bundle(DEFAULT_BUNDLE))}
+
+
+def _rule(name: str) -> Callable[[], Policy]:
+    return lambda: Rule(name)
+
+
+POLICIES = _policies()
+
+
+def _assert_alike(market: Seen, node: Seen, what: str) -> None:
+    assert node.request == market.request, what
+    assert node.time_s == pytest.approx(market.time_s, abs=TIME_S), what
+    np.testing.assert_allclose(node.view, market.view, RELATIVE, RELATIVE, err_msg=what)
+    assert node.routes == market.routes, what
+    assert node.dice == market.dice, what
+    assert (node.route, node.target, node.terms) == (market.route, market.target, market.terms), what
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nodes_decide_as_a_market_does(name: str) -> None:
+    duration_s, make = POLICIES[name]
+    try:
+        policy = make()
+    except BundleError as error:
+        pytest.skip(f"the shipped bundle cannot be used: {error}")
+    decisions = 0
+    for k, scenario in enumerate(SCENARIOS):
+        planned = plan(parse(scenario(duration_s)), 7 + k)
+        market, nodes = in_market(planned, policy), on_nodes(planned, policy)
+        for row, (ours, theirs) in enumerate(zip(market.decisions, nodes.decisions, strict=True)):
+            for number, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+                _assert_alike(a, b, f"{scenario.__name__}, provider {row}, decision {number} at {a.time_s} s")
+            assert len(ours) == len(theirs)
+            decisions += len(ours)
+        assert nodes.executor == market.executor
+        assert nodes.refused == market.refused
+        assert nodes.served == market.served
+        np.testing.assert_allclose(nodes.latency_s, market.latency_s, 0, TIME_S)
+    assert decisions >= (10_000 if duration_s == LONG_S else 1_000)
+
+
+def test_what_is_played_decides_in_all_ways() -> None:
+    """Else parity would say little: requests are held, refused and offered, and credit is short."""
+    courses = [
+        in_market(plan(parse(scenario(SHORT_S)), 7 + k), Rule("www_serve")) for k, scenario in enumerate(SCENARIOS)
+    ]
+    routes = [{seen.route for row in course.decisions for seen in row} for course in courses]
+    assert all({HOLD, LOCAL, FIRST_CANDIDATE} < found for found in routes)
+    assert all(course.refused > 0 for course in courses)
+    seen = [each for row in courses[0].decisions for each in row]
+    assert any(each.view[-len(SELF_FEATURES) :][CREDIT] < 1.0 for each in seen)
