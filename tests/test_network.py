@@ -91,7 +91,7 @@ def test_every_request_ends_once_though_nodes_are_killed_and_stopped(membership:
             await until(lambda: not any(there(url)[killed] for url in users))
             network.nodes[3].send_signal(signal.SIGSTOP)
             await until(lambda: not any(there(url)[stopped] for url in users))
-            gone_s = time.monotonic()
+            gone_s = time.monotonic() * PLAN.speed  # as a node tells the time
             await asyncio.sleep(2.0)
             for url in users:
                 later = [d for d in look(url)["decisions"] if d["at_s"] > gone_s]
