@@ -214,8 +214,9 @@ class MarketVecEnv(VecEnv):
         shape = Shape(*map(max, Shape.of([planned]), self.batch.shape))
         if shape != self.batch.shape:
             old, self.batch = self.batch, self._make(self.batch.plans, shape)
-            state = (*old.markets, *old.views, old.active, old.dice, old.reward)
-            room = (*self.batch.markets, *self.batch.views, self.batch.active, self.batch.dice, self.batch.reward)
+            new = self.batch
+            state: list[Any] = [*old.markets, *old.views, old.active, old.dice, old.reward]
+            room: list[Any] = [*new.markets, *new.views, new.active, new.dice, new.reward]
             for source, target in zip(state, room, strict=True):
                 target[tuple(slice(size) for size in source.shape)] = source
         self.batch.reset(b, planned)

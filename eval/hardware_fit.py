@@ -6,14 +6,19 @@ comes with `wwwserve[train]`.
 
 import csv
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from wwwserve.agents import hardware
+from wwwserve.agents.arguments import UsageError, parse_args, refuse
 from wwwserve.agents.hardware import CHUNK_TOKENS, COEFFICIENTS, iteration_s
 from wwwserve.agents.kernel import Floats
+
+PROG = "wwwserve hardware-fit"
 
 # Columns of a table of iteration times.
 DECODING, KV_TOKENS, PREFILL_TOKENS, TIME_S = range(4)
@@ -87,8 +92,17 @@ def held_out_errors(rows: Floats, half: int) -> dict[str, float]:
     }
 
 
-def main() -> int:
-    """Print the held-out errors of every fit."""
+@dataclass
+class Args:
+    """Print how far the catalogue's fits are off iteration times that they were not fitted to."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    try:
+        parse_args(Args, PROG, argv)
+    except UsageError as error:
+        return refuse(PROG, error)
     print("mean relative error on rows not fitted, %")
     for (gpu, model), rows in iteration_times().items():
         for half in (0, 1):

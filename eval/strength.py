@@ -5,13 +5,18 @@ give. A published win rate is taken as that of a round robin in which everyone m
 """
 
 import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from wwwserve.agents.arguments import UsageError, parse_args, refuse
 from wwwserve.agents.hardware import MODELS, QUANTIZATIONS
 from wwwserve.eval.metrics import MeanCi
 
+PROG = "wwwserve strength"
 JUDGES = 3
 # Reported by WWW.Serve (arXiv 2603.20661), from the strongest to the weakest.
 MODEL_SIZE = {"qwen3-8b": 0.57, "qwen3-4b": 0.53, "qwen3-0.6b": 0.39}
@@ -73,14 +78,24 @@ def wilson(wins: int, duels: int, z: float = 1.96) -> MeanCi:
     return (p + z * z / (2 * duels)) / weight, half
 
 
-def main() -> None:
-    """Print the published rates, the strengths fitted to them and those in the catalogue."""
+@dataclass
+class Args:
+    """Print published win rates of models, the strengths fitted to them and those in the catalogue."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    try:
+        parse_args(Args, PROG, argv)
+    except UsageError as error:
+        return refuse(PROG, error)
     stored = {**{k: v.strength for k, v in MODELS.items()}, **{k: v.strength for k, v in QUANTIZATIONS.items()}}
     print("                published  fitted rate  strength  in the catalogue")
     for published, strengths in ((MODEL_SIZE, model_strengths()), (QUANTIZATION, quantization_strengths())):
         for (name, rate), won in zip(published.items(), win_rates(list(strengths.values())).tolist(), strict=True):
             print(f"{name:<15} {rate:9.2f} {won:12.4f} {strengths[name]:9.4f} {stored[name]:17.4f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

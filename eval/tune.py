@@ -8,12 +8,13 @@ and tuned for it, and stands beside the defaults wherever policies are judged. S
 of whom it is not known whether they are honest.
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import tyro
@@ -30,6 +31,7 @@ from wwwserve.eval.workers import each
 PROG = "wwwserve tune"
 SEED = FIRST_TEST_SEED // 4  # apart from what policies are trained, validated and tested on
 OF_UNKNOWN_HONESTY: tuple[Kind, ...] = ("honest", "lying", "switching")  # until it shows, one cannot tell which it is
+SHORT_QUEUE = 2.0  # requests that wait at an engine
 Settings = dict[str, float]
 
 
@@ -103,6 +105,40 @@ def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int
     }
 
 
+def vary_limits(rule: str, settings: Settings) -> list[Settings]:
+    """Settings as they are, with the longest wait at which a peer's request is taken, and with short queues."""
+    longest = (RULES[rule]["accept_wait_s"].search or (0.0, np.inf))[1]
+    return [
+        settings | {"accept_wait_s": wait_s, "max_queue": queue}
+        for wait_s in sorted({settings["accept_wait_s"], longest})
+        for queue in sorted({settings["max_queue"], SHORT_QUEUE})
+    ]
+
+
+def retune(rule: str, found: dict[str, Any], count: int) -> dict[str, Any]:
+    """The best for each of `OBJECTIVES` of what was `found` for it before or for all, with other limits: see
+    `vary_limits`. Each is measured on `count` markets of the kinds that matter to it."""
+    plans = markets(count, SEED + 30_000)
+    known: dict[tuple[tuple[float, ...], Kind], float] = {}
+
+    def score(settings: Settings, kinds: Sequence[Kind]) -> float:
+        means = []
+        for kind in kinds:
+            key = tuple(settings.values()), kind
+            if key not in known:
+                known[key] = float(np.mean(scores(Rule(rule, settings), plans[kind])))
+            means.append(known[key])
+        return float(np.mean(means))
+
+    best = {}
+    for objective in OBJECTIVES:
+        kinds = {"all": KINDS, "anyone": OF_UNKNOWN_HONESTY}.get(objective) or (cast(Kind, objective),)
+        tried = [each for key in (objective, "all") for each in vary_limits(rule, found[key]["settings"])]
+        ranked = [score(settings, kinds) for settings in tried]
+        best[objective] = {"settings": tried[int(np.argmax(ranked))], "score": round(max(ranked), 5)}
+    return best
+
+
 def play_off(rules: dict[str, dict[str, Any]], count: int, processes: int) -> dict[str, Any]:
     """The best for each of `OBJECTIVES`, of any rule, on `count` new markets of each kind.
 
@@ -136,10 +172,16 @@ class Args:
     """variations of what is best then"""
     last: Count = 192
     """markets of each kind where all that is best meets"""
+    again: bool = False
+    """start from what --json has, and vary only what a changed market changes most: the limits on waits and queues"""
     processes: Count = 2
     """rules tuned at a time"""
     json: Annotated[Path, tyro.conf.arg(metavar="FILE")] = TUNED
     """write what was found to this file"""
+
+
+def _retuned(rule: str, before: dict[str, Any], count: int) -> dict[str, Any]:
+    return retune(rule, before[rule], count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,9 +191,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return refuse(PROG, error)
     names = [rule for rule in RULES if any(setting.search for setting in RULES[rule].values())]
-    job = partial(tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists,
-                  refine=args.refine)  # fmt: skip
-    rules = {}
+    rules: dict[str, Any] = {}
+    job: Callable[[str], dict[str, Any]] = partial(
+        tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists, refine=args.refine
+    )
+    if args.again:
+        before = json.loads(args.json.read_text())["rules"]
+        names = [rule for rule in names if "max_queue" in RULES[rule]]
+        rules = {rule: found for rule, found in before.items() if rule not in names}
+        job = partial(_retuned, before=before, count=args.many)
     for rule, best in zip(names, each(job, names, args.processes), strict=True):
         rules[rule] = best
         shown = ", ".join(f"{key} {value:g}" for key, value in best["all"]["settings"].items())
@@ -159,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{rule}: {shown}\n  {means}", flush=True)
     best = play_off(rules, args.last, args.processes)
     print("\n".join(f"{name}: {found['rule']} {found['score']:.4f}" for name, found in best.items()))
-    options = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists", "refine", "last")}
+    settled = ("again", "many", "last") if args.again else ("draws", "few", "many", "finalists", "refine", "last")
+    options = {name: getattr(args, name) for name in settled}
     content = {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules, "best": best}
     write_json(args.json, content)
     return 0

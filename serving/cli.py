@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import numpy as np
 import tyro
 
+from wwwserve.agents import hardware
 from wwwserve.agents.arguments import Name, UsageError, parse_args, refuse
 from wwwserve.agents.decision import make_actions
 from wwwserve.agents.policy.bundle import (
@@ -140,6 +141,15 @@ class Status:
             print(json.dumps(seen, indent=2))
         else:
             display.show(seen)
+        return DONE
+
+
+@dataclass
+class Hardware:
+    """Print the catalogue of GPUs and models."""
+
+    def run(self) -> int:
+        hardware.main()
         return DONE
 
 
@@ -274,6 +284,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "up": Up,
     "status": Status,
     "calibrate": Calibrate,
+    "hardware": Hardware,
     "key new": KeyNew,
     "key show": KeyShow,
     "ledger show": LedgerShow,
@@ -291,6 +302,8 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "paper": Tool("eval.paper.command", "Reproduce the experiments of WWW.Serve."),
     "replay": Tool("eval.replay", "Replay the Azure trace on one engine."),
     "fidelity": Tool("eval.fidelity", "Play arrivals on an engine and in the simulator."),
+    "hardware-fit": Tool("eval.hardware_fit", "Say how far the catalogue's engine profiles are off measurements."),
+    "strength": Tool("eval.strength", "Fit the quality of models' answers to published win rates."),
     "bench": Tool("envs.bench", "Measure how fast the market runs."),
     "trial": Tool("eval.live.trial", "Play a scenario through a live network."),
     "overhead": Tool("eval.live.overhead", "Measure what a node adds to a request."),

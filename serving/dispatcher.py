@@ -2,19 +2,17 @@
 
 The dispatcher tells a `serving.node_provider.NodeProvider` what happens, carries out what it decides, and does it again
 when a peer refuses, fails before the first byte of an answer has gone to the user, or later if the answer can be
-resumed. All of it runs on one event loop; a request is one task from arrival to its end.
+resumed. What goes to a peer is with a `serving.delegation.Delegation`; what comes from one is here. All of it runs on
+one event loop; a request is one task from arrival to its end.
 """
 
 import asyncio
 import logging
 import math
-import re
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import orjson
 
@@ -31,21 +29,28 @@ from wwwserve.agents.knowledge import (
     DUELS_WON,
 )
 from wwwserve.serving.config import NodeConfig
-from wwwserve.serving.duel.duels import JUDGE_S, Attestor, Bench, Declined, Duels, Leg
-from wwwserve.serving.duel.judge import JudgeError, gain, judgeable, vote_by
+from wwwserve.serving.delegation import Delegation
+from wwwserve.serving.duel.duels import Attestor, Bench, Declined
+from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
 from wwwserve.serving.engine.adapter import Engine, EngineError
-from wwwserve.serving.http.handover import WithoutUsage, for_pay
-from wwwserve.serving.http.messages import Messages, Refused
-from wwwserve.serving.http.peers import PeerClient, PeerError, refusal
-from wwwserve.serving.http.reply import CompletionRequest, Failed, HeadLineReply, Reply, RetryableError
+from wwwserve.serving.http.messages import Messages
+from wwwserve.serving.http.peers import PeerClient, PeerError
+from wwwserve.serving.http.reply import (
+    EVENTS,
+    MOST_ANSWER,
+    CompletionRequest,
+    Failed,
+    HeadLineReply,
+    Reply,
+    RetryableError,
+    pass_stream_on,
+)
 from wwwserve.serving.http.resume import Resumed, resumable
 from wwwserve.serving.http.sse import AnswerMeter, StreamError, Usage
 from wwwserve.serving.http.transport import Response, Transport
-from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Accounts, Delivery, Payment
+from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Delivery
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
-from wwwserve.serving.ledger.journal import Full
-from wwwserve.serving.ledger.stakes import Staked, Verdict
 from wwwserve.serving.ledger.statements import digest
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
@@ -53,22 +58,12 @@ from wwwserve.serving.node_provider import Decision, NodeProvider, Promise
 
 log = logging.getLogger("wwwserve.dispatcher")
 
-OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 LEDGER_TIMEOUT_S = 5.0
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
-PEER_PREFIX = "/peer"
-PROMPT, TTFT, TPOT = "x-wwwserve-prompt", "x-wwwserve-ttft", "x-wwwserve-tpot"
-EVENTS = "text/event-stream"
-MOST_ANSWER = 64 * 2**20  # bytes of an answer that is not streamed
-MOST_LINE = 4096  # bytes of the line before a peer's answer
-MOST_PROMISED_S = 1e6
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
 MOST_BYTES_PER_TOKEN = 16.0
 LEARN = 0.02  # weight of one answer in that
-
-
-_KIND = re.compile(r"[ -~]{1,200}")  # a content type
 
 
 @dataclass(slots=True, eq=False)
@@ -84,26 +79,6 @@ class Job:
     turned_away: bool = False  # by the own engine, which was full
 
 
-@dataclass(slots=True, eq=False)
-class Handed:
-    """A request that a peer has taken."""
-
-    peer: str
-    taken_s: float
-    promise: Promise
-    stream: bool
-    response: Response
-    meter: AnswerMeter
-    cancelled: bool = False  # by who asked
-
-    def tokens(self, now_s: float) -> int:
-        """Tokens that came so far. An answer that is not streamed shows nothing on its way, so it is as promised."""
-        if self.stream:
-            return self.meter.tokens
-        late_s = now_s - self.taken_s - self.promise.ttft_s
-        return int(max(0.0, late_s) / max(self.promise.tpot_s, 1e-9)) + 1
-
-
 class Dispatcher:
     """One node's requests."""
 
@@ -114,12 +89,12 @@ class Dispatcher:
     ) -> None:  # fmt: skip
         self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
         self.messages, self.metrics, self.url = messages, metrics, url
-        self.accounts = Accounts(ledger, provider.market.pricing, self._tell_ledger) if ledger is not None else None
         self.speed = config.market.speed
         self.serves = list(config.serves)
         self.peers: dict[str, Advert] = {}  # by name, those that are there
         self.client = PeerClient(messages, transport, self.peers)
-        self.handed: dict[int, Handed] = {}  # by the provider's number of the request
+        accounts = Accounts(ledger, provider.market.pricing, self._tell_ledger) if ledger is not None else None
+        self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.bytes_per_token = BYTES_PER_TOKEN
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
@@ -130,9 +105,13 @@ class Dispatcher:
         self._priced = False  # whether the price of an advert that is due has been decided
         self.attestor = Attestor(messages.identity)
         self.bench = Bench(messages.identity, self._judge, metrics)
-        self.duels = Duels(messages.identity, _DuelPeers(self), metrics, judges=config.market.judges)
         if ledger is not None:
             provider.pay(ledger.free_credit())
+
+    @property
+    def accounts(self) -> Accounts | None:
+        """What is paid for requests, where there is a ledger."""
+        return self.delegation.accounts
 
     # Time.
 
@@ -149,7 +128,7 @@ class Dispatcher:
                     group.create_task(self.accounts.run())
                 group.create_task(self._keep_ticking())
         finally:
-            await self.duels.stop()
+            await self.delegation.duels.stop()
 
     async def _keep_ticking(self) -> None:
         """Tick at every multiple of the interval, leaving out those that cannot be kept."""
@@ -183,8 +162,7 @@ class Dispatcher:
         now_s = self.clock()
         elapsed_s = now_s - self._ticked_s if self._ticked_s is not None else 0.0
         self._ticked_s = now_s
-        for r, handed in self.handed.items():
-            self.provider.streamed(r, handed.tokens(now_s))
+        self.delegation.look(now_s)
         self.provider.looked(now_s)
         self._look_at_engine(now_s)
         if self.accounts is None and market.stake_rule == "load":
@@ -241,8 +219,7 @@ class Dispatcher:
         self.provider.gone(name)
         if self.accounts is not None:
             self.accounts.gone(name)
-        for handed in [each for each in self.handed.values() if each.peer == name]:
-            handed.response.close()
+        self.delegation.gone(name)
 
     def pump(self) -> None:
         """Decide, at the end of this instant, on all that can be decided on: what else happens now comes first."""
@@ -315,7 +292,7 @@ class Dispatcher:
                     if decision.route == LOCAL:
                         usage = await self._run_here(job.ask, job.prompt, reply)
                     else:
-                        usage = await self._delegate(job, decision, reply)
+                        usage = await self.delegation.delegate(decision, job.ask, job.prompt, job.most, reply)
                     break
                 except RetryableError as reason:
                     log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
@@ -377,7 +354,7 @@ class Dispatcher:
                     raise self._turned_away(response)
                 kind = response.headers.get("content-type", "application/json")
                 if ask.stream and response.status == 200 and kind.startswith(EVENTS):
-                    await _stream(response, kind, reply, meter)
+                    await pass_stream_on(response, kind, reply, meter)
                 else:
                     body = await response.read(MOST_ANSWER)
                     if response.status == 200:
@@ -408,145 +385,6 @@ class Dispatcher:
         else:
             self.engine.suspect(str(error))
         return error
-
-    async def _delegate(self, job: Job, decision: Decision, reply: Reply) -> Usage | None:
-        """Hand a request to a peer, or, with the market's chance, to two. Raises as `_hand_over`."""
-        ask = job.ask
-        if self.accounts is not None:
-            per_choice = job.most // ask.choices
-            ask, hidden = for_pay(ask, per_choice if self.provider.market.per_ktok else None)
-            reply = WithoutUsage(reply) if hidden else reply
-        rival = self._rival(ask, decision, reply)
-        if rival is None or decision.peer is None:
-            return await self._hand_over(ask, job, job.request, decision.peer, reply)
-
-        async def hand(name: str, leg: Leg) -> Usage | None:
-            if name != rival:
-                return await self._hand_over(ask, job, job.request, name, leg)
-            copy = self.provider.new(None, ask.klass, job.prompt, job.most, self.clock(), ask.model)
-            self.provider.offer(copy, rival)
-            try:
-                return await self._hand_over(ask, job, copy, name, leg)
-            except RetryableError:
-                self.provider.mask(job.request, rival)
-                raise
-            finally:
-                self.provider.release(copy)
-
-        usage: Usage | None = await self.duels.run(ask, (decision.peer, rival), hand, reply)
-        return usage
-
-    def _rival(self, ask: CompletionRequest, decision: Decision, reply: Reply) -> str | None:
-        """Who answers a request as well; None for nobody. A stream that may be resumed has one executor at a time."""
-        chance = self.config.market.duel_probability
-        if chance == 0.0 or self.provider.toss() >= chance or reply.resumable or not self.duels.may_begin():
-            return None
-        if not judgeable(ask.path, orjson.loads(ask.body)):
-            return None
-        return next((name for name in self.provider.rivals(decision) if name in self.peers), None)
-
-    async def _hand_over(
-        self, ask: CompletionRequest, job: Job, request: int, name: str | None, reply: Reply
-    ) -> Usage | None:
-        """Hand a request, offered to a peer by its number, over to it. Raises RetryableError if the peer did not take
-        it or nothing came of it, Failed if it broke off."""
-        path = PEER_PREFIX + ask.path
-        headers = {PROMPT: str(job.prompt)}
-        handed: Handed | None = None
-        payment: Payment | None = None
-        answered = False
-        try:
-            if name is None or name not in self.peers:
-                raise RetryableError("it is gone")
-            if self.accounts is not None:
-                payment = await self._escrow(name, job.most, ask.body)
-                headers[ESCROW] = payment.header
-            async with (
-                asyncio.timeout(OFFER_TIMEOUT_S) as patience,
-                self.client.request(
-                    name, path, ask.body, headers, timeout_s=None, read_timeout_s=self.config.engine.timeout_s
-                ) as (response, sealed),
-            ):
-                if response.status != 200:
-                    if payment is not None:
-                        payment.refused = True
-                    if response.status == 403:
-                        refused = await refusal(response)
-                        log.warning("a peer refuses a message", extra={"peer": name, "answer": refused.reason})
-                    raise RetryableError(f"it answers {response.status}", response.status)
-                self.messages.check_answer(name, sealed, response.raw_headers)
-                promise = _promise(response)
-                patience.reschedule(None)
-                handed = Handed(name, self.clock(), promise, ask.stream, response, AnswerMeter())
-                self.handed[request] = handed
-                self.provider.accepted(request, handed.taken_s, promise)
-                await self._fetch(ask, handed, payment, reply)
-                answered = handed.meter.tokens > 0
-        except Refused as error:
-            self.metrics.message_refused(error.kind)
-            raise RetryableError(str(error)) from None
-        except asyncio.CancelledError:
-            if handed is not None:
-                handed.cancelled = True
-            raise
-        except (TimeoutError, OSError, KeyError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            if reply.started and not reply.resumable:
-                raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
-            raise RetryableError(reason) from None
-        finally:
-            self._end_leg(request, handed, answered)
-            if payment is not None:
-                if handed is not None:
-                    payment.end(self._came(handed), handed.meter.complete)
-                else:
-                    payment.end()
-        return handed.meter.usage
-
-    def _end_leg(self, request: int, handed: Handed | None, answered: bool) -> None:
-        """A request is no longer with a peer, which may not have taken it."""
-        if handed is None:
-            self.provider.refused(request)
-            return
-        del self.handed[request]
-        if answered:
-            self.provider.answered(request, self.clock(), handed.meter.tokens)
-        else:
-            self.provider.lost(request)
-
-    async def _escrow(self, peer: str, most: int, body: bytes) -> Payment:
-        """Raises RetryableError if nothing can be in escrow with the peer."""
-        assert self.accounts is not None
-        try:
-            return await self.accounts.escrow(peer, micro(self.provider.posted(peer)), most, body)
-        except Full as error:
-            raise RetryableError(f"there is no room for the ledger: {error}") from None
-        except LedgerError as error:
-            raise RetryableError(str(error)) from None
-
-    def _came(self, handed: Handed) -> int:
-        """Tokens that are due of an answer: those that came; of one that is not streamed and that the user did not wait
-        for, what was generated by then, as promised."""
-        if handed.cancelled and not handed.stream and not handed.meter.complete:
-            return handed.tokens(self.clock())
-        return handed.meter.tokens
-
-    async def _fetch(self, ask: CompletionRequest, handed: Handed, payment: Payment | None, reply: Reply) -> None:
-        """The answer of a peer: a line that says how its engine answered, and what it answered."""
-        response, meter = handed.response, handed.meter
-        status, kind = _head_line(await response.readline(MOST_LINE))
-        if status == 429 or status >= 500:
-            raise RetryableError(f"its engine answers {status}", status)
-        watch = payment.feed if payment is not None else None
-        if ask.stream and status == 200 and kind.startswith(EVENTS):
-            await _stream(response, kind, reply, meter, watch)
-            return
-        body = await response.read(MOST_ANSWER)
-        if status == 200:
-            meter.whole(body)
-            if watch is not None:
-                watch(body)
-        await reply.whole(status, kind, body)
 
     # Peers' requests.
 
@@ -615,7 +453,7 @@ class Dispatcher:
     def overview(self) -> dict[str, Any]:
         """The node as it is, for people and programs."""
         now_s, load, provider = self.clock(), self.engine.load(), self.provider
-        peers = []
+        peers, records = [], self.delegation.duels.records
         for row, name in enumerate(provider.names):
             advert, vector = self.peers.get(name), provider.peers.adverts[row]
             there = advert is not None
@@ -627,10 +465,10 @@ class Dispatcher:
                     "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
                     "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
                     "price": vector[AD_PRICE], "stake": vector[AD_STAKE],
-                    "out": sum(each.peer == name for each in self.handed.values()),
+                    "out": sum(each.peer == name for each in self.delegation.handed.values()),
                     "duels_won": int(provider.peers.dealings[row, DUELS_WON]),
                     "duels_lost": int(provider.peers.dealings[row, DUELS_LOST]),
-                    "judged": asdict(self.duels.records[name]) if name in self.duels.records else None,
+                    "judged": asdict(records[name]) if name in records else None,
                 }
             )  # fmt: skip
         return {
@@ -646,84 +484,3 @@ class Dispatcher:
             "requests": self.metrics.totals(), "peers": peers, "decisions": list(self.decisions),
             "ledger": self.accounts.overview() if self.accounts is not None else None,
         }  # fmt: skip
-
-
-class _DuelPeers:
-    """What `serving.duel.duels` needs of a node."""
-
-    def __init__(self, node: Dispatcher) -> None:
-        self._node = node
-
-    def electors(self, model: str) -> dict[str, int]:
-        """See `serving.duel.duels.Peers`. Without a ledger, the stakes are those that peers advertise."""
-        accounts, found = self._node.accounts, {}
-        for name, advert in self._node.peers.items():
-            if model in advert.serves:
-                stake = micro(advert.load[AD_STAKE]) if accounts is None else accounts.ledger.stakes.stake(name)
-                found[name] = max(0, stake)
-        return found
-
-    async def ask(self, peer: str, path: str, body: bytes) -> bytes:
-        """See `serving.duel.duels.Peers`."""
-        return await self._node.client.post(peer, path, body, timeout_s=JUDGE_S)
-
-    def duelled(self, peer: str, won: bool) -> None:
-        """See `serving.duel.duels.Peers`."""
-        self._node.provider.duelled(peer, won)
-        self._node.metrics.duelled(peer, won)
-
-    def staked(self, peer: str) -> Staked | None:
-        """See `serving.duel.duels.Peers`."""
-        accounts = self._node.accounts
-        return accounts.ledger.stakes.latest.get(peer) if accounts is not None else None
-
-    def settle(self, verdict: Verdict) -> None:
-        """See `serving.duel.duels.Peers`."""
-        accounts = self._node.accounts
-        if accounts is not None:
-            stated = msgspec.json.encode(verdict)
-            if accounts.ledger.heard(verdict.a.executor, stated):
-                accounts.tell_all(stated)
-
-
-async def _stream(
-    response: Response, kind: str, reply: Reply, meter: AnswerMeter, watch: Callable[[bytes], None] | None = None
-) -> None:
-    """Pass a stream on, up to its last event. Raises RetryableError for one that came to an end without being whole, as
-    far as that can be told, and StreamError."""
-    async for chunk in response.iter_any():
-        if not reply.started:
-            await reply.start(200, kind)
-        passed = meter.feed(chunk)
-        if watch is not None:
-            watch(passed)
-        await reply.pass_on(passed)
-        if meter.done:
-            break
-    else:
-        meter.end()
-    if not reply.started:
-        raise RetryableError("it answers nothing")
-    if reply.resumable:
-        raise RetryableError("its stream ends before its last event")
-
-
-def _head_line(line: bytes) -> tuple[int, str]:
-    """Status and type of a peer's answer, which go on to the user. Raises ValueError."""
-    head = orjson.loads(line)
-    if not isinstance(head, dict):
-        raise ValueError("the line before its answer is no object")
-    status, kind = head.get("status"), head.get("type")
-    if type(status) is not int or not 200 <= status < 600:
-        raise ValueError(f"its answer has the status {status!r}")
-    if not (isinstance(kind, str) and _KIND.fullmatch(kind)):
-        raise ValueError(f"its answer has the type {kind!r}")
-    return status, kind
-
-
-def _promise(response: Response) -> Promise:
-    """What a peer promises in the head of its answer. Raises KeyError and ValueError."""
-    promise = Promise(float(response.headers[TTFT]), float(response.headers[TPOT]))
-    if not all(0 <= each <= MOST_PROMISED_S for each in promise):  # and no NaN
-        raise ValueError(f"a promise of {promise.ttft_s} s and {promise.tpot_s} s a token")
-    return promise

@@ -20,7 +20,7 @@ from wwwserve.agents.decision import ADMITS, FIRST_CANDIDATE, HOLD, LOCAL, ROUTE
 from wwwserve.agents.policy.bundle import CARD, MANIFEST, ONNX, SEALED, WEIGHTS, BundleError, load, read, save, seal
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.policy.network import Actor, actor_of, onnx_bytes, weights_of
-from wwwserve.agents.view import CROWD_S, FINISH_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, Views
+from wwwserve.agents.view import CROWD_S, FINISH_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, VIEW_VERSION, Views
 from wwwserve.eval.policies import PolicyError, load_policy
 from wwwserve.train.export import card, export, record
 
@@ -294,7 +294,7 @@ DAMAGE = {
        for name in (MANIFEST, *SEALED)},
     "another format": (lambda f: edit(f, format=99), "format is 99, expected 4"),
     "no format": (lambda f: edit(f, format="gone"), "format is None"),
-    "another view version": (lambda f: edit(f, view_version=1), "view_version is 1, expected 3"),
+    "another view version": (lambda f: edit(f, view_version=1), f"view_version is 1, expected {VIEW_VERSION}"),
     "no features": (lambda f: edit(f, features={}), "features differ .* at the top: another form"),
     "a feature in another unit": (lambda f: amend(f, "features", lambda t: t["node"][1].update(unit="ms")),
                                   r"features differ .* at node\[1\]\.unit: 'ms', expected 's'"),

@@ -13,6 +13,7 @@ from bundle_cases import RESULTS, WITHOUT
 from wwwserve.agents.arguments import parse_args
 from wwwserve.agents.policy.bundle import MANIFEST, SEALED, WEIGHTS, digest, seal
 from wwwserve.agents.policy.network import Actor, weights_of
+from wwwserve.agents.view import VIEW_VERSION
 from wwwserve.serving import cli
 from wwwserve.train.export import export
 
@@ -43,8 +44,8 @@ def test_verify_refuses_with_the_reason(bundle, tmp_path, capsys):
 def test_show_says_what_a_bundle_holds(bundle, capsys):
     assert cli.main(["policy", "show", str(bundle)]) == 0
     out = capsys.readouterr().out
-    for part in ("bundle format 4", "observation spec 3", "width 8", "34,000 agent steps, seed 4", "numpy ",
-                 "+0.0500 ± 0.0040", "0.8600 ± 0.0100 single"):  # fmt: skip
+    for part in ("bundle format 4", f"observation spec {VIEW_VERSION}", "width 8", "34,000 agent steps, seed 4",
+                 "numpy ", "+0.0500 ± 0.0040", "0.8600 ± 0.0100 single"):  # fmt: skip
         assert part in out
     for name in SEALED:
         assert f"{digest((bundle / name).read_bytes())}" in out
@@ -106,6 +107,17 @@ def test_help_lists_every_command_and_each_has_help_of_its_own(capsys):
             cli.main([*name.split(), "--help"])
         assert end.value.code == 0
         assert "usage: " in capsys.readouterr().out
+
+
+def test_every_program_of_a_checkout_is_a_command():
+    tools = {tool.module for tool in cli.COMMANDS.values() if isinstance(tool, cli.Tool)}
+    programs = {
+        str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
+        for package in ("envs", "eval", "train")
+        for file in (ROOT / package).rglob("*.py")
+        if "\ndef main(" in file.read_text()
+    }
+    assert programs == tools
 
 
 @pytest.mark.parametrize("tool", ["train", "figures"])

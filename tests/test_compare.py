@@ -90,7 +90,9 @@ def test_every_policy_faces_the_same_requests(small: Scenario, name: str) -> Non
 
 def test_prices_are_means_over_time() -> None:
     economy = {"pricing": "per_ktok", "price_bins": [0.5, 2.0]}
-    quiet = parse({"name": "quiet", "duration_s": 60, "economy": economy, "providers": [{"name": "a"}, {"name": "b"}]})
+    providers = [{"name": "a"}, {"name": "b"}]
+    top = {"duration_s": 60, "gossip_interval_s": 1, "economy": economy, "providers": providers}
+    quiet = parse({"name": "quiet"} | top)
 
     class DearerAtHalfTime:
         name = "dearer"

@@ -300,7 +300,7 @@ def test_words_of_parts_are_words_of_the_whole() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--speed", "0"], "--speed is 0, expected more than 0"),
+        (["--speed", "0"], "--speed is 0.0, expected more than 0"),
         (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
         (["--gpu", "abacus"], "unknown gpu 'abacus'"),
         (["--max-num-seqs", "2000"], "--max-num-seqs is 2000, expected 1 to 1024"),

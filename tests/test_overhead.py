@@ -20,4 +20,4 @@ def test_a_node_and_what_stands_beside_it_are_measured(tmp_path: Path) -> None:
 
 def test_a_bad_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert overhead.main(["--calls", "0"]) == 2
-    assert "expected an integer of at least 1" in capsys.readouterr().err
+    assert "--calls is 0, expected at least 1" in capsys.readouterr().err

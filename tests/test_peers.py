@@ -21,8 +21,8 @@ from wwwserve.agents.knowledge import RECORD, RECORD_WEIGHT
 from wwwserve.agents.rules import Rule
 from wwwserve.agents.view import Views
 from wwwserve.eval.live import hostile
-from wwwserve.serving import config, dispatcher
-from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT
+from wwwserve.serving import config, delegation, dispatcher
+from wwwserve.serving.delegation import PEER_PREFIX, PROMPT
 from wwwserve.serving.duel.duels import Declined
 from wwwserve.serving.fallback import FiniteViews
 from wwwserve.serving.http import messages as signed
@@ -298,7 +298,7 @@ def test_faults_are_seen(answer: bytes, fault: str | None) -> None:
 @pytest.mark.parametrize("name", ["TTFT", "TPOT"])
 def test_a_promise_that_cannot_be_is_not_believed(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = signed.Messages.sign_answer
-    header = getattr(dispatcher, name).encode()
+    header = getattr(delegation, name).encode()
 
     def promise(self: Messages, claim: signed.Claim, terms: list[tuple[bytes, bytes]]) -> bytes:
         terms[:] = [(each, told.encode() if each == header else value) for each, value in terms]
@@ -323,7 +323,7 @@ def test_a_promise_that_cannot_be_is_not_believed(name: str, told: str, monkeypa
 )  # fmt: skip
 def test_a_line_before_an_answer_that_cannot_be_is_an_error(line: bytes) -> None:
     with pytest.raises(ValueError):
-        dispatcher._head_line(line)
+        delegation.head_line(line)
 
 
 def test_a_judge_asks_its_engine_for_no_model_that_is_not_served() -> None:

@@ -205,7 +205,7 @@ def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
 
 def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
     made = collector()
-    rollouts = [made.collect(net, k, 60, NONE) for k in range(2)]
+    rollouts = [made.collect(net, k, 250, NONE) for k in range(2)]
     ends = sum(int(each.truncated.sum()) for each in rollouts)
     assert ends >= MARKETS - 2
     for each in rollouts:

@@ -21,4 +21,4 @@ def test_all_is_accounted_for_after_kills_a_full_disk_a_wrong_clock_and_a_partit
 
 def test_a_bad_argument_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert soak.main(["--kills", "0"]) == 2
-    assert "expected an integer of at least 1" in capsys.readouterr().err
+    assert "--kills is 0, expected at least 1" in capsys.readouterr().err

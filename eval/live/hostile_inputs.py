@@ -10,7 +10,7 @@ import orjson
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.agents.protocol import MICRO
-from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT
+from wwwserve.serving.delegation import PEER_PREFIX, PROMPT
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH
 from wwwserve.serving.http.keys import tagged
 from wwwserve.serving.http.messages import SIGNATURE, Messages

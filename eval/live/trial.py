@@ -26,7 +26,7 @@ from wwwserve.agents.arguments import Count, File, Policies, Range, Seed, UsageE
 from wwwserve.agents.hardware import Profile
 from wwwserve.agents.rules import RULES, Policy
 from wwwserve.envs.batch import RequestTable
-from wwwserve.envs.oracle import Oracle
+from wwwserve.envs.oracle import ORACLES, Oracle
 from wwwserve.envs.scenario import Scenario, ScenarioError, load
 from wwwserve.envs.state import MarketPlan, plan
 from wwwserve.eval.compare import FIRST_TEST_SEED, Tree, cell, check_outputs, columns, measures, over_seeds, write_json
@@ -234,17 +234,11 @@ def _told(argument: str) -> str | None:
     """What a node is told of a policy. Raises UsageError for one that a node cannot run."""
     if argument == LEARNED:
         return None
+    if argument in ORACLES:
+        raise UsageError(f"policy {argument!r} sees what no node can")
     if argument not in RULES and not Path(argument).is_dir():
         raise UsageError(f"policy {argument!r} is no rule ({', '.join(RULES)}), {LEARNED} or the folder of a bundle")
     return argument if argument in RULES else str(Path(argument).resolve())
-
-
-def _loaded(argument: str) -> Policy:
-    """What decides in the simulated market. Raises UsageError for what sees more than a node, PolicyError."""
-    policy = load_policy(argument)
-    if isinstance(policy, Oracle):
-        raise UsageError(f"policy {argument!r} sees what no node can")
-    return policy
 
 
 @dataclass
@@ -282,10 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         policies = flat(args.policy) or list(DEFAULT_POLICIES)
         scenario = load(args.scenario)
         check(scenario)
-        loaded = [_loaded(argument) for argument in policies]
         told = {argument: _told(argument) for argument in policies}
         if len(told) < len(policies):
             raise UsageError("a policy is given twice")
+        loaded = [policy for each in policies if not isinstance(policy := load_policy(each), Oracle)]
         check_outputs(args.json, None)
         seeds = range(args.first_seed, args.first_seed + args.runs)
         if args.engine == "vllm" and (args.speed != 1 or args.network is not None):

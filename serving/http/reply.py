@@ -1,11 +1,17 @@
 """What is asked, where the answer goes, and how an attempt at it can end."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from hashlib import sha256
 from typing import NamedTuple
 
 import orjson
 
+from wwwserve.serving.http.sse import AnswerMeter
+from wwwserve.serving.http.transport import Response
+
+EVENTS = "text/event-stream"
+MOST_ANSWER = 64 * 2**20  # bytes of an answer that is not streamed
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions")  # paths of the OpenAI API that are served
 
 
@@ -104,3 +110,27 @@ class HeadLineReply(Reply):
     async def _begin(self, status: int, content_type: str, body: bytes) -> None:
         self.started, self.status = True, status
         await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n" + body)
+
+
+async def pass_stream_on(
+    response: Response, kind: str, reply: Reply, meter: AnswerMeter, watch: Callable[[bytes], None] | None = None
+) -> None:
+    """Pass the stream of an engine or a peer on, up to its last event, metered; `watch` is shown all that went out.
+
+    Raises RetryableError for one that came to an end without being whole, as far as that can be told, and StreamError.
+    """
+    async for chunk in response.iter_any():
+        if not reply.started:
+            await reply.start(200, kind)
+        passed = meter.feed(chunk)
+        if watch is not None:
+            watch(passed)
+        await reply.pass_on(passed)
+        if meter.done:
+            break
+    else:
+        meter.end()
+    if not reply.started:
+        raise RetryableError("it answers nothing")
+    if reply.resumable:
+        raise RetryableError("its stream ends before its last event")

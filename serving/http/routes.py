@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import orjson
 
 from wwwserve.serving.config import NodeConfig
-from wwwserve.serving.dispatcher import PEER_PREFIX, PROMPT, TPOT, TTFT, Dispatcher
+from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TPOT, TTFT
+from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Declined
 from wwwserve.serving.http.handover import choices_in, limit_in_force, limit_of
 from wwwserve.serving.http.messages import SIGNATURE, Refusals, Refused

@@ -114,7 +114,7 @@ class Node:
             self.config, provider, cast(Engine, SimulatedEngine(self.server)), membership, messages, transport, metrics,
             self.host.url,
         )  # fmt: skip
-        dispatcher.accounts = cast(Accounts, holder)
+        dispatcher.delegation.accounts = cast(Accounts, holder)
         self.host.serve(App(dispatcher, self.config, Refusals(metrics.message_refused, loop.time)))
         process.spawn(dispatcher.run())
 
