@@ -26,7 +26,7 @@ CONTEXT_PRIOR = 30.0  # requests' worth of belief in that, against the observed 
 
 
 @kernel
-def _crowd(advert: Floats, sent: float) -> tuple[float, float, float, float]:
+def _occupancy(advert: Floats, sent: float) -> tuple[float, float, float, float]:
     """Context a request takes, in tokens, at its mean so far and typically; requests at once; requests ahead.
 
     The context is what the node's running requests show, drawn toward what is typical while there are few. A node runs
@@ -50,7 +50,7 @@ def expect(advert: Floats, sent: float, prompt: float) -> tuple[float, float]:
     """
     output = max(1.0, advert[AD_MEAN_OUTPUT])
     capacity = advert[AD_KV_CAPACITY]
-    context, typical, at_once, ahead = _crowd(advert, sent)
+    context, typical, at_once, ahead = _occupancy(advert, sent)
     decoding = min(ahead + 1.0, at_once)
     kv_tokens = min(decoding * context, capacity)
     decode_s = advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S] * decoding + advert[AD_PER_KV_TOKEN_S] * kv_tokens
@@ -73,7 +73,7 @@ def slowdown(advert: Floats, sent: float) -> float:
 
     Each decodes for CONTEXT_SHARE of a mean output more, and every iteration takes the newcomer's share longer.
     """
-    context, _, at_once, ahead = _crowd(advert, sent)
+    context, _, at_once, ahead = _occupancy(advert, sent)
     slower_s = advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context
     return float(min(ahead, at_once) * CONTEXT_SHARE * max(1.0, advert[AD_MEAN_OUTPUT]) * slower_s)
 

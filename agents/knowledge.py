@@ -1,7 +1,7 @@
 """What a provider knows, and how each message changes it.
 
 Two tables. A provider's *advert* is the last thing it said of itself; a provider keeps one row for every peer, and one
-for its own engine, which it refreshes at every scrape. Its *dealings* with a peer are what it saw for itself: what it
+for its own engine, which it refreshes at every scrape. Its *statistics* of a peer are what it saw for itself: what it
 sent since the last advert, what is still out, and how delivery compares with what was promised. Both are float64
 vectors whose columns are named here, so the simulator keeps them for every pair of a batch of markets and a live node
 for its own peers, and the same kernels write them.
@@ -45,7 +45,7 @@ AD_KV_CAPACITY = AD_WEIGHT_S + 5  # tokens
 AD_MAX_NUM_SEQS = AD_WEIGHT_S + 6
 ADVERT_SIZE = AD_WEIGHT_S + 7
 
-# Columns of the dealings with one peer.
+# Columns of the peer_stats with one peer.
 SENT = 0  # requests sent since the advert of SENT_AD_S
 SENT_AD_S = 1
 REFUSED_AD_S = 2  # time of the advert under which it last refused
@@ -57,7 +57,7 @@ RECORD = 7  # aged sum of log(actual / promised duration) of what it completed
 RECORD_WEIGHT = 8
 DUELS_WON = 9  # seen from here
 DUELS_LOST = 10
-DEALINGS_SIZE = 11
+PEER_STATS_SIZE = 11
 
 RECORD_AGEING = 0.9  # a new completion takes the weight of old ones down by this
 LENGTH_AGEING = 0.99  # the same for mean lengths, which vary more and change less
@@ -72,7 +72,7 @@ class Peers(NamedTuple):
     """What a provider knows of its peers, a row for each [N]; its own row, if there is one, is not read."""
 
     adverts: Floats  # [N, ADVERT_SIZE] the last that each said of itself
-    dealings: Floats  # [N, DEALINGS_SIZE]
+    peer_stats: Floats  # [N, PEER_STATS_SIZE]
     credit: Ints  # [N] micro-credits that may be put in escrow with each
 
 
@@ -105,54 +105,54 @@ def on_length(advert: Floats, prompt: float, output: float) -> None:
 
 
 @kernel
-def on_sent(dealings: Floats, advert: Floats) -> None:
+def on_sent(peer_stats: Floats, advert: Floats) -> None:
     """A request of ours goes to a peer with this advert. It counts from now on, so that the next is not sent after it
     while the answer is on its way."""
-    dealings[SENT] = sent_since(dealings, advert) + 1.0
-    dealings[SENT_AD_S] = advert[AD_TIME_S]
-    dealings[OUT] += 1.0
+    peer_stats[SENT] = sent_since(peer_stats, advert) + 1.0
+    peer_stats[SENT_AD_S] = advert[AD_TIME_S]
+    peer_stats[OUT] += 1.0
 
 
 @kernel
-def on_refused(dealings: Floats, advert: Floats) -> None:
+def on_refused(peer_stats: Floats, advert: Floats) -> None:
     """A peer with this advert refused one of our requests, which counts as sent there no longer."""
-    dealings[SENT] = max(0.0, sent_since(dealings, advert) - 1.0)
-    dealings[REFUSED_AD_S] = advert[AD_TIME_S]
+    peer_stats[SENT] = max(0.0, sent_since(peer_stats, advert) - 1.0)
+    peer_stats[REFUSED_AD_S] = advert[AD_TIME_S]
 
 
 @kernel
-def on_ended(dealings: Floats) -> None:
+def on_ended(peer_stats: Floats) -> None:
     """One of our requests is no longer with the peer, whatever became of it."""
-    dealings[OUT] = max(0.0, dealings[OUT] - 1.0)
+    peer_stats[OUT] = max(0.0, peer_stats[OUT] - 1.0)
 
 
 @kernel
-def on_answer(dealings: Floats, took_s: float, promised_s: float) -> None:
+def on_answer(peer_stats: Floats, took_s: float, promised_s: float) -> None:
     """The peer completed a request in `took_s` after promising, for the tokens it delivered, `promised_s`."""
-    dealings[RECORD] = RECORD_AGEING * dealings[RECORD] + math.log(max(took_s, 1e-3) / max(promised_s, 1e-3))
-    dealings[RECORD_WEIGHT] = RECORD_AGEING * dealings[RECORD_WEIGHT] + 1.0
+    peer_stats[RECORD] = RECORD_AGEING * peer_stats[RECORD] + math.log(max(took_s, 1e-3) / max(promised_s, 1e-3))
+    peer_stats[RECORD_WEIGHT] = RECORD_AGEING * peer_stats[RECORD_WEIGHT] + 1.0
 
 
 @kernel
-def clear_progress(dealings: Floats) -> None:
+def clear_progress(peer_stats: Floats) -> None:
     """Begin a new count of what the requests out with a peer have streamed."""
-    dealings[PROMISED] = 0.0
-    dealings[STREAMED] = 0.0
-    dealings[OVERDUE_S] = 0.0
+    peer_stats[PROMISED] = 0.0
+    peer_stats[STREAMED] = 0.0
+    peer_stats[OVERDUE_S] = 0.0
 
 
 @kernel
 def on_progress(
-    dealings: Floats, waited_s: float, promised_ttft_s: float, promised_tpot_s: float, streamed: float
+    peer_stats: Floats, waited_s: float, promised_ttft_s: float, promised_tpot_s: float, streamed: float
 ) -> None:
     """Count one request out with the peer: `streamed` tokens so far, `waited_s` after it was taken."""
     late_s = waited_s - promised_ttft_s
     if late_s > 0.0:
         if streamed == 0:
-            dealings[OVERDUE_S] += late_s
+            peer_stats[OVERDUE_S] += late_s
         due = 1.0 + late_s / promised_tpot_s
-        dealings[PROMISED] += due
-        dealings[STREAMED] += min(float(streamed), due)
+        peer_stats[PROMISED] += due
+        peer_stats[STREAMED] += min(float(streamed), due)
 
 
 @kernel
@@ -168,37 +168,37 @@ def silent_after_s(gossip_s: float) -> float:
 
 
 @kernel
-def sent_since(dealings: Floats, advert: Floats) -> float:
+def sent_since(peer_stats: Floats, advert: Floats) -> float:
     """Requests sent to a peer that its advert does not show yet."""
-    return float(dealings[SENT]) if dealings[SENT_AD_S] == advert[AD_TIME_S] else 0.0
+    return float(peer_stats[SENT]) if peer_stats[SENT_AD_S] == advert[AD_TIME_S] else 0.0
 
 
 @kernel
-def refused_since(dealings: Floats, advert: Floats) -> bool:
+def refused_since(peer_stats: Floats, advert: Floats) -> bool:
     """Whether the peer refused us under its present advert."""
-    return bool(dealings[REFUSED_AD_S] == advert[AD_TIME_S])
+    return bool(peer_stats[REFUSED_AD_S] == advert[AD_TIME_S])
 
 
 @kernel
-def pace(dealings: Floats) -> float:
+def pace(peer_stats: Floats) -> float:
     """In-flight evidence: log of tokens promised by now over tokens streamed, above 0 when the peer lags."""
-    return math.log((dealings[PROMISED] + PACE_PRIOR_TOKENS) / (dealings[STREAMED] + PACE_PRIOR_TOKENS))
+    return math.log((peer_stats[PROMISED] + PACE_PRIOR_TOKENS) / (peer_stats[STREAMED] + PACE_PRIOR_TOKENS))
 
 
 @kernel
-def record(dealings: Floats) -> float:
+def record(peer_stats: Floats) -> float:
     """Mean log of actual over promised duration of completed work, drawn toward 0 while there is little."""
-    return float(dealings[RECORD] / (dealings[RECORD_WEIGHT] + 1.0))
+    return float(peer_stats[RECORD] / (peer_stats[RECORD_WEIGHT] + 1.0))
 
 
 @kernel
-def duel_rate(dealings: Floats) -> float:
+def duel_rate(peer_stats: Floats) -> float:
     """Share of duels won, from one half toward the observed share."""
-    return float((dealings[DUELS_WON] + 1.0) / (dealings[DUELS_WON] + dealings[DUELS_LOST] + 2.0))
+    return float((peer_stats[DUELS_WON] + 1.0) / (peer_stats[DUELS_WON] + peer_stats[DUELS_LOST] + 2.0))
 
 
-def make_dealings(*shape: int) -> Floats:
-    """Dealings with peers one has not dealt with, [*shape, DEALINGS_SIZE]."""
-    dealings = np.zeros((*shape, DEALINGS_SIZE))
-    dealings[..., [SENT_AD_S, REFUSED_AD_S]] = NO_TIME
-    return dealings
+def make_peer_stats(*shape: int) -> Floats:
+    """Statistics of peers of whom nothing was seen, [*shape, PEER_STATS_SIZE]."""
+    peer_stats = np.zeros((*shape, PEER_STATS_SIZE))
+    peer_stats[..., [SENT_AD_S, REFUSED_AD_S]] = NO_TIME
+    return peer_stats

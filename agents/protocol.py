@@ -6,7 +6,7 @@ touches; none makes an amount negative. Stake and duel rules are those of WWW.Se
 
 import math
 
-from wwwserve.agents.dice import uniform
+from wwwserve.agents.generator import uniform
 from wwwserve.agents.kernel import Bools, Floats, Ints, kernel
 
 MICRO = 1_000_000  # micro-credits in a credit
@@ -28,7 +28,7 @@ TIE, A_WINS, B_WINS = 0, 1, 2
 
 
 @kernel
-def draw_by_stake(stake: Floats, eligible: Bools, count: int, dice: Ints, drawn: Ints) -> int:
+def draw_by_stake(stake: Floats, eligible: Bools, count: int, generator: Ints, drawn: Ints) -> int:
     """Draw up to `count` of the eligible without replacement, weight equal to stake, in the order drawn.
 
     `stake` [N] >= 0 in any unit, `eligible` [N] is spent; those without stake come last, evenly. Writes indices to
@@ -48,7 +48,7 @@ def draw_by_stake(stake: Floats, eligible: Bools, count: int, dice: Ints, drawn:
         pick = -1
         if staked > 0:
             staked -= 1
-            left = uniform(dice) * total
+            left = uniform(generator) * total
             for j in range(stake.size):
                 if eligible[j] and stake[j] > 0.0:
                     pick = j  # the last one, should rounding leave a rest
@@ -57,7 +57,7 @@ def draw_by_stake(stake: Floats, eligible: Bools, count: int, dice: Ints, drawn:
                         break
             total -= stake[pick]
         else:
-            skip = min(int(uniform(dice) * idle), idle - 1)
+            skip = min(int(uniform(generator) * idle), idle - 1)
             idle -= 1
             for j in range(stake.size):
                 if eligible[j]:

@@ -26,8 +26,8 @@ from wwwserve.agents.decision import (
     may_hold,
     may_offer,
 )
-from wwwserve.agents.dice import WORDS, uniform
 from wwwserve.agents.estimate import expect
+from wwwserve.agents.generator import GENERATOR_WORDS, uniform
 from wwwserve.agents.kernel import Bools, Floats, Ints, Record, Records, kernel
 from wwwserve.agents.knowledge import (
     AD_HELD,
@@ -87,7 +87,7 @@ PROVIDER_FIELDS = [
     ("credit", np.int64),  # free micro-credits when it last looked
     ("next_gossip_s", np.float64),
     ("arrival_rate", np.float64),  # of its own users' requests, 1/s
-    ("guests", np.int64),  # peers' requests that it has
+    ("remote", np.int64),  # peers' requests that it has
     ("held_head", np.int32, MAX_CLASSES),  # its queues, one a class; -1 where there is none
     ("held_tail", np.int32, MAX_CLASSES),
     ("closed", np.int8, MAX_CLASSES),  # 1: the class is held until the next tick or answer
@@ -96,7 +96,7 @@ PROVIDER_FIELDS = [
     ("head", np.int32),  # the request to decide on, -1 if none
     ("opening", np.int64),  # number, from 1, of the last opening of what is held: candidates are drawn anew at each
     ("advert_due", np.int64),
-    ("generator", np.int64, WORDS),  # of random numbers
+    ("generator", np.int64, GENERATOR_WORDS),  # of random numbers
 ]
 PROVIDER = np.dtype(PROVIDER_FIELDS, align=True)
 
@@ -327,8 +327,8 @@ def reopen(p: Record) -> None:
 
 
 @kernel
-def offer(p: Record, q: Records, r: int, j: int, dealings: Floats, advert: Floats) -> None:
-    """Request r goes to peer j, of whom `dealings` and `advert` are known; whether it takes it is yet to be heard."""
+def offer(p: Record, q: Records, r: int, j: int, peer_stats: Floats, advert: Floats) -> None:
+    """Request r goes to peer j, of whom `peer_stats` and `advert` are known; whether it takes it is yet to be heard."""
     q[r].executor = j
     q[r].taken_s = np.nan
     q[r].streamed = 0
@@ -337,7 +337,7 @@ def offer(p: Record, q: Records, r: int, j: int, dealings: Floats, advert: Float
     if p.out_head >= 0:
         q[p.out_head].out_prev = r
     p.out_head = r
-    on_sent(dealings, advert)
+    on_sent(peer_stats, advert)
 
 
 @kernel
@@ -349,10 +349,10 @@ def accepted(q: Records, r: int, now_s: float, ttft_s: float, tpot_s: float) -> 
 
 
 @kernel
-def refused(p: Record, q: Records, r: int, dealings: Floats, advert: Floats) -> None:
+def refused(p: Record, q: Records, r: int, peer_stats: Floats, advert: Floats) -> None:
     """The peer that r was offered to does not take it, or does not answer."""
-    end_leg(p, q, r, dealings)
-    on_refused(dealings, advert)
+    end_attempt(p, q, r, peer_stats)
+    on_refused(peer_stats, advert)
 
 
 @kernel
@@ -372,15 +372,15 @@ def come_back(p: Record, q: Records, r: int) -> None:
 
 
 @kernel
-def answered(p: Record, q: Records, r: int, dealings: Floats, now_s: float, output: int) -> None:
+def answered(p: Record, q: Records, r: int, peer_stats: Floats, now_s: float, output: int) -> None:
     """The peer's answer to request r, of `output` tokens, is all there."""
     promised_s = q[r].promised_ttft_s + q[r].promised_tpot_s * (output - 1)
-    on_answer(dealings, now_s - q[r].taken_s, promised_s)
-    end_leg(p, q, r, dealings)
+    on_answer(peer_stats, now_s - q[r].taken_s, promised_s)
+    end_attempt(p, q, r, peer_stats)
 
 
 @kernel
-def end_leg(p: Record, q: Records, r: int, dealings: Floats) -> None:
+def end_attempt(p: Record, q: Records, r: int, peer_stats: Floats) -> None:
     """Request r is no longer with a peer, whatever became of it."""
     before, after = q[r].out_prev, q[r].out_next
     if before >= 0:
@@ -390,7 +390,7 @@ def end_leg(p: Record, q: Records, r: int, dealings: Floats) -> None:
     if after >= 0:
         q[after].out_prev = before
     q[r].out_next = q[r].out_prev = -1
-    on_ended(dealings)
+    on_ended(peer_stats)
 
 
 @kernel
@@ -400,15 +400,15 @@ def is_out(p: Record, q: Records, r: int) -> bool:
 
 
 @kernel
-def look_at_evidence(p: Record, q: Records, dealings: Floats, now_s: float) -> None:
-    """Compare what every peer has streamed with what it promised. `dealings` [N, DEALINGS_SIZE]."""
-    for j in range(dealings.shape[0]):
-        clear_progress(dealings[j])
+def look_at_evidence(p: Record, q: Records, peer_stats: Floats, now_s: float) -> None:
+    """Compare what every peer has streamed with what it promised. `peer_stats` [N, PEER_STATS_SIZE]."""
+    for j in range(peer_stats.shape[0]):
+        clear_progress(peer_stats[j])
     r = p.out_head
     while r >= 0:
         if not np.isnan(q[r].taken_s):
             waited_s = now_s - q[r].taken_s
-            on_progress(dealings[q[r].executor], waited_s, q[r].promised_ttft_s, q[r].promised_tpot_s, q[r].streamed)
+            on_progress(peer_stats[q[r].executor], waited_s, q[r].promised_ttft_s, q[r].promised_tpot_s, q[r].streamed)
         r = q[r].out_next
 
 

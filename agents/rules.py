@@ -27,11 +27,11 @@ from wwwserve.agents.protocol import TARGET_KV_USE
 from wwwserve.agents.view import (
     CHANCE,
     COST,
-    CROWD_S,
     FINISH_S,
     HAS_REQUEST,
     KV_USE,
     LAST_SLACK_S,
+    LOAD_S,
     LOOSENESS,
     N_CANDIDATES,
     OVERDUE,
@@ -52,10 +52,10 @@ class Policy(Protocol):
 
     name: str
 
-    def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
+    def decide(self, views: Views, active: Bools, uniforms: Floats, actions: Actions) -> None:
         """Write the decisions of the `active` [...] providers into `actions` [...].
 
-        `dice` [..., 4]: uniforms in (0, 1), the policy's only source of chance; a request that comes back
+        `uniforms` [..., 4]: uniforms in (0, 1), the policy's only source of chance; a request that comes back
         from a peer finds others.
         """
 
@@ -74,7 +74,7 @@ ACCEPT_WAIT_S = Setting(
 )
 OWN_MARGIN = Setting(1.0, "a peer must be expected to finish in less than this times the own time", search=(0.7, 1.2))
 SLOWDOWN = Setting(0.0, "weight of the delay that a request brings to those running beside it", search=(0.0, 2.0))
-CROWD = Setting(0.0, "tokens' time added for each request on the node", search=(0.0, 20.0))
+LOAD = Setting(0.0, "tokens' time added for each request on the node", search=(0.0, 20.0))
 MAX_QUEUE = Setting(
     1e9, "requests waiting on a node beyond which none is sent there, but held until one has room", search=(0.0, 8.0)
 )
@@ -90,7 +90,7 @@ CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 PRICE_SLOPE = Setting(4.0, "own price bin at full KV use", search=(0.0, 7.0))
 
 FINISH = {
-    "accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN, "crowd": CROWD,
+    "accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN, "load": LOAD,
     "max_queue": MAX_QUEUE,
 }  # fmt: skip
 TRUST = {"pace": PACE_WEIGHT, "record": RECORD_WEIGHT, "overdue": OVERDUE_WEIGHT}
@@ -116,26 +116,26 @@ RULES: dict[str, dict[str, Setting]] = {
         "accept": Setting(0.8, "chance to take others' work", 1.0, (0.0, 1.0)),
         "probes": Setting(3, "peers probed, at most", search=(1.0, 8.0)),
     },
-    "earliest_finish": _tuned(FINISH, accept_wait_s=0.53, own_margin=0.911, slowdown=0.0425, crowd=2.89),
+    "earliest_finish": _tuned(FINISH, accept_wait_s=0.53, own_margin=0.911, slowdown=0.0425, load=2.89),
     "earliest_finish_trust": _tuned(
         FINISH | TRUST,
         accept_wait_s=0.674,
         own_margin=0.903,
         slowdown=0.0796,
-        crowd=15,
+        load=15,
         pace=1.37,
         record=1.09,
         overdue=0,
     ),
     "deadline_first": _tuned(
-        FINISH | {"urgency": URGENCY}, accept_wait_s=1.05, own_margin=0.804, slowdown=0.378, crowd=6.41, urgency=1.37
+        FINISH | {"urgency": URGENCY}, accept_wait_s=1.05, own_margin=0.804, slowdown=0.378, load=6.41, urgency=1.37
     ),
     "rank_cap": _tuned(
         FINISH | CAP,
         accept_wait_s=0.572,
         own_margin=0.988,
         slowdown=0.427,
-        crowd=6.4,
+        load=6.4,
         urgency=1,
         cap_fast=0.324,
         cap_slow=0.758,
@@ -145,7 +145,7 @@ RULES: dict[str, dict[str, Setting]] = {
         accept_wait_s=4.14,
         own_margin=0.912,
         slowdown=0.5,
-        crowd=14.9,
+        load=14.9,
         pace=1.17,
         record=0.28,
         overdue=0.458,
@@ -164,7 +164,7 @@ _IDS = {name: k for k, name in enumerate(RULES)}
 ) = range(len(RULES))  # fmt: skip
 # Every rule's settings as a kernel reads them; a rule that lacks one has it at a value without effect.
 (
-    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _CROWD, _MAX_QUEUE, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST,
+    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _LOAD, _MAX_QUEUE, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST,
     _CAP_SLOW, _PRICE_SLOPE, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
 ) = range(17)  # fmt: skip
 _COLUMNS = (*FINISH, *TRUST, *CAP, "price_slope", *RULES["www_serve"])
@@ -182,7 +182,7 @@ def _time_to(node: Singles, p: Floats) -> float:
     """A node's expected finish, discounted by what is known of its delivery, plus what it costs others, s."""
     trust = math.exp(p[_PACE] * max(0.0, node[PACE]) + p[_RECORD] * max(0.0, node[RECORD]))
     late_s = p[_OVERDUE] * node[OVERDUE]
-    return float(node[FINISH_S] * trust + late_s + p[_SLOWDOWN] * node[SLOWDOWN_S] + p[_CROWD] * node[CROWD_S])
+    return float(node[FINISH_S] * trust + late_s + p[_SLOWDOWN] * node[SLOWDOWN_S] + p[_LOAD] * node[LOAD_S])
 
 
 @kernel
@@ -229,15 +229,15 @@ def _shortest_queue(nodes: Singles, routes: Bytes) -> int:
 
 
 @kernel
-def _www_serve(p: Floats, nodes: Singles, request: Singles, routes: Bytes, dice: Floats) -> int:
+def _www_serve(p: Floats, nodes: Singles, request: Singles, routes: Bytes, uniforms: Floats) -> int:
     """The published dispatch: here while there is room, else a peer drawn by stake, else the own queue or wait."""
     if nodes[0, KV_USE] < p[_TARGET_KV_USE]:
         return LOCAL
-    if dice[0] < p[_OFFLOAD]:
+    if uniforms[0] < p[_OFFLOAD]:
         for k in range(min(int(request[N_CANDIDATES]), int(p[_PROBES]))):
             if routes[FIRST_CANDIDATE + k]:
                 return FIRST_CANDIDATE + k
-    if dice[1] < p[_QUEUE]:
+    if uniforms[1] < p[_QUEUE]:
         return LOCAL
     return HOLD
 
@@ -272,7 +272,7 @@ def _best_value(nodes: Singles, request: Singles, routes: Bytes) -> int:
 
 
 @kernel
-def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes, dice: Floats) -> int:
+def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes, uniforms: Floats) -> int:
     """The route of one view by the rule of this number with settings `p` [len(_COLUMNS)].
 
     It may hold where the mask forbids that.
@@ -280,14 +280,14 @@ def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes
     if rule == _SINGLE:
         return LOCAL
     if rule == _RANDOM:
-        return _random(routes, dice[0])
+        return _random(routes, uniforms[0])
     if rule == _POWER_OF_TWO:
-        a, b = _random(routes, dice[0]), _random(routes, dice[1])
+        a, b = _random(routes, uniforms[0]), _random(routes, uniforms[1])
         return b if _load(nodes[_node_of(b)]) < _load(nodes[_node_of(a)]) else a
     if rule == _SHORTEST_QUEUE:
         return _shortest_queue(nodes, routes)
     if rule == _WWW_SERVE:
-        return _www_serve(p, nodes, request, routes, dice)
+        return _www_serve(p, nodes, request, routes, uniforms)
     if rule == _BEST_VALUE:
         return _best_value(nodes, request, routes)
     best = _earliest(nodes, routes, p)
@@ -311,7 +311,7 @@ def _decide(
     me: Singles,
     routes: Bytes,
     active: Bools,
-    dice: Floats,
+    uniforms: Floats,
     route: Ints32,
     terms: Floats,
     price: Ints32,
@@ -321,7 +321,7 @@ def _decide(
             continue
         route[k] = HOLD
         if me[k, HAS_REQUEST] > 0.5:
-            route[k] = choose(rule, p, nodes[k], request[k], routes[k], dice[k])
+            route[k] = choose(rule, p, nodes[k], request[k], routes[k], uniforms[k])
             if route[k] != HOLD and nodes[k, _node_of(route[k]), WAITING] > p[_MAX_QUEUE]:
                 route[k] = HOLD
             if route[k] == HOLD and not routes[k, HOLD]:  # past its last deadline a request is held no longer
@@ -361,7 +361,7 @@ class Rule:
         self._id = _IDS[name]
         self._values = np.array([self.settings.get(key, _WITHOUT.get(key, 0.0)) for key in _COLUMNS])
 
-    def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
+    def decide(self, views: Views, active: Bools, uniforms: Floats, actions: Actions) -> None:
         """See `Policy.decide`. `actions` must be contiguous arrays."""
         if not all(array.flags.c_contiguous for array in actions):
             raise ValueError("actions must be contiguous arrays, or what is written to them is lost")
@@ -373,7 +373,7 @@ class Rule:
             views.me.reshape(-1, views.me.shape[-1]),
             views.routes.reshape(-1, ROUTES),
             active.reshape(-1),
-            dice.reshape(-1, dice.shape[-1]),
+            uniforms.reshape(-1, uniforms.shape[-1]),
             actions.route.reshape(-1),
             actions.terms.reshape(-1, actions.terms.shape[-1]),
             actions.price.reshape(-1),

@@ -57,7 +57,7 @@ NODE_FEATURES = (
     Feature("first_token_s", "s", 0, 1e4, "log", "expected time from now to the first token"),
     Feature("token_s", "s", 0, 1, "log", "expected time per token"),
     Feature("slowdown_s", "s", 0, 1e4, "log", "delay it would bring to the requests that run there, summed"),
-    Feature("crowd_s", "s", 0, 1e4, "log", "time per token, summed over the requests there and those sent since"),
+    Feature("load_s", "s", 0, 1e4, "log", "time per token, summed over the requests there and those sent since"),
     Feature("finish_rank", "share", 0, 1, "linear", "share of the other nodes in view expected to finish it earlier"),
     Feature("speed_rank", "share", 0, 1, "linear", "share of the other nodes in view that decode faster when idle"),
     Feature("kv_use", "share", 0, 1, "linear", "share of the KV cache in use"),
@@ -93,14 +93,14 @@ SELF_FEATURES = (
     Feature("advert_due", "0/1", 0, 1, "linear", "the price and terms chosen now go out with the next advert"),
     Feature("held", "requests", 0, 512, "log", "own users' requests undecided"),
     Feature("arrivals_per_s", "1/s", 0, 100, "log", "own users' arrivals, averaged over the last minute or so"),
-    Feature("guests", "requests", 0, 512, "log", "peers' requests running or waiting here"),
+    Feature("remote", "requests", 0, 512, "log", "peers' requests running or waiting here"),
     Feature("credit", "credits", 0, 1e6, "log", "free credit"),
     Feature("price", "credits", 0, 100, "log", "own price in force"),
 )
 
 NODES = 1 + CANDIDATES  # slot 0 is the own node
 (
-    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, SLOWDOWN_S, CROWD_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING,
+    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, SLOWDOWN_S, LOAD_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING,
     WAITING, HELD_TIGHTER, HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, STAKE, PACE, RECORD, OVERDUE, AGE_S, DUEL_RATE,
     REFUSED,
 ) = range(len(NODE_FEATURES))  # fmt: skip
@@ -108,7 +108,7 @@ NODES = 1 + CANDIDATES  # slot 0 is the own node
     PROMPT, OUTPUT, OUTPUT_SIGMA, VALUE, WAITED_S, FIRST_SLACK_S, LAST_SLACK_S, LOOSENESS, REFUSALS, N_CANDIDATES,
 ) = range(len(REQUEST_FEATURES))  # fmt: skip
 (
-    HAS_REQUEST, ADVERT_DUE, HELD, ARRIVALS_PER_S, GUESTS, CREDIT, PRICE,
+    HAS_REQUEST, ADVERT_DUE, HELD, ARRIVALS_PER_S, REMOTE, CREDIT, PRICE,
 ) = range(len(SELF_FEATURES))  # fmt: skip
 
 # Columns of what an origin knows of a class of its own requests.
@@ -214,7 +214,7 @@ def _clip(row: Singles, low: Singles, high: Singles) -> None:
 def write_node(
     row: Singles,
     advert: Floats,
-    dealings: Floats,
+    peer_stats: Floats,
     own: bool,
     now_s: float,
     rtt_s: float,
@@ -228,9 +228,9 @@ def write_node(
     """One node's features, ranks aside. `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class.
 
     `looser_than` [MAX_CLASSES] is 1 for the classes with a looser deadline than the request's. On the own node
-    `dealings` are not read, and the request travels nowhere.
+    `peer_stats` are not read, and the request travels nowhere.
     """
-    sent = 0.0 if own else sent_since(dealings, advert)
+    sent = 0.0 if own else sent_since(peer_stats, advert)
     first_s, token_s = expect(advert, sent, prompt)
     if not own:
         first_s += rtt_s  # the request there, its answer back
@@ -238,7 +238,7 @@ def write_node(
     row[FIRST_TOKEN_S] = first_s
     row[TOKEN_S] = token_s
     row[SLOWDOWN_S] = slowdown(advert, sent)
-    row[CROWD_S] = token_s * (advert[AD_RUNNING] + advert[AD_WAITING] + sent)
+    row[LOAD_S] = token_s * (advert[AD_RUNNING] + advert[AD_WAITING] + sent)
     row[FINISH_S] = first_s + known[CLASS_MEAN] * token_s
     row[CHANCE] = chance_on_time(
         deadlines, waited_s, first_s, token_s, known[CLASS_MEDIAN], known[CLASS_SIGMA], known[CLASS_MAX]
@@ -267,13 +267,13 @@ def write_node(
         row[DUEL_RATE] = 0.5
         row[REFUSED] = 0.0
     else:
-        row[OUT_THERE] = dealings[OUT]
+        row[OUT_THERE] = peer_stats[OUT]
         row[COST] = advert[AD_PRICE] * (1.0 if pricing == PER_REQUEST else known[CLASS_MEAN] / 1000.0)
-        row[PACE] = pace(dealings)
-        row[RECORD] = record(dealings)
-        row[OVERDUE] = dealings[OVERDUE_S]
-        row[DUEL_RATE] = duel_rate(dealings)
-        row[REFUSED] = 1.0 if refused_since(dealings, advert) else 0.0
+        row[PACE] = pace(peer_stats)
+        row[RECORD] = record(peer_stats)
+        row[OVERDUE] = peer_stats[OVERDUE_S]
+        row[DUEL_RATE] = duel_rate(peer_stats)
+        row[REFUSED] = 1.0 if refused_since(peer_stats, advert) else 0.0
     _clip(row, _NODE_LOW, _NODE_HIGH)
 
 
@@ -324,7 +324,7 @@ def write_request_view(
     routes[LOCAL] = 1
     prompt = float(request.prompt)
     write_node(
-        nodes[0], p.own, peers.dealings[0], True, now_s, a.rtt_s, prompt, of_class, due_s, waited_s,
+        nodes[0], p.own, peers.peer_stats[0], True, now_s, a.rtt_s, prompt, of_class, due_s, waited_s,
         scratch.looser_than, a.pricing,
     )  # fmt: skip
     scratch.idle_token_s[0] = idle_token_time(p.own)
@@ -332,8 +332,8 @@ def write_request_view(
     for k in range(request.n_candidates):
         j = request.candidates[k]
         write_node(
-            nodes[1 + k], peers.adverts[j], peers.dealings[j], False, now_s, a.rtt_s, prompt, of_class, due_s, waited_s,
-            scratch.looser_than, a.pricing,
+            nodes[1 + k], peers.adverts[j], peers.peer_stats[j], False, now_s, a.rtt_s, prompt, of_class, due_s,
+            waited_s, scratch.looser_than, a.pricing,
         )  # fmt: skip
         scratch.idle_token_s[1 + k] = idle_token_time(peers.adverts[j])
         routes[FIRST_CANDIDATE + k] = 1 if may_offer(a.pricing, request, peers, k) else 0
@@ -384,7 +384,7 @@ def write_view(view: Views, p: Record, a: Record, q: Records, peers: Peers, now_
     me[ADVERT_DUE] = 1.0 if p.advert_due == 1 else 0.0
     me[HELD] = p.held
     me[ARRIVALS_PER_S] = p.arrival_rate
-    me[GUESTS] = p.guests
+    me[REMOTE] = p.remote
     me[CREDIT] = p.credit / MICRO
     me[PRICE] = p.price
     _clip(me, _SELF_LOW, _SELF_HIGH)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wwwserve.agents.decision import Actions, make_actions
-from wwwserve.agents.dice import DICE_PER_DECISION
+from wwwserve.agents.generator import UNIFORMS_PER_DECISION
 from wwwserve.agents.view import make_views
 from wwwserve.envs.market import start_market, step_range
 from wwwserve.envs.scenario import Scenario
@@ -35,10 +35,10 @@ class RequestTable(NamedTuple):
 class MarketBatch:
     """`len(scenarios)` markets, market b with `scenarios[b]` and `seeds[b]`.
 
-    views: see `agents.view`, leading axes [B, N]; active [B, N]: who is asked to decide; dice [B, N, 4]: uniforms for
-    policies that toss coins; reward [B, N] float32, elapsed_s [B] and over [B] of the last step; given [B, N]: the part
-    of the reward that arrivals brought, whatever was decided, which a learner may subtract. All are overwritten by
-    `step`. An action is read only where `active` is set. A market that is over stays as it is until `reset`.
+    views: see `agents.view`, leading axes [B, N]; active [B, N]: who is asked to decide; uniforms [B, N, 4]: random
+    numbers in (0, 1) for policies; reward [B, N] float32, elapsed_s [B] and over [B] of the last step; given [B, N]:
+    the part of the reward that arrivals brought, whatever was decided, which a learner may subtract. All are
+    overwritten by `step`. An action is read only where `active` is set. A market that is over stays as it is until `reset`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MarketBatch:
         self.markets = make_markets(self.count, self.shape)
         self.views = make_views(self.count, self.providers)
         self.active = np.zeros((self.count, self.providers), np.bool_)
-        self.dice = np.zeros((self.count, self.providers, DICE_PER_DECISION))
+        self.uniforms = np.zeros((self.count, self.providers, UNIFORMS_PER_DECISION))
         self.reward = np.zeros((self.count, self.providers), np.float32)
         self.given = np.zeros((self.count, self.providers), np.float32)
         self.plans: list[MarketPlan] = list(plans)
@@ -99,9 +99,9 @@ class MarketBatch:
             raise ValueError(f"{planned.scenario.name} needs {need}, the batch has room for {self.shape}")
         self.plans[b] = planned
         write_market(self.markets, b, planned, self.reward_rule)
-        for array in (*self.views, self.active, self.dice, self.reward, self.given):
+        for array in (*self.views, self.active, self.uniforms, self.reward, self.given):
             array[b] = 0
-        start_market(self.markets, b, self.views, self.active, self.dice)
+        start_market(self.markets, b, self.views, self.active, self.uniforms)
 
     def actions(self) -> Actions:
         """Actions of the batch's shape: hold, accept always, lowest price."""
@@ -109,7 +109,7 @@ class MarketBatch:
 
     def step(self, actions: Actions) -> None:
         """Carry out one decision of every active provider and move each market on."""
-        args = (actions, self.views, self.active, self.dice, self.reward, self.given)
+        args = (actions, self.views, self.active, self.uniforms, self.reward, self.given)
         if self._pool is None:
             step_range(self.markets, 0, self.count, *args)
             return

@@ -20,7 +20,7 @@ import tyro
 
 from wwwserve.agents.arguments import Positive, UsageError, parse_args, refuse
 from wwwserve.agents.decision import ADMIT_WAIT_S, ADMITS, HOLD, MAX_WAIT_S, ROUTES, TERMS_SIZE
-from wwwserve.agents.dice import make_dice, uniform
+from wwwserve.agents.generator import make_generators, uniform
 from wwwserve.agents.hardware import profile
 from wwwserve.agents.kernel import kernel
 from wwwserve.envs.batch import MarketBatch
@@ -73,13 +73,13 @@ def scenario(providers: int, gpus: tuple[str, ...] = SMALL_CARDS) -> Scenario:
 
 
 @kernel
-def draw(routes, n_prices, dice, route, terms, price):
+def draw(routes, n_prices, uniforms, route, terms, price):
     """Random legal decisions: route [A] among those legal in `routes` [A, ROUTES], terms [A, TERMS_SIZE], price [A]."""
     for a in range(route.size):
         legal = 0
         for k in range(routes.shape[1]):
             legal += routes[a, k]
-        skip = np.int64(uniform(dice) * legal)
+        skip = np.int64(uniform(uniforms) * legal)
         route[a] = HOLD
         for k in range(routes.shape[1]):
             if routes[a, k] == 1:
@@ -87,8 +87,8 @@ def draw(routes, n_prices, dice, route, terms, price):
                     route[a] = k
                     break
                 skip -= 1
-        terms[a, MAX_WAIT_S] = ADMIT_WAIT_S[np.int64(uniform(dice) * ADMITS)]
-        price[a] = np.int64(uniform(dice) * n_prices)
+        terms[a, MAX_WAIT_S] = ADMIT_WAIT_S[np.int64(uniform(uniforms) * ADMITS)]
+        price[a] = np.int64(uniform(uniforms) * n_prices)
 
 
 class Loop:
@@ -102,7 +102,7 @@ class Loop:
         self._draw_args = (
             self.batch.views.routes.reshape(-1, ROUTES),
             int(self.batch.markets.market["n_prices"][0]),
-            make_dice(0)[0],
+            make_generators(0)[0],
             self.actions.route.reshape(-1),
             self.actions.terms.reshape(-1, TERMS_SIZE),
             self.actions.price.reshape(-1),

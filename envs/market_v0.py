@@ -184,7 +184,7 @@ class MarketEnv(ParallelEnv):
     def reset(
         self, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Observation], dict[str, dict[str, Any]]]:
-        """Start a market whose traffic and dice come from `seed`, a non-negative integer.
+        """Start a market whose traffic and uniforms come from `seed`, a non-negative integer.
 
         Without a seed they come from the last one's generator: the same seed, then the same resets, give the same
         markets. `options` are not read.

@@ -215,8 +215,8 @@ class MarketVecEnv(VecEnv):
         if shape != self.batch.shape:
             old, self.batch = self.batch, self._make(self.batch.plans, shape)
             new = self.batch
-            state: list[Any] = [*old.markets, *old.views, old.active, old.dice, old.reward]
-            room: list[Any] = [*new.markets, *new.views, new.active, new.dice, new.reward]
+            state: list[Any] = [*old.markets, *old.views, old.active, old.uniforms, old.reward]
+            room: list[Any] = [*new.markets, *new.views, new.active, new.uniforms, new.reward]
             for source, target in zip(state, room, strict=True):
                 target[tuple(slice(size) for size in source.shape)] = source
         self.batch.reset(b, planned)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.dice import WORDS, make_dice
+from wwwserve.agents.generator import GENERATOR_WORDS, make_generators
 from wwwserve.agents.hardware import MODELS, QUANTIZATIONS, Profile, profile
 from wwwserve.agents.kernel import records
 from wwwserve.agents.knowledge import (
@@ -18,9 +18,9 @@ from wwwserve.agents.knowledge import (
     AD_MEAN_PROMPT,
     AD_TIME_S,
     ADVERT_SIZE,
-    DEALINGS_SIZE,
     NO_TIME,
-    make_dealings,
+    PEER_STATS_SIZE,
+    make_peer_stats,
     write_profile,
 )
 from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, NO_BOUND, PER_KTOK, PER_REQUEST, STAKED
@@ -96,7 +96,7 @@ MARKET = np.dtype(
         ("mail_head", np.int64),  # requests of which something is on its way, by when it is there; -1 if none
         ("mail_tail", np.int64),
         ("minted", np.int64),  # micro-credits in existence
-        ("generator", np.int64, WORDS),  # of random numbers that are no provider's
+        ("generator", np.int64, GENERATOR_WORDS),  # of random numbers that are no provider's
     ],
     align=True,
 )
@@ -190,7 +190,7 @@ class Markets(NamedTuple):
     duels: NDArray[Any]  # [B, D] DUEL; D is 1 where there are none
     adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last heard
     sent_adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last sent
-    dealings: NDArray[np.float64]  # [B, N, N, DEALINGS_SIZE] of origin with peer
+    peer_stats: NDArray[np.float64]  # [B, N, N, PEER_STATS_SIZE] of origin with peer
     accounts: NDArray[np.int64]  # [B, N, ACCOUNT_SIZE]
     # Scratch buffers.
     done: NDArray[np.int64]  # [B, R]
@@ -300,7 +300,7 @@ def make_markets(count: int, shape: Shape) -> Markets:
         duels=records((count, shape.duels), DUEL),
         adverts=np.zeros((count, n, ADVERT_SIZE)),
         sent_adverts=np.zeros((count, n, ADVERT_SIZE)),
-        dealings=np.zeros((count, n, n, DEALINGS_SIZE)),
+        peer_stats=np.zeros((count, n, n, PEER_STATS_SIZE)),
         accounts=np.zeros((count, n, ACCOUNT_SIZE), np.int64),
         done=np.zeros((count, r), np.int64),
         stake=np.zeros((count, n)),
@@ -346,12 +346,12 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["count_transfers"] = reward.transfers
     m["by_decision"] = reward.by_decision
     m["mail_head"] = m["mail_tail"] = -1
-    m["generator"] = make_dice((planned.seed, 1))
+    m["generator"] = make_generators((planned.seed, 1))
 
     providers, engines = markets.providers[b], markets.engines[b]
     names = sorted({name for p in scenario.providers for name in p.serves})
     reset_provider(providers)
-    providers["generator"] = make_dice((planned.seed, 2), len(providers))
+    providers["generator"] = make_generators((planned.seed, 2), len(providers))
     providers["price"] = prices[0]
     providers["advert_lands_s"] = np.inf
     providers["known"][:n, :c] = planned.known
@@ -376,7 +376,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
 
     m["minted"] = markets.accounts[b].sum()
     markets.adverts[b, :, AD_TIME_S] = NO_TIME
-    markets.dealings[b] = make_dealings(*markets.dealings.shape[1:3])
+    markets.peer_stats[b] = make_peer_stats(*markets.peer_stats.shape[1:3])
 
     requests = markets.requests[b, :in_use]
     requests[...] = _NEW_REQUEST

@@ -73,7 +73,7 @@ def run(
         if isinstance(policy, Oracle):
             policy.decide(batch, actions)
         else:
-            policy.decide(batch.views, batch.active, batch.dice, actions)
+            policy.decide(batch.views, batch.active, batch.uniforms, actions)
         before_s = batch.now_s.copy()
         batch.step(actions)
         price_time += providers["price"] * (batch.now_s - before_s)[:, None]

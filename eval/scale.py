@@ -71,7 +71,7 @@ def play(policy: Policy, scenario: Scenario, seeds: Sequence[int], threads: int)
     while not batch.over.all():
         decisions += int(batch.active.sum())
         start_s = time.perf_counter()
-        policy.decide(batch.views, batch.active, batch.dice, actions)
+        policy.decide(batch.views, batch.active, batch.uniforms, actions)
         spent_s += time.perf_counter() - start_s
         batch.step(actions)
     aucs = [measure(batch.requests(b), scenario)["slo_auc"] for b in range(len(seeds))]
@@ -135,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _nothing() -> tuple[Any, Any, Any]:
-    """Views, active and dice of a fresh market of four in which nobody is asked."""
+    """Views, active and uniforms of a fresh market of four in which nobody is asked."""
     batch = MarketBatch([plan(market(4), 0)])
-    return batch.views, np.zeros_like(batch.active), batch.dice
+    return batch.views, np.zeros_like(batch.active), batch.uniforms
 
 
 if __name__ == "__main__":

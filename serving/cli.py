@@ -304,7 +304,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "fidelity": Tool("eval.fidelity", "Play arrivals on an engine and in the simulator."),
     "hardware-fit": Tool("eval.hardware_fit", "Say how far the catalogue's engine profiles are off measurements."),
     "strength": Tool("eval.strength", "Fit the quality of models' answers to published win rates."),
-    "bench": Tool("envs.bench", "Measure how fast the market runs."),
+    "bench": Tool("envs.judge_pool", "Measure how fast the market runs."),
     "trial": Tool("eval.live.trial", "Play a scenario through a live network."),
     "overhead": Tool("eval.live.overhead", "Measure what a node adds to a request."),
     "delegated": Tool("eval.live.delegated", "Measure what it costs to hand a request over."),
@@ -378,12 +378,12 @@ def decision_us(policy: LearnedPolicy, views: Views) -> float:
     """Median time that `policy` takes to decide on one of the `views` [G], µs."""
     nodes, request, me, routes = views
     single = [Views(nodes[i], request[i], me[i], routes[i]) for i in (slice(k, k + 1) for k in range(len(me)))]
-    active, dice, actions = np.ones(1, np.bool_), np.zeros((1, 4)), make_actions(1)
+    active, uniforms, actions = np.ones(1, np.bool_), np.zeros((1, 4)), make_actions(1)
     spent_ns = []
     for k in range(DECISIONS + len(single)):
         view = single[k % len(single)]
         start_ns = time.perf_counter_ns()
-        policy.decide(view, active, dice, actions)
+        policy.decide(view, active, uniforms, actions)
         spent_ns.append(time.perf_counter_ns() - start_ns)
     return float(np.median(spent_ns[len(single) :])) / 1e3
 

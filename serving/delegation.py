@@ -16,7 +16,7 @@ import orjson
 
 from wwwserve.agents.knowledge import AD_STAKE
 from wwwserve.serving.config import NodeConfig
-from wwwserve.serving.duel.duels import JUDGE_S, Duels, Leg
+from wwwserve.serving.duel.duels import JUDGE_S, Attempt, Duels
 from wwwserve.serving.duel.judge import judgeable
 from wwwserve.serving.http.handover import WithoutUsage, for_pay
 from wwwserve.serving.http.messages import Refused
@@ -121,7 +121,7 @@ class Delegation:
         if rival is None:
             return await self._hand_over(offer, reply)
 
-        async def hand(name: str, leg: Leg) -> Usage | None:
+        async def hand(name: str, leg: Attempt) -> Usage | None:
             if name != rival:
                 return await self._hand_over(offer, leg)
             copy = self.provider.new(None, ask.klass, prompt, most, self.clock(), ask.model)
@@ -194,7 +194,7 @@ class Delegation:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
             raise RetryableError(reason) from None
         finally:
-            self._end_leg(request, handed, answered)
+            self._end_attempt(request, handed, answered)
             if payment is not None:
                 if handed is not None:
                     payment.end(self._came(handed), handed.meter.complete)
@@ -202,7 +202,7 @@ class Delegation:
                     payment.end()
         return handed.meter.usage
 
-    def _end_leg(self, request: int, handed: Handed | None, answered: bool) -> None:
+    def _end_attempt(self, request: int, handed: Handed | None, answered: bool) -> None:
         """A request is no longer with a peer, which may not have taken it."""
         if handed is None:
             self.provider.refused(request)

@@ -30,7 +30,7 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.delegation import Delegation
-from wwwserve.serving.duel.duels import Attestor, Bench, Declined
+from wwwserve.serving.duel.duels import Attestor, Declined, JudgePool
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
 from wwwserve.serving.engine.adapter import Engine, EngineError
 from wwwserve.serving.http.messages import Messages
@@ -104,7 +104,7 @@ class Dispatcher:
         self._round_due = False  # of decisions
         self._priced = False  # whether the price of an advert that is due has been decided
         self.attestor = Attestor(messages.identity)
-        self.bench = Bench(messages.identity, self._judge, metrics)
+        self.judge_pool = JudgePool(messages.identity, self._judge, metrics)
         if ledger is not None:
             provider.pay(ledger.free_credit())
 
@@ -171,7 +171,7 @@ class Dispatcher:
             self.restaked_s = now_s
             await self._restake(self.accounts)
         self.provider.ticked(elapsed_s, now_s)
-        self.pump()
+        self.dispatch()
 
     def _publish(self, now_s: float) -> None:
         """Say how things are here; a node that cannot serve says nothing, and is taken for offline."""
@@ -221,7 +221,7 @@ class Dispatcher:
             self.accounts.gone(name)
         self.delegation.gone(name)
 
-    def pump(self) -> None:
+    def dispatch(self) -> None:
         """Decide, at the end of this instant, on all that can be decided on: what else happens now comes first."""
         if not self._round_due:
             self._round_due = True
@@ -237,10 +237,10 @@ class Dispatcher:
         if self._priced:
             self._priced = False
             self._publish(now_s)
-        decision = provider.decide(now_s, self.metrics.guests_now)
+        decision = provider.decide(now_s, self.metrics.remote_now)
         self._priced = provider.advert_due
         if decision is not None or self._priced:
-            self.pump()
+            self.dispatch()
         if decision is None:
             return
         job: Job = provider.keys[decision.request]
@@ -283,7 +283,7 @@ class Dispatcher:
         provider.arrived(request)
         try:
             while True:
-                self.pump()
+                self.dispatch()
                 decision = await job.placed
                 where = "local" if decision.route == LOCAL else "peer"
                 if again is not None:
@@ -318,7 +318,7 @@ class Dispatcher:
         """An answer is done, so what is held may be decided on."""
         if self.provider.held:
             self.provider.reopen()
-            self.pump()
+            self.dispatch()
 
     def _take_back(self, job: Job, decision: Decision, reason: RetryableError) -> None:
         """Hold a request that came back. Raises Failed where there is nobody left to ask."""
@@ -466,8 +466,8 @@ class Dispatcher:
                     "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
                     "price": vector[AD_PRICE], "stake": vector[AD_STAKE],
                     "out": sum(each.peer == name for each in self.delegation.handed.values()),
-                    "duels_won": int(provider.peers.dealings[row, DUELS_WON]),
-                    "duels_lost": int(provider.peers.dealings[row, DUELS_LOST]),
+                    "duels_won": int(provider.peers.peer_stats[row, DUELS_WON]),
+                    "duels_lost": int(provider.peers.peer_stats[row, DUELS_LOST]),
                     "judged": asdict(records[name]) if name in records else None,
                 }
             )  # fmt: skip
@@ -480,7 +480,7 @@ class Dispatcher:
                 "running": load.running, "waiting": load.waiting,
                 "kv_use": load.kv_tokens / self.engine.profile.kv_tokens, "profile": asdict(self.engine.profile),
             },
-            "held": provider.held, "guests": self.metrics.guests_now, "price": provider.price, "speed": self.speed,
+            "held": provider.held, "remote": self.metrics.remote_now, "price": provider.price, "speed": self.speed,
             "requests": self.metrics.totals(), "peers": peers, "decisions": list(self.decisions),
             "ledger": self.accounts.overview() if self.accounts is not None else None,
         }  # fmt: skip

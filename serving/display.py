@@ -19,7 +19,7 @@ REFRESH_S = 1.0
 def table(seen: list[dict[str, Any]]) -> Table:
     """Nodes as rows: load, price, decisions, SLO."""
     view = Table(title="wwwserve", expand=False)
-    for name in ("node", "API", "engine", "running", "waiting", "KV", "held", "guests", "price", "asked", "answered",
+    for name in ("node", "API", "engine", "running", "waiting", "KV", "held", "remote", "price", "asked", "answered",
                  "handed over", "in time", "mean s", "last decisions"):  # fmt: skip
         view.add_column(name, justify="left" if name in ("node", "API", "engine", "last decisions") else "right")
     for each in seen:
@@ -28,7 +28,7 @@ def table(seen: list[dict[str, Any]]) -> Table:
         labels = {peer["key"]: _who(peer) for peer in each["peers"]}
         view.add_row(
             each["name"], each["url"], "up" if engine["up"] else "down", f"{engine['running']:.0f}",
-            f"{engine['waiting']:.0f}", f"{engine['kv_use']:.0%}", str(each["held"]), str(each["guests"]),
+            f"{engine['waiting']:.0f}", f"{engine['kv_use']:.0%}", str(each["held"]), str(each["remote"]),
             f"{each['price']:g}", str(requests["accepted"]), str(answered), str(requests["handed_over"]),
             f"{requests['on_time'] / answered:.0%}" if answered else "-", f"{requests['mean_latency_s']:.2f}",
             " ".join(labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]),

@@ -29,14 +29,14 @@ class FiniteViews:
         self.policy, self.name, self.fallback = policy, policy.name, Rule(fallback)
         self._told = False
 
-    def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
+    def decide(self, views: Views, active: Bools, uniforms: Floats, actions: Actions) -> None:
         """See `agents.rules.Policy`."""
         if is_finite(views.nodes.ravel()) and is_finite(views.request.ravel()) and is_finite(views.me.ravel()):
-            self.policy.decide(views, active, dice, actions)
+            self.policy.decide(views, active, uniforms, actions)
             return
         if not self._told:
             self._told = True
             log.error("a view is not finite, a rule decides", extra={"rule": self.fallback.name})
         nodes, request, me, routes = views
         finite = Views(np.nan_to_num(nodes), np.nan_to_num(request), np.nan_to_num(me), routes)
-        self.fallback.decide(finite, active, dice, actions)
+        self.fallback.decide(finite, active, uniforms, actions)

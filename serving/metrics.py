@@ -32,7 +32,7 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
         )  # fmt: skip
         self._held = self._gauge("held", "users' requests that are not decided")
-        self._guests_now = self._gauge("guests", "peers' requests in the engine")
+        self._remote_now = self._gauge("remote", "peers' requests in the engine")
         self._engine_up = self._gauge("engine_up", "whether the engine answers")
         self._peers = self._gauge("peers", "peers that are there")
         self._credits = Gauge(
@@ -45,7 +45,7 @@ class Metrics:
         self._counts = {
             "accepted": 0, "answered": 0, "failed": 0, "cancelled": 0, "on_time": 0, "turned_away": 0, "handed_over": 0
         }  # fmt: skip
-        self.guests_now = 0
+        self.remote_now = 0
         self._total_s = 0.0
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -82,7 +82,7 @@ class Metrics:
 
     def guest(self, change: int, outcome: str = "") -> None:
         """A peer's request came or ended."""
-        self.guests_now += change
+        self.remote_now += change
         if outcome:
             self._guests.labels(outcome).inc()
 
@@ -121,7 +121,7 @@ class Metrics:
                 self._credits.labels(each.peer, whose, "escrow").set(escrow / MICRO)
         self._ledger_full.set(ledger_full)
         self._held.set(held)
-        self._guests_now.set(self.guests_now)
+        self._remote_now.set(self.remote_now)
         self._engine_up.set(engine_up)
         self._peers.set(peers)
         return generate_latest(self.registry)

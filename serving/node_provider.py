@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from wwwserve.agents import provider as transitions
 from wwwserve.agents.decision import FIRST_CANDIDATE, make_actions, may_hold, may_offer
-from wwwserve.agents.dice import DICE_PER_DECISION, make_dice, uniform
+from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
 from wwwserve.agents.hardware import Profile
 from wwwserve.agents.kernel import Floats, Ints, one_at_a_time, records
 from wwwserve.agents.knowledge import (
@@ -28,7 +28,7 @@ from wwwserve.agents.knowledge import (
     MAX_CLASSES,
     NO_TIME,
     Peers,
-    make_dealings,
+    make_peer_stats,
     on_length,
     on_scrape,
     write_profile,
@@ -118,7 +118,7 @@ class NodeProvider:
         record["own"][[AD_MEAN_PROMPT, AD_MEAN_OUTPUT]] = mean_prompt, mean_output
         write_profile(record["own"], profile.row(), 1.0)
         record["price"], record["credit"] = market.prices[0], round(credit * MICRO)
-        record["generator"] = make_dice(seed)[0]
+        record["generator"] = make_generators(seed)[0]
         record["next_gossip_s"] = -np.inf  # at once
         self.account = np.zeros(ACCOUNT_SIZE, np.int64)
         self.account[FREE], self.account[STAKED] = round(credit * MICRO), round(stake * MICRO)
@@ -126,14 +126,14 @@ class NodeProvider:
         self.names: list[str] = []
         self.serves: list[frozenset[str]] = []  # model names of each peer
         self._row: dict[str, int] = {}
-        self._peers = Peers(np.zeros((0, ADVERT_SIZE)), make_dealings(1), np.zeros(0, np.int64))
+        self._peers = Peers(np.zeros((0, ADVERT_SIZE)), make_peer_stats(1), np.zeros(0, np.int64))
         self._scratch = Scratch(np.zeros(0), np.zeros(0, np.bool_))
         self._serving = np.zeros(0, np.bool_)
         self.keys: list[Any] = []
         self._models: list[str] = []
         self._free: list[int] = []
         self._requests = records(0, REQUEST)
-        self.uniforms = np.zeros((1, DICE_PER_DECISION))
+        self.uniforms = np.zeros((1, UNIFORMS_PER_DECISION))
         self.view = make_views(1)
         self.actions = make_actions(1)
         self._asked = np.ones(1, np.bool_)
@@ -228,7 +228,7 @@ class NodeProvider:
     def offer(self, r: int, name: str) -> None:
         """A request goes to a peer."""
         j = self._row_of(name)
-        transitions.offer(self.record, self._requests, r, j, self._peers.dealings[j], self._peers.adverts[j])
+        transitions.offer(self.record, self._requests, r, j, self._peers.peer_stats[j], self._peers.adverts[j])
 
     def accepted(self, r: int, now_s: float, promise: Promise) -> None:
         """The peer takes the request that it was offered."""
@@ -237,16 +237,18 @@ class NodeProvider:
     def refused(self, r: int) -> None:
         """The peer does not take the request that it was offered, or does not answer."""
         j = int(self._requests[r]["executor"])
-        transitions.refused(self.record, self._requests, r, self._peers.dealings[j], self._peers.adverts[j])
+        transitions.refused(self.record, self._requests, r, self._peers.peer_stats[j], self._peers.adverts[j])
 
     def lost(self, r: int) -> None:
         """The request is no longer with the peer that took it, and not answered whole."""
-        transitions.end_leg(self.record, self._requests, r, self._peers.dealings[int(self._requests[r]["executor"])])
+        transitions.end_attempt(
+            self.record, self._requests, r, self._peers.peer_stats[int(self._requests[r]["executor"])]
+        )
 
     def answered(self, r: int, now_s: float, output: int) -> None:
         """The peer's answer of `output` tokens is all there."""
-        dealings = self._peers.dealings[int(self._requests[r]["executor"])]
-        transitions.answered(self.record, self._requests, r, dealings, now_s, output)
+        peer_stats = self._peers.peer_stats[int(self._requests[r]["executor"])]
+        transitions.answered(self.record, self._requests, r, peer_stats, now_s, output)
 
     def streamed(self, r: int, tokens: int) -> None:
         """So many tokens of an answer came from the peer so far."""
@@ -254,7 +256,7 @@ class NodeProvider:
 
     def looked(self, now_s: float) -> None:
         """What peers have streamed is compared with what they promised."""
-        transitions.look_at_evidence(self.record, self._requests, self._peers.dealings, now_s)
+        transitions.look_at_evidence(self.record, self._requests, self._peers.peer_stats, now_s)
 
     def rivals(self, decision: Decision) -> list[str]:
         """The other candidates of a decision to whom the request may be offered, in the order drawn."""
@@ -298,7 +300,7 @@ class NodeProvider:
     def duelled(self, name: str, won: bool) -> None:
         """A peer's answer won or lost a duel that was ours to judge."""
         row = self._row_of(name)
-        self._peers.dealings[row, DUELS_WON if won else DUELS_LOST] += 1.0
+        self._peers.peer_stats[row, DUELS_WON if won else DUELS_LOST] += 1.0
 
     def consider(self, prompt: int) -> Promise | None:
         """Whether it takes a peer's request of `prompt` tokens, on its terms in force."""
@@ -370,8 +372,8 @@ class NodeProvider:
 
     # What it decides.
 
-    def decide(self, now_s: float, guests: int = 0) -> Decision | None:
-        """Decide on the undecided request whose last deadline comes first, while the own engine has `guests` of peers.
+    def decide(self, now_s: float, remote: int = 0) -> Decision | None:
+        """Decide on the undecided request whose last deadline comes first, while the own engine has `remote` of peers.
 
         Price and terms are set as well. A request that is held stays in its queue, which is closed until the next tick
         or answer; one that is to be handed over is then counted as offered. None if there is nothing to decide on.
@@ -389,7 +391,7 @@ class NodeProvider:
         r = int(record["head"])
         if r < 0 and not record["advert_due"]:
             return None
-        record["guests"] = guests
+        record["remote"] = remote
         view = Views(*(array[0] for array in self.view))
         write_view(view, record, self.agreement, requests, peers, now_s, self._view_scratch)
         self.policy.decide(self.view, self._asked, self.uniforms, self.actions)
@@ -442,9 +444,9 @@ class NodeProvider:
             advert = np.zeros((1, ADVERT_SIZE))
             advert[0, AD_TIME_S] = NO_TIME
             credit: Ints = np.array([0 if self.pays else NO_BOUND])
-            adverts, dealings, credits = self._peers
+            adverts, peer_stats, credits = self._peers
             self._peers = Peers(
-                np.concatenate([adverts, advert]), np.concatenate([dealings, make_dealings(1)]),
+                np.concatenate([adverts, advert]), np.concatenate([peer_stats, make_peer_stats(1)]),
                 np.concatenate([credits, credit]),
             )  # fmt: skip
             self._scratch = Scratch(np.zeros(row + 1), np.zeros(row + 1, np.bool_))

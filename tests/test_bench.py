@@ -63,7 +63,7 @@ def test_actions_are_uniform_over_what_is_legal() -> None:
     routes = np.zeros((30_000, 10), np.int8)
     routes[:, [0, 3, 9]] = 1
     route, terms, price = np.zeros(30_000, np.int32), np.zeros((30_000, 4)), np.zeros(30_000, np.int32)
-    bench.draw(routes, 5, bench.make_dice(1)[0], route, terms, price)
+    bench.draw(routes, 5, bench.make_generators(1)[0], route, terms, price)
     assert np.bincount(route, minlength=10)[[0, 3, 9]] == pytest.approx([10_000] * 3, rel=0.05)
     assert np.bincount(price) == pytest.approx([6_000] * 5, rel=0.05)
     waits, counts = np.unique(terms[:, 0], return_counts=True)

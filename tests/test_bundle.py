@@ -20,7 +20,7 @@ from wwwserve.agents.decision import ADMITS, FIRST_CANDIDATE, HOLD, LOCAL, ROUTE
 from wwwserve.agents.policy.bundle import CARD, MANIFEST, ONNX, SEALED, WEIGHTS, BundleError, load, read, save, seal
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.policy.network import Actor, actor_of, onnx_bytes, weights_of
-from wwwserve.agents.view import CROWD_S, FINISH_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, VIEW_VERSION, Views
+from wwwserve.agents.view import FINISH_S, LOAD_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, VIEW_VERSION, Views
 from wwwserve.eval.policies import PolicyError, load_policy
 from wwwserve.train.export import card, export, record
 
@@ -124,7 +124,7 @@ def test_an_untrained_actor_trusts_the_estimate_and_the_record(seen):
     actions = make_actions(len(views.nodes))
     policy.decide(views, np.ones(len(views.nodes), np.bool_), np.zeros((len(views.nodes), 4)), actions)
     trust = np.exp(views.nodes[..., PACE].clip(0) + views.nodes[..., RECORD].clip(0))
-    others_s = 0.5 * views.nodes[..., SLOWDOWN_S] + 10 * views.nodes[..., CROWD_S]
+    others_s = 0.5 * views.nodes[..., SLOWDOWN_S] + 10 * views.nodes[..., LOAD_S]
     expected_s = views.nodes[..., FINISH_S] * trust + 0.5 * views.nodes[..., OVERDUE] + others_s
     finish_s = np.where(views.routes[:, LOCAL:] == 1, expected_s, np.inf)
     chosen_s = finish_s[np.arange(len(finish_s)), actions.route - LOCAL]

@@ -98,7 +98,7 @@ def test_prices_are_means_over_time() -> None:
         name = "dearer"
         ticks = 0
 
-        def decide(self, views: Any, active: Any, dice: Any, actions: Any) -> None:
+        def decide(self, views: Any, active: Any, uniforms: Any, actions: Any) -> None:
             self.ticks += 1
             actions.price[:, 1] = self.ticks > 30
 

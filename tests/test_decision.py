@@ -24,7 +24,7 @@ from wwwserve.agents.decision import (
     set_admit,
 )
 from wwwserve.agents.kernel import records
-from wwwserve.agents.knowledge import AD_PRICE, ADVERT_SIZE, Peers, make_dealings
+from wwwserve.agents.knowledge import AD_PRICE, ADVERT_SIZE, Peers, make_peer_stats
 from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST
 from wwwserve.agents.provider import REQUEST
 
@@ -97,7 +97,7 @@ def test_accept(offered, wait_s: float, kv_use: float, held: int, u: float, take
 def peers(prices: list[float], credit: list[int]) -> Peers:
     adverts = np.zeros((len(prices), ADVERT_SIZE))
     adverts[:, AD_PRICE] = prices
-    return Peers(adverts, make_dealings(len(prices)), np.array(credit))
+    return Peers(adverts, make_peer_stats(len(prices)), np.array(credit))
 
 
 def test_a_peer_is_affordable_up_to_its_longest_answer() -> None:

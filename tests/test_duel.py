@@ -15,11 +15,11 @@ from wwwserve.serving.duel import duels as duel
 from wwwserve.serving.duel.duels import (
     ATTEST_PATH,
     JUDGE_PATH,
+    Attempt,
     Attestor,
-    Bench,
     Declined,
     Duels,
-    Leg,
+    JudgePool,
     Pair,
     as_shown,
     b_first,
@@ -39,7 +39,7 @@ from wwwserve.serving.metrics import Metrics
 PATH = "/v1/chat/completions"
 BODY = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "Why?"}], "stream": True})
 ASK = CompletionRequest(PATH, BODY, "m", True)
-Hand = Callable[[str, Leg], Awaitable[Any]]
+Hand = Callable[[str, Attempt], Awaitable[Any]]
 
 
 def event(text: str) -> bytes:
@@ -74,7 +74,7 @@ class Node:
         self.identity = Identity.generate()
         self.name = self.identity.name
         self.attestor = Attestor(self.identity)
-        self.bench = Bench(self.identity, self.judge, Metrics())
+        self.judge_pool = JudgePool(self.identity, self.judge, Metrics())
         self.opinion: Callable[[str, str], int] = lambda first, second: VOTE_A if len(first) > len(second) else VOTE_B
         self.signs = True
 
@@ -109,7 +109,7 @@ class Net:
             if path == ATTEST_PATH and node.signs:
                 return node.attestor.attest(self.origin.name, body)
             if path == JUDGE_PATH:
-                return await node.bench.vote(self.origin.name, body)
+                return await node.judge_pool.vote(self.origin.name, body)
         except Declined as refused:
             raise OSError(str(refused)) from None
         raise OSError("no answer")
@@ -125,7 +125,7 @@ class Net:
         assert stated == verdict and self.stakes.heard(stated)
         self.verdicts.append(verdict)
 
-    async def hand(self, name: str, leg: Leg) -> str:
+    async def hand(self, name: str, leg: Attempt) -> str:
         await leg.start(200, "text/event-stream")
         for chunk in stream(self.answers[name]):
             await asyncio.sleep(0)
@@ -170,7 +170,7 @@ def test_the_user_waits_for_the_first_answer_alone() -> None:
         net = Net()
         last = asyncio.Event()
 
-        async def hand(name: str, leg: Leg) -> str:
+        async def hand(name: str, leg: Attempt) -> str:
             if name == net.good.name:
                 await last.wait()
             return await net.hand(name, leg)
@@ -192,7 +192,7 @@ def test_a_whole_answer_is_judged_as_well() -> None:
         net = Net()
         ask = ASK._replace(stream=False)
 
-        async def hand(name: str, leg: Leg) -> None:
+        async def hand(name: str, leg: Attempt) -> None:
             body = orjson.dumps({"choices": [{"index": 0, "message": {"content": net.answers[name]}}]})
             net.nodes[name].attestor.answered(net.origin.name, digest(BODY), digest(body))
             await leg.whole(200, "application/json", body)
@@ -208,7 +208,7 @@ def test_one_answer_is_no_duel(what: str, monkeypatch: pytest.MonkeyPatch) -> No
     async def run() -> None:
         net = Net()
 
-        async def hand(name: str, leg: Leg) -> str:
+        async def hand(name: str, leg: Attempt) -> str:
             if name == net.good.name:
                 return await net.hand(name, leg)
             await asyncio.sleep(0.01)
@@ -237,14 +237,14 @@ def test_the_one_that_answers_is_enough_and_without_any_it_is_given_back() -> No
     async def run() -> None:
         net = Net()
 
-        async def only_bad(name: str, leg: Leg) -> str:
+        async def only_bad(name: str, leg: Attempt) -> str:
             if name == net.good.name:
                 raise RetryableError("it refuses")
             return await net.hand(name, leg)
 
         assert (await net.run(only_bad)).body == b"".join(stream("bad"))
 
-        async def neither(name: str, leg: Leg) -> None:
+        async def neither(name: str, leg: Attempt) -> None:
             raise RetryableError(f"{name} refuses")
 
         user = User()
@@ -260,7 +260,7 @@ def test_a_user_who_hangs_up_stops_both() -> None:
         net = Net()
         stopped = []
 
-        async def endless(name: str, leg: Leg) -> None:
+        async def endless(name: str, leg: Attempt) -> None:
             try:
                 await leg.start(200, "text/event-stream")
                 await asyncio.Event().wait()
@@ -282,7 +282,7 @@ def test_a_user_who_has_the_whole_answer_may_hang_up() -> None:
     async def run() -> None:
         net = Net()
 
-        async def hand(name: str, leg: Leg) -> str:
+        async def hand(name: str, leg: Attempt) -> str:
             result = await net.hand(name, leg)
             await asyncio.sleep(0.02)  # until the connection is closed
             return result
@@ -303,7 +303,7 @@ def test_a_user_who_has_the_whole_answer_may_hang_up() -> None:
 def test_a_silent_judge_is_fined() -> None:
     async def run() -> None:
         net = Net()
-        del net.nodes[net.judges[0].name].bench
+        del net.nodes[net.judges[0].name].judge_pool
         ask = net.ask
 
         async def without(peer: str, path: str, body: bytes) -> bytes:
@@ -404,7 +404,7 @@ def pair(net: Net, **changed: Any) -> tuple[Pair, str]:
 def test_a_judge_sees_that_the_origin_cheats() -> None:
     net = Net(judges=5)
     whole, judge = pair(net)
-    bench = net.nodes[judge].bench
+    bench = net.nodes[judge].judge_pool
     swapped = {"a": whole.b, "b": whole.a, "answer_a": whole.answer_b, "answer_b": whole.answer_a}
     drawn = draw(whole.a, whole.b, dict(whole.electors), 3).judges
     left_out = next(node for node in net.judges if node.name not in drawn)
@@ -415,7 +415,7 @@ def test_a_judge_sees_that_the_origin_cheats() -> None:
         ({"a": msgspec.structs.replace(whole.a, signature=whole.b.signature)}, bench, "signed|for the origin"),
         ({"electors": (*whole.electors, whole.electors[0])}, bench, "twice"),
         ({"electors": (*whole.electors, (net.good.name, 1))}, bench, "none of them"),
-        ({}, left_out.bench, "does not fall on this node"),
+        ({}, left_out.judge_pool, "does not fall on this node"),
         ({"path": "/v1/load_lora_adapter"}, bench, "path is"),
         ({"path": PATH + " HTTP/1.1\r\n\r\nDELETE /x"}, bench, "path is"),
         ({"electors": tuple(each for each in whole.electors if each[0] != judge)}, bench, "does not fall"),
@@ -440,7 +440,7 @@ def test_a_judge_judges_a_few_at_once() -> None:
             await wait.wait()
             return VOTE_A
 
-        bench = net.nodes[judge].bench
+        bench = net.nodes[judge].judge_pool
         bench.judge = slow
         body = msgspec.json.encode(whole)
         votes = [asyncio.create_task(bench.vote(net.origin.name, body)) for _ in range(duel.MOST_JUDGING)]
@@ -522,7 +522,7 @@ def test_nothing_is_left_of_duels_that_end_anyhow(monkeypatch: pytest.MonkeyPatc
 
         net.ask = sometimes  # type: ignore[method-assign]
 
-        async def hand(name: str, leg: Leg) -> str:
+        async def hand(name: str, leg: Attempt) -> str:
             luck = generator.integers(8)
             if luck == 0:
                 raise RetryableError("no")
@@ -553,7 +553,7 @@ def test_nothing_is_left_of_duels_that_end_anyhow(monkeypatch: pytest.MonkeyPatc
         assert net.count("won") > 10 and net.count("void") > 10
         assert sum(net.count(outcome) for outcome in ("won", "tie", "void")) == 200
         assert sum(net.stakes.stake(name) for name in net.nodes) <= 4 * MICRO * len(net.nodes)
-        assert all(node.bench.judging == 0 for node in net.judges)
+        assert all(node.judge_pool.judging == 0 for node in net.judges)
 
     asyncio.run(run())
 
@@ -562,7 +562,7 @@ def test_a_node_that_ends_ends_its_duels() -> None:
     async def run() -> None:
         net = Net()
 
-        async def hand(name: str, leg: Leg) -> str:
+        async def hand(name: str, leg: Attempt) -> str:
             if name == net.bad.name:
                 await asyncio.sleep(3600)
             return await net.hand(name, leg)

@@ -65,7 +65,7 @@ def market_views(count: int) -> Views:
     for _ in range(80):
         rows = np.nonzero(batch.active)
         taken.append([array[rows].copy() for array in batch.views])
-        rule.decide(batch.views, batch.active, batch.dice, actions)
+        rule.decide(batch.views, batch.active, batch.uniforms, actions)
         batch.step(actions)
     columns = [np.concatenate(column) for column in zip(*taken, strict=True)]
     rows = rng.permutation(len(columns[0]))[:count]
@@ -201,7 +201,7 @@ def node_of(**features: float) -> NDArray[np.float32]:
         (node_of(FINISH_S=10, PACE=-2, RECORD=-1), 10.0),  # to be early earns nothing
         (node_of(FINISH_S=10, PACE=0.5, RECORD=0.2, OVERDUE=30), 10 * np.exp(0.35 + 0.26) + 12),
         (node_of(FINISH_S=10, SLOWDOWN_S=5), 13.0),
-        (node_of(FINISH_S=10, CROWD_S=5), 11.5),
+        (node_of(FINISH_S=10, LOAD_S=5), 11.5),
         (node_of(FINISH_S=0, OWN=1), float(SHORTEST_S)),
     ],
 )
@@ -255,7 +255,7 @@ def unlearned(views: Views) -> list[int]:
     """Routes of the rule trust_cap on views without classes."""
     views.request[:, v.LOOSENESS] = 0
     actions = make_actions(len(views.me))
-    settings = {"pace": 1, "record": 1, "overdue": 0.5, "own_margin": 1, "slowdown": 0.5, "crowd": 10}
+    settings = {"pace": 1, "record": 1, "overdue": 0.5, "own_margin": 1, "slowdown": 0.5, "load": 10}
     Rule("trust_cap", settings).decide(views, np.ones(len(views.me), np.bool_), np.zeros((len(views.me), 4)), actions)
     routes: list[int] = actions.route.tolist()
     return routes

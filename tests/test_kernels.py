@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from wwwserve import agents
-from wwwserve.agents import decision, dice, estimate, hardware, kernel, knowledge, protocol, provider, rules, view
+from wwwserve.agents import decision, estimate, generator, hardware, kernel, knowledge, protocol, provider, rules, view
 from wwwserve.agents.policy import architecture, forward
 from wwwserve.envs import scenario
 from wwwserve.envs.batch import MarketBatch
@@ -53,9 +53,9 @@ def adverts_of(rng: np.random.Generator, count: int) -> Any:
     return made
 
 
-def dealings_of(rng: np.random.Generator, adverts: Any) -> Any:
-    """Dealings after a few random messages with each peer."""
-    made = knowledge.make_dealings(len(adverts))
+def peer_stats_of(rng: np.random.Generator, adverts: Any) -> Any:
+    """Statistics of peers after a few random messages with each peer."""
+    made = knowledge.make_peer_stats(len(adverts))
     for row, advert in zip(made, adverts, strict=True):
         messages: list[Callable[[], None]] = [
             lambda row=row, advert=advert: knowledge.on_sent(row, advert),
@@ -72,16 +72,16 @@ def dealings_of(rng: np.random.Generator, adverts: Any) -> Any:
 
 def knowledge_case(rng: np.random.Generator) -> Results:
     adverts = adverts_of(rng, DRAWS)
-    dealings = dealings_of(rng, adverts)
+    peer_stats = peer_stats_of(rng, adverts)
     read = [
         [f(d) for f in (knowledge.pace, knowledge.record, knowledge.duel_rate)]
         + [knowledge.sent_since(d, a), knowledge.refused_since(d, a)]
-        for a, d in zip(adverts, dealings, strict=True)
+        for a, d in zip(adverts, peer_stats, strict=True)
     ]
-    cleared = dealings.copy()
+    cleared = peer_stats.copy()
     for row in cleared[::2]:
         knowledge.clear_progress(row)
-    return {"adverts": adverts, "dealings": dealings, "read": np.array(read, float), "cleared": cleared}
+    return {"adverts": adverts, "peer_stats": peer_stats, "read": np.array(read, float), "cleared": cleared}
 
 
 def estimate_case(rng: np.random.Generator) -> Results:
@@ -104,19 +104,22 @@ def estimate_case(rng: np.random.Generator) -> Results:
     }  # fmt: skip
 
 
-def dice_case(rng: np.random.Generator) -> Results:
-    generators = dice.make_dice(int(rng.integers(1000)), 3)
-    return {"values": np.array([[dice.uniform(row) for _ in range(DRAWS)] for row in generators]), "words": generators}
+def generator_case(rng: np.random.Generator) -> Results:
+    generators = generator.make_generators(int(rng.integers(1000)), 3)
+    return {
+        "values": np.array([[generator.uniform(row) for _ in range(DRAWS)] for row in generators]),
+        "words": generators,
+    }
 
 
 def protocol_case(rng: np.random.Generator) -> Results:
-    generator = dice.make_dice(5)[0]
+    numbers = generator.make_generators(5)[0]
     draws, paid, bounds, stakes, duels, other = [], [], [], [], [], []
     for _ in range(DRAWS):
         n = int(rng.integers(1, 12))
         drawn = np.full(12, -1)
         stake = rng.uniform(0, 5, n) * (rng.random(n) < 0.7)
-        draws.append([protocol.draw_by_stake(stake, rng.random(n) < 0.8, 8, generator, drawn), *drawn])
+        draws.append([protocol.draw_by_stake(stake, rng.random(n) < 0.8, 8, numbers, drawn), *drawn])
         accounts = rng.integers(0, 10**7, (9, protocol.ACCOUNT_SIZE))
         amount = int(rng.integers(0, 10**7))
         locked = protocol.lock(accounts[0], amount)
@@ -152,7 +155,11 @@ def provider_of(rng: np.random.Generator, requests: int) -> tuple[Any, Any, Any]
     q = kernel.records(requests, REQUEST)
     provider.reset_provider(p)
     provider.reset_requests(q)
-    p["known"][0, :3], p["own"], p["generator"] = KNOWN, adverts_of(rng, 1)[0], dice.make_dice(int(rng.integers(99)))
+    p["known"][0, :3], p["own"], p["generator"] = (
+        KNOWN,
+        adverts_of(rng, 1)[0],
+        generator.make_generators(int(rng.integers(99))),
+    )
     p["own"][0, knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = 0
     a["tick_s"], a["gossip_s"], a["rtt_s"] = 1.0, 3.0, 0.05
     a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
@@ -171,11 +178,11 @@ def views_of(rng: np.random.Generator, count: int) -> view.Views:
         adverts = adverts_of(rng, PEERS)
         p, a, q = provider_of(rng, 1)
         p["head"] = -1 if b % 10 == 0 else 0
-        p["advert_due"], p["held"], p["guests"] = b % 3 == 0, *rng.integers(9, size=2)
+        p["advert_due"], p["held"], p["remote"] = b % 3 == 0, *rng.integers(9, size=2)
         p["arrival_rate"], p["price"], p["credit"] = *rng.random(2), rng.integers(10**9)
         q["n_candidates"], q["refused"] = rng.integers(0, 9), rng.integers(256)
         q["candidates"] = rng.permutation(np.arange(1, PEERS))[: decision.CANDIDATES]
-        peers = knowledge.Peers(adverts, dealings_of(rng, adverts), rng.integers(0, 10**7, PEERS))
+        peers = knowledge.Peers(adverts, peer_stats_of(rng, adverts), rng.integers(0, 10**7, PEERS))
         one = view.Views(*(array[b] for array in views))
         view.write_view(one, p, a, q, peers, 5.0, scratch)
     return views
@@ -188,11 +195,11 @@ class Life:
         self.rng, self.now_s = rng, 5.0
         self.p, self.a, self.q = provider_of(rng, 40)
         self.adverts = adverts_of(rng, PEERS)
-        self.dealings = knowledge.make_dealings(PEERS)
+        self.peer_stats = knowledge.make_peer_stats(PEERS)
         self.account = np.array([20 * protocol.MICRO, 2 * protocol.MICRO, 0])
         self.credit = np.zeros(PEERS, np.int64)
         self.scratch = provider.Scratch(np.zeros(PEERS), np.zeros(PEERS, np.bool_))
-        self.uniforms = np.zeros(dice.DICE_PER_DECISION)
+        self.uniforms = np.zeros(generator.UNIFORMS_PER_DECISION)
         self.arrived = 0
         self.offered: list[int] = []
         self.taken: list[int] = []
@@ -200,7 +207,7 @@ class Life:
 
     def peers(self) -> knowledge.Peers:
         provider.write_credit(self.p, self.account, self.a, self.q, self.credit)
-        return knowledge.Peers(self.adverts, self.dealings, self.credit)
+        return knowledge.Peers(self.adverts, self.peer_stats, self.credit)
 
     def arrive(self) -> None:
         if self.arrived < self.q.size:
@@ -221,7 +228,7 @@ class Life:
         self.log += [r, route, q[r]["n_candidates"], *self.uniforms]
         if route >= decision.FIRST_CANDIDATE:
             j = int(q[r]["candidates"][route - decision.FIRST_CANDIDATE])
-            provider.offer(p, q, r, j, self.dealings[j], self.adverts[j])
+            provider.offer(p, q, r, j, self.peer_stats[j], self.adverts[j])
             q[r]["locked"] = 10**5
             self.offered.append(r)
 
@@ -235,7 +242,7 @@ class Life:
             provider.accepted(self.q, r, self.now_s, self.rng.uniform(0.1, 5), self.rng.uniform(0.01, 0.1))
             self.taken.append(r)
         else:
-            provider.refused(self.p, self.q, r, self.dealings[j], self.adverts[j])
+            provider.refused(self.p, self.q, r, self.peer_stats[j], self.adverts[j])
             self.q[r]["locked"] = 0
             provider.mask(self.q, r, int(self.rng.integers(PEERS)))
             provider.come_back(self.p, self.q, r)
@@ -247,9 +254,9 @@ class Life:
         r = self.taken.pop(int(self.rng.integers(len(self.taken))))
         j = int(self.q[r]["executor"])
         if self.rng.random() < 0.7:
-            provider.answered(self.p, self.q, r, self.dealings[j], self.now_s, int(self.rng.integers(1, 900)))
+            provider.answered(self.p, self.q, r, self.peer_stats[j], self.now_s, int(self.rng.integers(1, 900)))
         else:
-            provider.end_leg(self.p, self.q, r, self.dealings[j])
+            provider.end_attempt(self.p, self.q, r, self.peer_stats[j])
             provider.come_back(self.p, self.q, r)
         self.q[r]["locked"] = 0
 
@@ -262,7 +269,7 @@ class Life:
         p = self.p
         provider.tick(p, 1.0)
         self.q["streamed"] += self.rng.integers(0, 60, self.q.size)
-        provider.look_at_evidence(p, self.q, self.dealings, self.now_s)
+        provider.look_at_evidence(p, self.q, self.peer_stats, self.now_s)
         provider.move_own_stake(p, self.account, 1.0)
         if provider.gossip(p, self.a, self.now_s):
             terms = np.array([self.rng.uniform(0, 60), 1.0, 0.9, self.rng.integers(2)])
@@ -273,7 +280,12 @@ class Life:
     def bytes(self) -> Results:
         fields = {f"p.{name}": self.p[name].copy() for name in provider.PROVIDER.names or ()}
         fields |= {f"q.{name}": self.q[name].copy() for name in REQUEST.names or ()}
-        return fields | {"log": self.log, "dealings": self.dealings, "adverts": self.adverts, "account": self.account}
+        return fields | {
+            "log": self.log,
+            "peer_stats": self.peer_stats,
+            "adverts": self.adverts,
+            "account": self.account,
+        }
 
 
 def provider_case(rng: np.random.Generator) -> Results:
@@ -359,12 +371,12 @@ def markets_case(rng: np.random.Generator) -> Results:
         while not batch.over.all():
             for b, policy in enumerate(policies):
                 one = [type(x)(*(array[b] for array in x)) for x in (batch.views, actions)]
-                policy.decide(one[0], batch.active[b], batch.dice[b], one[1])
+                policy.decide(one[0], batch.active[b], batch.uniforms[b], one[1])
             batch.step(actions)
             rewards += batch.reward
         state = batch.markets
         results |= {f"{title}.{field}": array for field, array in batch.views._asdict().items()}
-        results |= {f"{title}.{name}": getattr(state, name) for name in ("adverts", "dealings", "accounts")}
+        results |= {f"{title}.{name}": getattr(state, name) for name in ("adverts", "peer_stats", "accounts")}
         results |= {f"{title}.provider.{name}": state.providers[name] for name in ("counts", "profit", "own")}
         results |= {f"{title}.market.{name}": state.market[name] for name in ("steps", "generator", "n_duels", "now_s")}
         results[f"{title}.rewards"] = rewards
@@ -374,7 +386,7 @@ def markets_case(rng: np.random.Generator) -> Results:
 
 
 CASES: tuple[Case, ...] = (
-    knowledge_case, estimate_case, dice_case, protocol_case, provider_case, view_and_rules_case, learned_case,
+    knowledge_case, estimate_case, generator_case, protocol_case, provider_case, view_and_rules_case, learned_case,
     markets_case,
 )  # fmt: skip
 

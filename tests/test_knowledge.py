@@ -18,8 +18,8 @@ def advert() -> Floats:
 
 
 @pytest.fixture
-def dealings() -> Floats:
-    return k.make_dealings()
+def peer_stats() -> Floats:
+    return k.make_peer_stats()
 
 
 def changed(before: Floats, after: Floats) -> set[int]:
@@ -27,60 +27,60 @@ def changed(before: Floats, after: Floats) -> set[int]:
 
 
 def test_a_stranger_has_no_history() -> None:
-    dealings = k.make_dealings(2, 3)
-    assert dealings.shape == (2, 3, k.DEALINGS_SIZE)
+    peer_stats = k.make_peer_stats(2, 3)
+    assert peer_stats.shape == (2, 3, k.PEER_STATS_SIZE)
     advert = np.zeros(k.ADVERT_SIZE)
-    for row in dealings.reshape(6, -1):
+    for row in peer_stats.reshape(6, -1):
         assert k.sent_since(row, advert) == 0.0
         assert not k.refused_since(row, advert)
         assert (k.pace(row), k.record(row), k.duel_rate(row)) == (0.0, 0.0, 0.5)
 
 
-def test_what_was_sent_counts_until_the_next_advert(dealings: Floats, advert: Floats) -> None:
+def test_what_was_sent_counts_until_the_next_advert(peer_stats: Floats, advert: Floats) -> None:
     for count in (1, 2, 3):
-        k.on_sent(dealings, advert)
-        assert k.sent_since(dealings, advert) == count
+        k.on_sent(peer_stats, advert)
+        assert k.sent_since(peer_stats, advert) == count
     newer = advert.copy()
     newer[k.AD_TIME_S] = 103.0
-    assert k.sent_since(dealings, newer) == 0.0
-    k.on_sent(dealings, newer)
-    assert k.sent_since(dealings, newer) == 1.0
-    assert dealings[k.OUT] == 4.0  # those sent before are still out
+    assert k.sent_since(peer_stats, newer) == 0.0
+    k.on_sent(peer_stats, newer)
+    assert k.sent_since(peer_stats, newer) == 1.0
+    assert peer_stats[k.OUT] == 4.0  # those sent before are still out
 
 
-def test_what_was_refused_no_longer_counts_as_sent(dealings: Floats, advert: Floats) -> None:
+def test_what_was_refused_no_longer_counts_as_sent(peer_stats: Floats, advert: Floats) -> None:
     for _ in range(3):
-        k.on_sent(dealings, advert)
+        k.on_sent(peer_stats, advert)
     for left in (2, 1, 0, 0):
-        k.on_refused(dealings, advert)
-        assert k.sent_since(dealings, advert) == left
-    k.on_sent(dealings, advert)
+        k.on_refused(peer_stats, advert)
+        assert k.sent_since(peer_stats, advert) == left
+    k.on_sent(peer_stats, advert)
     newer = advert.copy()
     newer[k.AD_TIME_S] = 103.0
-    k.on_refused(dealings, newer)  # it was sent under the advert before, and does not count now
-    assert k.sent_since(dealings, newer) == 0.0
+    k.on_refused(peer_stats, newer)  # it was sent under the advert before, and does not count now
+    assert k.sent_since(peer_stats, newer) == 0.0
 
 
-def test_ended_requests_are_no_longer_out_and_never_negative(dealings: Floats, advert: Floats) -> None:
-    k.on_sent(dealings, advert)
-    k.on_sent(dealings, advert)
-    k.on_ended(dealings)
-    assert dealings[k.OUT] == 1.0
-    assert k.sent_since(dealings, advert) == 2.0  # the advert still does not show them
-    k.on_ended(dealings)
-    k.on_ended(dealings)
-    assert dealings[k.OUT] == 0.0
+def test_ended_requests_are_no_longer_out_and_never_negative(peer_stats: Floats, advert: Floats) -> None:
+    k.on_sent(peer_stats, advert)
+    k.on_sent(peer_stats, advert)
+    k.on_ended(peer_stats)
+    assert peer_stats[k.OUT] == 1.0
+    assert k.sent_since(peer_stats, advert) == 2.0  # the advert still does not show them
+    k.on_ended(peer_stats)
+    k.on_ended(peer_stats)
+    assert peer_stats[k.OUT] == 0.0
 
 
-def test_a_refusal_is_forgotten_with_the_next_advert(dealings: Floats, advert: Floats) -> None:
-    k.on_refused(dealings, advert)
-    assert k.refused_since(dealings, advert)
+def test_a_refusal_is_forgotten_with_the_next_advert(peer_stats: Floats, advert: Floats) -> None:
+    k.on_refused(peer_stats, advert)
+    assert k.refused_since(peer_stats, advert)
     advert[k.AD_TIME_S] += 3.0
-    assert not k.refused_since(dealings, advert)
+    assert not k.refused_since(peer_stats, advert)
 
 
 def test_messages_of_one_peer_leave_the_others_alone(advert: Floats) -> None:
-    table = k.make_dealings(3, 4)
+    table = k.make_peer_stats(3, 4)
     before = table.copy()
     k.on_sent(table[1, 2], advert)
     k.on_refused(table[1, 2], advert)
@@ -90,49 +90,49 @@ def test_messages_of_one_peer_leave_the_others_alone(advert: Floats) -> None:
     assert touched.tolist() == [[1, 2]]
 
 
-def test_the_record_is_an_aged_mean_of_log_ratios(dealings: Floats) -> None:
-    k.on_answer(dealings, 8.0, 4.0)
-    assert k.record(dealings) == pytest.approx(math.log(2) / 2)
-    k.on_answer(dealings, 3.0, 9.0)
-    assert dealings[k.RECORD] == pytest.approx(0.9 * math.log(2) - math.log(3))
-    assert k.record(dealings) == pytest.approx((0.9 * math.log(2) - math.log(3)) / (1 + 1.9))
+def test_the_record_is_an_aged_mean_of_log_ratios(peer_stats: Floats) -> None:
+    k.on_answer(peer_stats, 8.0, 4.0)
+    assert k.record(peer_stats) == pytest.approx(math.log(2) / 2)
+    k.on_answer(peer_stats, 3.0, 9.0)
+    assert peer_stats[k.RECORD] == pytest.approx(0.9 * math.log(2) - math.log(3))
+    assert k.record(peer_stats) == pytest.approx((0.9 * math.log(2) - math.log(3)) / (1 + 1.9))
     for _ in range(200):
-        k.on_answer(dealings, 5.0, 2.0)
-    assert k.record(dealings) == pytest.approx(math.log(2.5) * 10 / 11, rel=1e-6)  # the weight tends to 10
+        k.on_answer(peer_stats, 5.0, 2.0)
+    assert k.record(peer_stats) == pytest.approx(math.log(2.5) * 10 / 11, rel=1e-6)  # the weight tends to 10
 
 
-def test_a_record_of_no_time_at_all_is_finite(dealings: Floats) -> None:
-    k.on_answer(dealings, 0.0, 5.0)
-    k.on_answer(dealings, 5.0, 0.0)
-    assert math.isfinite(k.record(dealings))
+def test_a_record_of_no_time_at_all_is_finite(peer_stats: Floats) -> None:
+    k.on_answer(peer_stats, 0.0, 5.0)
+    k.on_answer(peer_stats, 5.0, 0.0)
+    assert math.isfinite(k.record(peer_stats))
 
 
-def test_progress_counts_only_what_was_promised_by_now(dealings: Floats) -> None:
-    k.on_progress(dealings, 1.9, 2.0, 0.5, 0)  # not due yet
-    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (0, 0, 0)
-    k.on_progress(dealings, 5.0, 2.0, 0.5, 4)  # 1 + 3 / 0.5 = 7 promised, 4 there
-    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (7, 4, 0)
-    k.on_progress(dealings, 3.0, 2.0, 0.25, 100)  # ahead of its promise: no credit beyond it
-    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (12, 9, 0)
-    k.on_progress(dealings, 8.0, 2.0, 0.5, 0)  # nothing yet, 6 s late
-    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (25, 9, 6)
-    assert k.pace(dealings) == pytest.approx(math.log(225 / 209))
-    k.clear_progress(dealings)
-    assert (dealings[k.PROMISED], dealings[k.STREAMED], dealings[k.OVERDUE_S]) == (0, 0, 0)
+def test_progress_counts_only_what_was_promised_by_now(peer_stats: Floats) -> None:
+    k.on_progress(peer_stats, 1.9, 2.0, 0.5, 0)  # not due yet
+    assert (peer_stats[k.PROMISED], peer_stats[k.STREAMED], peer_stats[k.OVERDUE_S]) == (0, 0, 0)
+    k.on_progress(peer_stats, 5.0, 2.0, 0.5, 4)  # 1 + 3 / 0.5 = 7 promised, 4 there
+    assert (peer_stats[k.PROMISED], peer_stats[k.STREAMED], peer_stats[k.OVERDUE_S]) == (7, 4, 0)
+    k.on_progress(peer_stats, 3.0, 2.0, 0.25, 100)  # ahead of its promise: no credit beyond it
+    assert (peer_stats[k.PROMISED], peer_stats[k.STREAMED], peer_stats[k.OVERDUE_S]) == (12, 9, 0)
+    k.on_progress(peer_stats, 8.0, 2.0, 0.5, 0)  # nothing yet, 6 s late
+    assert (peer_stats[k.PROMISED], peer_stats[k.STREAMED], peer_stats[k.OVERDUE_S]) == (25, 9, 6)
+    assert k.pace(peer_stats) == pytest.approx(math.log(225 / 209))
+    k.clear_progress(peer_stats)
+    assert (peer_stats[k.PROMISED], peer_stats[k.STREAMED], peer_stats[k.OVERDUE_S]) == (0, 0, 0)
 
 
-def test_pace_needs_evidence_and_tends_to_the_true_ratio(dealings: Floats) -> None:
+def test_pace_needs_evidence_and_tends_to_the_true_ratio(peer_stats: Floats) -> None:
     paces = []
     for promised in (10.0, 1000.0, 1e6):
-        dealings[k.PROMISED], dealings[k.STREAMED] = promised, promised / 4
-        paces.append(k.pace(dealings))
+        peer_stats[k.PROMISED], peer_stats[k.STREAMED] = promised, promised / 4
+        paces.append(k.pace(peer_stats))
     assert 0 < paces[0] < 0.05 < paces[1] < paces[2]
     assert paces[2] == pytest.approx(math.log(4), abs=0.001)
 
 
-def test_duel_rate_leaves_one_half_slowly(dealings: Floats) -> None:
-    dealings[k.DUELS_WON], dealings[k.DUELS_LOST] = 3.0, 1.0
-    assert k.duel_rate(dealings) == 4 / 6
+def test_duel_rate_leaves_one_half_slowly(peer_stats: Floats) -> None:
+    peer_stats[k.DUELS_WON], peer_stats[k.DUELS_LOST] = 3.0, 1.0
+    assert k.duel_rate(peer_stats) == 4 / 6
 
 
 def test_a_scrape_writes_load_and_nothing_else(advert: Floats) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wwwserve.agents.dice import make_dice
+from wwwserve.agents.generator import make_generators
 from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST, VOTE_A, VOTE_B, draw_by_stake
 from wwwserve.serving import cli
 from wwwserve.serving.http.keys import Identity
@@ -464,7 +464,7 @@ def test_a_thousand_new_names_buy_no_place_among_candidates() -> None:
     weights = np.array([float(stakes.stake(each.name)) for each in (*names, *known)])
     assert weights[-4:].tolist() == [MICRO] * 4 and not weights[:-4].any()
     assert len(stakes.latest) == 4  # nor memory
-    generator, drawn = make_dice(1)[0], np.zeros(8, np.int64)
+    generator, drawn = make_generators(1)[0], np.zeros(8, np.int64)
     for _ in range(50):
         draw_by_stake(weights, np.ones(len(weights), np.bool_), 4, generator, drawn)
         assert set(drawn[:4]) == {1000, 1001, 1002, 1003}

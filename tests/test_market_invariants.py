@@ -44,7 +44,7 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.agents.protocol import ESCROW, FREE, MICRO, STAKED
 from wwwserve.agents.rules import Rule
-from wwwserve.agents.view import AGE_S, GUESTS, N_CANDIDATES, REFUSALS
+from wwwserve.agents.view import AGE_S, N_CANDIDATES, REFUSALS, REMOTE
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import KINDS, sample
 from wwwserve.envs.engine import NEVER, advance, kv_use, tokens_out
@@ -126,7 +126,7 @@ def by_rule(name: str) -> Decide:
     rule = Rule(name)
 
     def decide(batch: MarketBatch, actions: Actions) -> None:
-        rule.decide(batch.views, batch.active, batch.dice, actions)
+        rule.decide(batch.views, batch.active, batch.uniforms, actions)
 
     return decide
 
@@ -332,7 +332,7 @@ class Checker:
         assert int(self.q["refused"][r]) < 1 << len(drawn)
 
     def peers(self) -> None:
-        """Lists of what is out and the dealings' counts tell the same; guests are those in the engine."""
+        """Lists of what is out and the peer_stats' counts tell the same; guests are those in the engine."""
         out: set[int] = set()
         counts = np.zeros((self.n, self.n))
         for i in range(self.n):
@@ -348,8 +348,8 @@ class Checker:
         away &= (self.kind != JUDGEMENT) & (self.origin != self.executor)
         assert out == set(np.flatnonzero(away).tolist())
         guests = self.executor[away & (self.status == IN_ENGINE)]
-        assert self.p["guests"][: self.n].tolist() == np.bincount(guests, minlength=self.n).tolist()
-        assert np.array_equal(self.batch.markets.dealings[self.b, : self.n, : self.n, OUT], counts)
+        assert self.p["remote"][: self.n].tolist() == np.bincount(guests, minlength=self.n).tolist()
+        assert np.array_equal(self.batch.markets.peer_stats[self.b, : self.n, : self.n, OUT], counts)
         assert self.p["online"][self.origin[list(out)]].all() if out else True
 
     def mail(self) -> None:
@@ -538,7 +538,7 @@ def test_a_refusal_is_back_after_a_round_trip_with_the_refuser_masked() -> None:
     legal = batch.views.routes[0, 0, FIRST_CANDIDATE : FIRST_CANDIDATE + 3].tolist()
     assert legal == [1, 1, 0]
     drawn = batch.markets.requests[0]["candidates"][0].tolist()
-    dealings, adverts = batch.markets.dealings[0, 0], batch.markets.adverts[0]
+    peer_stats, adverts = batch.markets.peer_stats[0, 0], batch.markets.adverts[0]
     for k, left, now_s in ((1, [1, 0], 0.58), (0, [0, 0], 0.66)):
         actions.route[0, 0] = FIRST_CANDIDATE + k
         batch.step(actions)
@@ -546,7 +546,7 @@ def test_a_refusal_is_back_after_a_round_trip_with_the_refuser_masked() -> None:
         assert batch.views.routes[0, 0, FIRST_CANDIDATE : FIRST_CANDIDATE + 2].tolist() == left
         assert batch.markets.requests[0]["candidates"][0].tolist() == drawn
         assert batch.markets.accounts[0, 0].tolist() == [1000 * MICRO, 2 * MICRO, 0]
-        assert sent_since(dealings[drawn[k]], adverts[drawn[k]]) == 0
+        assert sent_since(peer_stats[drawn[k]], adverts[drawn[k]]) == 0
     assert batch.views.request[0, 0, REFUSALS] == 2
     actions.route[0, 0] = FIRST_CANDIDATE  # refused already: an invalid action is a hold
     batch.step(actions)
@@ -643,7 +643,7 @@ def test_an_executor_decides_on_its_state_when_the_offer_is_there() -> None:
     for _ in run(batch, decide):
         checker.check()
         if batch.now_s[0] == pytest.approx(0.75):  # the second is back
-            assert batch.views.me[0, 1, GUESTS] == 1
+            assert batch.views.me[0, 1, REMOTE] == 1
     q = batch.markets.requests[0]
     assert q["executor"][:2].tolist() == [1, 2]
     assert q["submit_s"][:2].tolist() == pytest.approx([0.6, 0.75])
@@ -664,10 +664,10 @@ def test_escrow_is_locked_and_the_request_counts_as_sent_when_the_offer_leaves()
         checker.check()
         m = batch.markets
         if batch.now_s[0] in looks_s:
-            status, guests = int(m.requests[0]["status"][0]), int(m.providers[0, 1]["guests"])
+            status, guests = int(m.requests[0]["status"][0]), int(m.providers[0, 1]["remote"])
             seen.append((status, int(m.accounts[0, 0, ESCROW]), guests))
-            assert sent_since(m.dealings[0, 0, 1], m.adverts[0, 1]) == (1 if m.adverts[0, 1, AD_TIME_S] == 0 else 0)
-            assert m.dealings[0, 0, 1, OUT] == (status != DONE)
+            assert sent_since(m.peer_stats[0, 0, 1], m.adverts[0, 1]) == (1 if m.adverts[0, 1, AD_TIME_S] == 0 else 0)
+            assert m.peer_stats[0, 0, 1, OUT] == (status != DONE)
     assert seen == [(OFFERED, MICRO, 0), (IN_ENGINE, MICRO, 1), (ANSWERING, MICRO, 0), (DONE, 0, 0)]
 
 
@@ -685,7 +685,7 @@ def test_an_answer_faster_than_the_acceptance() -> None:
         q = batch.markets.requests[0]
         if q["status"][0] == ANSWERING and batch.now_s[0] < q["taken_s"][0]:
             in_flight += 1
-            assert batch.markets.dealings[0, 0, 1, PROMISED] == 0
+            assert batch.markets.peer_stats[0, 0, 1, PROMISED] == 0
     q = batch.markets.requests[0]
     assert in_flight > 0
     assert q["finish_s"][0] < q["taken_s"][0] < q["answer_s"][0]
@@ -693,7 +693,7 @@ def test_an_answer_faster_than_the_acceptance() -> None:
     took_s = q["answer_s"][0] - q["taken_s"][0]
     assert took_s == pytest.approx(q["finish_s"][0] - q["submit_s"][0])
     promised_s = q["promised_ttft_s"][0] + 4 * q["promised_tpot_s"][0]
-    assert batch.markets.dealings[0, 0, 1, RECORD] == pytest.approx(math.log(took_s / promised_s))
+    assert batch.markets.peer_stats[0, 0, 1, RECORD] == pytest.approx(math.log(took_s / promised_s))
     assert batch.markets.accounts[0, :, FREE].tolist() == [999 * MICRO, 1001 * MICRO]
 
 
@@ -799,12 +799,12 @@ def test_an_origin_that_leaves_fails_its_requests_and_peers_drop_them() -> None:
         if 6 <= batch.now_s[0] < 20:
             assert q["status"].tolist() == [IN_ENGINE, IN_ENGINE, HELD, IN_ENGINE]
             assert m.engines[0]["running"].tolist() == [1, 1, 1]
-            assert m.providers[0]["guests"].tolist() == [0, 1, 0]
+            assert m.providers[0]["remote"].tolist() == [0, 1, 0]
             assert m.accounts[0, 0, ESCROW] == MICRO
         elif batch.now_s[0] == 20:
             assert q["status"].tolist() == [FAILED, FAILED, FAILED, IN_ENGINE]
             assert m.engines[0]["running"].tolist() == [0, 0, 1]
-            assert m.providers[0]["guests"].tolist() == [0, 0, 0]
+            assert m.providers[0]["remote"].tolist() == [0, 0, 0]
             assert m.accounts[0, 0].tolist() == [1000 * MICRO, 2 * MICRO, 0]
     assert batch.requests(0).latency_s[:3].tolist() == [np.inf] * 3
     assert np.isfinite(batch.requests(0).latency_s[3])
@@ -833,7 +833,7 @@ def test_an_origin_that_leaves_with_offers_and_answers_on_their_way() -> None:
             before = count
         if began_s < 20 <= batch.now_s[0]:
             assert batch.now_s[0] == 20 and m.market["mail_head"][0] == -1
-            assert m.engines[0]["running"].tolist() == m.providers[0]["guests"].tolist() == [0, 0]
+            assert m.engines[0]["running"].tolist() == m.providers[0]["remote"].tolist() == [0, 0]
             free = [1000 * MICRO - count[DONE] * MICRO, 1000 * MICRO + count[DONE] * MICRO]
             assert m.accounts[0, :, FREE].tolist() == free and m.accounts[0, 0, ESCROW] == 0
     assert min(before.values()) > 0
@@ -1002,10 +1002,10 @@ def test_evidence_of_what_is_out_is_looked_at_each_tick() -> None:
         if q["status"] == IN_ENGINE and now_s >= 2:
             assert now_s == batch.markets.market["ticks"][0]
             late_s = now_s - q["taken_s"] - q["promised_ttft_s"]
-            dealings = batch.markets.dealings[0, 0, 1]
-            assert dealings[PROMISED] == pytest.approx(1 + late_s / q["promised_tpot_s"])
-            assert 0 < dealings[STREAMED] == tokens_out(batch.markets.engines[0, 1], batch.markets.requests[0], 0)
-            assert dealings[PROMISED] > 2 * dealings[STREAMED]
+            peer_stats = batch.markets.peer_stats[0, 0, 1]
+            assert peer_stats[PROMISED] == pytest.approx(1 + late_s / q["promised_tpot_s"])
+            assert 0 < peer_stats[STREAMED] == tokens_out(batch.markets.engines[0, 1], batch.markets.requests[0], 0)
+            assert peer_stats[PROMISED] > 2 * peer_stats[STREAMED]
             looked += 1
     assert looked > 20
 
@@ -1202,9 +1202,9 @@ def test_a_duel_pays_executors_and_judges_and_the_winner_takes_the_stake() -> No
     assert counts[:, JUDGED].tolist() == [0, 0, 0, 1, 1, 1]
     assert counts[:, SERVED_FOR_PEERS].tolist() == [0, 1, 1, 0, 0, 0]
     assert counts[0, [DUELS_STARTED, DUELS_SETTLED, DUELS_VOID]].tolist() == [1, 1, 0]
-    dealings = batch.markets.dealings[0, 0]
-    assert dealings[:, DUELS_WON].tolist() == [0, 0, 1, 0, 0, 0]
-    assert dealings[:, DUELS_LOST].tolist() == [0, 1, 0, 0, 0, 0]
+    peer_stats = batch.markets.peer_stats[0, 0]
+    assert peer_stats[:, DUELS_WON].tolist() == [0, 0, 1, 0, 0, 0]
+    assert peer_stats[:, DUELS_LOST].tolist() == [0, 1, 0, 0, 0, 0]
     q = batch.markets.requests[0]
     back_s = q["finish_s"][:2] + 0.025  # the user has whichever answer comes first
     assert q["kind"][:5].tolist() == [USER, COPY, JUDGEMENT, JUDGEMENT, JUDGEMENT]
@@ -1215,9 +1215,9 @@ def test_the_stronger_model_wins_more_duels() -> None:
     """Three judges, each for the stronger with chance 3/4: it wins with 27/64 + 27/64."""
     batch = MarketBatch([duel_market(np.linspace(1, 95, 600), (math.log(3), 0.0))], [11])
     finish(batch, to_candidates)
-    won, lost = batch.markets.dealings[0, 0, 1, [DUELS_WON, DUELS_LOST]]
+    won, lost = batch.markets.peer_stats[0, 0, 1, [DUELS_WON, DUELS_LOST]]
     settled = won + lost
-    assert batch.markets.dealings[0, 0, 2, [DUELS_WON, DUELS_LOST]].tolist() == [lost, won]
+    assert batch.markets.peer_stats[0, 0, 2, [DUELS_WON, DUELS_LOST]].tolist() == [lost, won]
     assert settled == batch.markets.providers[0, 0]["counts"][DUELS_SETTLED] > 500
     chance = 54 / 64
     assert abs(won / settled - chance) < 4 * math.sqrt(chance * (1 - chance) / settled)

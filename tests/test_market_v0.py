@@ -156,8 +156,8 @@ def test_a_market_does_not_see_the_batch_it_runs_in(threads: int) -> None:
                 part[0] = whole[b, :n]
             one.step(mine)
             for whole, part in zip(
-                (*batch.views, batch.active, batch.dice, batch.reward),
-                (*one.views, one.active, one.dice, one.reward),
+                (*batch.views, batch.active, batch.uniforms, batch.reward),
+                (*one.views, one.active, one.uniforms, one.reward),
                 strict=True,
             ):
                 assert_same(np.ascontiguousarray(whole[b, :n]), part[0])

@@ -150,7 +150,7 @@ def test_a_node_is_shown_in_a_narrow_terminal(
     gone = there | {"label": None, "key": "west", "url": None, "there": False, "age_s": None, "kv_use": None}
     show(
         {
-            "name": "north", "url": "http://10.0.0.1:9000", "price": 1.5, "held": 6, "guests": 7, "requests": requests,
+            "name": "north", "url": "http://10.0.0.1:9000", "price": 1.5, "held": 6, "remote": 7, "requests": requests,
             "engine": {"up": False, "running": 3.0, "waiting": 5.0, "kv_use": 0.25}, "peers": [there, gone],
             "decisions": [{"to": "local"}, {"to": "south"}],
         }

@@ -581,7 +581,7 @@ def test_a_user_who_hangs_up_stops_the_work_at_a_peer() -> None:
             await hang_up(n, 1)
 
             async def stopped() -> bool:
-                return n.stubs[1].aborted == 1 and (await n.see(1))["guests"] == 0
+                return n.stubs[1].aborted == 1 and (await n.see(1))["remote"] == 0
 
             await n.until(stopped)
 

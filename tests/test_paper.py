@@ -114,7 +114,7 @@ def test_each_provider_of_a_mixture_follows_its_own_policy() -> None:
     batch.active[:] = True
     batch.active[1, 2] = False
     before = actions.terms[1, 2].copy()
-    mixed.decide(batch.views, batch.active, batch.dice, actions)
+    mixed.decide(batch.views, batch.active, batch.uniforms, actions)
     np.testing.assert_allclose(actions.terms[0, 1:, 2], ACCEPT)
     np.testing.assert_array_equal(actions.terms[1, 2], before)
 

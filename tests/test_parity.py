@@ -34,7 +34,7 @@ class Seen(NamedTuple):
     request: int
     view: np.ndarray[Any, np.dtype[np.float32]]  # nodes, request and self, flat
     routes: bytes  # that are legal
-    dice: bytes
+    uniforms: bytes
     route: int
     terms: bytes
     target: int  # provider to which the route leads; -1 for hold
@@ -50,10 +50,10 @@ class Course(NamedTuple):
     served: list[int]  # peers' requests, by each provider
 
 
-def _seen(time_s: float, request: int, views: Views, dice: Floats, actions: Actions, at: Any, target: int) -> Seen:
+def _seen(time_s: float, request: int, views: Views, uniforms: Floats, actions: Actions, at: Any, target: int) -> Seen:
     view = np.concatenate([views.nodes[at].ravel(), views.request[at], views.me[at]])
     route, terms = int(actions.route[at]), actions.terms[at].tobytes()
-    return Seen(time_s, request, view, views.routes[at].tobytes(), dice[at].tobytes(), route, terms, target)
+    return Seen(time_s, request, view, views.routes[at].tobytes(), uniforms[at].tobytes(), route, terms, target)
 
 
 def _target(route: int, row: int, candidates: list[int]) -> int:
@@ -68,12 +68,12 @@ def in_market(planned: MarketPlan, policy: Policy) -> Course:
     actions, providers, requests = batch.actions(), batch.markets.providers[0], batch.markets.requests[0]
     seen: list[list[Seen]] = [[] for _ in range(count)]
     while not batch.over.all():
-        policy.decide(batch.views, batch.active, batch.dice, actions)
+        policy.decide(batch.views, batch.active, batch.uniforms, actions)
         for i in np.flatnonzero(batch.active[0]).tolist():
             if batch.views.me[0, i, HAS_REQUEST]:
                 head = int(providers[i]["head"])
                 target = _target(int(actions.route[0, i]), i, requests[head]["candidates"].tolist())
-                decision = _seen(float(batch.now_s[0]), head, batch.views, batch.dice, actions, (0, i), target)
+                decision = _seen(float(batch.now_s[0]), head, batch.views, batch.uniforms, actions, (0, i), target)
                 seen[i].append(decision)
         batch.step(actions)
     table = batch.requests(0)
@@ -90,9 +90,9 @@ class Recorder:
         self.node: Node
         self.seen: list[Seen] = []
 
-    def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
+    def decide(self, views: Views, active: Bools, uniforms: Floats, actions: Actions) -> None:
         """See `Policy.decide`."""
-        self.policy.decide(views, active, dice, actions)
+        self.policy.decide(views, active, uniforms, actions)
         if views.me[0, HAS_REQUEST]:
             provider, nodes = self.node.provider, self.node.nodes
             request = provider.requests[int(provider.record["head"])]
@@ -100,7 +100,7 @@ class Recorder:
             candidates = [rows[c] for c in request["candidates"][: int(request["n_candidates"])]]
             target = _target(int(actions.route[0]), self.node.row, candidates)
             number = self.numbers[float(request["arrival_s"])]
-            self.seen.append(_seen(self.loop.time(), number, views, dice, actions, 0, target))
+            self.seen.append(_seen(self.loop.time(), number, views, uniforms, actions, 0, target))
 
 
 def _count(node: Node, name: str, **labels: str) -> int:
@@ -220,7 +220,7 @@ def _assert_alike(market: Seen, node: Seen, what: str) -> None:
     assert node.time_s == pytest.approx(market.time_s, abs=TIME_S), what
     np.testing.assert_allclose(node.view, market.view, RELATIVE, RELATIVE, err_msg=what)
     assert node.routes == market.routes, what
-    assert node.dice == market.dice, what
+    assert node.uniforms == market.uniforms, what
     assert (node.route, node.target, node.terms) == (market.route, market.target, market.terms), what
 
 

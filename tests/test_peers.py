@@ -337,7 +337,7 @@ def test_where_a_view_is_not_finite_a_rule_decides(route: int) -> None:
     class Learned:
         name = "learned"
 
-        def decide(self, views: Views, active: Any, dice: Any, actions: Any) -> None:
+        def decide(self, views: Views, active: Any, uniforms: Any, actions: Any) -> None:
             assert all(np.isfinite(each).all() for each in views)
             actions.route[:] = HOLD
 
@@ -349,8 +349,8 @@ def test_where_a_view_is_not_finite_a_rule_decides(route: int) -> None:
     one.heard("peer", peer.advertise(0.0), 0.0, frozenset({"m"}))
     for finite in (True, False):
         if not finite:
-            one.peers.dealings[0, RECORD] = np.nan
-            one.peers.dealings[0, RECORD_WEIGHT] = 1.0
+            one.peers.peer_stats[0, RECORD] = np.nan
+            one.peers.peer_stats[0, RECORD_WEIGHT] = 1.0
         one.arrived(one.new(finite, 0, 100, 100, 0.0, "m"))
         decision = one.decide(0.0)
         assert decision is not None and decision.route == (HOLD if finite else route)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from wwwserve.agents.dice import make_dice
+from wwwserve.agents.generator import make_generators
 from wwwserve.agents.kernel import Ints
 from wwwserve.agents.protocol import (
     A_WINS,
@@ -45,18 +45,18 @@ from wwwserve.agents.protocol import (
 credits = st.integers(0, 10**10)
 
 
-def draw(stake: list[float], eligible: list[bool], count: int, dice: Ints) -> tuple[int, ...]:
+def draw(stake: list[float], eligible: list[bool], count: int, generator: Ints) -> tuple[int, ...]:
     drawn = np.full(max(count, len(stake)), -1)
-    found = draw_by_stake(np.array(stake, np.float64), np.array(eligible), count, dice, drawn)
+    found = draw_by_stake(np.array(stake, np.float64), np.array(eligible), count, generator, drawn)
     assert (drawn[found:] == -1).all()
     return tuple(drawn[:found].tolist())
 
 
 def frequencies(stake: list[float], eligible: list[bool], count: int, draws: int) -> dict[tuple[int, ...], int]:
-    dice = make_dice(11)[0]
+    generator = make_generators(11)[0]
     seen: dict[tuple[int, ...], int] = {}
     for _ in range(draws):
-        got = draw(stake, eligible, count, dice)
+        got = draw(stake, eligible, count, generator)
         seen[got] = seen.get(got, 0) + 1
     return seen
 
@@ -92,8 +92,8 @@ def test_those_without_stake_come_last_and_evenly() -> None:
 
 
 def test_a_stake_however_small_comes_before_none() -> None:
-    dice = make_dice(2)[0]
-    assert {draw([0.0, 1e-12, 1e9], [True] * 3, 2, dice) for _ in range(300)} == {(2, 1)}
+    generator = make_generators(2)[0]
+    assert {draw([0.0, 1e-12, 1e9], [True] * 3, 2, generator) for _ in range(300)} == {(2, 1)}
 
 
 @settings(max_examples=300, deadline=None)
@@ -107,7 +107,7 @@ def test_a_draw_is_of_distinct_eligible_nodes_and_as_many_as_there_are(
     stake: list[float], count: int, seed: int, data: st.DataObject
 ) -> None:
     eligible = data.draw(st.lists(st.booleans(), min_size=len(stake), max_size=len(stake)))
-    drawn = draw(stake, eligible, count, make_dice(seed)[0])
+    drawn = draw(stake, eligible, count, make_generators(seed)[0])
     assert len(drawn) == len(set(drawn)) == min(count, sum(eligible))
     assert all(eligible[j] for j in drawn)
     staked = [stake[j] > 0 for j in drawn]

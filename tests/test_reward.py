@@ -260,7 +260,7 @@ def test_the_course_of_a_market_does_not_depend_on_the_reward(kind: Kind) -> Non
     actions = batch[0].actions()
     differ = False
     while not batch[0].over.all():
-        rule.decide(batch[0].views, batch[0].active, batch[0].dice, actions)
+        rule.decide(batch[0].views, batch[0].active, batch[0].uniforms, actions)
         for each in batch:
             each.step(actions)
         for other in batch[1:]:

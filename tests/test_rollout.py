@@ -275,12 +275,12 @@ def test_the_expert_of_the_kind_is_asked(net: Net) -> None:
     made = collector()
     for k in range(8):
         views = type(made.batch.views)(*(array.copy() for array in made.batch.views))
-        active, dice, kinds = made.batch.active.copy(), made.batch.dice.copy(), list(made.kinds)
+        active, uniforms, kinds = made.batch.active.copy(), made.batch.uniforms.copy(), list(made.kinds)
         d = made.collect(net, k, 1, EXPERTS).decisions
         for m in range(len(d.step)):
             b, i = d.market[m], d.provider[m]
             actions = made.batch.actions()
-            EXPERTS[kinds[b]].decide(views, active, dice, actions)
+            EXPERTS[kinds[b]].decide(views, active, uniforms, actions)
             wait_s = actions.terms[b, i, MAX_WAIT_S]
             admit = int(nearest_admit(np.array([wait_s]))[0])
             assert d.expert[m].tolist() == [actions.route[b, i], admit, min(actions.price[b, i], PRICES - 1)]
@@ -305,7 +305,7 @@ def test_a_learned_policy_would_decide_the_most_probable_of_what_was_drawn(actor
     """The collector and the policy that operators run share kernels; here they are asked about the same views."""
     made = collector()
     policy, actions = LearnedPolicy(weights_of(actor), {}), made.batch.actions()
-    policy.decide(made.batch.views, made.batch.active, made.batch.dice, actions)
+    policy.decide(made.batch.views, made.batch.active, made.batch.uniforms, actions)
     d = made.collect(net, 0, 1, NONE, every=True).decisions
     same = d.choice[:, 0] == actions.route[d.market, d.provider]
     likely = np.exp(d.log_prob[:, 0]) > 0.5

@@ -48,10 +48,10 @@ def random_views(seed: int, *shape: int) -> Views:
     return views
 
 
-def decide(rule: Rule, views: Views, dice: Floats, active: Any = None) -> Actions:
+def decide(rule: Rule, views: Views, uniforms: Floats, active: Any = None) -> Actions:
     shape = views.routes.shape[:-1]
     actions = make_actions(*shape)
-    rule.decide(views, np.ones(shape, np.bool_) if active is None else active, dice, actions)
+    rule.decide(views, np.ones(shape, np.bool_) if active is None else active, uniforms, actions)
     return actions
 
 
@@ -68,8 +68,8 @@ SHAPE = (40, 5)
 @every_rule
 def test_routes_are_legal(name: str) -> None:
     views = random_views(1, *SHAPE)
-    dice = np.random.default_rng(2).random((*SHAPE, 4))
-    actions = decide(Rule(name), views, dice)
+    uniforms = np.random.default_rng(2).random((*SHAPE, 4))
+    actions = decide(Rule(name), views, uniforms)
     assert np.take_along_axis(views.routes, actions.route[..., None], -1).all()
     assert (actions.route[views.me[..., v.HAS_REQUEST] == 0] == HOLD).all()
     assert (actions.direct == NO_DIRECTION).all()
@@ -80,11 +80,11 @@ def test_routes_are_legal(name: str) -> None:
 @every_rule
 def test_a_batch_and_one_by_one_agree(name: str) -> None:
     views = random_views(3, *SHAPE)
-    dice = np.random.default_rng(4).random((*SHAPE, 4))
+    uniforms = np.random.default_rng(4).random((*SHAPE, 4))
     rule = Rule(name)
-    batch = decide(rule, views, dice)
+    batch = decide(rule, views, uniforms)
     for place in np.ndindex(*SHAPE):
-        one = decide(rule, at(views, place), dice[place])
+        one = decide(rule, at(views, place), uniforms[place])
         assert (one.route, one.price) == (batch.route[place], batch.price[place])
         np.testing.assert_array_equal(one.terms, batch.terms[place])
 
@@ -92,14 +92,14 @@ def test_a_batch_and_one_by_one_agree(name: str) -> None:
 @every_rule
 def test_rows_without_a_candidate_are_not_read(name: str) -> None:
     views = random_views(5, *SHAPE)
-    dice = np.random.default_rng(6).random((*SHAPE, 4))
-    before = decide(Rule(name), views, dice)
+    uniforms = np.random.default_rng(6).random((*SHAPE, 4))
+    before = decide(Rule(name), views, uniforms)
     empty = np.arange(v.NODES) > views.request[..., None, v.N_CANDIDATES][..., 0, None]
     assert empty.any()
     low, high = v.bounds(v.NODE_FEATURES)
     for junk in (low, high):  # the most tempting of values, for one rule or another
         views.nodes[empty] = junk
-        after = decide(Rule(name), views, dice)
+        after = decide(Rule(name), views, uniforms)
         for a, b in zip(before, after, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -107,13 +107,13 @@ def test_rows_without_a_candidate_are_not_read(name: str) -> None:
 @every_rule
 def test_only_the_active_are_decided_for(name: str) -> None:
     views = random_views(7, *SHAPE)
-    dice = np.random.default_rng(8).random((*SHAPE, 4))
+    uniforms = np.random.default_rng(8).random((*SHAPE, 4))
     active = np.random.default_rng(9).random(SHAPE) < 0.5
-    everyone = decide(Rule(name), views, dice)
+    everyone = decide(Rule(name), views, uniforms)
     actions = make_actions(*SHAPE)
     for array in actions:
         array[...] = 77
-    Rule(name).decide(views, active, dice, actions)
+    Rule(name).decide(views, active, uniforms, actions)
     for some, every in zip(actions[:3], everyone[:3], strict=True):
         assert (some[~active] == 77).all()
         np.testing.assert_array_equal(some[active], every[active])
@@ -123,14 +123,14 @@ def test_only_the_active_are_decided_for(name: str) -> None:
 @every_rule
 def test_decisions_depend_on_views_and_dice_alone(name: str) -> None:
     views = random_views(10, *SHAPE)
-    dice = np.random.default_rng(11).random((*SHAPE, 4))
-    given = [array.copy() for array in (*views, dice)]
+    uniforms = np.random.default_rng(11).random((*SHAPE, 4))
+    given = [array.copy() for array in (*views, uniforms)]
     rule = Rule(name)
-    first = decide(rule, views, dice)
-    second = decide(rule, views, dice)
+    first = decide(rule, views, uniforms)
+    second = decide(rule, views, uniforms)
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    for array, copy in zip((*views, dice), given, strict=True):
+    for array, copy in zip((*views, uniforms), given, strict=True):
         np.testing.assert_array_equal(array, copy)
     tosses_coins = name in {"random", "power_of_two", "www_serve"}
     other = decide(rule, views, np.random.default_rng(12).random((*SHAPE, 4)))
@@ -157,11 +157,11 @@ def test_every_setting_is_read(name: str) -> None:
     """In the extreme, each changes what is decided or accepted."""
     views = random_views(13, 400)
     views.request[..., v.LAST_SLACK_S] = views.nodes[:, 0, v.FINISH_S] * np.linspace(0.5, 8, 400)
-    dice = np.random.default_rng(14).random((400, 4))
-    usual = decide(Rule(name), views, dice)
+    uniforms = np.random.default_rng(14).random((400, 4))
+    usual = decide(Rule(name), views, uniforms)
     for key, setting in RULES[name].items():
         extremes = 0.0, min(setting.high, 10 * max(1.0, setting.default))
-        changed = [decide(Rule(name, {key: x}), views, dice) for x in extremes]
+        changed = [decide(Rule(name, {key: x}), views, uniforms) for x in extremes]
         assert any((a != b).any() for actions in changed for a, b in zip(usual, actions, strict=True)), key
 
 
@@ -180,7 +180,7 @@ def test_actions_that_would_be_lost_are_refused() -> None:
 # Each rule, by hand.
 
 PLAIN = {
-    "accept_wait_s": 30.0, "own_margin": 1.0, "slowdown": 0.0, "crowd": 0.0, "pace": 1.0, "record": 1.0, "overdue": 1.0,
+    "accept_wait_s": 30.0, "own_margin": 1.0, "slowdown": 0.0, "load": 0.0, "pace": 1.0, "record": 1.0, "overdue": 1.0,
     "urgency": 2.0, "cap_fast": 0.3, "cap_slow": 0.8, "price_slope": 4.0,
 }  # fmt: skip
 
@@ -209,8 +209,8 @@ def scene(own: dict[str, float], *peers: dict[str, float], refused: tuple[int, .
     return views
 
 
-def route(rule: Rule, views: Views, *dice: float) -> int:
-    return int(decide(rule, views, np.array([*dice, 0.5, 0.5, 0.5, 0.5][:4])).route)
+def route(rule: Rule, views: Views, *uniforms: float) -> int:
+    return int(decide(rule, views, np.array([*uniforms, 0.5, 0.5, 0.5, 0.5][:4])).route)
 
 
 def terms(rule: Rule, views: Views | None = None) -> Floats:
@@ -318,11 +318,11 @@ def test_slowdown_counts_the_delay_to_those_beside(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["earliest_finish", "earliest_finish_trust", "deadline_first", "rank_cap", "trust_cap"]
 )
-def test_crowd_counts_those_who_are_there(name: str) -> None:
-    views = scene({"finish_s": 30}, {"finish_s": 10, "crowd_s": 3}, {"finish_s": 15, "crowd_s": 1})
-    assert route(by_hand(name, {"crowd": 2}), views) == A  # 16 and 17
-    assert route(by_hand(name, {"crowd": 3}), views) == B  # 19 and 18
-    assert route(by_hand(name, {"crowd": 20}), views) == LOCAL  # 70 and 35
+def test_load_counts_those_who_are_there(name: str) -> None:
+    views = scene({"finish_s": 30}, {"finish_s": 10, "load_s": 3}, {"finish_s": 15, "load_s": 1})
+    assert route(by_hand(name, {"load": 2}), views) == A  # 16 and 17
+    assert route(by_hand(name, {"load": 3}), views) == B  # 19 and 18
+    assert route(by_hand(name, {"load": 20}), views) == LOCAL  # 70 and 35
 
 
 def test_slowdown_counts_under_a_cap_as_well() -> None:
@@ -387,29 +387,29 @@ def test_rank_cap_never_holds_what_may_not_be_held() -> None:
 
 
 def test_trust_cap_without_trust_is_rank_cap() -> None:
-    views, dice = random_views(21, 400), np.full((400, 4), 0.5)
+    views, uniforms = random_views(21, 400), np.full((400, 4), 0.5)
     views.request[..., v.LAST_SLACK_S] = views.nodes[:, 0, v.FINISH_S] * np.linspace(0.5, 8, 400)
     views.nodes[..., v.WAITING] = 0
-    blind = decide(by_hand("trust_cap", {"pace": 0, "record": 0, "overdue": 0}), views, dice)
-    capped = decide(by_hand("rank_cap"), views, dice)
+    blind = decide(by_hand("trust_cap", {"pace": 0, "record": 0, "overdue": 0}), views, uniforms)
+    capped = decide(by_hand("rank_cap"), views, uniforms)
     for a, b in zip(blind, capped, strict=True):
         np.testing.assert_array_equal(a, b)
     assert set(np.unique(capped.route)) >= {HOLD, LOCAL, A, B, C, D}
-    assert (decide(by_hand("trust_cap"), views, dice).route != capped.route).mean() > 0.1
+    assert (decide(by_hand("trust_cap"), views, uniforms).route != capped.route).mean() > 0.1
 
 
 def test_trust_cap_without_classes_is_earliest_finish_trust() -> None:
-    views, dice = random_views(22, 400), np.full((400, 4), 0.5)
+    views, uniforms = random_views(22, 400), np.full((400, 4), 0.5)
     views.request[..., v.LOOSENESS] = 0
-    settings = {"pace": 0.7, "record": 1.3, "overdue": 0.4, "own_margin": 0.8, "slowdown": 0.6, "crowd": 2.0}
+    settings = {"pace": 0.7, "record": 1.3, "overdue": 0.4, "own_margin": 0.8, "slowdown": 0.6, "load": 2.0}
     for a, b in zip(
-        decide(by_hand("trust_cap", settings), views, dice),
-        decide(by_hand("earliest_finish_trust", settings), views, dice),
+        decide(by_hand("trust_cap", settings), views, uniforms),
+        decide(by_hand("earliest_finish_trust", settings), views, uniforms),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
     views.request[..., v.LOOSENESS] = 1
-    routes = [decide(by_hand(name), views, dice).route for name in ("trust_cap", "earliest_finish_trust")]
+    routes = [decide(by_hand(name), views, uniforms).route for name in ("trust_cap", "earliest_finish_trust")]
     assert (routes[0] != routes[1]).any()
 
 

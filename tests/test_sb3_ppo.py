@@ -174,7 +174,7 @@ def test_a_policy_plays_its_probabilities_and_counts_what_was_closed(overload, t
     for _ in range(200):
         before = actions.route.copy()
         asked += int((batch.active & (batch.views.me[..., HAS_REQUEST] > 0.5)).sum())
-        policy.decide(batch.views, batch.active, batch.dice, actions)
+        policy.decide(batch.views, batch.active, batch.uniforms, actions)
         np.testing.assert_array_equal(actions.route[~batch.active], before[~batch.active])
         batch.step(actions)
     assert policy.name == "untrained"
@@ -192,7 +192,7 @@ def test_each_provider_gets_the_choice_for_its_own_view(tmp_path):
     batch = MarketBatch([plan(load("paper/mixed-hardware"), seed) for seed in range(3)])
     actions, policy, seen = batch.actions(), SB3Policy(model, np.random.default_rng(0)), set()
     for _ in range(60):
-        policy.decide(batch.views, batch.active, batch.dice, actions)
+        policy.decide(batch.views, batch.active, batch.uniforms, actions)
         for b, p in np.argwhere(batch.active):
             alone = observe(Views(*(array[b, p] for array in batch.views)))
             route, admit, price = model.predict(alone, deterministic=True)[0]

@@ -460,7 +460,7 @@ async def traffic(world: World) -> tuple[str, list[str]]:
 
 def faulty(seed: int) -> tuple[str, list[str]]:
     found: tuple[str, list[str]] = on_network(
-        traffic, seed=seed, loss=0.02, duplication=0.1, delay_s=lambda a, b, dice: dice.expovariate(10.0)
+        traffic, seed=seed, loss=0.02, duplication=0.1, delay_s=lambda a, b, uniforms: uniforms.expovariate(10.0)
     )
     return found
 
@@ -478,7 +478,7 @@ def test_delays_reorder_requests_and_duplicates_reach_the_application() -> None:
         await traffic(world)
         return [int(body) for _, _, body in world.app.calls]
 
-    came = on_network(act, duplication=0.2, delay_s=lambda a, b, dice: dice.uniform(0.0, 0.5))
+    came = on_network(act, duplication=0.2, delay_s=lambda a, b, uniforms: uniforms.uniform(0.0, 0.5))
     assert sorted(set(came)) == list(range(200))
     assert 20 < len(came) - 200 < 60
     assert came != sorted(came)
@@ -489,7 +489,7 @@ def test_pieces_of_one_answer_stay_in_order_whatever_the_delays() -> None:
         world.app.pieces = 40
         return b"".join(piece for _, piece in await world.pieces())
 
-    body = on_network(act, delay_s=lambda a, b, dice: dice.uniform(0.0, 10.0))
+    body = on_network(act, delay_s=lambda a, b, uniforms: uniforms.uniform(0.0, 10.0))
     assert body == b"".join(b"%d:hi\n" % k for k in range(40)) + b"end"
 
 

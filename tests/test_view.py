@@ -39,7 +39,7 @@ def see(**changes: Any) -> v.Views:
     world: dict[str, Any] = {
         "own": advert(AD_TIME_S=NOW_S),
         "adverts": np.array([advert(), advert(AD_RUNNING=4, AD_KV_TOKENS=900), advert(AD_RUNNING=8), advert()]),
-        "dealings": k.make_dealings(4),
+        "peer_stats": k.make_peer_stats(4),
         "candidates": [2, 1],
         "refused": 0,
         "credit": 100 * MICRO,
@@ -70,7 +70,7 @@ def see(**changes: Any) -> v.Views:
     request["n_candidates"], request["refused"] = count, w["refused"]
     request["candidates"] = -1
     request["candidates"][:count] = w["candidates"]
-    peers = k.Peers(w["adverts"], w["dealings"], np.full(len(w["adverts"]), w["credit"]))
+    peers = k.Peers(w["adverts"], w["peer_stats"], np.full(len(w["adverts"]), w["credit"]))
     v.write_view(views, p[0], a[0], q, peers, w["now_s"], SCRATCH)
     return views
 
@@ -94,14 +94,14 @@ def test_the_spec_is_the_version_that_policies_were_trained_on() -> None:
 def test_the_own_node() -> None:
     own = advert(AD_TIME_S=NOW_S - 0.5, AD_RUNNING=3, AD_WAITING=2, AD_KV_TOKENS=5000, AD_STAKE=7)
     own[k.AD_HELD : k.AD_HELD + 3] = 5, 6, 4
-    dealings = k.make_dealings(4)
-    dealings[0] = 123.0  # never read
-    row = see(own=own, dealings=dealings).nodes[0]
+    peer_stats = k.make_peer_stats(4)
+    peer_stats[0] = 123.0  # never read
+    row = see(own=own, peer_stats=peer_stats).nodes[0]
     first_s, token_s = expect(own, 0.0, 150.0)
     chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
     expected = {
         v.OWN: 1, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
-        v.SLOWDOWN_S: slowdown(own, 0.0), v.CROWD_S: 5 * token_s,
+        v.SLOWDOWN_S: slowdown(own, 0.0), v.LOAD_S: 5 * token_s,
         v.KV_USE: 0.25, v.RUNNING: 3, v.WAITING: 2, v.HELD_TIGHTER: 9, v.HELD_LOOSER: 6, v.SENT_SINCE: 0,
         v.OUT_THERE: 0, v.COST: 0, v.STAKE: 7, v.PACE: 0, v.RECORD: 0, v.OVERDUE: 0, v.AGE_S: 0.5, v.DUEL_RATE: 0.5,
         v.REFUSED: 0,
@@ -113,29 +113,29 @@ def test_a_peer() -> None:
     adverts = np.array([advert(AD_STAKE=9) for _ in range(4)])
     adverts[3] = advert(AD_TIME_S=NOW_S - 2, AD_RUNNING=4, AD_WAITING=1, AD_KV_TOKENS=15_000, AD_PRICE=4, AD_STAKE=2.5)
     adverts[3, k.AD_HELD : k.AD_HELD + 3] = 1, 2, 4
-    dealings = k.make_dealings(4)
-    dealings[1:3] = 77.0  # of others
+    peer_stats = k.make_peer_stats(4)
+    peer_stats[1:3] = 77.0  # of others
     for _ in range(3):
-        k.on_sent(dealings[3], adverts[3])
-    k.on_ended(dealings[3])
-    k.on_refused(dealings[3], adverts[3])
-    k.on_answer(dealings[3], 9.0, 3.0)
-    k.on_progress(dealings[3], 8.0, 2.0, 0.01, 0)
-    dealings[3, k.DUELS_WON] = 2
-    views = see(adverts=adverts, dealings=dealings, candidates=[3])
+        k.on_sent(peer_stats[3], adverts[3])
+    k.on_ended(peer_stats[3])
+    k.on_refused(peer_stats[3], adverts[3])
+    k.on_answer(peer_stats[3], 9.0, 3.0)
+    k.on_progress(peer_stats[3], 8.0, 2.0, 0.01, 0)
+    peer_stats[3, k.DUELS_WON] = 2
+    views = see(adverts=adverts, peer_stats=peer_stats, candidates=[3])
     first_s, token_s = expect(adverts[3], 2.0, 150.0)
     first_s += 0.05  # a round trip
     chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
     expected = {
         v.OWN: 0, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
-        v.SLOWDOWN_S: slowdown(adverts[3], 2.0), v.CROWD_S: 7 * token_s,
+        v.SLOWDOWN_S: slowdown(adverts[3], 2.0), v.LOAD_S: 7 * token_s,
         v.KV_USE: 0.75, v.RUNNING: 4, v.WAITING: 1, v.HELD_TIGHTER: 5, v.HELD_LOOSER: 2, v.SENT_SINCE: 2,
         v.OUT_THERE: 2, v.COST: 4 * 0.24, v.STAKE: 2.5, v.PACE: math.log(801 / 200), v.RECORD: math.log(3) / 2,
         v.OVERDUE: 6, v.AGE_S: 2, v.DUEL_RATE: 0.75, v.REFUSED: 1,
     }  # fmt: skip
     np.testing.assert_allclose(views.nodes[1][list(expected)], list(expected.values()), rtol=1e-6)
     assert not views.nodes[2:].any()
-    per_request = see(adverts=adverts, dealings=dealings, candidates=[3], pricing=PER_REQUEST)
+    per_request = see(adverts=adverts, peer_stats=peer_stats, candidates=[3], pricing=PER_REQUEST)
     assert per_request.nodes[1, v.COST] == 4
 
 
@@ -216,20 +216,20 @@ def random_world(seed: int, size: int, reckless: bool) -> dict[str, Any]:
     adverts[:, k.AD_STAKE] = rng.choice([0.0, 1.0, 4.0], size) * far
     adverts[:, k.AD_HELD : k.AD_HELD + 3] = rng.integers(0, 9, (size, 3)) * far
     adverts[:, k.AD_WEIGHT_S] = rng.uniform(0.001, 0.05, size) * far
-    dealings = k.make_dealings(size)
-    dealings[:, k.SENT] = rng.integers(0, 5, size) * far
-    dealings[:, k.SENT_AD_S] = np.where(rng.random(size) < 0.5, adverts[:, k.AD_TIME_S], k.NO_TIME)
-    dealings[:, k.OUT] = rng.integers(0, 9, size) * far
-    dealings[:, k.STREAMED] = rng.uniform(0, 1e4 * far, size)
-    dealings[:, k.PROMISED] = dealings[:, k.STREAMED] * rng.uniform(0, 2 * far, size)
-    dealings[:, k.OVERDUE_S] = rng.uniform(0, 100 * far, size)
-    dealings[:, k.RECORD] = rng.uniform(-5, 5, size) * far
-    dealings[:, k.RECORD_WEIGHT] = rng.uniform(0, 10, size)
-    dealings[:, k.DUELS_WON : k.DEALINGS_SIZE] = rng.integers(0, 5, (size, 2))
+    peer_stats = k.make_peer_stats(size)
+    peer_stats[:, k.SENT] = rng.integers(0, 5, size) * far
+    peer_stats[:, k.SENT_AD_S] = np.where(rng.random(size) < 0.5, adverts[:, k.AD_TIME_S], k.NO_TIME)
+    peer_stats[:, k.OUT] = rng.integers(0, 9, size) * far
+    peer_stats[:, k.STREAMED] = rng.uniform(0, 1e4 * far, size)
+    peer_stats[:, k.PROMISED] = peer_stats[:, k.STREAMED] * rng.uniform(0, 2 * far, size)
+    peer_stats[:, k.OVERDUE_S] = rng.uniform(0, 100 * far, size)
+    peer_stats[:, k.RECORD] = rng.uniform(-5, 5, size) * far
+    peer_stats[:, k.RECORD_WEIGHT] = rng.uniform(0, 10, size)
+    peer_stats[:, k.DUELS_WON : k.PEER_STATS_SIZE] = rng.integers(0, 5, (size, 2))
     return {
         "own": adverts[0].copy(),
         "adverts": adverts,
-        "dealings": dealings,
+        "peer_stats": peer_stats,
         "candidates": rng.permutation(np.arange(1, size))[: rng.integers(0, min(size, CANDIDATES + 1))],
         "refused": int(rng.integers(0, 2**CANDIDATES)),
         "credit": int(rng.uniform(0, 5 * far) * MICRO),
@@ -298,7 +298,7 @@ def test_a_view_without_a_request() -> None:
     p, a, q = records(1, PROVIDER), records(1, AGREEMENT), records(1, REQUEST)
     reset_provider(p)
     p["own"] = own
-    peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_dealings(1), np.zeros(1, np.int64))
+    peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_peer_stats(1), np.zeros(1, np.int64))
     v.write_view(views, p[0], a[0], q, peers, NOW_S, SCRATCH)
     assert views.me.tolist() == [0] * 7
     expected = np.zeros(len(v.NODE_FEATURES))
@@ -313,8 +313,8 @@ def test_the_provider_itself() -> None:
     reset_requests(q)
     p["own"], p["known"][0, :3] = advert(), KNOWN
     a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
-    peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_dealings(1), np.zeros(1, np.int64))
-    names = ["head", "advert_due", "held", "arrival_rate", "guests", "credit", "price"]
+    peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_peer_stats(1), np.zeros(1, np.int64))
+    names = ["head", "advert_due", "held", "arrival_rate", "remote", "credit", "price"]
     seen = []
     for values in ((0, 0, 3, 0.25, 5, 7_500_000, 1.5), (-1, 1, 10**6, 1e9, 10**6, 10**18, 1e9)):
         for name, value in zip(names, values, strict=True):

@@ -60,7 +60,7 @@ def record(policy: Policy, count: int, seed: int) -> Views:
         actions = batch.actions()
         while not batch.over.all():
             seen.append(Views._make(array[batch.active] for array in batch.views))
-            policy.decide(batch.views, batch.active, batch.dice, actions)
+            policy.decide(batch.views, batch.active, batch.uniforms, actions)
             batch.step(actions)
         asks = np.concatenate([views.me[:, HAS_REQUEST] > 0.5 for views in seen])
         have = {asked: int((asks == asked).sum()) for asked in wanted}
@@ -102,7 +102,7 @@ _CARD = """\
 LLM providers serve each other's overflow without a coordinator. For the request at the head of its queue, a provider
 with this policy decides whether to hold it, run it here or hand it to one of up to {candidates} candidates; and on what
 terms it takes others' work, at which of its prices. It sees only what a provider knows: its own node, the adverts of
-the candidates, and its dealings with them.
+the candidates, and its peer_stats with them.
 
 A {architecture} network of width {width}, {parameters:,} parameters: one encoder for every node in view, pooled, and a
 score for each node, so that the order of the candidates does not matter.

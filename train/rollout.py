@@ -280,7 +280,7 @@ class Collector:
         asked[rows] = True
         kinds = np.array(self.kinds)
         for kind, expert in experts.items():
-            expert.decide(batch.views, asked & (kinds == kind)[:, None], batch.dice, self.expert)
+            expert.decide(batch.views, asked & (kinds == kind)[:, None], batch.uniforms, self.expert)
         actions = self.decisions.expert[low:high]
         actions[:, 0] = self.expert.route[rows]
         actions[:, 1] = nearest_admit(self.expert.terms[rows][:, MAX_WAIT_S])

@@ -233,17 +233,17 @@ class SB3Policy:
     """A model as a policy of `agents.rules.Policy`. It draws its choices as in training, open or not.
 
     The most probable choice would do worse: where that is a closed route, the request is held until the view changes.
-    Chance comes from `rng`, as a market rolls dice for requests only, while admit and price are chosen without one too;
-    so what a seed gives depends on what is run before and beside it. `decisions` counts the requests decided on,
-    `invalid` those whose route was not open.
+    Chance comes from `rng`, as a market draws uniforms for requests only, while admit and price are chosen without
+    one too; so what a seed gives depends on what is run before and beside it. `decisions` counts the requests decided
+    on, `invalid` those whose route was not open.
     """
 
     def __init__(self, model: PPO, rng: np.random.Generator, name: str = NAME) -> None:
         self.model, self.rng, self.name = model, rng, name
         self.decisions = self.invalid = 0
 
-    def decide(self, views: Views, active: NDArray[np.bool_], dice: NDArray[np.float64], actions: Actions) -> None:
-        """See `agents.rules.Policy.decide`; the dice are not used."""
+    def decide(self, views: Views, active: NDArray[np.bool_], uniforms: NDArray[np.float64], actions: Actions) -> None:
+        """See `agents.rules.Policy.decide`; the uniforms are not used."""
         rows = np.nonzero(active)
         if rows[0].size == 0:
             return

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.decision import ADMITS, PRICES, ROUTES
 from wwwserve.agents.view import (
-    CROWD_S,
     FINISH_S,
     KV_USE,
+    LOAD_S,
     NODE_FEATURES,
     OVERDUE,
     PACE,
@@ -34,8 +34,8 @@ LOGITS = ROUTES + ADMITS + PRICES
 FORBIDDEN = np.float32(-1e9)  # the logit of a route that the mask rules out
 
 # What the rule within reads of a node: the time to finish there, what it discounts it by, and how full the node is.
-EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, CROWD_S, KV_USE, SPEED_RANK, WAITING)
-# Its settings, in what a softplus of 1 stands for: weights of pace, record, overdue, slowdown and crowd; sharpness of
+EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, LOAD_S, KV_USE, SPEED_RANK, WAITING)
+# Its settings, in what a softplus of 1 stands for: weights of pace, record, overdue, slowdown and load; sharpness of
 # the preference; KV use above which the fastest node counts as full, and the slowest; how far a full node is avoided.
 SETTING_UNITS = (1.0, 1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 10.0)
 SETTINGS = len(SETTING_UNITS)

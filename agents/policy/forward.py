@@ -24,9 +24,9 @@ from wwwserve.agents.policy.architecture import (
     Weights,
 )
 from wwwserve.agents.view import (
-    CROWD_S,
     FINISH_S,
     KV_USE,
+    LOAD_S,
     NODE_FEATURES,
     NODES,
     OVERDUE,
@@ -156,12 +156,12 @@ def settings(net: Net, pooled: Singles, out: Singles) -> None:
 
 @kernel
 def log_time(
-    node: Singles, pace: np.float32, record: np.float32, overdue: np.float32, slowdown: np.float32, crowd: np.float32
+    node: Singles, pace: np.float32, record: np.float32, overdue: np.float32, slowdown: np.float32, load: np.float32
 ) -> np.float32:
     """Log of the expected time to finish on a node, s, discounted as `agents.rules.trust_cap` does with these
     weights."""
     trust = math.exp(pace * max(node[PACE], np.float32(0.0)) + record * max(node[RECORD], np.float32(0.0)))
-    others_s = slowdown * node[SLOWDOWN_S] + crowd * node[CROWD_S]
+    others_s = slowdown * node[SLOWDOWN_S] + load * node[LOAD_S]
     time_s = node[FINISH_S] * np.float32(trust) + overdue * node[OVERDUE] + others_s
     return np.float32(math.log(max(time_s, SHORTEST_S)))
 
@@ -225,7 +225,7 @@ def logits(
 
     now = out[ROUTES : ROUTES + SETTINGS]  # until admits and prices come there
     settings(net, pooled, now)
-    pace, record, overdue, slowdown, crowd, sharpness = now[0], now[1], now[2], now[3], now[4], now[5]
+    pace, record, overdue, slowdown, load, sharpness = now[0], now[1], now[2], now[3], now[4], now[5]
     cap_fast, cap_slow, avoid = now[6], now[7], now[8]
     prior = net.prior[0] * sharpness
     route = out[:ROUTES]
@@ -234,7 +234,7 @@ def logits(
     for n in range(NODES):
         if routes[LOCAL + n] and is_node(nodes[n]):
             full = avoid * fullness(nodes[n], cap_fast, cap_slow)
-            cost = prior * log_time(nodes[n], pace, record, overdue, slowdown, crowd) + full
+            cost = prior * log_time(nodes[n], pace, record, overdue, slowdown, load) + full
             route[LOCAL + n] = cost
             least, emptiest = min(least, cost), min(emptiest, full)
     for n in range(NODES):
@@ -264,8 +264,8 @@ class LearnedPolicy:
             scratch(self._net), np.zeros((NODES, len(NODE_FEATURES)), np.float32), np.zeros(ABOUT, np.float32)
         )  # fmt: skip
 
-    def decide(self, views: Views, active: NDArray[np.bool_], dice: NDArray[np.float64], actions: Actions) -> None:
-        """See `agents.rules.Policy.decide`; the dice are not used. `actions` must be contiguous arrays."""
+    def decide(self, views: Views, active: NDArray[np.bool_], uniforms: NDArray[np.float64], actions: Actions) -> None:
+        """See `agents.rules.Policy.decide`; the uniforms are not used. `actions` must be contiguous arrays."""
         if not all(array.flags.c_contiguous for array in actions):
             raise ValueError("actions must be contiguous arrays, or what is written to them is lost")
         nodes, request, me, routes = views

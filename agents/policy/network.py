@@ -138,10 +138,10 @@ class Actor(nn.Module):
 
     def log_time(self, evidence: Tensor, weights: Tensor) -> Tensor:
         """Log of the expected times to finish [M, NODES], discounted with weights [M, 5]."""
-        finish_s, pace, record, overdue_s, slowdown_s, crowd_s, *_ = evidence.unbind(-1)
+        finish_s, pace, record, overdue_s, slowdown_s, load_s, *_ = evidence.unbind(-1)
         a, b, c, d, e = weights.unsqueeze(-1).unbind(-2)
         trust = torch.exp(a * pace.clamp_min(0.0) + b * record.clamp_min(0.0))
-        return torch.log((finish_s * trust + c * overdue_s + d * slowdown_s + e * crowd_s).clamp_min(float(SHORTEST_S)))
+        return torch.log((finish_s * trust + c * overdue_s + d * slowdown_s + e * load_s).clamp_min(float(SHORTEST_S)))
 
     def fullness(self, evidence: Tensor, caps: Tensor) -> Tensor:
         """How full nodes are [M, NODES], 0 to 1, with caps [M, 2] of the fastest and the slowest."""

@@ -5,7 +5,7 @@ import numpy as np
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import OFFLINE_AFTER_S, on_length
 from wwwserve.agents.protocol import delivered_value
-from wwwserve.agents.provider import answered, come_back, end_leg, look_at_evidence, mask, reopen
+from wwwserve.agents.provider import answered, come_back, end_attempt, look_at_evidence, mask, reopen
 from wwwserve.agents.view import CLASS_VALUE
 from wwwserve.envs.engine import NEVER, abort, tokens_out
 from wwwserve.envs.market.duels import hear_judge, start_judging, void_duel
@@ -44,7 +44,7 @@ def finish(w, r):
         q[r].status = DONE
         deliver(w, r, q[r].finish_s, q[r].first_token_s)
     else:
-        p[j].guests -= 1
+        p[j].remote -= 1
         p[j].counts[SERVED_FOR_PEERS] += 1
         q[r].status = ANSWERING
         send(w, r, ANSWER, q[r].finish_s + 0.5 * m.rtt_s)
@@ -59,7 +59,7 @@ def receive_answer(w, r):
     o, j = q[r].origin, q[r].executor
     q[r].status = DONE
     pay(w, r, q[r].output)
-    answered(p[o], q, r, w.dealings[o, j], q[r].mail_s, q[r].output)
+    answered(p[o], q, r, w.peer_stats[o, j], q[r].mail_s, q[r].output)
     deliver(w, r, q[r].mail_s, q[r].first_token_s + 0.5 * m.rtt_s)
     k = q[r].duel
     if k >= 0:
@@ -112,7 +112,7 @@ def fail_user(w, u):
 
 
 @kernel
-def leg_failed(w, r):
+def attempt_failed(w, r):
     """A peer does not take request r, or was lost with it, and it is no longer out: it is at the head again, unless it
     is answered, or the other leg of its duel is under way."""
     q = w.q
@@ -157,7 +157,7 @@ def vacate(w, i):
         else:
             q[r].status = LOST
             q[r].noticed_s = w.m.now_s + OFFLINE_AFTER_S
-    w.p[i].guests = 0
+    w.p[i].remote = 0
 
 
 @kernel
@@ -181,7 +181,7 @@ def look_at_streams(w, i):
     while r >= 0:
         after = q[r].out_next
         if q[r].status == LOST and w.m.now_s >= q[r].noticed_s:
-            end_leg(p, q, r, w.dealings[i, q[r].executor])
-            leg_failed(w, r)
+            end_attempt(p, q, r, w.peer_stats[i, q[r].executor])
+            attempt_failed(w, r)
         r = after
-    look_at_evidence(p, q, w.dealings[i], w.m.now_s)
+    look_at_evidence(p, q, w.peer_stats[i], w.m.now_s)

@@ -74,12 +74,12 @@ def pass_time(w):
         now_s = min(now_s, q[m.next_arrival].arrival_s)
     if m.mail_head >= 0:
         now_s = min(now_s, q[m.mail_head].mail_s)
-    guests = 0
+    remote = 0
     for i in range(m.n_providers):
         now_s = min(now_s, p[i].advert_lands_s)
         now_s = min(now_s, w.e[i].wake_s)
-        guests += p[i].guests
-    if m.streams_sent == m.ticks and guests > 0:  # what is out half a round trip before the tick is there by then
+        remote += p[i].remote
+    if m.streams_sent == m.ticks and remote > 0:  # what is out half a round trip before the tick is there by then
         now_s = min(now_s, tick_s - 0.5 * m.rtt_s)
     m.now_s = now_s = max(now_s, m.now_s)
     for i in range(m.n_providers):
@@ -90,7 +90,7 @@ def pass_time(w):
     if m.streams_sent == m.ticks and now_s >= tick_s - 0.5 * m.rtt_s:
         m.streams_sent += 1
         for i in range(m.n_providers):
-            if p[i].guests > 0:
+            if p[i].remote > 0:
                 scrape(w, i)
                 send_streams(w, i)
     while m.mail_head >= 0 and q[m.mail_head].mail_s <= now_s:

@@ -1,8 +1,8 @@
 """Heads and their candidates, views, and what comes of a decision."""
 
 from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, may_offer
-from wwwserve.agents.dice import uniform
 from wwwserve.agents.estimate import expect
+from wwwserve.agents.generator import uniform
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.provider import choose_head, decide, dequeue, draw_candidates, draw_uniforms, has_candidates
 from wwwserve.agents.view import Views, write_view

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from wwwserve.agents.dice import uniform
+from wwwserve.agents.generator import uniform
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import DUELS_LOST, DUELS_WON
 from wwwserve.agents.protocol import (
@@ -18,7 +18,7 @@ from wwwserve.agents.protocol import (
     settle_duel,
     vote_of,
 )
-from wwwserve.agents.provider import end_leg, is_out
+from wwwserve.agents.provider import end_attempt, is_out
 from wwwserve.envs.engine import abort
 from wwwserve.envs.market.engines import place
 from wwwserve.envs.market.mail import forget
@@ -109,8 +109,8 @@ def hear_judge(w, r, answered):
     w.p[o].counts[DUELS_SETTLED] += 1
     if outcome != TIE:
         winner, loser = (a, b) if outcome == A_WINS else (b, a)
-        w.dealings[o, winner, DUELS_WON] += 1.0
-        w.dealings[o, loser, DUELS_LOST] += 1.0
+        w.peer_stats[o, winner, DUELS_WON] += 1.0
+        w.peer_stats[o, loser, DUELS_LOST] += 1.0
 
 
 @kernel
@@ -120,9 +120,9 @@ def withdraw_out(w, r):
     i, j = q[r].origin, q[r].executor
     if q[r].status == IN_ENGINE:
         abort(w.e[j], q, r)
-        w.p[j].guests -= 1
+        w.p[j].remote -= 1
     forget(w, r)
-    end_leg(w.p[i], q, r, w.dealings[i, j])
+    end_attempt(w.p[i], q, r, w.peer_stats[i, j])
     pay(w, r, 0)
     q[r].status = FAILED
 

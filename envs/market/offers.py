@@ -4,7 +4,7 @@ from wwwserve.agents.decision import affordable
 from wwwserve.agents.estimate import expect
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.provider import accepted, consider, offer, refused
-from wwwserve.envs.market.answers import leg_failed
+from wwwserve.envs.market.answers import attempt_failed
 from wwwserve.envs.market.engines import place, scrape
 from wwwserve.envs.market.mail import send
 from wwwserve.envs.market.reward import expect_value, predict
@@ -21,7 +21,7 @@ def send_offer(w, r, j):
     m, p, q = w.m, w.p, w.q
     i = q[r].origin
     escrow(w, r, j, False)
-    offer(p[i], q, r, j, w.dealings[i, j], w.adverts[j])
+    offer(p[i], q, r, j, w.peer_stats[i, j], w.adverts[j])
     q[r].status = OFFERED
     if q[r].kind == USER:
         q[r].predicted_held = q[r].predicted
@@ -56,7 +56,7 @@ def run_for_peer(w, r, first_s, token_s):
         first_s *= p[j].lie_load / p[j].lie_speed
         token_s /= p[j].lie_speed
     accepted(q, r, m.now_s + 0.5 * m.rtt_s, first_s + m.rtt_s, token_s)
-    p[j].guests += 1
+    p[j].remote += 1
     p[i].counts[DELEGATED] += 1
     place(w, r, j, m.now_s)
 
@@ -67,11 +67,11 @@ def receive_refusal(w, r):
     p, q = w.p, w.q
     i, j = q[r].origin, q[r].executor
     p[i].counts[PROBES_UNANSWERED if p[j].online == 0 else PROBES_REFUSED] += 1
-    refused(p[i], q, r, w.dealings[i, j], w.adverts[j])
+    refused(p[i], q, r, w.peer_stats[i, j], w.adverts[j])
     if q[r].kind == USER and w.m.by_decision == 1:
         p[i].effect += q[r].predicted_held - q[r].predicted + q[r].beside
         expect_value(w, r, q[r].predicted_held)
-    leg_failed(w, r)
+    attempt_failed(w, r)
 
 
 @kernel
@@ -83,11 +83,11 @@ def direct_to(w, r, j):
     scrape(w, j)
     first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
     escrow(w, r, j, not affordable(m.pricing, peers_of(w, i), j, q[r].longest))
-    offer(p[i], q, r, j, w.dealings[i, j], w.adverts[j])
+    offer(p[i], q, r, j, w.peer_stats[i, j], w.adverts[j])
     if q[r].kind == USER:
         predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
     at_s = m.now_s + 0.5 * m.rtt_s
     accepted(q, r, at_s + 0.5 * m.rtt_s, first_s + m.rtt_s, token_s)
-    p[j].guests += 1
+    p[j].remote += 1
     p[i].counts[DELEGATED] += 1
     place(w, r, j, at_s)

@@ -21,7 +21,7 @@ class World(NamedTuple):
     d: NDArray[Any]  # [D] DUEL
     adverts: NDArray[np.float64]  # [N, ADVERT_SIZE]
     sent_adverts: NDArray[np.float64]  # [N, ADVERT_SIZE]
-    dealings: NDArray[np.float64]  # [N, N, DEALINGS_SIZE]
+    peer_stats: NDArray[np.float64]  # [N, N, PEER_STATS_SIZE]
     accounts: NDArray[np.int64]  # [N, ACCOUNT_SIZE]
     done: NDArray[np.int64]  # [R]
     draw: Scratch  # [N]
@@ -43,7 +43,7 @@ def world_of(markets, b):
         markets.duels[b],
         markets.adverts[b],
         markets.sent_adverts[b],
-        markets.dealings[b],
+        markets.peer_stats[b],
         markets.accounts[b],
         markets.done[b],
         Scratch(markets.stake[b], markets.eligible[b]),
@@ -59,7 +59,7 @@ def world_of(markets, b):
 def peers_of(w, i):
     """What provider i knows of the others, as things stand."""
     write_credit(w.p[i], w.accounts[i], w.m, w.q, w.credit)
-    return Peers(w.adverts, w.dealings[i], w.credit)
+    return Peers(w.adverts, w.peer_stats[i], w.credit)
 
 
 @kernel

@@ -5,7 +5,7 @@ one that runs already, whose nodes `--network FILE` lists. Arrivals and lengths 
 same seed. Beside what was measured stands what the simulator predicts for the same requests and engines.
 
 Emulated engines and their nodes can be run at `--speed` times real time; times are reported in the market's seconds.
-A node has dice of its own, where a simulated market has one set for all, so single decisions differ.
+A node has uniforms of its own, where a simulated market has one set for all, so single decisions differ.
 """
 
 import asyncio

@@ -45,12 +45,12 @@ class Mixed:
     def __init__(self, name: str, policies: Sequence[Policy]) -> None:
         self.name, self.policies = name, list(policies)
 
-    def decide(self, views: Views, active: Bools, dice: Floats, actions: Actions) -> None:
+    def decide(self, views: Views, active: Bools, uniforms: Floats, actions: Actions) -> None:
         """See `agents.rules.Policy.decide`; `active` is [B, N]."""
         for i, policy in enumerate(self.policies):
             own = np.zeros_like(active)
             own[:, i] = active[:, i]
-            policy.decide(views, own, dice, actions)
+            policy.decide(views, own, uniforms, actions)
 
 
 def run(seeds: Sequence[int]) -> Tree:

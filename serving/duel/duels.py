@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from wwwserve.agents.dice import make_dice
+from wwwserve.agents.generator import make_generators
 from wwwserve.agents.protocol import (
     A_WINS,
     TIE,
@@ -97,7 +97,7 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     judges: int  # to be drawn
 
 
-class Leg(Reply):
+class Attempt(Reply):
     """The answer of one executor: passed on to the user if it is the first, and kept."""
 
     def __init__(self, executor: str, race: "_Race") -> None:
@@ -155,9 +155,9 @@ class _Race:
     """Which leg the user sees: the one whose first byte came first."""
 
     reply: Reply
-    first: Leg | None = None
+    first: Attempt | None = None
 
-    def is_first(self, leg: Leg) -> bool:
+    def is_first(self, leg: Attempt) -> bool:
         if self.first is None:
             self.first = leg
         return self.first is leg
@@ -187,13 +187,13 @@ def in_order(one: Answer, other: Answer) -> tuple[Answer, Answer]:
 
 
 def draw(a: Answer, b: Answer, electors: Mapping[str, int], count: int) -> Drawn:
-    """The judges of a duel, by stake, with dice that both signatures make."""
+    """The judges of a duel, by stake, with uniforms that both signatures make."""
     duel = duel_name(a, b)
     names = sorted(electors)
     stake = np.array([electors[name] for name in names], np.float64)
     drawn = np.zeros(max(count, 1), np.int64)
-    dice = make_dice(int(duel, 16))[0]
-    found = draw_by_stake(stake, np.ones(len(names), np.bool_), count, dice, drawn)
+    uniforms = make_generators(int(duel, 16))[0]
+    found = draw_by_stake(stake, np.ones(len(names), np.bool_), count, uniforms, drawn)
     return Drawn(duel, tuple(names[k] for k in drawn[:found]))
 
 
@@ -272,7 +272,7 @@ class Attestor:
         return msgspec.json.encode(Answer(self.identity.name, told.request, told.answer).signed(self.identity))
 
 
-class Bench:
+class JudgePool:
     """A judge's side."""
 
     def __init__(self, identity: Identity, judge: Judge, metrics: Metrics) -> None:
@@ -339,7 +339,7 @@ class Duels:
     def __init__(self, identity: Identity, peers: Peers, metrics: Metrics, *, judges: int) -> None:
         self.identity, self.peers, self.metrics, self.judges = identity, peers, metrics, judges
         self.records: dict[str, Record] = {}  # of judges
-        self._closing: dict[asyncio.Task[None], dict[asyncio.Future[Any], Leg]] = {}
+        self._closing: dict[asyncio.Task[None], dict[asyncio.Future[Any], Attempt]] = {}
         self._running = 0
 
     @property
@@ -352,7 +352,7 @@ class Duels:
         return self.open < MOST_OPEN
 
     async def run(
-        self, ask: CompletionRequest, executors: tuple[str, str], hand: Callable[[str, Leg], Awaitable[Any]],
+        self, ask: CompletionRequest, executors: tuple[str, str], hand: Callable[[str, Attempt], Awaitable[Any]],
         reply: Reply,
     ) -> Any:  # fmt: skip
         """Let two executors answer at once; returns what `hand` does of the one whose answer the user has.
@@ -360,8 +360,8 @@ class Duels:
         Raises as `hand` does if the user has none. The rest of the duel goes on by itself.
         """
         race = _Race(reply)
-        legs: dict[asyncio.Future[Any], Leg] = {
-            asyncio.ensure_future(hand(name, leg)): leg for name in executors for leg in [Leg(name, race)]
+        legs: dict[asyncio.Future[Any], Attempt] = {
+            asyncio.ensure_future(hand(name, leg)): leg for name in executors for leg in [Attempt(name, race)]
         }
         self._running += 1
         try:
@@ -390,7 +390,7 @@ class Duels:
         await _cancel(self._closing)
         await _cancel(legs)  # of those whose end had not begun
 
-    async def _close(self, ask: CompletionRequest, legs: "dict[asyncio.Future[Any], Leg]") -> None:
+    async def _close(self, ask: CompletionRequest, legs: "dict[asyncio.Future[Any], Attempt]") -> None:
         """Once the user has an answer: get the other one, and have both judged."""
         outcome = "void"
         try:
@@ -404,7 +404,7 @@ class Duels:
             await _cancel(legs)
             self.metrics.duel(outcome)
 
-    async def _judge(self, ask: CompletionRequest, legs: list[Leg]) -> str:
+    async def _judge(self, ask: CompletionRequest, legs: list[Attempt]) -> str:
         request = digest(ask.body)
         signed = await asyncio.gather(*(self._attested(leg, request) for leg in legs))
         if signed[0] is None or signed[1] is None:
@@ -429,7 +429,7 @@ class Duels:
         votes = await asyncio.gather(*(self._vote(judge, drawn.duel, body) for judge in drawn.judges))
         return self._settle(a, b, drawn, [vote for vote in votes if vote is not None])
 
-    async def _attested(self, leg: Leg, request: str) -> Answer | None:
+    async def _attested(self, leg: Attempt, request: str) -> Answer | None:
         """What an executor puts its name to; one that does not stand by its answer has lost, as far as is seen here."""
         told = Attest(request, digest(bytes(leg.body)))
         try:
@@ -478,7 +478,7 @@ class Duels:
         return "won"
 
 
-async def _first(legs: "dict[asyncio.Future[Any], Leg]", race: _Race) -> Any:
+async def _first(legs: "dict[asyncio.Future[Any], Attempt]", race: _Race) -> Any:
     """Result of the leg that the user sees, once it is done; if there is none, what the first of them raised."""
     pending = set(legs)
     while pending:

@@ -202,7 +202,7 @@ class App:
             if scope["path"] == ATTEST_PATH:
                 answer = self.dispatcher.attestor.attest(claim.sender, body)
             else:
-                answer = await _unless_gone(receive, self.dispatcher.bench.vote(claim.sender, body))
+                answer = await _unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body))
         except Declined as error:
             raise Failed(409, str(error), "declined") from None
         await _answer(send, 200, answer)

@@ -82,7 +82,7 @@ class Delivery:
 
 
 class Accounts:
-    """A node's dealings in credit."""
+    """A node's peer_stats in credit."""
 
     def __init__(self, ledger: ChannelLedger, pricing: int, send: SendTo) -> None:
         self.ledger, self.pricing, self.send = ledger, pricing, send

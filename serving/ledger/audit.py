@@ -112,7 +112,7 @@ def _check_sums(books: Books, kept: dict[str, Any]) -> Iterator[str]:
         if min(balance[2:]) < 0 or sum(balance[2:]) != balance.opened:
             yield f"channel with {peer}: credit is not conserved: {balance}"
         locked = sum(each.amount for each in channel.open.values())
-        taken = sum(each.amount for each in channel.guests.values())
+        taken = sum(each.amount for each in channel.taken.values())
         if (locked, taken) != (channel.accounts[OWN, ESCROW], channel.accounts[PEER, ESCROW]):
             yield f"channel with {peer}: what is in escrow is not what is locked for its requests"
         own = channel.opening.amounts(books.owner)[0] - channel.total + channel.paid_total
@@ -167,7 +167,7 @@ def describe(found: Audit) -> str:
             f"  own      {_credits(balance.free)} free, {_credits(balance.escrow)} in escrow for "
             f"{len(c.open)} requests",
             f"  peer's   {_credits(balance.peer_free)} free, {_credits(balance.peer_escrow)} in escrow for "
-            f"{len(c.guests)} requests",
+            f"{len(c.taken)} requests",
             f"  paid     {_credits(c.total)} by {c.number:,} receipts, {c.acked:,} of them signed by the peer",
             f"  earned   {_credits(c.paid_total)} by {c.paid_number:,} receipts, all signed by both",
         ]

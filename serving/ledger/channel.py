@@ -160,7 +160,7 @@ class Channel(msgspec.Struct):
     paid_total: int = 0
     paid_head: str = ""
     vouchers: list[Signed] = []
-    guests: dict[int, Taken] = {}
+    taken: dict[int, Taken] = {}
     delivered: dict[int, Delivered] = {}
     short: int = 0
 
@@ -286,16 +286,16 @@ class Books:
 
     def _taken(self, event: Taken) -> None:
         channel = self.channel(event.peer)
-        if event.id in channel.guests or event.id <= 0 or event.amount < 0 or event.price < 0:
+        if event.id in channel.taken or event.id <= 0 or event.amount < 0 or event.price < 0:
             raise LedgerError(f"request {event.id} of {event.peer} is here already, or costs less than nothing")
         if not lock(channel.accounts[PEER], event.amount):
             raise LedgerError(f"{event.amount} micro-credits are more than {event.peer} has free")
         channel.guest = max(channel.guest, event.id)
-        channel.guests[event.id] = event
+        channel.taken[event.id] = event
 
     def _delivered(self, event: Delivered) -> None:
         channel = self.channel(event.peer)
-        if event.id not in channel.guests:
+        if event.id not in channel.taken:
             raise LedgerError(f"request {event.id} of {event.peer} is not here")
         channel.delivered[event.id] = event
 
@@ -305,7 +305,7 @@ class Books:
         own, peer = channel.accounts[OWN].copy(), channel.accounts[PEER].copy()
         for receipt in event.receipts:
             _check_receipt(receipt)
-            taken = channel.guests.get(receipt.id)
+            taken = channel.taken.get(receipt.id)
             locked = taken.amount if taken is not None else receipt.due
             if taken is None and not lock(peer, receipt.due):  # it was sent again after we had lost it
                 raise LedgerError(f"{receipt.due} micro-credits are more than {event.peer} has free")
@@ -322,7 +322,7 @@ class Books:
             raise LedgerError(f"voucher {state.number} of {event.peer} has a request twice, or none")
         channel.accounts[OWN], channel.accounts[PEER] = own, peer
         for receipt in event.receipts:
-            channel.guests.pop(receipt.id, None)
+            channel.taken.pop(receipt.id, None)
             channel.delivered.pop(receipt.id, None)
             channel.guest = max(channel.guest, receipt.id)
         channel.paid_number, channel.paid_total, channel.paid_head = number, total, head

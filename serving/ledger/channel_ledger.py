@@ -338,7 +338,7 @@ class ChannelLedger:
 
     def delivered(self, peer: str, id: int, answer: str, tokens: int, came: str) -> None:
         """A peer's request has ended here. A request whose payment came before its end is left as it was paid."""
-        if id in self.books.channel(peer).guests:
+        if id in self.books.channel(peer).taken:
             self._add(Delivered(peer, id, answer, tokens, came))
 
     # Messages.
@@ -450,7 +450,7 @@ class ChannelLedger:
         """Evidence of receipts that pay less than what was delivered to the end."""
         notes = []
         for receipt in receipts:
-            told, taken = channel.delivered.get(receipt.id), channel.guests.get(receipt.id)
+            told, taken = channel.delivered.get(receipt.id), channel.taken.get(receipt.id)
             if told is None or taken is None or told.came != WHOLE:
                 continue
             due = min(taken.amount, price_of(self.pricing, taken.price, told.tokens))

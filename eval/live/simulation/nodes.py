@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, cast
 import orjson
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from wwwserve.agents.dice import make_dice
+from wwwserve.agents.generator import make_generators
 from wwwserve.agents.knowledge import AD_STAKE
 from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST, STAKED
 from wwwserve.agents.rules import Policy
@@ -96,7 +96,7 @@ class Node:
             mean_output=float(planned.mean_output[row]),
         )  # fmt: skip
         record, count = provider.record, len(nodes.names)
-        record["generator"] = make_dice((planned.seed, 2), count)[row]
+        record["generator"] = make_generators((planned.seed, 2), count)[row]
         record["next_gossip_s"] = scenario.gossip_interval_s * (row + 1) / count
         record["advert_due"] = 1
         holder = nodes.bank.holders[row]

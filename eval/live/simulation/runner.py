@@ -76,7 +76,7 @@ def play(planned: MarketPlan, policy: Callable[[], Policy], faults: Faults, seed
             for name, count in _counts(run).items():
                 totals[name] = totals.get(name, 0) + count
         report = Report(
-            outcomes, totals, sum(each.provider.held for each in there), sum(each.metrics.guests_now for each in there),
+            outcomes, totals, sum(each.provider.held for each in there), sum(each.metrics.remote_now for each in there),
             sum(node.server.running for node in nodes.nodes), int(nodes.bank.locked.sum()),
             int(nodes.bank.accounts.sum()),
             [*nodes.network.errors, *(error for node in nodes.nodes for error in node.errors)],

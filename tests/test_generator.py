@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from wwwserve.agents.dice import WORDS, make_dice, uniform
+from wwwserve.agents.generator import GENERATOR_WORDS, make_generators, uniform
 from wwwserve.agents.kernel import Floats, Ints
 
 # The state and first outputs of xorwow as its author gives it (Marsaglia, "Xorshift RNGs", 2003).
 MARSAGLIA = [123456789, 362436069, 521288629, 88675123, 5783321, 6615241]
 
 
-def draw(dice: Ints, count: int) -> Floats:
-    return np.array([uniform(dice) for _ in range(count)])
+def draw(generator: Ints, count: int) -> Floats:
+    return np.array([uniform(generator) for _ in range(count)])
 
 
 def xorwow(state: list[int]) -> int:
@@ -26,21 +26,21 @@ def xorwow(state: list[int]) -> int:
 
 
 def test_it_is_xorwow() -> None:
-    dice, state = np.array(MARSAGLIA), list(MARSAGLIA)
+    generator, state = np.array(MARSAGLIA), list(MARSAGLIA)
     assert xorwow(list(MARSAGLIA)) == 246875399
     for _ in range(1000):
-        assert uniform(dice) == (xorwow(state) + 0.5) / 2**32
-        assert dice.tolist() == state
+        assert uniform(generator) == (xorwow(state) + 0.5) / 2**32
+        assert generator.tolist() == state
 
 
 def test_first_values_of_a_seed_are_pinned() -> None:
-    values = [draw(row, 2).tolist() for row in make_dice(7, 2)]
+    values = [draw(row, 2).tolist() for row in make_generators(7, 2)]
     assert values == [[0.09594923595432192, 0.024463188485242426], [0.3940080077154562, 0.37249553913716227]]
-    assert uniform(make_dice((7, 1))[0]) != uniform(make_dice(7)[0])
+    assert uniform(make_generators((7, 1))[0]) != uniform(make_generators(7)[0])
 
 
 def test_values_are_uniform_and_inside_the_open_interval() -> None:
-    values = draw(make_dice(1)[0], 40_000)
+    values = draw(make_generators(1)[0], 40_000)
     assert values.min() > 0 and values.max() < 1
     assert stats.kstest(values, "uniform").pvalue > 1e-3
     pairs = np.histogram2d(values[:-1:2], values[1::2], bins=10, range=[[0, 1], [0, 1]])[0]
@@ -57,9 +57,9 @@ def test_the_ends_are_never_reached(edge: int) -> None:
 
 
 def test_generators_of_one_seed_are_independent() -> None:
-    dice = make_dice(3, 8)
-    assert dice.shape == (8, WORDS) and dice.dtype == np.int64
-    values = np.array([draw(row, 5000) for row in dice])
+    generator = make_generators(3, 8)
+    assert generator.shape == (8, GENERATOR_WORDS) and generator.dtype == np.int64
+    values = np.array([draw(row, 5000) for row in generator])
     bound = 4.5 / np.sqrt(5000)
     for lag in (0, 1, 5):
         r = np.corrcoef(values[:, : 5000 - lag], values[:, lag:])[:8, 8:]
@@ -70,12 +70,12 @@ def test_generators_of_one_seed_are_independent() -> None:
 
 
 def test_each_generator_advances_alone() -> None:
-    dice = make_dice(5, 3)
-    before = dice.copy()
-    uniform(dice[1])
-    np.testing.assert_array_equal(dice[[0, 2]], before[[0, 2]])
-    assert (dice[1] != before[1]).any()
+    generator = make_generators(5, 3)
+    before = generator.copy()
+    uniform(generator[1])
+    np.testing.assert_array_equal(generator[[0, 2]], before[[0, 2]])
+    assert (generator[1] != before[1]).any()
 
 
 def test_no_generator_can_get_stuck_at_zero() -> None:
-    assert (make_dice(0, 200)[:, 0] % 2 == 1).all()
+    assert (make_generators(0, 200)[:, 0] % 2 == 1).all()
