@@ -38,7 +38,8 @@ class MarketBatch:
     views: see `agents.view`, leading axes [B, N]; active [B, N]: who is asked to decide; uniforms [B, N, 4]: random
     numbers in (0, 1) for policies; reward [B, N] float32, elapsed_s [B] and over [B] of the last step; given [B, N]:
     the part of the reward that arrivals brought, whatever was decided, which a learner may subtract. All are
-    overwritten by `step`. An action is read only where `active` is set. A market that is over stays as it is until `reset`.
+    overwritten by `step`. An action is read only where `active` is set. A market that is over stays as it is until
+    `reset`.
     """
 
     def __init__(
