@@ -85,6 +85,7 @@ MARKET = np.dtype(
         # the run
         ("now_s", np.float64),
         ("ticks", np.int64),
+        ("remote", np.int64),  # peers' requests in all engines
         ("streams_sent", np.int64),  # ticks for which providers have sent on what they generated for peers
         ("steps", np.int64),
         ("elapsed_s", np.float64),  # of the last step
@@ -198,6 +199,9 @@ class Markets(NamedTuple):
     eligible: NDArray[np.bool_]  # [B, N]
     serves: NDArray[np.bool_]  # [B, N]
     acted: NDArray[np.bool_]  # [B, N]
+    # What saves looking at every provider at every event.
+    touched: NDArray[np.bool_]  # [B, N] may have something to decide
+    wake_s: NDArray[np.float64]  # [B, N] nothing happens by itself before: engine and advert
     credit: NDArray[np.int64]  # [B, N]
     before: NDArray[np.float64]  # [B, N]
     idle_token_s: NDArray[np.float64]  # [B, NODES]
@@ -307,6 +311,8 @@ def make_markets(count: int, shape: Shape) -> Markets:
         eligible=np.zeros((count, n), np.bool_),
         serves=np.zeros((count, n), np.bool_),
         acted=np.zeros((count, n), np.bool_),
+        touched=np.zeros((count, n), np.bool_),
+        wake_s=np.zeros((count, n)),
         credit=np.zeros((count, n), np.int64),
         before=np.zeros((count, n)),
         idle_token_s=np.zeros((count, NODES)),

@@ -12,6 +12,7 @@ from wwwserve.envs.market.duels import hear_judge, start_judging, void_duel
 from wwwserve.envs.market.mail import send
 from wwwserve.envs.market.reward import expect_value
 from wwwserve.envs.market.settlement import pay
+from wwwserve.envs.market.world import count_remote, set_wake
 from wwwserve.envs.state import (
     ANSWER,
     ANSWERING,
@@ -44,12 +45,13 @@ def finish(w, r):
         q[r].status = DONE
         deliver(w, r, q[r].finish_s, q[r].first_token_s)
     else:
-        p[j].remote -= 1
+        count_remote(w, j, -1)
         p[j].counts[SERVED_FOR_PEERS] += 1
         q[r].status = ANSWERING
         send(w, r, ANSWER, q[r].finish_s + 0.5 * m.rtt_s)
     if p[j].held > 0:
         reopen(p[j])
+        w.touched[j] = True
 
 
 @kernel
@@ -68,6 +70,7 @@ def receive_answer(w, r):
             start_judging(w, k)
     if p[o].held > 0:
         reopen(p[o])
+        w.touched[o] = True
 
 
 @kernel
@@ -140,6 +143,7 @@ def attempt_failed(w, r):
     q[u].first_token_s = np.nan
     q[u].status = HELD
     come_back(w.p[q[u].origin], q, u)
+    w.touched[q[u].origin] = True
 
 
 @kernel
@@ -157,7 +161,8 @@ def vacate(w, i):
         else:
             q[r].status = LOST
             q[r].noticed_s = w.m.now_s + OFFLINE_AFTER_S
-    w.p[i].remote = 0
+    count_remote(w, i, -w.p[i].remote)
+    set_wake(w, i)
 
 
 @kernel

@@ -19,7 +19,7 @@ from wwwserve.envs.market.answers import fail_user, under_way, user_of, vacate
 from wwwserve.envs.market.duels import void_duel, withdraw_out
 from wwwserve.envs.market.engines import clip_length, scrape
 from wwwserve.envs.market.reward import expect_value
-from wwwserve.envs.market.world import lying
+from wwwserve.envs.market.world import lying, set_wake
 from wwwserve.envs.scenario import MAX_WINDOWS
 from wwwserve.envs.state import HELD, OWN_ARRIVED
 
@@ -40,6 +40,7 @@ def receive_arrivals(w):
             p[i].arrived += value
             q[r].status = HELD
             arrive(p[i], q, r)
+            w.touched[i] = True
         else:  # it came before the tick at which the provider joins
             count_arrival(p[i])
             fail_user(w, r)
@@ -59,6 +60,7 @@ def publish(w, i):
         for k in range(AD_WEIGHT_S, AD_KV_CAPACITY):
             advert[k] /= p.lie_speed
     p.advert_lands_s = w.m.now_s + 0.5 * w.m.rtt_s
+    set_wake(w, i)
 
 
 @kernel
@@ -67,6 +69,7 @@ def receive_advert(w, i):
     for k in range(w.adverts.shape[1]):
         w.adverts[i, k] = w.sent_adverts[i, k]
     w.p[i].advert_lands_s = np.inf
+    set_wake(w, i)
 
 
 @kernel

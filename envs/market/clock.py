@@ -20,7 +20,7 @@ from wwwserve.envs.market.engines import scrape
 from wwwserve.envs.market.mail import take
 from wwwserve.envs.market.offers import receive_offer, receive_refusal
 from wwwserve.envs.market.reward import pay_step
-from wwwserve.envs.market.world import world_of
+from wwwserve.envs.market.world import set_wake, world_of
 from wwwserve.envs.state import ANSWER, NOTHING, OFFER
 
 
@@ -32,6 +32,8 @@ def start(w, views, active, uniforms):
             w.p[i].online = 1
             scrape(w, i)
             w.p[i].advert_due = 1
+        w.touched[i] = True
+        set_wake(w, i)
     ask(w, active, uniforms)
     show(w, views, active, True)
 
@@ -54,13 +56,13 @@ def step(w, actions, views, active, uniforms, reward, given):
             if p[i].advert_due == 1:
                 publish(w, i)
     m.steps += 1
-    began_s = m.now_s
+    began_s, ticks = m.now_s, m.ticks
     while not ask(w, active, uniforms) and m.over == 0:
         pass_time(w)
     if m.over == 1:
         active[:] = False
     m.elapsed_s = m.now_s - began_s
-    show(w, views, active, m.elapsed_s > 0.0)
+    show(w, views, active, m.ticks > ticks)  # who has nothing to decide is shown its node at ticks
     pay_step(w, reward, given)
 
 
@@ -74,19 +76,17 @@ def pass_time(w):
         now_s = min(now_s, q[m.next_arrival].arrival_s)
     if m.mail_head >= 0:
         now_s = min(now_s, q[m.mail_head].mail_s)
-    remote = 0
     for i in range(m.n_providers):
-        now_s = min(now_s, p[i].advert_lands_s)
-        now_s = min(now_s, w.e[i].wake_s)
-        remote += p[i].remote
-    if m.streams_sent == m.ticks and remote > 0:  # what is out half a round trip before the tick is there by then
+        now_s = min(now_s, w.wake_s[i])
+    if m.streams_sent == m.ticks and m.remote > 0:  # what is out half a round trip before the tick is there by then
         now_s = min(now_s, tick_s - 0.5 * m.rtt_s)
     m.now_s = now_s = max(now_s, m.now_s)
     for i in range(m.n_providers):
-        if w.e[i].wake_s <= now_s:
-            run_engine(w, i)
-        if p[i].advert_lands_s <= now_s:
-            receive_advert(w, i)
+        if w.wake_s[i] <= now_s:
+            if w.e[i].wake_s <= now_s:
+                run_engine(w, i)
+            if p[i].advert_lands_s <= now_s:
+                receive_advert(w, i)
     if m.streams_sent == m.ticks and now_s >= tick_s - 0.5 * m.rtt_s:
         m.streams_sent += 1
         for i in range(m.n_providers):
@@ -115,6 +115,7 @@ def run_engine(w, i):
     """Run provider i's engine up to now."""
     e = w.e[i]
     n_done = advance(e, w.q, w.m.now_s, w.done, 0)
+    set_wake(w, i)
     for k in range(n_done):
         finish(w, w.done[k])
 
@@ -141,6 +142,7 @@ def pass_tick(w):
             if p[i].advert_lands_s == np.inf:  # of a provider one advert at a time is on its way
                 gossip(p[i], m, m.now_s)
         tick(p[i], m.tick_s)
+        w.touched[i] = True
 
 
 @kernel

@@ -10,7 +10,7 @@ from wwwserve.envs.market.duels import new_request
 from wwwserve.envs.market.engines import place, scrape
 from wwwserve.envs.market.offers import direct_to, send_offer
 from wwwserve.envs.market.reward import charge_wait, predict
-from wwwserve.envs.market.world import peers_of
+from wwwserve.envs.market.world import peers_of, unpaid
 from wwwserve.envs.state import COPY, DUELS_STARTED, HOLDS, INVALID, RUN_LOCAL
 
 
@@ -35,20 +35,23 @@ def ask(w, active, uniforms):
     """Ask every provider that has something to decide; returns whether there is any."""
     waiting = False
     for i in range(w.m.n_providers):
-        active[i] = w.p[i].online == 1 and look(w, i, uniforms[i])
+        if w.touched[i]:
+            w.touched[i] = w.p[i].online == 1 and look(w, i, uniforms[i])
+        active[i] = w.touched[i]
         waiting = waiting or active[i]
     return waiting
 
 
 @kernel
 def show(w, views, active, everyone):
-    """Write what providers see: of all where time has passed, else of those that are asked, or have just decided."""
+    """Write what providers see: of everyone, else of those that are asked, or have just decided."""
     for i in range(w.m.n_providers):
         if active[i] or w.acted[i] or everyone:
             view = Views(views.nodes[i], views.request[i], views.me[i], views.routes[i])
             if not active[i]:
                 scrape(w, i)
-            write_view(view, w.p[i], w.m, w.q, peers_of(w, i), w.m.now_s, w.viewing)
+            peers = peers_of(w, i) if w.p[i].head >= 0 else unpaid(w, i)
+            write_view(view, w.p[i], w.m, w.q, peers, w.m.now_s, w.viewing)
 
 
 @kernel

@@ -23,6 +23,7 @@ from wwwserve.envs.engine import abort
 from wwwserve.envs.market.engines import place
 from wwwserve.envs.market.mail import forget
 from wwwserve.envs.market.settlement import pay
+from wwwserve.envs.market.world import count_remote, set_wake
 from wwwserve.envs.state import (
     DUELS_SETTLED,
     DUELS_VOID,
@@ -120,7 +121,8 @@ def withdraw_out(w, r):
     i, j = q[r].origin, q[r].executor
     if q[r].status == IN_ENGINE:
         abort(w.e[j], q, r)
-        w.p[j].remote -= 1
+        count_remote(w, j, -1)
+        set_wake(w, j)
     forget(w, r)
     end_attempt(w.p[i], q, r, w.peer_stats[i, j])
     pay(w, r, 0)

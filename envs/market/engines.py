@@ -4,6 +4,7 @@ from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import on_scrape
 from wwwserve.envs.engine import advance, submit
+from wwwserve.envs.market.world import set_wake
 from wwwserve.envs.state import CLIPPED, IN_ENGINE
 
 
@@ -13,6 +14,7 @@ def scrape(w, i):
     e = w.e[i]
     if e.wake_s > w.m.now_s:  # else it is run by the clock, which sees to what is done
         advance(e, w.q, w.m.now_s, w.done, 0)
+        set_wake(w, i)
     tokens = (e.profile[KV_BLOCKS] - e.free_blocks) * BLOCK_TOKENS
     on_scrape(w.p[i].own, w.m.now_s, e.running, e.waiting, tokens, 1.0)
 
@@ -36,4 +38,5 @@ def place(w, r, j, at_s):
     q[r].status = IN_ENGINE
     scrape(w, j)
     submit(w.e[j], q, r, max(at_s, w.e[j].clock_s))
+    set_wake(w, j)
     scrape(w, j)

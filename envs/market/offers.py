@@ -9,7 +9,7 @@ from wwwserve.envs.market.engines import place, scrape
 from wwwserve.envs.market.mail import send
 from wwwserve.envs.market.reward import expect_value, predict
 from wwwserve.envs.market.settlement import escrow
-from wwwserve.envs.market.world import lying, peers_of
+from wwwserve.envs.market.world import count_remote, lying, peers_of
 from wwwserve.envs.state import DELEGATED, OFFER, OFFERED, PROBES_REFUSED, PROBES_UNANSWERED, REFUSAL, USER
 
 OFFER_TIMEOUT_S = 2.0  # after which a peer that does not answer is given up
@@ -56,7 +56,7 @@ def run_for_peer(w, r, first_s, token_s):
         first_s *= p[j].lie_load / p[j].lie_speed
         token_s /= p[j].lie_speed
     accepted(q, r, m.now_s + 0.5 * m.rtt_s, first_s + m.rtt_s, token_s)
-    p[j].remote += 1
+    count_remote(w, j, 1)
     p[i].counts[DELEGATED] += 1
     place(w, r, j, m.now_s)
 
@@ -88,6 +88,6 @@ def direct_to(w, r, j):
         predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
     at_s = m.now_s + 0.5 * m.rtt_s
     accepted(q, r, at_s + 0.5 * m.rtt_s, first_s + m.rtt_s, token_s)
-    p[j].remote += 1
+    count_remote(w, j, 1)
     p[i].counts[DELEGATED] += 1
     place(w, r, j, at_s)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.kernel import inlined, kernel
 from wwwserve.agents.knowledge import Peers
+from wwwserve.agents.protocol import FREE
 from wwwserve.agents.provider import Scratch, write_credit
 from wwwserve.agents.view import ViewScratch
 
@@ -27,6 +28,8 @@ class World(NamedTuple):
     draw: Scratch  # [N]
     serves: NDArray[np.bool_]  # [N]
     acted: NDArray[np.bool_]  # [N]
+    touched: NDArray[np.bool_]  # [N]
+    wake_s: NDArray[np.float64]  # [N]
     credit: NDArray[np.int64]  # [N]
     before: NDArray[np.float64]  # [N]
     viewing: ViewScratch
@@ -49,6 +52,8 @@ def world_of(markets, b):
         Scratch(markets.stake[b], markets.eligible[b]),
         markets.serves[b],
         markets.acted[b],
+        markets.touched[b],
+        markets.wake_s[b],
         markets.credit[b],
         markets.before[b],
         ViewScratch(markets.idle_token_s[b], markets.looser_than[b]),
@@ -60,6 +65,26 @@ def peers_of(w, i):
     """What provider i knows of the others, as things stand."""
     write_credit(w.p[i], w.accounts[i], w.m, w.q, w.credit)
     return Peers(w.adverts, w.peer_stats[i], w.credit)
+
+
+@kernel
+def unpaid(w, i):
+    """The same without what may be put in escrow with each, for a provider that has no request to decide on."""
+    w.p[i].credit = w.accounts[i, FREE]
+    return Peers(w.adverts, w.peer_stats[i], w.credit)
+
+
+@kernel
+def count_remote(w, j, change):
+    """Provider j has so many more of peers' requests in its engine."""
+    w.p[j].remote += change
+    w.m.remote += change
+
+
+@kernel
+def set_wake(w, i):
+    """Note until when nothing happens by itself at provider i: its engine or its advert has changed."""
+    w.wake_s[i] = min(w.e[i].wake_s, w.p[i].advert_lands_s)
 
 
 @kernel
