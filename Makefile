@@ -18,8 +18,8 @@ INSTALLED := $(VENV)/.installed
 train: $(INSTALLED)
 	$(BIN)/python train/mappo.py $(ARGS)
 
-LONG := --agent-steps 56000000 --imitate-steps 36000000 --critic-steps 4000000 --markets 384 --average 0.97 \
-	--checkpoint-every 50 --validation-markets 32 --test-markets 48 --test-seeds 128
+LONG := --agent-steps 120000000 --imitate-steps 80000000 --critic-steps 8000000 --markets 384 --average 0.97 \
+	--checkpoint-every 100 --validation-markets 32 --test-markets 48 --test-seeds 128
 results: $(INSTALLED)
 	for seed in 1 2 3; do $(BIN)/python train/mappo.py $(LONG) --seed $$seed --out runs/seed$$seed $(ARGS) || exit 1; done
 	$(BIN)/python -m eval.regret --policy runs/seed1/policy runs/seed2/policy runs/seed3/policy --json runs/regret.json
