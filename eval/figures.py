@@ -22,9 +22,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from wwwserve.agents.arguments import UsageError, parse_args, refuse
+from wwwserve.agents.rules import RULES
 from wwwserve.eval.compare import Tree
 
 PROG = "wwwserve figures"
+KEPT = ("single", "www_serve")  # rules that are always drawn by themselves
 
 # Line, marker and colour by policy (colours: Okabe and Ito, distinct to the colour-blind).
 _STYLES: dict[str, tuple[Any, str, str]] = {
@@ -70,12 +72,15 @@ class FigureError(ValueError):
     """A file that cannot be drawn; the message is one line."""
 
 
-def draw(result_file: Path, out: Path, training: Path | None = None) -> list[Path]:
-    """Draw a result file, and a training log if given, into the folder `out`; the files written. Raises FigureError."""
+def draw(result_file: Path, out: Path, training: Path | None = None, best_rule: bool = False) -> list[Path]:
+    """Draw a result file, and a training log if given, into the folder `out`; the files written. Raises FigureError.
+
+    With `best_rule`, the best of the rules in each scenario stands for all of them; see `with_best_rule`.
+    """
     result = _read(result_file, json.loads)
     progress = None if training is None else _read(training, lambda text: [json.loads(x) for x in text.splitlines()])
     try:
-        files = draw_comparison(result, out)
+        files = draw_comparison(with_best_rule(result) if best_rule else result, out)
     except _UNEXPECTED as error:
         raise FigureError(f"{result_file}: not a result of eval.compare: {error!r}") from None
     if progress is not None:
@@ -84,6 +89,18 @@ def draw(result_file: Path, out: Path, training: Path | None = None) -> list[Pat
         except _UNEXPECTED as error:
             raise FigureError(f"{training}: not the log of a training run: {error!r}") from None
     return files
+
+
+def with_best_rule(result: Tree) -> Tree:
+    """A result in which "best rule" is, in each scenario, the rule with the highest SLO AUC; `single` and `www_serve`,
+    and what is no rule, stay themselves."""
+    shown: Tree = {}
+    for scenario, cells in result["scenarios"].items():
+        rules = [name for name in cells if name.split("@")[0].split(":")[0] in RULES and name not in KEPT]
+        others = {name: cell for name, cell in cells.items() if name not in rules}
+        best = max(rules, key=lambda name: cells[name]["slo_auc"][0])
+        shown[scenario] = others | {"best rule": cells[best]}
+    return result | {"scenarios": shown}
 
 
 def draw_comparison(result: Tree, out: Path) -> list[Path]:
@@ -245,13 +262,15 @@ class Args:
     """folder for the figures"""
     training: Annotated[Path | None, tyro.conf.arg(metavar="LOG")] = None
     """progress.jsonl of a training run, to draw too"""
+    best_rule: bool = False
+    """draw the best rule of each scenario in place of every rule"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for a file that cannot be drawn."""
     try:
         args = parse_args(Args, PROG, argv)
-        files = draw(args.result, args.out, args.training)
+        files = draw(args.result, args.out, args.training, args.best_rule)
     except (UsageError, FigureError, OSError) as error:
         return refuse(PROG, error)
     print("\n".join(map(str, files)))

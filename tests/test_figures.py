@@ -135,3 +135,18 @@ def test_an_empty_training_log_is_refused(tmp_path: Path) -> None:
 def test_comparing_needs_no_matplotlib() -> None:
     code = "import eval.compare, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_best_rule_of_each_scenario_stands_for_all() -> None:
+    def cell(auc: float) -> dict[str, Any]:
+        return {"slo_auc": [auc, 0.0]}
+
+    result = {
+        "scenarios": {
+            "a": {"single": cell(0.1), "rank_cap": cell(0.5), "trust_cap@lying": cell(0.4), "learned": cell(0.9)},
+            "b": {"single": cell(0.1), "rank_cap": cell(0.3), "trust_cap@lying": cell(0.4), "centralized": cell(0.9)},
+        }
+    }
+    shown = figures.with_best_rule(result)["scenarios"]
+    assert shown["a"] == {"single": cell(0.1), "learned": cell(0.9), "best rule": cell(0.5)}
+    assert shown["b"] == {"single": cell(0.1), "centralized": cell(0.9), "best rule": cell(0.4)}
