@@ -16,7 +16,7 @@ log = logging.getLogger("wwwserve.policy")
 @kernel
 def is_finite(values: Singles) -> bool:
     """Whether all of [n] are numbers, and none is infinite."""
-    for value in values:  # noqa: SIM110: compiled, a loop takes a tenth of the time
+    for value in values:  # compiled, a loop takes a tenth of the time of a generator
         if not math.isfinite(value):
             return False
     return True

@@ -57,7 +57,7 @@ class Args:
     seed: int = 1
     """seed of everything that is random"""
     agent_steps: int = 12_000_000
-    """length of training; one step is one provider in one tick of its market"""
+    """length of training; one step is one provider in one step of its market in which time passes"""
     imitate_steps: int = 8_000_000
     """of these, the first to imitate the best rule for each kind of market; 0 starts from the prior alone"""
     critic_steps: int = 1_500_000
