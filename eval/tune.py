@@ -196,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists, refine=args.refine
     )
     if args.again:
-        before = json.loads(args.json.read_text())["rules"]
+        found = json.loads(args.json.read_text())
+        before = found["rules"]
         names = [rule for rule in names if "max_queue" in RULES[rule]]
         rules = {rule: found for rule, found in before.items() if rule not in names}
         job = partial(_retuned, before=before, count=args.many)
@@ -207,8 +208,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{rule}: {shown}\n  {means}", flush=True)
     best = play_off(rules, args.last, args.processes)
     print("\n".join(f"{name}: {found['rule']} {found['score']:.4f}" for name, found in best.items()))
-    settled = ("again", "many", "last") if args.again else ("draws", "few", "many", "finalists", "refine", "last")
+    settled = ("many", "last") if args.again else ("draws", "few", "many", "finalists", "refine", "last")
     options = {name: getattr(args, name) for name in settled}
+    if args.again:
+        options = found["options"] | {"again": options}
+        rules = {rule: rules[rule] for rule in before}
     content = {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules, "best": best}
     write_json(args.json, content)
     return 0

@@ -304,7 +304,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "fidelity": Tool("eval.fidelity", "Play arrivals on an engine and in the simulator."),
     "hardware-fit": Tool("eval.hardware_fit", "Say how far the catalogue's engine profiles are off measurements."),
     "strength": Tool("eval.strength", "Fit the quality of models' answers to published win rates."),
-    "bench": Tool("envs.judge_pool", "Measure how fast the market runs."),
+    "bench": Tool("envs.bench", "Measure how fast the market runs."),
     "trial": Tool("eval.live.trial", "Play a scenario through a live network."),
     "overhead": Tool("eval.live.overhead", "Measure what a node adds to a request."),
     "delegated": Tool("eval.live.delegated", "Measure what it costs to hand a request over."),
