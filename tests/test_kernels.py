@@ -263,7 +263,8 @@ class Life:
     def give_up(self) -> None:
         """A user leaves."""
         if self.arrived:
-            provider.withdraw(self.p, self.q, int(self.rng.integers(self.arrived)))
+            r = int(self.rng.integers(self.arrived))
+            self.log += [provider.is_out(self.p, self.q, r), provider.withdraw(self.p, self.q, r)]
 
     def tick(self) -> None:
         p = self.p

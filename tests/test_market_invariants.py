@@ -44,7 +44,7 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.agents.protocol import ESCROW, FREE, MICRO, STAKED
 from wwwserve.agents.rules import Rule
-from wwwserve.agents.view import AGE_S, N_CANDIDATES, REFUSALS, REMOTE
+from wwwserve.agents.view import AGE_S, N_CANDIDATES, REFUSALS
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import KINDS, sample
 from wwwserve.envs.engine import NEVER, advance, kv_use, tokens_out
@@ -643,7 +643,7 @@ def test_an_executor_decides_on_its_state_when_the_offer_is_there() -> None:
     for _ in run(batch, decide):
         checker.check()
         if batch.now_s[0] == pytest.approx(0.75):  # the second is back
-            assert batch.views.me[0, 1, REMOTE] == 1
+            assert batch.markets.providers[0, 1]["remote"] == 1
     q = batch.markets.requests[0]
     assert q["executor"][:2].tolist() == [1, 2]
     assert q["submit_s"][:2].tolist() == pytest.approx([0.6, 0.75])

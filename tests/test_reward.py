@@ -9,6 +9,7 @@ from scipy import stats
 
 from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, MAX_WAIT_S
 from wwwserve.agents.estimate import CONTEXT_PRIOR, chance_on_time
+from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.knowledge import (
     AD_KV_TOKENS,
@@ -20,11 +21,12 @@ from wwwserve.agents.knowledge import (
     AD_PREFILL_BASE_S,
     AD_RUNNING,
     AD_WEIGHT_S,
+    on_scrape,
 )
 from wwwserve.agents.rules import Rule
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import KINDS, Kind, sample
-from wwwserve.envs.engine import tokens_out
+from wwwserve.envs.engine import advance, tokens_out
 from wwwserve.envs.scenario import Scenario, parse
 from wwwserve.envs.state import PROBES_REFUSED, Reward
 
@@ -65,10 +67,21 @@ class Watched:
         """Step until `provider` has a request to decide on; others run theirs where they arrive."""
         while self.batch.markets.providers[0, provider]["head"] < 0:
             self.step(HERE, HERE)
+        self.read_engines()
+
+    def read_engines(self) -> None:
+        """Bring every engine, and what its provider knows of it, to now; a market does so only where it is needed."""
+        m, now_s = self.batch.markets, float(self.batch.now_s[0])
+        for e, p in zip(m.engines[0], m.providers[0], strict=True):
+            if e["wake_s"] > now_s:
+                advance(e, m.requests[0], now_s, np.zeros(8, np.int64), 0)
+            tokens = (int(e["profile"][KV_BLOCKS]) - int(e["free_blocks"])) * BLOCK_TOKENS
+            on_scrape(p["own"], now_s, float(e["running"]), float(e["waiting"]), float(tokens), 1.0)
 
     def step(self, *routes: int) -> NDArray[np.float32]:
         """One step; the rewards [N]."""
         self.now_s = float(self.batch.now_s[0])
+        self.read_engines()
         self.own = [np.array(p["own"]) for p in self.batch.markets.providers[0]]
         self.actions.route[0] = routes
         self.actions.price[0] = 1
