@@ -12,7 +12,7 @@ import pytest
 
 from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, Actions
 from wwwserve.agents.kernel import Bools, Floats
-from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, BundleError
+from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.agents.view import CREDIT, HAS_REQUEST, SELF_FEATURES, Views
@@ -227,10 +227,7 @@ def _assert_alike(market: Seen, node: Seen, what: str) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_nodes_decide_as_a_market_does(name: str) -> None:
     duration_s, make = POLICIES[name]
-    try:
-        policy = make()
-    except BundleError as error:
-        pytest.skip(f"the shipped bundle cannot be used: {error}")
+    policy = make()
     decisions = 0
     for k, scenario in enumerate(SCENARIOS):
         planned = plan(parse(scenario(duration_s)), 7 + k)
