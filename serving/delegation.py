@@ -90,6 +90,7 @@ class Delegation:
     ) -> None:  # fmt: skip
         self.config, self.provider, self.client, self.metrics = config, provider, client, metrics
         self.accounts, self.clock = accounts, clock
+        self.under_way: set[int] = set()  # requests that are being offered to a peer, or with one
         self.handed: dict[int, Handed] = {}  # by the provider's number of the request
         self.duels = Duels(client.messages.identity, _DuelPeers(self), metrics, judges=config.market.judges)
 
@@ -151,6 +152,7 @@ class Delegation:
         request, name, ask = offer.request, offer.peer, offer.ask
         path = PEER_PREFIX + ask.path
         headers = {PROMPT: str(offer.prompt)}
+        self.under_way.add(request)
         handed: Handed | None = None
         payment: Payment | None = None
         answered = False
@@ -204,6 +206,7 @@ class Delegation:
 
     def _end_attempt(self, request: int, handed: Handed | None, answered: bool) -> None:
         """A request is no longer with a peer, which may not have taken it."""
+        self.under_way.remove(request)
         if handed is None:
             self.provider.refused(request)
             return

@@ -308,6 +308,8 @@ class Dispatcher:
             outcome = "cancelled"
             raise
         finally:
+            if provider.is_out(request) and request not in self.delegation.under_way:
+                provider.lost(request)  # cancelled before it went anywhere
             provider.release(request)
             took_s = self.clock() - arrival_s
             on_time = outcome == "answered" and took_s <= self.last_deadlines_s[ask.klass]

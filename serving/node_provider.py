@@ -132,6 +132,7 @@ class NodeProvider:
         self.keys: list[Any] = []
         self._models: list[str] = []
         self._free: list[int] = []
+        self._leaving: set[int] = set()  # released while a peer has them
         self._requests = records(0, REQUEST)
         self.uniforms = np.zeros((1, UNIFORMS_PER_DECISION))
         self.view = make_views(1)
@@ -182,12 +183,18 @@ class NodeProvider:
         return r
 
     def release(self, r: int) -> None:
-        """The request has come to its end, and is neither held nor with a peer any longer if it was."""
+        """The request has come to its end, and is held no longer if it was. While a peer still has it, as the slower
+        one of a duel, its number stays taken."""
         transitions.withdraw(self.record, self._requests, r)
-        if transitions.is_out(self.record, self._requests, r):
-            self.refused(r)
         self.keys[r] = None
-        self._free.append(r)
+        if self.is_out(r):
+            self._leaving.add(r)
+        else:
+            self._free.append(r)
+
+    def is_out(self, r: int) -> bool:
+        """Whether the request is with a peer, or offered to one."""
+        return transitions.is_out(self.record, self._requests, r)
 
     def arrived(self, r: int) -> None:
         """A user asks."""
@@ -238,17 +245,25 @@ class NodeProvider:
         """The peer does not take the request that it was offered, or does not answer."""
         j = int(self._requests[r]["executor"])
         transitions.refused(self.record, self._requests, r, self._peers.peer_stats[j], self._peers.adverts[j])
+        self._attempt_ended(r)
 
     def lost(self, r: int) -> None:
         """The request is no longer with the peer that took it, and not answered whole."""
         transitions.end_attempt(
             self.record, self._requests, r, self._peers.peer_stats[int(self._requests[r]["executor"])]
         )
+        self._attempt_ended(r)
 
     def answered(self, r: int, now_s: float, output: int) -> None:
         """The peer's answer of `output` tokens is all there."""
         peer_stats = self._peers.peer_stats[int(self._requests[r]["executor"])]
         transitions.answered(self.record, self._requests, r, peer_stats, now_s, output)
+        self._attempt_ended(r)
+
+    def _attempt_ended(self, r: int) -> None:
+        if r in self._leaving:
+            self._leaving.remove(r)
+            self._free.append(r)
 
     def streamed(self, r: int, tokens: int) -> None:
         """So many tokens of an answer came from the peer so far."""

@@ -473,3 +473,20 @@ def test_no_more_tokens_are_generated_than_the_escrow_pays(pricing: int, most: i
         with pytest.raises(LedgerError, match="do not pay"):
             accounts.take("peer", header, b"{}", most)
     assert len(seen) == taken
+
+
+def test_the_number_of_a_request_that_a_peer_still_has_is_not_given_away() -> None:
+    """The slower one of a duel ends when the user has long had an answer; then other requests are with peers."""
+    told = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "test")
+    made = NodeProvider(Rule("single"), told.engine_profile(), told.agreed(), credit=1e6)
+    made.heard("peer", made.advertise(0.0), 0.0, frozenset({MODEL}))
+    slow = made.new(None, 0, 100, 100, 0.0, MODEL)
+    made.offer(slow, "peer")
+    made.release(slow)
+    later = [made.new(None, 0, 100, 100, 0.0, MODEL) for _ in range(40)]
+    assert slow not in later
+    for each in later:
+        made.offer(each, "peer")
+    made.lost(slow)
+    assert all(made.is_out(each) for each in later) and not made.is_out(slow)
+    assert made.new(None, 0, 100, 100, 0.0, MODEL) == slow
