@@ -54,9 +54,9 @@ class Upstream:
     def post(
         self, path: str, body: bytes, timeout_s: float | None = None, **headers: str
     ) -> AbstractAsyncContextManager[Response]:
-        told = {"x-one": "1", **headers}
+        sent = {"x-one": "1", **headers}
         return self.transport.request(
-            "POST", self.url + path, body=body, headers=told, timeout_s=timeout_s, read_timeout_s=self.read_s
+            "POST", self.url + path, body=body, headers=sent, timeout_s=timeout_s, read_timeout_s=self.read_s
         )
 
     @property
@@ -198,6 +198,19 @@ async def test_a_kept_connection_that_is_closed_is_replaced_once() -> None:
         with pytest.raises(ConnectionError):
             await whole(upstream)
         assert seen.connections == 3 and len(seen.requests) == 5
+
+
+@in_loop
+async def test_what_a_kept_connection_began_to_answer_is_not_sent_again() -> None:
+    async def begin(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-le")
+        writer.close()
+
+    async with site(WHOLE, begin, WHOLE) as (seen, upstream):
+        await whole(upstream)
+        with pytest.raises(ConnectionError):
+            await whole(upstream)
+        assert len(seen.requests) == 2
 
 
 @in_loop

@@ -138,6 +138,7 @@ class _Connection(asyncio.Protocol):
         self.parser = httptools.HttpResponseParser(self)
         self.response: DirectResponse | None = None
         self.reusable, self.interim, self.paused = True, False, False
+        self.answered = False  # whether a byte came of the response
         self.heard_s = 0.0
         self.timer: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport
@@ -146,7 +147,7 @@ class _Connection(asyncio.Protocol):
         """Send a request, whose response is given up `read_s` without a byte or at `due_s`."""
         self.response = response = DirectResponse(self)
         self.heard_s, self.read_s, self.due_s, self.head_bytes = self.loop.time(), read_s, due_s, 0
-        self.head = []
+        self.head, self.answered = [], False
         self.timer = self.loop.call_at(min(self.heard_s + read_s, due_s), self._look)
         self.transport.write(wire)
         return response
@@ -199,7 +200,7 @@ class _Connection(asyncio.Protocol):
         if self.response is None:  # nothing was asked
             self.transport.abort()
             return
-        self.heard_s = self.loop.time()
+        self.heard_s, self.answered = self.loop.time(), True
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -261,13 +262,20 @@ class Exchange(AbstractAsyncContextManager[DirectResponse]):
         self._connection: _Connection | None = None
 
     async def __aenter__(self) -> DirectResponse:
-        """The response, once its head is there. A kept connection that is found closed is replaced, once."""
+        """The response, once its head is there. A kept connection that is found closed is replaced, once.
+
+        That is so if no byte of a response came, as browsers have it: then the server closed it for being idle, most
+        likely, and never read the request. If it did read it, a completion is computed twice, and changes nothing.
+        What broke off after its first byte, or on a new connection, is for the caller to try again elsewhere.
+        """
         idle = self._transport.idle_at(self._site)
         if idle:
+            connection = idle.pop()
             try:
-                return await self._ask(idle.pop())
-            except ConnectionError:  # the server had closed it, most likely, as it was asked
-                pass
+                return await self._ask(connection)
+            except ConnectionError:
+                if connection.answered:
+                    raise
         async with asyncio.timeout_at(self._due_s):
             connection = await self._transport.connect(self._site)
         return await self._ask(connection)
