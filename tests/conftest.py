@@ -7,6 +7,8 @@ import pytest
 from wwwserve.serving import local_nodes as network
 from wwwserve.serving.engine.local_vllm import SMOLLM2
 
+pytest.register_assert_rewrite("market_checker")
+
 
 @pytest.fixture(scope="session")
 def vllm_network() -> Iterator[network.Network]:
