@@ -435,10 +435,15 @@ def tick(p: Record, elapsed_s: float) -> None:
 
 
 @kernel
+def own_stake_target(p: Record) -> int:
+    """The stake that the own load calls for, in micro-credits."""
+    return stake_target(p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY], p.own[AD_WAITING], p.held)
+
+
+@kernel
 def move_own_stake(p: Record, account: Ints, elapsed_s: float) -> None:
     """Move the stake, for `elapsed_s`, toward what the own load calls for. `account` [ACCOUNT_SIZE]."""
-    use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
-    move_stake(account, stake_target(use, p.own[AD_WAITING], p.held), elapsed_s)
+    move_stake(account, own_stake_target(p), elapsed_s)
 
 
 @kernel

@@ -15,13 +15,10 @@ from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, un
 from wwwserve.agents.hardware import Profile
 from wwwserve.agents.kernel import Floats, Ints, one_at_a_time, records
 from wwwserve.agents.knowledge import (
-    AD_KV_CAPACITY,
-    AD_KV_TOKENS,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
     AD_PRICE,
     AD_TIME_S,
-    AD_WAITING,
     ADVERT_SIZE,
     DUELS_LOST,
     DUELS_WON,
@@ -41,7 +38,6 @@ from wwwserve.agents.protocol import (
     PER_KTOK,
     PER_REQUEST,
     STAKED,
-    stake_target,
 )
 from wwwserve.agents.provider import AGREEMENT, MAX_DEADLINES, PROVIDER, REQUEST, Scratch
 from wwwserve.agents.rules import Policy
@@ -282,6 +278,19 @@ class NodeProvider:
             if k != chosen and may_offer(self.market.pricing, request, self._peers, k)
         ]
 
+    def divert(self, decision: Decision) -> Decision:
+        """Instead of the own engine, the first candidate to whom the request may be offered; the same if there is none.
+
+        It is then counted as offered.
+        """
+        rivals = self.rivals(decision)
+        if not rivals:
+            return decision
+        name, r = rivals[0], decision.request
+        candidates = self._requests[r]["candidates"].tolist()
+        self.offer(r, name)
+        return Decision(r, FIRST_CANDIDATE + candidates.index(self._row[name]), name)
+
     # Peers.
 
     def heard(self, name: str, advert: Floats, at_s: float, serves: frozenset[str]) -> None:
@@ -348,8 +357,7 @@ class NodeProvider:
 
     def stake_target(self) -> int:
         """The stake that the own load calls for, micro-credits."""
-        own = self.record["own"]
-        return stake_target(float(own[AD_KV_TOKENS] / own[AD_KV_CAPACITY]), int(own[AD_WAITING]), self.held)
+        return int(transitions.own_stake_target(self.record))
 
     def advertise(self, now_s: float) -> Floats:
         """The own advert [ADVERT_SIZE], which is then no longer due."""
@@ -425,6 +433,7 @@ class NodeProvider:
         is not the same afterwards."""
         with one_at_a_time():
             self.restake(0.0)
+            self.stake_target()
             self.advert_due = True
             self.decide(0.0)
             self.heard("peer", self.advertise(0.0), 0.0, frozenset({""}))
