@@ -51,7 +51,7 @@ class MarketBatch:
         reward: Reward | None = None,
         shape: Shape | None = None,
     ) -> None:
-        """`seeds` are for the scenarios that are not planned yet. `shape` leaves room for larger markets later."""
+        """`seeds` are for the scenarios that are not planned yet. `shape` allows for larger markets later."""
         if seeds is not None and len(seeds) != len(scenarios):
             raise ValueError(f"{len(scenarios)} scenarios and {len(seeds)} seeds; give one seed a scenario")
         if threads < 1:
@@ -97,7 +97,7 @@ class MarketBatch:
         """Start market `b` anew with a plan. Raises ValueError if it is larger than the batch's shape."""
         need = Shape.of([planned])
         if any(a > b for a, b in zip(need, self.shape, strict=True)):
-            raise ValueError(f"{planned.scenario.name} needs {need}, the batch has room for {self.shape}")
+            raise ValueError(f"{planned.scenario.name} needs {need}, the batch holds {self.shape}")
         self.plans[b] = planned
         write_market(self.markets, b, planned, self.reward_rule)
         for array in (*self.views, self.active, self.uniforms, self.reward, self.given):

@@ -15,13 +15,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import orjson
 import tyro
 import uvicorn
 
@@ -29,6 +28,20 @@ from wwwserve.agents.arguments import File, Range, parse_args, refuse
 from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS, Profile, profile
 from wwwserve.agents.kernel import one_at_a_time, records
 from wwwserve.agents.lengths import Lognormal
+from wwwserve.envs.emulator_api import (
+    ApiError,
+    Completion,
+    Receive,
+    Scope,
+    Send,
+    comes_first,
+    disconnected,
+    parsed,
+    prompt_tokens,
+    read_body,
+    send_answer,
+    whole_number,
+)
 from wwwserve.envs.engine import (
     ENGINE,
     JOB,
@@ -44,22 +57,6 @@ from wwwserve.envs.engine import (
 
 PROG = "wwwserve emulator"
 LOOK_S = 0.002  # wall time between two looks at a busy engine
-LARGEST_BODY = 8 * 2**20  # bytes
-BYTES_PER_TOKEN = 4
-WORDS = ("a", "fair", "wind", "carries", "every", "word", "over", "the", "open", "sea", "to", "those", "who", "wait")
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-
-class ApiError(Exception):
-    """What a client is told: an HTTP status, a message, and OpenAI's type of error."""
-
-    def __init__(self, status: int, message: str, kind: str = "BadRequestError") -> None:
-        super().__init__(message)
-        self.status, self.kind = status, kind
 
 
 @dataclass(slots=True, eq=False)
@@ -155,7 +152,7 @@ class Emulator:
         del self.running[job.slot]
         self.free.append(job.slot)
 
-    def rehearse(self) -> None:
+    def warm_up(self) -> None:
         """Run a request, as the first may have to be compiled. For a new emulator, which is not the same afterwards."""
         with one_at_a_time("emulator"):
             self.withdraw(self.put(1, 1000, True))
@@ -209,34 +206,34 @@ class Emulator:
         route = scope["method"], scope["path"]
         try:
             if route in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions")):
-                await self._complete(route[1].startswith("/v1/chat"), await _body(receive), receive, send)
+                await self._complete(route[1].startswith("/v1/chat"), await read_body(receive), receive, send)
             elif route == ("GET", "/v1/models"):
-                await _answer(send, 200, {"object": "list", "data": [self._model(name) for name in self.models]})
+                await send_answer(send, 200, {"object": "list", "data": [self._model(name) for name in self.models]})
             elif route == ("GET", "/metrics"):
-                await _answer(send, 200, self.metrics().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+                await send_answer(send, 200, self.metrics().encode(), b"text/plain; version=0.0.4; charset=utf-8")
             elif route == ("GET", "/health"):
-                await _answer(send, 200, b"", b"text/plain")
+                await send_answer(send, 200, b"", b"text/plain")
             elif route == ("POST", "/tokenize"):
-                request = _parsed(await _body(receive))
-                count = _prompt_tokens(request, "messages" in request)
+                request = parsed(await read_body(receive))
+                count = prompt_tokens(request, "messages" in request)
                 limit = self.profile.max_model_len
-                await _answer(send, 200, {"count": count, "max_model_len": limit, "tokens": list(range(count))})
+                await send_answer(send, 200, {"count": count, "max_model_len": limit, "tokens": list(range(count))})
             else:
                 raise ApiError(404, f"no {scope['method']} {scope['path']} here", "NotFoundError")
         except ApiError as error:
             headers = [(b"retry-after", b"1")] if error.status == 503 else []
-            told = {"message": str(error), "type": error.kind, "param": None, "code": error.status}
-            await _answer(send, error.status, {"error": told}, headers=headers)
+            content = {"message": str(error), "type": error.kind, "param": None, "code": error.status}
+            await send_answer(send, error.status, {"error": content}, headers=headers)
 
     def _model(self, name: str) -> dict[str, Any]:
         made = {"id": name, "object": "model", "created": 0, "owned_by": "wwwserve"}
         return made | {"root": name, "parent": None, "max_model_len": self.profile.max_model_len}
 
-    def _output(self, request: dict[str, Any], body: bytes, room: int) -> int:
+    def _output(self, request: dict[str, Any], body: bytes, longest: int) -> int:
         """How many tokens the answer will have."""
         asked = request.get("max_completion_tokens", request.get("max_tokens"))
-        most = room if asked is None else min(_whole(asked, "max_tokens", 1), room)
-        least = _whole(request.get("min_tokens") or 0, "min_tokens", 0)
+        most = longest if asked is None else min(whole_number(asked, "max_tokens", 1), longest)
+        least = whole_number(request.get("min_tokens") or 0, "min_tokens", 0)
         if request.get("ignore_eos"):
             return most
         digest = hashlib.sha256(self.seed.to_bytes(8, "little") + body).digest()
@@ -245,46 +242,46 @@ class Emulator:
         return max(1, min(max(min(drawn, self.lengths.max), least), most))
 
     async def _complete(self, chat: bool, body: bytes, receive: Receive, send: Send) -> None:
-        request = _parsed(body)
+        request = parsed(body)
         model = request.get("model", self.models[0])
         if model not in self.models:
             raise ApiError(404, f"the model {model!r} is not served here", "NotFoundError")
         if request.get("n") not in (None, 1):
             raise ApiError(400, f"n is {request['n']!r}, expected 1")
-        prompt = _prompt_tokens(request, chat)
-        room = self.profile.max_model_len - prompt
-        if room < 1:
+        prompt = prompt_tokens(request, chat)
+        longest = self.profile.max_model_len - prompt
+        if longest < 1:
             limit = self.profile.max_model_len
             raise ApiError(400, f"the prompt has {prompt} tokens, expected fewer than {limit}, the model's length")
-        output = self._output(request, body, room)
+        output = self._output(request, body, longest)
         streams = bool(request.get("stream"))
         options = request.get("stream_options") or {}
         if not isinstance(options, dict):
             raise ApiError(400, "stream_options is not an object")
         job = self.put(prompt, output, streams)
         reason = (
-            "length" if output in (request.get("max_tokens"), request.get("max_completion_tokens"), room) else "stop"
+            "length" if output in (request.get("max_tokens"), request.get("max_completion_tokens"), longest) else "stop"
         )
-        gone = asyncio.ensure_future(_disconnect(receive))
-        reply = Reply(chat, str(model), prompt)
+        disconnect = asyncio.ensure_future(disconnected(receive))
+        reply = Completion(chat, str(model), prompt)
         try:
             if streams:
                 usage = bool(options.get("include_usage"))
-                await self._stream(job, reply, reason, usage, gone, send)
-            elif await _first(job.changed, gone):
-                await _answer(send, 200, reply.whole(output, reason))
+                await self._stream(job, reply, reason, usage, disconnect, send)
+            elif await comes_first(job.changed, disconnect):
+                await send_answer(send, 200, reply.whole(output, reason))
             if job.done:
                 self.counts[reason] += 1
         finally:
-            gone.cancel()
+            disconnect.cancel()
             self.withdraw(job)
 
     async def _stream(
-        self, job: Job, reply: "Reply", reason: str, usage: bool, gone: "asyncio.Future[None]", send: Send
+        self, job: Job, reply: "Completion", reason: str, usage: bool, disconnect: "asyncio.Future[None]", send: Send
     ) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        begun, told = False, 0
-        while await _first(job.changed, gone):
+        begun, sent = False, 0
+        while await comes_first(job.changed, disconnect):
             job.changed.clear()
             if not begun:
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -292,148 +289,13 @@ class Emulator:
                 begun = True
             else:
                 chunks = b""
-            chunks += reply.part(told, job.tokens)
-            told = job.tokens
+            chunks += reply.part(sent, job.tokens)
+            sent = job.tokens
             if job.done:
-                chunks += reply.closing(told, reason, usage)
+                chunks += reply.closing(sent, reason, usage)
             await send({"type": "http.response.body", "body": chunks, "more_body": not job.done})
             if job.done:
                 return
-
-
-class Reply:
-    """An answer in OpenAI's forms."""
-
-    def __init__(self, chat: bool, model: str, prompt: int) -> None:
-        self.chat, self.prompt = chat, prompt
-        self.head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{time.time_ns():x}",
-            "object": "chat.completion" if chat else "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def usage(self, output: int) -> dict[str, int]:
-        """Tokens of prompt and answer."""
-        return {"prompt_tokens": self.prompt, "completion_tokens": output, "total_tokens": self.prompt + output}
-
-    def whole(self, output: int, reason: str) -> dict[str, Any]:
-        """The answer at once."""
-        text = _text(0, output)
-        if self.chat:
-            choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
-        else:
-            choice = {"text": text}
-        choice |= {"index": 0, "logprobs": None, "finish_reason": reason}
-        return self.head | {"choices": [choice], "usage": self.usage(output)}
-
-    def _event(self, delta: dict[str, Any] | str, reason: str | None) -> bytes:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        choice = {"index": 0, ("delta" if self.chat else "text"): delta, "logprobs": None, "finish_reason": reason}
-        return b"data: " + orjson.dumps(self.head | {"object": kind, "choices": [choice]}) + b"\n\n"
-
-    def opening(self) -> bytes:
-        """What a stream begins with."""
-        return self._event({"role": "assistant", "content": ""}, None) if self.chat else b""
-
-    def part(self, first: int, end: int) -> bytes:
-        """The tokens from `first` to before `end`."""
-        if end <= first:
-            return b""
-        text = _text(first, end)
-        return self._event({"content": text} if self.chat else text, None)
-
-    def closing(self, output: int, reason: str, usage: bool) -> bytes:
-        """What a stream ends with."""
-        events = self._event({} if self.chat else "", reason)
-        if usage:
-            kind = "chat.completion.chunk" if self.chat else "text_completion"
-            last = self.head | {"object": kind, "choices": [], "usage": self.usage(output)}
-            events += b"data: " + orjson.dumps(last) + b"\n\n"
-        return events + b"data: [DONE]\n\n"
-
-
-def _text(first: int, end: int) -> str:
-    return "".join(f"{' ' if k else ''}{WORDS[k % len(WORDS)]}" for k in range(first, end))
-
-
-def _prompt_tokens(request: dict[str, Any], chat: bool) -> int:
-    """Tokens of a request's prompt. Raises ApiError for what is none."""
-    if not chat:
-        prompt = request.get("prompt")
-        if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
-            return len(prompt)
-        if not isinstance(prompt, str):
-            raise ApiError(400, f"prompt is {type(prompt).__name__}, expected a string or a list of tokens")
-        return _tokens(prompt)
-    messages = request.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
-        raise ApiError(400, "messages are missing, expected a list of at least one object")
-    total = 0
-    for each in messages:
-        content = each.get("content")
-        parts = content if isinstance(content, list) else [{"text": content or ""}]
-        total += sum(_tokens(str(part.get("text", ""))) for part in parts if isinstance(part, dict))
-    return max(total, len(messages))
-
-
-def _tokens(text: str) -> int:
-    return max(1, math.ceil(len(text.encode(errors="replace")) / BYTES_PER_TOKEN))
-
-
-def _whole(value: Any, name: str, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise ApiError(400, f"{name} is {value!r}, expected an integer of at least {least}")
-    return value
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    try:
-        request = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the body is no JSON: {error}") from None
-    if not isinstance(request, dict):
-        raise ApiError(400, f"the body is a {type(request).__name__}, expected an object")
-    return request
-
-
-async def _body(receive: Receive) -> bytes:
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client is gone")
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > LARGEST_BODY:
-            raise ApiError(413, f"the body is larger than {LARGEST_BODY} bytes", "RequestEntityTooLarge")
-        more = message.get("more_body", False)
-    return b"".join(parts)
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _first(event: asyncio.Event, gone: "asyncio.Future[None]") -> bool:
-    """Wait for one of the two; returns whether the event came."""
-    waiting = asyncio.ensure_future(event.wait())
-    both: set[asyncio.Future[Any]] = {waiting, gone}
-    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    if not event.is_set():
-        waiting.cancel()
-    return event.is_set() and not gone.done()
-
-
-async def _answer(
-    send: Send, status: int, content: Any, kind: bytes = b"application/json",
-    headers: Sequence[tuple[bytes, bytes]] = (),
-) -> None:  # fmt: skip
-    body = content if isinstance(content, bytes) else orjson.dumps(content)
-    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
 
 
 async def serve(emulator: Emulator, host: str, port: int) -> None:
@@ -515,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             for _ in range(2)
         )  # fmt: skip
-        rehearsal.rehearse()
+        rehearsal.warm_up()
 
         async def run() -> None:
             await serve(emulator, args.host, args.port)

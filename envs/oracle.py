@@ -1,6 +1,6 @@
 """Routers that see what no provider can: every engine as it is now, and for one of them how long answers will be.
 
-They stand beside the policies as yardsticks, and decide for all providers, request by request.
+They stand beside the policies as baselines, and decide for all providers, request by request.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def _may_run(providers, i, j):
 
 @kernel
 def _least_loaded(market, providers, engines, requests, i, sent):
-    """The paper's centralized router: the source while it has room, else the least (KV use, running and queued).
+    """The paper's centralized router: the source while it has capacity, else the least (KV use, running and queued).
 
     `sent` [N] requests were placed in this round already; each counts with its mean context.
     """
@@ -153,8 +153,6 @@ def _direct(markets, omniscient, active, direct, engine, jobs, done, sent, targe
 class Oracle:
     """`centralized`, the paper's router on fresh loads, or `omniscient`, greedy on exact finish times (no bound)."""
 
-    sees_everything = True
-
     def __init__(self, name: str) -> None:
         """Raises ValueError for an unknown name."""
         if name not in ORACLES:
@@ -171,5 +169,5 @@ class Oracle:
             self._jobs = records(requests, JOB)
             self._done = np.zeros(requests, np.int64)
         n, omniscient = batch.providers, self.name == "omniscient"
-        room = self._engine, self._jobs, self._done, np.empty(n), np.empty(n, np.int64)
-        _direct(batch.markets, omniscient, batch.active, actions.direct, *room)
+        scratch = self._engine, self._jobs, self._done, np.empty(n), np.empty(n, np.int64)
+        _direct(batch.markets, omniscient, batch.active, actions.direct, *scratch)

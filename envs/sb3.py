@@ -209,15 +209,15 @@ class MarketVecEnv(VecEnv):
         return MarketBatch(plans, threads=self._threads, reward=self._reward, shape=shape)
 
     def _restart(self, b: int) -> None:
-        """Start market b anew, in a larger batch if it has more requests than there is room for."""
+        """Start market b anew, in a larger batch if it has more requests than fit."""
         planned = self._plan(b)
         shape = Shape(*map(max, Shape.of([planned]), self.batch.shape))
         if shape != self.batch.shape:
             old, self.batch = self.batch, self._make(self.batch.plans, shape)
             new = self.batch
             state: list[Any] = [*old.markets, *old.views, old.active, old.uniforms, old.reward]
-            room: list[Any] = [*new.markets, *new.views, new.active, new.uniforms, new.reward]
-            for source, target in zip(state, room, strict=True):
+            larger: list[Any] = [*new.markets, *new.views, new.active, new.uniforms, new.reward]
+            for source, target in zip(state, larger, strict=True):
                 target[tuple(slice(size) for size in source.shape)] = source
         self.batch.reset(b, planned)
 

@@ -171,7 +171,7 @@ DUEL = np.dtype(
         ("first", np.int32),  # the user's request
         ("second", np.int32),  # its copy
         ("void", np.int32),
-        ("ended", np.int32),  # legs completed
+        ("ended", np.int32),  # attempts completed
         ("pending", np.int32),  # judges that have not answered
         ("n_judges", np.int32),
         ("judges", np.int64, MAX_JUDGES),
@@ -294,7 +294,7 @@ class Shape(NamedTuple):
 
 
 def make_markets(count: int, shape: Shape) -> Markets:
-    """Room for `count` markets, each to be filled by `write_market`; until then they are over."""
+    """Arrays for `count` markets, each to be filled by `write_market`; until then they are over."""
     n, r = shape.providers, shape.requests
     markets = Markets(
         market=records(count, MARKET),

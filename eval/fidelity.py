@@ -100,8 +100,8 @@ def _draw(lengths: Lognormal, count: int, rng: np.random.Generator) -> Any:
 
 def simulated(requests: Trace, engine: Profile, overhead_s: float) -> Played:
     """What the simulator makes of the requests; each takes `overhead_s` beside the engine's iterations."""
-    told = replay(requests, engine, len(requests.time_s) / requests.period_s)
-    return Played(told.ttft_s + overhead_s, told.latency_s + overhead_s, 0.0)
+    played = replay(requests, engine, len(requests.time_s) / requests.period_s)
+    return Played(played.ttft_s + overhead_s, played.latency_s + overhead_s, 0.0)
 
 
 async def play(prober: Prober, requests: Trace, rng: np.random.Generator) -> Played:
@@ -115,7 +115,7 @@ async def play(prober: Prober, requests: Trace, rng: np.random.Generator) -> Pla
         due_s = start_s + float(requests.time_s[r])
         await asyncio.sleep(due_s - prober.clock())
         late_s[r] = prober.clock() - due_s
-        seen = await prober.ask(prompts[r], int(requests.output[r]))
+        seen = await prober.complete(prompts[r], int(requests.output[r]))
         ttft_s[r], latency_s[r] = seen.first_s - due_s, seen.last_s - due_s
 
     try:
@@ -137,17 +137,17 @@ def capacity_per_s(burst: Played) -> float:
 
 def compared(requests: Trace, expected: Played, seen: Sequence[Played]) -> Tree:
     """Simulated and measured times, the error of the simulated against each play, and what plays differ, relative."""
-    told, plays = expected.stats(), [each.stats() for each in seen]
+    predicted, plays = expected.stats(), [each.stats() for each in seen]
     error: Tree = {}
     noise: Tree = {}
     for measure in MEASURES:
         error[measure], noise[measure] = {}, {}
         for name in STATISTICS:
             values = [each[measure][name] for each in plays]
-            error[measure][name] = [told[measure][name] / value - 1.0 for value in values]
+            error[measure][name] = [predicted[measure][name] / value - 1.0 for value in values]
             noise[measure][name] = max(values) / min(values) - 1.0
     return {
-        "requests": len(requests.time_s), "simulated": told, "measured": plays, "error": error, "noise": noise,
+        "requests": len(requests.time_s), "simulated": predicted, "measured": plays, "error": error, "noise": noise,
         "lag_s": max(each.lag_s for each in seen),
         "by_request": {
             "time_s": requests.time_s.tolist(), "prompt": requests.prompt.tolist(), "output": requests.output.tolist(),
@@ -167,10 +167,10 @@ async def study(url: str, settings: Settings, wanted: Study, known: Tree | None)
         prober = Prober(url, model, settings, session)
         measurement = await Measurement.begin(prober, max_model_len)
         limits = measurement.limits
-        room = min(max_model_len, limits.kv_tokens)
-        if wanted.longest > room:
+        limit = min(max_model_len, limits.kv_tokens)
+        if wanted.longest > limit:
             raise UsageError(
-                f"--prompt, --output: requests have up to {wanted.longest} tokens, the engine takes {room}"
+                f"--prompt, --output: requests have up to {wanted.longest} tokens, the engine takes {limit}"
             )
         loads: dict[str, Trace] = {"burst": wanted.requests(0, np.zeros(BURST * limits.max_num_seqs))}
         seen: dict[str, list[Played]] = {}
@@ -211,8 +211,8 @@ def table(result: Tree) -> str:
     """The result in Markdown: of each load the measured times, medians over its plays, and the simulator's errors."""
     lines = ["| load | requests | | mean | p50 | p90 | p99 | noise of mean, p90 |", "|---|---|---|---|---|---|---|---|"]
     for name, load in result["loads"].items():
-        told = "at once" if name == "burst" else f"{float(name):.0%}, {load['rate_per_s']:.3g}/s"
-        first = [told, str(load["requests"])]
+        title = "at once" if name == "burst" else f"{float(name):.0%}, {load['rate_per_s']:.3g}/s"
+        first = [title, str(load["requests"])]
         for measure, title in zip(MEASURES, ("latency", "TTFT"), strict=True):
             cells = []
             for each in STATISTICS:

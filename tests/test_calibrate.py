@@ -173,8 +173,8 @@ def test_a_fit_that_is_far_off_what_was_held_out_is_refused() -> None:
         for taken, (_, held_out) in zip(measurement.prefills, measurement.alone, strict=True):
             taken[:] = [each._replace(time_s=each.time_s * (2 if held_out else 1)) for each in taken]
 
-    told = r"prefill alone, held out: mean \d+%, p90 \d+% of 4 loads\)\. Let nothing else use .* more --repeats"
-    with pytest.raises(CalibrationError, match=told):
+    message = r"prefill alone, held out: mean \d+%, p90 \d+% of 4 loads\)\. Let nothing else use .* more --repeats"
+    with pytest.raises(CalibrationError, match=message):
         virtually(measure(TRUTH, Settings(repeats=1), then=slower))
 
 
@@ -195,14 +195,14 @@ def test_a_running_engine_is_measured_by_the_command(
     node = {"name": "n", "key": "n.pem", **yaml.safe_load(out)}  # as it is pasted
     found = parse(node, "what was printed").engine_profile()
     assert (found.kv_blocks, found.max_num_seqs, found.max_model_len) == (512, 4, 1024)
-    told = json.loads(file.read_text())
+    written = json.loads(file.read_text())
     for kind in ("decode", "prefill alone", "prefill among others"):
         for which in ("fitted", "held out"):
-            assert told["errors"][f"{kind}, {which}"]["loads"] >= 2
+            assert written["errors"][f"{kind}, {which}"]["loads"] >= 2
             assert f"# {kind}, {which}" in out
-    assert len(told["samples"]) > 20 and told["model"] == "m"
-    assert all(sample["time_s"] > 0 for sample in told["samples"])
-    shortest, *_, longest = (s["time_s"] for s in told["samples"] if not s["decoding"])
+    assert len(written["samples"]) > 20 and written["model"] == "m"
+    assert all(sample["time_s"] > 0 for sample in written["samples"])
+    shortest, *_, longest = (s["time_s"] for s in written["samples"] if not s["decoding"])
     assert shortest < longest  # 10 and 900 tokens: 45 ms and 0.5 s
 
 
@@ -223,7 +223,7 @@ REFUSED = b'{"error": {"message": "unknown field ignore_eos"}}'
 
 
 @pytest.mark.parametrize(
-    ("models", "metrics", "status", "answer", "told"),
+    ("models", "metrics", "status", "answer", "message"),
     [
         (b"<html>", METRICS, 200, complete(1), "does not list models"),
         (b'{"data": []}', METRICS, 200, complete(1), "does not list models"),
@@ -237,7 +237,7 @@ REFUSED = b'{"error": {"message": "unknown field ignore_eos"}}'
     ],
 )
 def test_an_engine_that_cannot_be_measured_says_why(
-    models: bytes, metrics: bytes, status: int, answer: bytes, told: str
+    models: bytes, metrics: bytes, status: int, answer: bytes, message: str
 ) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -260,7 +260,7 @@ def test_an_engine_that_cannot_be_measured_says_why(
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        with pytest.raises(CalibrationError, match=told):
+        with pytest.raises(CalibrationError, match=message):
             asyncio.run(calibrate(f"http://127.0.0.1:{server.server_port}", Settings()))
     finally:
         server.shutdown()
@@ -269,17 +269,17 @@ def test_an_engine_that_cannot_be_measured_says_why(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["http://127.0.0.1:9"], r"http://127.0.0.1:9/v1/models: .*[Cc]onnect"),
         (["nowhere"], "nowhere/v1/models"),
     ],
 )
-def test_wrong_use_is_refused(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["calibrate", *arguments]) == 1
     err = capsys.readouterr().err
     assert err.startswith("wwwserve: ")
-    assert re.search(told, err)
+    assert re.search(message, err)
 
 
 def test_kv_caches_of_several_engines_are_added() -> None:

@@ -16,7 +16,8 @@ from virtual import VirtualEngine, virtually
 
 from wwwserve.agents.hardware import profile
 from wwwserve.agents.kernel import records
-from wwwserve.envs.emulator import LOOK_S, Emulator, Reply, read_profile
+from wwwserve.envs.emulator import LOOK_S, Emulator, read_profile
+from wwwserve.envs.emulator_api import Completion
 from wwwserve.envs.engine import ENGINE, JOB, advance, reset_engine, reset_jobs, submit
 
 SPEED = 200.0
@@ -132,7 +133,7 @@ def test_a_stream_without_usage_does_not_tell_it(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "told"),
+    ("path", "body", "status", "message"),
     [
         ("/v1/chat/completions", chat(model="gpt"), 404, "the model 'gpt' is not served here"),
         ("/v1/chat/completions", {"model": "qwen3"}, 400, "messages are missing"),
@@ -145,11 +146,11 @@ def test_a_stream_without_usage_does_not_tell_it(server: Server) -> None:
     ],
 )
 def test_what_cannot_be_done_is_refused_as_openai_does(
-    server: Server, path: str, body: dict[str, Any], status: int, told: str
+    server: Server, path: str, body: dict[str, Any], status: int, message: str
 ) -> None:
     found, answer = ask(server, path, **body)
     assert found == status
-    assert told in answer["error"]["message"] and answer["error"]["code"] == status
+    assert message in answer["error"]["message"] and answer["error"]["code"] == status
 
 
 def test_a_body_that_is_no_json_is_refused(server: Server) -> None:
@@ -291,14 +292,14 @@ def test_a_profile_comes_from_a_file(tmp_path: Any) -> None:
 
 
 def test_words_of_parts_are_words_of_the_whole() -> None:
-    reply = Reply(True, "m", 3)
+    reply = Completion(True, "m", 3)
     whole = reply.whole(20, "stop")["choices"][0]["message"]["content"]
     parts = [json.loads(reply.part(k, k + 4).removeprefix(b"data: ")) for k in range(0, 20, 4)]
     assert "".join(part["choices"][0]["delta"]["content"] for part in parts) == whole
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--speed", "0"], "--speed is 0.0, expected more than 0"),
         (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
@@ -307,14 +308,14 @@ def test_words_of_parts_are_words_of_the_whole() -> None:
         (["--profile", "/nowhere.json"], "/nowhere.json"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: list[str], told: str) -> None:
+def test_bad_arguments_are_refused(arguments: list[str], message: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "wwwserve.envs.emulator", "--port", "0", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.returncode == 2 and done.stderr.startswith("wwwserve emulator: ") and told in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("wwwserve emulator: ") and message in done.stderr
     assert done.stdout == ""
 
 

@@ -89,10 +89,10 @@ def test_arrivals_are_those_of_the_load_and_its_seed() -> None:
     requests = STUDY.requests(1, time_s)
     assert np.median(requests.prompt) == pytest.approx(60, rel=0.15) and requests.prompt.max() <= 200
     assert np.median(requests.output) == pytest.approx(20, rel=0.15) and requests.output.min() >= 1
-    told = simulated(requests, TRUTH, 0.25)
+    played = simulated(requests, TRUTH, 0.25)
     at_once = simulated(requests, TRUTH, 0.0)
-    np.testing.assert_allclose(told.latency_s - at_once.latency_s, 0.25)
-    np.testing.assert_allclose(told.ttft_s - at_once.ttft_s, 0.25)
+    np.testing.assert_allclose(played.latency_s - at_once.latency_s, 0.25)
+    np.testing.assert_allclose(played.ttft_s - at_once.ttft_s, 0.25)
 
 
 def test_capacity_is_that_of_a_burst() -> None:
@@ -114,7 +114,7 @@ def test_errors_are_against_each_play() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--loads", "0"], "expected more than 0"),
         (["--loads", "many"], "--loads: .*many"),
@@ -123,11 +123,11 @@ def test_errors_are_against_each_play() -> None:
         (["--json", "/nowhere/out.json"], "--json /nowhere/out.json"),
     ],
 )
-def test_what_cannot_be_done_is_refused(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_done_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith("wwwserve fidelity: ")
-    assert re.search(told, err)
+    assert re.search(message, err)
 
 
 def test_a_calibration_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

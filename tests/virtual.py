@@ -7,7 +7,8 @@ import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from wwwserve.envs.emulator import BYTES_PER_TOKEN, Emulator
+from wwwserve.envs.emulator import Emulator
+from wwwserve.envs.emulator_api import BYTES_PER_TOKEN
 from wwwserve.serving.engine.probe import Prober, Settings, Stream
 
 OVERHEAD_S = 5e-3  # of a request, on its way to the engine
@@ -57,25 +58,25 @@ class VirtualProber(Prober):
         self.engine, self.random = engine, random.Random(5)
         self.stalls = NO_STALLS
 
-    async def ask(self, prompt: str | list[int], tokens: int, stream: Stream | None = None) -> Stream:
+    async def complete(self, prompt: str | list[int], tokens: int, stream: Stream | None = None) -> Stream:
         seen = stream or Stream()
         seen.sent_s = self.clock()
         await asyncio.sleep(OVERHEAD_S)
         seen.prompt = len(prompt) // BYTES_PER_TOKEN if isinstance(prompt, str) else len(prompt)
         job = self.engine.put(seen.prompt, tokens, streams=True)
         try:
-            told = 0
-            while told < tokens:
+            sent = 0
+            while sent < tokens:
                 await job.changed.wait()
                 job.changed.clear()
                 await asyncio.sleep(next(self.stalls))
-                seen.times_s += [self.clock()] * (job.tokens > told)
-                told = job.tokens
+                seen.times_s += [self.clock()] * (job.tokens > sent)
+                sent = job.tokens
                 seen.first_s, seen.last_s = seen.times_s[0], self.clock()
                 seen.begun.set()
         finally:
             self.engine.withdraw(job)
-        seen.tokens = told
+        seen.tokens = sent
         return seen
 
 

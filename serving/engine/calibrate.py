@@ -206,12 +206,12 @@ class Measurement:
         checked = errors(fit(samples), samples)
         off = {kind: error for kind, error in checked.items() if "held out" in kind and not error.mean <= MOST_ERROR}
         if off:
-            told = "; ".join(
+            shown = "; ".join(
                 f"{kind}: mean {e.mean:.0%}, p90 {e.p90:.0%} of {e.loads} loads" for kind, e in off.items()
             )
             raise CalibrationError(
                 f"{prober.url}: what was measured cannot be relied on: the fit is more than {MOST_ERROR:.0%} off the "
-                f"loads that it was not made of ({told}). Let nothing else use the engine or its machine and measure "
+                f"loads that it was not made of ({shown}). Let nothing else use the engine or its machine and measure "
                 "again, with more --repeats or a larger --tokens; check --max-batched-tokens"
             )
         found = fit([sample._replace(held_out=False) for sample in samples])

@@ -122,7 +122,7 @@ class Prober:
         count = max(1, round(tokens * self.words_per_token))
         return " ".join(self.random.choice(WORDS) for _ in range(count))
 
-    async def ask(self, prompt: str | list[int], tokens: int, stream: Stream | None = None) -> Stream:
+    async def complete(self, prompt: str | list[int], tokens: int, stream: Stream | None = None) -> Stream:
         """One answer of exactly so many tokens. Raises CalibrationError when it is none."""
         seen = stream or Stream()
         body = {
@@ -170,12 +170,12 @@ class Prober:
     async def learn_words(self) -> None:
         """How many words make a token; the engine's first answers, which may be slow, are not timed."""
         words = self.words(128).split()
-        seen = await self.ask(" ".join(words), 8)
+        seen = await self.complete(" ".join(words), 8)
         self.words_per_token = len(words) / seen.prompt
 
     async def prefill(self, prompt: int) -> Sample:
         """Time to first token of a prompt alone."""
-        seen = await self.ask(self.words(prompt), 1)
+        seen = await self.complete(self.words(prompt), 1)
         return Sample(0.0, 0.0, seen.prompt, seen.first_s - seen.sent_s)
 
     @asynccontextmanager
@@ -186,7 +186,8 @@ class Prober:
         count_words = max(1, round(prompt * self.words_per_token))
         texts = [" ".join(random.Random(k).choices(WORDS, k=count_words)) for k in range(count)]
         tasks = [
-            asyncio.create_task(self.ask(text, tokens, stream)) for text, stream in zip(texts, streams, strict=True)
+            asyncio.create_task(self.complete(text, tokens, stream))
+            for text, stream in zip(texts, streams, strict=True)
         ]
         try:
             while not all(stream.begun.is_set() for stream in streams):
@@ -212,7 +213,7 @@ class Prober:
             # Somewhere within an iteration of theirs, as a user's request would come.
             await asyncio.sleep(self.random.random() * self.iteration_s)
             before = [len(stream.times_s) for stream in streams]
-            seen = await self.ask(self.words(prompt), tokens)
+            seen = await self.complete(self.words(prompt), tokens)
             after = [len(stream.times_s) for stream in streams]
             if any(stream.tokens for stream in streams):
                 raise CalibrationError(f"{self.url}: a stream ended while another was timed")
@@ -230,7 +231,7 @@ class Prober:
 
         async def one() -> None:
             while True:
-                await self.ask(self.words(64), tokens)
+                await self.complete(self.words(64), tokens)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(count):
@@ -320,7 +321,8 @@ async def find_max_num_seqs(prober: Prober, max_model_len: int) -> int:
     """How many requests the engine runs at once: ever more are asked for until some wait. Raises CalibrationError."""
     count = 8
     while count <= MOST_SEQS:
-        tasks = [asyncio.create_task(prober.ask(prober.words(8), min(1024, max_model_len - 32))) for _ in range(count)]
+        tokens = min(1024, max_model_len - 32)
+        tasks = [asyncio.create_task(prober.complete(prober.words(8), tokens)) for _ in range(count)]
         try:
             seen = None
             while True:

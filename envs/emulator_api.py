@@ -1,0 +1,161 @@
+"""The OpenAI API as an emulated engine speaks it: requests are read, answers are made of filler."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+import orjson
+
+LARGEST_BODY = 8 * 2**20  # bytes
+BYTES_PER_TOKEN = 4
+WORDS = ("a", "fair", "wind", "carries", "every", "word", "over", "the", "open", "sea", "to", "those", "who", "wait")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class ApiError(Exception):
+    """What a client is told: an HTTP status, a message, and OpenAI's type of error."""
+
+    def __init__(self, status: int, message: str, kind: str = "BadRequestError") -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+class Completion:
+    """An answer in OpenAI's forms."""
+
+    def __init__(self, chat: bool, model: str, prompt: int) -> None:
+        self.chat, self.prompt = chat, prompt
+        self.head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{time.time_ns():x}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def usage(self, output: int) -> dict[str, int]:
+        """Tokens of prompt and answer."""
+        return {"prompt_tokens": self.prompt, "completion_tokens": output, "total_tokens": self.prompt + output}
+
+    def whole(self, output: int, reason: str) -> dict[str, Any]:
+        """The answer at once."""
+        text = _text(0, output)
+        if self.chat:
+            choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+        else:
+            choice = {"text": text}
+        choice |= {"index": 0, "logprobs": None, "finish_reason": reason}
+        return self.head | {"choices": [choice], "usage": self.usage(output)}
+
+    def _event(self, delta: dict[str, Any] | str, reason: str | None) -> bytes:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        choice = {"index": 0, ("delta" if self.chat else "text"): delta, "logprobs": None, "finish_reason": reason}
+        return b"data: " + orjson.dumps(self.head | {"object": kind, "choices": [choice]}) + b"\n\n"
+
+    def opening(self) -> bytes:
+        """What a stream begins with."""
+        return self._event({"role": "assistant", "content": ""}, None) if self.chat else b""
+
+    def part(self, first: int, end: int) -> bytes:
+        """The tokens from `first` to before `end`."""
+        if end <= first:
+            return b""
+        text = _text(first, end)
+        return self._event({"content": text} if self.chat else text, None)
+
+    def closing(self, output: int, reason: str, usage: bool) -> bytes:
+        """What a stream ends with."""
+        events = self._event({} if self.chat else "", reason)
+        if usage:
+            kind = "chat.completion.chunk" if self.chat else "text_completion"
+            last = self.head | {"object": kind, "choices": [], "usage": self.usage(output)}
+            events += b"data: " + orjson.dumps(last) + b"\n\n"
+        return events + b"data: [DONE]\n\n"
+
+
+def _text(first: int, end: int) -> str:
+    return "".join(f"{' ' if k else ''}{WORDS[k % len(WORDS)]}" for k in range(first, end))
+
+
+def prompt_tokens(request: dict[str, Any], chat: bool) -> int:
+    """Tokens of a request's prompt. Raises ApiError for what is none."""
+    if not chat:
+        prompt = request.get("prompt")
+        if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+            return len(prompt)
+        if not isinstance(prompt, str):
+            raise ApiError(400, f"prompt is {type(prompt).__name__}, expected a string or a list of tokens")
+        return _tokens(prompt)
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise ApiError(400, "messages are missing, expected a list of at least one object")
+    total = 0
+    for each in messages:
+        content = each.get("content")
+        parts = content if isinstance(content, list) else [{"text": content or ""}]
+        total += sum(_tokens(str(part.get("text", ""))) for part in parts if isinstance(part, dict))
+    return max(total, len(messages))
+
+
+def _tokens(text: str) -> int:
+    return max(1, math.ceil(len(text.encode(errors="replace")) / BYTES_PER_TOKEN))
+
+
+def whole_number(value: Any, name: str, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ApiError(400, f"{name} is {value!r}, expected an integer of at least {least}")
+    return value
+
+
+def parsed(body: bytes) -> dict[str, Any]:
+    try:
+        request = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the body is no JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise ApiError(400, f"the body is a {type(request).__name__}, expected an object")
+    return request
+
+
+async def read_body(receive: Receive) -> bytes:
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client disconnected")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > LARGEST_BODY:
+            raise ApiError(413, f"the body is larger than {LARGEST_BODY} bytes", "RequestEntityTooLarge")
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+async def disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def comes_first(event: asyncio.Event, disconnect: "asyncio.Future[None]") -> bool:
+    """Wait for one of the two; returns whether the event came."""
+    waiting = asyncio.ensure_future(event.wait())
+    both: set[asyncio.Future[Any]] = {waiting, disconnect}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    if not event.is_set():
+        waiting.cancel()
+    return event.is_set() and not disconnect.done()
+
+
+async def send_answer(
+    send: Send, status: int, content: Any, kind: bytes = b"application/json",
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:  # fmt: skip
+    body = content if isinstance(content, bytes) else orjson.dumps(content)
+    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})
