@@ -192,12 +192,12 @@ class Calibrate(Settings):
 
     def run(self) -> int:
         found = asyncio.run(calibrate.calibrate(self.url, self, lambda line: print(line, file=sys.stderr)))
-        told = json.dumps(found.json(), indent=2) + "\n"
+        written = json.dumps(found.json(), indent=2) + "\n"
         if self.json == "-":
-            sys.stdout.write(told)
+            sys.stdout.write(written)
             return DONE
         if self.json:
-            Path(self.json).write_text(told)
+            Path(self.json).write_text(written)
         print("\n".join(f"# {line}" for line in found.report().splitlines()))
         print(found.yaml(), end="")
         return DONE
@@ -357,10 +357,10 @@ def _help(given: Sequence[str]) -> int:
         print(f"wwwserve {_version()}")
         return DONE
     asked = bool({"-h", "--help"} & set(given))
-    listed = {name: told for name, told in COMMANDS.items() if name.split()[0] == given[0]} if given else {}
+    listed = {name: command for name, command in COMMANDS.items() if name.split()[0] == given[0]} if given else {}
     lines = ["usage: wwwserve COMMAND [-h] ...", ""]
-    for name, told in (listed or COMMANDS).items():
-        lines.append(f"  {name:<15} {told.about if isinstance(told, Tool) else (told.__doc__ or '').splitlines()[0]}")
+    for name, each in (listed or COMMANDS).items():
+        lines.append(f"  {name:<15} {each.about if isinstance(each, Tool) else (each.__doc__ or '').splitlines()[0]}")
     if given and not asked and not listed:
         lines = [f"wwwserve: unknown command {_printable(given[0])!r}", *lines]
     print("\n".join(lines), file=sys.stdout if asked else sys.stderr)

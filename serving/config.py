@@ -205,18 +205,18 @@ class NodeConfig(Struct):
         return Lognormal(self.output.median, self.output.sigma, self.output.max).mean
 
     def _row(self, klass: ClassConfig | None) -> Floats:
-        told = klass.output if klass is not None and klass.output is not None else self.output
-        lengths = Lognormal(told.median, told.sigma, told.max)
+        output = klass.output if klass is not None and klass.output is not None else self.output
+        lengths = Lognormal(output.median, output.sigma, output.max)
         if klass is None:
             return class_row(lengths, 1.0, self.deadlines_s[-1])
         return class_row(lengths, klass.value, klass.deadline_s)
 
     def engine_profile(self) -> Profile:
         """The engine's profile. Raises ValueError for one that cannot be."""
-        told = self.engine.profile
-        if isinstance(told, CatalogueProfile):
-            return profile(told.gpu, told.model, told.max_num_seqs)
-        return Profile(**msgspec.structs.asdict(told))
+        settings = self.engine.profile
+        if isinstance(settings, CatalogueProfile):
+            return profile(settings.gpu, settings.model, settings.max_num_seqs)
+        return Profile(**msgspec.structs.asdict(settings))
 
 
 def parse(content: object, where: str) -> NodeConfig:
@@ -237,21 +237,21 @@ def parse(content: object, where: str) -> NodeConfig:
 
 
 def _membership_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
-    told = c.membership
-    if isinstance(told, StaticConfig):
+    settings = c.membership
+    if isinstance(settings, StaticConfig):
         return []
-    kind = "tls" if told.tls else "tcp"
-    files = msgspec.structs.asdict(told.tls) if told.tls else {}
+    kind = "tls" if settings.tls else "tcp"
+    files = msgspec.structs.asdict(settings.tls) if settings.tls else {}
 
     def good(endpoints: tuple[str, ...]) -> bool:
         return all(re.fullmatch(rf"{kind}/[^\s/?#]+:\d{{1,5}}", each) for each in endpoints)
 
     return [
         ("peers", not c.peers, "left out where membership is zenoh"),
-        ("membership.network", bool(told.network) and told.network.isprintable(), "some printable characters"),
-        ("membership.listen", bool(told.listen) and good(told.listen),
-         f"at least one {kind}/HOST:PORT, got {told.listen}"),
-        ("membership.connect", good(told.connect), f"of the form {kind}/HOST:PORT, got {told.connect}"),
+        ("membership.network", bool(settings.network) and settings.network.isprintable(), "some printable characters"),
+        ("membership.listen", bool(settings.listen) and good(settings.listen),
+         f"at least one {kind}/HOST:PORT, got {settings.listen}"),
+        ("membership.connect", good(settings.connect), f"of the form {kind}/HOST:PORT, got {settings.connect}"),
         *[(f"membership.tls.{key}", Path(file).is_file(), f"a file, got {file!r}") for key, file in files.items()],
     ]  # fmt: skip
 
@@ -265,27 +265,27 @@ def _is_key(name: str) -> bool:
 
 
 def _ledger_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
-    told = c.ledger
-    if told is None:
+    ledger = c.ledger
+    if ledger is None:
         return []
-    amounts = [amount for each in told.limits.values() for amount in (each.ours, each.theirs)]
+    amounts = [amount for each in ledger.limits.values() for amount in (each.ours, each.theirs)]
     return [
-        ("ledger.file", bool(told.file), "a file"),
-        ("ledger", (told.genesis is None) != (not told.limits), "with either a genesis or limits"),
-        ("ledger.genesis", told.genesis is None or Path(told.genesis).is_file(), f"a file, got {told.genesis!r}"),
-        *[("ledger.limits", _is_key(each), f"by public keys, got {each!r}") for each in told.limits],
+        ("ledger.file", bool(ledger.file), "a file"),
+        ("ledger", (ledger.genesis is None) != (not ledger.limits), "with either a genesis or limits"),
+        ("ledger.genesis", ledger.genesis is None or Path(ledger.genesis).is_file(), f"a file, got {ledger.genesis!r}"),
+        *[("ledger.limits", _is_key(each), f"by public keys, got {each!r}") for each in ledger.limits],
         ("ledger.limits", all(0 <= each <= MOST_CREDITS for each in amounts), f"0 to {MOST_CREDITS:,} credits"),
-        ("ledger.exposure", 0 < told.exposure <= MOST_CREDITS, f"above 0, got {told.exposure:g}"),
+        ("ledger.exposure", 0 < ledger.exposure <= MOST_CREDITS, f"above 0, got {ledger.exposure:g}"),
     ]
 
 
-def _not_finite(told: Any, path: str = "") -> Iterator[tuple[str, float]]:
+def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
     """Numbers that are infinite or none, by their place."""
-    if isinstance(told, float) and not math.isfinite(told):
-        yield path, told
-    elif isinstance(told, dict | list | tuple):
-        for key, value in told.items() if isinstance(told, dict) else enumerate(told):
-            yield from _not_finite(value, f"{path}.{key}" if path else str(key))
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, f"{path}.{key}" if path else str(key))
 
 
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:

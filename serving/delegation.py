@@ -1,7 +1,7 @@
 """Handing requests to peers: each is signed, escrowed for where there is a ledger, and watched while its answer comes.
 
 A request goes to one peer, or with the market's chance to two, whose answers other peers judge. What a peer promises
-and says before its answer is checked here; whether it did as it promised is what the provider is told in the end.
+and says before its answer is checked here; whether it did as it promised is what the provider learns in the end.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class Offer(NamedTuple):
 
     request: int  # its number with the provider
     peer: str
-    ask: CompletionRequest
+    completion: CompletionRequest
     prompt: int  # tokens
     most: int  # tokens of the longest answer that it may get
 
@@ -105,7 +105,7 @@ class Delegation:
             handed.response.close()
 
     async def delegate(
-        self, decision: Decision, ask: CompletionRequest, prompt: int, most: int, reply: Reply
+        self, decision: Decision, completion: CompletionRequest, prompt: int, most: int, reply: Reply
     ) -> Usage | None:
         """Hand a request, of `prompt` tokens and for at most `most`, to the peer that was decided on, or, with the
         market's chance, to two.
@@ -114,43 +114,43 @@ class Delegation:
         """
         assert decision.peer is not None
         if self.accounts is not None:
-            per_choice = most // ask.choices
-            ask, hidden = for_pay(ask, per_choice if self.provider.market.per_ktok else None)
+            per_choice = most // completion.choices
+            completion, hidden = for_pay(completion, per_choice if self.provider.market.per_ktok else None)
             reply = WithoutUsage(reply) if hidden else reply
-        offer = Offer(decision.request, decision.peer, ask, prompt, most)
-        rival = self._rival(ask, decision, reply)
+        offer = Offer(decision.request, decision.peer, completion, prompt, most)
+        rival = self._rival(completion, decision, reply)
         if rival is None:
             return await self._hand_over(offer, reply)
 
-        async def hand(name: str, leg: Attempt) -> Usage | None:
+        async def hand(name: str, attempt: Attempt) -> Usage | None:
             if name != rival:
-                return await self._hand_over(offer, leg)
-            copy = self.provider.new(None, ask.klass, prompt, most, self.clock(), ask.model)
+                return await self._hand_over(offer, attempt)
+            copy = self.provider.new(None, completion.klass, prompt, most, self.clock(), completion.model)
             self.provider.offer(copy, rival)
             try:
-                return await self._hand_over(offer._replace(request=copy, peer=rival), leg)
+                return await self._hand_over(offer._replace(request=copy, peer=rival), attempt)
             except RetryableError:
                 self.provider.mask(offer.request, rival)
                 raise
             finally:
                 self.provider.release(copy)
 
-        usage: Usage | None = await self.duels.run(ask, (decision.peer, rival), hand, reply)
+        usage: Usage | None = await self.duels.run(completion, (decision.peer, rival), hand, reply)
         return usage
 
-    def _rival(self, ask: CompletionRequest, decision: Decision, reply: Reply) -> str | None:
+    def _rival(self, completion: CompletionRequest, decision: Decision, reply: Reply) -> str | None:
         """Who answers a request as well; None for nobody. A stream that may be resumed has one executor at a time."""
         chance = self.config.market.duel_probability
         if chance == 0.0 or self.provider.toss() >= chance or reply.resumable or not self.duels.may_begin():
             return None
-        if not judgeable(ask.path, orjson.loads(ask.body)):
+        if not judgeable(completion.path, orjson.loads(completion.body)):
             return None
         return next((name for name in self.provider.rivals(decision) if name in self.client.adverts), None)
 
     async def _hand_over(self, offer: Offer, reply: Reply) -> Usage | None:
         """Hand over a request that the provider counts as offered. Raises as `delegate`."""
-        request, name, ask = offer.request, offer.peer, offer.ask
-        path = PEER_PREFIX + ask.path
+        request, name, completion = offer.request, offer.peer, offer.completion
+        path = PEER_PREFIX + completion.path
         headers = {PROMPT: str(offer.prompt)}
         self.under_way.add(request)
         handed: Handed | None = None
@@ -160,12 +160,12 @@ class Delegation:
             if name not in self.client.adverts:
                 raise RetryableError("it is gone")
             if self.accounts is not None:
-                payment = await self._escrow(name, offer.most, ask.body)
+                payment = await self._escrow(name, offer.most, completion.body)
                 headers[ESCROW] = payment.header
             async with (
                 asyncio.timeout(OFFER_TIMEOUT_S) as patience,
                 self.client.request(
-                    name, path, ask.body, headers, timeout_s=None, read_timeout_s=self.config.engine.timeout_s
+                    name, path, completion.body, headers, timeout_s=None, read_timeout_s=self.config.engine.timeout_s
                 ) as (response, sealed),
             ):
                 if response.status != 200:
@@ -178,10 +178,10 @@ class Delegation:
                 self.client.messages.check_answer(name, sealed, response.raw_headers)
                 promise = _promise(response)
                 patience.reschedule(None)
-                handed = Handed(name, self.clock(), promise, ask.stream, response, AnswerMeter())
+                handed = Handed(name, self.clock(), promise, completion.stream, response, AnswerMeter())
                 self.handed[request] = handed
                 self.provider.accepted(request, handed.taken_s, promise)
-                await self._fetch(ask, handed, payment, reply)
+                await self._fetch(completion, handed, payment, reply)
                 answered = handed.meter.tokens > 0
         except Refused as error:
             self.metrics.message_refused(error.kind)
@@ -222,7 +222,7 @@ class Delegation:
         try:
             return await self.accounts.escrow(peer, micro(self.provider.posted(peer)), most, body)
         except Full as error:
-            raise RetryableError(f"there is no room for the ledger: {error}") from None
+            raise RetryableError(f"the ledger cannot be written: {error}") from None
         except LedgerError as error:
             raise RetryableError(str(error)) from None
 
@@ -233,14 +233,16 @@ class Delegation:
             return handed.tokens(self.clock())
         return handed.meter.tokens
 
-    async def _fetch(self, ask: CompletionRequest, handed: Handed, payment: Payment | None, reply: Reply) -> None:
+    async def _fetch(
+        self, completion: CompletionRequest, handed: Handed, payment: Payment | None, reply: Reply
+    ) -> None:
         """The answer of a peer: a line that says how its engine answered, and what it answered."""
         response, meter = handed.response, handed.meter
         status, kind = head_line(await response.readline(MOST_LINE))
         if status == 429 or status >= 500:
             raise RetryableError(f"its engine answers {status}", status)
         watch = payment.feed if payment is not None else None
-        if ask.stream and status == 200 and kind.startswith(EVENTS):
+        if completion.stream and status == 200 and kind.startswith(EVENTS):
             await pass_stream_on(response, kind, reply, meter, watch)
             return
         body = await response.read(MOST_ANSWER)
@@ -266,7 +268,7 @@ class _DuelPeers:
                 found[name] = max(0, stake)
         return found
 
-    async def ask(self, peer: str, path: str, body: bytes) -> bytes:
+    async def request(self, peer: str, path: str, body: bytes) -> bytes:
         """See `serving.duel.duels.Peers`."""
         return await self._of.client.post(peer, path, body, timeout_s=JUDGE_S)
 

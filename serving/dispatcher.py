@@ -70,7 +70,7 @@ LEARN = 0.02  # weight of one answer in that
 class Job:
     """A user's request on its way."""
 
-    ask: CompletionRequest
+    completion: CompletionRequest
     request: int  # its number with the provider
     most: int  # tokens of the longest answer that it may get
     prompt: int  # tokens
@@ -230,6 +230,12 @@ class Dispatcher:
     def _play_round(self) -> None:
         """One decision; the next one is made when what follows from it has been sent, so that it is counted."""
         self._round_due = False
+        try:
+            self._decide()
+        except Exception:  # what is not decided is so by the next round, after the next tick at the latest
+            log.exception("a round of decisions failed")
+
+    def _decide(self) -> None:
         now_s, provider = self.clock(), self.provider
         self._look_at_engine(now_s)
         if self.accounts is not None:
@@ -244,9 +250,12 @@ class Dispatcher:
         if decision is None:
             return
         job: Job = provider.keys[decision.request]
+        if decision.route == LOCAL and job.failures:  # what the own engine failed goes elsewhere if it can
+            decision = provider.divert(decision)
         where = "hold" if decision.route == HOLD else decision.peer or "local"
         self.metrics.decided(decision.route)
-        self.decisions.append({"at_s": round(now_s, 3), "class": self.config.class_names[job.ask.klass], "to": where})
+        klass = self.config.class_names[job.completion.klass]
+        self.decisions.append({"at_s": round(now_s, 3), "class": klass, "to": where})
         if decision.route != HOLD and not job.placed.done():
             job.placed.set_result(decision)
 
@@ -257,7 +266,7 @@ class Dispatcher:
         while ledger.changed:
             peer = ledger.changed.pop()
             if peer in ledger.books.channels:
-                self.provider.may_escrow(peer, ledger.room(peer))
+                self.provider.may_escrow(peer, ledger.available(peer))
 
     def _look_at_engine(self, now_s: float) -> None:
         load = self.engine.load()
@@ -265,21 +274,21 @@ class Dispatcher:
 
     # Users' requests.
 
-    async def answer(self, ask: CompletionRequest, reply: Reply) -> None:
+    async def answer(self, completion: CompletionRequest, reply: Reply) -> None:
         """Answer a user's request. Raises Failed when that cannot be, and what `reply` raises."""
         provider, arrival_s = self.provider, self.clock()
         if provider.held >= self.config.limits.held:
             provider.missed()
             self.metrics.turned_away()
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
-        prompt = max(1, round(ask.prompt_bytes / self.bytes_per_token))
-        most = (ask.max_tokens or self.config.output.max) * ask.choices
-        request = provider.new(None, ask.klass, prompt, most, arrival_s, ask.model)
-        job = Job(ask, request, most, prompt, asyncio.get_running_loop().create_future())
+        prompt = max(1, round(completion.prompt_bytes / self.bytes_per_token))
+        most = (completion.max_tokens or self.config.output.max) * completion.choices
+        request = provider.new(None, completion.klass, prompt, most, arrival_s, completion.model)
+        job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
         provider.keys[request] = job
         self.metrics.accepted()
         outcome, where = "failed", "nowhere"
-        again = Resumed(ask, reply) if self.config.resume and resumable(ask) else None
+        again = Resumed(completion, reply) if self.config.resume and resumable(completion) else None
         provider.arrived(request)
         try:
             while True:
@@ -287,12 +296,12 @@ class Dispatcher:
                 decision = await job.placed
                 where = "local" if decision.route == LOCAL else "peer"
                 if again is not None:
-                    job.ask, reply = again.ask(), again
+                    job.completion, reply = again.rest(), again
                 try:
                     if decision.route == LOCAL:
-                        usage = await self._run_here(job.ask, job.prompt, reply)
+                        usage = await self._run_here(job.completion, job.prompt, reply)
                     else:
-                        usage = await self.delegation.delegate(decision, job.ask, job.prompt, job.most, reply)
+                        usage = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
                     break
                 except RetryableError as reason:
                     log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
@@ -303,7 +312,7 @@ class Dispatcher:
                     provider.reprompt(request, job.prompt)
                     self._take_back(job, decision, reason)
             outcome = "answered"
-            self._learn(ask, usage)
+            self._learn(completion, usage)
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
@@ -312,11 +321,11 @@ class Dispatcher:
                 provider.lost(request)  # cancelled before it went anywhere
             provider.release(request)
             took_s = self.clock() - arrival_s
-            on_time = outcome == "answered" and took_s <= self.last_deadlines_s[ask.klass]
+            on_time = outcome == "answered" and took_s <= self.last_deadlines_s[completion.klass]
             self.metrics.ended(outcome, where, took_s, on_time)
-            self._room_again()
+            self._reopen()
 
-    def _room_again(self) -> None:
+    def _reopen(self) -> None:
         """An answer is done, so what is held may be decided on."""
         if self.provider.held:
             self.provider.reopen()
@@ -332,30 +341,32 @@ class Dispatcher:
         if job.failures >= ENGINE_TRIES:
             raise Failed(502, f"the engine does not answer as it should: {reason}", "engine_error")
         if not self.provider.may_hold(job.request, self.clock()):
-            told = reason.status if reason.full and reason.status else 503
-            raise Failed(told, f"the engine has no room: {reason}", "overloaded", reason.retry_after_s or 1)
+            status = reason.status if reason.full and reason.status else 503
+            raise Failed(status, f"the engine is full: {reason}", "overloaded", reason.retry_after_s or 1)
         self.provider.come_back(job.request)
-        if not self.peers or job.turned_away:  # nothing has changed before the next tick
-            self.provider.close(job.ask.klass)
+        if not self.peers or job.turned_away or job.failures > 1:  # nothing has changed before the next tick
+            self.provider.close(job.completion.klass)
         job.turned_away = job.turned_away or reason.full
 
-    def _learn(self, ask: CompletionRequest, usage: Usage | None) -> None:
+    def _learn(self, completion: CompletionRequest, usage: Usage | None) -> None:
         """Take the length of a prompt into the mean, unless it has images, or a peer says what cannot be."""
-        if usage is not None and 0 < usage.prompt <= ask.prompt_bytes <= usage.prompt * MOST_BYTES_PER_TOKEN:
-            self.bytes_per_token += LEARN * (ask.prompt_bytes / usage.prompt - self.bytes_per_token)
+        if usage is not None and 0 < usage.prompt <= completion.prompt_bytes <= usage.prompt * MOST_BYTES_PER_TOKEN:
+            self.bytes_per_token += LEARN * (completion.prompt_bytes / usage.prompt - self.bytes_per_token)
 
     async def _run_here(
-        self, ask: CompletionRequest, prompt: int, reply: Reply, meter: AnswerMeter | None = None
+        self, completion: CompletionRequest, prompt: int, reply: Reply, meter: AnswerMeter | None = None
     ) -> Usage | None:
         """Run a request on the own engine. Raises RetryableError if nothing came of it yet, Failed if something had."""
         meter = meter or AnswerMeter()
         self.engine.sent(prompt)
         try:
-            async with self.engine.post(ask.path, ask.body) as response:
+            async with self.engine.post(completion.path, completion.body) as response:
                 if response.status == 429 or response.status >= 500:
-                    raise self._turned_away(response)
+                    raise self._turned_away(completion, response)
+                if response.status == 200:
+                    self.engine.answered()
                 kind = response.headers.get("content-type", "application/json")
-                if ask.stream and response.status == 200 and kind.startswith(EVENTS):
+                if completion.stream and response.status == 200 and kind.startswith(EVENTS):
                     await pass_stream_on(response, kind, reply, meter)
                 else:
                     body = await response.read(MOST_ANSWER)
@@ -377,15 +388,15 @@ class Dispatcher:
             self.provider.finished(usage.prompt if usage else prompt, output)
         return usage
 
-    def _turned_away(self, response: Response) -> RetryableError:
+    def _turned_away(self, completion: CompletionRequest, response: Response) -> RetryableError:
         """The own engine does not answer: it is full, or something is wrong with it. Another is to be asked."""
-        told = response.headers.get("retry-after", "")
-        retry_after_s = int(told) if told.isascii() and told.isdigit() and len(told) < 6 else None
+        header = response.headers.get("retry-after", "")
+        retry_after_s = int(header) if header.isascii() and header.isdigit() and len(header) < 6 else None
         error = RetryableError(f"it answers {response.status}", response.status, retry_after_s)
         if error.full:
             self.engine.full(retry_after_s)
         else:
-            self.engine.suspect(str(error))
+            self.engine.failed(completion.body, str(error))
         return error
 
     # Peers' requests.
@@ -398,18 +409,18 @@ class Dispatcher:
         return self.provider.consider(prompt)
 
     async def run_for(
-        self, origin: str, ask: CompletionRequest, prompt: int, reply: Reply, paid: Delivery | None = None
+        self, origin: str, completion: CompletionRequest, prompt: int, reply: Reply, paid: Delivery | None = None
     ) -> bool:
         """Run a peer's request, whose answer begins with a line that says how the engine answers. Returns whether it
         came to its end; if not, the connection is to be broken off."""
         line, meter = HeadLineReply(reply), AnswerMeter()
-        self.metrics.guest(1)
+        self.metrics.remote(1)
         outcome = "failed"
         try:
-            await self._run_here(ask, prompt, line, meter)
+            await self._run_here(completion, prompt, line, meter)
             outcome = "answered"
             if self.config.market.duel_probability:
-                self.attestor.answered(origin, digest(ask.body), line.digest.hexdigest())
+                self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest())
         except RetryableError as reason:
             await line.whole(503, "application/json", b"")
             log.debug("cannot run a peer's request", extra={"reason": str(reason)})
@@ -423,8 +434,8 @@ class Dispatcher:
                 served = line.status == 200 and line.size > 0
                 whole = outcome == "answered" and meter.complete
                 paid.end(line.digest.hexdigest() if served else "", meter.tokens, whole)
-            self.metrics.guest(-1, outcome)
-            self._room_again()
+            self.metrics.remote(-1, outcome)
+            self._reopen()
         return True
 
     # Peers' duels.
@@ -441,10 +452,10 @@ class Dispatcher:
         self.engine.sent(prompt)
         try:
             async with self.engine.post(path, body) as response:
-                told = await response.read(MOST_ANSWER)
+                answer = await response.read(MOST_ANSWER)
             if response.status != 200:
-                raise JudgeError(f"the engine answers {response.status}: {told[:500]!r}")
-            return orjson.loads(told)
+                raise JudgeError(f"the engine answers {response.status}: {answer[:500]!r}")
+            return orjson.loads(answer)
         except (TimeoutError, OSError, ValueError) as error:
             raise JudgeError(f"{type(error).__name__}: {error}") from None
         finally:

@@ -290,13 +290,13 @@ def write_nodes(
     for k, (node, identity) in enumerate(zip(configured, identities, strict=True)):
         key, ledger = folder / f"node{k + 1}.pem", folder / f"node{k + 1}.db"
         identity.save(key)
-        told = node | {"key": str(key)}
+        settings = node | {"key": str(key)}
         if "membership" not in node and "peers" not in node:
-            told["peers"] = [{"key": identities[i].name, "url": url} for i, url in enumerate(urls) if i != k]
+            settings["peers"] = [{"key": identities[i].name, "url": url} for i, url in enumerate(urls) if i != k]
         if accounts:
-            told["ledger"] = {"file": str(ledger), "genesis": str(genesis), "exposure": accounts.exposure}
+            settings["ledger"] = {"file": str(ledger), "genesis": str(genesis), "exposure": accounts.exposure}
         config = folder / f"node{k + 1}.yaml"
-        config.write_text(yaml.safe_dump(told))
+        config.write_text(yaml.safe_dump(settings))
         nodes.append(NodeFiles(identity.name, urls[k], config, ledger))
     return nodes
 

@@ -21,7 +21,7 @@ class Metrics:
         self._ended = self._counter("requests_ended", "users' requests by how and where they ended", "outcome", "where")
         self._on_time = self._counter("requests_on_time", "users' requests answered by their last deadline")
         self._decisions = self._counter("decisions", "what was decided", "route")
-        self._guests = self._counter("guests_ended", "peers' requests by how they ended", "outcome")
+        self._remote = self._counter("remote_ended", "peers' requests by how they ended", "outcome")
         self._offers_refused = self._counter("offers_refused", "peers' requests that were not taken")
         self._refused = self._counter("messages_refused", "peers' messages that were not taken as theirs", "kind")
         self._duels = self._counter("duels", "requests that went to two, by what came of the comparison", "outcome")
@@ -39,7 +39,7 @@ class Metrics:
             "wwwserve_credits", "credits in the channel with a peer, by whose they are and whether free or in escrow",
             ("peer", "whose", "state"), registry=self.registry,
         )  # fmt: skip
-        self._ledger_full = self._gauge("ledger_full", "whether there is no room for the ledger")
+        self._ledger_full = self._gauge("ledger_full", "whether the ledger cannot be written")
         self._routes = {HOLD: self._decisions.labels("hold"), LOCAL: self._decisions.labels("local")}
         self._to_peer = self._decisions.labels("peer")
         self._counts = {
@@ -80,11 +80,11 @@ class Metrics:
             self._on_time.inc()
             self._counts["on_time"] += 1
 
-    def guest(self, change: int, outcome: str = "") -> None:
+    def remote(self, change: int, outcome: str = "") -> None:
         """A peer's request came or ended."""
         self.remote_now += change
         if outcome:
-            self._guests.labels(outcome).inc()
+            self._remote.labels(outcome).inc()
 
     def offer_refused(self) -> None:
         """A peer's request was not taken."""

@@ -22,7 +22,7 @@ from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.serving.config import ConfigError, NodeConfig, StaticConfig
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine, EngineError
-from wwwserve.serving.fallback import FiniteViews
+from wwwserve.serving.fallback import WithFallback
 from wwwserve.serving.http.connection import Connection
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages, Refusals
@@ -58,13 +58,13 @@ class JsonLines(logging.Formatter):
 
 
 def policy_of(named: str | None) -> Policy:
-    """A rule by its name, a bundle by its folder, or the bundle that is shipped; asked about finite views alone.
+    """A rule by its name, a bundle by its folder, or the bundle that is shipped; with a rule to fall back on.
 
     Raises agents.policy.bundle.BundleError for a bundle that cannot be used.
     """
     if named in RULES:
-        return FiniteViews(Rule(named))
-    return FiniteViews(load_bundle(Path(named) if named else DEFAULT_BUNDLE))
+        return WithFallback(Rule(named))
+    return WithFallback(load_bundle(Path(named) if named else DEFAULT_BUNDLE))
 
 
 def membership_of(
@@ -73,24 +73,24 @@ def membership_of(
 ) -> Membership:  # fmt: skip
     """The membership that is configured, until `stack` is closed. Raises OSError if it cannot be opened, ConfigError
     for a list of peers that has the node itself."""
-    told, clock = config.membership, asyncio.get_running_loop().time
-    if isinstance(told, StaticConfig):
+    settings, clock = config.membership, asyncio.get_running_loop().time
+    if isinstance(settings, StaticConfig):
         peers = {peer.key: peer.url.rstrip("/") for peer in config.peers}
         if identity.name in peers:
             raise ConfigError(f"peers must be others, got {identity.name}, which is the key of this node")
         return StaticMembership(peers, identity, transport, clock, wall_clock)
-    zenoh = stack.enter_context(open_session(told))
-    return ZenohMembership(identity, told.network, zenoh, clock, refusals, wall_clock)
+    zenoh = stack.enter_context(open_session(settings))
+    return ZenohMembership(identity, settings.network, zenoh, clock, refusals, wall_clock)
 
 
 def ledger_of(config: NodeConfig, identity: Identity, pricing: int, stack: AsyncExitStack) -> ChannelLedger | None:
     """The ledger that is configured, until `stack` is closed. Raises ConfigError, JournalError, LedgerError."""
-    told = config.ledger
-    if told is None:
+    settings = config.ledger
+    if settings is None:
         return None
-    grants, funds = agreed(told, identity.name)
-    journal = SqliteJournal(Path(told.file), identity.name)
-    ledger = ChannelLedger(identity, journal, grants, funds, exposure=micro(told.exposure), pricing=pricing)
+    grants, funds = agreed(settings, identity.name)
+    journal = SqliteJournal(Path(settings.file), identity.name)
+    ledger = ChannelLedger(identity, journal, grants, funds, exposure=micro(settings.exposure), pricing=pricing)
     stack.callback(ledger.close)
     return ledger
 
@@ -132,8 +132,8 @@ async def serve(
         refusals = Refusals(metrics.message_refused, asyncio.get_running_loop().time)
         membership = membership_of(config, identity, peers, stack, refusals, wall_clock)
         messages = Messages(identity, membership.knows, wall_clock)
-        told = config.engine
-        engine = Engine(told.kind, told.url, profile, direct, key=told.key, timeout_s=told.timeout_s)
+        settings = config.engine
+        engine = Engine(settings.kind, settings.url, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
         ledger = ledger_of(config, identity, provider.market.pricing, stack)
         dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
         web = uvicorn.Config(

@@ -29,14 +29,14 @@ async def engine(babbles: bool) -> AsyncIterator[str]:
         prompt = " ".join(message["content"] for message in asked["messages"]).split()
         number = next(numbers)
         words = [f"zq{number}{k}" for k in range(6)] if babbles else [*WORDS, str(number)]
-        told = {
+        answer = {
             "choices": [{"index": 0, "message": {"role": "assistant", "content": " ".join(words)}}],
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(words)},
         }
         if "prompt_logprobs" in asked:
             scores = [{"1": {"logprob": -9.0 if word.startswith("zq") else -0.5}} for word in prompt]
-            told |= {"prompt_logprobs": [None, *scores[1:]]}
-        return web.json_response(told)
+            answer |= {"prompt_logprobs": [None, *scores[1:]]}
+        return web.json_response(answer)
 
     app = web.Application()
     app.add_routes([

@@ -83,7 +83,7 @@ def test_wrong_usage_exits_with_2(argv, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["calibrate", "http://127.0.0.1:9", "--tokens", "2"], "wwwserve calibrate: tokens is 2, expected at least 8"),
         (["calibrate", "http://127.0.0.1:9", "--kind", "tgi"], "kind is 'tgi', expected one of vllm, sglang"),
@@ -92,10 +92,10 @@ def test_wrong_usage_exits_with_2(argv, capsys):
         (["compare", "paper/alternating", "--seeds", "0"], "wwwserve compare: --seeds is 0, expected at least 1"),
     ],
 )
-def test_a_bad_value_is_named_with_what_was_expected_in_one_line(argv, told, capsys):
+def test_a_bad_value_is_named_with_what_was_expected_in_one_line(argv, message, capsys):
     assert cli.main(argv) == 2
     shown = capsys.readouterr()
-    assert told in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 def test_help_lists_every_command_and_each_has_help_of_its_own(capsys):

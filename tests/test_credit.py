@@ -69,8 +69,8 @@ class Engine:
                 request.transport.abort()
             await asyncio.sleep(self.pause_s)
         if (body.get("stream_options") or {}).get("include_usage"):
-            told = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": self.words}}
-            await response.write(b"data: " + json.dumps(told).encode() + b"\n\n")
+            last = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": self.words}}
+            await response.write(b"data: " + json.dumps(last).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
 
@@ -103,7 +103,7 @@ class Net:
 
     session: aiohttp.ClientSession
     folder: Path
-    told: list[dict[str, Any]]
+    configs: list[dict[str, Any]]
     keys: list[str]
     running: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -112,7 +112,7 @@ class Net:
 
     async def start(self, k: int) -> None:
         up = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(node.serve(config.parse(self.told[k], "test"), lambda *told: up.set_result(told)))
+        task = asyncio.create_task(node.serve(config.parse(self.configs[k], "test"), lambda *key: up.set_result(key)))
         self.running[k:] = [task, *self.running[k + 1 :]]
         await asyncio.wait({up, task}, return_when=asyncio.FIRST_COMPLETED)
         assert up.done(), task
@@ -127,7 +127,7 @@ class Net:
             return response.status, await response.read()
 
     def url(self, k: int) -> str:
-        return f"http://127.0.0.1:{self.told[k]['port']}"
+        return f"http://127.0.0.1:{self.configs[k]['port']}"
 
     async def see(self, k: int = 0) -> dict[str, Any]:
         async with self.session.get(self.url(k) + "/network") as response:
@@ -176,7 +176,7 @@ async def net(folder: Path, *engines: Engine, **more: Any) -> AsyncIterator[Net]
         accounts = {key: {"credit": 100.0 * (len(keys) - 1), "stake": 4.0} for key in keys}
         (folder / "genesis.yaml").write_text(yaml.safe_dump({"accounts": accounts}))
         ledger = more.pop("ledger", {})
-        told = [
+        configs = [
             {
                 "name": f"n{k}", "key": str(folder / f"n{k}.pem"), "port": ports[k], "policy": "earliest_finish",
                 "peers": [{"key": keys[i], "url": f"http://127.0.0.1:{ports[i]}"} for i in range(len(keys)) if i != k],
@@ -185,7 +185,7 @@ async def net(folder: Path, *engines: Engine, **more: Any) -> AsyncIterator[Net]
                 "ledger": {"file": str(folder / f"n{k}.db"), "genesis": str(folder / "genesis.yaml"), **ledger},
             } | more for k in range(len(engines))
         ]  # fmt: skip
-        made = Net(await stack.enter_async_context(aiohttp.ClientSession()), folder, told, keys)
+        made = Net(await stack.enter_async_context(aiohttp.ClientSession()), folder, configs, keys)
         try:
             for k in range(len(engines)):
                 await made.start(k)
@@ -355,7 +355,7 @@ def test_nobody_takes_work_that_is_not_paid(tmp_path: Path) -> None:
         other = Engine()
         async with net(tmp_path, busy(), other) as n:
             await n.stop(0)
-            del n.told[0]["ledger"]
+            del n.configs[0]["ledger"]
             await n.start(0)
 
             async def there() -> bool:
@@ -389,7 +389,7 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
             for k in range(2):
                 await n.stop(k)
                 n.file(k).unlink()
-                n.told[k]["ledger"] = {
+                n.configs[k]["ledger"] = {
                     "file": str(n.file(k)),
                     "limits": {n.keys[1 - k]: {"ours": 30.0 - 10 * k, "theirs": 20.0 + 10 * k}},
                 }
@@ -409,7 +409,7 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ledger", "told"),
+    ("ledger", "message"),
     [
         ({"file": "f"}, "either a genesis or limits"), ({"file": "f", "genesis": "none"}, "must be a file, got 'none'"),
         ({"file": "", "limits": {"x": {"ours": 1, "theirs": 1}}}, "ledger.file must be a file"),
@@ -419,19 +419,19 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
         ({"file": "f", "limits": {"x": {"ours": 1}}}, "missing required field `theirs`"),
     ],
 )  # fmt: skip
-def test_a_ledger_that_cannot_be_is_refused(ledger: dict[str, Any], told: str) -> None:
+def test_a_ledger_that_cannot_be_is_refused(ledger: dict[str, Any], message: str) -> None:
     whole = {"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}, "ledger": ledger}
-    with pytest.raises(config.ConfigError, match=told):
+    with pytest.raises(config.ConfigError, match=message):
         config.parse(whole, "test")
 
 
 def test_a_peer_that_advertises_load_it_does_not_have_is_found_out_by_what_it_delivers() -> None:
-    told = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "test")
+    parsed = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "test")
 
     def provider(rule: str) -> NodeProvider:
-        made = NodeProvider(Rule(rule), told.engine_profile(), told.agreed(), credit=1e6)
+        made = NodeProvider(Rule(rule), parsed.engine_profile(), parsed.agreed(), credit=1e6)
         made.scraped(0.0, 8.0, 200.0, 0.0)
-        idle = NodeProvider(Rule(rule), told.engine_profile(), told.agreed(), stake=1.0)
+        idle = NodeProvider(Rule(rule), parsed.engine_profile(), parsed.agreed(), stake=1.0)
         for name in ("honest", "liar"):  # both say that they are idle
             made.heard(name, idle.advertise(0.0), 0.0, frozenset({MODEL}))
         return made
@@ -477,8 +477,8 @@ def test_no_more_tokens_are_generated_than_the_escrow_pays(pricing: int, most: i
 
 def test_the_number_of_a_request_that_a_peer_still_has_is_not_given_away() -> None:
     """The slower one of a duel ends when the user has long had an answer; then other requests are with peers."""
-    told = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "test")
-    made = NodeProvider(Rule("single"), told.engine_profile(), told.agreed(), credit=1e6)
+    parsed = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "test")
+    made = NodeProvider(Rule("single"), parsed.engine_profile(), parsed.agreed(), credit=1e6)
     made.heard("peer", made.advertise(0.0), 0.0, frozenset({MODEL}))
     slow = made.new(None, 0, 100, 100, 0.0, MODEL)
     made.offer(slow, "peer")

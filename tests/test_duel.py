@@ -12,22 +12,8 @@ import pytest
 
 from wwwserve.agents.protocol import MICRO, MINORITY_SHARE, SILENT_SHARE, VOTE_A, VOTE_B, VOTE_UNDECIDED
 from wwwserve.serving.duel import duels as duel
-from wwwserve.serving.duel.duels import (
-    ATTEST_PATH,
-    JUDGE_PATH,
-    Attempt,
-    Attestor,
-    Declined,
-    Duels,
-    JudgePool,
-    Pair,
-    as_shown,
-    b_first,
-    chance_of_bias,
-    draw,
-    in_order,
-    record_of,
-)
+from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Attempt, Attestor, Declined, Duels, JudgePool, Pair
+from wwwserve.serving.duel.evidence import as_shown, b_first, chance_of_bias, draw, in_order, record_of
 from wwwserve.serving.duel.judge import JudgeError
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.reply import CompletionRequest, Failed, Reply, RetryableError
@@ -38,7 +24,7 @@ from wwwserve.serving.metrics import Metrics
 
 PATH = "/v1/chat/completions"
 BODY = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "Why?"}], "stream": True})
-ASK = CompletionRequest(PATH, BODY, "m", True)
+COMPLETION = CompletionRequest(PATH, BODY, "m", True)
 Hand = Callable[[str, Attempt], Awaitable[Any]]
 
 
@@ -103,7 +89,7 @@ class Net:
     def electors(self, model: str) -> dict[str, int]:
         return {name: self.stakes.stake(name) for name in self.nodes}
 
-    async def ask(self, peer: str, path: str, body: bytes) -> bytes:
+    async def request(self, peer: str, path: str, body: bytes) -> bytes:
         node = self.nodes[peer]
         try:
             if path == ATTEST_PATH and node.signs:
@@ -125,18 +111,18 @@ class Net:
         assert stated == verdict and self.stakes.heard(stated)
         self.verdicts.append(verdict)
 
-    async def hand(self, name: str, leg: Attempt) -> str:
-        await leg.start(200, "text/event-stream")
+    async def hand(self, name: str, attempt: Attempt) -> str:
+        await attempt.start(200, "text/event-stream")
         for chunk in stream(self.answers[name]):
             await asyncio.sleep(0)
-            await leg.pass_on(chunk)
-        self.nodes[name].attestor.answered(self.origin.name, digest(BODY), digest(leg.body))
+            await attempt.pass_on(chunk)
+        self.nodes[name].attestor.answered(self.origin.name, digest(BODY), digest(attempt.body))
         return name
 
-    async def run(self, hand: Hand | None = None, ask: CompletionRequest = ASK) -> User:
+    async def run(self, hand: Hand | None = None, completion: CompletionRequest = COMPLETION) -> User:
         """One duel to its end."""
         user = User()
-        await self.duels.run(ask, (self.good.name, self.bad.name), hand or self.hand, user)
+        await self.duels.run(completion, (self.good.name, self.bad.name), hand or self.hand, user)
         while self.duels.open:
             await asyncio.sleep(0.001)
         return user
@@ -170,13 +156,13 @@ def test_the_user_waits_for_the_first_answer_alone() -> None:
         net = Net()
         last = asyncio.Event()
 
-        async def hand(name: str, leg: Attempt) -> str:
+        async def hand(name: str, attempt: Attempt) -> str:
             if name == net.good.name:
                 await last.wait()
-            return await net.hand(name, leg)
+            return await net.hand(name, attempt)
 
         user = User()
-        who = await net.duels.run(ASK, (net.good.name, net.bad.name), hand, user)
+        who = await net.duels.run(COMPLETION, (net.good.name, net.bad.name), hand, user)
         assert who == net.bad.name and user.body == b"".join(stream("bad")) and net.duels.open == 1
         last.set()
         while net.duels.open:
@@ -190,14 +176,14 @@ def test_the_user_waits_for_the_first_answer_alone() -> None:
 def test_a_whole_answer_is_judged_as_well() -> None:
     async def run() -> None:
         net = Net()
-        ask = ASK._replace(stream=False)
+        completion = COMPLETION._replace(stream=False)
 
-        async def hand(name: str, leg: Attempt) -> None:
+        async def hand(name: str, attempt: Attempt) -> None:
             body = orjson.dumps({"choices": [{"index": 0, "message": {"content": net.answers[name]}}]})
             net.nodes[name].attestor.answered(net.origin.name, digest(BODY), digest(body))
-            await leg.whole(200, "application/json", body)
+            await attempt.whole(200, "application/json", body)
 
-        user = await net.run(hand, ask)
+        user = await net.run(hand, completion)
         assert b"it is long" in user.body and net.stake(net.bad) == 0
 
     asyncio.run(run())
@@ -208,19 +194,19 @@ def test_one_answer_is_no_duel(what: str, monkeypatch: pytest.MonkeyPatch) -> No
     async def run() -> None:
         net = Net()
 
-        async def hand(name: str, leg: Attempt) -> str:
+        async def hand(name: str, attempt: Attempt) -> str:
             if name == net.good.name:
-                return await net.hand(name, leg)
+                return await net.hand(name, attempt)
             await asyncio.sleep(0.01)
-            await leg.start(500 if what == "says 500" else 200, "text/event-stream")
+            await attempt.start(500 if what == "says 500" else 200, "text/event-stream")
             if what == "breaks off":
                 raise Failed(502, "it broke off")
             chunks = [event("word" * 1000)] if what == "is too long" else stream("bad")
             if what == "is no text":
                 chunks = [b"data: \xff\n\n", LAST_EVENT]
             for chunk in chunks[:-1] if what == "is cut off" else chunks:
-                await leg.pass_on(chunk)
-            net.bad.attestor.answered(net.origin.name, digest(BODY), digest(leg.body))
+                await attempt.pass_on(chunk)
+            net.bad.attestor.answered(net.origin.name, digest(BODY), digest(attempt.body))
             return name
 
         if what == "is too long":
@@ -237,19 +223,19 @@ def test_the_one_that_answers_is_enough_and_without_any_it_is_given_back() -> No
     async def run() -> None:
         net = Net()
 
-        async def only_bad(name: str, leg: Attempt) -> str:
+        async def only_bad(name: str, attempt: Attempt) -> str:
             if name == net.good.name:
                 raise RetryableError("it refuses")
-            return await net.hand(name, leg)
+            return await net.hand(name, attempt)
 
         assert (await net.run(only_bad)).body == b"".join(stream("bad"))
 
-        async def neither(name: str, leg: Attempt) -> None:
+        async def neither(name: str, attempt: Attempt) -> None:
             raise RetryableError(f"{name} refuses")
 
         user = User()
         with pytest.raises(RetryableError, match=net.good.name):
-            await net.duels.run(ASK, (net.good.name, net.bad.name), neither, user)
+            await net.duels.run(COMPLETION, (net.good.name, net.bad.name), neither, user)
         assert not user.started and net.duels.open == 0 and net.count("void") == 2
 
     asyncio.run(run())
@@ -260,15 +246,15 @@ def test_a_user_who_hangs_up_stops_both() -> None:
         net = Net()
         stopped = []
 
-        async def endless(name: str, leg: Attempt) -> None:
+        async def endless(name: str, attempt: Attempt) -> None:
             try:
-                await leg.start(200, "text/event-stream")
+                await attempt.start(200, "text/event-stream")
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
                 stopped.append(name)
                 raise
 
-        asking = asyncio.create_task(net.duels.run(ASK, (net.good.name, net.bad.name), endless, User()))
+        asking = asyncio.create_task(net.duels.run(COMPLETION, (net.good.name, net.bad.name), endless, User()))
         await asyncio.sleep(0.01)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -282,13 +268,13 @@ def test_a_user_who_has_the_whole_answer_may_hang_up() -> None:
     async def run() -> None:
         net = Net()
 
-        async def hand(name: str, leg: Attempt) -> str:
-            result = await net.hand(name, leg)
+        async def hand(name: str, attempt: Attempt) -> str:
+            result = await net.hand(name, attempt)
             await asyncio.sleep(0.02)  # until the connection is closed
             return result
 
         user = User()
-        asking = asyncio.create_task(net.duels.run(ASK, (net.good.name, net.bad.name), hand, user))
+        asking = asyncio.create_task(net.duels.run(COMPLETION, (net.good.name, net.bad.name), hand, user))
         while not user.body.endswith(LAST_EVENT):
             await asyncio.sleep(0)
         asking.cancel()
@@ -304,14 +290,14 @@ def test_a_silent_judge_is_fined() -> None:
     async def run() -> None:
         net = Net()
         del net.nodes[net.judges[0].name].judge_pool
-        ask = net.ask
+        request = net.request
 
         async def without(peer: str, path: str, body: bytes) -> bytes:
             if peer == net.judges[0].name:
                 raise OSError("nobody there")
-            return await ask(peer, path, body)
+            return await request(peer, path, body)
 
-        net.ask = without  # type: ignore[method-assign]
+        net.request = without  # type: ignore[method-assign]
         await net.run()
         fine = 4 * MICRO // SILENT_SHARE
         assert net.stake(net.judges[0]) == 4 * MICRO - fine
@@ -404,29 +390,29 @@ def pair(net: Net, **changed: Any) -> tuple[Pair, str]:
 def test_a_judge_sees_that_the_origin_cheats() -> None:
     net = Net(judges=5)
     whole, judge = pair(net)
-    bench = net.nodes[judge].judge_pool
+    pool = net.nodes[judge].judge_pool
     swapped = {"a": whole.b, "b": whole.a, "answer_a": whole.answer_b, "answer_b": whole.answer_a}
     drawn = draw(whole.a, whole.b, dict(whole.electors), 3).judges
     left_out = next(node for node in net.judges if node.name not in drawn)
     cases = [
-        (swapped, bench, "not for the origin to say"),
-        ({"answer_a": whole.answer_b}, bench, "not the one that its executor signed"),
-        ({"request": '{"model": "m", "messages": []}'}, bench, "not the one that its executor signed"),
-        ({"a": msgspec.structs.replace(whole.a, signature=whole.b.signature)}, bench, "signed|for the origin"),
-        ({"electors": (*whole.electors, whole.electors[0])}, bench, "twice"),
-        ({"electors": (*whole.electors, (net.good.name, 1))}, bench, "none of them"),
+        (swapped, pool, "not for the origin to say"),
+        ({"answer_a": whole.answer_b}, pool, "not the one that its executor signed"),
+        ({"request": '{"model": "m", "messages": []}'}, pool, "not the one that its executor signed"),
+        ({"a": msgspec.structs.replace(whole.a, signature=whole.b.signature)}, pool, "signed|for the origin"),
+        ({"electors": (*whole.electors, whole.electors[0])}, pool, "twice"),
+        ({"electors": (*whole.electors, (net.good.name, 1))}, pool, "none of them"),
         ({}, left_out.judge_pool, "does not fall on this node"),
-        ({"path": "/v1/load_lora_adapter"}, bench, "path is"),
-        ({"path": PATH + " HTTP/1.1\r\n\r\nDELETE /x"}, bench, "path is"),
-        ({"electors": tuple(each for each in whole.electors if each[0] != judge)}, bench, "does not fall"),
+        ({"path": "/v1/load_lora_adapter"}, pool, "path is"),
+        ({"path": PATH + " HTTP/1.1\r\n\r\nDELETE /x"}, pool, "path is"),
+        ({"electors": tuple(each for each in whole.electors if each[0] != judge)}, pool, "does not fall"),
     ]  # fmt: skip
     for changed, who, message in cases:
         body = msgspec.json.encode(msgspec.structs.replace(whole, **changed))
         with pytest.raises(Declined, match=message):
             asyncio.run(who.vote(net.origin.name, body))
     with pytest.raises(Declined, match="not a pair"):
-        asyncio.run(bench.vote(net.origin.name, b'{"path": "\xff"}'))
-    vote = asyncio.run(bench.vote(net.origin.name, msgspec.json.encode(whole)))
+        asyncio.run(pool.vote(net.origin.name, b'{"path": "\xff"}'))
+    vote = asyncio.run(pool.vote(net.origin.name, msgspec.json.encode(whole)))
     assert b"signature" in vote
 
 
@@ -440,18 +426,18 @@ def test_a_judge_judges_a_few_at_once() -> None:
             await wait.wait()
             return VOTE_A
 
-        bench = net.nodes[judge].judge_pool
-        bench.judge = slow
+        pool = net.nodes[judge].judge_pool
+        pool.judge = slow
         body = msgspec.json.encode(whole)
-        votes = [asyncio.create_task(bench.vote(net.origin.name, body)) for _ in range(duel.MOST_JUDGING)]
+        votes = [asyncio.create_task(pool.vote(net.origin.name, body)) for _ in range(duel.MOST_JUDGING)]
         await asyncio.sleep(0)
         with pytest.raises(Declined, match="enough"):
-            await bench.vote(net.origin.name, body)
+            await pool.vote(net.origin.name, body)
         votes[0].cancel()
         await asyncio.sleep(0)
         wait.set()
         await asyncio.gather(*votes, return_exceptions=True)
-        assert bench.judging == 0
+        assert pool.judging == 0
 
     asyncio.run(run())
 
@@ -514,34 +500,35 @@ def test_nothing_is_left_of_duels_that_end_anyhow(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(duel, "SECOND_S", 0.05)
         monkeypatch.setattr(duel, "JUDGE_S", 0.05)
         generator = np.random.default_rng(1)
-        ask = net.ask
+        request = net.request
 
         async def sometimes(peer: str, path: str, body: bytes) -> bytes:
             await asyncio.sleep([0.0, 0.0, 0.0, 1.0][generator.integers(4)])
-            return await ask(peer, path, body)
+            return await request(peer, path, body)
 
-        net.ask = sometimes  # type: ignore[method-assign]
+        net.request = sometimes  # type: ignore[method-assign]
 
-        async def hand(name: str, leg: Attempt) -> str:
+        async def hand(name: str, attempt: Attempt) -> str:
             luck = generator.integers(8)
             if luck == 0:
                 raise RetryableError("no")
             if luck == 1:
-                await leg.start(200, "text/event-stream")
+                await attempt.start(200, "text/event-stream")
                 raise Failed(502, "it broke off")
-            if luck == 2 and leg.race.first is not None:
+            if luck == 2 and attempt.race.first is not None:
                 await asyncio.sleep(3600)
-            await leg.start(200, "text/event-stream")
+            await attempt.start(200, "text/event-stream")
             for chunk in stream(f"{net.answers[name]} {generator.random()}"):
                 await asyncio.sleep(0)
-                await leg.pass_on(chunk)
-            net.nodes[name].attestor.answered(net.origin.name, digest(BODY), digest(leg.body))
+                await attempt.pass_on(chunk)
+            net.nodes[name].attestor.answered(net.origin.name, digest(BODY), digest(attempt.body))
             return name
 
         async def one() -> None:
             patience_s = 0.0005 if generator.random() < 0.2 else 5.0
             with contextlib.suppress(RetryableError, Failed, TimeoutError):
-                await asyncio.wait_for(net.duels.run(ASK, (net.good.name, net.bad.name), hand, User()), patience_s)
+                run = net.duels.run(COMPLETION, (net.good.name, net.bad.name), hand, User())
+                await asyncio.wait_for(run, patience_s)
 
         for _ in range(10):
             await asyncio.gather(*(one() for _ in range(20)))
@@ -562,12 +549,12 @@ def test_a_node_that_ends_ends_its_duels() -> None:
     async def run() -> None:
         net = Net()
 
-        async def hand(name: str, leg: Attempt) -> str:
+        async def hand(name: str, attempt: Attempt) -> str:
             if name == net.bad.name:
                 await asyncio.sleep(3600)
-            return await net.hand(name, leg)
+            return await net.hand(name, attempt)
 
-        await net.duels.run(ASK, (net.good.name, net.bad.name), hand, User())
+        await net.duels.run(COMPLETION, (net.good.name, net.bad.name), hand, User())
         assert net.duels.open == 1
         await net.duels.stop()
         assert net.duels.open == 0 and asyncio.all_tasks() == {asyncio.current_task()}

@@ -25,12 +25,12 @@ def test_a_worthless_provider_loses_its_stake_and_nobody_else_does() -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{"duel_probability": 1.5}, {"duel_probability": -0.1}, {"judges": 0}, {"judges": 65}]
+    "economy", [{"duel_probability": 1.5}, {"duel_probability": -0.1}, {"judges": 0}, {"judges": 65}]
 )  # fmt: skip
-def test_what_cannot_be_is_refused(told: dict[str, float]) -> None:
+def test_what_cannot_be_is_refused(economy: dict[str, float]) -> None:
     node = {
-        "name": "n", "key": "file", "market": told,
+        "name": "n", "key": "file", "market": economy,
         "engine": {"url": "http://127.0.0.1:1", "profile": {"kind": "catalogue", "gpu": "h100", "model": "qwen3-8b"}},
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=f"market.{next(iter(told))}"):
+    with pytest.raises(ConfigError, match=f"market.{next(iter(economy))}"):
         parse(node, "node.yaml")

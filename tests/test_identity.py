@@ -151,12 +151,12 @@ def test_what_is_no_key_is_refused_with_the_reason(tmp_path: Path) -> None:
     one = Identity.generate()
     other = X25519PrivateKey.generate()
     locked = one._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x"))
-    for content, told in (
+    for content, message in (
         (b"", "no private key in PEM"),
         (b"\xff" * 10_000, "no private key in PEM"),
         (locked, "without a password"),
         (other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), "expected Ed25519"),
     ):
         path.write_bytes(content)
-        with pytest.raises(IdentityError, match=told):
+        with pytest.raises(IdentityError, match=message):
             Identity.load(path)

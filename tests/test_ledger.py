@@ -148,18 +148,18 @@ def test_a_channel_opens_once_and_only_on_terms_that_both_have(sides: Sides, tmp
     async def scene() -> None:
         before = sides.own()
         stranger = ChannelLedger(C, MemoryJournal(), {A.name: Grant(CREDIT, 0, "limits")}, {}, exposure=1, pricing=0)
-        told = await stranger.message(A.name)
-        assert told is not None
-        assert isinstance(msgspec.json.decode(await sides.a.received(C.name, told), type=Declined), Declined)
+        message = await stranger.message(A.name)
+        assert message is not None
+        assert isinstance(msgspec.json.decode(await sides.a.received(C.name, message), type=Declined), Declined)
         with pytest.raises(LedgerError, match="no channel"):
             sides.a.take(C.name, Terms(1, 1, 1), BODY)
         generous = ChannelLedger(
             A, MemoryJournal(), {B.name: Grant(2 * CREDIT, 0, "limits")}, {}, exposure=1, pricing=0
         )
-        told = await generous.message(B.name)
-        assert told is not None
+        message = await generous.message(B.name)
+        assert message is not None
         with pytest.raises(LedgerError, match="terms of the channel are others"):
-            await generous.replied(B.name, await sides.b.received(A.name, told))
+            await generous.replied(B.name, await sides.b.received(A.name, message))
         assert sides.own() == before
 
     play(scene)
@@ -168,15 +168,15 @@ def test_a_channel_opens_once_and_only_on_terms_that_both_have(sides: Sides, tmp
 def test_what_may_be_in_escrow_is_bounded_until_the_payee_has_signed(sides: Sides) -> None:
     async def scene() -> None:
         asked = [sides.ask() for _ in range(10)]
-        assert sides.a.room(B.name) == 0
+        assert sides.a.available(B.name) == 0
         with pytest.raises(LedgerError, match="more than may be in escrow"):
             sides.a.lock(B.name, 1, BODY, 1)
         with pytest.raises(LedgerError, match="may have in escrow here"):
             sides.b.take(A.name, Terms(11, 1, 1), BODY)
         sides.answered(asked[0], 1000)
-        assert sides.a.room(B.name) == 0  # as B does not know yet
+        assert sides.a.available(B.name) == 0  # as B does not know yet
         await sides.exchange()
-        assert sides.a.room(B.name) == MICRO
+        assert sides.a.available(B.name) == MICRO
         sides.ask()
 
     play(scene)
@@ -294,7 +294,7 @@ def test_whatever_happens_in_whatever_order_credit_is_conserved_and_the_two_agre
             act = draw.random()
             if act < 0.45:
                 amount = draw.randrange(3 * MICRO)
-                if amount <= one.room(other.name):
+                if amount <= one.available(other.name):
                     terms = one.lock(other.name, amount, BODY, draw.randrange(3 * MICRO))
                     with contextlib.suppress(LedgerError):
                         if draw.random() < 0.9:
@@ -337,17 +337,17 @@ def test_whatever_happens_in_whatever_order_credit_is_conserved_and_the_two_agre
 
 async def cheated(sides: Sides, **changes: object) -> bytes:
     """A's next message, whose last receipt is changed, with all that follows from it signed anew."""
-    told = msgspec.json.decode(await written(sides.a, sides.a.message(B.name)) or b"", type=Vouching).vouch
-    receipt = msgspec.structs.replace(told.receipts[-1], **changes)
+    vouch = msgspec.json.decode(await written(sides.a, sides.a.message(B.name)) or b"", type=Vouching).vouch
+    receipt = msgspec.structs.replace(vouch.receipts[-1], **changes)
     channel = sides.b.books.channels[A.name]
-    state = told.voucher.state
-    total = state.total - told.receipts[-1].due + receipt.due
+    state = vouch.voucher.state
+    total = state.total - vouch.receipts[-1].due + receipt.due
     head = channel.paid_head
-    for each in (*told.receipts[:-1], receipt):
+    for each in (*vouch.receipts[:-1], receipt):
         head = link(head, each)
     state = msgspec.structs.replace(state, total=total, head=head)
     voucher = Signed(state, sign(A, "voucher", state))
-    return msgspec.json.encode(Vouching(Vouch(voucher, told.first, (*told.receipts[:-1], receipt))))
+    return msgspec.json.encode(Vouching(Vouch(voucher, vouch.first, (*vouch.receipts[:-1], receipt))))
 
 
 def test_two_vouchers_of_one_number_are_evidence_that_costs_the_stake(sides: Sides) -> None:
@@ -403,19 +403,19 @@ def test_a_payer_who_says_that_less_came_than_was_delivered_is_noted_and_gets_no
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"due": 2 * MICRO}, "pays 2000000 of 1000000"), ({"request": digest(b"another")}, "not of what was taken"),
         ({"price": 1}, "not of what was taken"), ({"came": NOTHING}, "for nothing"), ({"tokens": -1}, "is none"),
     ],
 )  # fmt: skip
 def test_receipts_that_are_not_of_what_was_done_are_refused(
-    sides: Sides, changes: dict[str, object], told: str
+    sides: Sides, changes: dict[str, object], message: str
 ) -> None:
     async def scene() -> None:
         sides.answered(sides.ask(), 1000)
         before = sides.b.balances()
-        with pytest.raises(LedgerError, match=told):
+        with pytest.raises(LedgerError, match=message):
             await written(sides.b, sides.b.received(A.name, await cheated(sides, **changes)))
         assert sides.b.balances() == before
         await sides.exchange()
@@ -428,12 +428,12 @@ def test_vouchers_of_others_for_others_and_without_their_receipts_are_refused(si
     async def scene() -> None:
         sides.answered(sides.ask(), 1000)
         sent = await written(sides.a, sides.a.message(B.name))
-        told = msgspec.json.decode(sent or b"", type=Vouching).vouch
-        state = told.voucher.state
+        first = msgspec.json.decode(sent or b"", type=Vouching).vouch
+        state = first.voucher.state
 
         def vouch(state: State, by: Identity, **changes: object) -> bytes:
             signed = Signed(state, sign(by, "voucher", state))
-            return msgspec.json.encode(Vouching(msgspec.structs.replace(told, voucher=signed, **changes)))
+            return msgspec.json.encode(Vouching(msgspec.structs.replace(first, voucher=signed, **changes)))
 
         higher = msgspec.structs.replace(state, total=state.total + 1)
         elsewhere = msgspec.structs.replace(state, channel=digest(b"another"))
@@ -592,8 +592,8 @@ def test_a_good_pair_of_journals_verifies(tmp_path: Path, capsys: pytest.Capture
     sides = used(tmp_path)
     files = [str(sides.file(who)) for who in (A, B)]
     assert cli.main(["ledger", "verify", *files]) == 0
-    told = capsys.readouterr().out
-    assert told.count("ok: ") == 2 and "agree" in told
+    printed = capsys.readouterr().out
+    assert printed.count("ok: ") == 2 and "agree" in printed
     assert cli.main(["ledger", "show", files[0]]) == 0
     shown = capsys.readouterr().out
     assert f"node     {A.name}" in shown and "20 receipts, 20 of them signed by the peer" in shown
@@ -692,7 +692,7 @@ def test_a_full_disk_stops_new_requests_and_loses_nothing(tmp_path: Path) -> Non
                 terms = sides.a.lock(B.name, 0, BODY, 0)
                 await sides.a.durable()
                 sides.a.free(B.name, terms.id)
-        assert sides.a.room(B.name) == 0
+        assert sides.a.available(B.name) == 0
         with pytest.raises(Full):
             sides.a.lock(B.name, 1, BODY, 1)
         with pytest.raises(Full):
@@ -720,7 +720,7 @@ def test_a_full_disk_stops_new_requests_and_loses_nothing(tmp_path: Path) -> Non
 def test_many_entries_share_a_transaction_and_a_snapshot_shortens_the_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wwwserve.serving.ledger.channel_ledger.SNAPSHOT_EVERY", 500)
+    monkeypatch.setattr("wwwserve.serving.ledger.journaled_books.SNAPSHOT_EVERY", 500)
     sides = Sides("sqlite", tmp_path, exposure=CREDIT)
     writes: list[int] = []
     write = SqliteJournal.write

@@ -94,10 +94,10 @@ def test_a_node_knows_of_its_users_what_its_simulated_self_knows() -> None:
         scenario = load(name)
         planned = plan(scenario, 3)
         for i, profile_ in enumerate(planned.profiles):
-            told = node(scenario, planned, i, "single", 4.0)
-            told["key"] = "made when it starts"
-            told["engine"] = {"url": "http://127.0.0.1:1", "profile": {"kind": "measured", **vars(profile_)}}
-            config = parse_node(json.loads(json.dumps(told)), name)
+            written = node(scenario, planned, i, "single", 4.0)
+            written["key"] = "made when it starts"
+            written["engine"] = {"url": "http://127.0.0.1:1", "profile": {"kind": "measured", **vars(profile_)}}
+            config = parse_node(json.loads(json.dumps(written)), name)
             agreed = config.agreed()
             count = max(1, len(scenario.slo.classes))
             np.testing.assert_allclose(agreed.known, planned.known[i, :count])

@@ -44,11 +44,11 @@ SOON_S = 60.0  # at most, for a newcomer to know all, and for a departure to be 
 
 
 def advert(label: str, number: int = 1, url: str = "http://127.0.0.1:1", load: float = 1.0, **more: Any) -> Advert:
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "name": KEYS[label].name, "label": label, "url": url, "serves": ("m",), "run": 1, "number": number,
         "load": (load,) * ADVERT_SIZE, "age_s": 0.0,
     }  # fmt: skip
-    return Advert(**told | more)
+    return Advert(**values | more)
 
 
 def now_us(off_s: float = 0.0) -> int:
@@ -265,9 +265,9 @@ def sealed(label: str, by: str | None = None, **more: Any) -> bytes:
     return signed(KEYS[by or label], advert(label, **{"sent_us": now_us()} | more))
 
 
-def junk(told: bytes) -> bytes:
+def junk(content: bytes) -> bytes:
     """Anything, signed."""
-    return KEYS["b"].name.encode() + KEYS["b"].sign(tagged("advert", told)) + told
+    return KEYS["b"].name.encode() + KEYS["b"].sign(tagged("advert", content)) + content
 
 
 STRANGER = Identity.generate()
@@ -286,7 +286,7 @@ CHEATS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "URL in two lines": (lambda: sealed("b", url="http://a\r\nx: y"), "malformed", "printable ASCII"),
     "own key": (lambda: sealed("a"), "stranger", "key of this node"),
     "wrong key": (lambda: sealed("b", by=NAMES[2]), "forged", "it speaks for"),
-    "forged": (lambda: (lambda told: told[:HEAD_BYTES] + told[HEAD_BYTES:].replace(b"1.0", b"9.0"))(sealed("b")),
+    "forged": (lambda: (lambda body: body[:HEAD_BYTES] + body[HEAD_BYTES:].replace(b"1.0", b"9.0"))(sealed("b")),
                "forged", "does not fit"),
     "late": (lambda: sealed("b", sent_us=now_us(-60)), "stale", " s before the time here"),
     "early": (lambda: sealed("b", sent_us=now_us(60)), "stale", " s after the time here"),
@@ -303,14 +303,14 @@ def test_what_is_no_peers_advert_is_refused(kind: str, monkeypatch: pytest.Monke
             await until(lambda: a.there == {"b"})
             membership = a.membership
             stranger = STRANGER.name.encode() + sealed("b")[len(STRANGER.name) :]
-            for made, refusal, told in [*CHEATS.values(), (lambda: stranger, "stranger", "no peer of this node")]:
+            for made, refusal, reason in [*CHEATS.values(), (lambda: stranger, "stranger", "no peer of this node")]:
                 if refusal == "stranger":
                     monkeypatch.setattr(zenoh_membership, "MOST_PEERS", 1)  # as many as there are
                 else:
                     monkeypatch.undo()
-                with pytest.raises(Refused, match=re.escape(told)) as found:
+                with pytest.raises(Refused, match=re.escape(reason)) as found:
                     membership.take(made())
-                assert found.value.kind == refusal, told
+                assert found.value.kind == refusal, reason
             b.membership.publish(advert("b", 2, n.urls["b"]), time.monotonic())
             await until(lambda: a.numbers("b") == [1, 2])
             assert a.there == {"b"} and not n.refusals
@@ -365,7 +365,7 @@ def test_who_has_a_clock_that_is_off_is_not_heard_and_it_is_told_why(kind: str, 
 def test_adverts_are_signed_once_for_all_and_verified_once_each(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     verified: list[bytes] = []
     real = membership_module.verify
-    monkeypatch.setattr(membership_module, "verify", lambda *told: (verified.append(told[2]), real(*told))[1])
+    monkeypatch.setattr(membership_module, "verify", lambda *given: (verified.append(given[2]), real(*given))[1])
 
     async def scene() -> None:
         async with network(kind) as n:
@@ -441,10 +441,10 @@ from wwwserve.serving import config
 from wwwserve.serving.http import keys as identity
 from wwwserve.serving.membership import heartbeat as membership, zenoh as zenoh_membership
 
-told = msgspec.json.decode(sys.argv[1], type=config.ZenohConfig)
-with zenoh_membership.open_session(told) as session:
+settings = msgspec.json.decode(sys.argv[1], type=config.ZenohConfig)
+with zenoh_membership.open_session(settings) as session:
     key = identity.Identity.load(pathlib.Path(sys.argv[3]))
-    member = zenoh_membership.ZenohMembership(key, told.network, session, time.monotonic, print)
+    member = zenoh_membership.ZenohMembership(key, settings.network, session, time.monotonic, print)
     member.publish(membership.decode(sys.argv[2].encode()), time.monotonic())
     asyncio.run(member.run(print, print))
 """
@@ -456,9 +456,9 @@ def test_who_is_killed_is_gone_at_once_and_who_is_stopped_after_its_silence(tmp_
     async def scene() -> None:
         async with network("zenoh") as n:
             a = await n.join("a")
-            told = [msgspec.json.encode(each).decode() for each in (n.endpoints("b"), advert("b"))]
-            told.append(str(tmp_path / "b.pem"))
-            peer = await asyncio.create_subprocess_exec(sys.executable, "-c", PEER, *told, stdout=subprocess.DEVNULL)
+            given = [msgspec.json.encode(each).decode() for each in (n.endpoints("b"), advert("b"))]
+            given.append(str(tmp_path / "b.pem"))
+            peer = await asyncio.create_subprocess_exec(sys.executable, "-c", PEER, *given, stdout=subprocess.DEVNULL)
             try:
                 await until(lambda: a.there == {"b"}, 20.0)
                 peer.send_signal(signal.SIGSTOP)
@@ -527,8 +527,8 @@ def test_with_certificates_only_nodes_of_the_ca_get_in(tmp_path: Path) -> None:
                 sessions = []
                 for kind, files in strangers:
                     listen, connect = (f"{kind}/127.0.0.1:{port}" for port in (free_ports(1)[0], n.ports["a"]))
-                    told = ZenohConfig(network="test", listen=(listen,), connect=(connect,), tls=files)
-                    sessions.append(stack.enter_context(open_session(told)))
+                    settings = ZenohConfig(network="test", listen=(listen,), connect=(connect,), tls=files)
+                    sessions.append(stack.enter_context(open_session(settings)))
                 members = [await n.join(name) for name in NAMES]
                 await until(lambda: all(len(each.there) == 2 for each in members))
                 first_s = members[0].last_s("b")  # so long that strangers try again and again

@@ -118,8 +118,8 @@ def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert process.stdout is not None
-        told = json.loads(process.stdout.readline())
-        client = openai.OpenAI(base_url=told["nodes"][1] + "/v1", api_key="any")
+        ready = json.loads(process.stdout.readline())
+        client = openai.OpenAI(base_url=ready["nodes"][1] + "/v1", api_key="any")
         assert [model.id for model in client.models.list()] == [MODEL]
         messages: list[Any] = [{"role": "user", "content": "Tell me."}]
         whole = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=12)
@@ -128,7 +128,7 @@ def test_up_answers_an_unmodified_client_and_leaves_nothing_behind() -> None:
         assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
         with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
             client.chat.completions.create(model="gpt", messages=messages)
-        assert look(told["nodes"][1])["policy"] == "www_serve"
+        assert look(ready["nodes"][1])["policy"] == "www_serve"
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
         pids = [int(pid) for pid in children.stdout.split()]
         assert len(pids) == 5  # two engines, two nodes, and who ends them if this process cannot
@@ -156,9 +156,9 @@ def test_a_node_is_shown_in_a_narrow_terminal(
         }
     )  # fmt: skip
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    told = {row[0]: row[1] for row in rows if len(row) == 2}
-    assert (told["API"], told["engine"], told["KV"]) == ("http://10.0.0.1:9000", "down", "25%")
-    assert (told["asked"], told["in time"], told["last decisions"]) == ("10", "100%", "local south")
+    shown = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert (shown["API"], shown["engine"], shown["KV"]) == ("http://10.0.0.1:9000", "down", "25%")
+    assert (shown["asked"], shown["in time"], shown["last decisions"]) == ("10", "100%", "local south")
     assert next(row for row in rows if row[:1] == ["peer"])[1:-1] == [
         "there", "age s", "run", "wait", "KV", "price", "stake", "ours"
     ]  # fmt: skip

@@ -146,7 +146,7 @@ class Net:
 
     def __init__(self, session: aiohttp.ClientSession, urls: list[str], stubs: list[Stub]) -> None:
         self.session, self.urls, self.stubs = session, urls, stubs
-        self.told: list[dict[str, Any]] = []
+        self.configs: list[dict[str, Any]] = []
         self.keys: list[Identity] = []
         self.running: list[asyncio.Task[None]] = []
 
@@ -154,7 +154,7 @@ class Net:
         """Run node k, for the first time or again."""
         up = asyncio.get_running_loop().create_future()
         ready: Callable[[str, str], None] = lambda key, url: up.set_result(key)  # noqa: E731
-        running = asyncio.create_task(node.serve(config.parse(self.told[k], "test"), ready, wall_clock))
+        running = asyncio.create_task(node.serve(config.parse(self.configs[k], "test"), ready, wall_clock))
         self.running[k:] = [running, *self.running[k + 1 :]]
         await asyncio.wait({up, running}, return_when=asyncio.FIRST_COMPLETED)
         assert up.done(), running
@@ -195,13 +195,13 @@ async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
             made.keys[k].save(folder / f"n{k}.pem")
         for k, stub in enumerate(stubs):
             peers = [{"key": made.keys[i].name, "url": url} for i, url in enumerate(urls) if i != k]
-            told = {
+            settings = {
                 "name": f"n{k}", "key": str(folder / f"n{k}.pem"), "port": ports[k],
                 "policy": "earliest_finish", "peers": peers,
                 "engine": {"url": stub.url, "profile": PROFILE, "timeout_s": 2.0},
                 "market": {"tick_s": 0.1, "gossip_s": 0.2},
             }  # fmt: skip
-            made.told.append(told | more)
+            made.configs.append(settings | more)
             await made.start(k)
         try:
             for k in range(len(stubs)):
@@ -262,7 +262,7 @@ def test_a_stream_comes_chunk_by_chunk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "headers", "status", "told"),
+    ("body", "headers", "status", "message"),
     [
         (b"{", {}, 400, "not JSON"),
         (b"[1]", {}, 400, "is a list, expected an object"),
@@ -277,14 +277,14 @@ def test_a_stream_comes_chunk_by_chunk() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_the_reason(
-    body: bytes, headers: dict[str, str], status: int, told: str
+    body: bytes, headers: dict[str, str], status: int, message: str
 ) -> None:
     async def scene() -> None:
         async with net(Stub(), keys=["good"], limits={"body_bytes": 2000, "header_bytes": 2000}) as n:
             sent = {"authorization": "Bearer good"} | headers
             async with n.session.post(n.urls[0] + "/v1/chat/completions", data=body, headers=sent) as response:
                 assert response.status == status
-                assert told in (await response.json())["error"]["message"]
+                assert message in (await response.json())["error"]["message"]
             assert n.stubs[0].bodies == []
             assert (await n.ask(headers={"authorization": "Bearer good"}))[0] == 200
 
@@ -380,6 +380,33 @@ def test_what_an_idle_engine_turns_away_goes_to_a_peer_at_once(code: int, policy
     play(scene)
 
 
+@pytest.mark.parametrize("different", [False, True])
+def test_an_engine_is_suspected_once_it_fails_requests_of_different_content(
+    different: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that makes an engine fail does not take its node off the network, however often it comes."""
+    reasons: list[str] = []
+    suspect = engine.Engine.suspect
+    monkeypatch.setattr(engine.Engine, "suspect", lambda e, reason: (reasons.append(reason), suspect(e, reason)))
+
+    async def scene() -> None:
+        async with net(Stub(mode="500"), Stub()) as n:
+            for k in range(3):
+                text = f"number {k * different}"
+                assert (await n.ask(messages=[{"role": "user", "content": text}]))[0] == 200
+            assert n.stubs[1].begun == 3 and n.stubs[0].begun >= 2
+            assert set(reasons) == ({"it answers 500"} if different else set())
+            n.stubs[0].mode = "well"
+            await n.until(lambda: up(n))
+            status, body, _ = await n.ask()
+            assert status == 200 and json.loads(body)["from"] == n.stubs[0].url
+
+    async def up(n: Net) -> bool:
+        return bool((await n.see())["engine"]["up"])
+
+    play(scene)
+
+
 def test_an_engine_that_never_answers_is_given_up() -> None:
     async def scene() -> None:
         stub = Stub(pause_s=100.0)
@@ -430,7 +457,7 @@ def test_overflow_goes_to_a_peer_and_comes_back_whole() -> None:
             assert seen["requests"]["handed_over"] == 2 and n.stubs[0].begun == 0
             async with n.session.get(n.urls[1] + "/metrics") as response:
                 page = await response.text()
-            assert 'wwwserve_guests_ended_total{outcome="answered"} 2.0' in page
+            assert 'wwwserve_remote_ended_total{outcome="answered"} 2.0' in page
             async with n.session.get(n.urls[0] + "/metrics") as response:
                 assert 'wwwserve_requests_ended_total{outcome="answered",where="peer"} 2.0' in await response.text()
 
@@ -456,7 +483,7 @@ def test_a_user_who_hangs_up_at_the_last_event_has_been_answered(where: str) -> 
             await n.until(counted, 0.8)
             if where == "peer":
                 async with n.session.get(n.urls[1] + "/metrics") as response:
-                    assert 'wwwserve_guests_ended_total{outcome="answered"} 1.0' in await response.text()
+                    assert 'wwwserve_remote_ended_total{outcome="answered"} 1.0' in await response.text()
 
     play(scene)
 
@@ -524,8 +551,8 @@ def told_by(body: bytes) -> tuple[list[dict[str, Any]], str]:
     """Events of a stream but for the last, and the text that they make."""
     events = body.decode().split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""], events
-    told = [json.loads(event[6:]) for event in events[:-2]]
-    return told, "".join(choice["delta"].get("content", "") for event in told for choice in event["choices"])
+    chunks = [json.loads(event[6:]) for event in events[:-2]]
+    return chunks, "".join(choice["delta"].get("content", "") for event in chunks for choice in event["choices"])
 
 
 @pytest.mark.parametrize("mode", ["breaks off", "ends early", "tells of an error"])
@@ -612,12 +639,12 @@ async def loaded(n: Net, users: Sequence[int], per_s: float, more: Callable[[int
     async def one(k: int) -> None:
         stream = k // len(users) % 2 == 0
         status, body, _ = await n.ask(users[k % len(users)], stream=stream)
-        told = body.decode()
-        whole = told.endswith("data: [DONE]\n\n") if stream else '"usage"' in told
+        text = body.decode()
+        whole = text.endswith("data: [DONE]\n\n") if stream else '"usage"' in text
         if status == 200 and whole:
             outcome = "answered"
         else:  # told what went wrong, in JSON of its own or as the last event
-            assert json.loads(told.strip().splitlines()[-1].removeprefix("data: "))["error"]["message"]
+            assert json.loads(text.strip().splitlines()[-1].removeprefix("data: "))["error"]["message"]
             outcome = "failed"
         seen[users[k % len(users)]][outcome] += 1
 
@@ -702,7 +729,7 @@ def test_logs_are_lines_of_json_without_prompts_answers_or_keys(
     async def scene() -> None:
         stubs = Stub(mode="breaks off"), Stub()
         async with net(*stubs, keys=[key], resume=True) as n:
-            n.told[0]["engine"]["key"] = engine_key
+            n.configs[0]["engine"]["key"] = engine_key
             n.running[0].cancel()
             await asyncio.gather(n.running[0], return_exceptions=True)
             await n.start(0)
@@ -720,9 +747,9 @@ def test_logs_are_lines_of_json_without_prompts_answers_or_keys(
 
     play(scene)
     lines = [node.JsonLines().format(record) for record in caplog.records]
-    told = [json.loads(line) for line in lines]
-    assert all({"at", "level", "logger", "message"} <= line.keys() for line in told)
-    assert {"ready", "a peer is there", "given back", "a request met an error"} <= {line["message"] for line in told}
+    logged = [json.loads(line) for line in lines]
+    assert all({"at", "level", "logger", "message"} <= line.keys() for line in logged)
+    assert {"ready", "a peer is there", "given back", "a request met an error"} <= {line["message"] for line in logged}
     page = "\n".join(lines)
     for secret in (key, engine_key, prompt, "w0 "):
         assert secret not in page
@@ -824,9 +851,9 @@ def test_a_file_is_read_as_it_is_meant(tmp_path: Path) -> None:
     whole = yaml.safe_dump(GOOD)
     file.write_text(whole + "stake: 1e-3\n")
     assert config.load(file).stake == 0.001
-    for more, told in (("name: again\n", "key 'name' twice"), ("port: !!int x\n", "not YAML"), ("a: [", "not YAML")):
+    for more, message in (("name: again\n", "key 'name' twice"), ("port: !!int x\n", "not YAML"), ("a: [", "not YAML")):
         file.write_text(whole + more)
-        with pytest.raises(config.ConfigError, match=f"node.yaml: .*{told}"):
+        with pytest.raises(config.ConfigError, match=f"node.yaml: .*{message}"):
             config.load(file)
 
 
@@ -853,7 +880,7 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"nam": "x"}, "unknown field `nam`"),
         ({"port": "x"}, r"Expected `int`, got `str` - at `\$.port`"),
@@ -889,7 +916,7 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
         ({"membership": ZENOH, "peers": [{"key": KEY, "url": "http://h:2"}]}, "peers must be left out"),
     ],
 )
-def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any], told: str) -> None:
+def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any], message: str) -> None:
     assert config.parse(GOOD, "node.yaml").port == 9000
-    with pytest.raises(config.ConfigError, match=f"node.yaml: .*{told}"):
+    with pytest.raises(config.ConfigError, match=f"node.yaml: .*{message}"):
         config.parse(GOOD | change, "node.yaml")

@@ -144,7 +144,7 @@ def test_the_headline_leaves_out_settings_in_which_single_is_hopeless() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["nothing"], r"nothing.*slo"),
         (["slo", "--docs", "x"], r"--docs needs every figure"),
@@ -153,11 +153,11 @@ def test_the_headline_leaves_out_settings_in_which_single_is_hopeless() -> None:
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert re.search(told, error) and error.count("\n") == 1
+    assert re.search(message, error) and error.count("\n") == 1
 
 
 def test_the_documentation_is_what_the_command_wrote_with_the_shipped_policy() -> None:

@@ -133,7 +133,7 @@ def on_nodes(planned: MarketPlan, policy: Policy) -> Course:
                 executor[seen.request] = seen.target
         latency_s = np.array([each.latency_s for each in outcomes])
         refused = sum(_count(node, "offers_refused_total") for node in nodes.nodes)
-        served = [_count(node, "guests_ended_total", outcome="answered") for node in nodes.nodes]
+        served = [_count(node, "remote_ended_total", outcome="answered") for node in nodes.nodes]
         nodes.close()
         return Course([each.seen for each in recorders], latency_s, executor, refused, served)
 

@@ -22,9 +22,10 @@ from wwwserve.agents.rules import Rule
 from wwwserve.agents.view import Views
 from wwwserve.eval.live import hostile
 from wwwserve.serving import config, delegation, dispatcher
+from wwwserve.serving import node as serving_node
 from wwwserve.serving.delegation import PEER_PREFIX, PROMPT
 from wwwserve.serving.duel.duels import Declined
-from wwwserve.serving.fallback import FiniteViews
+from wwwserve.serving.fallback import WithFallback
 from wwwserve.serving.http import messages as signed
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SIGNATURE, Messages
@@ -50,8 +51,8 @@ async def hand_over(n: Net, by: Messages, change: dict[str, str] | None = None, 
 
 async def again(n: Net, terms: dict[str, str], body: bytes = BODY) -> tuple[int, dict[str, Any], dict[str, str]]:
     async with n.session.post(n.urls[0] + CHAT, data=body, headers=terms) as response:
-        told = await response.read()
-        return response.status, json.loads(told.partition(b"\n")[2] or told), terms
+        content = await response.read()
+        return response.status, json.loads(content.partition(b"\n")[2] or content), terms
 
 
 async def refusals(n: Net, kind: str) -> float:
@@ -100,9 +101,9 @@ def test_cheats_with_messages_are_refused_counted_and_bring_no_work(caplog: pyte
 
     with caplog.at_level(logging.WARNING, "wwwserve.signed"):
         play(scene)
-    told = {record.kind: record.reason for record in caplog.records if record.name == "wwwserve.signed"}  # type: ignore[attr-defined]
-    assert told["stale"].startswith("it was signed 6") and "clocks is off" in told["stale"]
-    assert set(told) == {"replayed", "altered", "forged", "stale", "stranger", "misaddressed", "malformed"}
+    reasons = {record.kind: record.reason for record in caplog.records if record.name == "wwwserve.signed"}  # type: ignore[attr-defined]
+    assert reasons["stale"].startswith("it was signed 6") and "clocks is off" in reasons["stale"]
+    assert set(reasons) == {"replayed", "altered", "forged", "stale", "stranger", "misaddressed", "malformed"}
 
 
 def test_a_promise_that_was_altered_on_the_way_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +187,7 @@ GOOD = json.dumps({"model": MODEL, "messages": []}).encode()
 
 
 @pytest.mark.parametrize(
-    ("parts", "status", "told"),
+    ("parts", "status", "expected"),
     [
         ([POST + b"content-length: 5000\r\n\r\n"], 413, "larger than 2000 bytes"),
         ([POST + b"content-length: 99999999999999999999\r\n\r\n"], 400, "not HTTP"),
@@ -201,11 +202,11 @@ GOOD = json.dumps({"model": MODEL, "messages": []}).encode()
         ([POST + b"content-length: 6\r\n\r\n{\"\xff\":1"], 400, "not JSON"),
     ],
 )  # fmt: skip
-def test_what_is_too_much_is_refused(parts: list[bytes], status: int, told: str) -> None:
+def test_what_is_too_much_is_refused(parts: list[bytes], status: int, expected: str) -> None:
     async def scene() -> None:
         async with net(Stub(), limits={"body_bytes": 2000, "header_bytes": 2000}) as n:
             found, message = error_of(await raw(n.urls[0], *parts, pause_s=0.01))
-            assert found == status and told in message
+            assert found == status and expected in message
             assert (await n.ask())[0] == 200
 
     play(scene)
@@ -294,14 +295,14 @@ def test_faults_are_seen(answer: bytes, fault: str | None) -> None:
 # What a peer says of its answers.
 
 
-@pytest.mark.parametrize("told", ["nan", "inf", "-1", "1e308", "x"])
+@pytest.mark.parametrize("promised", ["nan", "inf", "-1", "1e308", "x"])
 @pytest.mark.parametrize("name", ["TTFT", "TPOT"])
-def test_a_promise_that_cannot_be_is_not_believed(name: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promise_that_cannot_be_is_not_believed(name: str, promised: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = signed.Messages.sign_answer
     header = getattr(delegation, name).encode()
 
     def promise(self: Messages, claim: signed.Claim, terms: list[tuple[bytes, bytes]]) -> bytes:
-        terms[:] = [(each, told.encode() if each == header else value) for each, value in terms]
+        terms[:] = [(each, promised.encode() if each == header else value) for each, value in terms]
         return real(self, claim, terms)
 
     async def scene() -> None:
@@ -342,10 +343,10 @@ def test_where_a_view_is_not_finite_a_rule_decides(route: int) -> None:
             actions.route[:] = HOLD
 
     profile = engine_profile("rtx-4090", "qwen3-8b", 8)
-    told = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "t")
-    one = NodeProvider(FiniteViews(Learned()), profile, told.agreed(), credit=1e6)
+    parsed = config.parse({"name": "n", "key": "k", "engine": {"url": "http://e", "profile": PROFILE}}, "t")
+    one = NodeProvider(WithFallback(Learned()), profile, parsed.agreed(), credit=1e6)
     one.scraped(0.0, *((0.0, 0.0, 0.0) if route == LOCAL else (8.0, 200.0, 20000.0)))
-    peer = NodeProvider(Rule("single"), profile, told.agreed(), stake=1.0)
+    peer = NodeProvider(Rule("single"), profile, parsed.agreed(), stake=1.0)
     one.heard("peer", peer.advertise(0.0), 0.0, frozenset({"m"}))
     for finite in (True, False):
         if not finite:
@@ -356,3 +357,38 @@ def test_where_a_view_is_not_finite_a_rule_decides(route: int) -> None:
         assert decision is not None and decision.route == (HOLD if finite else route)
         one.release(decision.request)
         one.reopen()
+
+
+def test_where_a_policy_raises_an_error_a_rule_decides_and_the_request_is_answered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ZeroDivisionError("as policies may")
+
+    monkeypatch.setattr(serving_node, "load_bundle", lambda folder: SimpleNamespace(name="faulty", decide=fail))
+
+    async def scene() -> None:
+        async with net(Stub(), policy=None) as n:
+            assert [(await n.ask())[0] for _ in range(3)] == [200] * 3
+            assert (await n.see())["policy"] == "faulty"
+
+    play(scene)
+    [logged] = [record for record in caplog.records if record.name == "wwwserve.policy"]
+    assert logged.levelname == "ERROR" and logged.exc_info is not None
+
+
+def test_a_round_that_fails_loses_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with net(Stub()) as n:
+            decide, left = NodeProvider.decide, [1]
+
+            def sometimes(*arguments: Any) -> Any:
+                if left:
+                    left.pop()
+                    raise ZeroDivisionError("as anything may")
+                return decide(*arguments)
+
+            monkeypatch.setattr(NodeProvider, "decide", sometimes)
+            assert (await n.ask())[0] == 200 and not left
+
+    play(scene)

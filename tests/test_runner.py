@@ -66,7 +66,7 @@ def test_faults_are_met_and_most_requests_are_answered(report: Report) -> None:
 
 
 def test_nothing_is_left_over(report: Report) -> None:
-    assert (report.still_held, report.still_guests, report.still_in_engines) == (0, 0, 0)
+    assert (report.still_held, report.still_remote, report.still_in_engines) == (0, 0, 0)
     assert (report.in_escrow, report.minted) == (0, MINTED)
     assert report.errors == []
 

@@ -132,7 +132,7 @@ def test_a_provider_may_have_an_engine_and_credits_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("quantization", "int4", "one of bf16, fp8wo, int4wo-128, int4wo-32"),
         ("attention", "flash", "one of flashinfer, triton, sdpa; did you mean 'flashinfer'"),
@@ -140,10 +140,10 @@ def test_a_provider_may_have_an_engine_and_credits_of_its_own() -> None:
         ("initial_stake", "much", r"a number in \[0, 1e\+09\]"),
     ],
 )
-def test_bad_engines_and_credits_are_refused(key: str, value: object, told: str) -> None:
+def test_bad_engines_and_credits_are_refused(key: str, value: object, message: str) -> None:
     mapping = good()
     mapping["providers"][1][key] = value
-    with pytest.raises(ScenarioError, match=rf"providers\[1\].{key}: .*{told}"):
+    with pytest.raises(ScenarioError, match=rf"providers\[1\].{key}: .*{message}"):
         scenario.parse(mapping)
 
 

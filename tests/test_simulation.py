@@ -237,8 +237,8 @@ class World:
         host.serve(self.app)
 
     def ask(self, path: str = "/x", name: str = "user", **options: Any) -> Any:
-        told: dict[str, Any] = {"body": b"hi", "headers": {"X-Name": "v"}, "timeout_s": None, "read_timeout_s": 30.0}
-        return self.network.transport(name).request("POST", f"http://b:1{path}", **(told | options))
+        given: dict[str, Any] = {"body": b"hi", "headers": {"X-Name": "v"}, "timeout_s": None, "read_timeout_s": 30.0}
+        return self.network.transport(name).request("POST", f"http://b:1{path}", **(given | options))
 
     async def pieces(self, **options: Any) -> list[tuple[float, bytes]]:
         async with self.ask(**options) as response:
@@ -384,7 +384,7 @@ def test_a_server_whose_plug_is_pulled_says_nothing() -> None:
 def test_a_client_that_crashes_is_a_client_that_leaves() -> None:
     async def act(world: World) -> None:
         process = world.a.boot()
-        told = []
+        errors = []
 
         async def client() -> None:
             transport = world.network.transport("a")
@@ -397,14 +397,14 @@ def test_a_client_that_crashes_is_a_client_that_leaves() -> None:
                     ):
                         pass
                 except ConnectionError as error:
-                    told.append(error)
+                    errors.append(error)
 
         process.spawn(client())
         await asyncio.sleep(1.5)
         world.a.crash()
         await asyncio.sleep(5.0)
         assert world.app.gone_s == [pytest.approx(1.6)]
-        assert len(told) == 1 and len(world.app.calls) == 1
+        assert len(errors) == 1 and len(world.app.calls) == 1
 
     on_network(act)
 
@@ -613,10 +613,10 @@ def test_a_stream_shows_at_each_look_what_is_out() -> None:
             async for piece in answer.iter_any():
                 *events, rest = piece.split(b"\n\n")
                 assert rest == b""
-                told = orjson.loads(events[0].removeprefix(b"data: "))
-                text = told["choices"][0]["delta"]["content"]
-                seen.append((loop.time(), text.count("tok "), told["usage"]["completion_tokens"]))
-        assert events[-1] == b"data: [DONE]" and told["choices"][0]["finish_reason"] == "length"
+                chunk = orjson.loads(events[0].removeprefix(b"data: "))
+                text = chunk["choices"][0]["delta"]["content"]
+                seen.append((loop.time(), text.count("tok "), chunk["usage"]["completion_tokens"]))
+        assert events[-1] == b"data: [DONE]" and chunk["choices"][0]["finish_reason"] == "length"
         return seen
 
     seen = play(main)

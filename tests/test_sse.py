@@ -120,7 +120,7 @@ def test_a_stream_has_as_many_tokens_as_were_generated_however_it_comes(name: st
 def test_the_short_way_of_counting_counts_as_the_long_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = by_event(STREAMS[name][0])
     short = metered(chunks)
-    monkeypatch.setattr(AnswerMeter, "_learn", lambda *told: None)
+    monkeypatch.setattr(AnswerMeter, "_learn", lambda *arguments: None)
     long = metered(chunks)
     assert (short.tokens, short._text_bytes, short.done) == (long.tokens, long._text_bytes, long.done)
 
@@ -197,7 +197,7 @@ MESSAGE = {"role": "assistant", "content": "".join(WORDS)}
 
 
 @pytest.mark.parametrize(
-    ("choices", "told", "tokens"),
+    ("choices", "counted", "tokens"),
     [
         ([{"index": 0, "message": MESSAGE}], N, N),
         ([{"index": 0, "text": "".join(WORDS)}], N, N),
@@ -212,10 +212,10 @@ MESSAGE = {"role": "assistant", "content": "".join(WORDS)}
     ],
 )
 def test_a_whole_answer_has_as_many_tokens_as_it_says_and_can_have(
-    choices: list[Choice], told: int | None, tokens: int
+    choices: list[Choice], counted: int | None, tokens: int
 ) -> None:
     meter = AnswerMeter()
-    meter.whole(orjson.dumps({"choices": choices} | ({} if told is None else usage(told))))
+    meter.whole(orjson.dumps({"choices": choices} | ({} if counted is None else usage(counted))))
     assert meter.tokens == tokens and meter.complete
 
 
@@ -253,16 +253,16 @@ def test_choices_are_those_of_all_prompts(request_: dict[str, Any], choices: int
 
 
 def test_a_stream_that_is_paid_for_tells_its_usage_and_has_a_limit() -> None:
-    ask = CompletionRequest(CHAT, b'{"model":"m"}', "m", True)
-    changed, hidden = for_pay(ask, 50)
+    completion = CompletionRequest(CHAT, b'{"model":"m"}', "m", True)
+    changed, hidden = for_pay(completion, 50)
     assert hidden and orjson.loads(changed.body) == {
         "model": "m", "stream_options": {"include_usage": True}, "max_tokens": 50
     }  # fmt: skip
-    same = ask._replace(body=b'{"stream_options": {"include_usage": true}, "max_tokens": 3}')
+    same = completion._replace(body=b'{"stream_options": {"include_usage": true}, "max_tokens": 3}')
     assert for_pay(same, 50) == (same, False)
-    deep = ask._replace(body=b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}")
+    deep = completion._replace(body=b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}")
     assert for_pay(deep, 50) == (deep, False)
-    assert for_pay(ask._replace(stream=False), None) == (ask._replace(stream=False), False)
+    assert for_pay(completion._replace(stream=False), None) == (completion._replace(stream=False), False)
 
 
 class Kept(Reply):

@@ -166,15 +166,15 @@ def test_a_resumed_answer_is_the_one_that_would_have_been(
 ) -> None:
     """Greedy, so that an engine that is asked for the rest must say what it would have said."""
     body = asked | {"model": SMOLLM2, "max_tokens": 32, "temperature": 0.0, "stream": True}
-    ask = CompletionRequest(path, orjson.dumps(body), SMOLLM2, stream=True)
+    completion = CompletionRequest(path, orjson.dumps(body), SMOLLM2, stream=True)
 
-    async def told(breaks: Sequence[int]) -> str:
+    async def answer(breaks: Sequence[int]) -> str:
         kept = Kept()
-        resumed = Resumed(ask, kept)
+        resumed = Resumed(completion, kept)
         urls = itertools.cycle(vllm_network.engine_urls)
         async with aiohttp.ClientSession(headers={"content-type": "application/json"}) as session:
             for url, tokens in zip(urls, [*breaks, 99], strict=False):
-                async with session.post(url + path, data=resumed.ask().body) as response:
+                async with session.post(url + path, data=resumed.rest().body) as response:
                     assert response.status == 200, await response.text()
                     await resumed.start(200, "text/event-stream")
                     async for line in response.content:
@@ -185,10 +185,10 @@ def test_a_resumed_answer_is_the_one_that_would_have_been(
                     return kept.text
         raise AssertionError(kept.body)
 
-    whole = asyncio.run(told([]))
+    whole = asyncio.run(answer([]))
     assert len(whole) > 20
-    assert asyncio.run(told([3])) == whole
-    assert asyncio.run(told([2, 5])) == whole
+    assert asyncio.run(answer([3])) == whole
+    assert asyncio.run(answer([2, 5])) == whole
 
 
 def test_the_serving_benchmark_of_vllm_runs_against_a_node(vllm_network: Network, tmp_path: Path) -> None:

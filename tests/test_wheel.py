@@ -129,9 +129,9 @@ def test_base_install_runs_a_network_that_answers(node_python, tmp_path):
                 assert json.load(response)["usage"]["completion_tokens"] == 8
         finally:
             up.send_signal(signal.SIGINT)
-            told = up.communicate(timeout=60)[1]
+            logged = up.communicate(timeout=60)[1]
     assert up.returncode == 0
-    assert told.count("compiling kernels") == 1
+    assert logged.count("compiling kernels") == 1
 
 
 IMPORT_ALL = """

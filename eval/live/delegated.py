@@ -39,27 +39,17 @@ TOGETHER = 32  # entries in a transaction, for the split
 PATH = "/peer/v1/chat/completions"
 
 
-async def ask(port: int, pids: Sequence[int], seconds: float, connections: int) -> dict[str, Any]:
+async def measure(port: int, pids: Sequence[int], seconds: float, connections: int) -> dict[str, Any]:
     """Keep asking at `port`; CPU time of the processes for a request."""
     wire = overhead.request(port, False)
     callers = [await overhead.connect(port) for _ in range(connections)]
     times: list[float] = []
     for _ in range(200):
         start_s = time.perf_counter()
-        await callers[0].ask(wire)
+        await callers[0].request(wire)
         times.append(time.perf_counter() - start_s)
-    until_s, used_s = time.perf_counter() + seconds, [cpu_s(pid) for pid in pids]
-    start_s = time.perf_counter()
-
-    async def keep_asking(caller: overhead.Caller) -> int:
-        count = 0
-        while time.perf_counter() < until_s:
-            await caller.ask(wire)
-            count += 1
-        return count
-
-    asked = sum(await asyncio.gather(*(keep_asking(caller) for caller in callers)))
-    took_s = time.perf_counter() - start_s
+    used_s = [cpu_s(pid) for pid in pids]
+    asked, took_s = await overhead.keep_asking(callers, wire, seconds)
     used = [1e6 * (cpu_s(pid) - before) / asked for pid, before in zip(pids, used_s, strict=True)]
     return {
         "requests": asked, "requests_per_s": round(asked / took_s, 1), "p50_ms": round(1e3 * median(times), 3),
@@ -75,10 +65,10 @@ def split(repeats: int) -> dict[str, float]:
     body = overhead.request(1, False).split(b"\r\n\r\n", 1)[1]
     terms = {"x-wwwserve-prompt": "20", "x-wwwserve-escrow": "1 50000 1000000"}
     found = {"sign": timed(repeats, lambda: one.sign(b.name, other.run, PATH, terms, body))}
-    told = iter([one.sign(b.name, other.run, PATH, terms, body) for _ in range(repeats + 1)])
+    signatures = iter([one.sign(b.name, other.run, PATH, terms, body) for _ in range(repeats + 1)])
 
     def verify() -> None:
-        sent = [(name.encode(), value.encode()) for name, value in (terms | {SIGNATURE: next(told)}).items()]
+        sent = [(name.encode(), value.encode()) for name, value in (terms | {SIGNATURE: next(signatures)}).items()]
         other.open(PATH, sent).check(body)
 
     found["verify"] = timed(repeats, verify)
@@ -160,7 +150,7 @@ def run(seconds: float, connections: int, repeats: int) -> dict[str, Any]:
                 if accounts:
                     _wait_for_channel(asked)
                 pids = [process.pid for process in network.nodes]
-                results[name] = uvloop.run(ask(nodes[0]["port"], pids, seconds, connections))
+                results[name] = uvloop.run(measure(nodes[0]["port"], pids, seconds, connections))
                 results[name]["handed_over"] = look(asked)["requests"]["handed_over"]
             print(f"{name}: {results[name]}", flush=True)
     results["split_us"] = split(repeats)

@@ -22,7 +22,7 @@ from wwwserve.agents.arguments import Count, File, Range, UsageError, parse_args
 from wwwserve.agents.protocol import MICRO, VOTE_A, VOTE_UNDECIDED
 from wwwserve.eval.compare import write_json
 from wwwserve.eval.live.judges import CHAT, question
-from wwwserve.serving.duel.duels import chance_of_bias, record_of
+from wwwserve.serving.duel.evidence import chance_of_bias, record_of
 from wwwserve.serving.engine.local_vllm import PROFILES, RANDOM, SMOLLM2, PrepareError
 from wwwserve.serving.ledger.channel import Event, Stated
 from wwwserve.serving.ledger.journal import SqliteJournal
@@ -104,7 +104,7 @@ async def fight(
         began_s, number, over = time.monotonic(), 0, False
         failed = 0
 
-        async def ask() -> None:
+        async def request() -> None:
             nonlocal number, failed
             while not over:
                 number += 1
@@ -116,14 +116,14 @@ async def fight(
             nonlocal over
             while sum((outcomes := await duels_of(session, made.url)).values()) < most:
                 left = await asyncio.to_thread(lambda: funds_after(evidence(made.journal), made, funds))
-                told = f"{outcomes}, the worthless provider has {left:g} credits left to stake"
-                print(f"{PROG}: {time.monotonic() - began_s:.0f} s, {told}", file=sys.stderr, flush=True)
+                state = f"{outcomes}, the worthless provider has {left:g} credits left to stake"
+                print(f"{PROG}: {time.monotonic() - began_s:.0f} s, {state}", file=sys.stderr, flush=True)
                 if left == 0.0:
                     break
                 await asyncio.sleep(GOSSIP_S)
             over = True
 
-        await asyncio.gather(watch(), *(ask() for _ in range(at_once)))
+        await asyncio.gather(watch(), *(request() for _ in range(at_once)))
         took_s = time.monotonic() - began_s
         outcomes = await duels_of(session, made.url)
         seen = {peer["key"]: peer for peer in (await look(session, made.url))["peers"]}
@@ -218,12 +218,12 @@ class Args:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 1 if the worthless provider has something left to stake."""
     try:
-        told = parse_args(Args, PROG, argv)
+        args = parse_args(Args, PROG, argv)
         with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as (urls, _):
-            result = asyncio.run(fight(*urls, count=told.nodes, most=told.most, tokens=told.tokens))
+            result = asyncio.run(fight(*urls, count=args.nodes, most=args.most, tokens=args.tokens))
         print(msgspec.json.format(msgspec.json.encode(result)).decode())
-        if told.json:
-            write_json(told.json, result)
+        if args.json:
+            write_json(args.json, result)
     except (UsageError, NetworkError, PrepareError) as error:
         return refuse(PROG, error)
     return int(result["funds_left"] > 0)

@@ -105,14 +105,14 @@ def fault_of(answer: bytes) -> str | None:
     return None
 
 
-async def send(port: int, told: bytes) -> bytes:
+async def send(port: int, wire: bytes) -> bytes:
     """What comes back for some bytes: an answer, or nothing if the connection was closed. Raises TimeoutError."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = b""
     try:
-        writer.write(told)
+        writer.write(wire)
         async with asyncio.timeout(ANSWER_S):
-            while not _is_whole(answer, told.startswith(b"HEAD")) and (part := await reader.read(65536)):
+            while not _is_whole(answer, wire.startswith(b"HEAD")) and (part := await reader.read(65536)):
                 answer += part
     except ConnectionError:
         pass
@@ -159,14 +159,14 @@ async def attack(pid: int, port: int, made: Made, inputs: int, connections: int)
             if sent == max(1, inputs // 10):
                 first_mb = rss_mb(pid)
             kind = KINDS[sent % len(KINDS)]
-            told = kind(made)
+            wire = kind(made)
             try:
-                answer = await send(port, told)
+                answer = await send(port, wire)
             except OSError as error:  # TimeoutError is one
-                faults.append(f"{kind.__name__}: {type(error).__name__} {error}: {told[:300]!r}")
+                faults.append(f"{kind.__name__}: {type(error).__name__} {error}: {wire[:300]!r}")
                 continue
             if fault := fault_of(answer):
-                faults.append(f"{kind.__name__}: {fault}: {told[:300]!r} -> {answer[:300]!r}")
+                faults.append(f"{kind.__name__}: {fault}: {wire[:300]!r} -> {answer[:300]!r}")
             statuses[kind.__name__][answer[9:12].decode("latin-1") or "none"] += 1
 
     async with asyncio.TaskGroup() as group:
@@ -186,10 +186,10 @@ def run(inputs: int, connections: int, seed: int) -> Seen:
         seen = asyncio.run(attack(attacked.process.pid, port, made, inputs, connections))
         if attacked.process.poll() is not None:
             seen.faults.append(f"the node ended with {attacked.process.returncode}")
-        told = attacked.log.read_bytes()
-        if any(trace in told for trace in TRACES):
-            at = min(told.find(trace) for trace in TRACES if trace in told)
-            seen.faults.append(f"its log: {told[max(0, at - 300) : at + 1500].decode(errors='replace')}")
+        log = attacked.log.read_bytes()
+        if any(trace in log for trace in TRACES):
+            at = min(log.find(trace) for trace in TRACES if trace in log)
+            seen.faults.append(f"its log: {log[max(0, at - 300) : at + 1500].decode(errors='replace')}")
     return seen
 
 

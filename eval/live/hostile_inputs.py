@@ -61,9 +61,9 @@ def text(r: random.Random) -> str:
     return "".join(chr(r.randrange(*r.choice(sorts))) for _ in range(r.randrange(12)))
 
 
-def mutated(r: random.Random, told: bytes) -> bytes:
+def mutated(r: random.Random, content: bytes) -> bytes:
     """Some bytes with some mistakes."""
-    parts = bytearray(told)
+    parts = bytearray(content)
     for _ in range(r.choice([1, 1, 2, 5])):
         at = r.randrange(len(parts) + 1)
         match r.randrange(6):
@@ -115,7 +115,7 @@ def body(r: random.Random) -> bytes:
 def http(path: str, content: bytes, headers: dict[str, str] | None = None, method: str = "POST") -> bytes:
     """A request that is one."""
     lines = [f"{method} {path} HTTP/1.1", "host: 127.0.0.1", f"content-length: {len(content)}"]
-    lines += [f"{name}: {told}" for name, told in (headers or {}).items()]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     return "\r\n".join([*lines, "", ""]).encode() + content
 
 
@@ -169,7 +169,7 @@ def signatures_that_nearly_are(m: Made) -> bytes:
             terms[PROMPT] = "13"
         case _:
             content += b" "
-    lines = "".join(f"{name}: {told}\r\n" for name, told in {**terms, SIGNATURE: " ".join(parts)}.items())
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {**terms, SIGNATURE: " ".join(parts)}.items())
     head = f"POST {path} HTTP/1.1\r\ncontent-length: {len(content)}\r\n{lines}\r\n"
     return head.encode("latin-1", "replace") + content
 
@@ -187,10 +187,10 @@ def signed_requests(m: Made) -> bytes:
 def payment_and_duels(m: Made) -> bytes:
     r = m.random
     path = r.choice([LEDGER_PATH, LEDGER_PATH, JUDGE_PATH, ATTEST_PATH])
-    told = payment(m) if path == LEDGER_PATH else duel(m, path)
+    message = payment(m) if path == LEDGER_PATH else duel(m, path)
     for _ in range(r.choice([0, 1, 1, 2])):
-        spoil(r, told)
-    content = orjson.dumps(told)
+        spoil(r, message)
+    content = orjson.dumps(message)
     if r.random() < 0.2:
         content = r.choice([mutated(r, content), b"[" * 9000, b'{"voucher":' * 9000, orjson.dumps(value(r))])
     return http(path, content, {SIGNATURE: m.messages.sign(m.node, m.run, path, {}, content)})
@@ -223,9 +223,9 @@ def duel(m: Made, path: str) -> Any:
         return {"request": digest(b""), "answer": digest(b"")}
     request = r.choice(["{}", "[" * 9000, '{"a":' * 9000, "\x00"])
     answer = Answer(m.messages.name, digest(request.encode()), digest(b"{}")).signed(m.messages.identity)
-    told = msgspec.to_builtins(answer)
+    plain = msgspec.to_builtins(answer)
     return {
-        "path": CHAT, "stream": False, "request": request, "a": told, "b": dict(told), "answer_a": "{}",
+        "path": CHAT, "stream": False, "request": request, "a": plain, "b": dict(plain), "answer_a": "{}",
         "answer_b": "[" * 9000, "electors": [[m.node, 1]], "judges": 3,
     }  # fmt: skip
 
@@ -258,10 +258,10 @@ def adverts(m: Made) -> bytes:
         case 1:
             return http(BEAT_PATH, mutated(r, signed(identity, advert)))
         case 2:
-            told = mutated(r, msgspec.json.encode(advert))
+            content = mutated(r, msgspec.json.encode(advert))
         case _:
-            told = r.choice([b"[" * 9000, orjson.dumps(value(r)), r.randbytes(300), b""])
-    return http(BEAT_PATH, identity.name.encode() + identity.sign(tagged("advert", told)) + told)
+            content = r.choice([b"[" * 9000, orjson.dumps(value(r)), r.randbytes(300), b""])
+    return http(BEAT_PATH, identity.name.encode() + identity.sign(tagged("advert", content)) + content)
 
 
 KINDS: tuple[Callable[[Made], bytes], ...] = (

@@ -65,8 +65,9 @@ async def by_asking(post: Post, asked: dict[str, Any], a: str, b: str) -> int:
     """By the model's word, a letter."""
     ballot = BALLOT.format(question=asked["messages"][0]["content"], a=a, b=b)
     messages = [{"role": "user", "content": ballot}]
-    told = await post(CHAT, orjson.dumps({"model": SMOLLM2, "messages": messages, "max_tokens": 4, "temperature": 0.0}))
-    word = str(told["choices"][0]["message"]["content"]).strip().upper()
+    question = {"model": SMOLLM2, "messages": messages, "max_tokens": 4, "temperature": 0.0}
+    answer = await post(CHAT, orjson.dumps(question))
+    word = str(answer["choices"][0]["message"]["content"]).strip().upper()
     return {"A": VOTE_A, "B": VOTE_B}.get(word[:1], VOTE_UNDECIDED)
 
 
@@ -85,10 +86,10 @@ def poster(session: aiohttp.ClientSession, url: str) -> Post:
 
     async def once(path: str, body: bytes) -> Any:
         async with turn, session.post(url + path, data=body, headers={"content-type": "application/json"}) as response:
-            told = await response.read()
+            content = await response.read()
             if response.status != 200:
-                raise JudgeError(f"{url}{path} answers {response.status}: {told[:200]!r}")
-            return orjson.loads(told)
+                raise JudgeError(f"{url}{path} answers {response.status}: {content[:200]!r}")
+            return orjson.loads(content)
 
     return post
 
@@ -100,8 +101,8 @@ async def measure(good_url: str, random_url: str, pairs: int, tokens: int) -> di
         smol, random = poster(session, good_url), poster(session, random_url)
 
         async def answer(post: Post, number: int) -> str:
-            told = await post(CHAT, orjson.dumps(question(number, tokens)))
-            return str(told["choices"][0]["message"]["content"])
+            answer = await post(CHAT, orjson.dumps(question(number, tokens)))
+            return str(answer["choices"][0]["message"]["content"])
 
         began_s = time.monotonic()
         good = await asyncio.gather(*(answer(smol, number) for number in range(pairs)))
@@ -166,12 +167,12 @@ class Args:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     try:
-        told = parse_args(Args, PROG, argv)
+        args = parse_args(Args, PROG, argv)
         with vllm([SMOLLM2, RANDOM], name=SMOLLM2) as ((good_url, bad_url), _):
-            result = asyncio.run(measure(good_url, bad_url, told.pairs, told.tokens))
+            result = asyncio.run(measure(good_url, bad_url, args.pairs, args.tokens))
         print(table(result))
-        if told.json:
-            write_json(told.json, result)
+        if args.json:
+            write_json(args.json, result)
     except (UsageError, NetworkError, PrepareError, JudgeError) as error:
         return refuse(PROG, error)
     return 0

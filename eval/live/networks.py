@@ -108,11 +108,11 @@ def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers 
     profiles = servers.profiles if servers else list(planned.profiles)
     nodes = []
     for i, (provider, profile) in enumerate(zip(scenario.providers, profiles, strict=True)):
-        told = node(scenario, planned, i, policy, speed)
-        told["serves"] = [SMOLLM2] if servers else told["serves"]
-        told["port"] = ports[i]
-        told["engine"] = {"url": engine_urls[i], "profile": {"kind": "measured", **asdict(profile)}}
-        plain = orjson.loads(orjson.dumps(told))
+        settings = node(scenario, planned, i, policy, speed)
+        settings["serves"] = [SMOLLM2] if servers else settings["serves"]
+        settings["port"] = ports[i]
+        settings["engine"] = {"url": engine_urls[i], "profile": {"kind": "measured", **asdict(profile)}}
+        plain = orjson.loads(orjson.dumps(settings))
         parse(plain | {"key": "made when it starts"}, f"node {provider.name}")
         nodes.append(plain)
     with started(nodes, engines) as network:
@@ -219,10 +219,11 @@ def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live
 def check_lengths(planned: MarketPlan, profiles: Sequence[Profile]) -> None:
     """Raises UsageError for a request that one of the engines could not run whole."""
     longest = longest_request(planned)
-    room = min(min(profile.max_model_len, profile.kv_tokens) for profile in profiles)
-    if longest > room:
+    limit = min(min(profile.max_model_len, profile.kv_tokens) for profile in profiles)
+    if longest > limit:
         raise UsageError(
-            f"{planned.scenario.name}: a request has {longest} tokens with its answer, the smallest engine takes {room}"
+            f"{planned.scenario.name}: a request has {longest} tokens with its answer, the smallest engine "
+            f"takes {limit}"
         )
 
 

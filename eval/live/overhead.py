@@ -168,7 +168,7 @@ class Caller(asyncio.Protocol):
         if self.done is not None and not self.done.done():
             self.done.set_exception(error or ConnectionError("the connection was closed"))
 
-    async def ask(self, wire: bytes) -> bytes:
+    async def request(self, wire: bytes) -> bytes:
         """The whole answer, head and body."""
         assert self.transport is not None
         self.read, self.done = b"", asyncio.get_running_loop().create_future()
@@ -185,6 +185,21 @@ async def connect(port: int) -> Caller:
     return caller
 
 
+async def keep_asking(callers: Sequence[Caller], wire: bytes, seconds: float) -> tuple[int, float]:
+    """Have each send `wire` again and again for so long; returns how many were answered, and in how many seconds."""
+    start_s = time.perf_counter()
+
+    async def keep(caller: Caller) -> int:
+        count = 0
+        while time.perf_counter() < start_s + seconds:
+            await caller.request(wire)
+            count += 1
+        return count
+
+    asked = sum(await asyncio.gather(*(keep(caller) for caller in callers)))
+    return asked, time.perf_counter() - start_s
+
+
 async def measure(
     pid: int, port: int, engine_port: int, calls: int, seconds: float, connections: int
 ) -> dict[str, float]:
@@ -195,25 +210,16 @@ async def measure(
     for k in range(calls + 100):
         for caller, what, kept in ((direct, direct_wire, times[0]), (through, wire, times[1])):
             start_s = time.perf_counter()
-            await caller.ask(what)
+            await caller.request(what)
             if k >= 100:
                 kept.append(time.perf_counter() - start_s)
     callers = [await connect(port) for _ in range(connections)]
-    until_s, asked, used_s = time.perf_counter() + seconds, 0, cpu_s(pid)
-    start_s = time.perf_counter()
-
-    async def keep_asking(caller: Caller) -> int:
-        count = 0
-        while time.perf_counter() < until_s:
-            await caller.ask(wire)
-            count += 1
-        return count
-
-    asked = sum(await asyncio.gather(*(keep_asking(caller) for caller in callers)))
-    took_s, used_s = time.perf_counter() - start_s, cpu_s(pid) - used_s
+    used_s = cpu_s(pid)
+    asked, took_s = await keep_asking(callers, wire, seconds)
+    used_s = cpu_s(pid) - used_s
     stream_wire, streams = request(port, True), callers[: min(16, connections)]
     used_for_chunks_s = cpu_s(pid)
-    answers = await asyncio.gather(*(caller.ask(stream_wire) for caller in streams))
+    answers = await asyncio.gather(*(caller.request(stream_wire) for caller in streams))
     used_for_chunks_s = cpu_s(pid) - used_for_chunks_s
     chunks = sum(answer.count(b"data:") for answer in answers)
     if chunks != STREAM_CHUNKS * len(streams):

@@ -1,7 +1,7 @@
 """Five nodes under load that are killed, cut off and filled up: `python -m eval.live.soak --kills 100 --json FILE`.
 
 The nodes stand before emulated engines, hand most requests over, sign all they say and pay for all they get. Meanwhile
-nodes are killed (SIGKILL) at random moments and started again, one at a time in turn with three other faults: no room
+nodes are killed (SIGKILL) at random moments and started again, one at a time in turn with three other faults: no space
 for a node's ledger (RLIMIT_FSIZE), a clock that is 60 s ahead, a network in two halves that cannot reach each other. At
 the end: every journal verifies, and did after every kill; the two sides of every channel agree to the last
 micro-credit; no request was paid for twice; every request that a node took ended once, or broke off with its node.
@@ -156,12 +156,12 @@ class Soak:
     async def load(self) -> None:
         """Ask, until cancelled."""
         while True:
-            task = asyncio.create_task(self.ask())
+            task = asyncio.create_task(self.request())
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
             await asyncio.sleep(self.draw.expovariate(self.rate_per_s))
 
-    async def ask(self) -> None:
+    async def request(self) -> None:
         """One request to a node that runs, and how it ended."""
         running = [node for node in self.nodes if node.up]
         if not running:
@@ -226,7 +226,7 @@ class Soak:
         await self.until(f"n{node.k} is back after kill {kill}", back, READY_S)
 
     async def fill(self) -> None:
-        """Leave a node no room for its ledger, and then some again."""
+        """Leave a node no space for its ledger, and then some again."""
         node = self.draw.choice(self.nodes)
         await self.all_ready()
         node.limit(1)
@@ -235,7 +235,7 @@ class Soak:
             seen = await self.see(node)
             return seen is not None and bool(seen["ledger"]["full"])
 
-        await self.until(f"n{node.k} notices that there is no room", full, CALM_S)
+        await self.until(f"n{node.k} notices that there is no space", full, CALM_S)
         before = await self.see(node)
         answered = 0
 
@@ -245,13 +245,13 @@ class Soak:
             answered = seen["requests"]["answered"] - before["requests"]["answered"] if before and seen else 0
             return answered > 0
 
-        await self.until(f"n{node.k} serves somebody while there is no room for its ledger", serves, CALM_S)
+        await self.until(f"n{node.k} serves somebody while there is no space for its ledger", serves, CALM_S)
         node.limit(LARGEST)
 
-        async def room() -> bool:
+        async def writable() -> bool:
             return not await full()
 
-        await self.until(f"n{node.k} notices that there is room", room, CALM_S)
+        await self.until(f"n{node.k} notices that there is space", writable, CALM_S)
         self._count("full disk", answered_meanwhile=answered)
 
     async def clock(self) -> None:
@@ -398,8 +398,8 @@ async def soak(kills: int, seed: int, rate_per_s: float, most_s: float, folder: 
     with programs(folder) as made:
         for k, port in enumerate(ports[:NODES]):
             made.start(f"engine{k}", emulator(port, gpu=GPU, model=MODEL, speed=SPEED, seed=k))
-        told = [configured(k, ports[NODES + k], ports[k]) for k in range(NODES)]
-        nodes = [Node(k, made, files) for k, files in enumerate(write_nodes(folder, told, ACCOUNTS))]
+        configs = [configured(k, ports[NODES + k], ports[k]) for k in range(NODES)]
+        nodes = [Node(k, made, files) for k, files in enumerate(write_nodes(folder, configs, ACCOUNTS))]
         run = Soak(nodes, seed, rate_per_s)
         await run.run(kills, most_s)
     return run.check() | {"took_s": round(time.monotonic() - start_s, 1)}

@@ -174,8 +174,8 @@ def live(
     profiles: list[Profile] = []
     for seed in seeds:
         drawn = plan(scenario, seed)
-        for turn, (name, told) in enumerate(policies.items()):
-            with opened(drawn, told) as network:
+        for turn, (name, setting) in enumerate(policies.items()):
+            with opened(drawn, setting) as network:
                 profiles = [site.profile for site in network.sites]
                 check_lengths(drawn, profiles)
                 time.sleep(SETTLE_S)
@@ -276,8 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         policies = flat(args.policy) or list(DEFAULT_POLICIES)
         scenario = load(args.scenario)
         check(scenario)
-        told = {argument: _told(argument) for argument in policies}
-        if len(told) < len(policies):
+        settings = {argument: _told(argument) for argument in policies}
+        if len(settings) < len(policies):
             raise UsageError("a policy is given twice")
         loaded = [policy for each in policies if not isinstance(policy := load_policy(each), Oracle)]
         check_outputs(args.json, None)
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     vllm_servers(len(scenario.providers), longest, args.kv_tokens, args.measure_anew)
                 )
             result = live(
-                scenario, told, loaded, seeds, args.speed, args.stream, opened,
+                scenario, settings, loaded, seeds, args.speed, args.stream, opened,
                 report=lambda line: print(line, file=sys.stderr, flush=True),
             )  # fmt: skip
     except (NetworkError, ConfigError, UsageError, CalibrationError, PrepareError) as error:

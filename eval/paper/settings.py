@@ -194,10 +194,6 @@ def latency_tables(data: Tree) -> list[Table]:
     ]
 
 
-def _ratio(cells: Tree) -> float:
-    return float(cells[PUBLISHED]["slo"][HEADLINE_S][0] / cells[OPEN]["slo"][HEADLINE_S][0])
-
-
 def slo_lines(data: Tree) -> list[Sequence[str]]:
     """The headline's ratio."""
     best = headline(data)

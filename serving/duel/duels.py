@@ -7,33 +7,28 @@ the verdict by which stake moves.
 """
 
 import asyncio
-import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from math import comb
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 
-from wwwserve.agents.generator import make_generators
 from wwwserve.agents.protocol import (
     A_WINS,
     TIE,
     VOTE_A,
-    VOTE_B,
-    VOTE_SILENT,
     VOTE_UNDECIDED,
-    draw_by_stake,
     duel_outcome,
 )
+from wwwserve.serving.duel.evidence import Drawn, Record, as_shown, b_first, count_vote, draw, in_order, votes_by
 from wwwserve.serving.duel.judge import JudgeError, text_of
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.reply import COMPLETIONS, CompletionRequest, Reply
 from wwwserve.serving.http.sse import AnswerMeter, StreamError
-from wwwserve.serving.ledger.stakes import Answer, Staked, Verdict, Vote, duel_name
+from wwwserve.serving.ledger.stakes import Answer, Staked, Verdict, Vote
 from wwwserve.serving.ledger.statements import StatementError, check, digest
 from wwwserve.serving.metrics import Metrics
 
@@ -63,7 +58,7 @@ class Peers(Protocol):
     def electors(self, model: str) -> dict[str, int]:
         """Peers that serve a model, and what each has at stake, micro-credits."""
 
-    async def ask(self, peer: str, path: str, body: bytes) -> bytes:
+    async def request(self, peer: str, path: str, body: bytes) -> bytes:
         """What a peer answers to a signed request. Raises OSError, also for an answer that is not a success."""
 
     def duelled(self, peer: str, won: bool) -> None:
@@ -152,96 +147,15 @@ class Attempt(Reply):
 
 @dataclass(eq=False)
 class _Race:
-    """Which leg the user sees: the one whose first byte came first."""
+    """Which attempt the user sees: the one whose first byte came first."""
 
     reply: Reply
     first: Attempt | None = None
 
-    def is_first(self, leg: Attempt) -> bool:
+    def is_first(self, attempt: Attempt) -> bool:
         if self.first is None:
-            self.first = leg
-        return self.first is leg
-
-
-@dataclass(slots=True)
-class Record:
-    """What one saw of a judge."""
-
-    votes: int = 0
-    undecided: int = 0  # of the votes
-    outvoted: int = 0
-    silent: int = 0
-    said_first: int = 0  # votes for the answer that it was shown first
-
-
-class Drawn(NamedTuple):
-    """Who judges a duel."""
-
-    duel: str
-    judges: tuple[str, ...]
-
-
-def in_order(one: Answer, other: Answer) -> tuple[Answer, Answer]:
-    """Which is A, and which B, by what neither executor knows of the other."""
-    return (one, other) if _key(one) < _key(other) else (other, one)
-
-
-def draw(a: Answer, b: Answer, electors: Mapping[str, int], count: int) -> Drawn:
-    """The judges of a duel, by stake, with uniforms that both signatures make."""
-    duel = duel_name(a, b)
-    names = sorted(electors)
-    stake = np.array([electors[name] for name in names], np.float64)
-    drawn = np.zeros(max(count, 1), np.int64)
-    uniforms = make_generators(int(duel, 16))[0]
-    found = draw_by_stake(stake, np.ones(len(names), np.bool_), count, uniforms, drawn)
-    return Drawn(duel, tuple(names[k] for k in drawn[:found]))
-
-
-def b_first(duel: str, judge: str) -> bool:
-    """Whether a judge is shown B before A."""
-    return bool(hashlib.sha256(f"{duel} {judge}".encode()).digest()[0] & 1)
-
-
-def as_shown(vote: int, duel: str, judge: str) -> int:
-    """A vote on A and B as one on the first and the second that a judge was shown, or the other way round."""
-    if vote in (VOTE_A, VOTE_B) and b_first(duel, judge):
-        return VOTE_A + VOTE_B - vote
-    return vote
-
-
-def chance_of_bias(first: int, votes: int) -> float:
-    """How likely it is that of `votes` for one of two answers, shown in random order, as far from half or farther are
-    for the first, by one to whom the order does not matter (two-sided exact binomial test)."""
-    far = abs(2 * first - votes)
-    return sum(comb(votes, k) for k in range(votes + 1) if abs(2 * k - votes) >= far) / (1 << votes)
-
-
-def record_of(verdicts: Iterable[Verdict], judge: str) -> Record:
-    """What the evidence says of a judge."""
-    record = Record()
-    for verdict in verdicts:
-        if judge in verdict.judges:
-            _count(record, judge, duel_name(verdict.a, verdict.b), _votes(verdict.judges, verdict.votes))
-    return record
-
-
-def _count(record: Record, judge: str, duel: str, votes: Mapping[str, int]) -> None:
-    vote = votes[judge]
-    record.votes += vote != VOTE_SILENT
-    record.undecided += vote == VOTE_UNDECIDED
-    record.silent += vote == VOTE_SILENT
-    record.said_first += as_shown(vote, duel, judge) == VOTE_A
-    outcome = duel_outcome(np.array(list(votes.values()), np.int64))
-    record.outvoted += outcome != TIE and vote in (VOTE_A, VOTE_B) and vote != outcome
-
-
-def _votes(judges: Sequence[str], votes: Iterable[Vote]) -> dict[str, int]:
-    said = {vote.judge: vote.vote for vote in votes}
-    return {judge: said.get(judge, VOTE_SILENT) for judge in judges}
-
-
-def _key(answer: Answer) -> str:
-    return digest(f"{answer.answer} {answer.executor} {answer.request}".encode())
+            self.first = attempt
+        return self.first is attempt
 
 
 def _check_answer(answer: Answer) -> None:
@@ -264,12 +178,12 @@ class Attestor:
     def attest(self, origin: str, body: bytes) -> bytes:
         """The signed answer. Raises Declined."""
         try:
-            told = msgspec.json.decode(body, type=Attest)
+            attest = msgspec.json.decode(body, type=Attest)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Declined(f"not a request to sign: {error}") from None
-        if (origin, told.request, told.answer) not in self._answered:
+        if (origin, attest.request, attest.answer) not in self._answered:
             raise Declined("that was not answered here, or long ago")
-        return msgspec.json.encode(Answer(self.identity.name, told.request, told.answer).signed(self.identity))
+        return msgspec.json.encode(Answer(self.identity.name, attest.request, attest.answer).signed(self.identity))
 
 
 class JudgePool:
@@ -348,11 +262,11 @@ class Duels:
         return self._running + len(self._closing)
 
     def may_begin(self) -> bool:
-        """Whether there is room for one more."""
+        """Whether one more may be open."""
         return self.open < MOST_OPEN
 
     async def run(
-        self, ask: CompletionRequest, executors: tuple[str, str], hand: Callable[[str, Attempt], Awaitable[Any]],
+        self, completion: CompletionRequest, executors: tuple[str, str], hand: Callable[[str, Attempt], Awaitable[Any]],
         reply: Reply,
     ) -> Any:  # fmt: skip
         """Let two executors answer at once; returns what `hand` does of the one whose answer the user has.
@@ -360,58 +274,59 @@ class Duels:
         Raises as `hand` does if the user has none. The rest of the duel goes on by itself.
         """
         race = _Race(reply)
-        legs: dict[asyncio.Future[Any], Attempt] = {
-            asyncio.ensure_future(hand(name, leg)): leg for name in executors for leg in [Attempt(name, race)]
+        attempts: dict[asyncio.Future[Any], Attempt] = {
+            asyncio.ensure_future(hand(each.executor, each)): each
+            for each in (Attempt(name, race) for name in executors)
         }
         self._running += 1
         try:
             try:
-                result = await _first(legs, race)
+                result = await _first(attempts, race)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if race.first is None or not race.first.ended or task is None:
                     raise
                 task.uncancel()  # who has the whole answer may hang up, and is answered
-                result = await _first(legs, race)
+                result = await _first(attempts, race)
         except BaseException:
-            await _cancel(legs)
+            await _cancel(attempts)
             self.metrics.duel("void")
             raise
         finally:
             self._running -= 1
-        closing = asyncio.create_task(self._close(ask, legs))
-        self._closing[closing] = legs
+        closing = asyncio.create_task(self._close(completion, attempts))
+        self._closing[closing] = attempts
         closing.add_done_callback(self._closing.pop)
         return result
 
     async def stop(self) -> None:
         """End what is open."""
-        legs = [leg for each in self._closing.values() for leg in each]
+        attempts = [attempt for each in self._closing.values() for attempt in each]
         await _cancel(self._closing)
-        await _cancel(legs)  # of those whose end had not begun
+        await _cancel(attempts)  # of those whose end had not begun
 
-    async def _close(self, ask: CompletionRequest, legs: "dict[asyncio.Future[Any], Attempt]") -> None:
+    async def _close(self, completion: CompletionRequest, attempts: "dict[asyncio.Future[Any], Attempt]") -> None:
         """Once the user has an answer: get the other one, and have both judged."""
         outcome = "void"
         try:
-            await asyncio.wait(legs, timeout=SECOND_S)
-            await _cancel(legs)
-            if all(_came(task) and leg.complete for task, leg in legs.items()):
-                outcome = await self._judge(ask, list(legs.values()))
+            await asyncio.wait(attempts, timeout=SECOND_S)
+            await _cancel(attempts)
+            if all(_came(task) and attempt.complete for task, attempt in attempts.items()):
+                outcome = await self._judge(completion, list(attempts.values()))
         except Exception:
             log.exception("a duel met an error")
         finally:
-            await _cancel(legs)
+            await _cancel(attempts)
             self.metrics.duel(outcome)
 
-    async def _judge(self, ask: CompletionRequest, legs: list[Attempt]) -> str:
-        request = digest(ask.body)
-        signed = await asyncio.gather(*(self._attested(leg, request) for leg in legs))
+    async def _judge(self, completion: CompletionRequest, attempts: list[Attempt]) -> str:
+        request = digest(completion.body)
+        signed = await asyncio.gather(*(self._attested(attempt, request) for attempt in attempts))
         if signed[0] is None or signed[1] is None:
             return "void"
-        texts = {answer.executor: bytes(leg.body) for answer, leg in zip(signed, legs, strict=True) if answer}
+        texts = {each.executor: bytes(each.body) for each in attempts}
         a, b = in_order(signed[0], signed[1])
-        electors = self.peers.electors(ask.model)
+        electors = self.peers.electors(completion.model)
         for name in (self.identity.name, a.executor, b.executor):
             electors.pop(name, None)
         electors = dict(sorted(electors.items(), key=lambda each: (-each[1], each[0]))[:MOST_ELECTORS])
@@ -420,7 +335,8 @@ class Duels:
             return "void"
         try:
             pair = Pair(
-                ask.path, ask.stream, ask.body.decode(), a, b, texts[a.executor].decode(), texts[b.executor].decode(),
+                completion.path, completion.stream, completion.body.decode(), a, b,
+                texts[a.executor].decode(), texts[b.executor].decode(),
                 tuple(sorted(electors.items())), self.judges,
             )  # fmt: skip
         except UnicodeDecodeError:
@@ -429,20 +345,20 @@ class Duels:
         votes = await asyncio.gather(*(self._vote(judge, drawn.duel, body) for judge in drawn.judges))
         return self._settle(a, b, drawn, [vote for vote in votes if vote is not None])
 
-    async def _attested(self, leg: Attempt, request: str) -> Answer | None:
+    async def _attested(self, attempt: Attempt, request: str) -> Answer | None:
         """What an executor puts its name to; one that does not stand by its answer has lost, as far as is seen here."""
-        told = Attest(request, digest(bytes(leg.body)))
+        attest = Attest(request, digest(bytes(attempt.body)))
         try:
             async with asyncio.timeout(ATTEST_S):
                 answer = msgspec.json.decode(
-                    await self.peers.ask(leg.executor, ATTEST_PATH, msgspec.json.encode(told)), type=Answer
+                    await self.peers.request(attempt.executor, ATTEST_PATH, msgspec.json.encode(attest)), type=Answer
                 )
             _check_answer(answer)
-            if (answer.executor, answer.request, answer.answer) != (leg.executor, told.request, told.answer):
+            if (answer.executor, answer.request, answer.answer) != (attempt.executor, attest.request, attest.answer):
                 raise StatementError("it signs another answer")
         except (OSError, TimeoutError, msgspec.DecodeError, StatementError) as error:
-            log.warning("an executor does not sign its answer", extra={"peer": leg.executor, "reason": str(error)})
-            self.peers.duelled(leg.executor, False)
+            log.warning("an executor does not sign its answer", extra={"peer": attempt.executor, "reason": str(error)})
+            self.peers.duelled(attempt.executor, False)
             return None
         return answer
 
@@ -450,7 +366,7 @@ class Duels:
         """A judge's vote; None if it stays silent."""
         try:
             async with asyncio.timeout(JUDGE_S):
-                vote = msgspec.json.decode(await self.peers.ask(judge, JUDGE_PATH, body), type=Vote)
+                vote = msgspec.json.decode(await self.peers.request(judge, JUDGE_PATH, body), type=Vote)
             if (vote.duel, vote.judge) != (duel, judge) or not VOTE_A <= vote.vote <= VOTE_UNDECIDED:
                 raise StatementError("it votes on something else")
             check(judge, "vote", msgspec.structs.replace(vote, signature=""), vote.signature)
@@ -461,9 +377,9 @@ class Duels:
 
     def _settle(self, a: Answer, b: Answer, drawn: Drawn, votes: list[Vote]) -> str:
         """Have the verdict move stakes, and remember who won."""
-        said = _votes(drawn.judges, votes)
+        said = votes_by(drawn.judges, votes)
         for judge in drawn.judges:
-            _count(self.records.setdefault(judge, Record()), judge, drawn.duel, said)
+            count_vote(self.records.setdefault(judge, Record()), judge, drawn.duel, said)
         outcome = duel_outcome(np.array(list(said.values()), np.int64))
         stakes = [self.peers.staked(name) for name in (a.executor, b.executor, *drawn.judges)]
         known = tuple(each for each in stakes if each is not None)
@@ -478,15 +394,15 @@ class Duels:
         return "won"
 
 
-async def _first(legs: "dict[asyncio.Future[Any], Attempt]", race: _Race) -> Any:
-    """Result of the leg that the user sees, once it is done; if there is none, what the first of them raised."""
-    pending = set(legs)
+async def _first(attempts: "dict[asyncio.Future[Any], Attempt]", race: _Race) -> Any:
+    """Result of the attempt that the user sees, once it is done; if there is none, what the first of them raised."""
+    pending = set(attempts)
     while pending:
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            if race.first is legs[task]:
+            if race.first is attempts[task]:
                 return task.result()
-    return next(iter(legs)).result()
+    return next(iter(attempts)).result()
 
 
 def _came(task: "asyncio.Future[Any]") -> bool:

@@ -31,9 +31,9 @@ def text_of(path: str, stream: bool, body: bytes) -> str:
     """The text of an answer, as far as it has one."""
     chat = path.endswith("/chat/completions")
     parts = []
-    for told in _events(body) if stream else [body]:
+    for content in _events(body) if stream else [body]:
         try:
-            for choice in orjson.loads(told).get("choices") or []:
+            for choice in orjson.loads(content).get("choices") or []:
                 said = (choice.get("delta") or choice.get("message") or {}).get("content") if chat else choice["text"]
                 if choice.get("index", 0) == 0 and isinstance(said, str):
                     parts.append(said)
@@ -63,8 +63,8 @@ async def likelihood(post: Post, path: str, request: dict[str, Any], answers: tu
             means.append(-math.inf)
             continue
         asked = continued(path, question, answer) | {"prompt_logprobs": 0}
-        told = _prompt_logprobs(await post(path, orjson.dumps(asked)))[before:]
-        means.append(sum(told) / len(told) if told else -math.inf)
+        logprobs = _prompt_logprobs(await post(path, orjson.dumps(asked)))[before:]
+        means.append(sum(logprobs) / len(logprobs) if logprobs else -math.inf)
     return means
 
 
@@ -95,17 +95,17 @@ def _events(body: bytes) -> list[bytes]:
     return [event.data for event in events if event.data and event.data.strip() != DONE]
 
 
-def _usage(told: Any) -> int:
+def _usage(answer: Any) -> int:
     try:
-        return int(told["usage"]["prompt_tokens"])
+        return int(answer["usage"]["prompt_tokens"])
     except (KeyError, TypeError, ValueError):
         raise JudgeError("the engine does not say how many tokens a prompt has") from None
 
 
-def _prompt_logprobs(told: Any) -> list[float]:
+def _prompt_logprobs(answer: Any) -> list[float]:
     """Of every token of a prompt; the first, before which there is nothing, has 0."""
     try:
-        tokens = told.get("prompt_logprobs") or told["choices"][0]["prompt_logprobs"]
+        tokens = answer.get("prompt_logprobs") or answer["choices"][0]["prompt_logprobs"]
         return [float(next(iter(token.values()))["logprob"]) if token else 0.0 for token in tokens]
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise JudgeError("the engine does not tell the log-probabilities of a prompt") from None

@@ -19,6 +19,7 @@ MOST_PAGE = 16 * 2**20  # bytes
 DOWN_WAITING = 1000.0  # requests said to wait at an engine that is down
 OF_ONE_PRIORITY = re.compile(r'[{,]priority="[^"]')
 FAILURES = 2  # scrapes in a row that fail before an engine counts as down
+FAILED = 2  # requests, each of another body, that it answers with an error before it counts as down
 FULL_S = 2.0  # for which an engine that says that it is full counts as that, if it does not say for how long
 MOST_FULL_S = 30.0
 
@@ -69,27 +70,59 @@ def read_load(page: str, names: Names, kv_capacity: int) -> Load:
     return Load(sum(found[names.running]), sum(found[names.waiting]), min(max(found[names.kv_use]), 1.0) * kv_capacity)
 
 
-class Engine:
+class Availability:
+    """Whether an engine can be asked, by what is heard of it."""
+
+    def __init__(self) -> None:
+        self.failures = FAILURES  # down until it is heard of
+        self.reason = "not yet scraped"
+        self.out = 0  # requests of this node that it has
+        self._full_until_s = 0.0  # by the event loop's clock
+        self._requests_failed: set[int] = set()  # hashes of the requests that it failed since it answered one
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it was heard of lately."""
+        return self.failures < FAILURES
+
+    @property
+    def takes(self) -> bool:
+        """Whether it can be asked: it was heard of lately, and did not say that it is full."""
+        return self.healthy and asyncio.get_running_loop().time() >= self._full_until_s
+
+    def suspect(self, reason: str) -> None:
+        """It did not answer at all: it counts as down until it is scraped again."""
+        self.failures, self.reason = FAILURES, reason
+
+    def failed(self, request: bytes, reason: str) -> None:
+        """It answered a request with an error of its own, which may be that request's fault until others fare alike."""
+        if len(self._requests_failed) < FAILED:
+            self._requests_failed.add(hash(request))
+        if len(self._requests_failed) >= FAILED:
+            self.suspect(reason)
+
+    def answered(self) -> None:
+        """It answered a request as it should."""
+        self._requests_failed.clear()
+
+    def full(self, for_s: float | None) -> None:
+        """It turned a request away for lack of capacity, and says for how long, or not."""
+        self._full_until_s = asyncio.get_running_loop().time() + min(for_s or FULL_S, MOST_FULL_S)
+
+
+class Engine(Availability):
     """One engine over HTTP."""
 
     def __init__(
         self, kind: str, url: str, profile: Profile, transport: Transport, *, key: str | None = None,
         timeout_s: float = 600.0,
     ) -> None:  # fmt: skip
+        super().__init__()
         self.names, self.url, self.profile, self.transport = NAMES[kind], url.rstrip("/"), profile, transport
         self.timeout_s = timeout_s  # without a byte of an answer
         self.headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-        self.failures = FAILURES  # down until it is heard of
-        self.reason = "not yet scraped"
-        self.out = 0  # requests of this node that it has
         self._seen = Load(0.0, 0.0, 0.0)
         self._requests, self._tokens = 0.0, 0.0  # sent less returned since it was scraped
-        self._full_until_s = 0.0  # by the event loop's clock
-
-    @property
-    def healthy(self) -> bool:
-        """Whether it was heard of lately."""
-        return self.failures < FAILURES
 
     async def scrape(self) -> None:
         """Read its load; raises EngineError when that cannot be."""
@@ -111,19 +144,6 @@ class Engine:
         self.failures, self.reason = self.failures + 1, reason
         raise EngineError(reason)
 
-    def suspect(self, reason: str) -> None:
-        """It did not answer a request: it counts as down until it is scraped again."""
-        self.failures, self.reason = FAILURES, reason
-
-    def full(self, for_s: float | None) -> None:
-        """It turned a request away as it has no room, and says for how long, or not."""
-        self._full_until_s = asyncio.get_running_loop().time() + min(for_s or FULL_S, MOST_FULL_S)
-
-    @property
-    def takes(self) -> bool:
-        """Whether it can be asked: it was heard of lately, and did not say that it is full."""
-        return self.healthy and asyncio.get_running_loop().time() >= self._full_until_s
-
     async def models(self) -> list[str]:
         """The names that it serves. Raises EngineError when it does not say."""
         try:
@@ -139,8 +159,8 @@ class Engine:
         if not self.takes:
             return Load(float(self.profile.max_num_seqs), DOWN_WAITING, float(self.profile.kv_tokens))
         requests = max(0.0, self._seen.running + self._seen.waiting + self._requests)
-        room = float(self.profile.max_num_seqs) if self._seen.waiting == 0 else self._seen.running
-        running = min(requests, max(room, 1.0))
+        most = float(self.profile.max_num_seqs) if self._seen.waiting == 0 else self._seen.running
+        running = min(requests, max(most, 1.0))
         kv_tokens = min(max(0.0, self._seen.kv_tokens + self._tokens), float(self.profile.kv_tokens))
         return Load(running, requests - running, kv_tokens)
 

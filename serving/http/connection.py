@@ -18,8 +18,8 @@ MOST_READ = 256 * 1024  # bytes that come at once
 class Connection(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, limits: LimitsConfig, **told: Any) -> None:
-        super().__init__(**told)
+    def __init__(self, limits: LimitsConfig, **options: Any) -> None:
+        super().__init__(**options)
         self.limits = limits
         self._begun_s: float | None = None  # when the request began that is not all there yet
         self._unread = 0  # bytes of a head that has not come to its end

@@ -50,25 +50,25 @@ def choices_in(request: dict[str, Any]) -> int:
     return count
 
 
-def for_pay(ask: CompletionRequest, max_tokens: int | None) -> tuple[CompletionRequest, bool]:
+def for_pay(completion: CompletionRequest, max_tokens: int | None) -> tuple[CompletionRequest, bool]:
     """A request as a peer gets it, with at most `max_tokens` a choice where that is to hold and there is no limit;
     and whether its answer tells of usage though the user did not ask for it."""
-    request = orjson.loads(ask.body)
+    request = orjson.loads(completion.body)
     change: dict[str, Any] = {}
     hidden = False
-    if ask.stream:
+    if completion.stream:
         options = request.get("stream_options") or {}
         hidden = isinstance(options, dict) and not options.get("include_usage")
         if hidden:
             change["stream_options"] = options | {"include_usage": True}
-    if max_tokens is not None and limit_in_force(ask.path, request) is None:
+    if max_tokens is not None and limit_in_force(completion.path, request) is None:
         change["max_tokens"] = max_tokens
     if not change:
-        return ask, False
+        return completion, False
     try:
-        return ask._replace(body=orjson.dumps(request | change)), hidden
+        return completion._replace(body=orjson.dumps(request | change)), hidden
     except TypeError:  # nested deeper than orjson writes
-        return ask, False
+        return completion, False
 
 
 class WithoutUsage(Reply):
@@ -110,7 +110,7 @@ def _only_usage(data: bytes) -> bool:
     if not _NO_CHOICES.search(data):
         return False
     try:
-        told = orjson.loads(data)
+        content = orjson.loads(data)
     except ValueError:
         return False
-    return isinstance(told, dict) and not choices_of(told) and usage_of(told) is not None
+    return isinstance(content, dict) and not choices_of(content) and usage_of(content) is not None

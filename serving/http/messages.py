@@ -124,10 +124,10 @@ class Messages:
         """The header SIGNATURE of a request with the other headers `terms`, all in lower case."""
         number = self._numbers.get(to, 0)
         self._numbers[to] = number + 1
-        told = f"{self.name} {to} {to_run} {round(self.clock() * 1e3)} {self.run} {number} {digest(body).decode()}"
+        claim = f"{self.name} {to} {to_run} {round(self.clock() * 1e3)} {self.run} {number} {digest(body).decode()}"
         terms_ = [(name.encode(), value.encode()) for name, value in terms.items() if name.startswith("x-wwwserve-")]
-        signature = self.identity.sign(tagged("request", _content(told.encode(), path, terms_)))
-        return f"{told} {urlsafe_b64encode(signature).decode()}"
+        signature = self.identity.sign(tagged("request", _content(claim.encode(), path, terms_)))
+        return f"{claim} {urlsafe_b64encode(signature).decode()}"
 
     def open(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Claim:
         """A request that came, once its signature is found good. Raises Refused."""
@@ -135,8 +135,8 @@ class Messages:
         sealed = [value for name, value in terms if name == _SIGNATURE]
         if len(sealed) != 1:
             raise Refused("unsigned", f"expected one header {SIGNATURE}, got {len(sealed)}")
-        told, _, signature = sealed[0].rpartition(b" ")
-        claimed = _CLAIM.fullmatch(told)
+        claim, _, signature = sealed[0].rpartition(b" ")
+        claimed = _CLAIM.fullmatch(claim)
         if claimed is None or len(signature) != 88:
             raise Refused("malformed", f"{SIGNATURE} is not FROM TO TO_RUN TIME RUN NUMBER DIGEST SIGNATURE")
         sender, to = claimed[1].decode(), claimed[2].decode()
@@ -153,7 +153,7 @@ class Messages:
         try:
             verify(
                 sender,
-                tagged("request", _content(told, path, [each for each in terms if each[0] != _SIGNATURE])),
+                tagged("request", _content(claim, path, [each for each in terms if each[0] != _SIGNATURE])),
                 urlsafe_b64decode(signature),
             )
         except ValueError as error:  # base64 as well
@@ -183,12 +183,12 @@ class Messages:
     def check_answer(self, sender: str, sealed: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Raises Refused unless `sender` answers with these headers to the request that had the header `sealed`."""
         terms = [(name.lower(), value) for name, value in headers if name.lower().startswith(PREFIX)]
-        told = [value for name, value in terms if name == _SIGNATURE]
+        codes = [value for name, value in terms if name == _SIGNATURE]
         due = _code(
             self.identity, sender, sealed.rpartition(" ")[2].encode(),
             [each for each in terms if each[0] != _SIGNATURE],
         )  # fmt: skip
-        if len(told) != 1 or not hmac.compare_digest(told[0], due):
+        if len(codes) != 1 or not hmac.compare_digest(codes[0], due):
             raise Refused("forged", "the head of the answer is not signed by whom was asked")
 
 
@@ -197,8 +197,8 @@ def digest(body: bytes) -> bytes:
     return urlsafe_b64encode(sha256(body).digest())[:43]
 
 
-def _content(told: bytes, path: str, terms: Iterable[tuple[bytes, bytes]]) -> bytes:
-    return b"\n".join([path.encode(), told, *(b"%b:%b" % each for each in sorted(terms))])
+def _content(claim: bytes, path: str, terms: Iterable[tuple[bytes, bytes]]) -> bytes:
+    return b"\n".join([path.encode(), claim, *(b"%b:%b" % each for each in sorted(terms))])
 
 
 def _code(identity: Identity, other: str, request: bytes, terms: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -42,10 +42,10 @@ class PeerClient:
         advert = self.adverts.get(peer)
         if advert is None:
             raise OSError("it is gone")
-        told = {"content-type": "application/json", **headers}
-        sealed = told[SIGNATURE] = self.messages.sign(peer, advert.run, path, told, body)
+        sent = {"content-type": "application/json", **headers}
+        sealed = sent[SIGNATURE] = self.messages.sign(peer, advert.run, path, sent, body)
         async with self.transport.request(
-            "POST", advert.url + path, body=body, headers=told, timeout_s=timeout_s, read_timeout_s=read_timeout_s
+            "POST", advert.url + path, body=body, headers=sent, timeout_s=timeout_s, read_timeout_s=read_timeout_s
         ) as response:
             yield PeerAnswer(response, sealed)
 

@@ -70,7 +70,7 @@ class RetryableError(Exception):
 
     @property
     def full(self) -> bool:
-        """Whether it only has no room now."""
+        """Whether it is only full now."""
         return self.status in (429, 503)
 
 

@@ -17,12 +17,12 @@ NOT_RESUMED = ("tools", "functions", "response_format", "structured_outputs", "p
 LIMITS = ("max_tokens", "max_completion_tokens", "min_tokens")
 
 
-def resumable(ask: CompletionRequest) -> bool:
+def resumable(completion: CompletionRequest) -> bool:
     """Whether an answer that breaks off could be continued: one text, streamed, of a prompt that is text."""
-    request = orjson.loads(ask.body)
-    if not ask.stream or request.get("n", 1) != 1 or any(request.get(name) for name in NOT_RESUMED):
+    request = orjson.loads(completion.body)
+    if not completion.stream or request.get("n", 1) != 1 or any(request.get(name) for name in NOT_RESUMED):
         return False
-    if ask.path.endswith("/chat/completions"):
+    if completion.path.endswith("/chat/completions"):
         messages = request.get("messages")
         if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
             return False
@@ -33,13 +33,13 @@ def resumable(ask: CompletionRequest) -> bool:
 class Resumed(Reply):
     """A reply to a user that any number of executors may make together, one after the other."""
 
-    def __init__(self, ask: CompletionRequest, reply: Reply) -> None:
-        """For an ask that is `resumable`."""
+    def __init__(self, completion: CompletionRequest, reply: Reply) -> None:
+        """For a completion that is `resumable`."""
         super().__init__()  # `started` by whoever has it now
         self.resumable = True
         self.tokens = 0  # that the user has, by events with text
-        self._ask, self._reply = ask, reply
-        self._request: dict[str, Any] = orjson.loads(ask.body)
+        self._completion, self._reply = completion, reply
+        self._request: dict[str, Any] = orjson.loads(completion.body)
         self._text = ""
         self._before = 0  # tokens of those who had it before
         self._again = False  # something of it is out
@@ -47,16 +47,16 @@ class Resumed(Reply):
         self._finished = False
         self._parser = EventParser()
 
-    def ask(self) -> CompletionRequest:
+    def rest(self) -> CompletionRequest:
         """What is to be asked for now: at first all, then the rest."""
         self.started, self._parser, self._before, self._again = False, EventParser(), self.tokens, bool(self._first)
         if not self._text:
-            return self._ask
-        request = continued(self._ask.path, self._request, self._text)
+            return self._completion
+        request = continued(self._completion.path, self._request, self._text)
         for name in LIMITS:
             if isinstance(request.get(name), int):
                 request[name] = max(request[name] - self.tokens, 0 if name == "min_tokens" else 1)
-        return self._ask._replace(body=orjson.dumps(request))
+        return self._completion._replace(body=orjson.dumps(request))
 
     async def start(self, status: int, content_type: str) -> None:
         """See `Reply`."""
@@ -87,7 +87,7 @@ class Resumed(Reply):
             return False
         self.resumable = False
         if not self._finished:
-            chat = self._ask.path.endswith("/chat/completions")
+            chat = self._completion.path.endswith("/chat/completions")
             nothing: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
             choice = {"index": 0, "finish_reason": "length", **nothing}
             await self._reply.pass_on(b"data: " + orjson.dumps(self._first | {"choices": [choice]}) + b"\n\n")
@@ -102,13 +102,13 @@ class Resumed(Reply):
         if not event.data:
             return event.raw
         try:
-            told = orjson.loads(event.data)
-            choices = choices_of(told)
+            content = orjson.loads(event.data)
+            choices = choices_of(content)
         except (ValueError, AttributeError):
             raise RetryableError("its stream is not what an engine streams") from None
-        if told.get("error"):
-            raise RetryableError(f"its stream ends with an error: {str(told['error'])[:200]}")
-        names = {key: told[key] for key in ("id", "object", "created", "model") if key in told}
+        if content.get("error"):
+            raise RetryableError(f"its stream ends with an error: {str(content['error'])[:200]}")
+        names = {key: content[key] for key in ("id", "object", "created", "model") if key in content}
         self._first = self._first or names
         role_only = False
         for choice in choices:
@@ -124,14 +124,14 @@ class Resumed(Reply):
             return event.raw
         if role_only:
             return b""  # it was said already
-        usage = usage_of(told)
+        usage = usage_of(content)
         if usage is not None:
             prompt = max(0, usage.prompt - self._before)
             output = usage.output + self._before
-            told["usage"] |= {
+            content["usage"] |= {
                 "prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output
             }  # fmt: skip
-        return b"data: " + orjson.dumps(told | self._first) + b"\n\n"
+        return b"data: " + orjson.dumps(content | self._first) + b"\n\n"
 
     def _give_up(self, reason: str) -> NoReturn:
         self.resumable = False

@@ -125,10 +125,10 @@ class App:
 
     async def _complete(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         body = await _body(receive, headers, self.config.limits.body_bytes)
-        ask = self._asked(path, headers, body)
+        completion = self._asked(path, headers, body)
         reply = HttpReply(send)
         try:
-            await _unless_gone(receive, self.dispatcher.answer(ask, reply))
+            await _unless_gone(receive, self.dispatcher.answer(completion, reply))
         except Failed as failed:
             if not reply.started:
                 raise
@@ -160,10 +160,10 @@ class App:
         body = await _body(receive, headers, self.config.limits.body_bytes)
         claim.check(body)
         request = _object(body)
-        told = headers.get(PROMPT.encode(), b"")
-        if not (told.isdigit() and len(told) < 10 and 0 < int(told) < MOST_PROMPT):
+        header = headers.get(PROMPT.encode(), b"")
+        if not (header.isdigit() and len(header) < 10 and 0 < int(header) < MOST_PROMPT):
             raise Failed(400, f"expected a header {PROMPT}, a number of tokens", "invalid_request_error")
-        prompt = int(told)
+        prompt = int(header)
         model = request.get("model")
         promise = self.dispatcher.consider(prompt) if model in self.dispatcher.serves else None
         if promise is None:
@@ -182,14 +182,14 @@ class App:
                 raise Failed(402, f"it is not taken: {error}", "payment_error") from None
             except Full:
                 self.dispatcher.metrics.offer_refused()
-                raise _no_room() from None
+                raise _not_writable() from None
         reply = HttpReply(send)
         head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
         await reply.start(200, "application/octet-stream", *head)
-        ask = CompletionRequest(path, body, str(model), bool(request.get("stream")))
+        completion = CompletionRequest(path, body, str(model), bool(request.get("stream")))
         paid = accounts.delivery(claim.sender, terms) if accounts is not None and terms is not None else None
-        if await _unless_gone(receive, self.dispatcher.run_for(claim.sender, ask, prompt, reply, paid)):
+        if await _unless_gone(receive, self.dispatcher.run_for(claim.sender, completion, prompt, reply, paid)):
             await reply.end()
         # Else the answer stays without its end, and the server breaks the connection off.
 
@@ -220,7 +220,7 @@ class App:
         except (LedgerError, StatementError) as error:
             raise Failed(409, str(error), "ledger_error") from None
         except Full:
-            raise _no_room() from None
+            raise _not_writable() from None
         await _answer(send, 200, answer)
 
     async def _beat(self, receive: Receive, send: Send) -> None:
@@ -254,9 +254,9 @@ class App:
         return 200, orjson.dumps({"object": "list", "data": models}), b"application/json"
 
 
-def _no_room() -> Failed:
+def _not_writable() -> Failed:
     """Said to peers, whom files here do not concern."""
-    return Failed(507, "there is no room for the ledger", "overloaded")
+    return Failed(507, "the ledger cannot be written", "overloaded")
 
 
 def _expect(method: str, expected: str) -> None:
@@ -295,8 +295,8 @@ def _prompt_bytes(request: dict[str, Any]) -> int:
 
 async def _body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
     too_large = Failed(413, f"the body is larger than {limit} bytes", "invalid_request_error")
-    told = headers.get(b"content-length", b"0")
-    if told.isdigit() and (len(told) > 18 or int(told) > limit):
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and (len(length) > 18 or int(length) > limit):
         raise too_large
     message = await receive()
     body: bytes = message.get("body", b"")

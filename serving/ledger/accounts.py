@@ -107,7 +107,7 @@ class Accounts:
         """Put credit in escrow for a request, durably. Raises LedgerError or Full."""
         terms = self.ledger.lock(peer, self.needs(price, most), digest(body), price)
         payment = Payment(self.ledger, peer, terms, most)
-        if self.ledger.room(peer) < self.ledger.exposure // 2:
+        if self.ledger.available(peer) < self.ledger.exposure // 2:
             self._urgent.set()
         try:
             await self.ledger.durable()
@@ -128,10 +128,10 @@ class Accounts:
 
         Raises LedgerError or Full.
         """
-        told = header.split()
-        if len(told) != 3 or not all(each.isdigit() and len(each) < 18 for each in told):
+        words = header.split()
+        if len(words) != 3 or not all(each.isdigit() and len(each) < 18 for each in words):
             raise LedgerError(f"the header {ESCROW} is not ID AMOUNT PRICE")
-        terms = Terms(*map(int, told))
+        terms = Terms(*map(int, words))
         if self.prices and terms.price < min(self.prices):
             raise LedgerError(f"{terms.price} micro-credits are less than the price, {min(self.prices)}")
         if self.pricing == PER_KTOK and (most is None or most > most_of(self.pricing, terms)):
@@ -174,11 +174,11 @@ class Accounts:
     async def _exchange(self, peer: str) -> None:
         """Tell a peer all that there is to tell."""
         try:
-            if told := self._untold.pop(peer, []):
+            if statements := self._untold.pop(peer, []):
                 try:
-                    await self.send(peer, msgspec.json.encode(Telling(tuple(told))))
+                    await self.send(peer, msgspec.json.encode(Telling(tuple(statements))))
                 except (TimeoutError, OSError):
-                    self._untold[peer] = told + self._untold.get(peer, [])
+                    self._untold[peer] = statements + self._untold.get(peer, [])
                     return
             message = await self.ledger.message(peer)
             if message is not None:

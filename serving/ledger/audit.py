@@ -51,12 +51,12 @@ def _audit(journal: SqliteJournal) -> Audit:
     found = Audit(journal.owner, 0, books, problems, {}, {}, {})
     snapshot = journal.snapshot()
     digest, due = GENESIS, 1
-    for number, body, told in journal.entries():
+    for number, body, written in journal.entries():
         if number != due:
             problems.append(f"entry {due} is missing")
-        if chained(digest, body) != told:
+        if chained(digest, body) != written:
             problems.append(f"entry {number}: the digest is not that of its content and of the entry before")
-        digest, due = told, number + 1
+        digest, due = written, number + 1
         try:
             event: Event = decode(body, Event)
             _check_signatures(books, event)
@@ -132,7 +132,7 @@ def compare(one: Audit, other: Audit) -> list[str]:
             return [f"there is no channel between {one.owner} and {other.owner}"]
         alone = a or b
         assert alone is not None  # opened by one of them, whose signature is on its way
-        return ["the channel is in use by one of the two alone"] if alone.asked or alone.guest else []
+        return ["the channel is in use by one of the two alone"] if alone.asked or alone.taken_id else []
     if a.opening != b.opening:
         return ["the two opened the channel on different terms"]
     problems = []

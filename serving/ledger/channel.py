@@ -155,7 +155,7 @@ class Channel(msgspec.Struct):
     unacked: list[Receipt] = []
     unacked_locked: int = 0  # what was in escrow for them, which the peer cannot know to be free yet
     # What the peer pays.
-    guest: int = 0  # highest id
+    taken_id: int = 0  # highest id
     paid_number: int = 0
     paid_total: int = 0
     paid_head: str = ""
@@ -257,8 +257,8 @@ class Books:
         locked = channel.open.get(receipt.id)
         if locked is None:
             raise LedgerError(f"request {receipt.id} is not with {event.peer}")
-        told = (receipt.request, receipt.price, receipt.locked)
-        if told != (locked.request, locked.price, locked.amount) or not 0 <= receipt.due <= locked.amount:
+        claimed = (receipt.request, receipt.price, receipt.locked)
+        if claimed != (locked.request, locked.price, locked.amount) or not 0 <= receipt.due <= locked.amount:
             raise LedgerError(f"the receipt of request {receipt.id} is not of what was asked, or pays more")
         _check_receipt(receipt)
         del channel.open[receipt.id]
@@ -290,7 +290,7 @@ class Books:
             raise LedgerError(f"request {event.id} of {event.peer} is here already, or costs less than nothing")
         if not lock(channel.accounts[PEER], event.amount):
             raise LedgerError(f"{event.amount} micro-credits are more than {event.peer} has free")
-        channel.guest = max(channel.guest, event.id)
+        channel.taken_id = max(channel.taken_id, event.id)
         channel.taken[event.id] = event
 
     def _delivered(self, event: Delivered) -> None:
@@ -324,7 +324,7 @@ class Books:
         for receipt in event.receipts:
             channel.taken.pop(receipt.id, None)
             channel.delivered.pop(receipt.id, None)
-            channel.guest = max(channel.guest, receipt.id)
+            channel.taken_id = max(channel.taken_id, receipt.id)
         channel.paid_number, channel.paid_total, channel.paid_head = number, total, head
         channel.vouchers = [*channel.vouchers[1 - VOUCHERS_KEPT :], event.voucher]
 

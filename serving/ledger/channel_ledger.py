@@ -6,10 +6,8 @@ what has to be durable before a message goes out is awaited. Requests are known 
 micro-credits.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -20,11 +18,9 @@ from wwwserve.serving.ledger.channel import (
     OWN,
     PEER,
     Acked,
-    Books,
     Channel,
     Credited,
     Delivered,
-    Event,
     Freed,
     LedgerError,
     Locked,
@@ -36,6 +32,7 @@ from wwwserve.serving.ledger.channel import (
     Vouched,
 )
 from wwwserve.serving.ledger.journal import Balance, Full, Journal
+from wwwserve.serving.ledger.journaled_books import JournaledBooks
 from wwwserve.serving.ledger.stakes import Conflict, Slash, Stake, Staked, Stakes, Statement
 from wwwserve.serving.ledger.stakes import decode as decode_stake
 from wwwserve.serving.ledger.statements import (
@@ -55,8 +52,6 @@ from wwwserve.serving.ledger.statements import (
 
 log = logging.getLogger("wwwserve.ledger")
 
-RETRY_S = 0.5  # between two tries to write where there is no room
-SNAPSHOT_EVERY = 20_000  # entries
 MOST_UNACKED = 20_000  # receipts that a peer has not acknowledged, beyond which it gets no more requests
 SHORT_SHARE = 20  # part of what a peer paid that it may be short of, beside the exposure: kills and lost links happen
 ENDED_KEPT = 1 << 16  # ids of requests that have ended, below which none is taken
@@ -120,7 +115,7 @@ Message: TypeAlias = Open | Vouching | Telling
 Answer: TypeAlias = Open | Acknowledged | Held | Declined
 
 
-class ChannelLedger:
+class ChannelLedger(JournaledBooks):
     """Channels in a journal."""
 
     def __init__(
@@ -129,19 +124,11 @@ class ChannelLedger:
     ) -> None:  # fmt: skip
         """`exposure` bounds what may be in escrow with a peer, and a peer's here. Raises StatementError or LedgerError
         for a journal that cannot be."""
-        self.identity, self.name, self.journal = identity, identity.name, journal
+        super().__init__(identity.name, journal)
+        self.identity = identity
         self.grants, self.exposure, self.pricing = dict(grants), exposure, pricing
-        self.books = Books(self.name)
         self.stakes = Stakes(funds)
-        self.changed: set[str] = set()  # peers with whom something changed, for whoever looks and takes them out
-        self.full = ""  # why nothing can be written now
         self.news: Callable[[bytes], None] = lambda statement: None  # of evidence that was found here
-        self._batch: list[Event] = []
-        self._touched: set[str] = set()
-        self._added = self._written = journal.last
-        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
-        self._work = asyncio.Event()
-        self._snapshot_at = 0
         self._ended: dict[str, set[int]] = {}
         self._floor: dict[str, int] = {}
         self._replay()
@@ -150,145 +137,20 @@ class ChannelLedger:
 
     def _replay(self) -> None:
         """Come to what the journal says; what was under way when it ended was not answered."""
-        snapshot = self.journal.snapshot()
-        if snapshot is not None:
-            self.books.load(snapshot.body)
-            self._snapshot_at = snapshot.number
-        for entry in self.journal.entries(self._snapshot_at):
-            self.books.apply(decode(entry.body, Event))
+        self._read()
         for statement in self.books.statements:
             self.stakes.heard(decode_stake(statement))
         for peer, channel in self.books.channels.items():
-            self._floor[peer] = channel.guest
+            self._floor[peer] = channel.taken_id
             grant = self.grants.get(peer)
             if grant is not None and self._opening(peer, grant) != channel.opening:
                 raise LedgerError(f"the channel with {peer} was opened on other terms than those now configured")
             for id in list(channel.open):
                 self.settle(peer, id, "", 0, 1, NOTHING)
 
-    # Writing.
-
-    def _add(self, event: Event) -> None:
-        self.books.apply(event)
-        self._batch.append(event)
-        self._touched.add(event.peer)
-        self.changed.add(event.peer)
-        self._added += 1
-        self._work.set()
-
-    def flush(self) -> None:
-        """Write all that was done, at once. Raises Full."""
-        batch = self._take_batch()
-        try:
-            self._write(*batch)
-        except Full as reason:
-            self._put_back(*batch, reason)
-            raise
-        self._wrote(len(batch[0]))
-
-    async def run(self) -> None:
-        """Write what is done, until cancelled; then what is left."""
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1, "ledger") as thread:
-            while True:
-                try:
-                    await self._work.wait()
-                except asyncio.CancelledError:
-                    self._put_back([], [], None, Full("the node stops"))
-                    raise
-                batch = self._take_batch()
-                writing = loop.run_in_executor(thread, self._write, *batch)
-                try:
-                    await asyncio.shield(writing)
-                except asyncio.CancelledError:
-                    await self._finish(writing, batch)
-                    raise
-                except Full as reason:
-                    self._put_back(*batch, reason)
-                    await asyncio.sleep(RETRY_S)
-                else:
-                    self._wrote(len(batch[0]))
-
-    def close(self) -> None:
-        """Write what is left, and the journal is done."""
-        try:
-            self.flush()
-        except Full as reason:
-            log.error("the ledger ends without room for its last entries", extra={"reason": str(reason)})
-        self.journal.close()
-
-    async def _finish(
-        self, writing: "asyncio.Future[None]", batch: tuple[list[Event], list[Balance], bytes | None]
-    ) -> None:
-        """What is being written when the node stops; nothing is durable after, until `close`."""
-        try:
-            await writing
-            self._wrote(len(batch[0]))
-        except Full as reason:
-            self._put_back(*batch, reason)
-        self.full = self.full or "the node stops"
-        self._put_back([], [], None, Full(self.full))
-
-    def _take_batch(self) -> tuple[list[Event], list[Balance], bytes | None]:
-        self._work.clear()
-        batch, self._batch = self._batch, []
-        balances = [c.balance(peer) for peer, c in self.books.channels.items() if peer in self._touched]
-        self._touched = set()
-        snapshot = None
-        if self._added - self._snapshot_at >= SNAPSHOT_EVERY:
-            self._snapshot_at, snapshot = self._added, self.books.encode()
-        return batch, balances, snapshot
-
-    def _write(self, batch: list[Event], balances: list[Balance], snapshot: bytes | None) -> None:
-        if batch:
-            self.journal.write([msgspec.json.encode(event) for event in batch], balances, snapshot)
-
-    def _put_back(self, batch: list[Event], balances: list[Balance], snapshot: bytes | None, reason: Full) -> None:
-        if not self.full and batch:
-            log.error("there is no room for the ledger, so nothing is delegated", extra={"reason": str(reason)})
-        self.full = str(reason)
-        self.changed.update(self.books.channels)
-        self._batch = batch + self._batch
-        self._touched |= {each.peer for each in balances}
-        if snapshot is not None:
-            self._snapshot_at -= SNAPSHOT_EVERY
-        self._work.set()
-        waiting, self._waiting = self._waiting, []
-        for _, future in waiting:
-            if not future.done():
-                future.set_exception(Full(self.full))
-
-    def _wrote(self, count: int) -> None:
-        if self.full and count:
-            log.info("there is room for the ledger again")
-            self.full = ""
-            self.changed.update(self.books.channels)
-        self._written += count
-        still = []
-        for number, future in self._waiting:
-            if number > self._written:
-                still.append((number, future))
-            elif not future.done():
-                future.set_result(None)
-        self._waiting = still
-
-    async def durable(self) -> None:
-        """Until all that was done is written. Raises Full where there is no room for it."""
-        if self._written >= self._added:
-            return
-        if self.full:
-            raise Full(self.full)
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((self._added, future))
-        await future
-
-    def _check_room(self) -> None:
-        if self.full:
-            raise Full(self.full)
-
     # What the node pays.
 
-    def room(self, peer: str) -> int:
+    def available(self, peer: str) -> int:
         """What may be put in escrow with a peer for one more request."""
         channel = self.books.channels.get(peer)
         if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED:
@@ -300,7 +162,7 @@ class ChannelLedger:
 
         Raises LedgerError or Full.
         """
-        self._check_room()
+        self._check_writable()
         channel = self.books.channel(peer)
         if amount > room(channel.accounts[OWN], channel.exposed, self.exposure):
             raise LedgerError(f"{amount} micro-credits are more than may be in escrow with {peer}")
@@ -325,8 +187,8 @@ class ChannelLedger:
     # What the node earns.
 
     def take(self, peer: str, terms: Terms, request: str) -> None:
-        """Take a peer's request. Raises LedgerError, or Full while there is no room to write."""
-        self._check_room()
+        """Take a peer's request. Raises LedgerError, or Full while nothing can be written."""
+        self._check_writable()
         channel = self.books.channel(peer)
         if channel.short > self.exposure + channel.paid_total // SHORT_SHARE:
             raise LedgerError(f"{peer} paid {channel.short} micro-credits less than it was delivered")
@@ -363,9 +225,9 @@ class ChannelLedger:
             state = channel.state(self.name, peer)
             signature = sign(self.identity, "voucher", state)
             self._add(Vouched(peer, state.number, state.total, state.head, signature))
-        told = Vouch(self._voucher(channel), channel.acked + 1, tuple(channel.unacked))
+        vouch = Vouch(self._voucher(channel), channel.acked + 1, tuple(channel.unacked))
         await self.durable()
-        return msgspec.json.encode(Vouching(told))
+        return msgspec.json.encode(Vouching(vouch))
 
     @staticmethod
     def _voucher(channel: Channel) -> Signed:
@@ -417,7 +279,7 @@ class ChannelLedger:
         ended = self._ended.setdefault(peer, set())
         ended.update(receipt.id for receipt in receipts)
         if len(ended) > 2 * ENDED_KEPT:
-            floor = self._floor[peer] = max(self._floor.get(peer, 0), channel.guest - ENDED_KEPT)
+            floor = self._floor[peer] = max(self._floor.get(peer, 0), channel.taken_id - ENDED_KEPT)
             self._ended[peer] = {id for id in ended if id > floor}
         for note in short:
             log.warning("a peer paid less than was delivered", extra={"peer": peer, "micro": note.short})
@@ -450,12 +312,12 @@ class ChannelLedger:
         """Evidence of receipts that pay less than what was delivered to the end."""
         notes = []
         for receipt in receipts:
-            told, taken = channel.delivered.get(receipt.id), channel.taken.get(receipt.id)
-            if told is None or taken is None or told.came != WHOLE:
+            delivered, taken = channel.delivered.get(receipt.id), channel.taken.get(receipt.id)
+            if delivered is None or taken is None or delivered.came != WHOLE:
                 continue
-            due = min(taken.amount, price_of(self.pricing, taken.price, told.tokens))
+            due = min(taken.amount, price_of(self.pricing, taken.price, delivered.tokens))
             if receipt.due < due:
-                both = msgspec.json.encode((told, receipt)).decode()
+                both = msgspec.json.encode((delivered, receipt)).decode()
                 notes.append(Noted(peer, "short", both, due - receipt.due))
         return notes
 
@@ -501,7 +363,7 @@ class ChannelLedger:
             return None
         if latest is not None and amount == self.stakes.stake(self.name):
             return None
-        self._check_room()
+        self._check_writable()
         stake = Stake(self.name, self.stakes.next_number(self.name), amount)
         staked = Staked(stake, sign(self.identity, "stake", stake))
         self._add(Stated(self.name, msgspec.json.encode(staked).decode()))

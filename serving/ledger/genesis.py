@@ -45,14 +45,14 @@ class Genesis(Struct):
         return {key: _micro(account.stake) for key, account in self.accounts.items()}
 
 
-def agreed(told: LedgerConfig, name: str) -> tuple[dict[str, Grant], dict[str, int]]:
+def agreed(settings: LedgerConfig, name: str) -> tuple[dict[str, Grant], dict[str, int]]:
     """Grants of the channels of `name`, and what each key may stake at most. Raises ConfigError."""
-    if told.genesis is not None:
-        found = load(Path(told.genesis))
+    if settings.genesis is not None:
+        found = load(Path(settings.genesis))
         if name not in found.accounts:
-            raise ConfigError(f"{told.genesis}: accounts has no {name}, which is this node")
+            raise ConfigError(f"{settings.genesis}: accounts has no {name}, which is this node")
         return found.grants(name), found.funds()
-    grants = {key: Grant(_micro(each.ours), _micro(each.theirs), "limits") for key, each in told.limits.items()}
+    grants = {key: Grant(_micro(each.ours), _micro(each.theirs), "limits") for key, each in settings.limits.items()}
     _check(grants, "ledger.limits")
     return grants, {key: each.other for key, each in grants.items()} | {
         name: max((each.own for each in grants.values()), default=0)

@@ -33,7 +33,7 @@ class JournalError(ValueError):
 
 
 class Full(Exception):
-    """There is no room for more entries; what was to be written is not, and may be tried again."""
+    """The disk takes no more entries; what was to be written is not, and may be tried again."""
 
 
 class Balance(NamedTuple):
@@ -217,7 +217,7 @@ class _Transaction:
         self._db = db
 
     def __enter__(self) -> None:
-        self._roll_back()  # what could not be before, for lack of room
+        self._roll_back()  # what could not be before, as the disk was full
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

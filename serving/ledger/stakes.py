@@ -14,7 +14,6 @@ import numpy as np
 
 from wwwserve.agents.protocol import (
     ACCOUNT_SIZE,
-    MICRO,
     STAKED,
     VOTE_A,
     VOTE_SILENT,
@@ -239,8 +238,3 @@ def _after(slash: Slash, stakes: Sequence[int]) -> list[int]:
         votes = np.array([said.get(judge, VOTE_SILENT) for judge in slash.judges], np.int64)
         settle_duel(accounts, 0, 1, np.arange(2, 2 + len(votes), dtype=np.int64), votes)
     return [int(each) for each in accounts[:, STAKED]]
-
-
-def credits_of(micro: int) -> float:
-    """Micro-credits in credits."""
-    return micro / MICRO

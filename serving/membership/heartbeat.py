@@ -115,8 +115,8 @@ def decode(body: bytes) -> Advert:
 
 def signed(identity: Identity, advert: Advert) -> bytes:
     """An advert as it is sent."""
-    told = msgspec.json.encode(advert)
-    return identity.name.encode() + identity.sign(tagged("advert", told)) + told
+    content = msgspec.json.encode(advert)
+    return identity.name.encode() + identity.sign(tagged("advert", content)) + content
 
 
 class Heartbeat(ABC):
@@ -162,7 +162,7 @@ class Heartbeat(ABC):
         """The advert that a peer sent, once it is known to be its own and new. Raises Refused."""
         if not HEAD_BYTES < len(body) <= MOST_BYTES:
             raise Refused("malformed", f"it has {len(body)} bytes, expected {HEAD_BYTES + 1} to {MOST_BYTES}")
-        name, signature, told = body[:NAME_CHARS].decode("latin-1"), body[NAME_CHARS:HEAD_BYTES], body[HEAD_BYTES:]
+        name, signature, content = body[:NAME_CHARS].decode("latin-1"), body[NAME_CHARS:HEAD_BYTES], body[HEAD_BYTES:]
         if name == self.name:
             raise Refused("stranger", "it has the key of this node")
         if not self.may_be(name):
@@ -171,10 +171,10 @@ class Heartbeat(ABC):
         if signature == last:
             raise Refused("replayed", "it was heard already")
         try:
-            verify(name, tagged("advert", told), signature)
+            verify(name, tagged("advert", content), signature)
         except ValueError as error:
             raise Refused("forged", str(error)) from None
-        advert = decode(told)
+        advert = decode(content)
         if advert.name != name:
             raise Refused("forged", f"it speaks for {advert.name!r}, but {name} signed it")
         check_time(advert.sent_us / 1e6, self.wall_clock())

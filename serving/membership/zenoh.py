@@ -24,27 +24,27 @@ MOST_PEERS = 1024  # names that are ever heard, as a node keeps what it knows of
 MOST_MESSAGE_BYTES = 2**20  # larger ones are dropped by Zenoh
 
 
-def open_session(told: ZenohConfig) -> zenoh.Session:
+def open_session(options: ZenohConfig) -> zenoh.Session:
     """A session that listens, and connects in the background. Raises OSError for an address or file that cannot be
     used."""
     settings = {
         "mode": "peer",
-        "listen/endpoints": told.listen,
-        "connect/endpoints": told.connect,
+        "listen/endpoints": options.listen,
+        "connect/endpoints": options.connect,
         "connect/retry": {"period_init_ms": 100, "period_max_ms": 500, "period_increase_factor": 2},
         "open/return_conditions/connect_scouted": False,
         "scouting/gossip/enabled": True,  # not multihop, with which 40 nodes that start together take half a minute
         "scouting/multicast/enabled": False,
         "transport/shared_memory/enabled": False,
-        "transport/link/protocols": ["tls" if told.tls else "tcp"],
+        "transport/link/protocols": ["tls" if options.tls else "tcp"],
         "transport/link/rx/max_message_size": MOST_MESSAGE_BYTES,
     }
-    if told.tls:
+    if options.tls:
         tls = "transport/link/tls/"
-        settings |= {tls + "enable_mtls": True, tls + "root_ca_certificate": told.tls.ca}
+        settings |= {tls + "enable_mtls": True, tls + "root_ca_certificate": options.tls.ca}
         for side in ("listen", "connect"):
-            settings[tls + side + "_certificate"] = told.tls.certificate
-            settings[tls + side + "_private_key"] = told.tls.key
+            settings[tls + side + "_certificate"] = options.tls.certificate
+            settings[tls + side + "_private_key"] = options.tls.key
     config = zenoh.Config()
     for key, value in settings.items():
         config.insert_json5(key, json.dumps(value))

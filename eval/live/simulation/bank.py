@@ -93,7 +93,7 @@ class _Ledger:
         """Micro-credits."""
         return int(self._bank.accounts[self._row, FREE])
 
-    def room(self, peer: str) -> int:
+    def available(self, peer: str) -> int:
         """Micro-credits that may be put in escrow with a peer."""
         bank, i = self._bank, self._row
         if bank.exposure == NO_BOUND:

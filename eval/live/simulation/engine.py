@@ -32,7 +32,7 @@ from wwwserve.envs.engine import (
 )
 from wwwserve.eval.live.simulation.loop import VirtualLoop, current
 from wwwserve.eval.live.simulation.response import Incoming
-from wwwserve.serving.engine.adapter import DOWN_WAITING, FAILURES, FULL_S, MOST_FULL_S, EngineError, Load
+from wwwserve.serving.engine.adapter import DOWN_WAITING, Availability, EngineError, Load
 
 BYTES_PER_TOKEN = 4
 TEXT = "tok "  # of one token
@@ -95,13 +95,13 @@ def _look(
 class _State:
     """An engine and its requests."""
 
-    def __init__(self, room: int) -> None:
-        self.engine, self.jobs = records(1, ENGINE), records(room, JOB)
+    def __init__(self, capacity: int) -> None:
+        self.engine, self.jobs = records(1, ENGINE), records(capacity, JOB)
         reset_jobs(self.jobs)
         self.bytes = (_bytes(self.engine), _bytes(self.jobs))
 
     def take(self, other: "_State") -> None:
-        """Be as the other one is, which may have less room."""
+        """Be as the other one is, which may have less capacity."""
         for mine, theirs in zip(self.bytes, other.bytes, strict=True):
             mine[: theirs.size] = theirs
 
@@ -134,8 +134,8 @@ class EngineServer:
         self.up = True
         self.answers = 200  # the status of every response; one that is no 200 is an engine's error
         self.finished = self.aborted = 0
-        self._room = 64
-        self._make(self._room)
+        self._capacity = 64
+        self._make(self._capacity)
         reset_engine(self._now.engine[0], profile.row())
         self._running: dict[int, Answer] = {}
         self._streams = 0  # of them
@@ -145,11 +145,11 @@ class EngineServer:
         self._looks = 0  # number of the last one
         self._looked: tuple[float, Load] | None = None  # at what time, and what was seen
 
-    def _make(self, room: int) -> None:
-        self._now, self._then, self._seen = (_State(room) for _ in range(3))
-        self._free = list(range(room - 1, -1, -1))
-        self._tokens, self._done = np.zeros(room, np.int64), np.zeros(room + MAX_SLOTS, np.int64)
-        self._shown = np.full(room, NEVER)  # tokens of each stream; of all else, more than there will be
+    def _make(self, capacity: int) -> None:
+        self._now, self._then, self._seen = (_State(capacity) for _ in range(3))
+        self._free = list(range(capacity - 1, -1, -1))
+        self._tokens, self._done = np.zeros(capacity, np.int64), np.zeros(capacity + MAX_SLOTS, np.int64)
+        self._shown = np.full(capacity, NEVER)  # tokens of each stream; of all else, more than there will be
 
     # What it is at.
 
@@ -182,11 +182,11 @@ class EngineServer:
         """A request arrives. Its time is now."""
         self._catch_up()
         if not self._free:
-            old, shown, self._room = self._now, self._shown, 2 * self._room
-            self._make(self._room)
+            old, shown, self._capacity = self._now, self._shown, 2 * self._capacity
+            self._make(self._capacity)
             self._now.take(old)
             self._shown[: shown.size] = shown
-            self._free = list(range(self._room - 1, self._room // 2 - 1, -1))
+            self._free = list(range(self._capacity - 1, self._capacity // 2 - 1, -1))
         slot = answer.slot = self._free.pop()
         jobs, now_s = self._now.jobs, self.loop.time()
         reset_jobs(jobs[slot : slot + 1])
@@ -325,8 +325,8 @@ class Answer(Incoming):
             self._whole(400, _error(f"{type(error).__name__}: {error}", 400))
             return
         if self.streams:
-            told = request.get("stream_options") or {}
-            self.looked_at = server.look_at_all or bool(told.get("include_usage"))
+            options = request.get("stream_options") or {}
+            self.looked_at = server.look_at_all or bool(options.get("include_usage"))
             self.begin(200, [(b"content-type", EVENTS)])
         server.put(self)
 
@@ -372,31 +372,14 @@ class Answer(Incoming):
         self.add(body, True)
 
 
-class SimulatedEngine:
+class SimulatedEngine(Availability):
     """The `serving.engine.adapter.Engine` of one run of a node, whose load is always exact."""
 
     URL = "http://engine.simulated"
 
     def __init__(self, server: EngineServer, url: str = URL) -> None:
+        super().__init__()
         self.server, self.profile, self.url = server, server.profile, url
-        self.failures = FAILURES  # down until it is heard of
-        self.reason = "not yet scraped"
-        self.out = 0  # requests of this node that it has
-        self._full_until_s = 0.0
-
-    @property
-    def healthy(self) -> bool:
-        """See `serving.engine.adapter.Engine`."""
-        return self.failures < FAILURES
-
-    @property
-    def takes(self) -> bool:
-        """See `serving.engine.adapter.Engine`."""
-        return self.healthy and self.server.loop.time() >= self._full_until_s
-
-    def full(self, for_s: float | None) -> None:
-        """See `serving.engine.adapter.Engine`."""
-        self._full_until_s = self.server.loop.time() + min(for_s or FULL_S, MOST_FULL_S)
 
     async def scrape(self) -> None:
         """See `serving.engine.adapter.Engine`."""
@@ -412,10 +395,6 @@ class SimulatedEngine:
         if not self.server.up:
             self.failures, self.reason = self.failures + 1, "the engine is down"
             raise EngineError(self.reason)
-
-    def suspect(self, reason: str) -> None:
-        """See `serving.engine.adapter.Engine`."""
-        self.failures, self.reason = FAILURES, reason
 
     def load(self) -> Load:
         """See `serving.engine.adapter.Engine`."""

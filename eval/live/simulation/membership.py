@@ -80,9 +80,9 @@ class MemoryMembership:
 
     def hear(self, advert: Advert) -> None:
         """An advert of another is there; an older one than was heard before is not new."""
-        told = advert.run, advert.number
-        if self._process.alive and told > self._known.get(advert.name, (0, 0)):
-            self._known[advert.name] = told
+        made = advert.run, advert.number
+        if self._process.alive and made > self._known.get(advert.name, (0, 0)):
+            self._known[advert.name] = made
             self._heard(advert)
 
     def miss(self, last: Advert) -> None:

@@ -37,7 +37,7 @@ class Report(NamedTuple):
     outcomes: list[Outcome]  # of each user's request
     totals: dict[str, int]  # of all runs of all nodes, see `serving.metrics`
     still_held: int  # requests, and what else is left over when all is quiet
-    still_guests: int
+    still_remote: int
     still_in_engines: int
     in_escrow: int  # micro-credits
     minted: int  # micro-credits, in all accounts
