@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,6 +111,15 @@ def kernel(function: F) -> F:
     """
     compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
     return compiled
+
+
+def bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """A kernel with its arguments, for calls that repeat: the types of many arrays are looked up once and not at each
+    call, which takes longer than a short kernel."""
+    if numba.config.DISABLE_JIT:
+        return partial(function, *args)
+    compiled: Any = function
+    return partial(compiled.compile(tuple(numba.typeof(arg) for arg in args)), *args)
 
 
 def records(shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

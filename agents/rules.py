@@ -5,8 +5,9 @@ accepts of others' work it says in its terms, which `agents.decision.accept` app
 """
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from operator import is_
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from wwwserve.agents.decision import (
     ROUTES,
     Actions,
 )
-from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints32, Singles, kernel
+from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints32, Singles, bound, kernel
 from wwwserve.agents.protocol import TARGET_KV_USE
 from wwwserve.agents.view import (
     CHANCE,
@@ -360,12 +361,29 @@ class Rule:
                 raise ValueError(f"rule {name}: setting {key} is {value!r}, expected 0 to {high:g}")
         self._id = _IDS[name]
         self._values = np.array([self.settings.get(key, _WITHOUT.get(key, 0.0)) for key in _COLUMNS])
+        # The arrays of the last call, and the kernel with them: a loop over a batch gives the same ones each time.
+        self._given: tuple[Views, Bools, Floats, Actions] | None = None
+        self._again: Callable[[], Any] | None = None
 
     def decide(self, views: Views, active: Bools, uniforms: Floats, actions: Actions) -> None:
         """See `Policy.decide`. `actions` must be contiguous arrays."""
+        given = (views, active, uniforms, actions)
+        if self._given is not None and all(map(is_, given, self._given)):
+            if self._again is None:
+                self._again = bound(_decide, *self._arguments(*given))
+            self._again()
+            return
         if not all(array.flags.c_contiguous for array in actions):
             raise ValueError("actions must be contiguous arrays, or what is written to them is lost")
-        _decide(
+        _decide(*self._arguments(*given))
+        lasting = all(array.flags.c_contiguous for array in (*views, active, uniforms))  # else they were copied
+        self._given, self._again = given if lasting else None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_given": None, "_again": None}
+
+    def _arguments(self, views: Views, active: Bools, uniforms: Floats, actions: Actions) -> tuple[Any, ...]:
+        return (
             self._id,
             self._values,
             views.nodes.reshape(-1, *views.nodes.shape[-2:]),

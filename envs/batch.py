@@ -3,16 +3,18 @@
 A market's course depends on its scenario, its seed and the actions it is given, not on the batch or the threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wwwserve.agents.decision import Actions, make_actions
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION
+from wwwserve.agents.kernel import bound
 from wwwserve.agents.view import make_views
 from wwwserve.envs.market import start_market, step_range
 from wwwserve.envs.scenario import Scenario
@@ -75,18 +77,23 @@ class MarketBatch:
         cuts = np.linspace(0, self.count, min(threads, self.count) + 1).astype(int)
         self._spans = list(pairwise(cuts))
         self._pool = ThreadPoolExecutor(len(self._spans) - 1) if len(self._spans) > 1 else None
+        self._over: NDArray[np.int64] = self.markets.market["over"]
+        self._elapsed_s: NDArray[np.float64] = self.markets.market["elapsed_s"]
+        # The actions of the last step, and from their second on the step of each span with them.
+        self._last_actions: Actions | None = None
+        self._again: list[Callable[[], Any]] = []
         for b, planned in enumerate(plans):
             self.reset(b, planned)
 
     @property
     def elapsed_s(self) -> NDArray[np.float64]:
         """Seconds that the last step took in each market; 0 for a further round at the same instant."""
-        return np.asarray(self.markets.market["elapsed_s"])
+        return self._elapsed_s
 
     @property
     def over(self) -> NDArray[np.bool_]:
         """Which markets have reached their horizon. That is a truncation: the market itself would go on."""
-        return np.asarray(self.markets.market["over"], np.bool_)
+        return np.asarray(self._over != 0)
 
     @property
     def now_s(self) -> NDArray[np.float64]:
@@ -110,12 +117,16 @@ class MarketBatch:
 
     def step(self, actions: Actions) -> None:
         """Carry out one decision of every active provider and move each market on."""
-        args = (actions, self.views, self.active, self.uniforms, self.reward, self.given)
-        if self._pool is None:
-            step_range(self.markets, 0, self.count, *args)
-            return
-        others = [self._pool.submit(step_range, self.markets, low, high, *args) for low, high in self._spans[1:]]
-        step_range(self.markets, *self._spans[0], *args)
+        steps = self._again
+        if actions is not self._last_actions or not steps:
+            repeat: Callable[..., Callable[[], Any]] = bound if actions is self._last_actions else partial
+            args = (actions, self.views, self.active, self.uniforms, self.reward, self.given)
+            steps = [repeat(step_range, self.markets, int(low), int(high), *args) for low, high in self._spans]
+            self._again = steps if actions is self._last_actions else []
+            self._last_actions = actions
+        first, *rest = steps
+        others = [self._pool.submit(step) for step in rest] if self._pool is not None else []
+        first()
         for other in others:
             other.result()
 

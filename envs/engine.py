@@ -44,6 +44,7 @@ ENGINE = np.dtype(
         ("profile", np.float64, PROFILE_SIZE),  # see agents.hardware
         ("clock_s", np.float64),  # start of the iteration in progress
         ("wake_s", np.float64),  # no request finishes before
+        ("seen_s", np.float64),  # until when it was run last; NaN if its requests have changed since
         ("tick", np.int64),  # iterations done
         ("run_tick", np.int64),  # at which the present run of like iterations began; -1 before there is one
         ("run_s", np.float64),  # when that was
@@ -89,6 +90,7 @@ def reset_engine(engine: Any, profile: NDArray[np.float64]) -> None:
     engine["free_blocks"] = int(profile[KV_BLOCKS])
     engine["next_finish"] = NEVER
     engine["wake_s"] = np.inf
+    engine["seen_s"] = np.nan
     engine["wait_head"] = engine["wait_tail"] = -1
     engine["slots"] = engine["run_tick"] = -1
 
@@ -145,6 +147,7 @@ def submit(e, q, r, at_s):
     e.waiting += 1
     e.wait_tokens += q[r].prompt + q[r].generated
     e.wake_s = min(e.wake_s, at_s)  # whatever else is there is not done earlier for it
+    e.seen_s = np.nan
 
 
 @kernel
@@ -194,6 +197,7 @@ def _preempt_newest(e, q):
 def abort(e, q, r):
     """Withdraw request r from engine i, waiting or running. Returns whether it was there."""
     e.wake_s = e.clock_s  # the others may be done earlier without it
+    e.seen_s = np.nan
     for k in range(e.running):
         if e.slots[k] == r:
             _release(e, q, k)
@@ -371,6 +375,9 @@ def advance(e, q, until_s, done, n_done):
     Finished requests are appended to `done` [R] from position `n_done` on; returns the new count. Then `wake_s`
     is a time up to which it may be advanced without a request being finished.
     """
+    if e.seen_s == until_s:
+        return n_done
+    e.seen_s = until_s
     while True:
         if e.running == 0:
             r = e.wait_head

@@ -73,6 +73,7 @@ def _finish_if_placed(market, providers, engines, requests, r, j, target, engine
         engine.phase[k] = e.phase[k]
     engine.waiting = engine.wait_tokens = 0
     engine.wait_head = engine.wait_tail = -1
+    engine.seen_s = np.nan
     used = 0
     for k in range(e.running):
         _copy_job(jobs[used], requests[e.slots[k]], requests[e.slots[k]].submit_s)

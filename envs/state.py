@@ -93,6 +93,7 @@ MARKET = np.dtype(
         ("next_arrival", np.int64),
         ("used", np.int64),  # request records in use
         ("unresolved", np.int64),  # users' requests, arrived or not, without an end
+        ("lost", np.int64),  # requests whose executor left, which their origins do not know yet
         ("n_duels", np.int64),
         ("mail_head", np.int64),  # requests of which something is on its way, by when it is there; -1 if none
         ("mail_tail", np.int64),

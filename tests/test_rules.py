@@ -1,5 +1,6 @@
 """Policies by hand: one contract for all of them, then what each is for, on views made by hand."""
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,31 @@ def test_decisions_depend_on_views_and_dice_alone(name: str) -> None:
     tosses_coins = name in {"random", "power_of_two", "www_serve"}
     other = decide(rule, views, np.random.default_rng(12).random((*SHAPE, 4)))
     assert (other.route != first.route).any() == tosses_coins
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_the_same_arrays_with_other_contents_are_decided_anew(order: Any) -> None:
+    rule, rng = Rule("random"), np.random.default_rng(12)
+    views = Views(*(np.array(array, order=order) for array in random_views(13, *SHAPE)))
+    uniforms, actions = np.array(rng.random((*SHAPE, 4)), order=order), make_actions(*SHAPE)
+    active = np.array(rng.random(SHAPE) < 0.5, order=order)
+    for seed in range(14, 18):
+        for array, other in zip(views, random_views(seed, *SHAPE), strict=True):
+            array[...] = other
+        uniforms[...] = rng.random(uniforms.shape)
+        active[...] = rng.random(SHAPE) < 0.5
+        rule.decide(views, active, uniforms, actions)
+        expected = decide(Rule("random"), views, uniforms).route
+        np.testing.assert_array_equal(actions.route[active], expected[active])
+
+
+def test_a_rule_that_has_decided_can_be_sent_to_another_process() -> None:
+    rule, views, uniforms = Rule("random"), random_views(19, *SHAPE), np.random.default_rng(20).random((*SHAPE, 4))
+    actions, active = make_actions(*SHAPE), np.ones(SHAPE, np.bool_)
+    for _ in range(2):
+        rule.decide(views, active, uniforms, actions)
+    sent = pickle.loads(pickle.dumps(rule))
+    np.testing.assert_array_equal(decide(sent, views, uniforms).route, actions.route)
 
 
 @every_rule

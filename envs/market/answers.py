@@ -161,6 +161,7 @@ def vacate(w, i):
         else:
             q[r].status = LOST
             q[r].noticed_s = w.m.now_s + OFFLINE_AFTER_S
+            w.m.lost += 1
     count_remote(w, i, -w.p[i].remote)
     set_wake(w, i)
 
@@ -182,10 +183,11 @@ def send_streams(w, j):
 def look_at_streams(w, i):
     """Provider i looks at the streams of what it has out, and takes back what is lost."""
     p, q = w.p[i], w.q
-    r = p.out_head
+    r = p.out_head if w.m.lost > 0 else -1
     while r >= 0:
         after = q[r].out_next
         if q[r].status == LOST and w.m.now_s >= q[r].noticed_s:
+            w.m.lost -= 1
             end_attempt(p, q, r, w.peer_stats[i, q[r].executor])
             attempt_failed(w, r)
         r = after

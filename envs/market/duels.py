@@ -31,6 +31,7 @@ from wwwserve.envs.state import (
     IN_ENGINE,
     JUDGED,
     JUDGEMENT,
+    LOST,
 )
 
 JUDGE_TOKENS = 16  # a judge's answer
@@ -123,6 +124,8 @@ def withdraw_out(w, r):
         abort(w.e[j], q, r)
         count_remote(w, j, -1)
         set_wake(w, j)
+    elif q[r].status == LOST:
+        w.m.lost -= 1
     forget(w, r)
     end_attempt(w.p[i], q, r, w.peer_stats[i, j])
     pay(w, r, 0)
