@@ -245,7 +245,7 @@ class Dispatcher:
             self._publish(now_s)
         decision = provider.decide(now_s, self.metrics.remote_now)
         self._priced = provider.advert_due
-        if decision is not None or self._priced:
+        if self._priced or (decision is not None and provider.held):
             self.dispatch()
         if decision is None:
             return

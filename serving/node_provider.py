@@ -13,7 +13,7 @@ from wwwserve.agents import provider as transitions
 from wwwserve.agents.decision import FIRST_CANDIDATE, make_actions, may_hold, may_offer
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
 from wwwserve.agents.hardware import Profile
-from wwwserve.agents.kernel import Floats, Ints, one_at_a_time, records
+from wwwserve.agents.kernel import Bools, Floats, Ints, Records, kernel, one_at_a_time, records
 from wwwserve.agents.knowledge import (
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
@@ -93,6 +93,61 @@ class Decision(NamedTuple):
     peer: str | None
 
 
+# What every request goes through is called with arrays of one record: a call with a record itself takes 2 µs, as numba
+# finds out its type each time, and one with an array a tenth of that.
+
+KEPT, NEW_HEAD, NEW_DRAW = range(3)  # the head is as before; it is another; and it has no candidates
+
+
+@kernel
+def _arrive(p: Records, q: Records, r: int) -> None:
+    transitions.arrive(p[0], q, r)
+
+
+@kernel
+def _choose_head(p: Records, a: Records, q: Records) -> int:
+    if not transitions.choose_head(p[0], a[0], q):
+        return KEPT
+    return NEW_HEAD if transitions.has_candidates(p[0], q, p[0].head) else NEW_DRAW
+
+
+@kernel
+def _see(
+    p: Records, a: Records, q: Records, peers: Peers, chosen: int, serves: Bools, remote: int, now_s: float,
+    scratch: Scratch, uniforms: Floats, view: Views, view_scratch: ViewScratch,
+) -> None:  # fmt: skip
+    if chosen == NEW_DRAW:
+        transitions.draw_candidates(p[0], a[0], q, p[0].head, peers, serves, now_s, scratch)
+    if chosen != KEPT:
+        transitions.draw_uniforms(p[0], uniforms)
+    p[0].remote = remote
+    write_view(view, p[0], a[0], q, peers, now_s, view_scratch)
+
+
+@kernel
+def _carry_out(
+    p: Records, a: Records, q: Records, peers: Peers, route: int, terms: Floats, price: int, now_s: float
+) -> int:
+    transitions.set_terms(p[0], a[0], terms, price)
+    return transitions.decide(p[0], a[0], q, peers, route, now_s) if p[0].head >= 0 else -1
+
+
+@kernel
+def _is_out(p: Records, q: Records, r: int) -> bool:
+    return transitions.is_out(p[0], q, r)
+
+
+@kernel
+def _release(p: Records, q: Records, r: int) -> bool:
+    transitions.withdraw(p[0], q, r)
+    return _is_out(p, q, r)
+
+
+@kernel
+def _reopen(p: Records) -> None:
+    transitions.reopen(p[0])
+
+
 class NodeProvider:
     """One provider's side of the market.
 
@@ -130,8 +185,12 @@ class NodeProvider:
         self._free: list[int] = []
         self._leaving: set[int] = set()  # released while a peer has them
         self._requests = records(0, REQUEST)
+        blank = records(1, REQUEST)
+        transitions.reset_requests(blank)
+        self._blank = blank[0]
         self.uniforms = np.zeros((1, UNIFORMS_PER_DECISION))
         self.view = make_views(1)
+        self._own_view = Views(*(array[0] for array in self.view))
         self.actions = make_actions(1)
         self._asked = np.ones(1, np.bool_)
         self._view_scratch = ViewScratch(np.zeros(NODES), np.zeros(MAX_CLASSES, np.int64))
@@ -171,7 +230,7 @@ class NodeProvider:
             self.keys += [None] * (len(larger) - count)
             self._models += [""] * (len(larger) - count)
         r = self._free.pop()
-        transitions.reset_requests(self._requests[r : r + 1])
+        self._requests[r] = self._blank
         request = self._requests[r]
         request["klass"], request["arrival_s"] = klass, arrival_s
         request["prompt"], request["longest"] = prompt, longest
@@ -181,20 +240,19 @@ class NodeProvider:
     def release(self, r: int) -> None:
         """The request has come to its end, and is held no longer if it was. While a peer still has it, as the slower
         one of a duel, its number stays taken."""
-        transitions.withdraw(self.record, self._requests, r)
         self.keys[r] = None
-        if self.is_out(r):
+        if _release(self._provider, self._requests, r):
             self._leaving.add(r)
         else:
             self._free.append(r)
 
     def is_out(self, r: int) -> bool:
         """Whether the request is with a peer, or offered to one."""
-        return transitions.is_out(self.record, self._requests, r)
+        return _is_out(self._provider, self._requests, r)
 
     def arrived(self, r: int) -> None:
         """A user asks."""
-        transitions.arrive(self.record, self._requests, r)
+        _arrive(self._provider, self._requests, r)
 
     def missed(self) -> None:
         """A user asks and is turned away."""
@@ -335,11 +393,11 @@ class NodeProvider:
 
     def scraped(self, now_s: float, running: float, waiting: float, kv_tokens: float) -> None:
         """The own engine's load."""
-        on_scrape(self.record["own"], now_s, running, waiting, kv_tokens, 1.0)
+        on_scrape(self._provider["own"][0], now_s, running, waiting, kv_tokens, 1.0)
 
     def finished(self, prompt: int, output: int) -> None:
         """The own engine completed a request of so many tokens."""
-        on_length(self.record["own"], float(prompt), float(output))
+        on_length(self._provider["own"][0], float(prompt), float(output))
 
     def ticked(self, elapsed_s: float, now_s: float) -> None:
         """A tick went by: what was held may be decided on anew, and an advert may be due."""
@@ -348,7 +406,7 @@ class NodeProvider:
 
     def reopen(self) -> None:
         """An answer is done, so what is held may be decided on."""
-        transitions.reopen(self.record)
+        _reopen(self._provider)
 
     def restake(self, elapsed_s: float) -> None:
         """Move the stake for `elapsed_s` toward what the own load calls for, within the free credit."""
@@ -386,7 +444,7 @@ class NodeProvider:
     @property
     def held(self) -> int:
         """Own users' requests that are not decided."""
-        return int(self.record["held"])
+        return int(self._provider["held"][0])
 
     @property
     def price(self) -> float:
@@ -401,27 +459,25 @@ class NodeProvider:
         Price and terms are set as well. A request that is held stays in its queue, which is closed until the next tick
         or answer; one that is to be handed over is then counted as offered. None if there is nothing to decide on.
         """
-        record, requests, peers = self.record, self._requests, self._peers
-        if transitions.choose_head(record, self.agreement, requests):
-            r = int(record["head"])
-            if not transitions.has_candidates(record, requests, r):
-                for row, serves in enumerate(self.serves):
-                    self._serving[row] = self._models[r] in serves
-                transitions.draw_candidates(
-                    record, self.agreement, requests, r, peers, self._serving, now_s, self._scratch
-                )
-            transitions.draw_uniforms(record, self.uniforms[0])
-        r = int(record["head"])
-        if r < 0 and not record["advert_due"]:
+        own, agreement, requests, peers = self._provider, self._agreement, self._requests, self._peers
+        chosen = _choose_head(own, agreement, requests)
+        r = int(own["head"][0])
+        if r < 0 and not own["advert_due"][0]:
             return None
-        record["remote"] = remote
-        view = Views(*(array[0] for array in self.view))
-        write_view(view, record, self.agreement, requests, peers, now_s, self._view_scratch)
+        if chosen == NEW_DRAW:
+            for row, serves in enumerate(self.serves):
+                self._serving[row] = self._models[r] in serves
+        _see(
+            own, agreement, requests, peers, chosen, self._serving, remote, now_s, self._scratch, self.uniforms[0],
+            self._own_view, self._view_scratch,
+        )  # fmt: skip
         self.policy.decide(self.view, self._asked, self.uniforms, self.actions)
-        transitions.set_terms(record, self.agreement, self.actions.terms[0], int(self.actions.price[0]))
+        actions = self.actions
+        route = _carry_out(
+            own, agreement, requests, peers, int(actions.route[0]), actions.terms[0], int(actions.price[0]), now_s
+        )
         if r < 0:
             return None
-        route = transitions.decide(record, self.agreement, requests, peers, int(self.actions.route[0]), now_s)
         if route < FIRST_CANDIDATE:
             return Decision(r, route, None)
         name = self.names[requests[r]["candidates"][route - FIRST_CANDIDATE]]

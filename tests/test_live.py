@@ -12,15 +12,14 @@ import pytest
 import yaml
 
 from wwwserve.agents.arguments import UsageError
-from wwwserve.agents.hardware import Profile, profile
+from wwwserve.agents.hardware import profile
 from wwwserve.envs.scenario import Misreport, Scenario, load, parse
 from wwwserve.envs.state import plan
 from wwwserve.eval.live import networks
 from wwwserve.eval.live import trial as command
-from wwwserve.eval.live.networks import cached_profile, check, check_lengths, node, read_profile, remote, write_profile
+from wwwserve.eval.live.networks import check, check_lengths, node, remote
 from wwwserve.eval.policies import load_policy
 from wwwserve.serving.config import parse as parse_node
-from wwwserve.serving.engine import local_vllm
 from wwwserve.serving.local_nodes import Engines, Plan, running
 
 
@@ -139,52 +138,21 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path, capsys: pytest.Capture
         (["--speed", "0"], "expected 0.01 to 100"),
         (["--json", str(tmp_path / "no" / "where.json")], "not a folder"),
         (["--network", str(file)], "takes one --policy"),
-        (["--measure-anew"], "goes with --engine vllm"),
         (["--engine", "vllm", "--speed", "2"], "goes with --speed 1"),
     ):
         assert command.main(["paper/alternating", *arguments]) == 2
         assert message in capsys.readouterr().err
 
 
-def test_a_profile_that_was_measured_is_kept(tmp_path: Path) -> None:
-    file, known = tmp_path / "profiles" / "model.json", profile("rtx-3090", "qwen3-8b", 4)
-    assert read_profile(file) is None
-    write_profile(file, known)
-    assert read_profile(file) == known
-    for text in ("", "[]", '{"weight_s": 1}', '{"weight_s": -1}'):
-        file.write_text(text)
-        assert read_profile(file) is None
-
-
-def test_other_engines_have_another_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [cached_profile(2, 512, 2560), cached_profile(3, 512, 2560), cached_profile(2, 1024, 2560),
-             cached_profile(2, 512, 4096)]  # fmt: skip
-    assert cached_profile(2, 512, 2560) == files[0]
-    for name in ("VLLM", "TORCH"):
-        with monkeypatch.context() as patched:
-            patched.setattr(local_vllm, name, "another==1.0")
-            files.append(cached_profile(2, 512, 2560))
-    monkeypatch.setattr("platform.node", lambda: "another")
-    files.append(cached_profile(2, 512, 2560))
-    assert len(set(files)) == 7
-
-
-def test_engines_are_measured_once_on_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WWWSERVE_CACHE", str(tmp_path))
-    measured: list[int] = []
-
+def test_engines_have_one_measured_profile_with_what_their_kv_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def no_engines(models: list[str], kv_tokens: int) -> Iterator[Engines]:
         yield Engines([f"http://e{k}" for k in range(len(models))], [])
 
-    def measure(urls: list[str], longest: int) -> Profile:
-        measured.append(longest)
-        return profile("rtx-3090", "qwen3-8b", 4)
-
+    known = profile("rtx-3090", "qwen3-8b", 4)
     monkeypatch.setattr(networks, "vllm", no_engines)
-    monkeypatch.setattr(networks, "_measured", measure)
-    for anew in (False, False, True):
-        with networks.vllm_servers(2, 512, 2560, anew) as servers:
-            assert [each.kv_tokens for each in servers.profiles] == [2560, 2560]
-            assert servers.urls == ["http://e0", "http://e1"]
-    assert measured == [512, 512]
+    monkeypatch.setattr(networks, "_measured", lambda urls, longest: known)
+    with networks.vllm_servers(2, 512, 2560) as servers:
+        # 80 blocks of 32 tokens, one of which is not used; a last block is half empty: 16 tokens, not 8, of 16 requests
+        assert servers.profiles == [replace(known, kv_blocks=(79 * 32 - 16 * 8) // 16)] * 2
+        assert servers.urls == ["http://e0", "http://e1"]

@@ -1,8 +1,6 @@
 """Networks to play a scenario on: a node and an engine for each provider, started here, or such as run already."""
 
 import asyncio
-import hashlib
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,6 @@ import yaml
 from wwwserve.agents import strict_yaml
 from wwwserve.agents.arguments import UsageError
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
-from wwwserve.agents.kernel import cache_root
 from wwwserve.agents.rules import Policy
 from wwwserve.envs.scenario import Scenario
 from wwwserve.envs.state import MarketPlan
@@ -29,8 +26,7 @@ from wwwserve.serving.engine.local_vllm import SMOLLM2
 from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.local_nodes import NetworkError, emulator, free_ports, local_urls, look, started, vllm
 
-TOKENS, REPEATS = 16, 1  # of an answer that is timed, and of each load, when engines are measured
-CALIBRATION = 1  # goes up when what is measured of an engine changes
+TOKENS, REPEATS = 16, 2  # of an answer that is timed, and of each load, when engines are measured
 
 
 class Site(NamedTuple):
@@ -122,21 +118,15 @@ def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers 
 
 
 @contextmanager
-def vllm_servers(count: int, longest: int, kv_tokens: int, anew: bool) -> Iterator[Servers]:
+def vllm_servers(count: int, longest: int, kv_tokens: int) -> Iterator[Servers]:
     """Real vLLM with a small model, each on a core, with a KV cache of `kv_tokens`.
 
-    All have the profile of the first, measured while the others are busy, with requests of up to `longest` tokens. What
-    was measured on this machine before is taken from the cache, unless it is to be `anew`. Raises NetworkError,
-    serving.engine.local_vllm.PrepareError and serving.engine.fit.CalibrationError.
+    All have the profile of the first, measured while the others are busy, with requests of up to `longest` tokens; each
+    time, as a machine is not always as fast. Raises NetworkError, serving.engine.local_vllm.PrepareError and
+    serving.engine.fit.CalibrationError.
     """
     with vllm([SMOLLM2] * count, kv_tokens=kv_tokens) as (urls, processes):
-        file = cached_profile(count, longest, kv_tokens)
-        profile = None if anew else read_profile(file)
-        if profile is None:
-            profile = replace(_measured(urls, longest), kv_blocks=kv_tokens // BLOCK_TOKENS)
-            write_profile(file, profile)
-        else:
-            print(f"engines have the profile that was measured before, {file}", file=sys.stderr)
+        profile = replace(_measured(urls, longest), kv_blocks=kv_blocks(kv_tokens))
         yield Servers(urls, [profile] * count, [process.pid for process in processes])
 
 
@@ -150,38 +140,13 @@ def _measured(urls: Sequence[str], longest: int) -> Profile:
     return found.profile
 
 
-def cached_profile(count: int, longest: int, kv_tokens: int) -> Path:
-    """Where the profile of such engines on this machine is kept: by engine, model, versions, host and what is asked."""
-    cpu = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    made_of = (
-        SMOLLM2, local_vllm.VLLM, local_vllm.TORCH, CALIBRATION, platform.node(), cpu, local_vllm.cores(), count,
-        longest, kv_tokens, TOKENS, REPEATS,
-    )  # fmt: skip
-    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    return cache_root() / "profiles" / f"{SMOLLM2}-{name}.json"
+def kv_blocks(kv_tokens: int) -> int:
+    """Blocks of a profile for vLLM with a KV cache of so many tokens, whose blocks are larger.
 
-
-def _lines(file: str) -> list[str]:
-    try:
-        return Path(file).read_text().splitlines()
-    except OSError:
-        return []
-
-
-def write_profile(file: Path, profile: Profile) -> None:
-    """Keep a profile, for `read_profile`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_bytes(orjson.dumps(asdict(profile)))
-    part.replace(file)
-
-
-def read_profile(file: Path) -> Profile | None:
-    """A profile that was kept; None where there is none."""
-    try:
-        return Profile(**orjson.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
+    Each sequence leaves more of its last one empty, and one is never used.
+    """
+    unused = local_vllm.MAX_NUM_SEQS * (local_vllm.KV_BLOCK - BLOCK_TOKENS) // 2 + local_vllm.KV_BLOCK
+    return (kv_tokens - unused) // BLOCK_TOKENS
 
 
 def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live:

@@ -54,7 +54,7 @@ PROG = "wwwserve trial"
 KV_TOKENS = 2560  # of a real engine: a full batch of `live/pair` nearly fills it, as is usual on a GPU
 SETTLE_S = 2.0  # between a network's being ready and the first arrival
 MOST_SPEED = 100.0
-LENGTH_STEP = 512  # tokens, to which the longest request that engines are measured with is rounded up
+LONGEST = 512  # tokens at least, of the requests that engines are measured with
 
 
 class Measured(NamedTuple):
@@ -259,8 +259,6 @@ class Args:
     """ask for streams, so that times to first token are seen"""
     engine: Literal["emulated", "vllm"] = "emulated"
     """vllm: real vLLM with a small model in every place, measured first"""
-    measure_anew: bool = False
-    """with --engine vllm: measure the engines though it was done on this machine before"""
     kv_tokens: Annotated[int, Range(local_vllm.MAX_MODEL_LEN)] = KV_TOKENS
     """with --engine vllm: of each engine's KV cache"""
     network: File = None
@@ -284,8 +282,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = range(args.first_seed, args.first_seed + args.runs)
         if args.engine == "vllm" and (args.speed != 1 or args.network is not None):
             raise UsageError("--engine vllm goes with --speed 1 and without --network")
-        if args.measure_anew and args.engine != "vllm":
-            raise UsageError("--measure-anew goes with --engine vllm")
         if args.network is not None:
             if len(loaded) != 1:
                 raise UsageError("--network takes one --policy, the one that its nodes run")
@@ -305,11 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             servers = None
             if args.engine == "vllm":
-                longest = max(longest_request(plan(scenario, seed)) for seed in seeds)
-                longest = -(-longest // LENGTH_STEP) * LENGTH_STEP  # what was measured serves other seeds, too
-                servers = stack.enter_context(
-                    vllm_servers(len(scenario.providers), longest, args.kv_tokens, args.measure_anew)
-                )
+                longest = max(LONGEST, *(longest_request(plan(scenario, seed)) for seed in seeds))
+                servers = stack.enter_context(vllm_servers(len(scenario.providers), longest, args.kv_tokens))
             result = live(
                 scenario, settings, loaded, seeds, args.speed, args.stream, opened,
                 report=lambda line: print(line, file=sys.stderr, flush=True),
