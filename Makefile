@@ -1,5 +1,5 @@
 # make train   learn a policy, compare it with the rules: minutes on 2 cores. make train ARGS="--help" lists arguments
-# make results train three seeds for long, measure them on test markets and packaged scenarios; most of an hour on 2 cores
+# make results train three seeds of both policies for long, measure them on test markets and packaged scenarios; hours
 # make test    every check that CI runs
 # make paper   the experiments of WWW.Serve, as runs/paper/report.html; minutes on 2 cores
 # make clean   back to a fresh clone; results in runs/ and wandb/ stay
@@ -18,11 +18,15 @@ INSTALLED := $(VENV)/.installed
 train: $(INSTALLED)
 	$(BIN)/python train/mappo.py $(ARGS)
 
-LONG := --agent-steps 120000000 --imitate-steps 80000000 --critic-steps 8000000 --markets 384 --average 0.97 \
-	--checkpoint-every 100 --validation-markets 32 --test-markets 48 --test-seeds 128
+LONG := --markets 384 --validation-markets 32 --test-markets 48 --test-seeds 128 --checkpoint-every 100
+COMPETITIVE := --agent-steps 40000000 --imitate-steps 4000000
+COOPERATIVE := --team-weight 1 --agent-steps 120000000 --imitate-steps 80000000 --critic-steps 8000000
 results: $(INSTALLED)
-	for seed in 1 2 3; do $(BIN)/python train/mappo.py $(LONG) --seed $$seed --out runs/seed$$seed $(ARGS) || exit 1; done
-	$(BIN)/python -m eval.regret --policy runs/seed1/policy runs/seed2/policy runs/seed3/policy --json runs/regret.json
+	for seed in 1 2 3; do \
+	  $(BIN)/python train/mappo.py $(LONG) $(COMPETITIVE) --seed $$seed --out runs/competitive$$seed $(ARGS) || exit 1; \
+	  $(BIN)/python train/mappo.py $(LONG) $(COOPERATIVE) --seed $$seed --out runs/cooperative$$seed $(ARGS) || exit 1; \
+	done
+	$(BIN)/python -m eval.regret --policy runs/*ive?/policy --json runs/regret.json
 
 paper: $(INSTALLED)
 	$(BIN)/python -m eval.paper $(ARGS)

@@ -23,7 +23,7 @@ SEEDS_FROM = 0  # the least seed
 
 
 class UsageError(ValueError):
-    """What was asked cannot be done as asked; the message names the argument."""
+    """The command cannot do what its arguments request; the message names the argument."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def parse_args(kind: type[T], prog: str, argv: Sequence[str] | None = None) -> T
 
 
 def refuse(prog: str, error: Exception) -> int:
-    """Say why the command cannot do what it is asked; returns its exit status."""
+    """Say why the command cannot do what its arguments request; returns its exit status."""
     print(f"{prog}: {error}", file=sys.stderr)
     return 2
 

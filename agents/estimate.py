@@ -4,6 +4,7 @@ import math
 
 from wwwserve.agents.kernel import Floats, kernel
 from wwwserve.agents.knowledge import (
+    AD_CONTEXT,
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
     AD_MAX_NUM_SEQS,
@@ -22,20 +23,24 @@ from wwwserve.agents.knowledge import (
 # equal lengths, 0.62 for a lognormal of sigma 0.75 cut at about twice its median.
 CONTEXT_SHARE = 0.62
 LOGISTIC = 1.702  # the normal distribution function at z is about 1 / (1 + exp(-1.702 z))
-CONTEXT_PRIOR = 30.0  # requests' worth of belief in that, against the observed tokens per running request
 
 
 @kernel
-def _occupancy(advert: Floats, sent: float) -> tuple[float, float, float, float]:
-    """Context a request takes, in tokens, at its mean so far and typically; requests at once; requests ahead.
+def context_of(prompt: float, mean_output: float, generated: float) -> float:
+    """Tokens that a running request, of which `generated` are out, is expected to hold over its stay."""
+    return prompt + max(generated, CONTEXT_SHARE * mean_output)
 
-    The context is what the node's running requests show, drawn toward what is typical while there are few. A node runs
-    as many at once as its slots and its KV cache hold at that context; `sent` requests went there since its advert.
+
+@kernel
+def _occupancy(advert: Floats, sent: float) -> tuple[float, float, float]:
+    """Context a request takes, in tokens; requests at once; requests ahead.
+
+    A node runs as many at once as its slots and its KV cache hold at that context; `sent` requests went there since its
+    advert.
     """
-    typical = advert[AD_MEAN_PROMPT] + CONTEXT_SHARE * max(1.0, advert[AD_MEAN_OUTPUT])
-    context = (advert[AD_KV_TOKENS] + CONTEXT_PRIOR * typical) / (advert[AD_RUNNING] + CONTEXT_PRIOR)
-    at_once = max(1.0, min(advert[AD_MAX_NUM_SEQS], advert[AD_KV_CAPACITY] / max(context, 1.0)))
-    return context, typical, at_once, advert[AD_RUNNING] + advert[AD_WAITING] + sent
+    context = max(1.0, advert[AD_CONTEXT])
+    at_once = max(1.0, min(advert[AD_MAX_NUM_SEQS], advert[AD_KV_CAPACITY] / context))
+    return context, at_once, advert[AD_RUNNING] + advert[AD_WAITING] + sent
 
 
 @kernel
@@ -50,7 +55,7 @@ def expect(advert: Floats, sent: float, prompt: float) -> tuple[float, float]:
     """
     output = max(1.0, advert[AD_MEAN_OUTPUT])
     capacity = advert[AD_KV_CAPACITY]
-    context, typical, at_once, ahead = _occupancy(advert, sent)
+    context, at_once, ahead = _occupancy(advert, sent)
     decoding = min(ahead + 1.0, at_once)
     kv_tokens = min(decoding * context, capacity)
     decode_s = advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S] * decoding + advert[AD_PER_KV_TOKEN_S] * kv_tokens
@@ -58,13 +63,32 @@ def expect(advert: Floats, sent: float, prompt: float) -> tuple[float, float]:
     token_s = decode_s + decoding / output * max(0.0, prefill_s - advert[AD_WEIGHT_S])
 
     own_prefill_s = max(advert[AD_WEIGHT_S], advert[AD_PREFILL_BASE_S] + advert[AD_PER_TOKEN_S] * prompt)
-    behind = advert[AD_WAITING] + sent
+    behind = max(0.0, advert[AD_WAITING] + sent)
     queued = max(0.0, ahead + 1.0 - at_once)
-    full = advert[AD_RUNNING] + 0.5 >= advert[AD_MAX_NUM_SEQS] or advert[AD_KV_TOKENS] + typical >= capacity
+    full = advert[AD_RUNNING] + 0.5 >= advert[AD_MAX_NUM_SEQS] or advert[AD_KV_TOKENS] + context >= capacity
     if full and advert[AD_WAITING] >= 0.5:  # the queue itself shows that the node can take no more
         queued = max(queued, behind + 1.0)
     wait_s = queued * output * token_s / at_once + behind * max(0.0, prefill_s - advert[AD_WEIGHT_S])
     return wait_s + own_prefill_s + decode_s, token_s
+
+
+@kernel
+def full_batch(advert: Floats) -> tuple[float, float]:
+    """Requests of usual lengths that a node runs at once when it is full, and the seconds of an iteration then."""
+    context, at_once, _ = _occupancy(advert, 0.0)
+    kv_tokens = min(at_once * context, advert[AD_KV_CAPACITY])
+    return at_once, advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S] * at_once + advert[AD_PER_KV_TOKEN_S] * kv_tokens
+
+
+@kernel
+def marginal_delay(advert: Floats) -> tuple[float, float]:
+    """Delay, s, that a token of the prompt and a token of the answer of one more request bring to each that decodes
+    beside it. Of the mean prompt, what takes longer than the iteration that it joins would have taken anyway."""
+    context, _, _ = _occupancy(advert, 0.0)
+    prompt = max(1.0, advert[AD_MEAN_PROMPT])
+    prefill_s = advert[AD_PREFILL_BASE_S] + advert[AD_PER_TOKEN_S] * prompt
+    input_s = max(0.0, prefill_s - advert[AD_WEIGHT_S]) / prompt
+    return input_s, float(advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context)
 
 
 @kernel
@@ -73,8 +97,8 @@ def slowdown(advert: Floats, sent: float) -> float:
 
     Each decodes for CONTEXT_SHARE of a mean output more, and every iteration takes the newcomer's share longer.
     """
-    context, _, at_once, ahead = _occupancy(advert, sent)
-    slower_s = advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context
+    _, at_once, ahead = _occupancy(advert, sent)
+    _, slower_s = marginal_delay(advert)
     return float(min(ahead, at_once) * CONTEXT_SHARE * max(1.0, advert[AD_MEAN_OUTPUT]) * slower_s)
 
 

@@ -107,7 +107,7 @@ def kernel(function: F) -> F:
     """Compile `function` for scalars and arrays, without the GIL, cached; the result is called like the original.
 
     A kernel owns no memory: it is compiled without reference counts, which took a quarter of the market's time, and one
-    that creates an array does not compile. Room to work in is an argument.
+    that creates an array does not compile. A scratch buffer is an argument.
     """
     compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
     return compiled
@@ -125,9 +125,9 @@ def bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
 def records(shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Zeroed records whose fields kernels read as attributes, compiled or not; the first begins at a cache line."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    room = np.zeros(size + CACHE_LINE, np.uint8)
-    start = -room.ctypes.data % CACHE_LINE
-    array = room[start : start + size].view(dtype).reshape(shape)
+    buffer = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -buffer.ctypes.data % CACHE_LINE
+    array = buffer[start : start + size].view(dtype).reshape(shape)
     return array.view(np.recarray) if numba.config.DISABLE_JIT else array
 
 

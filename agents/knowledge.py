@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wwwserve.agents.classes import MAX_CLASSES
 from wwwserve.agents.hardware import (
     BLOCK_TOKENS,
     KV_BLOCKS,
@@ -24,8 +25,6 @@ from wwwserve.agents.hardware import (
 )
 from wwwserve.agents.kernel import Floats, Ints, kernel
 
-MAX_CLASSES = 4
-
 # Columns of an advert.
 AD_TIME_S = 0  # when it was made
 AD_RUNNING = 1
@@ -33,9 +32,10 @@ AD_WAITING = 2
 AD_KV_TOKENS = 3  # tokens in the KV cache, whole blocks
 AD_MEAN_PROMPT = 4  # tokens, of its recent requests
 AD_MEAN_OUTPUT = 5
-AD_PRICE = 6  # credits, per request or per 1000 tokens
-AD_STAKE = 7  # credits
-AD_HELD = 8  # own users' requests its dispatcher holds, by class
+AD_CONTEXT = 6  # tokens that a running request is expected to hold in the KV cache, over its stay
+AD_TARIFF = 7  # credits per 1000 tokens of input, cached input and output, see agents.tariff
+AD_STAKE = AD_TARIFF + 3  # credits
+AD_HELD = AD_STAKE + 1  # own users' requests its dispatcher holds, by class
 AD_WEIGHT_S = AD_HELD + MAX_CLASSES  # the engine profile, see agents.hardware
 AD_PER_SEQ_S = AD_WEIGHT_S + 1
 AD_PER_KV_TOKEN_S = AD_WEIGHT_S + 2
@@ -48,7 +48,7 @@ ADVERT_SIZE = AD_WEIGHT_S + 7
 # Columns of the peer_stats with one peer.
 SENT = 0  # requests sent since the advert of SENT_AD_S
 SENT_AD_S = 1
-REFUSED_AD_S = 2  # time of the advert under which it last refused
+REFUSED_AD_S = 2  # time of the last advert by which it was offered what it refused
 OUT = 3  # requests it has of ours
 PROMISED = 4  # tokens that those should have streamed by now
 STREAMED = 5  # tokens that they have
@@ -63,7 +63,7 @@ RECORD_AGEING = 0.9  # a new completion takes the weight of old ones down by thi
 LENGTH_AGEING = 0.99  # the same for mean lengths, which vary more and change less
 PACE_PRIOR_TOKENS = 200.0  # evidence of tokens counts in full when there is far more than this
 NO_TIME = -1e9
-RATE_WINDOW_S = 60.0  # over which arrivals are averaged
+RATE_WINDOW_S = 60.0  # over which arrivals and sales are averaged
 OFFLINE_AFTER_S = 10.0  # a peer silent for so long is taken for offline (arXiv 2603.20661)
 GOSSIPS_MISSED = 3.5  # or, where gossip is slow, for so many intervals
 
@@ -114,10 +114,12 @@ def on_sent(peer_stats: Floats, advert: Floats) -> None:
 
 
 @kernel
-def on_refused(peer_stats: Floats, advert: Floats) -> None:
-    """A peer with this advert refused one of our requests, which counts as sent there no longer."""
-    peer_stats[SENT] = max(0.0, sent_since(peer_stats, advert) - 1.0)
-    peer_stats[REFUSED_AD_S] = advert[AD_TIME_S]
+def on_refused(peer_stats: Floats, advert_s: float) -> None:
+    """A peer refused one of our requests, offered by its advert of `advert_s`, as sent since which it counts no more.
+    What it says in a later advert stands."""
+    if peer_stats[SENT_AD_S] == advert_s:
+        peer_stats[SENT] = max(0.0, peer_stats[SENT] - 1.0)
+    peer_stats[REFUSED_AD_S] = max(peer_stats[REFUSED_AD_S], advert_s)
 
 
 @kernel
@@ -156,9 +158,9 @@ def on_progress(
 
 
 @kernel
-def aged_rate(arrivals_per_s: float, elapsed_s: float) -> float:
-    """The rate of arrivals after a time, short against the window, without one; each adds 1 / RATE_WINDOW_S."""
-    return arrivals_per_s * (1.0 - elapsed_s / RATE_WINDOW_S)
+def aged_rate(per_s: float, elapsed_s: float) -> float:
+    """A rate of events after a time, short against the window, without one; each event adds 1 / RATE_WINDOW_S."""
+    return per_s * (1.0 - elapsed_s / RATE_WINDOW_S)
 
 
 @kernel
@@ -175,7 +177,7 @@ def sent_since(peer_stats: Floats, advert: Floats) -> float:
 
 @kernel
 def refused_since(peer_stats: Floats, advert: Floats) -> bool:
-    """Whether the peer refused us under its present advert."""
+    """Whether the peer refused what it was offered by its present advert."""
     return bool(peer_stats[REFUSED_AD_S] == advert[AD_TIME_S])
 
 

@@ -16,7 +16,13 @@ ACCOUNT_SIZE = 3
 
 NO_BOUND = 1 << 62  # on what may be in escrow with one peer
 
-PER_REQUEST, PER_KTOK = 0, 1  # pricing: one price a request, or a price per 1000 generated tokens
+# What a request costs that a peer runs: by its tariff, less what the lateness clause takes; by its tariff; or a credit.
+LATENESS, QUOTED, PER_REQUEST = 0, 1, 2
+PAYMENTS = ("lateness", "quoted", "per_request")  # their names, in this order
+
+# Columns of a tariff, per 1000 tokens; the cached ones are those of the input that the executor had computed before.
+INPUT, CACHED_INPUT, OUTPUT = 0, 1, 2
+TARIFF_SIZE = 3
 
 TARGET_KV_USE = 0.65  # middle of the paper's 0.6 to 0.7
 STAKE_STEP_PER_S = 2 * MICRO  # a stake moves at most so fast
@@ -71,24 +77,42 @@ def draw_by_stake(stake: Floats, eligible: Bools, count: int, generator: Ints, d
 
 
 @kernel
-def price_of(pricing: int, price_micro: int, tokens: int) -> int:
-    """What `tokens` generated tokens cost, in micro-credits, rounded down."""
-    if pricing == PER_REQUEST:
-        return price_micro
-    return price_micro * tokens // 1000
+def price_of(payment: int, tariff: Ints, prompt: int, cached: int, output: int) -> int:
+    """What a request of `prompt` tokens, `cached` of them cached, and `output` generated ones costs by a tariff
+    [TARIFF_SIZE] of micro-credits per 1000 tokens; in micro-credits, rounded down."""
+    if payment == PER_REQUEST:
+        return MICRO
+    by_token = tariff[INPUT] * (prompt - cached) + tariff[CACHED_INPUT] * cached + tariff[OUTPUT] * output
+    return int(by_token // 1000)
 
 
 @kernel
-def price_of_part(pricing: int, price_micro: int, tokens: int, most: int) -> int:
-    """What `tokens` tokens cost of an answer that broke off or was not wanted any more, in micro-credits, rounded down;
-    where a request has one price, the share that they are of `most`, the longest that it could have been."""
-    if pricing == PER_REQUEST:
-        return price_micro * min(tokens, most) // max(most, 1)
-    return price_micro * tokens // 1000
+def price_of_part(payment: int, tariff: Ints, prompt: int, cached: int, output: int, most: int) -> int:
+    """What an answer costs that broke off, or was not wanted any more, after `output` tokens: `price_of`, or where a
+    request costs a credit the share of it that they are of `most`, the longest that it could have been."""
+    if payment == PER_REQUEST:
+        return MICRO * min(output, most) // max(most, 1)
+    return price_of(payment, tariff, prompt, cached, output)
 
 
 @kernel
-def room(payer: Ints, exposed: int, limit: int) -> int:
+def due_after(payment: int, price: int, promised_ms: int, took_ms: int) -> int:
+    """What is due of `price` for an answer that was complete `took_ms` after the acceptance that promised it in
+    `promised_ms`: all of it up to then, falling linearly to nothing at twice that time (the lateness clause); all of it
+    always unless payment is LATENESS. Rounded down."""
+    if payment != LATENESS or took_ms <= promised_ms:
+        return price
+    return price * max(0, 2 * promised_ms - took_ms) // max(promised_ms, 1)
+
+
+@kernel
+def milliseconds(seconds: float) -> int:
+    """A duration as the two sides agree on it: whole milliseconds, at least 1."""
+    return max(1, round(1000.0 * min(seconds, 1e9)))
+
+
+@kernel
+def available_credit(payer: Ints, exposed: int, limit: int) -> int:
     """How much more the payer may put in escrow with one payee who has `exposed` of it already: within its free credit
     and `limit`."""
     return max(0, min(int(payer[FREE]), limit - exposed))

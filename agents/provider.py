@@ -6,7 +6,7 @@ a PROVIDER record (or one that has its fields), `a` an AGREEMENT, `q` the record
 REQUEST_FIELDS, and `r` an index into it. Amounts are integer micro-credits, times are seconds of the caller's clock.
 
 A request of an own user goes: `arrive` -> `choose_head` (candidates drawn) -> `decide` -> held until `reopen`, or run
-here, or offered to a candidate (`offer`) -> `accepted`, or `refused` and back at the head -> `answered`, or `lost`.
+here, or offered to a candidate (`offer`) -> `accepted`, or `refused` and held again -> `answered`, or `lost`.
 """
 
 from typing import Any, NamedTuple
@@ -14,31 +14,40 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wwwserve.agents.classes import (
+    CLASS_LAST_DEADLINE_S,
+    CLASS_MAX,
+    CLASS_MEAN,
+    CLASS_SIZE,
+    MAX_CLASSES,
+)
 from wwwserve.agents.decision import (
+    ADMISSION_SIZE,
     CANDIDATES,
     FIRST_CANDIDATE,
     HOLD,
     LOCAL,
-    PRICES,
-    TERMS_SIZE,
+    WHAT_PAYS,
     accept,
     affordable,
     may_hold,
     may_offer,
 )
-from wwwserve.agents.estimate import expect
+from wwwserve.agents.estimate import context_of, expect
 from wwwserve.agents.generator import GENERATOR_WORDS, uniform
 from wwwserve.agents.kernel import Bools, Floats, Ints, Record, Records, kernel
 from wwwserve.agents.knowledge import (
+    AD_CONTEXT,
     AD_HELD,
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
-    AD_PRICE,
+    AD_MEAN_OUTPUT,
+    AD_MEAN_PROMPT,
     AD_STAKE,
+    AD_TARIFF,
     AD_TIME_S,
     AD_WAITING,
     ADVERT_SIZE,
-    MAX_CLASSES,
     RATE_WINDOW_S,
     Peers,
     aged_rate,
@@ -52,16 +61,34 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.agents.protocol import (
     FREE,
+    LATENESS,
     MICRO,
     NO_BOUND,
+    PER_REQUEST,
+    TARIFF_SIZE,
+    available_credit,
     draw_by_stake,
+    due_after,
+    milliseconds,
     move_stake,
-    room,
+    price_of,
     stake_target,
 )
-from wwwserve.agents.view import CLASS_LAST_DEADLINE_S, CLASS_SIZE
+from wwwserve.agents.tariff import (
+    MARKUPS,
+    cost_of,
+    expected_output,
+    future_loss,
+    in_micro,
+    payment_lost_per_s,
+    price_by,
+    value_lost_per_s,
+    write_cost,
+    write_tariff,
+)
 
 MAX_DEADLINES = 8
+SHOWN_SLACK, SHOWN_SLACK_S = 1.1, 2.0  # a promise may be so much worse than what the advert showed
 
 # What all providers of a market have agreed on.
 AGREEMENT_FIELDS = [
@@ -71,9 +98,7 @@ AGREEMENT_FIELDS = [
     ("n_classes", np.int64),
     ("n_deadlines", np.int64),
     ("deadlines", np.float64, (MAX_CLASSES, MAX_DEADLINES)),  # s since arrival
-    ("pricing", np.int64),  # PER_REQUEST or PER_KTOK
-    ("n_prices", np.int64),
-    ("prices", np.float64, PRICES),  # credits that may be posted
+    ("payment", np.int64),  # LATENESS, QUOTED or PER_REQUEST
     ("exposure", np.int64),  # micro-credits that may be in escrow with one peer
     ("stake_follows_load", np.int64),
 ]
@@ -82,11 +107,19 @@ AGREEMENT = np.dtype(AGREEMENT_FIELDS, align=True)
 PROVIDER_FIELDS = [
     ("known", np.float64, (MAX_CLASSES, CLASS_SIZE)),  # of its own users' requests
     ("own", np.float64, ADVERT_SIZE),  # its state, fresh and honest
-    ("terms", np.float64, TERMS_SIZE),  # on which it takes peers' requests
-    ("price", np.float64),  # credits, in force
+    ("admission", np.float64, ADMISSION_SIZE),  # when it takes peers' requests
+    ("compute", np.float64, 2),  # credits a token of input and of output
+    ("cost", np.float64, 2),  # marginal cost of a token of input and of output, credits, as of `cost_s`
+    ("future", np.float64),  # of it, what a request takes from own users yet to come, credits
+    ("cost_s", np.float64),
+    ("markup", np.float64),  # in force
+    ("tariff", np.float64, TARIFF_SIZE),  # in force, credits per 1000 tokens
+    ("peer_price", np.float64),  # lowest price of peers for a usual own request, credits; inf if none is heard
+    ("heard", np.int64),  # peers, when it last looked at their tariffs
+    ("sold", np.float64),  # peers' requests taken, 1/s
     ("credit", np.int64),  # free micro-credits when it last looked
     ("next_gossip_s", np.float64),
-    ("arrival_rate", np.float64),  # of its own users' requests, 1/s
+    ("arrival_rate", np.float64, MAX_CLASSES),  # of its own users' requests, 1/s
     ("remote", np.int64),  # peers' requests that it has
     ("held_head", np.int32, MAX_CLASSES),  # its queues, one a class; -1 where there is none
     ("held_tail", np.int32, MAX_CLASSES),
@@ -120,9 +153,26 @@ HELD_FIELDS = [
     ("refused", np.int64),  # bit k: candidate k refused it since they were drawn
     ("opening", np.int64),  # for which it has them, 0 before
     ("candidates", np.int64, CANDIDATES),  # rows of peers, in the order drawn
+    ("tariff", np.int64, TARIFF_SIZE),  # by which it is paid, micro-credits per 1000 tokens
+    ("advert_s", np.float64),  # when the advert was made by which it was offered last
+    ("shown_ttft_s", np.float64),  # no promise is worse than what the advert showed by which it was offered
+    ("shown_tpot_s", np.float64),
 ]
 REQUEST_FIELDS: list[Any] = [*OUT_FIELDS, *HELD_FIELDS]
 REQUEST = np.dtype(REQUEST_FIELDS, align=True)
+
+
+CONTEXT_PRIOR = 4.0  # requests' worth of belief in the usual context, against what runs
+
+
+class Appraisal(NamedTuple):
+    """Sums over what runs on the own engine."""
+
+    requests: float
+    context: float  # tokens
+    at_once: float  # what a second's delay takes, credits/s
+    spread: float  # the same if it comes over the stay of a request of usual length, part of which some are gone
+    token_s: float  # time per token now
 
 
 class Scratch(NamedTuple):
@@ -137,7 +187,10 @@ def reset_provider(p: NDArray[Any]) -> None:
     for name in ("held_head", "held_tail", "out_head", "head"):
         p[name] = -1
     p["opening"] = 1
-    p["terms"] = (np.inf, np.inf, 1.0, 0.0)
+    p["admission"] = WHAT_PAYS
+    p["markup"] = 1.0
+    p["cost_s"] = -np.inf
+    p["peer_price"] = np.inf
 
 
 def reset_requests(q: NDArray[Any]) -> None:
@@ -153,18 +206,20 @@ def reset_requests(q: NDArray[Any]) -> None:
 
 
 @kernel
-def enqueue(p: Record, q: Records, r: int, front: bool) -> None:
-    """Hold request r, at the front of its queue if it was held before and came back."""
+def enqueue(p: Record, q: Records, r: int) -> None:
+    """Hold request r, behind those of its class that arrived no later."""
     c = q[r].klass
-    if p.held_head[c] < 0:
-        q[r].next = -1
-        p.held_head[c] = p.held_tail[c] = r
-    elif front:
-        q[r].next = p.held_head[c]
+    before, after = p.held_tail[c], np.int32(-1)
+    if before >= 0 and q[before].arrival_s > q[r].arrival_s:  # it was held before
+        before, after = np.int32(-1), p.held_head[c]
+        while q[after].arrival_s <= q[r].arrival_s:
+            before, after = after, q[after].next
+    q[r].next = after
+    if before < 0:
         p.held_head[c] = r
     else:
-        q[r].next = -1
-        q[p.held_tail[c]].next = r
+        q[before].next = r
+    if after < 0:
         p.held_tail[c] = r
     p.held += 1
     p.own[AD_HELD + c] += 1.0
@@ -210,16 +265,16 @@ def withdraw(p: Record, q: Records, r: int) -> bool:
 
 
 @kernel
-def count_arrival(p: Record) -> None:
-    """An own user asks, whether the request is taken or not."""
-    p.arrival_rate += 1.0 / RATE_WINDOW_S
+def count_arrival(p: Record, klass: int) -> None:
+    """An own user sends a request of this class, whether it is taken or not."""
+    p.arrival_rate[klass] += 1.0 / RATE_WINDOW_S
 
 
 @kernel
 def arrive(p: Record, q: Records, r: int) -> None:
-    """An own user asks for r."""
-    count_arrival(p)
-    enqueue(p, q, r, False)
+    """An own user sends request r."""
+    count_arrival(p, q[r].klass)
+    enqueue(p, q, r)
 
 
 # The head: the request to decide on, and who could have it.
@@ -263,12 +318,12 @@ def draw_candidates(
 ) -> None:
     """Draw the candidates of request r by advertised stake: peers that were heard lately and can be afforded.
 
-    `serves` [N]: which peers serve the model that it asks for.
+    `serves` [N]: which peers serve the model that it is for.
     """
     silent_s = silent_after_s(a.gossip_s)
     for j in range(serves.size):
         heard = now_s - peers.adverts[j, AD_TIME_S] <= silent_s
-        scratch.eligible[j] = serves[j] and heard and affordable(a.pricing, peers, j, q[r].longest)
+        scratch.eligible[j] = serves[j] and heard and affordable(a.payment, peers, j, q[r].prompt, q[r].longest)
         scratch.stake[j] = peers.adverts[j, AD_STAKE]
     q[r].n_candidates = draw_by_stake(scratch.stake, scratch.eligible, CANDIDATES, p.generator, q[r].candidates)
     q[r].refused = 0
@@ -294,24 +349,26 @@ def decide(p: Record, a: Record, q: Records, peers: Peers, route: int, now_s: fl
     """
     r = p.head
     c = q[r].klass
-    if route != LOCAL and not may_offer(a.pricing, q[r], peers, route - FIRST_CANDIDATE):
+    if route != LOCAL and not may_offer(a.payment, q[r], peers, route - FIRST_CANDIDATE):
         route = HOLD
     if route == HOLD:
         if may_hold(now_s - q[r].arrival_s, p.known[c, CLASS_LAST_DEADLINE_S]):
             p.closed[c] = 1
             return HOLD
         route = LOCAL
+    if route == LOCAL:
+        p.cost_s = -np.inf
     dequeue(p, q, c)
     return route
 
 
 @kernel
-def set_terms(p: Record, a: Record, terms: Floats, price: int) -> None:
-    """Terms on which peers' requests are taken from now on; `price`, an index, holds from the next advert on."""
-    for t in range(TERMS_SIZE):
-        p.terms[t] = terms[t]
+def set_admission(p: Record, admission: Floats, markup: int) -> None:
+    """When peers' requests are taken from now on; `markup`, an index into MARKUPS, holds from the next advert on."""
+    for k in range(ADMISSION_SIZE):
+        p.admission[k] = admission[k]
     if p.advert_due == 1:
-        p.price = a.prices[min(max(price, 0), a.n_prices - 1)]
+        p.markup = MARKUPS[min(max(markup, 0), MARKUPS.size - 1)]
 
 
 @kernel
@@ -327,9 +384,21 @@ def reopen(p: Record) -> None:
 
 
 @kernel
+def shown_by(advert: Floats, prompt: float) -> tuple[float, float]:
+    """Time to first token and per token, s, than which no promise under this advert is worse, see `accepted`."""
+    first_s, token_s = expect(advert, 0.0, prompt)
+    return SHOWN_SLACK * first_s + SHOWN_SLACK_S, SHOWN_SLACK * token_s
+
+
+@kernel
 def offer(p: Record, q: Records, r: int, j: int, peer_stats: Floats, advert: Floats) -> None:
-    """Request r goes to peer j, of whom `peer_stats` and `advert` are known; whether it takes it is yet to be heard."""
+    """Request r goes to peer j, of whom `peer_stats` and `advert` are known, to be paid by the tariff of that advert;
+    whether it takes it is yet to be heard."""
     q[r].executor = j
+    for k in range(TARIFF_SIZE):
+        q[r].tariff[k] = in_micro(advert[AD_TARIFF + k])
+    q[r].advert_s = advert[AD_TIME_S]
+    q[r].shown_ttft_s, q[r].shown_tpot_s = shown_by(advert, q[r].prompt)
     q[r].taken_s = np.nan
     q[r].streamed = 0
     q[r].out_prev = -1
@@ -342,17 +411,21 @@ def offer(p: Record, q: Records, r: int, j: int, peer_stats: Floats, advert: Flo
 
 @kernel
 def accepted(q: Records, r: int, now_s: float, ttft_s: float, tpot_s: float) -> None:
-    """The peer took request r and promises a time to first token and a time per token, s."""
+    """The peer took request r and promises a time to first token and a time per token, s.
+
+    What counts is the better of that and of what its advert showed, with some slack for what came since: by the advert
+    it was chosen, and a claim of load or speed that its promise does not repeat would cost it nothing.
+    """
     q[r].taken_s = now_s
-    q[r].promised_ttft_s = ttft_s
-    q[r].promised_tpot_s = tpot_s
+    q[r].promised_ttft_s = min(ttft_s, q[r].shown_ttft_s)
+    q[r].promised_tpot_s = min(tpot_s, q[r].shown_tpot_s)
 
 
 @kernel
-def refused(p: Record, q: Records, r: int, peer_stats: Floats, advert: Floats) -> None:
+def refused(p: Record, q: Records, r: int, peer_stats: Floats) -> None:
     """The peer that r was offered to does not take it, or does not answer."""
     end_attempt(p, q, r, peer_stats)
-    on_refused(peer_stats, advert)
+    on_refused(peer_stats, q[r].advert_s)
 
 
 @kernel
@@ -365,17 +438,16 @@ def mask(q: Records, r: int, j: int) -> None:
 
 @kernel
 def come_back(p: Record, q: Records, r: int) -> None:
-    """Request r, refused by or lost with a peer, is at the head of its queue again, that peer masked."""
+    """Request r, refused by or lost with a peer, is held again, that peer masked."""
     mask(q, r, q[r].executor)
     q[r].opening = p.opening
-    enqueue(p, q, r, True)
+    enqueue(p, q, r)
 
 
 @kernel
 def answered(p: Record, q: Records, r: int, peer_stats: Floats, now_s: float, output: int) -> None:
     """The peer's answer to request r, of `output` tokens, is all there."""
-    promised_s = q[r].promised_ttft_s + q[r].promised_tpot_s * (output - 1)
-    on_answer(peer_stats, now_s - q[r].taken_s, promised_s)
+    on_answer(peer_stats, now_s - q[r].taken_s, promised_duration_s(q[r], output))
     end_attempt(p, q, r, peer_stats)
 
 
@@ -416,12 +488,136 @@ def look_at_evidence(p: Record, q: Records, peer_stats: Floats, now_s: float) ->
 
 
 @kernel
-def consider(p: Record, prompt: float) -> tuple[bool, float, float]:
-    """Whether it takes a peer's request of `prompt` tokens, on its terms and its fresh own state; and the time to first
-    token and per token, s, that it expects."""
+def promised_duration_s(request: Record, output: int) -> float:
+    """By when, after it heard that the request is taken, an origin was promised an answer of `output` tokens."""
+    return float(request.promised_ttft_s + request.promised_tpot_s * (output - 1))
+
+
+@kernel
+def price_for(a: Record, request: Record, output: int) -> int:
+    """What a peer's answer of `output` tokens costs before the lateness clause, micro-credits."""
+    return int(price_of(a.payment, request.tariff, request.prompt, 0, output))
+
+
+@kernel
+def due_for(a: Record, request: Record, output: int, took_s: float) -> int:
+    """What is due for a peer's whole answer that was there `took_s` after its origin heard the acceptance."""
+    promised_ms = milliseconds(promised_duration_s(request, output))
+    return int(due_after(a.payment, price_for(a, request, output), promised_ms, milliseconds(took_s)))
+
+
+@kernel
+def consider(p: Record, a: Record, prompt: float, longest: int, tariff: Ints) -> tuple[bool, float, float]:
+    """Whether it takes a peer's request of `prompt` tokens and at most `longest` of output at the tariff that the
+    origin goes by, on its fresh own state; and the time to first token and per token, s, that it expects, as it
+    promises them. The clock of a promise starts when the origin hears it, half a round trip after the engine has the
+    request and as long before the first token's way back."""
     first_s, token_s = expect(p.own, 0.0, prompt)
+    output = p.known[class_like(p, a, longest), CLASS_MEAN]
+    price = 1.0
+    if a.payment != PER_REQUEST:
+        price = price_by(tariff, prompt, output) / MICRO
     use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
-    return accept(p.terms, first_s, use, p.held, uniform(p.generator)), first_s, token_s
+    profit = price - min(1.0, p.markup) * cost_of(p.cost, prompt, output)  # below cost it sells on purpose
+    profit += (prompt + output) / 1000.0 / MICRO  # what is lost to the rounding of a tariff is no reason to refuse
+    taken = accept(p.admission, first_s, use, p.held, profit, uniform(p.generator))
+    if taken:
+        p.sold += 1.0 / RATE_WINDOW_S
+        p.cost_s = -np.inf  # with this one, the next costs more
+    return taken, first_s, token_s
+
+
+# What runs here, and what one more request costs.
+
+
+@kernel
+def is_cost_old(p: Record, a: Record, now_s: float) -> bool:
+    """Whether the marginal cost is to be worked out again before it is used."""
+    return bool(now_s - p.cost_s >= a.tick_s - 1e-9)
+
+
+@kernel
+def class_like(p: Record, a: Record, longest: int) -> int:
+    """The own class whose answers are at most as long as a peer's request, or else nearest to that: what is expected of
+    its length."""
+    like = 0
+    for c in range(1, a.n_classes):
+        if abs(p.known[c, CLASS_MAX] - longest) < abs(p.known[like, CLASS_MAX] - longest):
+            like = c
+    return like
+
+
+@kernel
+def begin_appraisal(p: Record, a: Record) -> Appraisal:
+    """Nothing runs here."""
+    _, token_s = expect(p.own, 0.0, p.own[AD_MEAN_PROMPT])
+    return Appraisal(0.0, 0.0, 0.0, 0.0, token_s)
+
+
+@kernel
+def count_running(
+    p: Record, a: Record, request: Record, own: bool, generated: float, now_s: float, so_far: Appraisal
+) -> Appraisal:
+    """Add a request that runs here to an appraisal.
+
+    `own`: it is an own user's, else a peer's, whose fields of promise and tariff are read; `generated` tokens are out.
+    """
+    usual, token_s = max(1.0, p.own[AD_MEAN_OUTPUT]), so_far.token_s
+    c = request.klass if own else class_like(p, a, request.longest)
+    total = expected_output(p.known[c, CLASS_MEAN], generated, p.known[c, CLASS_MAX])
+    if own:
+        due_s = a.deadlines[c][: a.n_deadlines]
+        lost = value_lost_per_s(p.known[c], due_s, generated, now_s - request.arrival_s, token_s)
+    else:
+        lost = 0.0
+        if a.payment == LATENESS:
+            price = price_by(request.tariff, request.prompt, total) / MICRO
+            promised_s = request.promised_ttft_s + request.promised_tpot_s * (total - 1.0)
+            expected_s = now_s - request.taken_s + (total - generated) * token_s
+            lost = payment_lost_per_s(price, max(promised_s, 1e-3), max(expected_s, 1e-3))
+    return Appraisal(
+        so_far.requests + 1.0,
+        so_far.context + context_of(request.prompt, p.known[c, CLASS_MEAN], generated),
+        so_far.at_once + lost,
+        so_far.spread + lost * min(1.0, (total - generated) / usual),
+        token_s,
+    )
+
+
+@kernel
+def usual_context(p: Record, a: Record) -> float:
+    """Context of a running request of own users, by the classes that arrive, tokens; longer ones run for longer."""
+    weight, context = 0.0, 0.0
+    for c in range(a.n_classes):
+        mean = p.known[c, CLASS_MEAN]
+        share = (p.arrival_rate[c] + 1e-6) * mean
+        weight += share
+        context += share * context_of(p.own[AD_MEAN_PROMPT], mean, 0.0)
+    return context / weight
+
+
+@kernel
+def end_appraisal(p: Record, a: Record, found: Appraisal, now_s: float) -> None:
+    """The marginal cost as of now, and the context that a request is expected to have, by all that runs here."""
+    context = found.context + CONTEXT_PRIOR * usual_context(p, a)
+    p.own[AD_CONTEXT] = context / (found.requests + CONTEXT_PRIOR)
+    rates, known = p.arrival_rate[: a.n_classes], p.known[: a.n_classes]
+    p.future = future_loss(p.own, rates, known, a.deadlines, a.n_deadlines)
+    write_cost(p.cost, p.compute, found.at_once, found.spread, p.future, p.own)
+    p.cost_s = now_s
+
+
+@kernel
+def look_at_tariffs(p: Record, a: Record, peers: Peers, now_s: float, me: int) -> None:
+    """Count the peers that were heard lately, and remember the lowest price among them of a request such as the own
+    users'. `me`: the row to leave out, -1 if there is none."""
+    silent_s = silent_after_s(a.gossip_s)
+    p.peer_price, p.heard = np.inf, 0
+    for j in range(peers.adverts.shape[0]):
+        if j != me and now_s - peers.adverts[j, AD_TIME_S] <= silent_s:
+            p.heard += 1
+            tariff = peers.adverts[j, AD_TARIFF : AD_TARIFF + TARIFF_SIZE]
+            p.peer_price = min(p.peer_price, price_by(tariff, p.own[AD_MEAN_PROMPT], p.own[AD_MEAN_OUTPUT]))
 
 
 # Time.
@@ -430,7 +626,9 @@ def consider(p: Record, prompt: float) -> tuple[bool, float, float]:
 @kernel
 def tick(p: Record, elapsed_s: float) -> None:
     """A tick went by, `elapsed_s` after the one before."""
-    p.arrival_rate = aged_rate(p.arrival_rate, elapsed_s)
+    for c in range(MAX_CLASSES):
+        p.arrival_rate[c] = aged_rate(p.arrival_rate[c], elapsed_s)
+    p.sold = aged_rate(p.sold, elapsed_s)
     reopen(p)
 
 
@@ -453,16 +651,19 @@ def gossip(p: Record, a: Record, now_s: float) -> bool:
         return False
     p.advert_due = 1
     p.next_gossip_s += a.gossip_s
-    if p.next_gossip_s < now_s:  # it was not asked for long
+    if p.next_gossip_s < now_s:  # nobody called for long
         p.next_gossip_s = now_s + a.gossip_s
     return True
 
 
 @kernel
 def advertise(p: Record, staked: int, now_s: float, advert: Floats) -> None:
-    """Write the own advert [ADVERT_SIZE], which is then no longer due; `staked` micro-credits."""
+    """Write the own advert [ADVERT_SIZE], which is then no longer due; `staked` micro-credits. The tariff in it is made
+    of the marginal cost, and in force from now on."""
     p.advert_due = 0
-    p.own[AD_PRICE] = p.price
+    write_tariff(p.tariff, p.cost, p.markup)
+    for k in range(TARIFF_SIZE):
+        p.own[AD_TARIFF + k] = p.tariff[k]
     p.own[AD_STAKE] = staked / MICRO
     for k in range(advert.size):
         advert[k] = p.own[k]
@@ -471,10 +672,12 @@ def advertise(p: Record, staked: int, now_s: float, advert: Floats) -> None:
 
 @kernel
 def leave(p: Record) -> None:
-    """It goes offline: nothing is asked of it, and nothing is due. What it held is the caller's to give up first."""
+    """It goes offline, with nothing to decide and no advert due. What it held is the caller's to give up first."""
     p.head = -1
     p.advert_due = 0
-    p.arrival_rate = 0.0
+    p.sold = 0.0
+    for c in range(MAX_CLASSES):
+        p.arrival_rate[c] = 0.0
 
 
 @kernel
@@ -492,4 +695,4 @@ def write_credit(p: Record, account: Ints, a: Record, q: Records, credit: Ints) 
         credit[q[r].executor] -= q[r].locked
         r = q[r].out_next
     for j in range(credit.size):
-        credit[j] = room(account, a.exposure - credit[j], a.exposure)
+        credit[j] = available_credit(account, a.exposure - credit[j], a.exposure)

@@ -1,7 +1,8 @@
 """Policies by hand, on the same view and under the same contract as the learned ones.
 
 A rule is a kernel that picks a route for one view; `Rule` applies it to a batch of providers or to one. What a rule
-accepts of others' work it says in its terms, which `agents.decision.accept` applies to the fresh state of the node.
+accepts of others' work it says in its admission policy, which `agents.decision.accept` applies to the fresh state of
+the node. All but `best_value` know no prices: they sell at cost.
 """
 
 import math
@@ -14,20 +15,19 @@ import numpy as np
 from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
+    IF_IT_PAYS,
     LOCAL,
     MAX_KV_USE,
     MAX_WAIT_S,
     ONLY_IF_NONE_HELD,
-    PRICES,
     PROBABILITY,
     ROUTES,
     Actions,
 )
 from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints32, Singles, bound, kernel
 from wwwserve.agents.protocol import TARGET_KV_USE
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import (
-    CHANCE,
-    COST,
     FINISH_S,
     HAS_REQUEST,
     KV_USE,
@@ -42,7 +42,7 @@ from wwwserve.agents.view import (
     SENT_SINCE,
     SLOWDOWN_S,
     SPEED_RANK,
-    VALUE,
+    UTILITY,
     WAITING,
     Views,
 )
@@ -77,7 +77,7 @@ OWN_MARGIN = Setting(1.0, "a peer must be expected to finish in less than this t
 SLOWDOWN = Setting(0.0, "weight of the delay that a request brings to those running beside it", search=(0.0, 2.0))
 LOAD = Setting(0.0, "tokens' time added for each request on the node", search=(0.0, 20.0))
 MAX_QUEUE = Setting(
-    1e9, "requests waiting on a node beyond which none is sent there, but held until one has room", search=(0.0, 8.0)
+    1e9, "requests waiting on a node beyond which none is sent there, but held until one has fewer", search=(0.0, 8.0)
 )
 PACE_WEIGHT = Setting(1.0, "exponent of the in-flight evidence", 10.0, search=(0.0, 2.0))
 RECORD_WEIGHT = Setting(1.0, "exponent of the record of completed work", 10.0, search=(0.0, 2.0))
@@ -88,7 +88,7 @@ URGENCY = Setting(
 CAP_FAST = Setting(0.3, "KV use up to which the fastest node takes loose work", search=(0.0, 1.0))
 CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 
-PRICE_SLOPE = Setting(4.0, "own price bin at full KV use", search=(0.0, 7.0))
+MARKUP = Setting(1.5, "on its marginal cost; the nearest of `agents.tariff.MARKUPS`", 8.0, search=(0.75, 8.0))
 
 FINISH = {
     "accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN, "load": LOAD,
@@ -154,9 +154,7 @@ RULES: dict[str, dict[str, Setting]] = {
         cap_fast=0.109,
         cap_slow=0.922,
     ),
-    "best_value": _tuned(
-        {"accept_wait_s": ACCEPT_WAIT_S, "price_slope": PRICE_SLOPE}, accept_wait_s=1.45, price_slope=0.996
-    ),
+    "best_value": {"markup": MARKUP},
 }
 _IDS = {name: k for k, name in enumerate(RULES)}
 (
@@ -166,10 +164,10 @@ _IDS = {name: k for k, name in enumerate(RULES)}
 # Every rule's settings as a kernel reads them; a rule that lacks one has it at a value without effect.
 (
     _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _LOAD, _MAX_QUEUE, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST,
-    _CAP_SLOW, _PRICE_SLOPE, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
+    _CAP_SLOW, _MARKUP, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
 ) = range(17)  # fmt: skip
-_COLUMNS = (*FINISH, *TRUST, *CAP, "price_slope", *RULES["www_serve"])
-_WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default}
+_COLUMNS = (*FINISH, *TRUST, *CAP, "markup", *RULES["www_serve"])
+_WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default, "markup": 1.0}
 
 
 @kernel
@@ -231,7 +229,7 @@ def _shortest_queue(nodes: Singles, routes: Bytes) -> int:
 
 @kernel
 def _www_serve(p: Floats, nodes: Singles, request: Singles, routes: Bytes, uniforms: Floats) -> int:
-    """The published dispatch: here while there is room, else a peer drawn by stake, else the own queue or wait."""
+    """The published dispatch: here below the target KV use, else a peer drawn by stake, else the own queue or wait."""
     if nodes[0, KV_USE] < p[_TARGET_KV_USE]:
         return LOCAL
     if uniforms[0] < p[_OFFLOAD]:
@@ -259,14 +257,14 @@ def _capped(nodes: Singles, routes: Bytes, p: Floats) -> int:
 
 
 @kernel
-def _best_value(nodes: Singles, request: Singles, routes: Bytes) -> int:
-    """The most expected value less payment; among equals the earliest finish."""
+def _best_value(nodes: Singles, routes: Bytes) -> int:
+    """The most expected value less price, or less the own marginal cost; among equals the earliest finish."""
     best = LOCAL
     most = -np.inf
     for route in range(LOCAL, ROUTES):
         if routes[route]:
             node = nodes[_node_of(route)]
-            worth = np.float64(request[VALUE]) * node[CHANCE] - node[COST] - np.float64(node[FINISH_S]) * 1e-4
+            worth = np.float64(node[UTILITY]) - np.float64(node[FINISH_S]) * 1e-7
             if worth > most:
                 best, most = route, worth
     return best
@@ -290,7 +288,7 @@ def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes
     if rule == _WWW_SERVE:
         return _www_serve(p, nodes, request, routes, uniforms)
     if rule == _BEST_VALUE:
-        return _best_value(nodes, request, routes)
+        return _best_value(nodes, routes)
     best = _earliest(nodes, routes, p)
     if rule in (_EARLIEST, _TRUST) or request[LOOSENESS] <= 0.0:
         return best
@@ -314,8 +312,8 @@ def _decide(
     active: Bools,
     uniforms: Floats,
     route: Ints32,
-    terms: Floats,
-    price: Ints32,
+    admission: Floats,
+    markup: Ints32,
 ) -> None:
     for k in range(active.size):
         if not active[k]:
@@ -327,19 +325,18 @@ def _decide(
                 route[k] = HOLD
             if route[k] == HOLD and not routes[k, HOLD]:  # past its last deadline a request is held no longer
                 route[k] = LOCAL
-        terms[k, MAX_WAIT_S] = np.inf
-        terms[k, MAX_KV_USE] = np.inf
-        terms[k, PROBABILITY] = 1.0
-        terms[k, ONLY_IF_NONE_HELD] = 0.0
-        price[k] = 1
+        admission[k, MAX_WAIT_S] = np.inf
+        admission[k, MAX_KV_USE] = np.inf
+        admission[k, PROBABILITY] = 1.0
+        admission[k, ONLY_IF_NONE_HELD] = 0.0
+        admission[k, IF_IT_PAYS] = 1.0 if rule == _BEST_VALUE else 0.0
+        markup[k] = int(p[_MARKUP])
         if rule == _WWW_SERVE:
-            terms[k, MAX_KV_USE] = p[_TARGET_KV_USE]
-            terms[k, PROBABILITY] = p[_ACCEPT]
-            terms[k, ONLY_IF_NONE_HELD] = 1.0
-        elif rule >= _EARLIEST:
-            terms[k, MAX_WAIT_S] = p[_ACCEPT_WAIT_S]
-        if rule == _BEST_VALUE:
-            price[k] = min(int(p[_PRICE_SLOPE] * nodes[k, 0, KV_USE]), PRICES - 1)
+            admission[k, MAX_KV_USE] = p[_TARGET_KV_USE]
+            admission[k, PROBABILITY] = p[_ACCEPT]
+            admission[k, ONLY_IF_NONE_HELD] = 1.0
+        elif rule >= _EARLIEST and rule != _BEST_VALUE:
+            admission[k, MAX_WAIT_S] = p[_ACCEPT_WAIT_S]
 
 
 class Rule:
@@ -361,6 +358,7 @@ class Rule:
                 raise ValueError(f"rule {name}: setting {key} is {value!r}, expected 0 to {high:g}")
         self._id = _IDS[name]
         self._values = np.array([self.settings.get(key, _WITHOUT.get(key, 0.0)) for key in _COLUMNS])
+        self._values[_MARKUP] = np.abs(np.log(MARKUPS / max(self._values[_MARKUP], 1e-3))).argmin()
         # The arrays of the last call, and the kernel with them: a loop over a batch gives the same ones each time.
         self._given: tuple[Views, Bools, Floats, Actions] | None = None
         self._again: Callable[[], Any] | None = None
@@ -393,6 +391,6 @@ class Rule:
             active.reshape(-1),
             uniforms.reshape(-1, uniforms.shape[-1]),
             actions.route.reshape(-1),
-            actions.terms.reshape(-1, actions.terms.shape[-1]),
-            actions.price.reshape(-1),
+            actions.admission.reshape(-1, actions.admission.shape[-1]),
+            actions.markup.reshape(-1),
         )

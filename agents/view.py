@@ -10,6 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wwwserve.agents.classes import (
+    CLASS_LAST_DEADLINE_S,
+    CLASS_MAX,
+    CLASS_MEAN,
+    CLASS_MEDIAN,
+    CLASS_SIGMA,
+    CLASS_VALUE,
+)
 from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, may_hold, may_offer
 from wwwserve.agents.estimate import chance_on_time, expect, slowdown
 from wwwserve.agents.kernel import Bytes, Floats, Ints, Record, Records, Singles, kernel
@@ -17,10 +25,12 @@ from wwwserve.agents.knowledge import (
     AD_HELD,
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
+    AD_MEAN_OUTPUT,
+    AD_MEAN_PROMPT,
     AD_PER_SEQ_S,
-    AD_PRICE,
     AD_RUNNING,
     AD_STAKE,
+    AD_TARIFF,
     AD_TIME_S,
     AD_WAITING,
     AD_WEIGHT_S,
@@ -33,10 +43,10 @@ from wwwserve.agents.knowledge import (
     refused_since,
     sent_since,
 )
-from wwwserve.agents.lengths import Lognormal
-from wwwserve.agents.protocol import MICRO, PER_REQUEST
+from wwwserve.agents.protocol import MICRO, PER_REQUEST, TARIFF_SIZE
+from wwwserve.agents.tariff import cost_of, price_by
 
-VIEW_VERSION = 4
+VIEW_VERSION = 5
 
 
 class Feature(NamedTuple):
@@ -53,7 +63,7 @@ class Feature(NamedTuple):
 NODE_FEATURES = (
     Feature("own", "0/1", 0, 1, "linear", "this is the own node, seen fresh"),
     Feature("finish_s", "s", 0, 1e4, "log", "expected time from now until the request is done there"),
-    Feature("chance", "share", 0, 1, "linear", "chance to be on time, mean over the deadlines"),
+    Feature("chance", "share", 0, 1, "linear", "chance to be on time, mean over the deadlines, given its delivery"),
     Feature("first_token_s", "s", 0, 1e4, "log", "expected time from now to the first token"),
     Feature("token_s", "s", 0, 1, "log", "expected time per token"),
     Feature("slowdown_s", "s", 0, 1e4, "log", "delay it would bring to the requests that run there, summed"),
@@ -67,7 +77,8 @@ NODE_FEATURES = (
     Feature("held_looser", "requests", 0, 512, "log", "undecided there, of looser classes"),
     Feature("sent", "requests", 0, 64, "log", "sent there since its advert"),
     Feature("out", "requests", 0, 256, "log", "own requests that are there now"),
-    Feature("cost", "credits", 0, 100, "log", "expected payment for the request there"),
+    Feature("cost", "share", 0, 10, "log", "price of the request there, here its marginal cost, over its value"),
+    Feature("utility", "share", -10, 1, "log", "chance less cost: what it brings there, over its value"),
     Feature("stake", "credits", 0, 100, "log", "its stake"),
     Feature("pace", "log ratio", -1, 5, "linear", "tokens promised by now over tokens streamed"),
     Feature("record", "log ratio", -3, 5, "linear", "actual over promised duration of what it completed"),
@@ -90,41 +101,31 @@ REQUEST_FEATURES = (
 )
 SELF_FEATURES = (
     Feature("has_request", "0/1", 0, 1, "linear", "a request waits at the head"),
-    Feature("advert_due", "0/1", 0, 1, "linear", "the price and terms chosen now go out with the next advert"),
+    Feature("advert_due", "0/1", 0, 1, "linear", "the markup chosen now goes out with the next advert"),
     Feature("held", "requests", 0, 512, "log", "own users' requests undecided"),
     Feature("arrivals_per_s", "1/s", 0, 100, "log", "own users' arrivals, averaged over the last minute or so"),
     Feature("remote", "requests", 0, 512, "log", "peers' requests running or waiting here"),
     Feature("credit", "credits", 0, 1e6, "log", "free credit"),
-    Feature("price", "credits", 0, 100, "log", "own price in force"),
+    Feature("markup", "1", 0, 8, "log", "own markup in force"),
+    Feature("own_cost", "share", 0, 10, "log", "marginal cost of a usual request here, over its value"),
+    Feature("peer_price", "share", 0, 10, "log", "lowest price of peers for a usual request, over its value"),
+    Feature("peers", "nodes", 0, 512, "log", "peers heard lately"),
+    Feature("sold_per_s", "1/s", 0, 100, "log", "peers' requests taken, averaged over the last minute or so"),
 )
 
 NODES = 1 + CANDIDATES  # slot 0 is the own node
 (
     OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, SLOWDOWN_S, LOAD_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING,
-    WAITING, HELD_TIGHTER, HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, STAKE, PACE, RECORD, OVERDUE, AGE_S, DUEL_RATE,
-    REFUSED,
+    WAITING, HELD_TIGHTER, HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, UTILITY, STAKE, PACE, RECORD, OVERDUE,
+    AGE_S, DUEL_RATE, REFUSED,
 ) = range(len(NODE_FEATURES))  # fmt: skip
 (
     PROMPT, OUTPUT, OUTPUT_SIGMA, VALUE, WAITED_S, FIRST_SLACK_S, LAST_SLACK_S, LOOSENESS, REFUSALS, N_CANDIDATES,
 ) = range(len(REQUEST_FEATURES))  # fmt: skip
 (
-    HAS_REQUEST, ADVERT_DUE, HELD, ARRIVALS_PER_S, REMOTE, CREDIT, PRICE,
+    HAS_REQUEST, ADVERT_DUE, HELD, ARRIVALS_PER_S, REMOTE, CREDIT, MARKUP, OWN_COST, PEER_PRICE, PEERS,
+    SOLD_PER_S,
 ) = range(len(SELF_FEATURES))  # fmt: skip
-
-# Columns of what an origin knows of a class of its own requests.
-CLASS_MEDIAN, CLASS_SIGMA, CLASS_MAX, CLASS_MEAN, CLASS_VALUE, CLASS_LAST_DEADLINE_S = range(6)
-CLASS_SIZE = 6
-
-
-def class_row(output: Lognormal, value: float, last_deadline_s: float) -> Floats:
-    """What an origin knows of a class of its own requests [CLASS_SIZE]: answers of such lengths, worth `value` credits
-    until `last_deadline_s` after their arrival."""
-    row = np.zeros(CLASS_SIZE)
-    row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = output.median, output.sigma, output.max
-    row[CLASS_MEAN] = output.mean
-    row[CLASS_VALUE] = value
-    row[CLASS_LAST_DEADLINE_S] = last_deadline_s
-    return row
 
 
 def bounds(features: tuple[Feature, ...]) -> tuple[Singles, Singles]:
@@ -223,9 +224,11 @@ def write_node(
     deadlines: Floats,
     waited_s: float,
     looser_than: Ints,
-    pricing: int,
+    payment: int,
+    cost: Floats,
 ) -> None:
-    """One node's features, ranks aside. `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class.
+    """One node's features, ranks aside. `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class; `cost` [2]
+    is the own marginal cost, which is read on the own node alone.
 
     `looser_than` [MAX_CLASSES] is 1 for the classes with a looser deadline than the request's. On the own node
     `peer_stats` are not read, and the request travels nowhere.
@@ -240,9 +243,22 @@ def write_node(
     row[SLOWDOWN_S] = slowdown(advert, sent)
     row[LOAD_S] = token_s * (advert[AD_RUNNING] + advert[AD_WAITING] + sent)
     row[FINISH_S] = first_s + known[CLASS_MEAN] * token_s
-    row[CHANCE] = chance_on_time(
-        deadlines, waited_s, first_s, token_s, known[CLASS_MEDIAN], known[CLASS_SIGMA], known[CLASS_MAX]
-    )
+    lateness = 0.0 if own else max(0.0, pace(peer_stats)) + max(0.0, record(peer_stats))
+    delivery = math.exp(min(lateness, 100.0))  # beyond that nothing is on time, and far beyond it exp overflows
+    chance = chance_on_time(
+        deadlines, waited_s, first_s * delivery, token_s * delivery, known[CLASS_MEDIAN], known[CLASS_SIGMA],
+        known[CLASS_MAX],
+    )  # fmt: skip
+    if own:
+        price = cost_of(cost, prompt, known[CLASS_MEAN])
+    elif payment == PER_REQUEST:
+        price = 1.0
+    else:
+        price = price_by(advert[AD_TARIFF : AD_TARIFF + TARIFF_SIZE], prompt, known[CLASS_MEAN])
+    share = price / max(known[CLASS_VALUE], 1e-9)
+    row[CHANCE] = chance
+    row[COST] = share
+    row[UTILITY] = chance - share
     row[KV_USE] = advert[AD_KV_TOKENS] / advert[AD_KV_CAPACITY]
     row[RUNNING] = advert[AD_RUNNING]
     row[WAITING] = advert[AD_WAITING]
@@ -260,7 +276,6 @@ def write_node(
     row[AGE_S] = now_s - advert[AD_TIME_S]
     if own:
         row[OUT_THERE] = 0.0
-        row[COST] = 0.0
         row[PACE] = 0.0
         row[RECORD] = 0.0
         row[OVERDUE] = 0.0
@@ -268,7 +283,6 @@ def write_node(
         row[REFUSED] = 0.0
     else:
         row[OUT_THERE] = peer_stats[OUT]
-        row[COST] = advert[AD_PRICE] * (1.0 if pricing == PER_REQUEST else known[CLASS_MEAN] / 1000.0)
         row[PACE] = pace(peer_stats)
         row[RECORD] = record(peer_stats)
         row[OVERDUE] = peer_stats[OVERDUE_S]
@@ -325,7 +339,7 @@ def write_request_view(
     prompt = float(request.prompt)
     write_node(
         nodes[0], p.own, peers.peer_stats[0], True, now_s, a.rtt_s, prompt, of_class, due_s, waited_s,
-        scratch.looser_than, a.pricing,
+        scratch.looser_than, a.payment, p.cost,
     )  # fmt: skip
     scratch.idle_token_s[0] = idle_token_time(p.own)
     refusals = 0
@@ -333,10 +347,10 @@ def write_request_view(
         j = request.candidates[k]
         write_node(
             nodes[1 + k], peers.adverts[j], peers.peer_stats[j], False, now_s, a.rtt_s, prompt, of_class, due_s,
-            waited_s, scratch.looser_than, a.pricing,
+            waited_s, scratch.looser_than, a.payment, p.cost,
         )  # fmt: skip
         scratch.idle_token_s[1 + k] = idle_token_time(peers.adverts[j])
-        routes[FIRST_CANDIDATE + k] = 1 if may_offer(a.pricing, request, peers, k) else 0
+        routes[FIRST_CANDIDATE + k] = 1 if may_offer(a.payment, request, peers, k) else 0
         refusals += (request.refused >> k) & 1
     nodes[1 + request.n_candidates :] = 0.0
     _write_ranks(nodes, scratch.idle_token_s, 1 + request.n_candidates)
@@ -383,8 +397,13 @@ def write_view(view: Views, p: Record, a: Record, q: Records, peers: Peers, now_
     me[HAS_REQUEST] = 1.0 if p.head >= 0 else 0.0
     me[ADVERT_DUE] = 1.0 if p.advert_due == 1 else 0.0
     me[HELD] = p.held
-    me[ARRIVALS_PER_S] = p.arrival_rate
+    me[ARRIVALS_PER_S] = p.arrival_rate.sum()
     me[REMOTE] = p.remote
     me[CREDIT] = p.credit / MICRO
-    me[PRICE] = p.price
+    me[MARKUP] = p.markup
+    usual = max(p.known[0, CLASS_VALUE] / p.known[0, CLASS_MEAN] * p.own[AD_MEAN_OUTPUT], 1e-9)  # its value
+    me[OWN_COST] = cost_of(p.cost, p.own[AD_MEAN_PROMPT], p.own[AD_MEAN_OUTPUT]) / usual
+    me[PEER_PRICE] = p.peer_price / usual
+    me[PEERS] = p.heard
+    me[SOLD_PER_S] = p.sold
     _clip(me, _SELF_LOW, _SELF_HIGH)

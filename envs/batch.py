@@ -37,7 +37,7 @@ class RequestTable(NamedTuple):
 class MarketBatch:
     """`len(scenarios)` markets, market b with `scenarios[b]` and `seeds[b]`.
 
-    views: see `agents.view`, leading axes [B, N]; active [B, N]: who is asked to decide; uniforms [B, N, 4]: random
+    views: see `agents.view`, leading axes [B, N]; active [B, N]: who is to decide; uniforms [B, N, 4]: random
     numbers in (0, 1) for policies; reward [B, N] float32, elapsed_s [B] and over [B] of the last step; given [B, N]:
     the part of the reward that arrivals brought, whatever was decided, which a learner may subtract. All are
     overwritten by `step`. An action is read only where `active` is set. A market that is over stays as it is until
@@ -112,7 +112,7 @@ class MarketBatch:
         start_market(self.markets, b, self.views, self.active, self.uniforms)
 
     def actions(self) -> Actions:
-        """Actions of the batch's shape: hold, accept always, lowest price."""
+        """Actions of the batch's shape: hold, take what pays, at cost."""
         return make_actions(self.count, self.providers)
 
     def step(self, actions: Actions) -> None:

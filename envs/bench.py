@@ -2,7 +2,7 @@
 
 An agent-step is one provider's view built, its decision applied and its reward paid. Only steps in which a market's
 clock moves count, one for each of its providers, all of whose views are then built; further rounds at the same instant
-take time and count nothing. Policies are uniform over the legal routes, the admission waits and the posted prices.
+take time and count nothing. Policies are uniform over the legal routes and the markups.
 """
 
 import json
@@ -19,13 +19,14 @@ import numpy as np
 import tyro
 
 from wwwserve.agents.arguments import Positive, UsageError, parse_args, refuse
-from wwwserve.agents.decision import ADMIT_WAIT_S, ADMITS, HOLD, MAX_WAIT_S, ROUTES, TERMS_SIZE
+from wwwserve.agents.decision import HOLD, ROUTES
 from wwwserve.agents.generator import make_generators, uniform
 from wwwserve.agents.hardware import profile
 from wwwserve.agents.kernel import kernel
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import capacity_per_s
-from wwwserve.envs.market_v0 import parallel_env
+from wwwserve.envs.market_v1 import parallel_env
 from wwwserve.envs.scenario import Lengths, Scenario, parse
 from wwwserve.envs.state import OWN_DONE
 
@@ -73,8 +74,8 @@ def scenario(providers: int, gpus: tuple[str, ...] = SMALL_CARDS) -> Scenario:
 
 
 @kernel
-def draw(routes, n_prices, uniforms, route, terms, price):
-    """Random legal decisions: route [A] among those legal in `routes` [A, ROUTES], terms [A, TERMS_SIZE], price [A]."""
+def draw(routes, uniforms, route, markup):
+    """Random legal decisions: route [A] among those legal in `routes` [A, ROUTES], markup [A]."""
     for a in range(route.size):
         legal = 0
         for k in range(routes.shape[1]):
@@ -87,8 +88,7 @@ def draw(routes, n_prices, uniforms, route, terms, price):
                     route[a] = k
                     break
                 skip -= 1
-        terms[a, MAX_WAIT_S] = ADMIT_WAIT_S[np.int64(uniform(uniforms) * ADMITS)]
-        price[a] = np.int64(uniform(uniforms) * n_prices)
+        markup[a] = np.int64(uniform(uniforms) * MARKUPS.size)
 
 
 class Loop:
@@ -101,11 +101,9 @@ class Loop:
         self.actions = self.batch.actions()
         self._draw_args = (
             self.batch.views.routes.reshape(-1, ROUTES),
-            int(self.batch.markets.market["n_prices"][0]),
             make_generators(0)[0],
             self.actions.route.reshape(-1),
-            self.actions.terms.reshape(-1, TERMS_SIZE),
-            self.actions.price.reshape(-1),
+            self.actions.markup.reshape(-1),
         )
         self._warm_up()
 
@@ -202,7 +200,7 @@ class Args:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the report; returns the exit status, 2 for what cannot be done as asked."""
+    """Measure, print, and write the report; returns the exit status, 2 for what cannot be done."""
     try:
         args = parse_args(Args, PROG, argv)
     except UsageError as error:

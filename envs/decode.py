@@ -91,9 +91,9 @@ def hints_of(kind: type) -> dict[str, Any]:
 @cache
 def split(hint: Any) -> tuple[Any, Meta, Collection[str]]:
     """A type, its bounds, and the names that it may be."""
-    base, notes = (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
-    meta = next((each for each in notes if isinstance(each, Meta)), Meta())
-    return base, meta, next((each.names for each in notes if isinstance(each, OneOf)), ())
+    base, metadata = (get_args(hint)[0], hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+    meta = next((each for each in metadata if isinstance(each, Meta)), Meta())
+    return base, meta, next((each.names for each in metadata if isinstance(each, OneOf)), ())
 
 
 def scalar(at: At, hint: Any) -> Any:

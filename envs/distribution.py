@@ -1,4 +1,4 @@
-"""Random markets to train on: 3 to 8 providers with mixed hardware, models and load, and what can go wrong with them.
+"""Random markets to train on: 3 to 12 providers with mixed hardware, models and load, and what can go wrong with them.
 
 Evaluation scenarios are the packaged files; none of them is drawn here.
 """
@@ -7,16 +7,30 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wwwserve.agents.hardware import Profile, iteration_s, profile
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.envs.scenario import Lengths, Scenario, parse
 
-Kind = Literal["honest", "lying", "switching", "deadlines", "conversation", "alike", "hardware", "bursts", "code"]
+Kind = Literal[
+    "honest",
+    "lying",
+    "switching",
+    "deadlines",
+    "conversation",
+    "alike",
+    "hardware",
+    "bursts",
+    "code",
+    "thin",
+    "uneven",
+    "thick",
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FAMILY = "qwen3"
-"""The name that all users ask for and all providers serve."""
+"""The name that all users request and all providers serve."""
 CHAT_SHARE = 0.7
 _PROMPT = Lognormal(150.0, 0.5, 2048)
 _OUTPUT = Lognormal(4000.0, 0.75, 8192)  # thresholds of 200 to 400 s belong to these lengths
@@ -57,13 +71,14 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
 
     honest: load 0.6 to 1.1 of capacity. lying: the same, and up to a third of the providers, mostly slow ones,
     advertise less load and more speed than they have. switching: they do so for a part of the run only. deadlines: load
-    0.7 to 1.3, chat and batch requests, priced per 1000 tokens. conversation: honest, with short requests, many, and
+    0.7 to 1.3, chat and batch requests. conversation: honest, with short requests, many, and
     tight thresholds, in a sixth of the time. alike: honest, all nodes the same, load 0.6 to 1.4. hardware: honest, one
     model, any GPU. bursts: load 0.6 to 1.4, most requests in a few bursts at given times, which providers have together
     or each for itself; nodes are alike in half the markets. code: long prompts, answers of tens of tokens, thresholds
-    that fit, in a sixth of the time. In the other kinds, nodes are alike in a fifth of the markets and serve one model
-    in another. Load is uneven between providers, steady, alternating or bursty in time, and providers may leave or
-    join.
+    that fit, in a sixth of the time. thin: 3 to 5 providers, one of whom has most of the spare capacity. uneven: some
+    providers have 1.3 to 1.6 times the demand that they can serve, others 0.1 to 0.4. thick: 9 to 12 providers. In the
+    other kinds, nodes are alike in a fifth of the markets and serve one model in another. Load is uneven between
+    providers, steady, alternating or bursty in time, and providers may leave or join.
     Raises ValueError for another kind.
     """
     if kind not in KINDS:
@@ -83,7 +98,6 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
     if kind == "deadlines":
         chat = Lognormal(float(rng.uniform(100, 400)), 0.6, 1024)
         outputs = [(CHAT_SHARE, chat), (1 - CHAT_SHARE, lengths.output)]
-        mapping["economy"] = {"pricing": "per_ktok"}
         classes = {
             "chat": {
                 "share": CHAT_SHARE,
@@ -95,7 +109,7 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
         }
     else:
         classes = {}
-    count = int(rng.integers(3, 9))
+    count = int(rng.integers(*_COUNTS.get(kind, (3, 9))))
     odds = [0.5, 0.2, 0.3] if kind == "bursts" else [0.2, 0.2, 0.6]
     common = _IN_COMMON.get(kind) or str(rng.choice(["all", "model", "nothing"], p=odds))
     providers = _fleet(count, common, rng)
@@ -109,9 +123,12 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
     mapping["slo"] = {"thresholds_s": [round(scale * seconds, 2) for seconds in thresholds_s]}
     if classes:
         mapping["slo"]["classes"] = classes
-    load = rng.uniform(*_LOADS.get(kind, (0.6, 1.1)))
-    uneven = rng.uniform(0.3, 1.7, count)
-    rates = load * uneven * capacities * (np.sum(capacities) / np.sum(uneven * capacities))
+    if kind in ("thin", "uneven"):
+        rates = (_thin if kind == "thin" else _uneven)(np.array(capacities), rng)
+    else:
+        load = rng.uniform(*_LOADS.get(kind, (0.6, 1.1)))
+        uneven = rng.uniform(0.3, 1.7, count)
+        rates = load * uneven * capacities * (np.sum(capacities) / np.sum(uneven * capacities))
     for i, each in enumerate(providers):
         each["name"] = f"n{i + 1}"
         each["serves"] = [FAMILY, each["model"]]
@@ -143,7 +160,7 @@ def _conversation(rng: np.random.Generator) -> Lengths:
 
 
 def _code(rng: np.random.Generator) -> Lengths:
-    """Prompts of 1000 to 3000 tokens and answers of 10 to 60 at the median, as editors ask for."""
+    """Prompts of 1000 to 3000 tokens and answers of 10 to 60 at the median, as editors send."""
     prompt = Lognormal(float(np.exp(rng.uniform(np.log(1000), np.log(3000)))), float(rng.uniform(0.5, 1.0)), 8192)
     return Lengths(prompt, Lognormal(float(rng.uniform(10, 60)), float(rng.uniform(0.5, 1.0)), 1024))
 
@@ -169,6 +186,30 @@ _MODELS_OF = {gpu: [model for model in _MODEL_WEIGHTS if _fits(gpu, model)] for 
 
 _LOADS = {"deadlines": (0.7, 1.3), "alike": (0.6, 1.4), "bursts": (0.6, 1.4)}
 _IN_COMMON = {"alike": "all", "hardware": "model"}
+_COUNTS = {"thin": (3, 6), "uneven": (5, 9), "thick": (9, 13)}  # providers, from and below
+
+
+def _thin(capacities: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Rates of arrival, 1/s: the largest node at 0.1 to 0.4 of what it sustains, the others at 0.9 to 1.5 of it, or
+    less where that would be more than 1.1 of what all sustain."""
+    seller = int(np.argmax(capacities))
+    rates = rng.uniform(0.9, 1.5, capacities.size) * capacities
+    rates[seller] = rng.uniform(0.1, 0.4) * capacities[seller]
+    others = np.arange(capacities.size) != seller
+    room = 1.1 * capacities.sum() - rates[seller]
+    rates[others] *= min(1.0, room / rates[others].sum())
+    return rates
+
+
+def _uneven(capacities: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Rates of arrival, 1/s: 1.3 to 1.6 of what a node sustains for as many as keep all below 1.05, in random order;
+    0.1 to 0.4 for the others."""
+    rates = rng.uniform(0.1, 0.4, capacities.size) * capacities
+    high = rng.uniform(1.3, 1.6, capacities.size) * capacities
+    for i in rng.permutation(capacities.size):
+        if rates.sum() - rates[i] + high[i] <= 1.05 * capacities.sum():
+            rates[i] = high[i]
+    return rates
 
 
 def _fleet(count: int, common: str, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -234,7 +275,8 @@ def _add_bursts(providers: list[dict[str, Any]], rates_per_s: Any, duration_s: f
         n = int(rng.poisson(rate * duration_s))
         in_burst = own_s[rng.integers(count, size=n)] + rng.uniform(0.0, length_s, n)
         times_s = np.where(rng.random(n) < share, in_burst, rng.uniform(0.0, duration_s, n))
-        provider["traffic"] = {"kind": "times", "times_s": np.sort(times_s).round(3).tolist()}
+        times_s = np.minimum(times_s.round(3), np.nextafter(duration_s, 0.0))  # which rounding may reach
+        provider["traffic"] = {"kind": "times", "times_s": np.sort(times_s).tolist()}
 
 
 def _add_absences(providers: list[dict[str, Any]], duration_s: float, rng: np.random.Generator) -> None:

@@ -231,8 +231,8 @@ class Emulator:
 
     def _output(self, request: dict[str, Any], body: bytes, longest: int) -> int:
         """How many tokens the answer will have."""
-        asked = request.get("max_completion_tokens", request.get("max_tokens"))
-        most = longest if asked is None else min(whole_number(asked, "max_tokens", 1), longest)
+        limit = request.get("max_completion_tokens", request.get("max_tokens"))
+        most = longest if limit is None else min(whole_number(limit, "max_tokens", 1), longest)
         least = whole_number(request.get("min_tokens") or 0, "min_tokens", 0)
         if request.get("ignore_eos"):
             return most
@@ -362,7 +362,7 @@ class Args:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status, 2 for what cannot be done as asked."""
+    """Run the command; returns the exit status, 2 for what cannot be done."""
     try:
         args = parse_args(Args, PROG, argv)
         chosen = read_profile(args.profile) if args.profile else profile(args.gpu, args.model, args.max_num_seqs)

@@ -19,7 +19,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class ApiError(Exception):
-    """What a client is told: an HTTP status, a message, and OpenAI's type of error."""
+    """An error response: an HTTP status, a message, and OpenAI's type of error."""
 
     def __init__(self, status: int, message: str, kind: str = "BadRequestError") -> None:
         super().__init__(message)

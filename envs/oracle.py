@@ -5,11 +5,11 @@ They stand beside the policies as baselines, and decide for all providers, reque
 
 import numpy as np
 
+from wwwserve.agents.classes import CLASS_MEAN, CLASS_VALUE
 from wwwserve.agents.decision import NO_DIRECTION, Actions
 from wwwserve.agents.kernel import kernel, records
 from wwwserve.agents.knowledge import AD_KV_CAPACITY
 from wwwserve.agents.protocol import delivered_value
-from wwwserve.agents.view import CLASS_MEAN, CLASS_VALUE
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.engine import ENGINE, JOB, NEVER, advance, kv_use, submit
 
@@ -20,7 +20,7 @@ HORIZON_S = 1e5  # longer than any request takes
 
 @kernel
 def _may_run(providers, i, j):
-    return providers[j].online == 1 and (providers[j].serves & providers[i].asks) != 0
+    return providers[j].online == 1 and (providers[j].serves & providers[i].requests) != 0
 
 
 @kernel

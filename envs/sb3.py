@@ -14,7 +14,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from wwwserve.agents.decision import ADMITS, HOLD, PRICES, ROUTES, set_admit
+from wwwserve.agents.decision import HOLD, ROUTES
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, normalise
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import Scenario
@@ -51,12 +52,11 @@ class MarketVecEnv(VecEnv):
     """`markets` markets of P providers each, as markets * P environments: provider p of market b is number b * P + p.
 
     Observations: float32 [num_envs, OBSERVATION_SIZE], features in [-1, 1], see `agents.view.normalise`: node by node,
-    own first, then the request, then the provider itself. Actions: (route, admit, price), see `agents.decision`. A
-    route that is not open becomes hold (where holding is no longer allowed, the request runs here), a price beyond
-    those posted becomes the highest; `env_method("action_masks")` gives what is open, for algorithms that mask. Since
-    construction, `decisions` counts the requests decided on, `invalid` those whose route was not open. An action is
-    ignored unless the provider was `active`, see the infos, which also have `elapsed_s`, the seconds that the step
-    took.
+    own first, then the request, then the provider itself. Actions: (route, markup), see `agents.decision`. A route that
+    is not open becomes hold (where holding is no longer allowed, the request runs here); `env_method("action_masks")`
+    gives what is open, for algorithms that mask. Since construction, `decisions` counts the requests decided on,
+    `invalid` those whose route was not open. An action is ignored unless the provider was `active`, see the infos,
+    which also have `elapsed_s`, the seconds that the step took.
 
     A market that reaches its horizon is truncated, never terminated: its infos have `TimeLimit.truncated` and
     `terminal_observation`, and it starts again with another seed. Markets draw their seeds, and their scenarios if
@@ -99,7 +99,7 @@ class MarketVecEnv(VecEnv):
         super().__init__(
             markets * self._providers,
             spaces.Box(-1.0, 1.0, (OBSERVATION_SIZE,), np.float32),
-            spaces.MultiDiscrete([ROUTES, ADMITS, PRICES]),
+            spaces.MultiDiscrete([ROUTES, MARKUPS.size]),
         )
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
@@ -117,16 +117,15 @@ class MarketVecEnv(VecEnv):
         return observe(self.batch.views).reshape(self.num_envs, -1)
 
     def step_async(self, actions: NDArray[np.integer]) -> None:
-        """Take in actions [num_envs, 3]. Raises ValueError for a shape or a choice that does not exist."""
+        """Take in actions [num_envs, 2]. Raises ValueError for a shape or a choice that does not exist."""
         actions = np.asarray(actions)
-        if actions.shape != (self.num_envs, 3):
-            raise ValueError(f"actions have shape {actions.shape}, expected {(self.num_envs, 3)}")
-        if (actions < 0).any() or (actions >= (ROUTES, ADMITS, PRICES)).any():
-            raise ValueError(f"an action is beyond {(ROUTES - 1, ADMITS - 1, PRICES - 1)} or below 0")
-        route, admit, price = actions.reshape(self._markets, self._providers, 3).transpose(2, 0, 1)
+        if actions.shape != (self.num_envs, 2):
+            raise ValueError(f"actions have shape {actions.shape}, expected {(self.num_envs, 2)}")
+        if (actions < 0).any() or (actions >= (ROUTES, MARKUPS.size)).any():
+            raise ValueError(f"an action is beyond {(ROUTES - 1, MARKUPS.size - 1)} or below 0")
+        route, markup = actions.reshape(self._markets, self._providers, 2).transpose(2, 0, 1)
         self._actions.route[...] = route
-        set_admit(self._actions, admit)
-        self._actions.price[...] = price
+        self._actions.markup[...] = markup
 
     def step_wait(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Step all markets; observations, rewards, dones and infos of every environment."""
@@ -149,15 +148,14 @@ class MarketVecEnv(VecEnv):
         return observations.reshape(self.num_envs, -1), rewards, np.repeat(over, self._providers), infos
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """What is open to each environment, [num_envs, ROUTES + ADMITS + PRICES]: routes, then admits, then prices.
+        """What is open to each environment, [num_envs, ROUTES + MARKUPS.size]: routes, then markups, which all are.
 
-        Where nothing is asked of a provider, hold is the only route.
+        Where a provider has nothing to decide, hold is the only route.
         """
-        masks = np.ones((self._markets, self._providers, ROUTES + ADMITS + PRICES), np.bool_)
+        masks = np.ones((self._markets, self._providers, ROUTES + MARKUPS.size), np.bool_)
         masks[..., :ROUTES] = np.where(
             self.batch.active[..., None], self.batch.views.routes == 1, np.arange(ROUTES) == HOLD
         )
-        masks[..., ROUTES + ADMITS :] = np.arange(PRICES) < self.batch.markets.market["n_prices"][:, None, None]
         return masks.reshape(self.num_envs, -1)
 
     def close(self) -> None:

@@ -23,7 +23,6 @@ from wwwserve.envs.engine import MAX_SLOTS
 SCENARIOS_DIR = Path(__file__).resolve().parent / "scenarios"
 MAX_CLASSES = 4
 MAX_THRESHOLDS = 8
-MAX_PRICE_BINS = 8
 MAX_JUDGES = 7
 MAX_WINDOWS = 8  # online windows of a provider
 MAX_SERVED = 62  # different names that the providers of a market serve
@@ -59,7 +58,7 @@ class SloClass:
     deadline_s: Time
     """A request is worth its value if it ends within this time of its arrival."""
     value: Rate = 1.0
-    """Worth of a request that is in time, credits."""
+    """Worth of a request that is in time, credits for 1000 tokens of its expected answer."""
     output: Lognormal | None = None
     """Its output length, in place of the provider's; a trace gives its own."""
 
@@ -84,26 +83,24 @@ class Slo:
 class Economy:
     """Credits, stake and duels."""
 
-    pricing: Literal["per_request", "per_ktok"] = "per_request"
-    """`per_request`: a delegated request costs 1 credit; `per_ktok`: the posted price for each 1000 output tokens."""
+    payment: Literal["lateness", "quoted", "per_request"] = "lateness"
+    """What a delegated request costs. `lateness`: its price by the executor's tariff, in full up to the promised time,
+    falling to nothing at twice that; `quoted`: its price; `per_request`: 1 credit."""
     initial_credit: Credits = 1000.0
     """Free credit of each provider at the start."""
     stake_rule: Literal["load", "fixed"] = "load"
     """`load`: stake follows free capacity; `fixed`: it stays at its start."""
     initial_stake: Credits = 2.0
     """Staked credit of each provider at the start."""
-    price_bins: Annotated[tuple[Time, ...], Meta(min_length=1, max_length=MAX_PRICE_BINS)] = (
-        0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
-    )  # fmt: skip
-    """Prices a provider can post, credits; increasing, at most `MAX_PRICE_BINS`."""
     duel_probability: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Chance that a delegated request becomes a duel."""
     judges: Annotated[int, Meta(ge=1, le=MAX_JUDGES)] = 3
     """Judges of a duel, 1 to `MAX_JUDGES`."""
     exposure: Credits | None = None
     """Credits that a provider may have in escrow with one peer; more is not handed to it. Default: no bound."""
-    compute_cost_per_ktok: Rate = 0.02
-    """What 1000 generated tokens cost the provider that runs them, credits."""
+    compute_cost_per_ktok: Rate = 0.09
+    """What 1000 generated tokens cost the provider that runs them, credits; those of the prompt cost by the engine's
+    time, see `agents.tariff.write_compute`."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +158,14 @@ Traffic = PoissonTraffic | MmppTraffic | TimesTraffic | TraceTraffic
 
 @dataclass(frozen=True)
 class Misreport:
-    """A lie in the gossip: advertised load and speed are the true ones times these factors."""
+    """A lie: advertised load and speed, and promised times, are the true ones times these factors.
+
+    What load and speed would be true is also what is promised.
+    """
 
     load: Annotated[float, Meta(ge=0, le=100)] = 1.0
     speed: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    promise: Annotated[float, Meta(gt=0, le=100)] = 1.0
     from_s: float = 0.0
     until_s: float = math.inf
     """Infinite if the file gives none or the end of arrivals: the lie lasts through the drain."""
@@ -186,7 +187,7 @@ class Provider:
     max_num_seqs: Annotated[int, Meta(ge=1, le=MAX_SLOTS)] = 64
     """Most requests that the engine runs at once, 1 to `MAX_SLOTS`."""
     serves: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=32)] = ()
-    """Names that a request may ask for, the first being what its own users ask for; none means the model's name."""
+    """Names that a request may have, the first being that of its own users' requests; none means the model's name."""
     lengths: Lengths = Lengths()
     traffic: Traffic | None = None
     """Requests of its own users; None means that it has no users."""
@@ -335,7 +336,7 @@ class _Decoder:
             return self._trace(at)
         hint = self._phase_end if kind is Phase and key == "until_s" else self._within.get(key, hints_of(kind)[key])
         value = self._decode(at, hint)
-        if key in ("thresholds_s", "price_bins"):
+        if key == "thresholds_s":
             check_increasing(at.items(1, len(value)), value)
         elif key == "phases":
             check_increasing([item.at("until_s") for item in at.items(1, len(value))], [x.until_s for x in value])

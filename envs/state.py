@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wwwserve.agents.classes import CLASS_MAX, CLASS_MEAN, MAX_CLASSES, class_row
 from wwwserve.agents.generator import GENERATOR_WORDS, make_generators
 from wwwserve.agents.hardware import MODELS, QUANTIZATIONS, Profile, profile
 from wwwserve.agents.kernel import records
 from wwwserve.agents.knowledge import (
+    AD_CONTEXT,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
     AD_TIME_S,
@@ -23,7 +25,7 @@ from wwwserve.agents.knowledge import (
     make_peer_stats,
     write_profile,
 )
-from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, NO_BOUND, PER_KTOK, PER_REQUEST, STAKED
+from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, NO_BOUND, PAYMENTS, STAKED
 from wwwserve.agents.provider import (
     AGREEMENT_FIELDS,
     HELD_FIELDS,
@@ -31,16 +33,12 @@ from wwwserve.agents.provider import (
     PROVIDER_FIELDS,
     reset_provider,
     reset_requests,
+    usual_context,
 )
-from wwwserve.agents.view import (
-    CLASS_MAX,
-    CLASS_MEAN,
-    NODES,
-    class_row,
-)
+from wwwserve.agents.tariff import write_compute
+from wwwserve.agents.view import NODES
 from wwwserve.envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
 from wwwserve.envs.scenario import (
-    MAX_CLASSES,
     MAX_JUDGES,
     MAX_WINDOWS,
     Misreport,
@@ -55,7 +53,7 @@ FUTURE, HELD, OFFERED, IN_ENGINE, ANSWERING, LOST, DONE, FAILED = range(8)  # fr
 # What a request is.
 USER, COPY, JUDGEMENT = range(3)
 # What of it is on its way between two providers.
-NOTHING, OFFER, REFUSAL, ANSWER = range(4)
+NOTHING, OFFER, REFUSAL, TIMEOUT, ANSWER = range(5)
 
 # Columns of `counts`, per provider.
 (
@@ -72,7 +70,6 @@ MARKET = np.dtype(
         ("duration_s", np.float64),
         ("drain_s", np.float64),
         ("duel_probability", np.float64),
-        ("compute_cost_per_ktok", np.float64),
         ("n_providers", np.int64),
         ("n_arrivals", np.int64),
         ("judges", np.int64),
@@ -82,6 +79,7 @@ MARKET = np.dtype(
         ("dense", np.int64),
         ("count_transfers", np.int64),
         ("by_decision", np.int64),
+        ("count_future", np.int64),
         # the run
         ("now_s", np.float64),
         ("ticks", np.int64),
@@ -108,10 +106,11 @@ PROVIDER = np.dtype(
         *PROVIDER_FIELDS,
         # the scenario
         ("serves", np.int64),  # bit set of model names
-        ("asks", np.int64),  # the bit its own users ask for
+        ("requests", np.int64),  # the bit of the name that its own users request
         ("windows", np.float64, (MAX_WINDOWS, 2)),  # online from, until
         ("lie_load", np.float64),  # misreport
         ("lie_speed", np.float64),
+        ("lie_promise", np.float64),
         ("lie_from_s", np.float64),
         ("lie_until_s", np.float64),
         ("strength", np.float64),  # Bradley-Terry log-strength
@@ -151,11 +150,10 @@ REQUEST = np.dtype(
         ("noticed_s", np.float64),  # when the origin notices that a lost request is lost
         ("predicted", np.float64),  # its share of the origin's potential
         ("predicted_held", np.float64),  # the same before it was offered
-        ("beside", np.float64),  # what its placement took from the origin's reward for those that run there
+        ("beside", np.float64),  # what its placement brought its origin's reward beside its predicted value
         ("answer_s", np.float64),  # when the user had the whole answer; NaN until then
         ("first_answer_s", np.float64),  # when the user had the first token
         ("locked", np.int64),  # escrow, micro-credits
-        ("price", np.int64),  # agreed, micro-credits
     ],
     align=True,
 )
@@ -222,10 +220,14 @@ class Reward(NamedTuple):
     transfers: bool = True
     """Count payments, fees and stakes. They cancel in the mean, so a team learns the same without them."""
     by_decision: bool = False
-    """Pay each provider what its own decisions changed in the predicted value of all requests, those of others with
-    `team_weight`, instead of what became of requests: a difference reward (Wolpert and Tumer 2002), free of what chance
-    and others did. Holding a request costs what its wait makes impossible. `dense` and `gamma` are then not read, and
-    what arrivals bring is not part of it."""
+    """Pay each provider what its own decisions on requests are expected to change, instead of what became of requests:
+    a difference reward (Wolpert and Tumer 2002), free of what chance and others did. It counts the value of the request
+    and of the own ones that run where it goes, own users who are yet to come there, compute and payments; what others
+    gain or lose by it with `team_weight`. Holding a request costs what its wait makes impossible. What tariffs earn is
+    not part of it. `dense`, `gamma` and `transfers` are then not read, and what arrivals
+    bring is not part of it."""
+    future: bool = True
+    """By decision, count what a placement takes from own users who are yet to come there."""
 
 
 class MarketPlan(NamedTuple):
@@ -329,8 +331,6 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     economy = scenario.economy
     n, (c, t) = len(scenario.providers), planned.deadlines.shape
     count = traffic.time_s.size
-    per_request = economy.pricing == "per_request"
-    prices = (1.0,) if per_request else economy.price_bins
 
     # Without duels nothing reads requests beyond the plan's.
     in_use = planned.capacity if economy.duel_probability == 0 else markets.requests.shape[1]
@@ -342,16 +342,14 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["rtt_s"] = scenario.rtt_ms / 1000
     m["duel_probability"], m["judges"] = economy.duel_probability, economy.judges
     m["exposure"] = NO_BOUND if economy.exposure is None else round(economy.exposure * MICRO)
-    m["compute_cost_per_ktok"] = economy.compute_cost_per_ktok
-    m["n_providers"], m["n_classes"], m["n_deadlines"], m["n_prices"] = n, c, t, len(prices)
+    m["n_providers"], m["n_classes"], m["n_deadlines"] = n, c, t
     m["n_arrivals"] = m["used"] = m["unresolved"] = count
-    m["pricing"] = PER_REQUEST if per_request else PER_KTOK
+    m["payment"] = PAYMENTS.index(economy.payment)
     m["stake_follows_load"] = economy.stake_rule == "load"
     m["deadlines"][0, :c, :t] = planned.deadlines
-    m["prices"][0, : len(prices)] = prices
     m["team_weight"], m["gamma"], m["dense"] = reward.team_weight, reward.gamma, reward.dense
     m["count_transfers"] = reward.transfers
-    m["by_decision"] = reward.by_decision
+    m["by_decision"], m["count_future"] = reward.by_decision, reward.future
     m["mail_head"] = m["mail_tail"] = -1
     m["generator"] = make_generators((planned.seed, 1))
 
@@ -359,7 +357,6 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     names = sorted({name for p in scenario.providers for name in p.serves})
     reset_provider(providers)
     providers["generator"] = make_generators((planned.seed, 2), len(providers))
-    providers["price"] = prices[0]
     providers["advert_lands_s"] = np.inf
     providers["known"][:n, :c] = planned.known
     providers["own"][:n, AD_MEAN_PROMPT] = planned.mean_prompt
@@ -368,10 +365,11 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     for i, provider in enumerate(scenario.providers):
         p, planned_profile = providers[i : i + 1], planned.profiles[i]
         p["serves"] = sum(1 << names.index(name) for name in set(provider.serves))
-        p["asks"] = 1 << names.index(provider.serves[0])
+        p["requests"] = 1 << names.index(provider.serves[0])
         p["windows"][0, : len(provider.online_s)] = provider.online_s
-        lie = provider.misreport or Misreport(1.0, 1.0, np.inf, np.inf)
-        p["lie_load"], p["lie_speed"], p["lie_from_s"], p["lie_until_s"] = lie.load, lie.speed, lie.from_s, lie.until_s
+        lie = provider.misreport or Misreport(from_s=np.inf)
+        p["lie_load"], p["lie_speed"], p["lie_promise"] = lie.load, lie.speed, lie.promise
+        p["lie_from_s"], p["lie_until_s"] = lie.from_s, lie.until_s
         strength = MODELS[provider.model].strength + QUANTIZATIONS[provider.quantization].strength
         p["strength"] = strength if provider.strength is None else provider.strength
         credit = economy.initial_credit if provider.initial_credit is None else provider.initial_credit
@@ -379,6 +377,8 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
         markets.accounts[b, i, FREE], markets.accounts[b, i, STAKED] = round(credit * MICRO), round(stake * MICRO)
         p["max_len"] = min(planned_profile.max_model_len, planned_profile.kv_tokens)
         write_profile(p["own"][0], planned_profile.row(), 1.0)
+        p["own"][0, AD_CONTEXT] = usual_context(p[0], m[0])
+        write_compute(p["compute"][0], p["own"][0], economy.compute_cost_per_ktok)
         reset_engine(engines[i], planned_profile.row())
 
     m["minted"] = markets.accounts[b].sum()

@@ -1,4 +1,4 @@
-"""Arrivals: when whose user asks for how much. The same scenario and seed give the same bytes."""
+"""Arrivals: when whose user sends a request of what length. The same scenario and seed give the same bytes."""
 
 import math
 from functools import lru_cache

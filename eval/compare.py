@@ -5,7 +5,6 @@ start at a million: training draws its own below that, and nothing is measured o
 """
 
 import json
-import math
 import os
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from wwwserve.agents.arguments import Count, File, Folder, Policies, Seed, Usage
 from wwwserve.agents.rules import Policy
 from wwwserve.envs.oracle import ORACLES, Oracle
 from wwwserve.envs.scenario import Scenario, ScenarioError, load
-from wwwserve.eval.metrics import mean_ci, measure, paired_ci, score, time_quantiles
+from wwwserve.eval.metrics import mean_ci, measure, or_none, paired_ci, score, time_quantiles
 from wwwserve.eval.play import Run, rollout
 from wwwserve.eval.policies import DEFAULT_POLICIES, PolicyError, load_policies
 
@@ -117,7 +116,7 @@ def over_seeds(trees: Sequence[Tree], baseline: Sequence[Tree] | None = None) ->
         if isinstance(value, dict):
             result[key] = over_seeds(mine, other)
         else:
-            result[key] = [_or_none(x) for x in (mean_ci(mine) if other is None else paired_ci(mine, other))]
+            result[key] = [or_none(x) for x in (mean_ci(mine) if other is None else paired_ci(mine, other))]
     return result
 
 
@@ -131,11 +130,7 @@ def _totals(runs: Sequence[Run]) -> Tree:
 def _quantiles(runs: Sequence[Run]) -> list[float | None]:
     """Means over seeds of the 1st to 99th percentile of latency, s."""
     table = np.array([time_quantiles(run.requests.latency_s) for run in runs])
-    return [_or_none(mean_ci(column)[0]) for column in table.T]
-
-
-def _or_none(x: float) -> float | None:
-    return None if math.isnan(x) else x
+    return [or_none(mean_ci(column)[0]) for column in table.T]
 
 
 def table(result: Tree, scenario: Scenario) -> str:

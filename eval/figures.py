@@ -1,7 +1,10 @@
 """Draws results: `python -m eval.figures RESULT.json --out DIR [--training LOG]`, each figure as PNG and SVG.
 
 `slo` and `latency` (quantiles, and a summary by policy) from what `eval.compare --json` writes, `learning` from the
-log of a training run. Every policy has a line style and a marker of its own, so that figures read without colour.
+log of a training run. From what `eval.game --json` writes: `markups` and `prices` over time, `profit` beside that of
+being alone, `deviations` with what they gain, `welfare` (its loss by the number of providers) and `price-cut`, the last
+two where they were measured. Every policy has a line style and a marker of its own, so that figures read without
+colour.
 """
 
 import json
@@ -49,7 +52,8 @@ _STYLES: dict[str, tuple[Any, str, str]] = {
 _OTHERS = (("-", "H", "#a6761d"), ("--", ">", "#1b7837"), ("-.", "X", "#762a83"), (":", "p", "#b2182b"),
            ((0, (9, 2, 1, 2)), "h", "#4d4d4d"), ((0, (2, 2)), "8", "#006d5b"),
            ((0, (6, 3)), "4", "#5a3d8a"), ((0, (8, 1, 1, 1)), "|", "#8a3d5a"), ((0, (3, 3)), "_", "#3d5a8a"),
-           ((0, (1, 2, 4, 2)), "$o$", "#5a8a3d"))  # fmt: skip
+           ((0, (1, 2, 4, 2)), "$o$", "#5a8a3d"), ((0, (5, 2)), "$x$", "#3d3d8a"),
+           ((0, (2, 1, 6, 1)), "$v$", "#8a7a3d"), ((0, (7, 2, 2, 2)), "$k$", "#7a3d5a"))  # fmt: skip
 SETTINGS: Any = {
     "figure.dpi": 150,
     "font.size": 9,
@@ -78,6 +82,11 @@ def draw(result_file: Path, out: Path, training: Path | None = None, best_rule: 
     With `best_rule`, the best of the rules in each scenario stands for all of them; see `with_best_rule`.
     """
     result = _read(result_file, json.loads)
+    if isinstance(result, dict) and "first_seed" in result:
+        try:
+            return draw_game(result, out)
+        except _UNEXPECTED as error:
+            raise FigureError(f"{result_file}: not a result of eval.game: {error!r}") from None
     progress = None if training is None else _read(training, lambda text: [json.loads(x) for x in text.splitlines()])
     try:
         files = draw_comparison(with_best_rule(result) if best_rule else result, out)
@@ -112,6 +121,28 @@ def draw_comparison(result: Tree, out: Path) -> list[Path]:
             *save(by_scenario(cells, latency_panel, "share of requests answered within it"), out, "latency"),
             *save(latency_summary(cells), out, "latency-summary"),
         ]
+
+
+def draw_game(result: Tree, out: Path) -> list[Path]:
+    """The figures of what `eval.game` writes; the files written."""
+    cells = result["scenarios"]
+    with plt.rc_context(SETTINGS):
+        files = [
+            *save(by_provider(cells, course_panel("markup", "markup on marginal cost")), out, "markups"),
+            *save(by_provider(cells, course_panel("price", "credits per 1000 output tokens")), out, "prices"),
+            *save(by_provider(cells, profit_panel), out, "profit"),
+        ]
+        if any(cell["deviations"] for cell in cells.values()):
+            files += save(deviation_gains(cells), out, "deviations")
+        families = welfare_losses(cells)
+        if any(len(points) > 1 for points in families.values()):
+            files += save(welfare(families), out, "welfare")
+        cut = {
+            name: cell["collusion"]["cut"] for name, cell in cells.items() if cell.get("collusion", {}).get("sellers")
+        }
+        if cut:
+            files += save(price_cuts(cut), out, "price-cut")
+        return files
 
 
 def draw_learning(progress: Sequence[Tree], out: Path) -> list[Path]:
@@ -227,6 +258,122 @@ def _learning(progress: Sequence[Tree]) -> Figure:
     return figure
 
 
+MANY = 10  # providers, beyond which they are not told apart
+
+
+def by_provider(cells: Tree, panel: Any) -> Figure:
+    """A panel for each scenario, in which providers have styles of their own, unless there are too many."""
+    told_apart = [cell["providers"] for cell in cells.values() if len(cell["providers"]) <= MANY]
+    names = list(dict.fromkeys(name for each in told_apart for name in each))
+    figure, axes = panels(len(cells), 2.9, names or ["-"])
+    for each, (scenario, cell) in zip(axes, cells.items(), strict=True):
+        alike = {"linestyle": "-", "marker": "o", "color": "#777777", "lw": 0.7, "markersize": 3}
+        few = len(cell["providers"]) <= MANY
+        panel(each, cell, {name: style_of(name, names) if few else alike for name in cell["providers"]})
+        each.set_title(scenario)
+    if any(each.get_legend_handles_labels()[1] for each in axes):
+        legend(figure, axes)
+    return figure
+
+
+def course_panel(key: str, label: str) -> Any:
+    """Draws `markup` or `price` of every provider over time, means over seeds."""
+
+    def panel(axes: Axes, cell: Tree, styles: dict[str, dict[str, Any]]) -> None:
+        for name, style in styles.items():
+            values = np.array(cell["course"][key][name], np.float64)
+            axes.plot(cell["course"]["time_s"], values, **style, markevery=(3, 24))
+        axes.set_ylim(bottom=0.0)
+        axes.set_xlabel("time (s)")
+        axes.set_ylabel(label)
+
+    return panel
+
+
+def profit_panel(axes: Axes, cell: Tree, styles: dict[str, dict[str, Any]]) -> None:
+    """Profit against the profit alone, with 95 % intervals over seeds; below the line a provider is worse off."""
+    for name, style in styles.items():
+        each = cell["providers"][name]
+        (x, x_half), (y, y_half) = each["alone"], each["profit"]
+        shown = style | {"linestyle": "none"}
+        axes.errorbar(x, y, xerr=x_half or 0.0, yerr=y_half or 0.0, elinewidth=0.8, capsize=2, **shown)
+    low, high = (pick(*axes.get_xlim(), *axes.get_ylim()) for pick in (min, max))
+    axes.plot([low, high], [low, high], color="black", lw=0.8, zorder=0)
+    axes.set_xlabel("profit alone (credits)")
+    axes.set_ylabel("profit (credits)")
+
+
+def deviation_gains(cells: Tree) -> Figure:
+    """What deviations gain, percent of own profit: the mean provider and the one that gains most."""
+    names = list(dict.fromkeys(name for cell in cells.values() for name in cell["deviations"]))
+    figure, axes = panels(len(cells), 0.9 + 0.2 * len(names), ["gains most"])
+    for k, (each, (scenario, cell)) in enumerate(zip(axes, cells.items(), strict=True)):
+        for key, label, marker, face in (
+            ("mean_gain", "mean", "o", "white"),
+            ("worst_gain", "gains most", "s", "#999999"),
+        ):
+            for row, name in enumerate(names):
+                if name in cell["deviations"]:
+                    mean, half = cell["deviations"][name][key]
+                    each.errorbar(
+                        100 * mean, row, xerr=100 * (half or 0.0), fmt=marker, color="black", markerfacecolor=face,
+                        elinewidth=0.8, capsize=2, markersize=4.5, label=label if row == 0 else None,
+                    )  # fmt: skip
+        each.axvline(0.0, color="black", lw=0.8)
+        each.set_yticks(range(len(names)), names if k % _in_row(len(axes)) == 0 else [])
+        each.invert_yaxis()
+        each.set_xlabel("gain (% of own profit)")
+        each.set_title(scenario)
+    legend(figure, axes)
+    return figure
+
+
+def welfare_losses(cells: Tree) -> dict[str, list[tuple[int, float, float]]]:
+    """By scenario without its copies: numbers of providers, loss of welfare and half-width, percent."""
+    families: dict[str, list[tuple[int, float, float]]] = {}
+    for name, cell in cells.items():
+        family = name.removesuffix(f" x{cell['copies']}")
+        mean, half = cell["loss"]
+        families.setdefault(family, []).append((len(cell["providers"]), 100 * mean, 100 * (half or 0.0)))
+    return {family: sorted(points) for family, points in families.items()}
+
+
+def welfare(families: dict[str, list[tuple[int, float, float]]]) -> Figure:
+    """Loss of welfare to the cooperative policy against the number of providers."""
+    figure, (axes,) = panels(1, 2.9, families)
+    for name, points in families.items():
+        x, mean, half = np.array(points).T
+        axes.errorbar(x, mean, yerr=half, elinewidth=0.8, capsize=2, **style_of(name, list(families)))
+    ticks = sorted({point[0] for points in families.values() for point in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(x) for x in ticks])
+    axes.minorticks_off()
+    axes.axhline(0.0, color="black", lw=0.8)
+    axes.set_xlabel("providers")
+    axes.set_ylabel("welfare missing (%)")
+    legend(figure, [axes])
+    return figure
+
+
+def price_cuts(cuts: Tree) -> Figure:
+    """Markups around the time in which one seller is made to sell as cheaply as it can."""
+    figure, axes = panels(len(cuts), 2.9, ["others, without the cut"])
+    for each, (scenario, cut) in zip(axes, cuts.items(), strict=True):
+        each.axvspan(cut["from_s"], cut["until_s"], color="#dddddd", lw=0)
+        for key, label, line in (
+            ("forced", "who cuts", "-"),
+            ("others_markup", "others", "--"),
+            ("others_without", "others, without the cut", ":"),
+        ):
+            each.plot(cut["time_s"], cut[key], label=label, linestyle=line, color="black")
+        each.set_ylim(bottom=0.0)
+        each.set_title(f"{scenario}: {cut['seller']}")
+        each.set_xlabel("time (s)")
+        each.set_ylabel("markup")
+    legend(figure, axes)
+    return figure
+
+
 def legend(figure: Figure, axes: Sequence[Axes], title: str | None = None) -> None:
     """One legend for all panels, to their right."""
     entries = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
@@ -254,10 +401,10 @@ def _read(path: Path, parse: Any) -> Any:
 
 @dataclass
 class Args:
-    """Draw results of `wwwserve compare`."""
+    """Draw results of `wwwserve compare` and `wwwserve game`."""
 
     result: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RESULT.json")]
-    """what compare --json wrote"""
+    """what compare --json or game --json wrote"""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """folder for the figures"""
     training: Annotated[Path | None, tyro.conf.arg(metavar="LOG")] = None

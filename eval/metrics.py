@@ -99,6 +99,16 @@ def paired_ci(values: ArrayLike, baseline: ArrayLike) -> MeanCi:
     return mean_ci(np.asarray(values, np.float64) - np.asarray(baseline, np.float64))
 
 
+def or_none(x: float) -> float | None:
+    """The number as results have it: None for one that does not exist."""
+    return None if math.isnan(x) else x
+
+
+def interval(values: ArrayLike) -> list[float | None]:
+    """`mean_ci` as results have it."""
+    return [or_none(x) for x in mean_ci(values)]
+
+
 @lru_cache(maxsize=64)
 def t_quantile(degrees: int) -> float:
     """t such that Student's distribution with this many degrees of freedom has 95 % of its mass in [-t, t].

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from wwwserve.agents.protocol import OUTPUT
 from wwwserve.agents.rules import Policy
 from wwwserve.envs.batch import MarketBatch, RequestTable
 from wwwserve.envs.oracle import Oracle
@@ -25,7 +26,7 @@ class Run(NamedTuple):
     seed: int
     requests: RequestTable
     profit: NDArray[np.float64]  # [N] credits since the start
-    price: NDArray[np.float64]  # [N] credits, mean over the time of the run
+    price: NDArray[np.float64]  # [N] of 1000 tokens of output by the own tariff, credits, mean over the time online
 
 
 def rollout(scenario: Scenario, policy: Policy | Oracle, seeds: Sequence[int], *, threads: int = 1) -> list[Run]:
@@ -68,22 +69,23 @@ def run(
     batch = MarketBatch(plans, threads=max(1, min(threads, len(plans) // MARKETS_PER_THREAD)))
     actions = batch.actions()
     providers = batch.markets.providers
-    price_time = np.zeros(providers.shape)  # credit seconds
+    price_time, online_s = np.zeros(providers.shape), np.zeros(providers.shape)  # credit seconds; seconds
     while not batch.over.all():
         if isinstance(policy, Oracle):
             policy.decide(batch, actions)
         else:
             policy.decide(batch.views, batch.active, batch.uniforms, actions)
-        before_s = batch.now_s.copy()
         batch.step(actions)
-        price_time += providers["price"] * (batch.now_s - before_s)[:, None]
+        took_s = batch.elapsed_s[:, None] * providers["online"]
+        price_time += providers["tariff"][..., OUTPUT] * took_s
+        online_s += took_s
         watch(batch)
     return [
         Run(
             seed=planned.seed,
             requests=batch.requests(b),
             profit=providers["profit"][b, : len(planned.profiles)].copy(),
-            price=price_time[b, : len(planned.profiles)] / batch.now_s[b],
+            price=(price_time / np.maximum(online_s, 1e-9))[b, : len(planned.profiles)],
         )
         for b, planned in enumerate(plans)
     ]

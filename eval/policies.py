@@ -22,7 +22,8 @@ def load_policy(argument: str) -> Policy | Oracle:
 
     A rule, with settings where they differ from its tuned ones (`rank_cap` or `rank_cap:cap_fast=0.2,urgency=3`; the
     policy is then named so in full), or as it was tuned for a kind of market (`rank_cap@deadlines`); `centralized` or
-    `omniscient`, which see everything; `learned`, the policy that the project ships; else the folder of a bundle.
+    `omniscient`, which see everything; `competitive` and `cooperative`, the policies that the project
+    ships, `learned`, the first of them; else the folder of a bundle.
     """
     name, colon, settings = argument.partition(":")
     rule_name, at, kind = argument.partition("@")
@@ -44,12 +45,16 @@ def load_policy(argument: str) -> Policy | Oracle:
         return Oracle(argument)
     if argument == LEARNED:
         return _load_bundle(argument, bundle.DEFAULT_BUNDLE)
+    if argument in bundle.SHIPPED:
+        shipped = _load_bundle(argument, bundle.SHIPPED[argument])
+        shipped.name = argument
+        return shipped
     if Path(argument).is_dir():
         return _load_bundle(argument, Path(argument))
     raise PolicyError(
         f"unknown policy {argument!r}, expected a rule ({', '.join(RULES)}; RULE@KIND as tuned for one of "
         f"{', '.join(OBJECTIVES)}), a router that sees everything "
-        f"({', '.join(ORACLES)}), {LEARNED} or the folder of a bundle"
+        f"({', '.join(ORACLES)}), {LEARNED}, {', '.join(bundle.SHIPPED)} or the folder of a bundle"
     )
 
 

@@ -25,12 +25,12 @@ from wwwserve.agents import hardware
 from wwwserve.agents.arguments import Name, UsageError, parse_args, refuse
 from wwwserve.agents.decision import make_actions
 from wwwserve.agents.policy.bundle import (
-    DEFAULT_BUNDLE,
     MANIFEST,
     SEALED,
     TOLERANCE,
     Bundle,
     BundleError,
+    folder_of,
     from_bundle,
     golden_error,
     read,
@@ -61,7 +61,7 @@ REFUSED = (
 
 Policy = Annotated[str | None, tyro.conf.arg(metavar="NAME|BUNDLE")]
 Given = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-GivenBundle = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
+GivenBundle = Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
 
 
 class Command(Protocol):
@@ -246,13 +246,13 @@ class LedgerVerify:
 class PolicyShow:
     """Say what a bundle holds and how it was made."""
 
-    bundle: GivenBundle = DEFAULT_BUNDLE
-    """folder of the bundle; default: the policy that is shipped"""
+    bundle: GivenBundle = None
+    """folder of the bundle, or `competitive` or `cooperative`, which are shipped; the first is the default"""
     json: bool = False
     """print the manifest as it is"""
 
     def run(self) -> int:
-        bundle = read(self.bundle)
+        bundle = read(folder_of(self.bundle))
         if self.json:
             sys.stdout.write((bundle.folder / MANIFEST).read_text(encoding="utf-8"))
         else:
@@ -264,14 +264,14 @@ class PolicyShow:
 class PolicyVerify:
     """Load a bundle with every check, and time its decisions."""
 
-    bundle: GivenBundle = DEFAULT_BUNDLE
-    """folder of the bundle; default: the policy that is shipped"""
+    bundle: GivenBundle = None
+    """folder of the bundle, or `competitive` or `cooperative`, which are shipped; the first is the default"""
 
     def run(self) -> int:
-        bundle = read(self.bundle)
+        bundle = read(folder_of(self.bundle))
         policy = from_bundle(bundle)
         error, spent_us = golden_error(policy, bundle), decision_us(policy, bundle.views)
-        print(f"ok: {_printable(str(self.bundle))}")
+        print(f"ok: {_printable(str(folder_of(self.bundle)))}")
         size = f"{1 + len(SEALED)}, {_bundle_bytes(bundle):,} bytes"
         print(f"files    {size}; digests, shapes and numbers as they should be")
         print(f"golden   {len(bundle.logits)} views, logits within {error:.1e} (at most {TOLERANCE:g})")
@@ -295,6 +295,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "train": Tool("train.mappo", "Train a policy with MAPPO, and compare it with the rules."),
     "sb3": Tool("train.sb3_ppo", "Train a policy with the PPO of Stable-Baselines3."),
     "compare": Tool("eval.compare", "Compare policies on the same arrivals."),
+    "game": Tool("eval.game", "Measure what a provider gains by itself."),
     "regret": Tool("eval.regret", "Judge policies by their worst regret."),
     "tune": Tool("eval.tune", "Tune the rules on training markets."),
     "scale": Tool("eval.scale", "Judge policies by the market's size."),
@@ -306,6 +307,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "strength": Tool("eval.strength", "Fit the quality of models' answers to published win rates."),
     "bench": Tool("envs.bench", "Measure how fast the market runs."),
     "trial": Tool("eval.live.trial", "Play a scenario through a live network."),
+    "profits": Tool("eval.live.profits", "Compare what providers earn on real nodes with the simulated market."),
     "overhead": Tool("eval.live.overhead", "Measure what a node adds to a request."),
     "delegated": Tool("eval.live.delegated", "Measure what it costs to hand a request over."),
     "judges": Tool("eval.live.judges", "Measure how often judges err, on real vLLM."),
@@ -398,8 +400,7 @@ def describe(bundle: Bundle) -> str:
         ("versions", f"bundle format {m['format']}, observation spec {m['view_version']}"),
         ("network", f"{net['name']}, width {net['width']}, {net['parameters']:,} parameters"),
         ("sees", ", ".join(f"{len(each)} features of {part}" for part, each in m["features"].items())),
-        ("decides", f"{len(decisions['routes'])} routes, {len(decisions['admit_wait_s'])} admission waits, "
-                    f"{decisions['prices']} prices"),
+        ("decides", f"{len(decisions['routes'])} routes, {len(decisions['markups'])} markups"),
         ("trained", f"{_told(m.get('agent_steps'))} agent steps, seed {_told(m.get('seed'))}"),
         ("markets", m.get("environment")),
         ("git", m.get("git")),

@@ -11,16 +11,17 @@ import numpy as np
 import yaml
 
 from wwwserve.agents import strict_yaml
+from wwwserve.agents.classes import MAX_CLASSES, class_row
 from wwwserve.agents.hardware import Profile, profile
 from wwwserve.agents.kernel import Floats
-from wwwserve.agents.knowledge import MAX_CLASSES
 from wwwserve.agents.lengths import Lognormal
+from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import RULES
-from wwwserve.agents.view import class_row
+from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.stakes import MOST_JUDGES
+from wwwserve.serving.market import Market
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
-from wwwserve.serving.node_provider import Market
 
 MOST_AT_ONCE = 1 << 16  # requests in an engine
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
@@ -110,15 +111,14 @@ class ClassConfig(Struct):
     """An SLO class of the users' requests, which they name in the header `x-slo-class`."""
 
     deadline_s: float
-    value: float = 1.0
+    value: float = 1.0  # of 1000 tokens of an answer in time, credits
     output: LengthsConfig | None = None  # default: the node's
 
 
 class MarketConfig(Struct):
     """What all providers of a network agree on."""
 
-    prices: tuple[float, ...] = (1.0,)
-    per_ktok: bool = False
+    payment: Literal["lateness", "quoted", "per_request"] = "lateness"  # as `agents.protocol.PAYMENTS`
     rtt_s: float = 0.05
     gossip_s: float = 3.0
     tick_s: float = 1.0
@@ -168,6 +168,7 @@ class NodeConfig(Struct):
     seed: int = 0
     stake: float = 1.0  # credits
     credit: float = 1000.0  # credits
+    compute_cost_per_ktok: float = 0.09  # of 1000 output tokens, credits
     keys: tuple[str, ...] = ()  # API keys of users; none: everyone is a user
     membership: StaticConfig | ZenohConfig = msgspec.field(default_factory=StaticConfig)
     peers: tuple[PeerConfig, ...] = ()  # with static membership
@@ -195,7 +196,7 @@ class NodeConfig(Struct):
             deadlines = [list(self.deadlines_s)]
         market = self.market
         return Market(
-            known=np.array(rows), deadlines=np.array(deadlines), prices=market.prices, per_ktok=market.per_ktok,
+            known=np.array(rows), deadlines=np.array(deadlines), payment=PAYMENTS.index(market.payment),
             rtt_s=market.rtt_s, gossip_s=market.gossip_s, tick_s=market.tick_s,
         )  # fmt: skip
 
@@ -307,7 +308,6 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
          f"at least one, above 0 and ascending, got {c.deadlines_s}"),
         ("classes", len(c.classes) <= MAX_CLASSES, f"at most {MAX_CLASSES}, got {len(c.classes)}"),
         ("every class's deadline_s", all(k.deadline_s > 0 for k in c.classes.values()), "above 0"),
-        ("market.prices", min(c.market.prices, default=0) > 0, f"at least one, above 0, got {c.market.prices}"),
         ("market.tick_s", 0.01 <= c.market.tick_s <= 10, f"0.01 to 10, got {c.market.tick_s:g}"),
         ("market.gossip_s", 0.05 <= c.market.gossip_s <= 60, f"0.05 to 60, got {c.market.gossip_s:g}"),
         ("market.rtt_s", 0 <= c.market.rtt_s <= 10, f"0 to 10, got {c.market.rtt_s:g}"),
@@ -318,6 +318,8 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
         *[(field, 0 <= amount <= MOST_CREDITS, f"0 to {MOST_CREDITS:,} credits, got {amount:g}")
           for field, amount in (("stake", c.stake), ("credit", c.credit))],
+        ("compute_cost_per_ktok", 0 <= c.compute_cost_per_ktok <= MAX_TARIFF,
+         f"0 to {MAX_TARIFF:,.0f} credits, got {c.compute_cost_per_ktok:g}"),
         *[(f"limits.{field}", limit > 0, f"above 0, got {limit:g}")
           for field, limit in msgspec.structs.asdict(c.limits).items()],
         ("engine.profile.max_num_seqs", 1 <= c.engine.profile.max_num_seqs <= MOST_AT_ONCE,

@@ -10,29 +10,21 @@ import asyncio
 import logging
 import math
 from collections import deque
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 
 from wwwserve.agents.decision import HOLD, LOCAL
 from wwwserve.agents.knowledge import (
-    AD_KV_CAPACITY,
-    AD_KV_TOKENS,
-    AD_PRICE,
-    AD_RUNNING,
     AD_STAKE,
-    AD_TIME_S,
-    AD_WAITING,
-    DUELS_LOST,
-    DUELS_WON,
 )
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.delegation import Delegation
 from wwwserve.serving.duel.duels import Attestor, Declined, JudgePool
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
-from wwwserve.serving.engine.adapter import Engine, EngineError
+from wwwserve.serving.engine.adapter import Engine, EngineError, Sent
 from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.http.peers import PeerClient, PeerError
 from wwwserve.serving.http.reply import (
@@ -44,17 +36,19 @@ from wwwserve.serving.http.reply import (
     Reply,
     RetryableError,
     pass_stream_on,
+    send_timed,
 )
 from wwwserve.serving.http.resume import Resumed, resumable
 from wwwserve.serving.http.sse import AnswerMeter, StreamError, Usage
 from wwwserve.serving.http.transport import Response, Transport
-from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Delivery
+from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Came, Delivery
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
-from wwwserve.serving.ledger.statements import digest
+from wwwserve.serving.ledger.statements import MOST_TOKENS, digest
+from wwwserve.serving.market import Promise, Tariff
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
-from wwwserve.serving.node_provider import Decision, NodeProvider, Promise
+from wwwserve.serving.node_provider import Decision, NodeProvider
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -79,6 +73,17 @@ class Job:
     turned_away: bool = False  # by the own engine, which was full
 
 
+class RemoteRequest(NamedTuple):
+    """A peer's request that is taken."""
+
+    origin: str
+    completion: CompletionRequest
+    prompt: int  # tokens
+    longest: int  # tokens of the longest answer that it may get
+    tariff: Tariff
+    promise: Promise
+
+
 class Dispatcher:
     """One node's requests."""
 
@@ -93,16 +98,17 @@ class Dispatcher:
         self.serves = list(config.serves)
         self.peers: dict[str, Advert] = {}  # by name, those that are there
         self.client = PeerClient(messages, transport, self.peers)
-        accounts = Accounts(ledger, provider.market.pricing, self._tell_ledger) if ledger is not None else None
+        accounts = Accounts(ledger, self._tell_ledger) if ledger is not None else None
         self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self.here: dict[int, Sent] = {}  # in the own engine, by the provider's number of the request
         self.bytes_per_token = BYTES_PER_TOKEN
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
         self.number = 0
         self.restaked_s = -np.inf  # when the stake was last stated
         self._ticked_s: float | None = None  # when the last tick was
         self._round_due = False  # of decisions
-        self._priced = False  # whether the price of an advert that is due has been decided
+        self._marked_up = False  # whether the markup of an advert that is due has been decided
         self.attestor = Attestor(messages.identity)
         self.judge_pool = JudgePool(messages.identity, self._judge, metrics)
         if ledger is not None:
@@ -185,7 +191,7 @@ class Dispatcher:
             load=tuple(self.provider.advertise(now_s).tolist()), age_s=0.0,
         )  # fmt: skip
         if self.accounts is not None:
-            self.accounts.posted(self.provider.price)
+            self.accounts.advertised(self.provider.tariff_micro)
         self.membership.publish(advert, asyncio.get_running_loop().time())
 
     async def _restake(self, accounts: Accounts) -> None:
@@ -240,12 +246,14 @@ class Dispatcher:
         self._look_at_engine(now_s)
         if self.accounts is not None:
             self._look_at_ledger(self.accounts.ledger)
-        if self._priced:
-            self._priced = False
+        if self._marked_up:
+            self._marked_up = False
             self._publish(now_s)
+        if provider.held or provider.advert_due:
+            self._appraise(now_s)
         decision = provider.decide(now_s, self.metrics.remote_now)
-        self._priced = provider.advert_due
-        if self._priced or (decision is not None and provider.held):
+        self._marked_up = provider.advert_due
+        if self._marked_up or (decision is not None and provider.held):
             self.dispatch()
         if decision is None:
             return
@@ -272,17 +280,23 @@ class Dispatcher:
         load = self.engine.load()
         self.provider.scraped(now_s, load.running, load.waiting, load.kv_tokens)
 
+    def _appraise(self, now_s: float) -> None:
+        """Work out what one more request costs here, unless that was done lately; the engine was just looked at."""
+        if self.provider.is_cost_old(now_s):
+            running = self.engine.progress(self.here.values(), now_s)
+            self.provider.appraise(((sent.request, sent.own, tokens) for sent, tokens in running), now_s)
+
     # Users' requests.
 
     async def answer(self, completion: CompletionRequest, reply: Reply) -> None:
         """Answer a user's request. Raises Failed when that cannot be, and what `reply` raises."""
         provider, arrival_s = self.provider, self.clock()
         if provider.held >= self.config.limits.held:
-            provider.missed()
+            provider.missed(completion.klass)
             self.metrics.turned_away()
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
         prompt = max(1, round(completion.prompt_bytes / self.bytes_per_token))
-        most = (completion.max_tokens or self.config.output.max) * completion.choices
+        most = min((completion.max_tokens or self.config.output.max) * completion.choices, MOST_TOKENS)
         request = provider.new(None, completion.klass, prompt, most, arrival_s, completion.model)
         job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
         provider.keys[request] = job
@@ -299,7 +313,7 @@ class Dispatcher:
                     job.completion, reply = again.rest(), again
                 try:
                     if decision.route == LOCAL:
-                        usage = await self._run_here(job.completion, job.prompt, reply)
+                        usage = await self._run_here(job.completion, job.prompt, reply, request)
                     else:
                         usage = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
                     break
@@ -354,13 +368,16 @@ class Dispatcher:
             self.bytes_per_token += LEARN * (completion.prompt_bytes / usage.prompt - self.bytes_per_token)
 
     async def _run_here(
-        self, completion: CompletionRequest, prompt: int, reply: Reply, meter: AnswerMeter | None = None
+        self, completion: CompletionRequest, prompt: int, reply: Reply, request: int, meter: AnswerMeter | None = None
     ) -> Usage | None:
-        """Run a request on the own engine. Raises RetryableError if nothing came of it yet, Failed if something had."""
-        meter = meter or AnswerMeter()
+        """Run a request on the own engine, a peer's with a `meter`. Raises RetryableError if nothing came of it yet,
+        Failed if something had."""
+        own, meter = meter is None, meter or AnswerMeter()
+        exchange, expected = self.engine.post(completion.path, completion.body), self.provider.expect(prompt)
+        self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange)
         self.engine.sent(prompt)
         try:
-            async with self.engine.post(completion.path, completion.body) as response:
+            async with exchange as response:
                 if response.status == 429 or response.status >= 500:
                     raise self._turned_away(completion, response)
                 if response.status == 200:
@@ -372,7 +389,7 @@ class Dispatcher:
                     body = await response.read(MOST_ANSWER)
                     if response.status == 200:
                         meter.whole(body)
-                    await reply.whole(response.status, kind, body)
+                    await send_timed(reply.whole(response.status, kind, body), meter)
         except (TimeoutError, OSError, StreamError) as error:
             reason = f"{type(error).__name__}: {error}"
             if reply.started and not reply.resumable:
@@ -381,6 +398,7 @@ class Dispatcher:
                 self.engine.suspect(reason)
             raise RetryableError(reason) from None
         finally:
+            del self.here[request]
             usage = meter.usage
             output = usage.output if usage else meter.tokens
             self.engine.returned(prompt, output)
@@ -401,23 +419,26 @@ class Dispatcher:
 
     # Peers' requests.
 
-    def consider(self, prompt: int) -> Promise | None:
-        """Whether a peer's request of `prompt` tokens is taken; what is promised if so."""
+    def consider(self, prompt: int, longest: int, tariff: Tariff) -> Promise | None:
+        """Whether a peer's request of `prompt` tokens, to be answered with at most `longest`, is taken at a tariff;
+        what is promised if so."""
         if not self.engine.takes:
             return None
-        self._look_at_engine(self.clock())
-        return self.provider.consider(prompt)
+        now_s = self.clock()
+        self._look_at_engine(now_s)
+        self._appraise(now_s)
+        return self.provider.consider(prompt, longest, tariff)
 
-    async def run_for(
-        self, origin: str, completion: CompletionRequest, prompt: int, reply: Reply, paid: Delivery | None = None
-    ) -> bool:
-        """Run a peer's request, whose answer begins with a line that says how the engine answers. Returns whether it
-        came to its end; if not, the connection is to be broken off."""
-        line, meter = HeadLineReply(reply), AnswerMeter()
+    async def run_for(self, remote: RemoteRequest, reply: Reply, paid: Delivery | None = None) -> bool:
+        """Run a peer's request, just promised, whose answer begins with a line that says how the engine answers.
+        Returns whether it came to its end; if not, the connection is to be broken off."""
+        origin, completion, prompt, longest, tariff, promise = remote
+        line, meter, taken_s = HeadLineReply(reply), AnswerMeter(), self.clock()
+        request = self.provider.serve(prompt, longest, tariff, promise, taken_s)
         self.metrics.remote(1)
         outcome = "failed"
         try:
-            await self._run_here(completion, prompt, line, meter)
+            await self._run_here(completion, prompt, line, request, meter)
             outcome = "answered"
             if self.config.market.duel_probability:
                 self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest())
@@ -433,7 +454,10 @@ class Dispatcher:
             if paid is not None:
                 served = line.status == 200 and line.size > 0
                 whole = outcome == "answered" and meter.complete
-                paid.end(line.digest.hexdigest() if served else "", meter.tokens, whole)
+                took_s = self.clock() - taken_s - meter.waited_s * self.speed
+                came = Came(meter.tokens, whole, took_s, meter.usage)
+                paid.end(line.digest.hexdigest() if served else "", came)
+            self.provider.served(request)
             self.metrics.remote(-1, outcome)
             self._reopen()
         return True
@@ -460,40 +484,3 @@ class Dispatcher:
             raise JudgeError(f"{type(error).__name__}: {error}") from None
         finally:
             self.engine.returned(prompt, 0)
-
-    # To look at.
-
-    def overview(self) -> dict[str, Any]:
-        """The node as it is, for people and programs."""
-        now_s, load, provider = self.clock(), self.engine.load(), self.provider
-        peers, records = [], self.delegation.duels.records
-        for row, name in enumerate(provider.names):
-            advert, vector = self.peers.get(name), provider.peers.adverts[row]
-            there = advert is not None
-            peers.append(
-                {
-                    "key": name, "label": advert.label if advert else None,
-                    "url": advert.url if advert else None, "there": there,
-                    "age_s": round(now_s - vector[AD_TIME_S], 3) if there else None,
-                    "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
-                    "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
-                    "price": vector[AD_PRICE], "stake": vector[AD_STAKE],
-                    "out": sum(each.peer == name for each in self.delegation.handed.values()),
-                    "duels_won": int(provider.peers.peer_stats[row, DUELS_WON]),
-                    "duels_lost": int(provider.peers.peer_stats[row, DUELS_LOST]),
-                    "judged": asdict(records[name]) if name in records else None,
-                }
-            )  # fmt: skip
-        return {
-            "name": self.config.name, "key": self.messages.name, "run": self.messages.run, "url": self.url,
-            "policy": provider.policy.name,
-            "serves": self.serves,
-            "engine": {
-                "url": self.engine.url, "up": self.engine.healthy, "reason": self.engine.reason,
-                "running": load.running, "waiting": load.waiting,
-                "kv_use": load.kv_tokens / self.engine.profile.kv_tokens, "profile": asdict(self.engine.profile),
-            },
-            "held": provider.held, "remote": self.metrics.remote_now, "price": provider.price, "speed": self.speed,
-            "requests": self.metrics.totals(), "peers": peers, "decisions": list(self.decisions),
-            "ledger": self.accounts.overview() if self.accounts is not None else None,
-        }  # fmt: skip

@@ -17,10 +17,10 @@ REFRESH_S = 1.0
 
 
 def table(seen: list[dict[str, Any]]) -> Table:
-    """Nodes as rows: load, price, decisions, SLO."""
+    """Nodes as rows: load, tariff, decisions, SLO."""
     view = Table(title="wwwserve", expand=False)
-    for name in ("node", "API", "engine", "running", "waiting", "KV", "held", "remote", "price", "asked", "answered",
-                 "handed over", "in time", "mean s", "last decisions"):  # fmt: skip
+    for name in ("node", "API", "engine", "running", "waiting", "KV", "held", "remote", "tariff", "markup", "margin",
+                 "asked", "answered", "handed over", "in time", "mean s", "last decisions"):  # fmt: skip
         view.add_column(name, justify="left" if name in ("node", "API", "engine", "last decisions") else "right")
     for each in seen:
         engine, requests = each["engine"], each["requests"]
@@ -29,11 +29,17 @@ def table(seen: list[dict[str, Any]]) -> Table:
         view.add_row(
             each["name"], each["url"], "up" if engine["up"] else "down", f"{engine['running']:.0f}",
             f"{engine['waiting']:.0f}", f"{engine['kv_use']:.0%}", str(each["held"]), str(each["remote"]),
-            f"{each['price']:g}", str(requests["accepted"]), str(answered), str(requests["handed_over"]),
+            _tariff(each["tariff"]), f"{each['markup']:g}", "-" if each["margin"] is None else f"{each['margin']:+.0%}",
+            str(requests["accepted"]), str(answered), str(requests["handed_over"]),
             f"{requests['on_time'] / answered:.0%}" if answered else "-", f"{requests['mean_latency_s']:.2f}",
             " ".join(labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]),
         )  # fmt: skip
     return view
+
+
+def _tariff(tariff: Mapping[str, float]) -> str:
+    """Credits per 1000 tokens of input and of output."""
+    return f"{tariff['input']:.2g}/{tariff['output']:.2g}"
 
 
 def _who(peer: Mapping[str, Any]) -> str:
@@ -50,7 +56,7 @@ def show(seen: dict[str, Any]) -> None:
     console.print(own)
     peers = Table(title=f"peers as {seen['name']} sees them")
     peers.add_column("peer", overflow="fold")
-    for name in ("there", "age s", "run", "wait", "KV", "price", "stake", "ours"):
+    for name in ("there", "age s", "run", "wait", "KV", "tariff", "stake", "ours"):
         peers.add_column(name, no_wrap=True)
     peers.add_column("API", overflow="fold")
     for each in seen["peers"]:
@@ -58,7 +64,7 @@ def show(seen: dict[str, Any]) -> None:
         peers.add_row(
             _who(each), "yes" if each["there"] else "no", "-" if age_s is None else f"{age_s:.1f}",
             f"{each['running']:.0f}", f"{each['waiting']:.0f}", "-" if kv_use is None else f"{kv_use:.0%}",
-            f"{each['price']:g}", f"{each['stake']:.3g}", str(each["out"]), each["url"] or "-",
+            _tariff(each["tariff"]), f"{each['stake']:.3g}", str(each["out"]), each["url"] or "-",
         )  # fmt: skip
     console.print(peers)
 

@@ -1,5 +1,6 @@
 """What a node counts, for Prometheus and for its own overview."""
 
+import math
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -39,6 +40,11 @@ class Metrics:
             "wwwserve_credits", "credits in the channel with a peer, by whose they are and whether free or in escrow",
             ("peer", "whose", "state"), registry=self.registry,
         )  # fmt: skip
+        self._tariff = Gauge(
+            "wwwserve_tariff", "credits per 1000 tokens that peers are to pay", ("tokens",), registry=self.registry
+        )
+        self._markup = self._gauge("markup", "factor on the own marginal cost in the tariff")
+        self._margin = self._gauge("margin", "price of a usual request over its marginal cost now, less 1")
         self._ledger_full = self._gauge("ledger_full", "whether the ledger cannot be written")
         self._routes = {HOLD: self._decisions.labels("hold"), LOCAL: self._decisions.labels("local")}
         self._to_peer = self._decisions.labels("peer")
@@ -112,9 +118,14 @@ class Metrics:
         return self._counts | {"mean_latency_s": round(self._total_s / answered, 4) if answered else 0.0}
 
     def page(
-        self, *, held: int, engine_up: bool, peers: int, balances: Sequence[Balance] = (), ledger_full: bool = False
-    ) -> bytes:
+        self, *, held: int, engine_up: bool, peers: int, balances: Sequence[Balance] = (), ledger_full: bool = False,
+        tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None,
+    ) -> bytes:  # fmt: skip
         """The page that Prometheus reads."""
+        for tokens, price in zip(("input", "cached_input", "output"), tariff, strict=False):
+            self._tariff.labels(tokens).set(price)
+        self._markup.set(markup)
+        self._margin.set(math.nan if margin is None else margin)
         for each in balances:
             for whose, free, escrow in (("own", each.free, each.escrow), ("peer", each.peer_free, each.peer_escrow)):
                 self._credits.labels(each.peer, whose, "free").set(free / MICRO)

@@ -16,8 +16,9 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE
+from wwwserve.agents.policy.bundle import folder_of
 from wwwserve.agents.policy.bundle import load as load_bundle
+from wwwserve.agents.protocol import milliseconds
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.serving.config import ConfigError, NodeConfig, StaticConfig
 from wwwserve.serving.dispatcher import Dispatcher
@@ -29,6 +30,7 @@ from wwwserve.serving.http.messages import Messages, Refusals
 from wwwserve.serving.http.routes import App
 from wwwserve.serving.http.transport import AiohttpTransport, Transport
 from wwwserve.serving.http.upstream import DirectTransport
+from wwwserve.serving.ledger.accounts import TOLERANCE_S
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
 from wwwserve.serving.ledger.genesis import agreed
 from wwwserve.serving.ledger.journal import SqliteJournal
@@ -58,13 +60,13 @@ class JsonLines(logging.Formatter):
 
 
 def policy_of(named: str | None) -> Policy:
-    """A rule by its name, a bundle by its folder, or the bundle that is shipped; with a rule to fall back on.
+    """A rule or a shipped policy by its name, a bundle by its folder, or the default; with a rule to fall back on.
 
     Raises agents.policy.bundle.BundleError for a bundle that cannot be used.
     """
     if named in RULES:
         return WithFallback(Rule(named))
-    return WithFallback(load_bundle(Path(named) if named else DEFAULT_BUNDLE))
+    return WithFallback(load_bundle(folder_of(named)))
 
 
 def membership_of(
@@ -83,14 +85,17 @@ def membership_of(
     return ZenohMembership(identity, settings.network, zenoh, clock, refusals, wall_clock)
 
 
-def ledger_of(config: NodeConfig, identity: Identity, pricing: int, stack: AsyncExitStack) -> ChannelLedger | None:
+def ledger_of(config: NodeConfig, identity: Identity, payment: int, stack: AsyncExitStack) -> ChannelLedger | None:
     """The ledger that is configured, until `stack` is closed. Raises ConfigError, JournalError, LedgerError."""
     settings = config.ledger
     if settings is None:
         return None
     grants, funds = agreed(settings, identity.name)
     journal = SqliteJournal(Path(settings.file), identity.name)
-    ledger = ChannelLedger(identity, journal, grants, funds, exposure=micro(settings.exposure), pricing=pricing)
+    slack_ms = int(milliseconds(config.market.rtt_s + TOLERANCE_S * config.market.speed))
+    ledger = ChannelLedger(
+        identity, journal, grants, funds, exposure=micro(settings.exposure), payment=payment, slack_ms=slack_ms
+    )
     stack.callback(ledger.close)
     return ledger
 
@@ -118,6 +123,7 @@ async def serve(
         NodeProvider(
             policy, profile, config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
             mean_prompt=config.prompt_tokens, mean_output=config.mean_output,
+            compute_per_ktok=config.compute_cost_per_ktok,
         )
         for _ in range(2)
     )  # fmt: skip
@@ -134,7 +140,7 @@ async def serve(
         messages = Messages(identity, membership.knows, wall_clock)
         settings = config.engine
         engine = Engine(settings.kind, settings.url, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
-        ledger = ledger_of(config, identity, provider.market.pricing, stack)
+        ledger = ledger_of(config, identity, provider.market.payment, stack)
         dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
         web = uvicorn.Config(
             App(dispatcher, config, refusals), http=Connection.limited(config.limits), lifespan="off", ws="none",

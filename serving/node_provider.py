@@ -4,25 +4,30 @@ What happens to a provider, and what it decides, is in the kernels of `agents.pr
 needs to call them for itself alone. Nothing here reads a clock, opens a socket or waits.
 """
 
+import math
+from collections import deque
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wwwserve.agents import provider as transitions
+from wwwserve.agents.classes import CLASS_LAST_DEADLINE_S, MAX_CLASSES
 from wwwserve.agents.decision import FIRST_CANDIDATE, make_actions, may_hold, may_offer
+from wwwserve.agents.estimate import expect
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
 from wwwserve.agents.hardware import Profile
-from wwwserve.agents.kernel import Bools, Floats, Ints, Records, kernel, one_at_a_time, records
+from wwwserve.agents.kernel import Bools, Floats, Ints, Record, Records, kernel, one_at_a_time, records
 from wwwserve.agents.knowledge import (
+    AD_CONTEXT,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
-    AD_PRICE,
+    AD_TARIFF,
     AD_TIME_S,
     ADVERT_SIZE,
     DUELS_LOST,
     DUELS_WON,
-    MAX_CLASSES,
     NO_TIME,
     Peers,
     make_peer_stats,
@@ -35,54 +40,38 @@ from wwwserve.agents.protocol import (
     FREE,
     MICRO,
     NO_BOUND,
-    PER_KTOK,
     PER_REQUEST,
     STAKED,
+    TARIFF_SIZE,
 )
-from wwwserve.agents.provider import AGREEMENT, MAX_DEADLINES, PROVIDER, REQUEST, Scratch
+from wwwserve.agents.provider import (
+    PROVIDER,
+    REQUEST,
+    Scratch,
+    begin_appraisal,
+    count_running,
+    end_appraisal,
+)
 from wwwserve.agents.rules import Policy
-from wwwserve.agents.view import CLASS_LAST_DEADLINE_S, CLASS_SIZE, NODES, Views, ViewScratch, make_views, write_view
+from wwwserve.agents.tariff import cost_of, in_micro, price_by, write_compute
+from wwwserve.agents.view import NODES, Views, ViewScratch, make_views, write_view
+from wwwserve.serving.market import Market, Promise, Tariff
+
+_RUNNING = np.dtype([("request", np.int64), ("own", np.bool_), ("generated", np.float64)])
 
 
-class Market(NamedTuple):
-    """What all providers of a market have agreed on, and what one knows of its own users."""
-
-    known: Floats  # [C, CLASS_SIZE] own requests by class
-    deadlines: Floats  # [C, T] s since arrival
-    prices: tuple[float, ...] = (1.0,)  # credits that may be posted
-    per_ktok: bool = False  # prices are per 1000 tokens, else per request
-    rtt_s: float = 0.05  # between two providers
-    gossip_s: float = 3.0  # between two adverts of a provider
-    tick_s: float = 1.0  # between two looks at what is held
-
-    @property
-    def pricing(self) -> int:
-        """How prices count, as `agents.protocol` numbers it."""
-        return PER_KTOK if self.per_ktok else PER_REQUEST
-
-    def agreement(self) -> NDArray[Any]:
-        """One AGREEMENT record [1]. Raises ValueError for tables of another shape, or more than a record holds."""
-        classes, deadlines = len(self.known), self.deadlines.shape[-1]
-        if self.known.shape != (classes, CLASS_SIZE) or not 1 <= classes <= MAX_CLASSES:
-            raise ValueError(f"classes have shape {self.known.shape}, expected 1 to {MAX_CLASSES} rows of {CLASS_SIZE}")
-        if self.deadlines.shape != (classes, deadlines) or not 1 <= deadlines <= MAX_DEADLINES:
-            raise ValueError(
-                f"deadlines have shape {self.deadlines.shape}, expected {classes} rows of 1 to {MAX_DEADLINES}"
-            )
-        made = records(1, AGREEMENT)
-        made["tick_s"], made["gossip_s"], made["rtt_s"] = self.tick_s, self.gossip_s, self.rtt_s
-        made["n_classes"], made["n_deadlines"], made["n_prices"] = classes, deadlines, len(self.prices)
-        made["deadlines"][0, :classes, :deadlines] = self.deadlines
-        made["prices"][0, : len(self.prices)] = self.prices
-        made["pricing"], made["exposure"] = self.pricing, NO_BOUND
-        return made
+@kernel
+def _appraise(
+    p: Record, a: Record, q: Records, requests: Ints, own: Bools, generated: Floats, now_s: float
+) -> None:  # fmt: skip
+    """The marginal cost by what runs: `requests` [M] are rows of `q`, see `count_running` for the rest."""
+    found = begin_appraisal(p, a)
+    for k in range(requests.size):
+        found = count_running(p, a, q[requests[k]], own[k], generated[k], now_s, found)
+    end_appraisal(p, a, found, now_s)
 
 
-class Promise(NamedTuple):
-    """What a provider promises when it takes a request."""
-
-    ttft_s: float
-    tpot_s: float
+ADVERTS_KEPT = 4  # own ones, by which peers may still make offers
 
 
 class Decision(NamedTuple):
@@ -126,9 +115,9 @@ def _see(
 
 @kernel
 def _carry_out(
-    p: Records, a: Records, q: Records, peers: Peers, route: int, terms: Floats, price: int, now_s: float
+    p: Records, a: Records, q: Records, peers: Peers, route: int, admission: Floats, markup: int, now_s: float
 ) -> int:
-    transitions.set_terms(p[0], a[0], terms, price)
+    transitions.set_admission(p[0], admission, markup)
     return transitions.decide(p[0], a[0], q, peers, route, now_s) if p[0].head >= 0 else -1
 
 
@@ -157,9 +146,10 @@ class NodeProvider:
 
     def __init__(
         self, policy: Policy, profile: Profile, market: Market, *, seed: int = 0, credit: float = 0.0,
-        stake: float = 0.0, mean_prompt: float = 256.0, mean_output: float = 512.0,
+        stake: float = 0.0, mean_prompt: float = 256.0, mean_output: float = 512.0, compute_per_ktok: float = 0.09,
     ) -> None:  # fmt: skip
-        """Raises ValueError as `Market.agreement` does."""
+        """`compute_per_ktok`: what computing 1000 output tokens costs here, credits. Raises ValueError as
+        `Market.agreement` does."""
         self.policy, self.market = policy, market
         self._agreement = market.agreement()
         self._provider = records(1, PROVIDER)
@@ -168,12 +158,15 @@ class NodeProvider:
         record["known"][: len(market.known)] = market.known
         record["own"][[AD_MEAN_PROMPT, AD_MEAN_OUTPUT]] = mean_prompt, mean_output
         write_profile(record["own"], profile.row(), 1.0)
-        record["price"], record["credit"] = market.prices[0], round(credit * MICRO)
+        record["own"][AD_CONTEXT] = transitions.usual_context(record, self.agreement)
+        write_compute(record["compute"], record["own"], compute_per_ktok)
+        record["credit"] = round(credit * MICRO)
         record["generator"] = make_generators(seed)[0]
         record["next_gossip_s"] = -np.inf  # at once
         self.account = np.zeros(ACCOUNT_SIZE, np.int64)
         self.account[FREE], self.account[STAKED] = round(credit * MICRO), round(stake * MICRO)
         self.pays = False  # whether credit that may be in escrow bounds what is handed over
+        self._advertised: deque[Floats] = deque(maxlen=ADVERTS_KEPT)
         self.names: list[str] = []
         self.serves: list[frozenset[str]] = []  # model names of each peer
         self._row: dict[str, int] = {}
@@ -254,9 +247,9 @@ class NodeProvider:
         """A user asks."""
         _arrive(self._provider, self._requests, r)
 
-    def missed(self) -> None:
+    def missed(self, klass: int) -> None:
         """A user asks and is turned away."""
-        transitions.count_arrival(self.record)
+        transitions.count_arrival(self.record, klass)
 
     def come_back(self, r: int) -> None:
         """The request is at the head of its queue again; who refused it or was lost with it is masked."""
@@ -298,7 +291,7 @@ class NodeProvider:
     def refused(self, r: int) -> None:
         """The peer does not take the request that it was offered, or does not answer."""
         j = int(self._requests[r]["executor"])
-        transitions.refused(self.record, self._requests, r, self._peers.peer_stats[j], self._peers.adverts[j])
+        transitions.refused(self.record, self._requests, r, self._peers.peer_stats[j])
         self._attempt_ended(r)
 
     def lost(self, r: int) -> None:
@@ -333,7 +326,7 @@ class NodeProvider:
         return [
             self.names[request["candidates"][k]]
             for k in range(int(request["n_candidates"]))
-            if k != chosen and may_offer(self.market.pricing, request, self._peers, k)
+            if k != chosen and may_offer(self.market.payment, request, self._peers, k)
         ]
 
     def divert(self, decision: Decision) -> Decision:
@@ -375,21 +368,64 @@ class NodeProvider:
         row = self._row_of(name)
         self._peers.credit[row] = amount
 
-    def posted(self, name: str) -> float:
-        """The price of a peer, credits."""
-        return float(self._peers.adverts[self._row_of(name), AD_PRICE])
+    def tariff_of(self, r: int) -> Tariff:
+        """By which a peer that has the request, or is offered it, is paid."""
+        given, cached, output = self._requests[r]["tariff"].tolist()
+        return given, cached, output
 
     def duelled(self, name: str, won: bool) -> None:
         """A peer's answer won or lost a duel that was ours to judge."""
         row = self._row_of(name)
         self._peers.peer_stats[row, DUELS_WON if won else DUELS_LOST] += 1.0
 
-    def consider(self, prompt: int) -> Promise | None:
-        """Whether it takes a peer's request of `prompt` tokens, on its terms in force."""
-        taken, first_s, token_s = transitions.consider(self.record, float(prompt))
-        return Promise(first_s + self.market.rtt_s, token_s) if taken else None
+    # Peers' requests.
+
+    def consider(self, prompt: int, longest: int, tariff: Tariff) -> Promise | None:
+        """Whether it takes a peer's request of `prompt` tokens, to be answered with at most `longest`, at a tariff.
+
+        The engine has been looked at, and the cost appraised, just before.
+        """
+        paid = np.array(tariff, np.int64)
+        taken, *expected = transitions.consider(self.record, self.agreement, float(prompt), longest, paid)
+        if not taken or not all(map(math.isfinite, expected)):
+            return None
+        shown = (np.inf, np.inf)
+        for advert in self._advertised:  # by which it was offered, or one of the same tariff that came later
+            if [in_micro(each) for each in advert[AD_TARIFF : AD_TARIFF + TARIFF_SIZE]] == [*tariff]:
+                shown = transitions.shown_by(advert, float(prompt))
+        promise = Promise(*map(min, expected, shown))
+        return Promise(*(float(text) for text in promise.text()))
+
+    def serve(self, prompt: int, longest: int, tariff: Tariff, promise: Promise, now_s: float) -> int:
+        """A number for a peer's request that is taken, until `served`."""
+        r = self.new(None, 0, prompt, longest, now_s, "")
+        request = self._requests[r]
+        request["tariff"] = tariff
+        request["shown_ttft_s"] = request["shown_tpot_s"] = np.inf  # the promise is made
+        transitions.accepted(self._requests, r, now_s + 0.5 * self.market.rtt_s, *promise)
+        return r
+
+    def served(self, r: int) -> None:
+        """A peer's request has come to its end."""
+        self._free.append(r)
 
     # The own node.
+
+    def expect(self, prompt: int) -> Promise:
+        """What the own engine, as it is now, would take for a request."""
+        return Promise(*expect(self.record["own"], 0.0, float(prompt)))
+
+    def is_cost_old(self, now_s: float) -> bool:
+        """Whether the marginal cost is to be worked out again before it is used."""
+        return bool(transitions.is_cost_old(self.record, self.agreement, now_s))
+
+    def appraise(self, running: Iterable[tuple[int, bool, float]], now_s: float) -> None:
+        """Work out what one more request costs: `running` are the numbers of requests that the engine runs, whether
+        they are of own users, and the tokens of each that are generated."""
+        table = np.array([*running], _RUNNING)
+        _appraise(
+            self.record, self.agreement, self._requests, table["request"], table["own"], table["generated"], now_s
+        )
 
     def scraped(self, now_s: float, running: float, waiting: float, kv_tokens: float) -> None:
         """The own engine's load."""
@@ -421,6 +457,7 @@ class NodeProvider:
         """The own advert [ADVERT_SIZE], which is then no longer due."""
         advert = np.zeros(ADVERT_SIZE)
         transitions.advertise(self.record, int(self.account[STAKED]), now_s, advert)
+        self._advertised.append(advert)
         return advert
 
     @property
@@ -447,19 +484,51 @@ class NodeProvider:
         return int(self._provider["held"][0])
 
     @property
-    def price(self) -> float:
-        """The price in force, credits."""
-        return float(self.record["price"])
+    def tariff(self) -> list[float]:
+        """The tariff in force, credits per 1000 tokens of input, cached input and output."""
+        in_force: list[float] = self.record["tariff"].tolist()
+        return in_force
+
+    @property
+    def tariff_micro(self) -> Tariff:
+        """The tariff in force as it is paid, micro-credits."""
+        given, cached, output = (in_micro(each) for each in self.tariff)
+        return given, cached, output
+
+    @property
+    def markup(self) -> float:
+        """On the own marginal cost, in force with the next advert at the latest."""
+        return float(self.record["markup"])
+
+    @property
+    def cost(self) -> list[float]:
+        """Marginal cost of 1000 tokens of input and of output, credits."""
+        per_token: list[float] = self.record["cost"].tolist()
+        return [1000.0 * each for each in per_token]
+
+    @property
+    def margin(self) -> float | None:
+        """Price over marginal cost of a request of usual lengths, less 1; None while there is no cost."""
+        own = self.record["own"]
+        prompt, output = float(own[AD_MEAN_PROMPT]), float(own[AD_MEAN_OUTPUT])
+        cost = cost_of(self.record["cost"], prompt, output)
+        if cost <= 0.0:
+            return None
+        price = 1.0 if self.market.payment == PER_REQUEST else price_by(self.record["tariff"], prompt, output)
+        return price / cost - 1.0
 
     # What it decides.
 
     def decide(self, now_s: float, remote: int = 0) -> Decision | None:
         """Decide on the undecided request whose last deadline comes first, while the own engine has `remote` of peers.
 
-        Price and terms are set as well. A request that is held stays in its queue, which is closed until the next tick
-        or answer; one that is to be handed over is then counted as offered. None if there is nothing to decide on.
+        Admission and markup are set as well. The engine has been looked at just before, and the cost appraised if
+        anything is held or an advert is due. A request that is held stays in its queue, which is closed until the next
+        tick or answer; one that is to be handed over is then counted as offered. None if there is nothing to decide on.
         """
         own, agreement, requests, peers = self._provider, self._agreement, self._requests, self._peers
+        if own["advert_due"][0]:
+            transitions.look_at_tariffs(self.record, self.agreement, peers, now_s, -1)
         chosen = _choose_head(own, agreement, requests)
         r = int(own["head"][0])
         if r < 0 and not own["advert_due"][0]:
@@ -474,7 +543,7 @@ class NodeProvider:
         self.policy.decide(self.view, self._asked, self.uniforms, self.actions)
         actions = self.actions
         route = _carry_out(
-            own, agreement, requests, peers, int(actions.route[0]), actions.terms[0], int(actions.price[0]), now_s
+            own, agreement, requests, peers, int(actions.route[0]), actions.admission[0], int(actions.markup[0]), now_s
         )
         if r < 0:
             return None
@@ -509,8 +578,14 @@ class NodeProvider:
             self.lost(second)
             self.release(second)
             self.finished(1, 1)
-            self.missed()
-            self.consider(1)
+            self.missed(0)
+            self.expect(1)
+            self.consider(1, 1, (0, 0, 0))
+            remote = self.serve(1, 1, (0, 0, 0), Promise(1.0, 1.0), 0.0)
+            self.is_cost_old(0.0)
+            self.appraise([(first, True, 1.0), (remote, False, 1.0)], 0.0)
+            self.served(remote)
+            self.margin  # noqa: B018
             self.may_hold(first, 0.0)
             self.ticked(1.0, 0.0)
             self.reopen()

@@ -5,12 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from wwwserve.agents.classes import MAX_CLASSES
 from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
-from wwwserve.agents.knowledge import (
-    AD_HELD,
-    MAX_CLASSES,
-    OUT,
-)
+from wwwserve.agents.knowledge import AD_HELD, OUT
 from wwwserve.agents.protocol import ESCROW
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.engine import NEVER, advance
@@ -33,6 +30,7 @@ from wwwserve.envs.state import (
     OWN_DONE,
     OWN_FAILED,
     REFUSAL,
+    TIMEOUT,
     USER,
 )
 
@@ -96,6 +94,7 @@ class Checker:
                 r, tail, here = int(p["held_head"][c]), -1, 0
                 while r >= 0:
                     assert r not in found
+                    assert tail < 0 or self.q["arrival_s"][tail] <= self.q["arrival_s"][r]
                     assert (self.rows["origin"][r], self.rows["klass"][r], self.rows["kind"][r]) == (i, c, USER)
                     found.add(r)
                     here += 1
@@ -187,7 +186,7 @@ class Checker:
         assert there_s == sorted(there_s) and (not found or there_s[0] >= now_s)
         mail = np.array(self.rows["mail"], np.int64)
         assert sorted(found) == np.flatnonzero(mail != NOTHING).tolist()
-        assert np.array_equal(self.status == OFFERED, (mail == OFFER) | (mail == REFUSAL))
+        assert np.array_equal(self.status == OFFERED, np.isin(mail, (OFFER, REFUSAL, TIMEOUT)))
         assert np.array_equal(self.status == ANSWERING, mail == ANSWER)
         for r, at_s in zip(found, there_s, strict=True):
             if mail[r] == ANSWER:

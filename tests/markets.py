@@ -8,6 +8,7 @@ import numpy as np
 from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
+    IF_IT_PAYS,
     LOCAL,
     MAX_KV_USE,
     MAX_WAIT_S,
@@ -15,7 +16,9 @@ from wwwserve.agents.decision import (
     PROBABILITY,
     Actions,
 )
+from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import Rule
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import Scenario, parse
 
@@ -35,7 +38,11 @@ def times(*times_s: float) -> dict[str, Any]:
 
 
 def market(*providers: dict[str, Any], **top: Any) -> Scenario:
-    """A scenario of these providers, all of whom answer for "m"; 50 ms round trip and 1 s ticks unless told."""
+    """A scenario of these providers, all of whom answer for "m".
+
+    Unless `top` says otherwise there are 50 ms of round trip and 1 s ticks, and a request costs a credit.
+    """
+    top["economy"] = {"payment": "per_request"} | top.get("economy", {})
     named = [{"name": f"n{i}", "serves": ["m"], **provider} for i, provider in enumerate(providers)]
     return parse({"name": "test", "duration_s": 100, "drain_s": 300, "providers": named, **top})
 
@@ -64,14 +71,19 @@ def by_rule(name: str) -> Decide:
     return decide
 
 
+TAKE_ALL = np.array([np.inf, np.inf, 1.0, 0.0, 0.0])  # an admission policy
+
+
 def to_candidates(batch: MarketBatch, actions: Actions) -> None:
     """To the first candidate that has not refused, else here; accept always."""
     legal = batch.views.routes[..., FIRST_CANDIDATE:] == 1
     actions.route[...] = np.where(legal.any(-1), FIRST_CANDIDATE + legal.argmax(-1), LOCAL)
+    actions.admission[...] = TAKE_ALL
 
 
 def here(batch: MarketBatch, actions: Actions) -> None:
     actions.route[...] = LOCAL
+    actions.admission[...] = TAKE_ALL
 
 
 def hold(batch: MarketBatch, actions: Actions) -> None:
@@ -87,7 +99,7 @@ def random_market(rng: np.random.Generator) -> Scenario:
     for entry in classes.values():
         entry["share"] = 1 / len(classes)
     economy = {
-        "pricing": str(rng.choice(["per_request", "per_ktok"])),
+        "payment": str(rng.choice(PAYMENTS)),
         "initial_credit": float(rng.choice([0.5, 3.0, 1000.0])),
         "stake_rule": str(rng.choice(["load", "fixed"])),
         "initial_stake": float(rng.choice([0.0, 0.3, 2.0])),
@@ -115,7 +127,10 @@ def random_market(rng: np.random.Generator) -> Scenario:
             leave, back = sorted(rng.uniform(1, duration_s - 1, 2).tolist())
             each["online_s"] = [[[0, leave]], [[back, duration_s]], [[0, leave], [back, duration_s]]][rng.integers(3)]
         if rng.random() < 0.3:
-            each["misreport"] = {"load": float(rng.uniform(0, 2)), "speed": float(rng.uniform(0.3, 3)), "from_s": 5.0}
+            each["misreport"] = {
+                "load": float(rng.uniform(0, 2)), "speed": float(rng.uniform(0.3, 3)),
+                "promise": float(rng.uniform(0.3, 2)), "from_s": 5.0,
+            }  # fmt: skip
         providers.append(each)
     top: dict[str, Any] = {"slo": {"thresholds_s": [5, 20, 60]}, "economy": economy, "duration_s": duration_s}
     if classes:
@@ -136,11 +151,12 @@ def randomly(rng: np.random.Generator, illegal: float) -> Decide:
         noise = rng.random((*shape, batch.views.routes.shape[-1])) * (batch.views.routes == 1)
         wild = rng.random(shape) < illegal
         actions.route[...] = np.where(wild, rng.integers(-5, 30, shape), noise.argmax(-1))
-        actions.price[...] = np.where(wild, rng.integers(-9, 40, shape), rng.integers(0, 7, shape))
+        actions.markup[...] = np.where(wild, rng.integers(-9, 40, shape), rng.integers(0, MARKUPS.size, shape))
         actions.direct[...] = np.where(rng.random(shape) < illegal / 3, rng.integers(-2, shape[-1] + 3, shape), -1)
-        actions.terms[..., MAX_WAIT_S] = rng.choice([-1.0, 1.0, 20.0, np.inf], shape)
-        actions.terms[..., MAX_KV_USE] = rng.choice([0.3, 0.9, np.inf], shape)
-        actions.terms[..., PROBABILITY] = rng.choice([0.5, 1.0], shape)
-        actions.terms[..., ONLY_IF_NONE_HELD] = rng.integers(0, 2, shape)
+        actions.admission[..., MAX_WAIT_S] = rng.choice([-1.0, 1.0, 20.0, np.inf], shape)
+        actions.admission[..., MAX_KV_USE] = rng.choice([0.3, 0.9, np.inf], shape)
+        actions.admission[..., PROBABILITY] = rng.choice([0.5, 1.0], shape)
+        actions.admission[..., ONLY_IF_NONE_HELD] = rng.integers(0, 2, shape)
+        actions.admission[..., IF_IT_PAYS] = rng.integers(0, 2, shape)
 
     return decide

@@ -46,7 +46,7 @@ def test_steps_that_take_no_time_are_not_counted(monkeypatch: pytest.MonkeyPatch
         moved += int((twin.batch.now_s > before_s).sum())
     chunk = loop.measure()
     assert chunk.agent_steps == moved * 8
-    assert 0 < chunk.agent_steps < bench.CHUNK * 32
+    assert 0 < chunk.agent_steps <= bench.CHUNK * 32
 
 
 def test_the_load_is_85_percent_and_engines_are_full() -> None:
@@ -62,13 +62,10 @@ def test_the_load_is_85_percent_and_engines_are_full() -> None:
 def test_actions_are_uniform_over_what_is_legal() -> None:
     routes = np.zeros((30_000, 10), np.int8)
     routes[:, [0, 3, 9]] = 1
-    route, terms, price = np.zeros(30_000, np.int32), np.zeros((30_000, 4)), np.zeros(30_000, np.int32)
-    bench.draw(routes, 5, bench.make_generators(1)[0], route, terms, price)
+    route, markup = np.zeros(30_000, np.int32), np.zeros(30_000, np.int32)
+    bench.draw(routes, bench.make_generators(1)[0], route, markup)
     assert np.bincount(route, minlength=10)[[0, 3, 9]] == pytest.approx([10_000] * 3, rel=0.05)
-    assert np.bincount(price) == pytest.approx([6_000] * 5, rel=0.05)
-    waits, counts = np.unique(terms[:, 0], return_counts=True)
-    assert waits.tolist() == [-1.0, 0.5, 5.0, 20.0, 60.0, np.inf]
-    assert counts == pytest.approx([5_000] * 6, rel=0.07)
+    assert np.bincount(markup, minlength=8) == pytest.approx([3_750] * 8, rel=0.07)
 
 
 def test_no_time_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,21 @@ from bundle_cases import RESULTS, WITHOUT
 from safetensors.numpy import load as read_safetensors
 from safetensors.numpy import save as safetensors_bytes
 
-from wwwserve.agents.decision import ADMITS, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, make_actions
-from wwwserve.agents.policy.bundle import CARD, MANIFEST, ONNX, SEALED, WEIGHTS, BundleError, load, read, save, seal
+from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, make_actions
+from wwwserve.agents.policy.bundle import (
+    CARD,
+    MANIFEST,
+    ONNX,
+    SEALED,
+    SHIPPED,
+    WEIGHTS,
+    BundleError,
+    folder_of,
+    load,
+    read,
+    save,
+    seal,
+)
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.policy.network import Actor, actor_of, onnx_bytes, weights_of
 from wwwserve.agents.view import FINISH_S, LOAD_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, VIEW_VERSION, Views
@@ -75,14 +88,14 @@ def in_torch(actor: Actor, views: Views) -> list[np.ndarray]:
 
 
 def heads(logits: np.ndarray) -> list[np.ndarray]:
-    return np.split(logits, [ROUTES, ROUTES + ADMITS], axis=1)
+    return np.split(logits, [ROUTES], axis=1)
 
 
 def test_kernels_torch_and_onnx_agree_on_ten_thousand_views(actor, bundle, seen):
     assert len(seen.nodes) == 10_000
     session = onnxruntime.InferenceSession(bundle / ONNX, providers=["CPUExecutionProvider"])
     ours = heads(load(bundle).logits(seen))
-    torchs, onnxs = in_torch(actor, seen), session.run(["route", "admit", "price"], seen._asdict())
+    torchs, onnxs = in_torch(actor, seen), session.run(["route", "markup"], seen._asdict())
     for theirs in (torchs, onnxs):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
@@ -162,7 +175,7 @@ def test_the_manifest_says_what_was_made_of_what(bundle):
     assert manifest["features"]["node"][1] == {"name": "finish_s", "unit": "s", "low": 0, "high": 1e4, "scale": "log"}
     assert manifest["normaliser"]["node"]["log_unit"][:2] == [0.0, 1.0]
     assert manifest["normaliser"]["node"]["full_scale"][1] == pytest.approx(np.log1p(1e4))
-    assert manifest["decisions"]["admit_wait_s"] == [-1.0, 0.5, 5.0, 20.0, 60.0, None]
+    assert manifest["decisions"]["markups"] == [0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0]
     assert manifest["architecture"]["parameters"] == sum(weight.size for weight in load(bundle).weights.values())
     assert set(manifest["packages"]) == {"python", "numpy", "torch", "numba", "wwwserve"}
     assert manifest["git"] is None or re.fullmatch("[0-9a-f]{40}", manifest["git"]["revision"])
@@ -292,14 +305,14 @@ DAMAGE = {
        for name in (MANIFEST, *SEALED)},
     **{f"too large a {name}": (lambda f, n=name: grow(f, n), f"{name}: 17825792 bytes, expected at most")
        for name in (MANIFEST, *SEALED)},
-    "another format": (lambda f: edit(f, format=99), "format is 99, expected 4"),
+    "another format": (lambda f: edit(f, format=99), "format is 99, expected 5"),
     "no format": (lambda f: edit(f, format="gone"), "format is None"),
     "another view version": (lambda f: edit(f, view_version=1), f"view_version is 1, expected {VIEW_VERSION}"),
     "no features": (lambda f: edit(f, features={}), "features differ .* at the top: another form"),
     "a feature in another unit": (lambda f: amend(f, "features", lambda t: t["node"][1].update(unit="ms")),
                                   r"features differ .* at node\[1\]\.unit: 'ms', expected 's'"),
-    "other waits": (lambda f: amend(f, "decisions", lambda t: t.update(admit_wait_s=[1])), "at admit_wait_s"),
-    "another normaliser": (lambda f: amend(f, "normaliser", lambda t: t["self"].update(full_scale=[1.0] * 7)),
+    "other markups": (lambda f: amend(f, "decisions", lambda t: t.update(markups=[1])), "at markups"),
+    "another normaliser": (lambda f: amend(f, "normaliser", lambda t: t["self"].update(full_scale=[1.0] * 10)),
                            r"normaliser differs .* at self\.full_scale"),
     "no normaliser": (lambda f: edit(f, normaliser=None), r"normaliser differs .* at node\.log_unit"),
     "an impossible width": (lambda f: edit(f, architecture={"width": -1}), "width is -1, expected an integer from 1"),
@@ -327,7 +340,7 @@ DAMAGE = {
                                   r"hold\.bias is float32\[2\], expected float32\[1\]"),
     "a matrix of doubles": (lambda f: rewrite(f, lambda w: w.update({"hold.bias": np.zeros(1)})), "is float64"),
     "a NaN": (lambda f: rewrite(f, lambda w: w["hold.bias"].fill(np.nan)), r"hold\.bias has numbers .* not finite"),
-    "other weights": (lambda f: rewrite(f, lambda w: w["admit.bias"].__iadd__(0.01)), "golden view differ by 0.01"),
+    "other weights": (lambda f: rewrite(f, lambda w: w["markup.bias"].__iadd__(0.01)), "golden view differ by 0.01"),
     "another golden logit": (lambda f: amend(f, "golden", lambda t: t["logits"][3].__setitem__(-1, 5e9)),
                              "differ by 5e.09 from those computed here, expected at most 0.0001"),
     "another golden view": (lambda f: amend(f, "golden", lambda t: t["me"][3].__setitem__(0, 0.4)),
@@ -367,3 +380,10 @@ def test_it_runs_where_no_training_library_can_be_imported(bundle):
     command = [sys.executable, "-c", program, str(bundle)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "learned\n", done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_every_policy_that_is_shipped_goes_by_its_name(name):
+    assert load_policy(name).name == name
+    assert folder_of(name) == SHIPPED[name] and folder_of("elsewhere") == Path("elsewhere")
+    assert folder_of(None) == SHIPPED["competitive"]

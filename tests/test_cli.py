@@ -11,7 +11,7 @@ import torch
 from bundle_cases import RESULTS, WITHOUT
 
 from wwwserve.agents.arguments import parse_args
-from wwwserve.agents.policy.bundle import MANIFEST, SEALED, WEIGHTS, digest, seal
+from wwwserve.agents.policy.bundle import FORMAT, MANIFEST, SEALED, WEIGHTS, digest, seal
 from wwwserve.agents.policy.network import Actor, weights_of
 from wwwserve.agents.view import VIEW_VERSION
 from wwwserve.serving import cli
@@ -44,8 +44,8 @@ def test_verify_refuses_with_the_reason(bundle, tmp_path, capsys):
 def test_show_says_what_a_bundle_holds(bundle, capsys):
     assert cli.main(["policy", "show", str(bundle)]) == 0
     out = capsys.readouterr().out
-    for part in ("bundle format 4", f"observation spec {VIEW_VERSION}", "width 8", "34,000 agent steps, seed 4",
-                 "numpy ", "+0.0500 ± 0.0040", "0.8600 ± 0.0100 single"):  # fmt: skip
+    for part in (f"bundle format {FORMAT}", "8 markups", f"observation spec {VIEW_VERSION}", "width 8",
+                 "34,000 agent steps, seed 4", "numpy ", "+0.0500 ± 0.0040", "0.8600 ± 0.0100 single"):  # fmt: skip
         assert part in out
     for name in SEALED:
         assert f"{digest((bundle / name).read_bytes())}" in out
@@ -70,7 +70,8 @@ def test_show_copes_with_what_anyone_may_write_into_a_manifest(results, bundle, 
 
 
 def test_without_a_folder_it_is_the_policy_that_is_shipped():
-    assert parse_args(cli.PolicyVerify, "wwwserve", []).bundle.samefile(ROOT / "agents" / "data" / "policy")
+    bundle = parse_args(cli.PolicyVerify, "wwwserve", []).bundle
+    assert cli.folder_of(bundle).samefile(ROOT / "agents" / "data" / "policies" / "competitive")
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,10 @@ def test_every_policy_faces_the_same_requests(small: Scenario, name: str) -> Non
 
 
 def test_prices_are_means_over_time() -> None:
-    economy = {"pricing": "per_ktok", "price_bins": [0.5, 2.0]}
-    providers = [{"name": "a"}, {"name": "b"}]
+    economy = {"compute_cost_per_ktok": 0.5}
+    providers = [{"name": "a"}, {"name": "b"}, {"name": "c", "online_s": [[40, 60]]}]
     top = {"duration_s": 60, "gossip_interval_s": 1, "economy": economy, "providers": providers}
-    quiet = parse({"name": "quiet"} | top)
+    quiet = parse({"name": "quiet"} | top)  # nothing runs: what costs is compute
 
     class DearerAtHalfTime:
         name = "dearer"
@@ -100,10 +100,14 @@ def test_prices_are_means_over_time() -> None:
 
         def decide(self, views: Any, active: Any, uniforms: Any, actions: Any) -> None:
             self.ticks += 1
-            actions.price[:, 1] = self.ticks > 30
+            actions.markup[...] = 1  # at cost
+            actions.markup[:, 1] = 4 if self.ticks > 30 else 1  # twice the cost
 
     (run,) = rollout(quiet, DearerAtHalfTime(), SEEDS[:1])
-    assert run.price.tolist() == [0.5, pytest.approx(1.25, abs=0.1)]  # a price waits for the next advert
+    at_cost, dearer, late = run.price
+    assert at_cost == pytest.approx(0.5)
+    assert dearer == pytest.approx(0.75, abs=0.05)  # a price waits for the next advert
+    assert late == pytest.approx(0.5, abs=0.05)  # the time in which it is offline does not count
 
 
 # Comparing.

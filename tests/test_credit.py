@@ -11,25 +11,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import msgspec
+import numpy as np
 import pytest
 import yaml
 from aiohttp import web
 
-from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST
+from wwwserve.agents.protocol import LATENESS, MICRO, PER_REQUEST, QUOTED, price_of
 from wwwserve.agents.rules import Rule
 from wwwserve.serving import config, node
 from wwwserve.serving.engine.adapter import NAMES
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.accounts import Accounts
 from wwwserve.serving.ledger.audit import Audit, audit, compare, settled
-from wwwserve.serving.ledger.channel import LedgerError
-from wwwserve.serving.ledger.channel_ledger import Terms
+from wwwserve.serving.ledger.channel import Credited, LedgerError
+from wwwserve.serving.ledger.journal import SqliteJournal
+from wwwserve.serving.ledger.statements import Terms
 from wwwserve.serving.local_nodes import free_ports
-from wwwserve.serving.node_provider import NodeProvider, Promise
+from wwwserve.serving.market import Promise
+from wwwserve.serving.node_provider import NodeProvider
 
 MODEL = "stub"
 PROFILE = {"kind": "catalogue", "gpu": "rtx-4090", "model": "qwen3-8b", "max_num_seqs": 8}
-PRICE = 2.0  # credits for 1000 tokens
+PRICE = 2.0  # credits for 1000 tokens of an answer: what they cost in compute, where nobody is in a hurry
+MARKET = {"tick_s": 0.1, "gossip_s": 0.2, "payment": "quoted"}
 WORDS = 40
 
 
@@ -181,7 +186,7 @@ async def net(folder: Path, *engines: Engine, **more: Any) -> AsyncIterator[Net]
                 "name": f"n{k}", "key": str(folder / f"n{k}.pem"), "port": ports[k], "policy": "earliest_finish",
                 "peers": [{"key": keys[i], "url": f"http://127.0.0.1:{ports[i]}"} for i in range(len(keys)) if i != k],
                 "engine": {"url": engines[k].url, "profile": PROFILE, "timeout_s": 1.0},
-                "market": {"tick_s": 0.1, "gossip_s": 0.2, "per_ktok": True, "prices": [PRICE]},
+                "market": MARKET, "compute_cost_per_ktok": PRICE,
                 "ledger": {"file": str(folder / f"n{k}.db"), "genesis": str(folder / "genesis.yaml"), **ledger},
             } | more for k in range(len(engines))
         ]  # fmt: skip
@@ -219,8 +224,12 @@ def busy() -> Engine:
     return Engine(waiting=200)
 
 
-def cost(tokens: int) -> float:
-    return PRICE * tokens / 1000
+async def cost(n: Net, tokens: int, answers: int = 1) -> float:
+    """Of answers of so many tokens by the second node, each to a prompt of one token."""
+    tariff = (await n.see(1))["tariff"]
+    assert tariff["output"] == pytest.approx(PRICE)
+    given, output = (round(MICRO * tariff[name]) for name in ("input", "output"))
+    return answers * ((given + output * tokens) // 1000) / MICRO
 
 
 def test_an_answer_is_paid_by_its_tokens_whole_or_streamed(tmp_path: Path) -> None:
@@ -233,7 +242,7 @@ def test_an_answer_is_paid_by_its_tokens_whole_or_streamed(tmp_path: Path) -> No
             assert [status for status, _ in statuses] == [200] * 12
             handed_over = (await n.see(0))["requests"]["handed_over"]
             paid = await n.paid()
-            assert handed_over > 2 and paid == pytest.approx(cost(handed_over * WORDS))
+            assert handed_over > 2 and paid == pytest.approx(await cost(n, WORDS, handed_over))
             page = await (await n.session.get(n.url(0) + "/metrics")).text()
             free = page.split(f'wwwserve_credits{{peer="{n.keys[1]}",state="free",whose="own"}} ')[1].split()[0]
             assert float(free) == pytest.approx(100 - paid)
@@ -260,7 +269,7 @@ def test_a_stream_is_paid_by_its_usage_which_its_user_sees_only_if_it_was_asked_
             assert [event["usage"] for event in events if "usage" in event] == (
                 [{"prompt_tokens": 7, "completion_tokens": WORDS}] if usage else []
             )
-            assert await n.paid() == pytest.approx(cost(WORDS))
+            assert await n.paid() == pytest.approx(await cost(n, WORDS))
         assert settled(*agree(n))
 
     play(scene)
@@ -300,7 +309,7 @@ def test_a_stream_that_breaks_off_pays_what_came(tmp_path: Path) -> None:
         async with net(tmp_path, busy(), Engine(mode="breaks off")) as n:
             status, body = await n.ask(stream=True)
             assert status == 200 and b"error" in body
-            assert 0 < await n.paid() <= cost(WORDS // 2)
+            assert 0 < await n.paid() <= await cost(n, WORDS // 2)
         agree(n)
 
     play(scene)
@@ -313,7 +322,7 @@ def test_an_executor_that_overclaims_is_paid_what_came(tmp_path: Path, claims: i
     async def scene() -> None:
         async with net(tmp_path, busy(), Engine(claims=claims)) as n:
             assert (await n.ask())[0] == 200
-            assert await n.paid() == cost(tokens)
+            assert await n.paid() == (await cost(n, tokens) if tokens else 0)
         agree(n)
 
     play(scene)
@@ -326,7 +335,7 @@ def test_a_peer_with_whom_no_more_may_be_in_escrow_is_no_candidate(tmp_path: Pat
             answers = await asyncio.gather(*(n.ask() for _ in range(6)))
             assert [status for status, _ in answers] == [200] * 6
             assert other.begun == 2 and origin.begun == 4
-            assert await n.paid() == cost(2 * WORDS)
+            assert await n.paid() == pytest.approx(await cost(n, WORDS, 2))
             assert (await n.ask())[0] == 200 and other.begun == 3  # it may again
         agree(n)
 
@@ -344,7 +353,7 @@ def test_a_node_that_is_stopped_goes_on_where_it_was_and_nothing_is_paid_twice(t
             await n.until(lambda: n.handed_over_more(0))
             handed_over += (await n.see(0))["requests"]["handed_over"]
             channel = audit(n.file(0)).books.channels[n.keys[1]]
-            assert await n.paid() == channel.total / MICRO == pytest.approx(cost(handed_over * WORDS))
+            assert await n.paid() == channel.total / MICRO == pytest.approx(await cost(n, WORDS, handed_over))
         assert settled(*agree(n))
 
     play(scene)
@@ -371,9 +380,7 @@ def test_nobody_takes_work_that_is_not_paid(tmp_path: Path) -> None:
 
 def test_stake_counts_as_it_is_signed_not_as_it_is_advertised(tmp_path: Path) -> None:
     async def scene() -> None:
-        async with net(tmp_path, Engine(), Engine(), stake=1000.0, market={
-            "tick_s": 0.1, "gossip_s": 0.2, "per_ktok": True, "prices": [PRICE], "stake_rule": "fixed"
-        }) as n:  # fmt: skip
+        async with net(tmp_path, Engine(), Engine(), stake=1000.0, market=MARKET | {"stake_rule": "fixed"}) as n:
 
             async def staked() -> bool:
                 return bool((await n.see(0))["peers"][0]["stake"] == 4.0)
@@ -458,21 +465,64 @@ def test_a_peer_that_advertises_load_it_does_not_have_is_found_out_by_what_it_de
 
 
 @pytest.mark.parametrize(
-    ("pricing", "most", "taken"),
-    [(PER_KTOK, 500, True), (PER_KTOK, 501, False), (PER_KTOK, None, False), (PER_REQUEST, None, True)],
+    ("payment", "header", "tariff", "most", "reason"),
+    [
+        (QUOTED, b"v2 1 1000000", (0, 0, 2 * MICRO), 500, ""),
+        (QUOTED, b"v2 1 1000000", (0, 0, 2 * MICRO), 501, "do not pay 501 tokens"),
+        (LATENESS, b"v2 1 1000000", (0, 0, 2 * MICRO), None, "do not pay any number of tokens"),
+        (LATENESS, b"v2 1 1000000", (10_000, 0, 2 * MICRO), 500, "do not pay 500 tokens"),
+        (LATENESS, b"v2 1 1000000", (10_000, 0, 2 * MICRO), 499, ""),
+        (LATENESS, b"v2 1 1000000", (0, 0, MICRO), 5, "none that was advertised lately"),
+        (PER_REQUEST, b"v2 1 1000000", (0, 0, 0), None, ""),
+        (PER_REQUEST, b"v2 1 999999", (0, 0, 0), None, "do not pay"),
+        (QUOTED, b"1 1000000 2000000", (0, 0, 2 * MICRO), 1, "version v1 of the ledger's statements, expected v2"),
+        (QUOTED, b"v3 1 1000000", (0, 0, 2 * MICRO), 1, "version v3 of the ledger's statements, expected v2"),
+        (QUOTED, b"v2 -1 1", (0, 0, 2 * MICRO), 1, "is not v2 ID AMOUNT"),
+        (QUOTED, b"", (0, 0, 2 * MICRO), 1, "is not v2 ID AMOUNT"),
+    ],
 )
-def test_no_more_tokens_are_generated_than_the_escrow_pays(pricing: int, most: int | None, taken: bool) -> None:
+def test_offers_are_taken_at_tariffs_of_late_for_no_more_tokens_than_the_escrow_pays(
+    payment: int, header: bytes, tariff: tuple[int, int, int], most: int | None, reason: str
+) -> None:
     """What is not bounded would be paid for in part alone."""
-    seen: list[Terms] = []
-    ledger = SimpleNamespace(take=lambda peer, terms, request: seen.append(terms))
-    accounts = Accounts(ledger, pricing, None)  # type: ignore[arg-type]
-    header = b"1 1000000 2000000"  # one credit, at two for 1,000 tokens
-    if taken:
-        assert accounts.take("peer", header, b"{}", most) == Terms(1, 1_000_000, 2_000_000)
+    accounts = Accounts(SimpleNamespace(payment=payment), None)  # type: ignore[arg-type]
+    for advertised in ((9, 9, 9), (0, 0, 2 * MICRO), (10_000, 0, 2 * MICRO), (7, 7, 7)):
+        accounts.advertised(advertised)
+    if reason:
+        with pytest.raises(LedgerError, match=reason):
+            accounts.offered(header, tariff, 100, most)
     else:
-        with pytest.raises(LedgerError, match="do not pay"):
-            accounts.take("peer", header, b"{}", most)
-    assert len(seen) == taken
+        assert accounts.offered(header, tariff, 100, most) == (1, Terms(tariff, 100, MICRO))
+    for _ in range(4):
+        accounts.advertised((7, 7, 7))
+    if payment != PER_REQUEST:
+        with pytest.raises(LedgerError):
+            accounts.offered(header, tariff, 100, most)
+
+
+def test_who_is_later_than_promised_is_paid_less_and_both_agree(tmp_path: Path) -> None:
+    async def scene() -> None:
+        market = MARKET | {"payment": "lateness"}
+        async with net(tmp_path, busy(), Engine(pause_s=0.04), market=market, compute_cost_per_ktok=PRICE) as n:
+            await n.until(lambda: n.handed_over_more(0, stream=True))
+            await n.paid()
+        _, executor = agree(n)
+        channel = executor.books.channels[n.keys[0]]
+        assert channel.short == 0
+        late = 0
+        for entry in SqliteJournal(n.file(1), read_only=True).entries():
+            if b'"type":"credit"' in entry.body[:20]:
+                for receipt in msgspec.json.decode(entry.body, type=Credited).receipts:
+                    promised_s = receipt.promise.ttft_s + receipt.promise.tpot_s * (receipt.served.tokens - 1)
+                    price = price_of(
+                        LATENESS, np.array(receipt.terms.tariff), receipt.served.prompt, 0, receipt.served.tokens
+                    )
+                    took = receipt.served.took_ms / 1000 / promised_s
+                    assert took > 1.2 and receipt.due == pytest.approx(price * max(0.0, 2.0 - took), rel=0.01, abs=2)
+                    late += 1
+        assert late
+
+    play(scene)
 
 
 def test_the_number_of_a_request_that_a_peer_still_has_is_not_given_away() -> None:

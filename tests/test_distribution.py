@@ -7,7 +7,7 @@ import pytest
 
 from wwwserve.agents.hardware import profile
 from wwwserve.envs.distribution import KINDS, Kind, capacity_per_s, sample
-from wwwserve.envs.scenario import Scenario, TimesTraffic
+from wwwserve.envs.scenario import PoissonTraffic, Scenario, TimesTraffic
 from wwwserve.envs.state import plan
 
 
@@ -29,7 +29,8 @@ def load_of(scenario: Scenario) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_gives_the_same_market(kind: Kind) -> None:
     assert list(drawn(kind, 3)) == list(drawn(kind, 3))
-    assert all(3 <= len(scenario.providers) <= 8 for scenario in drawn(kind, 8))
+    least, most = (9, 12) if kind == "thick" else (3, 8)
+    assert all(least <= len(scenario.providers) <= most for scenario in drawn(kind, 8))
 
 
 def test_code_has_long_prompts_and_answers_of_tens_of_tokens() -> None:
@@ -62,3 +63,39 @@ def test_equal_nodes_are_met_below_near_and_above_capacity(kind: Kind) -> None:
         if equal and all(len(each.online_s) == 1 for each in scenario.providers):
             loads.append(load_of(scenario))
     assert min(loads) < 0.8 and max(loads) > 1.2 and any(0.85 < load < 1.15 for load in loads)
+
+
+def utilisation(scenario: Scenario) -> np.ndarray:
+    """Mean rate of own users over what each node sustains, [N], where nobody is away and arrivals are Poisson."""
+    loads = []
+    for each in scenario.providers:
+        assert isinstance(each.traffic, PoissonTraffic)
+        starts = (0.0, *(phase.until_s for phase in each.traffic.phases))
+        count = sum(p.rate_per_s * (p.until_s - s) for p, s in zip(each.traffic.phases, starts, strict=False))
+        engine = profile(each.gpu, each.model, each.max_num_seqs)
+        able = capacity_per_s(engine, each.lengths.prompt, [(1.0, each.lengths.output)]) * scenario.duration_s
+        loads.append(count / able)
+    return np.array(loads)
+
+
+def with_steady_traffic(kind: Kind) -> list[Scenario]:
+    steady = [s for s in drawn(kind, 60) if all(isinstance(each.traffic, PoissonTraffic) for each in s.providers)]
+    assert len(steady) >= 15
+    return steady
+
+
+def test_in_a_thin_market_one_has_most_of_the_spare_capacity() -> None:
+    for scenario in with_steady_traffic("thin"):
+        able = [
+            capacity_per_s(profile(e.gpu, e.model, e.max_num_seqs), e.lengths.prompt, [(1.0, e.lengths.output)])
+            for e in scenario.providers
+        ]
+        spare = np.sort(np.maximum(0.0, 1.0 - utilisation(scenario)) * able)
+        assert spare[-1] > 0.5 * spare.sum()
+
+
+def test_in_an_uneven_market_some_have_too_much_and_others_little() -> None:
+    for scenario in with_steady_traffic("uneven"):
+        load = utilisation(scenario)  # of three phases that alternate, two may be the high or the low ones
+        assert ((load > 0.9) | (load < 0.6)).all()
+        assert (load > 0.9).any() and (load < 0.6).any()

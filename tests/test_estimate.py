@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from wwwserve.agents import knowledge as k
-from wwwserve.agents.estimate import CONTEXT_PRIOR, chance_on_time, expect, slowdown
+from wwwserve.agents.estimate import chance_on_time, context_of, expect, full_batch, marginal_delay, slowdown
 from wwwserve.agents.kernel import Floats
 
-# A node with 8 slots; a typical request stands at 100 + 0.62 * 200 = 224 tokens of context.
+# A node with 8 slots, on which a request is expected to hold 100 + 0.62 * 200 = 224 tokens of context.
 TYPICAL = 224.0
 
 
@@ -20,7 +20,7 @@ def node(running: float = 0, waiting: float = 0, kv_tokens: float | None = None,
     advert = np.zeros(k.ADVERT_SIZE)
     advert[k.AD_RUNNING], advert[k.AD_WAITING] = running, waiting
     advert[k.AD_KV_TOKENS] = running * TYPICAL if kv_tokens is None else kv_tokens
-    advert[k.AD_MEAN_PROMPT], advert[k.AD_MEAN_OUTPUT] = 100.0, 200.0
+    advert[k.AD_MEAN_PROMPT], advert[k.AD_MEAN_OUTPUT], advert[k.AD_CONTEXT] = 100.0, 200.0, TYPICAL
     advert[k.AD_WEIGHT_S : k.ADVERT_SIZE] = 0.010, 1e-4, 1e-7, 0.004, 1e-4, 20_000, 8
     for name, value in columns.items():
         advert[getattr(k, name)] = value
@@ -67,8 +67,8 @@ def test_what_was_sent_since_is_as_good_as_running() -> None:
 
 
 def test_the_kv_cache_bounds_how_many_run_at_once() -> None:
-    roomy, tight = node(running=4), node(running=4, AD_KV_CAPACITY=1120.0)  # room for 5 at 224
-    assert expect(tight, 0.0, 100.0)[0] == expect(roomy, 0.0, 100.0)[0]
+    large, tight = node(running=4), node(running=4, AD_KV_CAPACITY=1120.0)  # which holds 5 at 224
+    assert expect(tight, 0.0, 100.0)[0] == expect(large, 0.0, 100.0)[0]
     first_s, token_s = expect(tight, 1.0, 100.0)
     decode_s = 0.010 + 5e-4 + 1e-7 * 1120
     assert token_s == pytest.approx(decode_s + 5 / 200 * 0.004, rel=1e-12)
@@ -76,11 +76,11 @@ def test_the_kv_cache_bounds_how_many_run_at_once() -> None:
 
 
 def test_a_queue_shows_that_a_node_is_full_whatever_its_mean_context_says() -> None:
-    full = node(running=3, waiting=2, kv_tokens=19_900)
+    context = 2800.0
+    full = node(running=3, waiting=2, kv_tokens=19_900, AD_CONTEXT=context)
     token_s = expect(full, 0.0, 100.0)[1]
-    context = (19_900 + CONTEXT_PRIOR * TYPICAL) / (3 + CONTEXT_PRIOR)
-    at_once = min(8.0, 20_000 / context)
-    assert at_once > 6  # so by slots and mean context all six would run
+    at_once = 20_000 / context
+    assert 6 < at_once < 8  # so by slots and mean context all six would run
     decode_s = 0.010 + 6e-4 + 1e-7 * 6 * context
     expected_s = 3 * 200 * token_s / at_once + 2 * 0.004 + 0.014 + decode_s
     assert expect(full, 0.0, 100.0)[0] == pytest.approx(expected_s, rel=1e-12)
@@ -114,13 +114,10 @@ def test_a_newcomer_slows_those_that_run() -> None:
     assert slowdown(node(running=3), 0.0) == pytest.approx(3 * 124 * slower_s, rel=1e-12)
     assert slowdown(node(running=1, waiting=1), 2.0) == pytest.approx(4 * 124 * slower_s, rel=1e-12)
     assert slowdown(node(running=8, waiting=7), 9.0) == pytest.approx(8 * 124 * slower_s, rel=1e-12)  # of those at once
-    context = (8 * 1000 + CONTEXT_PRIOR * TYPICAL) / (8 + CONTEXT_PRIOR)  # what runs shows longer contexts
-    long = slowdown(node(running=8, kv_tokens=8000), 0.0)
-    assert long == pytest.approx(8 * 124 * (1e-4 + context * 1e-7), rel=1e-12)
+    long = slowdown(node(running=8, AD_CONTEXT=1000.0), 0.0)  # longer contexts are expected of what runs
+    assert long == pytest.approx(8 * 124 * (1e-4 + 1000 * 1e-7), rel=1e-12)
     assert slowdown(node(running=8, AD_KV_CAPACITY=1120.0), 0.0) == pytest.approx(5 * 124 * slower_s, rel=1e-12)
-    assert slowdown(node(running=3, AD_MEAN_OUTPUT=0.0), 0.0) == pytest.approx(
-        3 * 0.62 * (1e-4 + (3 * TYPICAL + CONTEXT_PRIOR * 100.62) / (3 + CONTEXT_PRIOR) * 1e-7), rel=1e-12
-    )
+    assert slowdown(node(running=3, AD_MEAN_OUTPUT=0.0), 0.0) == pytest.approx(3 * 0.62 * slower_s, rel=1e-12)
 
 
 def test_slowdown_is_what_expect_says_of_the_pace() -> None:
@@ -128,6 +125,26 @@ def test_slowdown_is_what_expect_says_of_the_pace() -> None:
     for running in (1, 3, 6):
         decode_s = [expect(node(running=n), 0.0, 1.0)[1] - (n + 1) / 200 * 0.004 for n in (running - 1, running)]
         assert slowdown(node(running), 0.0) == pytest.approx(running * 124 * (decode_s[1] - decode_s[0]), rel=1e-9)
+
+
+def test_what_runs_is_expected_to_hold_at_least_what_is_there() -> None:
+    assert context_of(100.0, 200.0, 0.0) == context_of(100.0, 200.0, 50.0) == 224.0
+    assert context_of(100.0, 200.0, 700.0) == 800.0
+
+
+def test_a_full_batch_is_as_many_as_slots_and_kv_cache_hold() -> None:
+    assert full_batch(node(running=2)) == (8.0, pytest.approx(0.010 + 8e-4 + 1e-7 * 8 * 224, rel=1e-12))
+    assert full_batch(node(AD_KV_CAPACITY=1120.0)) == (5.0, pytest.approx(0.010 + 5e-4 + 1e-7 * 1120, rel=1e-12))
+    assert full_batch(node(AD_KV_CAPACITY=100.0))[0] == 1.0
+
+
+def test_a_token_of_a_newcomer_delays_the_others() -> None:
+    """By what its prefill takes beyond the iteration that it joins, and what it adds to every one while it decodes."""
+    input_s, output_s = marginal_delay(node())
+    assert input_s == pytest.approx((0.004 + 100 * 1e-4 - 0.010) / 100, rel=1e-12)
+    assert output_s == pytest.approx(1e-4 + 224 * 1e-7, rel=1e-12)
+    assert marginal_delay(node(AD_MEAN_PROMPT=60.0))[0] == 0.0  # it hides under the weight read
+    assert marginal_delay(node(AD_MEAN_PROMPT=0.0))[0] == 0.0
 
 
 def chance(deadlines: list[float], tokens: float, median: float, sigma: float, longest: float = 1e9) -> float:

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from wwwserve.agents.rules import RULES
@@ -45,16 +46,22 @@ LOG = [
 ]
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Figure]:
-    """Figures by name, before they are saved."""
+def kept(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Figures by name as they are drawn, in place of being saved."""
     found: dict[str, Figure] = {}
 
     def keep(figure: Figure, out: Path, name: str) -> list[Path]:
         found[name] = figure
+        plt.close(figure)
         return []
 
     monkeypatch.setattr(figures, "save", keep)
+    return found
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Figure]:
+    found = kept(monkeypatch)
     figures.draw_comparison(RESULT, tmp_path)
     figures.draw_learning(LOG, tmp_path)
     return found
@@ -108,6 +115,73 @@ def test_command_writes_every_figure_twice_and_the_same_again(tmp_path: Path) ->
     for name in names:
         assert contents[0][f"{name}.png"].startswith(PNG)
         assert SVG in contents[0][f"{name}.svg"].decode()
+
+
+def game_cell(copies: int, names: list[str]) -> dict[str, Any]:
+    course = {key: {name: [1.0 + k, None, 2.0 + k] for k, name in enumerate(names)} for key in ("markup", "price")}
+    gain = {"mean_gain": [-0.1, 0.02], "worst_gain": [0.03, None], "gains": {}}
+    cut = {
+        "seller": names[0], "from_s": 60.0, "until_s": 90.0, "time_s": [50.0, 70.0, 100.0], "forced": [2.0, 0.75, 2.0],
+        "others_markup": [2.0, 1.5, 1.75], "others_without": [2.0, 2.0, 2.0],
+    }  # fmt: skip
+    return {
+        "copies": copies,
+        "loss": [0.06 / copies, 0.01],
+        "providers": {
+            name: {"profit": [10.0 + k, 1.0], "alone": [8.0, None], "markup": [2.0, 0.0]}
+            for k, name in enumerate(names)
+        },
+        "deviations": {"markup 2": gain, "promise 0.5": gain},
+        "course": {"time_s": [0.0, 5.0, 10.0]} | course,
+        "collusion": {"sellers": names[:1], "cut": cut},
+    }
+
+
+GAME = {
+    "first_seed": 1,
+    "seeds": 3,
+    "scenarios": {
+        "thin": game_cell(1, ["a", "b"]),
+        "thin x2": game_cell(2, ["a", "a-2", "b", "b-2"]),
+        "unequal": game_cell(1, [f"n{k}" for k in range(12)]),
+    },
+}
+
+
+@pytest.fixture
+def game(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Figure]:
+    found = kept(monkeypatch)
+    figures.draw_game(GAME, tmp_path)
+    return found
+
+
+def test_a_games_figures_show_its_numbers(game: dict[str, Figure]) -> None:
+    assert list(game) == ["markups", "prices", "profit", "deviations", "welfare", "price-cut"]
+    thin, copied, unequal = game["markups"].axes
+    styles = [{line.get_label(): line.get_marker() for line in each.get_lines()} for each in (thin, copied)]
+    assert styles[0].items() <= styles[1].items()  # one legend stands for all panels
+    assert thin.get_lines()[1].get_ydata()[[0, 2]].tolist() == [2.0, 3.0]
+    assert len(unequal.get_lines()) == 12 and not unequal.get_legend_handles_labels()[1]  # too many to tell apart
+    (welfare,) = game["welfare"].axes
+    curve = welfare.get_lines()[0]
+    assert (curve.get_xdata().tolist(), curve.get_ydata().tolist()) == ([2, 4], pytest.approx([6.0, 3.0]))
+    gains = game["deviations"].axes[0]
+    assert [label.get_text() for label in gains.get_yticklabels()] == ["markup 2", "promise 0.5"]
+    assert gains.get_lines()[0].get_xdata().tolist() == [-10.0]
+    cut = {line.get_label(): list(line.get_ydata()) for line in game["price-cut"].axes[0].get_lines()}
+    assert cut["others"] == [2.0, 1.5, 1.75]
+
+
+def test_a_game_without_copies_or_collusion_has_fewer_figures(tmp_path: Path) -> None:
+    single = game_cell(1, ["a", "b"]) | {"deviations": {}}
+    del single["collusion"]
+    path = tmp_path / "game.json"
+    path.write_text(json.dumps({"first_seed": 1, "seeds": 3, "scenarios": {"thin": single}}))
+    assert figures.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    names = {path.stem for path in (tmp_path / "out").iterdir()}
+    assert names == {"markups", "prices", "profit"}
+    path.write_text(json.dumps({"first_seed": 1, "scenarios": {"thin": {"copies": 1}}}))
+    assert figures.main([str(path), "--out", str(tmp_path / "out")]) == 2
 
 
 def test_a_policy_that_finished_nothing_is_drawn_as_nothing(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import torch
 from numpy.typing import NDArray
 
 from wwwserve.agents import view as v
-from wwwserve.agents.decision import ADMITS, CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, PRICES, ROUTES, make_actions
+from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, make_actions
 from wwwserve.agents.policy import architecture, forward
 from wwwserve.agents.policy.architecture import EVIDENCE, FORBIDDEN, LOGITS, SHORTEST_S
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.policy.network import Actor, weights_of
 from wwwserve.agents.rules import Rule
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import Views, make_views
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import KINDS, sample
@@ -90,7 +91,7 @@ def assert_close(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None
 
 def test_kernels_are_the_network(actor: Actor, policy: LearnedPolicy, seen: Views) -> None:
     ours = policy.logits(seen)
-    assert ours.shape == (len(seen.me), LOGITS) and LOGITS == ROUTES + ADMITS + PRICES
+    assert ours.shape == (len(seen.me), LOGITS) and ROUTES + MARKUPS.size == LOGITS
     assert_close(ours, in_torch(actor, seen))
     counts = set(seen.request[:, v.N_CANDIDATES].astype(int).tolist())
     assert len(counts) >= 6
@@ -165,11 +166,11 @@ def test_decisions_are_the_most_probable(policy: LearnedPolicy, seen: Views) -> 
     count = len(seen.me)
     active = np.random.default_rng(2).random(count) < 0.8
     actions = make_actions(count)
-    actions.route[...] = actions.price[...] = 77
+    actions.route[...] = actions.markup[...] = 77
     policy.decide(seen, active, np.zeros((count, 4)), actions)
     logits = policy.logits(seen)
     np.testing.assert_array_equal(actions.route, np.where(active, logits[:, :ROUTES].argmax(1), 77))
-    np.testing.assert_array_equal(actions.price, np.where(active, logits[:, ROUTES + ADMITS :].argmax(1), 77))
+    np.testing.assert_array_equal(actions.markup, np.where(active, logits[:, ROUTES:].argmax(1), 77))
     assert np.take_along_axis(seen.routes, actions.route[:, None].clip(0, ROUTES - 1), 1)[active].all()
 
 
@@ -230,7 +231,7 @@ def test_an_unlearned_policy_has_the_usual_settings() -> None:
     net = forward.net_of(weights_of(Actor(WIDTH)))
     found = np.zeros(architecture.SETTINGS, np.float32)
     forward.settings(net, np.zeros(WIDTH, np.float32), found)
-    assert found.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.5, 10.0, 1.0, 0.3, 0.7, 1.0], rel=1e-4)
+    assert found.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.5, 10.0, 1.0, 0.3, 0.7, 1.0, 1.0], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -266,4 +267,4 @@ def test_before_it_learns_the_policy_is_nearly_a_rule() -> None:
     views = market_views(600)
     views = Views(*(array[views.me[:, v.HAS_REQUEST] > 0.5] for array in views))
     routes = LearnedPolicy(weights_of(Actor()), {}).logits(views)[:, :ROUTES].argmax(1)
-    assert (routes == np.array(unlearned(views))).mean() > 0.9
+    assert (routes == np.array(unlearned(views))).mean() > 0.8  # the others go where they bring more

@@ -14,7 +14,7 @@ MAPPING: dict[str, Any] = {
     "name": "duels",
     "duration_s": 120,
     "drain_s": 200,
-    "economy": {"duel_probability": 1.0, "initial_credit": 500, "stake_rule": "fixed"},
+    "economy": {"payment": "per_request", "duel_probability": 1.0, "initial_credit": 500, "stake_rule": "fixed"},
     "defaults": {"lengths": {"output": {"median": 300, "sigma": 0.5, "max": 600}}, "gpu": "a100-80g"},
     "providers": [
         {

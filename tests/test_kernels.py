@@ -1,7 +1,7 @@
 """Compiled kernels and the same kernels as plain Python give the same bits, and every kernel of agents/ is tried.
 
 Run as a script, `test_kernels.py FILE`, this file writes the results of all cases and the names of the kernels that
-they ran to FILE; the tests do so under `NUMBA_DISABLE_JIT=1` and compare. No kernel asks for fast math, so nothing is
+they ran to FILE; the tests do so under `NUMBA_DISABLE_JIT=1` and compare. No kernel uses fast math, so nothing is
 fused or reordered, and the comparison is to the last bit. The learned policy alone, which computes in float32, differs
 in its last bits: compiled, log1p and exp of a float32 are those of float32.
 """
@@ -21,7 +21,20 @@ import numpy as np
 import pytest
 
 from wwwserve import agents
-from wwwserve.agents import decision, estimate, generator, hardware, kernel, knowledge, protocol, provider, rules, view
+from wwwserve.agents import (
+    classes,
+    decision,
+    estimate,
+    generator,
+    hardware,
+    kernel,
+    knowledge,
+    protocol,
+    provider,
+    rules,
+    tariff,
+    view,
+)
 from wwwserve.agents.policy import architecture, forward
 from wwwserve.envs import scenario
 from wwwserve.envs.batch import MarketBatch
@@ -48,8 +61,9 @@ def adverts_of(rng: np.random.Generator, count: int) -> Any:
         )  # fmt: skip
         row[knowledge.AD_MEAN_PROMPT], row[knowledge.AD_MEAN_OUTPUT] = rng.uniform(1, 3000, 2)
         knowledge.on_length(row, rng.uniform(1, 3000), rng.uniform(1, 3000))
-        row[knowledge.AD_PRICE], row[knowledge.AD_STAKE] = rng.uniform(0, 5, 2)
-        row[knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = rng.integers(0, 9, knowledge.MAX_CLASSES)
+        row[knowledge.AD_TARIFF : knowledge.AD_HELD] = rng.uniform(0, 5, 4)
+        row[knowledge.AD_CONTEXT] = rng.uniform(1, 3000)
+        row[knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = rng.integers(0, 9, classes.MAX_CLASSES)
     return made
 
 
@@ -59,7 +73,7 @@ def peer_stats_of(rng: np.random.Generator, adverts: Any) -> Any:
     for row, advert in zip(made, adverts, strict=True):
         messages: list[Callable[[], None]] = [
             lambda row=row, advert=advert: knowledge.on_sent(row, advert),
-            lambda row=row, advert=advert: knowledge.on_refused(row, advert),
+            lambda row=row, advert=advert: knowledge.on_refused(row, advert[knowledge.AD_TIME_S]),
             lambda row=row: knowledge.on_ended(row),
             lambda row=row: knowledge.on_answer(row, rng.uniform(0, 100), rng.uniform(0, 100)),
             lambda row=row: knowledge.on_progress(row, rng.uniform(0, 60), 5.0, 0.03, rng.choice([0.0, 300.0])),
@@ -123,11 +137,14 @@ def protocol_case(rng: np.random.Generator) -> Results:
         accounts = rng.integers(0, 10**7, (9, protocol.ACCOUNT_SIZE))
         amount = int(rng.integers(0, 10**7))
         locked = protocol.lock(accounts[0], amount)
-        cost = protocol.price_of(int(rng.integers(2)), amount, int(rng.integers(4000)))
+        tariff_ = rng.integers(0, 10**7, protocol.TARIFF_SIZE)
+        tokens = [int(x) for x in rng.integers(0, 4000, 3)]
+        cost = protocol.price_of(int(rng.integers(3)), tariff_, *tokens)
+        cost = protocol.due_after(int(rng.integers(3)), cost, *(protocol.milliseconds(s) for s in rng.uniform(0, 9, 2)))
         paid.append([locked, cost, protocol.settle(accounts[0], accounts[1], amount if locked else 0, cost)])
-        part = protocol.price_of_part(int(rng.integers(2)), amount, int(rng.integers(4000)), int(rng.integers(4000)))
-        room = protocol.room(accounts[3], int(rng.integers(0, 10**7)), int(rng.integers(0, 10**7)))
-        bounds.append([part, room, protocol.forfeit(accounts, 7, 8)])
+        part = protocol.price_of_part(int(rng.integers(3)), tariff_, *tokens, int(rng.integers(4000)))
+        available = protocol.available_credit(accounts[3], int(rng.integers(0, 10**7)), int(rng.integers(0, 10**7)))
+        bounds.append([part, available, protocol.forfeit(accounts, 7, 8)])
         target = protocol.stake_target(rng.uniform(0, 0.8), int(rng.random() < 0.2), int(rng.random() < 0.5))
         protocol.move_stake(accounts[2], target, rng.uniform(0, 3))
         votes = rng.integers(0, 4, 5)
@@ -163,23 +180,24 @@ def provider_of(rng: np.random.Generator, requests: int) -> tuple[Any, Any, Any]
     p["own"][0, knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = 0
     a["tick_s"], a["gossip_s"], a["rtt_s"] = 1.0, 3.0, 0.05
     a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
-    a["pricing"], a["n_prices"], a["prices"][0, :3] = rng.integers(2), 3, (0.5, 1, 2)
+    a["payment"], p["compute"], p["cost"] = rng.integers(3), rng.uniform(0, 1e-4, 2), rng.uniform(0, 1e-3, 2)
     a["exposure"] = rng.choice([protocol.NO_BOUND, 8 * protocol.MICRO])
     q["klass"], q["prompt"], q["arrival_s"] = (rng.integers(high, size=requests) + low for low, high in
                                                ((0, 3), (1, 3000), (-100, 105)))  # fmt: skip
-    q["longest"] = KNOWN[q["klass"], view.CLASS_MAX]
+    q["longest"] = KNOWN[q["klass"], classes.CLASS_MAX]
     return p[0], a[0], q
 
 
 def views_of(rng: np.random.Generator, count: int) -> view.Views:
     views = view.make_views(count)
-    scratch = view.ViewScratch(np.empty(view.NODES), np.empty(knowledge.MAX_CLASSES, np.int64))
+    scratch = view.ViewScratch(np.empty(view.NODES), np.empty(classes.MAX_CLASSES, np.int64))
     for b in range(count):
         adverts = adverts_of(rng, PEERS)
         p, a, q = provider_of(rng, 1)
         p["head"] = -1 if b % 10 == 0 else 0
         p["advert_due"], p["held"], p["remote"] = b % 3 == 0, *rng.integers(9, size=2)
-        p["arrival_rate"], p["price"], p["credit"] = *rng.random(2), rng.integers(10**9)
+        p["arrival_rate"], p["markup"], p["credit"] = *rng.random(2), rng.integers(10**9)
+        p["peer_price"], p["sold"] = rng.random(2)
         q["n_candidates"], q["refused"] = rng.integers(0, 9), rng.integers(256)
         q["candidates"] = rng.permutation(np.arange(1, PEERS))[: decision.CANDIDATES]
         peers = knowledge.Peers(adverts, peer_stats_of(rng, adverts), rng.integers(0, 10**7, PEERS))
@@ -242,7 +260,7 @@ class Life:
             provider.accepted(self.q, r, self.now_s, self.rng.uniform(0.1, 5), self.rng.uniform(0.01, 0.1))
             self.taken.append(r)
         else:
-            provider.refused(self.p, self.q, r, self.peer_stats[j], self.adverts[j])
+            provider.refused(self.p, self.q, r, self.peer_stats[j])
             self.q[r]["locked"] = 0
             provider.mask(self.q, r, int(self.rng.integers(PEERS)))
             provider.come_back(self.p, self.q, r)
@@ -254,6 +272,7 @@ class Life:
         r = self.taken.pop(int(self.rng.integers(len(self.taken))))
         j = int(self.q[r]["executor"])
         if self.rng.random() < 0.7:
+            self.log.append(provider.due_for(self.a, self.q[r], 300, float(self.rng.uniform(0, 30))))
             provider.answered(self.p, self.q, r, self.peer_stats[j], self.now_s, int(self.rng.integers(1, 900)))
         else:
             provider.end_attempt(self.p, self.q, r, self.peer_stats[j])
@@ -273,10 +292,27 @@ class Life:
         provider.look_at_evidence(p, self.q, self.peer_stats, self.now_s)
         provider.move_own_stake(p, self.account, 1.0)
         if provider.gossip(p, self.a, self.now_s):
-            terms = np.array([self.rng.uniform(0, 60), 1.0, 0.9, self.rng.integers(2)])
-            provider.set_terms(p, self.a, terms, int(self.rng.integers(-1, 5)))
+            admission = np.array([self.rng.uniform(0, 60), 1.0, 0.9, *self.rng.integers(0, 2, 2)])
+            provider.set_admission(p, admission, int(self.rng.integers(-1, 9)))
+            provider.look_at_tariffs(p, self.a, self.peers(), self.now_s, 0)
             provider.advertise(p, int(self.account[protocol.STAKED]), self.now_s, self.adverts[0])
-        self.log += provider.consider(p, float(self.rng.uniform(1, 3000)))
+        self.appraise()
+        prompt, longest = float(self.rng.uniform(1, 3000)), int(self.rng.integers(5000))
+        self.log += provider.consider(p, self.a, prompt, longest, self.rng.integers(0, 10**6, protocol.TARIFF_SIZE))
+
+    def appraise(self) -> None:
+        """What runs here, if the cost is old: requests of its own users and of peers."""
+        self.log.append(provider.is_cost_old(self.p, self.a, self.now_s))
+        found = provider.begin_appraisal(self.p, self.a)
+        for r in self.rng.integers(0, self.q.size, 4):
+            own, generated = bool(self.rng.integers(2)), float(self.rng.integers(900))
+            taken = self.q[r : r + 1].copy()
+            if np.isnan(taken["taken_s"][0]):
+                taken["taken_s"], taken["promised_ttft_s"], taken["promised_tpot_s"] = self.now_s - 3.0, 1.0, 0.03
+            if numba.config.DISABLE_JIT:
+                taken = taken.view(np.recarray)
+            found = provider.count_running(self.p, self.a, taken[0], own, generated, self.now_s, found)
+        provider.end_appraisal(self.p, self.a, found, self.now_s)
 
     def bytes(self) -> Results:
         fields = {f"p.{name}": self.p[name].copy() for name in provider.PROVIDER.names or ()}
@@ -310,14 +346,14 @@ def view_and_rules_case(rng: np.random.Generator) -> Results:
         actions = decision.make_actions(DRAWS)
         rules.Rule(name).decide(views, np.ones(DRAWS, np.bool_), tosses, actions)
         results |= {f"{name}.{field}": array for field, array in actions._asdict().items()}
-    offered = np.column_stack([rng.uniform(0, 60, DRAWS), rng.random((DRAWS, 2)), rng.integers(0, 2, DRAWS)])
-    listed = decision.make_actions(DRAWS)
-    decision.set_admit(listed, rng.integers(0, decision.ADMITS, DRAWS))
-    results["terms"] = listed.terms
+    policies = np.column_stack([rng.uniform(0, 60, DRAWS), rng.random((DRAWS, 2)), rng.integers(0, 2, (DRAWS, 2))])
+    decision.admit_what_pays(policies[0])
     held = rng.uniform(0, 400, (DRAWS, 2))
     results["may hold"] = np.array([decision.may_hold(*each) for each in held])
     results["rates"] = np.array([(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held])
-    results["accept"] = np.array([decision.accept(t, *rng.uniform(0, [60, 1, 2, 1])) for t in offered])
+    results["accept"] = np.array(
+        [decision.accept(t, *rng.uniform([0, 0, 0, -1, 0], [60, 1, 2, 1, 1])) for t in policies]
+    )
     return results
 
 
@@ -334,14 +370,33 @@ def learned_case(rng: np.random.Generator) -> Results:
     return {"logits": policy.logits(views), "normalised": normalised} | actions._asdict()
 
 
+def tariff_case(rng: np.random.Generator) -> Results:
+    """What a request costs and pays, beyond what a provider's life has of it."""
+    written, prices, lost = np.zeros(protocol.TARIFF_SIZE), [], []
+    for own in adverts_of(rng, DRAWS):
+        compute, cost = np.zeros(2), np.zeros(2)
+        tariff.write_compute(compute, own, rng.uniform(0, 1))
+        future = tariff.future_loss(own, rng.random(3), KNOWN, DEADLINES, 2)
+        tariff.write_cost(cost, compute, rng.random(), rng.random(), future, own)
+        tariff.write_tariff(written, cost, rng.uniform(0.5, 8))
+        prices.append([future, *cost, *written, tariff.cost_of(cost, 300.0, 200.0), tariff.price_by(written, 9.0, 8.0)])
+        prices[-1] += [tariff.in_micro(written[0]), *estimate.full_batch(own), *estimate.marginal_delay(own)]
+        a, b, price = rng.uniform(0.1, 60, 3)
+        lost.append([tariff.on_time_by(a, b), tariff.share_paid(a, b), tariff.payment_lost_per_s(price, a, b)])
+        generated = rng.choice([0.0, 90.0, 700.0])
+        lost[-1] += [tariff.expected_output(a, generated, 800.0), estimate.context_of(a, b, generated)]
+        lost[-1].append(tariff.value_lost_per_s(KNOWN[2], DEADLINES[2], generated, a, rng.uniform(0.01, 0.1)))
+    return {"prices": np.array(prices), "lost": np.array(lost)}
+
+
 LENGTHS = {"prompt": {"median": 300, "sigma": 0.8, "max": 2048}, "output": {"median": 150, "sigma": 0.7, "max": 600}}
 MARKETS: dict[str, dict[str, Any]] = {
     "classes": {
         "slo": {"classes": {"chat": {"share": 0.6, "deadline_s": 8, "value": 3},
                             "batch": {"share": 0.4, "deadline_s": 60, "value": 1}}},
-        "economy": {"pricing": "per_ktok", "duel_probability": 0.4, "judges": 2},
+        "economy": {"payment": "lateness", "duel_probability": 0.4, "judges": 2},
     },
-    "lies": {"economy": {"pricing": "per_request", "duel_probability": 0.2}},
+    "lies": {"economy": {"payment": "per_request", "duel_probability": 0.2}},
 }  # fmt: skip
 
 PICKY = {"accept_wait_s": 0.3, "target_kv_use": 0.03}  # so that others' work is refused at times, too
@@ -388,7 +443,7 @@ def markets_case(rng: np.random.Generator) -> Results:
 
 CASES: tuple[Case, ...] = (
     knowledge_case, estimate_case, generator_case, protocol_case, provider_case, view_and_rules_case, learned_case,
-    markets_case,
+    tariff_case, markets_case,
 )  # fmt: skip
 
 

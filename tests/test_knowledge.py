@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from wwwserve.agents import knowledge as k
+from wwwserve.agents.classes import MAX_CLASSES
 from wwwserve.agents.hardware import profile
 from wwwserve.agents.kernel import Floats
+from wwwserve.agents.protocol import TARIFF_SIZE
 
 
 @pytest.fixture
@@ -52,13 +54,22 @@ def test_what_was_refused_no_longer_counts_as_sent(peer_stats: Floats, advert: F
     for _ in range(3):
         k.on_sent(peer_stats, advert)
     for left in (2, 1, 0, 0):
-        k.on_refused(peer_stats, advert)
+        k.on_refused(peer_stats, advert[k.AD_TIME_S])
         assert k.sent_since(peer_stats, advert) == left
+
+
+def test_a_refusal_says_nothing_of_an_advert_made_since_the_offer(peer_stats: Floats, advert: Floats) -> None:
     k.on_sent(peer_stats, advert)
     newer = advert.copy()
     newer[k.AD_TIME_S] = 103.0
-    k.on_refused(peer_stats, newer)  # it was sent under the advert before, and does not count now
-    assert k.sent_since(peer_stats, newer) == 0.0
+    k.on_sent(peer_stats, newer)
+    k.on_refused(peer_stats, 100.0)
+    assert k.refused_since(peer_stats, advert) and not k.refused_since(peer_stats, newer)
+    assert k.sent_since(peer_stats, newer) == 1.0  # of the newer advert nothing was refused
+    k.on_refused(peer_stats, 103.0)
+    assert k.refused_since(peer_stats, newer) and k.sent_since(peer_stats, newer) == 0.0
+    k.on_refused(peer_stats, 100.0)  # later than the answer to what was offered after it
+    assert k.refused_since(peer_stats, newer)
 
 
 def test_ended_requests_are_no_longer_out_and_never_negative(peer_stats: Floats, advert: Floats) -> None:
@@ -73,7 +84,7 @@ def test_ended_requests_are_no_longer_out_and_never_negative(peer_stats: Floats,
 
 
 def test_a_refusal_is_forgotten_with_the_next_advert(peer_stats: Floats, advert: Floats) -> None:
-    k.on_refused(peer_stats, advert)
+    k.on_refused(peer_stats, advert[k.AD_TIME_S])
     assert k.refused_since(peer_stats, advert)
     advert[k.AD_TIME_S] += 3.0
     assert not k.refused_since(peer_stats, advert)
@@ -83,7 +94,7 @@ def test_messages_of_one_peer_leave_the_others_alone(advert: Floats) -> None:
     table = k.make_peer_stats(3, 4)
     before = table.copy()
     k.on_sent(table[1, 2], advert)
-    k.on_refused(table[1, 2], advert)
+    k.on_refused(table[1, 2], advert[k.AD_TIME_S])
     k.on_answer(table[1, 2], 8.0, 4.0)
     k.on_progress(table[1, 2], 9.0, 4.0, 0.5, 3.0)
     touched = np.argwhere((table != before).any(axis=-1))
@@ -165,5 +176,6 @@ def test_a_profile_in_an_advert(advert: Floats, speed: float) -> None:
 
 def test_columns_do_not_overlap() -> None:
     columns = {name: value for name, value in vars(k).items() if name.startswith("AD_")}
-    columns |= {f"held of class {c}": k.AD_HELD + c for c in range(1, k.MAX_CLASSES)}
+    columns |= {f"held of class {c}": k.AD_HELD + c for c in range(1, MAX_CLASSES)}
+    columns |= {f"tariff, column {t}": k.AD_TARIFF + t for t in range(1, TARIFF_SIZE)}
     assert sorted(columns.values()) == list(range(k.ADVERT_SIZE))

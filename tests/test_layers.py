@@ -127,7 +127,7 @@ def test_checker_sees_a_violation(path, source):
             "import numpy\nfrom . import knowledge\nfrom .kernel import kernel\nimport wwwserve.agents.decision",
         ),
         ("agents/policy/network.py", "import torch"),
-        ("envs/market_v0.py", "import pettingzoo\nfrom wwwserve.agents import protocol"),
+        ("envs/market_v1.py", "import pettingzoo\nfrom wwwserve.agents import protocol"),
         (
             "serving/http/routes.py",
             "from wwwserve.agents.policy.bundle import Bundle\nfrom wwwserve.serving.engine.adapter import Engine",

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wwwserve.agents.generator import make_generators
-from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST, VOTE_A, VOTE_B, draw_by_stake
+from wwwserve.agents.protocol import LATENESS, MICRO, PER_REQUEST, QUOTED, VOTE_A, VOTE_B, draw_by_stake, price_of
 from wwwserve.serving import cli
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.audit import audit, compare, evidence, settled
@@ -28,12 +28,24 @@ from wwwserve.serving.ledger.channel_ledger import (
     Declined,
     Grant,
     Held,
-    Terms,
     Vouching,
+    most_of,
 )
 from wwwserve.serving.ledger.journal import Balance, Full, Journal, JournalError, MemoryJournal, SqliteJournal
 from wwwserve.serving.ledger.stakes import Answer, Conflict, Stake, Staked, Stakes, Verdict, Vote, decode, duel_name
-from wwwserve.serving.ledger.statements import Signed, State, StatementError, Vouch, digest, link, sign
+from wwwserve.serving.ledger.statements import (
+    NOTHING_CAME,
+    Served,
+    Signed,
+    State,
+    StatementError,
+    Terms,
+    Vouch,
+    digest,
+    link,
+    sign,
+)
+from wwwserve.serving.market import Promise
 
 KINDS = ("memory", "sqlite")
 A, B, C = (Identity.generate() for _ in range(3))
@@ -41,11 +53,24 @@ CREDIT = 100 * MICRO
 BODY, ANSWER = digest(b"what is asked"), digest(b"what is answered")
 
 
+PROMISE = Promise(1.0, 0.01)
+SLACK_MS = 300
+
+
+def terms_of(amount: int = MICRO, price: int = MICRO) -> Terms:
+    """Of an answer at a price for 1000 tokens, after a prompt that costs nothing."""
+    return Terms((0, 0, price), 10, amount)
+
+
+def came(tokens: int, how: str = WHOLE, took_ms: int = 1) -> Served:
+    return Served(ANSWER, 10, 0, tokens, took_ms, how)
+
+
 class Sides:
     """The two sides of a channel, A's and B's; each can be killed and comes back from its journal."""
 
-    def __init__(self, kind: str, folder: Path, pricing: int = PER_KTOK, exposure: int = 10 * MICRO) -> None:
-        self.kind, self.folder, self.pricing, self.exposure = kind, folder, pricing, exposure
+    def __init__(self, kind: str, folder: Path, payment: int = QUOTED, exposure: int = 10 * MICRO) -> None:
+        self.kind, self.folder, self.payment, self.exposure = kind, folder, payment, exposure
         self.journals: dict[str, Journal] = {}
         self.a, self.b = self.start(A), self.start(B)
 
@@ -56,7 +81,9 @@ class Sides:
         other = B if who is A else A
         grants = {other.name: Grant(CREDIT, CREDIT, "limits")}
         funds = {A.name: 4 * MICRO, B.name: 4 * MICRO}
-        return ChannelLedger(who, journal, grants, funds, exposure=self.exposure, pricing=self.pricing)
+        return ChannelLedger(
+            who, journal, grants, funds, exposure=self.exposure, payment=self.payment, slack_ms=SLACK_MS
+        )
 
     def file(self, who: Identity) -> Path:
         return self.folder / ("a.db" if who is A else "b.db")
@@ -83,15 +110,18 @@ class Sides:
                 return
         raise AssertionError("the two do not come to an end")
 
-    def ask(self, amount: int = MICRO, price: int = MICRO) -> Terms:
-        """A request from A to B."""
-        terms = self.a.lock(B.name, amount, BODY, price)
-        self.b.take(A.name, terms, BODY)
-        return terms
+    def ask(self, terms: Terms | None = None) -> int:
+        """A request from A to B; its id."""
+        id = self.a.lock(B.name, terms or terms_of(), BODY)
+        self.b.take(A.name, id, terms or terms_of(), BODY, PROMISE)
+        return id
 
-    def answered(self, terms: Terms, tokens: int) -> int:
-        self.b.delivered(A.name, terms.id, ANSWER, tokens, WHOLE)
-        return self.a.settle(B.name, terms.id, ANSWER, tokens, 1000, WHOLE)
+    def answered(self, id: int, tokens: int) -> int:
+        self.b.delivered(A.name, id, came(tokens))
+        return self.settle(id, came(tokens))
+
+    def settle(self, id: int, served: Served, promise: Promise | None = PROMISE) -> int:
+        return self.a.settle(B.name, id, promise, served, 1000)
 
     def own(self) -> tuple[Balance, Balance]:
         return self.a.balances()[0], self.b.balances()[0]
@@ -130,10 +160,10 @@ def mirrored(sides: Sides) -> None:
 
 def test_a_request_is_escrowed_and_paid_by_its_tokens_to_the_last_micro_credit(sides: Sides) -> None:
     async def scene() -> None:
-        terms = sides.ask(amount=2 * MICRO, price=1_234_567)
+        id = sides.ask(terms_of(2 * MICRO, 1_234_567))
         a, b = sides.own()
         assert (a.free, a.escrow) == (98 * MICRO, 2 * MICRO) and (b.peer_free, b.peer_escrow) == (a.free, a.escrow)
-        due = sides.answered(terms, 777)
+        due = sides.answered(id, 777)
         assert due == 1_234_567 * 777 // 1000
         assert sides.a.balances()[0].free == CREDIT - due
         assert sides.b.balances()[0].free == CREDIT  # earned is what is signed
@@ -147,14 +177,14 @@ def test_a_request_is_escrowed_and_paid_by_its_tokens_to_the_last_micro_credit(s
 def test_a_channel_opens_once_and_only_on_terms_that_both_have(sides: Sides, tmp_path: Path) -> None:
     async def scene() -> None:
         before = sides.own()
-        stranger = ChannelLedger(C, MemoryJournal(), {A.name: Grant(CREDIT, 0, "limits")}, {}, exposure=1, pricing=0)
+        stranger = ChannelLedger(C, MemoryJournal(), {A.name: Grant(CREDIT, 0, "limits")}, {}, exposure=1, payment=0)
         message = await stranger.message(A.name)
         assert message is not None
         assert isinstance(msgspec.json.decode(await sides.a.received(C.name, message), type=Declined), Declined)
         with pytest.raises(LedgerError, match="no channel"):
-            sides.a.take(C.name, Terms(1, 1, 1), BODY)
+            sides.a.take(C.name, 1, terms_of(1), BODY, PROMISE)
         generous = ChannelLedger(
-            A, MemoryJournal(), {B.name: Grant(2 * CREDIT, 0, "limits")}, {}, exposure=1, pricing=0
+            A, MemoryJournal(), {B.name: Grant(2 * CREDIT, 0, "limits")}, {}, exposure=1, payment=0
         )
         message = await generous.message(B.name)
         assert message is not None
@@ -170,9 +200,9 @@ def test_what_may_be_in_escrow_is_bounded_until_the_payee_has_signed(sides: Side
         asked = [sides.ask() for _ in range(10)]
         assert sides.a.available(B.name) == 0
         with pytest.raises(LedgerError, match="more than may be in escrow"):
-            sides.a.lock(B.name, 1, BODY, 1)
+            sides.a.lock(B.name, terms_of(1), BODY)
         with pytest.raises(LedgerError, match="may have in escrow here"):
-            sides.b.take(A.name, Terms(11, 1, 1), BODY)
+            sides.b.take(A.name, 11, terms_of(1), BODY, PROMISE)
         sides.answered(asked[0], 1000)
         assert sides.a.available(B.name) == 0  # as B does not know yet
         await sides.exchange()
@@ -183,25 +213,81 @@ def test_what_may_be_in_escrow_is_bounded_until_the_payee_has_signed(sides: Side
 
 
 @pytest.mark.parametrize(
-    ("pricing", "came", "tokens", "due"),
+    ("payment", "how", "tokens", "due"),
     [
-        (PER_KTOK, PART, 200, MICRO // 5), (PER_KTOK, NOTHING, 0, 0), (PER_REQUEST, WHOLE, 3, MICRO),
-        (PER_REQUEST, PART, 250, MICRO // 4), (PER_REQUEST, PART, 5000, MICRO), (PER_REQUEST, NOTHING, 0, 0),
+        (QUOTED, PART, 200, MICRO // 5), (QUOTED, NOTHING, 0, 0), (LATENESS, PART, 200, MICRO // 5),
+        (PER_REQUEST, WHOLE, 3, MICRO), (PER_REQUEST, PART, 250, MICRO // 4), (PER_REQUEST, PART, 5000, MICRO),
+        (PER_REQUEST, NOTHING, 0, 0),
     ],
 )  # fmt: skip
 def test_a_cancelled_request_pays_for_what_was_generated(
-    pricing: int, came: str, tokens: int, due: int, tmp_path: Path
+    payment: int, how: str, tokens: int, due: int, tmp_path: Path
 ) -> None:
     async def scene() -> None:
-        sides = Sides("memory", tmp_path, pricing)
+        sides = Sides("memory", tmp_path, payment)
         await sides.exchange()
-        terms = sides.ask()
-        assert sides.a.settle(B.name, terms.id, ANSWER, tokens, 1000, came) == due
+        assert sides.settle(sides.ask(), came(tokens, how)) == due
         await sides.exchange()
         assert sides.b.balances()[0].free == CREDIT + due
         mirrored(sides)
 
     play(scene)
+
+
+@pytest.mark.parametrize(
+    ("took_ms", "share"), [(1, 1.0), (5990, 1.0), (8985, 0.5), (11_980, 0.0), (10**9, 0.0)]
+)  # fmt: skip
+def test_a_late_answer_pays_less_by_the_time_that_was_promised(took_ms: int, share: float, tmp_path: Path) -> None:
+    """500 tokens were promised within 1 + 499 x 0.01 s."""
+
+    async def scene() -> None:
+        sides = Sides("memory", tmp_path, LATENESS)
+        await sides.exchange()
+        id = sides.ask(Terms((20_000, 5_000, MICRO), 100, 2 * MICRO))
+        served = Served(ANSWER, 50, 40, 500, took_ms, WHOLE)
+        sides.b.delivered(A.name, id, served)
+        price = (20_000 * 10 + 5_000 * 40 + MICRO * 500) // 1000
+        assert sides.settle(id, served) == int(price * share)
+        await sides.exchange()
+        assert sides.b.balances()[0].free == CREDIT + int(price * share)
+        assert sides.b.books.channels[A.name].short == 0
+        mirrored(sides)
+
+    play(scene)
+
+
+def test_a_payer_whose_clock_takes_more_than_the_slack_is_noted(tmp_path: Path) -> None:
+    async def scene() -> None:
+        sides = Sides("memory", tmp_path, LATENESS)
+        await sides.exchange()
+        for claimed_ms, short in ((6_000 + SLACK_MS, 0), (12_000, MICRO // 2)):
+            id = sides.ask()
+            sides.b.delivered(A.name, id, came(500, took_ms=6_000))
+            sides.settle(id, came(500, took_ms=claimed_ms))
+            await sides.exchange()
+            noted = sides.b.books.channels[A.name].short
+            assert noted == pytest.approx(short, rel=0.06) and (noted == 0) == (short == 0)
+
+    play(scene)
+
+
+@pytest.mark.parametrize(
+    ("payment", "terms", "most"),
+    [
+        (QUOTED, Terms((0, 0, 2 * MICRO), 10, MICRO), 500), (QUOTED, Terms((10**5, 0, MICRO), 1000, MICRO), 900),
+        (LATENESS, Terms((10**6, 0, MICRO), 1000, MICRO - 1), -1), (LATENESS, Terms((10**6, 0, 7), 1000, MICRO), 142),
+        (LATENESS, Terms((0, 0, 0), 10, 0), 1 << 31), (PER_REQUEST, Terms((0, 0, 0), 10, MICRO), 1 << 31),
+        (PER_REQUEST, Terms((0, 0, 0), 10, MICRO - 1), -1),
+    ],
+)  # fmt: skip
+def test_the_longest_answer_is_what_the_escrow_pays_after_the_prompt(payment: int, terms: Terms, most: int) -> None:
+    assert most_of(payment, terms) == most
+    if 0 <= most < 1 << 31:
+        paid = [
+            price_of(payment, np.array(terms.tariff), terms.prompt, 0, tokens) <= terms.amount
+            for tokens in (most, most + 1)
+        ]
+        assert paid == [True, False]
 
 
 def test_messages_that_come_twice_or_late_pay_once(sides: Sides) -> None:
@@ -221,37 +307,37 @@ def test_messages_that_come_twice_or_late_pay_once(sides: Sides) -> None:
             await written(sides.a, sides.a.replied(B.name, answer))
         mirrored(sides)
         with pytest.raises(LedgerError, match="ended already"):
-            sides.b.take(A.name, Terms(1, MICRO, MICRO), BODY)
+            sides.b.take(A.name, 1, terms_of(), BODY, PROMISE)
 
     play(scene)
 
 
 def test_a_request_that_was_refused_or_never_came_frees_its_escrow(sides: Sides) -> None:
     async def scene() -> None:
-        refused = sides.a.lock(B.name, MICRO, BODY, MICRO)
-        sides.a.free(B.name, refused.id)
-        lost = sides.a.lock(B.name, MICRO, BODY, MICRO)
-        sides.a.settle(B.name, lost.id, "", 0, 1000, NOTHING)
+        refused = sides.a.lock(B.name, terms_of(), BODY)
+        sides.a.free(B.name, refused)
+        lost = sides.a.lock(B.name, terms_of(), BODY)
+        sides.settle(lost, NOTHING_CAME, None)
         await sides.exchange()
         mirrored(sides)
         assert sides.a.balances()[0].free == CREDIT
         with pytest.raises(LedgerError, match="ended already"):  # though it comes now
-            sides.b.take(A.name, lost, BODY)
+            sides.b.take(A.name, lost, terms_of(), BODY, PROMISE)
 
     play(scene)
 
 
 def test_nothing_is_settled_twice_or_beyond_its_escrow(sides: Sides) -> None:
-    terms = sides.ask()
-    assert sides.a.settle(B.name, terms.id, ANSWER, 10**9, 1000, WHOLE) == MICRO
+    id = sides.ask()
+    assert sides.settle(id, came(10**9)) == MICRO
     with pytest.raises(LedgerError, match="is not with"):
-        sides.a.settle(B.name, terms.id, ANSWER, 1, 1000, WHOLE)
+        sides.settle(id, came(1))
     with pytest.raises(LedgerError, match="is not with"):
-        sides.a.free(B.name, terms.id)
+        sides.a.free(B.name, id)
     with pytest.raises(LedgerError, match="is not with"):
-        sides.a.settle(B.name, 99, ANSWER, 1, 1000, WHOLE)
+        sides.settle(99, came(1))
     with pytest.raises(LedgerError, match="is here already"):
-        sides.b.take(A.name, terms, BODY)
+        sides.b.take(A.name, id, terms_of(), BODY, PROMISE)
 
 
 def test_who_is_killed_comes_back_to_what_was_written_and_the_two_agree(sides: Sides) -> None:
@@ -268,12 +354,12 @@ def test_who_is_killed_comes_back_to_what_was_written_and_the_two_agree(sides: S
         third = sides.ask()
         sides.b.flush()
         sides.kill(B)
-        sides.a.settle(B.name, third.id, ANSWER, 100, 1000, PART)
+        sides.settle(third, came(100, PART))
         await sides.exchange()
         mirrored(sides)
         fourth = sides.ask()  # B is killed before it has written that it took it
         sides.kill(B)
-        sides.a.settle(B.name, fourth.id, ANSWER, 1000, 1000, WHOLE)
+        sides.settle(fourth, came(1000))
         await sides.exchange()
         mirrored(sides)
         assert sides.b.balances()[0].free == CREDIT + MICRO // 2 + MICRO // 10 + MICRO
@@ -288,24 +374,26 @@ def test_whatever_happens_in_whatever_order_credit_is_conserved_and_the_two_agre
         draw = random.Random(seed)
         sides = Sides("memory", Path(), exposure=30 * MICRO)
         await sides.exchange()
-        under_way: list[tuple[ChannelLedger, ChannelLedger, Terms]] = []
+        under_way: list[tuple[ChannelLedger, ChannelLedger, int]] = []
         for _ in range(60):
             one, other = (sides.a, sides.b) if draw.random() < 0.5 else (sides.b, sides.a)
             act = draw.random()
             if act < 0.45:
                 amount = draw.randrange(3 * MICRO)
                 if amount <= one.available(other.name):
-                    terms = one.lock(other.name, amount, BODY, draw.randrange(3 * MICRO))
+                    terms = Terms((draw.randrange(MICRO), 0, draw.randrange(3 * MICRO)), 100, amount)
+                    id = one.lock(other.name, terms, BODY)
                     with contextlib.suppress(LedgerError):
                         if draw.random() < 0.9:
-                            other.take(one.name, terms, BODY)
-                    under_way.append((one, other, terms))
+                            other.take(one.name, id, terms, BODY, PROMISE)
+                    under_way.append((one, other, id))
             elif act < 0.8 and under_way:
-                one, other, terms = under_way.pop(draw.randrange(len(under_way)))
-                tokens, came = draw.randrange(2000), draw.choice((WHOLE, PART, NOTHING))
+                one, other, id = under_way.pop(draw.randrange(len(under_way)))
+                tokens, how = draw.randrange(2000), draw.choice((WHOLE, PART, NOTHING))
+                took_ms = draw.randrange(60_000)
                 if draw.random() < 0.7:
-                    other.delivered(one.name, terms.id, ANSWER, tokens, WHOLE)
-                one.settle(other.name, terms.id, ANSWER, tokens, 1000, came)
+                    other.delivered(one.name, id, came(tokens, WHOLE, took_ms))
+                one.settle(other.name, id, PROMISE, came(tokens, how, took_ms), 1000)
             elif act < 0.95:
                 message = await written(one, one.message(other.name))
                 if message is not None:
@@ -320,11 +408,11 @@ def test_whatever_happens_in_whatever_order_credit_is_conserved_and_the_two_agre
                 for each in (sides.a, sides.b):  # what the other had with it broke off
                     channel = each.books.channels[(B if each is sides.a else A).name]
                     for id in list(channel.open):
-                        each.settle((B if each is sides.a else A).name, id, "", 0, 1, NOTHING)
+                        each.settle((B if each is sides.a else A).name, id, None, NOTHING_CAME, 1)
             for balance in sides.own():
                 assert sum(balance[2:]) == balance.opened and min(balance[2:]) >= 0
-        for one, other, terms in under_way:
-            one.settle(other.name, terms.id, "", 0, 1000, NOTHING)
+        for one, other, id in under_way:
+            one.settle(other.name, id, None, NOTHING_CAME, 1000)
         await sides.exchange()
         mirrored(sides)
         assert sum(each.free for each in sides.own()) == 2 * CREDIT
@@ -386,14 +474,14 @@ def test_two_vouchers_of_one_number_are_evidence_that_costs_the_stake(sides: Sid
 def test_a_payer_who_says_that_less_came_than_was_delivered_is_noted_and_gets_no_more(sides: Sides) -> None:
     async def scene() -> None:
         for k in range(11):
-            terms = sides.ask()
-            sides.b.delivered(A.name, terms.id, ANSWER, 1000, WHOLE)
-            sides.a.settle(B.name, terms.id, "", 0, 1000, NOTHING)
+            id = sides.ask()
+            sides.b.delivered(A.name, id, came(1000))
+            sides.settle(id, NOTHING_CAME)
             await sides.exchange()
             assert sides.b.books.channels[A.name].short == (k + 1) * MICRO
-        terms = sides.a.lock(B.name, MICRO, BODY, MICRO)
+        id = sides.a.lock(B.name, terms_of(), BODY)
         with pytest.raises(LedgerError, match="paid 11000000 micro-credits less than it was delivered"):
-            sides.b.take(A.name, terms, BODY)
+            sides.b.take(A.name, id, terms_of(), BODY, PROMISE)
         notes = [
             msgspec.json.decode(e.body, type=Noted) for e in sides.journals[B.name].entries() if b'"note"' in e.body
         ]
@@ -406,7 +494,11 @@ def test_a_payer_who_says_that_less_came_than_was_delivered_is_noted_and_gets_no
     ("changes", "message"),
     [
         ({"due": 2 * MICRO}, "pays 2000000 of 1000000"), ({"request": digest(b"another")}, "not of what was taken"),
-        ({"price": 1}, "not of what was taken"), ({"came": NOTHING}, "for nothing"), ({"tokens": -1}, "is none"),
+        ({"terms": terms_of(price=1)}, "not of what was taken"), ({"promise": None}, "not of what was taken"),
+        ({"promise": Promise(0.5, 0.01)}, "not of what was taken"), ({"due": 10**30}, "is none"),
+        ({"served": came(1, NOTHING)}, "for nothing"), ({"served": came(-1)}, "is none"),
+        ({"served": came(1, took_ms=-1)}, "is none"), ({"served": Served(ANSWER, 10, 11, 1, 1, WHOLE)}, "is none"),
+        ({"served": Served(ANSWER, 11, 0, 1, 1, WHOLE)}, "longer prompt than was agreed"),
     ],
 )  # fmt: skip
 def test_receipts_that_are_not_of_what_was_done_are_refused(
@@ -440,7 +532,8 @@ def test_vouchers_of_others_for_others_and_without_their_receipts_are_refused(si
         for body, expected in (
             (vouch(state, B), "said to have signed"), (vouch(elsewhere, A), "another channel"),
             (vouch(higher, A), "does not follow from its receipts"), (b"{", "not what it should be"),
-            (b'{"type":"vouch"}', "not what it should be"),
+            (b'{"type":"vouch","version":2}', "not what it should be"),
+            (b'{"type":"vouch"}', "version 1 of the ledger's statements, expected 2"),
         ):  # fmt: skip
             with pytest.raises((StatementError, LedgerError), match=expected):
                 await written(sides.b, sides.b.received(A.name, body))
@@ -689,14 +782,14 @@ def test_a_full_disk_stops_new_requests_and_loses_nothing(tmp_path: Path) -> Non
         running = asyncio.create_task(sides.a.run())
         with pytest.raises(Full, match="full"):
             while True:
-                terms = sides.a.lock(B.name, 0, BODY, 0)
+                id = sides.a.lock(B.name, terms_of(0), BODY)
                 await sides.a.durable()
-                sides.a.free(B.name, terms.id)
+                sides.a.free(B.name, id)
         assert sides.a.available(B.name) == 0
         with pytest.raises(Full):
-            sides.a.lock(B.name, 1, BODY, 1)
+            sides.a.lock(B.name, terms_of(1), BODY)
         with pytest.raises(Full):
-            sides.a.take(B.name, Terms(1, 1, 1), BODY)
+            sides.a.take(B.name, 1, terms_of(1), BODY, PROMISE)
         due = sides.answered(before, 1000)  # what is under way ends
         with pytest.raises(Full):
             await sides.a.message(B.name)
@@ -735,10 +828,10 @@ def test_many_entries_share_a_transaction_and_a_snapshot_shortens_the_replay(
         running = [asyncio.create_task(each.run()) for each in (sides.a, sides.b)]
 
         async def one() -> None:
-            terms = sides.a.lock(B.name, 100, BODY, 100)
+            id = sides.a.lock(B.name, terms_of(100), BODY)
             await sides.a.durable()
-            sides.b.take(A.name, terms, BODY)
-            sides.answered(terms, 10)
+            sides.b.take(A.name, id, terms_of(100), BODY, PROMISE)
+            sides.answered(id, 10)
 
         for _ in range(4):
             await asyncio.gather(*(one() for _ in range(250)))

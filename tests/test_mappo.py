@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from wwwserve.agents.policy.bundle import load
+from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, load
 from wwwserve.agents.rules import Rule
 from wwwserve.envs.distribution import KINDS
 from wwwserve.eval import regret
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
     "--markets", "8", "--rollout-steps", "8", "--imitate-steps", "900", "--agent-steps", "2400",
     "--checkpoint-every", "2", "--validation-markets", "2", "--duration-s", "40", "--drain-s", "10",
-    "--processes", "1", "--test-markets", "0", "--no-wandb",
+    "--processes", "1", "--test-markets", "0", "--no-wandb", "--pairs", "4", "--pairs-s", "30", "--pool-every", "2",
 ]  # fmt: skip
 
 
@@ -128,16 +129,34 @@ def test_every_checkpoint_is_validated_against_the_rules(done: Path) -> None:
         assert line["worst_regret"] == pytest.approx(max(behind))
         assert line["mean_regret"] == pytest.approx(float(np.mean(behind)))
     assert len({json.dumps(line["scores"]) for line in lines}) > 1  # it learns something
-    best = min(line["worst_regret"] + line["mean_regret"] for line in lines)
-    assert state_of(done)["progress"]["best"] == best
+    assert state_of(done)["progress"]["best"] == lines[-1]["worst_regret"] + lines[-1]["mean_regret"]  # competitive
+    posted = ["markup_posted" in line["learning"] for line in lines]
+    assert posted[-1] and not posted[0]  # markups are learned from pairs once imitation is over
+    assert "imitation_loss" in lines[1]["learning"] and "imitation_loss" not in lines[-1]["learning"]
 
 
-def test_the_policy_is_the_best_on_validation(done: Path) -> None:
+def test_the_policy_is_the_one_that_was_kept(done: Path) -> None:
     best = state_of(done)["best"]
     weights = load(done / "policy").weights
     assert set(best) == set(weights)
     for name, weight in weights.items():
         np.testing.assert_array_equal(weight, best[name].numpy())
+
+
+@pytest.mark.parametrize(("team_weight", "kept"), [(1.0, 1), (0.0, 2)])
+def test_a_team_keeps_the_best_on_validation_and_competitors_the_last(
+    team_weight: float, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = mappo.Run(Args(out=tmp_path, team_weight=team_weight, wandb=False))
+    scores = iter([0.2, 0.6, 0.4])
+    monkeypatch.setattr(started.processes, "shared", lambda among, measure: {"random/honest": next(scores)})
+    policies = []
+    for k in range(3):
+        with torch.no_grad():
+            cast(Any, started.learner.averaged.module).prior.fill_(float(k))
+        policies.append(started.learner.policy())
+        started.checkpoint({}, {"single": {"random/honest": 0.5}})
+    assert started.best["prior"] == policies[kept]["prior"] == kept
 
 
 # Killed and resumed.
@@ -187,7 +206,8 @@ def test_another_runs_checkpoint_is_refused(done: Path) -> None:
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    arguments = ("--agent-steps", "600", "--imitate-steps", "300", "--markets", "7", "--minibatches", "2")
+    arguments = ("--agent-steps", "600", "--imitate-steps", "300", "--markets", "7", "--minibatches", "2",
+                 "--pairs", "0")  # fmt: skip  # each process draws its pairs by itself
     one = run(tmp_path / "one", *arguments)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     two = run(tmp_path / "two", *arguments, launcher=launcher)
@@ -207,6 +227,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What the script says when it refuses these arguments."""
     monkeypatch.setattr(sys, "argv", ["mappo.py", *arguments])
+    monkeypatch.setattr(mappo, "launch", lambda processes: pytest.fail("it was not refused"))
     with pytest.raises(SystemExit) as stopped:
         mappo.main()
     assert stopped.value.code == 2
@@ -230,6 +251,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--share", "1.5"], "--share is 1.5, expected more than 0, at most 1"),
         (["--critic-steps", "-1"], "--critic-steps is -1, expected at least 0"),
         (["--markets", "2", "--processes", "3", "--minibatches", "1"], "expected one for each of 3 processes"),
+        (["--pairs", "1"], "--pairs is 1, expected 0, or one for each of 2 processes"),
+        (["--markup-rate", "0"], "--markup-rate is 0.0, expected more than 0"),
+        (["--adverts", "2"], "--adverts is 2.0, expected 0 to 1"),
+        (["--pool-every", "0"], "--pool-every is 0, expected at least 1"),
         (["--test-seeds", "1"], "--test-seeds is 1, expected at least 2"),
         (["--device", "nothing"], "--device is nothing: "),
         pytest.param(
@@ -313,29 +338,82 @@ def test_an_update_makes_better_decisions_likelier() -> None:
     assert chance() > before + 0.03
 
 
-def test_an_update_leaves_alone_what_is_not_learned() -> None:
-    """Terms and prices, unless asked for; and what the critic sees of the market, if it is independent."""
-    learner, rollout = small(imitation=0.0)
-    before = [weight.detach().clone() for weight in (learner.actor.admit.weight, learner.actor.price.weight)]
+def markup_weights(learner: Learner) -> list[torch.Tensor]:
+    layer = learner.actor.layers().markup
+    return [layer.weight.detach().clone(), layer.bias.detach().clone()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "learned"),
+    [({"pairs": 0}, True), ({}, False), ({"markups": False}, False), ({"team_weight": 1.0}, False)],
+)
+def test_markups_are_credited_like_routes_only_without_pairs(changes: dict[str, Any], learned: bool) -> None:
+    learner, rollout = small(imitation=0.0, markup_entropy=0.0, **changes)
+    before = markup_weights(learner)
     learner.update(rollout, 0, False)
-    for old, now in zip(before, (learner.actor.admit.weight, learner.actor.price.weight), strict=True):
-        assert torch.equal(old, now)
+    same = [torch.equal(old, now) for old, now in zip(before, markup_weights(learner), strict=True)]
+    assert same == [not learned] * 2
 
 
-def test_terms_are_imitated_to_the_end_where_they_are_not_learned() -> None:
-    """PPO moves the layers below them, so they would drift."""
-    learner, rollout = small(imitation=0.3, entropy=0.0, learning_rate=3e-3)
+def test_without_imitation_no_expert_is_needed() -> None:
+    learner, rollout = small(imitation=0.0)
+    rollout = rollout._replace(decisions=rollout.decisions._replace(expert=np.full_like(rollout.decisions.expert, -1)))
+    assert np.isfinite(learner.update(rollout, 0, False)["policy_loss"])
+
+
+@pytest.mark.parametrize(("team_weight", "markup"), [(1.0, mappo.TEAM_MARKUP), (0.5, None)])
+def test_a_markup_that_is_not_learned_is_imitated_to_the_end(team_weight: float, markup: int | None) -> None:
+    """PPO moves the layers below it, so it would drift."""
+    learner, rollout = small(imitation=0.3, entropy=0.0, learning_rate=3e-3, team_weight=team_weight, markups=False)
     batch, _ = learner.batch(rollout)
     batch = batch._replace(advantage=torch.zeros_like(batch.advantage))
+    if markup is not None:
+        assert (batch.expert[:, 1] == markup).all()
+    due = batch.advertised > 0
+    assert due.any()
 
     def agreed() -> float:
         with torch.no_grad():
-            return float(torch.softmax(learner.actor(batch.view)[1], -1).gather(-1, batch.expert[:, 1:2]).mean())
+            chances = torch.softmax(learner.actor(batch.view)[1], -1)
+        return float(chances.gather(-1, batch.expert[:, 1:2])[due].mean())
 
     before = agreed()
     for _ in range(20):
         learner.descend(batch, len(batch.expert), False)
     assert agreed() > before + 0.1
+
+
+def test_a_markup_is_learned_only_where_it_is_advertised() -> None:
+    learner, rollout = small(imitation=0.0, entropy=0.0, markup_entropy=0.0, pairs=0)
+    batch, _ = learner.batch(rollout)
+    rows = torch.nonzero(batch.advertised == 0)[:, 0]
+    assert 0 < len(rows) < len(batch.advertised)
+    before = markup_weights(learner)
+    learner.descend(batch.pick(rows), len(rows), False)
+    assert all(torch.equal(old, now) for old, now in zip(before, markup_weights(learner), strict=True))
+
+
+def test_experts_are_the_kinds_best_for_a_team_and_best_value_for_competitors(tmp_path: Path) -> None:
+    team, own = (mappo.Run(Args(out=tmp_path, team_weight=x, wandb=False)).experts for x in (1.0, 0.0))
+    assert {kind: each.name for kind, each in team.items()} == {kind: best_for(kind).name for kind in KINDS}
+    assert {each.name for each in own.values()} == {Rule("best_value").name} and set(own) == set(KINDS)
+
+
+def test_a_deviator_begins_as_the_others_and_plays_alone_among_them(tmp_path: Path) -> None:
+    args = Args(out=tmp_path, wandb=False, against=DEFAULT_BUNDLE, markets=5, minibatches=1, duration_s=60.0,
+                drain_s=10.0, kinds=("honest",))  # fmt: skip
+    started = mappo.Run(args)
+    frozen = load(DEFAULT_BUNDLE).weights
+    for weights in (mappo.weights_of(started.learner.actor), started.learner.policy(), started.pool[0]):
+        for name, weight in frozen.items():
+            np.testing.assert_array_equal(weights[name], weight)
+    started.collector.renew(0)
+    opponents = [mappo.net_of(each) for each in started.pool]
+    d = started.collector.collect(opponents[0], 0, 60, {}, markups=True, adverts=1.0, opponents=opponents).decisions
+    learned = set(zip(d.market.tolist(), d.provider.tolist(), strict=True))
+    assert len(learned) == len({market for market, _ in learned}) >= 4
+    with pytest.raises(ValueError, match="--width is 16, the policy to begin with has 32"):
+        mappo.Run(replace(args, width=16))
 
 
 @pytest.mark.parametrize("average", [0.0, 0.75])

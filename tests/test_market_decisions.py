@@ -19,6 +19,7 @@ from wwwserve.agents.knowledge import (
     OUT,
     PROMISED,
     RECORD,
+    refused_since,
     sent_since,
 )
 from wwwserve.agents.protocol import ESCROW, FREE, MICRO
@@ -73,41 +74,41 @@ def test_a_hold_is_bounded() -> None:
     assert counts[HOLDS] > arrivals_s.size
 
 
-@pytest.mark.parametrize(("ends", "asked_again"), [("here", 0), ("elsewhere", 0), ("remote", 1)])
-def test_what_is_held_is_decided_on_again_at_an_answer(ends: str, asked_again: int) -> None:
+@pytest.mark.parametrize(("ends", "decides_again"), [("here", 0), ("elsewhere", 0), ("remote", 1)])
+def test_what_is_held_is_decided_on_again_at_an_answer(ends: str, decides_again: int) -> None:
     """Between two ticks: where the answer's engine is, and where its user is."""
     busy = {"traffic": times(0.5), "lengths": lengths(30, 100)}
-    if asked_again == 0:
+    if decides_again == 0:
         providers = [busy | {"traffic": times(0.5, 1.0)}, {}]
     else:
         providers = [busy, {"traffic": times(1.0), "lengths": lengths(30, 20)}]
     scenario = market(*providers, decision_interval_s=5, gossip_interval_s=100, slo={"thresholds_s": [1000]})
     batch = MarketBatch([scenario])
-    asked_s = []
+    decided_s = []
 
     def decide(batch: MarketBatch, actions: Actions) -> None:
         actions.route[...] = HOLD
         heads = batch.markets.providers[0]["head"]
         if heads[0] == 0:
             actions.route[0, 0] = LOCAL if ends == "here" else FIRST_CANDIDATE
-        if heads[asked_again] == 1:
-            asked_s.append(float(batch.now_s[0]))
+        if heads[decides_again] == 1:
+            decided_s.append(float(batch.now_s[0]))
 
     for _ in run(batch, decide):
-        if len(asked_s) > 3:
+        if len(decided_s) > 3:
             break
     q = batch.markets.requests[0]
     answer_s = q["finish_s"][0] + (0.025 if ends == "elsewhere" else 0.0)
     assert 1.0 < answer_s < 5.0
-    assert asked_s == [1.0, answer_s, 5.0, 10.0]
-    assert batch.markets.providers[0, 1 - asked_again]["head"] == -1
+    assert decided_s == [1.0, answer_s, 5.0, 10.0]
+    assert batch.markets.providers[0, 1 - decides_again]["head"] == -1
 
 
 def test_a_refusal_is_back_after_a_round_trip_with_the_refuser_masked() -> None:
     scenario = market({"traffic": times(0.5), "lengths": lengths(30, 20)}, {}, {}, rtt_ms=80)
     batch = MarketBatch([scenario])
     actions = batch.actions()
-    actions.terms[..., MAX_WAIT_S] = -1.0  # nobody takes anything
+    actions.admission[..., MAX_WAIT_S] = -1.0  # nobody takes anything
     while not (batch.active[0, 0] and batch.views.routes[0, 0, LOCAL]):
         batch.step(actions)
     assert batch.now_s[0] == 0.5
@@ -139,7 +140,7 @@ def test_requests_that_are_refused_at_one_instant_all_keep_their_candidates() ->
     scenario = market({"traffic": times(*[0.5] * 3), "lengths": lengths(30, 20)}, *[{}] * 12)
     batch = MarketBatch([scenario])
     actions = batch.actions()
-    actions.terms[..., MAX_WAIT_S] = -1.0
+    actions.admission[..., MAX_WAIT_S] = -1.0
     offered: dict[int, tuple[list[int], int]] = {}
     back = 0
     while back < 3:
@@ -163,7 +164,7 @@ def test_a_request_whose_copy_is_refused_too_comes_back_without_both() -> None:
     scenario = market({"traffic": times(0.5), "lengths": lengths(30, 20)}, {}, {}, {}, economy={"duel_probability": 1})
     batch = MarketBatch([scenario])
     actions = batch.actions()
-    actions.terms[..., MAX_WAIT_S] = -1.0
+    actions.admission[..., MAX_WAIT_S] = -1.0
     while batch.markets.providers[0, 0]["head"] < 0:
         batch.step(actions)
     actions.route[0, 0] = FIRST_CANDIDATE + 1
@@ -179,7 +180,7 @@ def test_two_refusals_delay_a_request_by_two_round_trips() -> None:
 
     def decide(batch: MarketBatch, actions: Actions) -> None:
         to_candidates(batch, actions)
-        actions.terms[..., MAX_WAIT_S] = -1.0
+        actions.admission[..., MAX_WAIT_S] = -1.0
 
     finish(batch, decide)
     assert batch.markets.requests[0]["submit_s"][0] == pytest.approx(0.5 + 2 * 0.080)
@@ -209,7 +210,7 @@ def test_an_executor_decides_on_its_state_when_the_offer_is_there() -> None:
     def decide(batch: MarketBatch, actions: Actions) -> None:
         """Both go to the second provider, which takes nothing that has to wait."""
         actions.route[...] = LOCAL
-        actions.terms[0, 1, MAX_WAIT_S] = 0.3
+        actions.admission[0, 1, MAX_WAIT_S] = 0.3
         for i in (0, 2):
             r = int(batch.markets.providers[0, i]["head"])
             if r >= 0:
@@ -273,11 +274,11 @@ def test_an_answer_faster_than_the_acceptance() -> None:
     assert batch.markets.accounts[0, :, FREE].tolist() == [999 * MICRO, 1001 * MICRO]
 
 
-def test_a_router_that_sees_everything_places_at_once_whatever_the_terms() -> None:
+def test_a_router_that_sees_everything_places_at_once_whatever_the_admission_policy() -> None:
     batch = MarketBatch([market({"traffic": times(0.5, 0.6), "lengths": lengths(30, 500)}, {}, {})])
 
     def decide(batch: MarketBatch, actions: Actions) -> None:
-        actions.terms[..., MAX_WAIT_S] = -1.0
+        actions.admission[..., MAX_WAIT_S] = -1.0
         actions.direct[0, 0] = 2 - batch.markets.providers[0, 0]["head"]
 
     for _ in run(batch, decide):
@@ -318,3 +319,75 @@ def test_an_offer_to_a_peer_that_is_offline_costs_its_timeout(arrival_s: float, 
     assert counts[[PROBES_UNANSWERED, PROBES_REFUSED, RUN_LOCAL, RETURNED]].tolist() == [1, 0, 1, 0]
     assert batch.markets.requests[0]["submit_s"][0] == pytest.approx(arrival_s + OFFER_TIMEOUT_S)
     assert batch.markets.accounts[0, 0, ESCROW] == 0
+
+
+@pytest.mark.parametrize(
+    ("arrival_s", "rtt_ms", "online_s", "counted"),
+    [(18.9, 1500, [[0, 20]], PROBES_REFUSED), (20.1, 50, [[0, 20], [21, 100]], PROBES_UNANSWERED)],
+)
+def test_an_offer_counts_by_how_the_peer_was_when_it_came(
+    arrival_s: float, rtt_ms: float, online_s: list[list[float]], counted: int
+) -> None:
+    """It refuses and leaves before that is heard; or it is back before the offer is given up."""
+    batch = MarketBatch(
+        [market({"traffic": times(arrival_s), "lengths": lengths(50, 100)}, {"online_s": online_s}, rtt_ms=rtt_ms)]
+    )
+
+    def decide(batch: MarketBatch, actions: Actions) -> None:
+        to_candidates(batch, actions)
+        actions.admission[..., MAX_WAIT_S] = -1.0
+
+    finish(batch, decide)
+    counts = batch.markets.providers[0, 0]["counts"]
+    assert counts[counted] == counts[[PROBES_REFUSED, PROBES_UNANSWERED]].sum() == 1
+
+
+def test_requests_refused_at_one_instant_come_back_in_the_order_of_their_arrival() -> None:
+    """Held until the tick, all are offered then, and refused by three peers at once; and so whichever refuses first."""
+    scenario = market({"traffic": times(0.5, 0.6, 0.7), "lengths": lengths(30, 20)}, {}, {}, {})
+    orders = set()
+    for seed in range(6):
+        batch = MarketBatch([scenario], [seed])
+        actions = batch.actions()
+        actions.admission[..., MAX_WAIT_S] = -1.0
+        offered: dict[int, int] = {}
+        back = []
+        while len(back) < 3:
+            head, now_s = int(batch.markets.providers[0, 0]["head"]), float(batch.now_s[0])
+            actions.route[0, 0] = HOLD
+            if head >= 0 and now_s == 1.0:
+                actions.route[0, 0] = FIRST_CANDIDATE + head
+                offered[head] = int(batch.markets.requests[0]["candidates"][head][head])
+            elif head >= 0 and now_s > 1.0:
+                assert now_s == pytest.approx(1.05)
+                actions.route[0, 0] = LOCAL
+                back.append(head)
+            batch.step(actions)
+        assert back == [0, 1, 2]
+        orders.add(tuple(offered.values()))
+    assert len(orders) > 1
+
+
+def test_a_refusal_says_nothing_of_an_advert_that_came_since_the_offer() -> None:
+    traffic = {"traffic": times(*np.arange(0.9, 30, 0.7)), "lengths": lengths(30, 20)}
+    batch = MarketBatch([market(traffic, {}, rtt_ms=1500, duration_s=30)])
+    checker = Checker(batch, 0)
+    seen = set()
+
+    def decide(batch: MarketBatch, actions: Actions) -> None:
+        to_candidates(batch, actions)
+        actions.admission[..., MAX_WAIT_S] = -1.0
+
+    before = 0
+    for _ in run(batch, decide):
+        checker.check()
+        m, q = batch.markets, batch.markets.requests[0]
+        refused = int(m.providers[0, 0]["counts"][PROBES_REFUSED])
+        if refused == before + 1:
+            r = int(m.providers[0, 0]["head"])
+            advert = m.adverts[0, 1]
+            newer = q["advert_s"][r] < advert[AD_TIME_S]
+            assert refused_since(m.peer_stats[0, 0, 1], advert) == (not newer)
+            seen.add(bool(newer))
+        before = refused
+    assert seen == {True, False}

@@ -36,7 +36,7 @@ from wwwserve.envs.state import (
 
 
 def duel_market(arrivals_s: Any, strengths: tuple[float, float], output: int = 30, **economy: Any) -> Scenario:
-    """n0 asks, n1 and n2 can answer, n3 to n5 can only judge."""
+    """n0 has users, n1 and n2 can answer, n3 to n5 can only judge."""
     judge = {"serves": ["x"], "model": "qwen3-4b"}
     return market(
         {"traffic": times(*arrivals_s), "lengths": lengths(40, output)},

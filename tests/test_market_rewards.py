@@ -17,7 +17,7 @@ def episode(reward: Reward, seed: int, decide_seed: int | None = None) -> tuple[
         {"traffic": times(*np.arange(0.3, 50, 2.3)), "lengths": lengths(50, 300), "online_s": [[0, 35]]},
         {"gpu": "a100-80g", "online_s": [[10, 60]]},
         {"max_num_seqs": 2, "traffic": times(*np.arange(1.1, 40, 1.9)), "lengths": lengths(60, 400)},
-        economy={"pricing": "per_ktok", "duel_probability": 0.4, "compute_cost_per_ktok": 0.7},
+        economy={"payment": "lateness", "duel_probability": 0.4, "compute_cost_per_ktok": 0.7},
         slo={"thresholds_s": [5, 10, 20]},
         duration_s=60,
         drain_s=2,
@@ -49,9 +49,9 @@ def test_dense_rewards_sum_to_the_sparse_ones(gamma: float, team_weight: float, 
 
 
 @pytest.mark.parametrize("team_weight", [0.0, 1.0])
-def test_the_dense_reward_comes_with_the_arrival_and_is_told_apart(team_weight: float) -> None:
+def test_the_dense_reward_comes_with_the_arrival_and_is_known_apart(team_weight: float) -> None:
     """One request, worth 3 and certain to be in time: 3 are expected from its arrival at 0.5 s on until it is done."""
-    slo = {"classes": {"chat": {"share": 1, "deadline_s": 90, "value": 3}}}
+    slo = {"classes": {"chat": {"share": 1, "deadline_s": 90, "value": 3 / 0.9}}}
     scenario = market({"traffic": times(0.5), "lengths": lengths(100, 900)}, {}, slo=slo, duration_s=10)
     share = 1 - team_weight / 2
     batch = MarketBatch([scenario], reward=Reward(team_weight, 0.9, True))
@@ -64,7 +64,8 @@ def test_the_dense_reward_comes_with_the_arrival_and_is_told_apart(team_weight: 
     sparse = MarketBatch([scenario], reward=Reward(team_weight, 0.9, False))
     seen = [(float(sparse.reward[0, 0]), float(sparse.given[0, 0])) for _ in run(sparse, here)]
     assert seen[0] == seen[1] == (0, 0)
-    assert max(seen) == (pytest.approx((3 - 0.02 * 0.9) * share), 0)  # less the cost of 900 tokens
+    compute = sparse.markets.providers["compute"][0, 0]
+    assert max(seen) == (pytest.approx((3 - 100 * compute[0] - 900 * compute[1]) * share), 0)
 
 
 def test_team_weight_mixes_own_profit_with_the_mean() -> None:

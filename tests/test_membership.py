@@ -16,7 +16,8 @@ import pytest
 import trustme
 from aiohttp import web
 
-from wwwserve.agents.knowledge import ADVERT_SIZE
+from wwwserve.agents.knowledge import AD_TARIFF, ADVERT_SIZE
+from wwwserve.agents.protocol import CACHED_INPUT, TARIFF_SIZE
 from wwwserve.serving.config import TlsConfig, ZenohConfig
 from wwwserve.serving.http.keys import Identity, tagged
 from wwwserve.serving.http.messages import SKEW_S, Refused
@@ -43,10 +44,11 @@ LABELS = {identity.name: name for name, identity in KEYS.items()}
 SOON_S = 60.0  # at most, for a newcomer to know all, and for a departure to be noticed
 
 
-def advert(label: str, number: int = 1, url: str = "http://127.0.0.1:1", load: float = 1.0, **more: Any) -> Advert:
+def advert(label: str, number: int = 1, url: str = "http://127.0.0.1:1", load: float | tuple[float, ...] = 1.0,
+           **more: Any) -> Advert:  # fmt: skip
     values: dict[str, Any] = {
         "name": KEYS[label].name, "label": label, "url": url, "serves": ("m",), "run": 1, "number": number,
-        "load": (load,) * ADVERT_SIZE, "age_s": 0.0,
+        "load": load if isinstance(load, tuple) else (load,) * ADVERT_SIZE, "age_s": 0.0,
     }  # fmt: skip
     return Advert(**values | more)
 
@@ -265,6 +267,13 @@ def sealed(label: str, by: str | None = None, **more: Any) -> bytes:
     return signed(KEYS[by or label], advert(label, **{"sent_us": now_us()} | more))
 
 
+def priced(k: int, price: float) -> bytes:
+    """An advert with this price of one sort of tokens."""
+    load = [1.0] * ADVERT_SIZE
+    load[AD_TARIFF + k] = price
+    return sealed("b", load=tuple(load))
+
+
 def junk(content: bytes) -> bytes:
     """Anything, signed."""
     return KEYS["b"].name.encode() + KEYS["b"].sign(tagged("advert", content)) + content
@@ -281,6 +290,9 @@ CHEATS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "URL": (lambda: sealed("b", url="file:///etc"), "malformed", "expected http"),
     "label": (lambda: signed(KEYS["b"], msgspec.structs.replace(advert("b"), label="\x1b[2J")), "malformed", "label"),
     "profile": (lambda: sealed("b", load=0.0), "malformed", "expected 0.1 to"),
+    **{f"price {value} of tokens {k}": (lambda k=k, value=value: priced(k, value), "malformed", f"is {value}, expected")
+       for k in range(TARIFF_SIZE) for value in (-0.001, 1000.1)},
+    "dear cached input": (lambda: priced(CACHED_INPUT, 1.5), "malformed", "cached input is at 1.5, expected at most"),
     **{f"load {value}": (lambda value=value: sealed("b", load=value), "malformed", f"is {value}, expected")
        for value in (1e308, -1.0, 1e-308)},
     "URL in two lines": (lambda: sealed("b", url="http://a\r\nx: y"), "malformed", "printable ASCII"),

@@ -145,12 +145,14 @@ def test_a_node_is_shown_in_a_narrow_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     requests = {"accepted": 10, "answered": 9, "handed_over": 3, "on_time": 9, "mean_latency_s": 1.25}
+    tariff = {"input": 0.012, "cached_input": 0.003, "output": 1.0}
     there = {"label": "south", "key": "K" * 43, "url": "http://10.0.0.2:9", "there": True, "age_s": 1.26,
-             "running": 2.0, "waiting": 1.0, "kv_use": 0.1, "price": 1.0, "stake": 1.2345, "out": 4}  # fmt: skip
+             "running": 2.0, "waiting": 1.0, "kv_use": 0.1, "tariff": tariff, "stake": 1.2345, "out": 4}  # fmt: skip
     gone = there | {"label": None, "key": "west", "url": None, "there": False, "age_s": None, "kv_use": None}
     show(
         {
-            "name": "north", "url": "http://10.0.0.1:9000", "price": 1.5, "held": 6, "remote": 7, "requests": requests,
+            "name": "north", "url": "http://10.0.0.1:9000", "held": 6, "remote": 7, "requests": requests,
+            "tariff": {"input": 0.25, "cached_input": 0.1, "output": 1.5}, "markup": 1.25, "margin": -0.1,
             "engine": {"up": False, "running": 3.0, "waiting": 5.0, "kv_use": 0.25}, "peers": [there, gone],
             "decisions": [{"to": "local"}, {"to": "south"}],
         }
@@ -158,14 +160,17 @@ def test_a_node_is_shown_in_a_narrow_terminal(
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
     shown = {row[0]: row[1] for row in rows if len(row) == 2}
     assert (shown["API"], shown["engine"], shown["KV"]) == ("http://10.0.0.1:9000", "down", "25%")
+    assert (shown["tariff"], shown["markup"], shown["margin"]) == ("0.25/1.5", "1.25", "-10%")
     assert (shown["asked"], shown["in time"], shown["last decisions"]) == ("10", "100%", "local south")
     assert next(row for row in rows if row[:1] == ["peer"])[1:-1] == [
-        "there", "age s", "run", "wait", "KV", "price", "stake", "ours"
+        "there", "age s", "run", "wait", "KV", "tariff", "stake", "ours"
     ]  # fmt: skip
     assert [row[:-1] for row in rows if row[:1] == ["south"]] == [
-        ["south", "yes", "1.3", "2", "1", "10%", "1", "1.23", "4"]
+        ["south", "yes", "1.3", "2", "1", "10%", "0.012/1", "1.23", "4"]
     ]
-    assert [row for row in rows if row[:1] == ["west"]] == [["west", "no", "-", "2", "1", "-", "1", "1.23", "4", "-"]]
+    assert [row for row in rows if row[:1] == ["west"]] == [
+        ["west", "no", "-", "2", "1", "-", "0.012/1", "1.23", "4", "-"]
+    ]
 
 
 def test_what_cannot_come_up_says_why(tmp_path: Path) -> None:

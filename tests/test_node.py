@@ -22,11 +22,13 @@ from aiohttp import web
 
 from wwwserve.serving import config, dispatcher, node
 from wwwserve.serving.engine import adapter as engine
-from wwwserve.serving.engine.adapter import NAMES, EngineError, read_load
+from wwwserve.serving.engine.adapter import NAMES, EngineError, Sent, read_load
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Refused
+from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.upstream import DirectTransport
 from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.market import Promise
 from wwwserve.serving.membership.heartbeat import decode
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -497,8 +499,11 @@ def test_a_peer_that_fails_before_the_first_token_is_replaced(mode: str, stream:
         async with net(busy(), Stub(mode=mode), Stub(waiting=20)) as n:
             status, body, _ = await n.ask(stream=stream)
             assert status == 200 and b"error" not in body
-            # A kept connection to an engine that hangs up is asked once more on another.
-            assert n.stubs[1].begun == 1 + (mode == "hangs up") and n.stubs[0].begun + n.stubs[2].begun == 1
+            # A kept connection to an engine that hangs up is asked once more on another; whether it was kept is open.
+            assert (
+                n.stubs[1].begun in ((1, 2) if mode == "hangs up" else (1,))
+                and n.stubs[0].begun + n.stubs[2].begun == 1
+            )
 
     play(scene)
 
@@ -769,7 +774,7 @@ def test_strangers_and_nonsense_are_no_peers() -> None:
             assert 'wwwserve_messages_refused_total{kind="malformed"} 3.0' in page
 
     play(scene)
-    with pytest.raises(Refused, match="expected 19"):
+    with pytest.raises(Refused, match="load has 1 numbers, expected 22"):
         decode(b'{"name":"a","label":"","url":"u","serves":[],"run":1,"number":1,"load":[1.0],"age_s":0}')
 
 
@@ -846,6 +851,28 @@ def test_what_was_sent_since_the_scrape_is_counted() -> None:
     play(scene)
 
 
+def test_what_runs_is_all_but_the_last_of_those_without_a_token_as_many_as_wait() -> None:
+    async def scene() -> None:
+        async with Stub(waiting=3).served() as stub:
+            profile = config.parse(
+                {"name": "n", "key": "n.pem", "engine": {"url": stub.url, "profile": PROFILE}}, "t"
+            ).engine_profile()
+            e = engine.Engine("vllm", stub.url, profile, DirectTransport())
+            await e.scrape()
+            there = []
+            for k in range(5):
+                sent = Sent(k, True, k != 4, AnswerMeter(), 0.0, Promise(1.0, 0.5), e.post("/v1/completions", b""))
+                there.append(sent)
+            for k, words in ((0, 3), (3, 1)):
+                for _ in range(words):
+                    there[k].meter.feed(b'data: {"choices": [{"text": "w "}]}\n\n')
+            found = [(sent.request, tokens) for sent, tokens in e.progress(there, 2.0)]
+            assert found == [(0, 3.0), (3, 1.0), (4, 2.0)]  # the last is not streamed: 1 s beyond its first token
+            assert [sent.request for sent, _ in e.progress(there, 0.5)] == [0, 1, 3]
+
+    play(scene)
+
+
 def test_a_file_is_read_as_it_is_meant(tmp_path: Path) -> None:
     file = tmp_path / "node.yaml"
     whole = yaml.safe_dump(GOOD)
@@ -894,10 +921,12 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
         ({"peers": [{"key": KEY, "url": "http://h:2"}] * 2}, "peers must be of different keys"),
         ({"peers": [{"key": "north", "url": "http://h:2"}]}, "every peer's key must be a public key, got 'north'"),
         ({"classes": {str(k): {"deadline_s": 5} for k in range(5)}}, "at most 4, got 5"),
-        ({"market": {"prices": []}}, "market.prices must be"),
+        ({"market": {"payment": "barter"}}, r"'barter' - at `\$.market.payment`"),
+        ({"market": {"prices": [1.0]}}, "unknown field `prices`"),
+        ({"compute_cost_per_ktok": -1.0}, "compute_cost_per_ktok must be 0 to 1,000 credits, got -1"),
         ({"policy": "nosuch"}, r"policy must be a rule \(single, .*\) or the folder of a bundle, got 'nosuch'"),
         ({"stake": math.inf}, "stake must be finite, got inf"),
-        ({"market": {"prices": [1.0, math.nan]}}, "market.prices.1 must be finite, got nan"),
+        ({"deadlines_s": [1.0, math.nan]}, "deadlines_s.1 must be finite, got nan"),
         ({"credit": -1.0}, "credit must be 0 to 1,000,000,000 credits, got -1"),
         ({"stake": 1e300}, r"stake must be 0 to 1,000,000,000 credits, got 1e\+300"),
         ({"limits": {"body_bytes": -1}}, "limits.body_bytes must be above 0, got -1"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wwwserve.agents.decision import PROBABILITY
 from wwwserve.agents.rules import Rule
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import load
@@ -113,10 +114,10 @@ def test_each_provider_of_a_mixture_follows_its_own_policy() -> None:
     actions = batch.actions()
     batch.active[:] = True
     batch.active[1, 2] = False
-    before = actions.terms[1, 2].copy()
+    before = actions.admission[1, 2].copy()
     mixed.decide(batch.views, batch.active, batch.uniforms, actions)
-    np.testing.assert_allclose(actions.terms[0, 1:, 2], ACCEPT)
-    np.testing.assert_array_equal(actions.terms[1, 2], before)
+    np.testing.assert_allclose(actions.admission[0, 1:, PROBABILITY], ACCEPT)
+    np.testing.assert_array_equal(actions.admission[1, 2], before)
 
 
 def test_load_is_what_comes_over_what_can_be_served() -> None:

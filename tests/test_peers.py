@@ -23,7 +23,7 @@ from wwwserve.agents.view import Views
 from wwwserve.eval.live import hostile
 from wwwserve.serving import config, delegation, dispatcher
 from wwwserve.serving import node as serving_node
-from wwwserve.serving.delegation import PEER_PREFIX, PROMPT
+from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF
 from wwwserve.serving.duel.duels import Declined
 from wwwserve.serving.fallback import WithFallback
 from wwwserve.serving.http import messages as signed
@@ -42,9 +42,11 @@ def peer_of(n: Net, k: int, clock: Clock = time.time) -> Messages:
 
 
 async def hand_over(n: Net, by: Messages, change: dict[str, str] | None = None, body: bytes = BODY,
-                    to: str | None = None) -> tuple[int, dict[str, Any], dict[str, str]]:  # fmt: skip
-    """A request to node 0, signed by `by` and then changed: status, answer, headers that it had."""
-    terms = {PROMPT: "12"}
+                    to: str | None = None, said: dict[str, str] | None = None
+                    ) -> tuple[int, dict[str, Any], dict[str, str]]:  # fmt: skip
+    """A request to node 0 that says what is `said`, signed by `by` and then changed: status, answer, headers that it
+    had."""
+    terms = {PROMPT: "12", TARIFF: "1000000 250000 1000000"} | (said or {})
     terms[SIGNATURE] = by.sign(to or n.keys[0].name, (await n.see())["run"], CHAT, terms, BODY)
     return await again(n, terms | (change or {}), body)
 
@@ -104,6 +106,60 @@ def test_cheats_with_messages_are_refused_counted_and_bring_no_work(caplog: pyte
     reasons = {record.kind: record.reason for record in caplog.records if record.name == "wwwserve.signed"}  # type: ignore[attr-defined]
     assert reasons["stale"].startswith("it was signed 6") and "clocks is off" in reasons["stale"]
     assert set(reasons) == {"replayed", "altered", "forged", "stale", "stranger", "misaddressed", "malformed"}
+
+
+def test_a_peer_is_served_at_a_tariff_that_pays() -> None:
+    async def scene() -> None:
+        async with net(Stub(), Stub(), policy="best_value") as n:
+            n.running[1].cancel()
+            await asyncio.gather(n.running[1], return_exceptions=True)
+            peer = peer_of(n, 1)
+
+            async def priced() -> bool:
+                return bool((await n.see())["tariff"]["output"] > 0)
+
+            await n.until(priced)
+            seen = await n.see()
+            assert seen["payment"] == "lateness" and seen["markup"] >= 1.0
+            assert seen["margin"] == pytest.approx(seen["markup"] - 1.0, abs=0.5)
+            page = await (await n.session.get(n.urls[0] + "/metrics")).text()
+            shown = float(page.split('wwwserve_tariff{tokens="output"} ')[1].split()[0])
+            assert shown == pytest.approx(seen["tariff"]["output"]) and "wwwserve_markup" in page
+            cost = [round(1e6 * seen["cost"][name]) for name in ("input", "output")]
+            for factor, status in ((2.0, 200), (0.4, 409)):
+                given, output = (round(factor * each) for each in cost)
+                tariff = {TARIFF: f"{given} {given // 4} {output}"}
+                assert (await hand_over(n, peer, said=tariff))[0] == status
+            for said, message in (
+                ({TARIFF: ""}, "a header x-wwwserve-tariff"),
+                ({TARIFF: "1 1"}, "a header x-wwwserve-tariff"),
+                ({TARIFF: f"1 1 {10**9 + 1}"}, "a header x-wwwserve-tariff"),
+                ({PROMPT: "0"}, "1 tokens or more"),
+                ({PROMPT: "1e3"}, "1 tokens or more"),
+            ):
+                status, answer, _ = await hand_over(n, peer, said=said)
+                assert status == 400 and message in answer["error"]["message"]
+            assert n.stubs[0].begun == 1
+
+    play(scene)
+
+
+def test_a_prompt_that_is_said_to_be_shorter_than_it_can_be_is_not_taken() -> None:
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x" * 1600}]}).encode()
+
+    async def scene() -> None:
+        async with net(Stub(), Stub()) as n:
+            n.running[1].cancel()
+            await asyncio.gather(n.running[1], return_exceptions=True)
+            peer, run = peer_of(n, 1), (await n.see())["run"]
+            for prompt, expected in (("99", 400), ("100", 200)):
+                terms = {PROMPT: prompt, TARIFF: "1000000 250000 1000000"}
+                terms[SIGNATURE] = peer.sign(n.keys[0].name, run, CHAT, terms, body)
+                status, answer, _ = await again(n, terms, body)
+                assert status == expected, answer
+            assert n.stubs[0].begun == 1
+
+    play(scene)
 
 
 def test_a_promise_that_was_altered_on_the_way_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,10 @@ from wwwserve.agents.protocol import (
     B_WINS,
     ESCROW,
     FREE,
+    LATENESS,
     MICRO,
-    PER_KTOK,
     PER_REQUEST,
+    QUOTED,
     STAKED,
     TARGET_KV_USE,
     TIE,
@@ -27,6 +28,7 @@ from wwwserve.agents.protocol import (
     VOTE_B,
     VOTE_SILENT,
     VOTE_UNDECIDED,
+    available_credit,
     delivered_value,
     draw_by_stake,
     duel_outcome,
@@ -35,7 +37,6 @@ from wwwserve.agents.protocol import (
     move_stake,
     price_of,
     price_of_part,
-    room,
     settle,
     settle_duel,
     stake_target,
@@ -114,21 +115,42 @@ def test_a_draw_is_of_distinct_eligible_nodes_and_as_many_as_there_are(
     assert staked == sorted(staked, reverse=True)
 
 
+TARIFF = np.array([200_000, 50_000, 1_500_001])  # micro-credits per 1000 tokens of input, cached input and output
+
+
 @pytest.mark.parametrize(
-    ("pricing", "price", "tokens", "cost"),
+    ("prompt", "cached", "output", "cost"),
     [
-        (PER_REQUEST, 1_500_000, 7, 1_500_000),
-        (PER_REQUEST, 1_500_000, 70_000, 1_500_000),
-        (PER_KTOK, 1_500_000, 2000, 3_000_000),
-        (PER_KTOK, 1_500_000, 0, 0),
-        (PER_KTOK, 1_500_001, 1, 1500),
-        (PER_KTOK, 999, 1, 0),
-        (PER_KTOK, 1999, 1, 1),
-        (PER_KTOK, 500_001, 333, 166_500),
+        (0, 0, 0, 0),
+        (1000, 0, 0, 200_000),
+        (1000, 1000, 0, 50_000),
+        (1000, 400, 0, 140_000),
+        (0, 0, 2000, 3_000_002),
+        (0, 0, 1, 1500),
+        (3, 1, 1, 1950),
+        (1000, 400, 333, 639_500),
     ],
 )
-def test_prices_round_down(pricing: int, price: int, tokens: int, cost: int) -> None:
-    assert price_of(pricing, price, tokens) == cost
+@pytest.mark.parametrize("payment", [LATENESS, QUOTED])
+def test_prices_are_by_the_token_and_round_down_once(
+    payment: int, prompt: int, cached: int, output: int, cost: int
+) -> None:
+    assert price_of(payment, TARIFF, prompt, cached, output) == cost
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    tariff=st.tuples(*[st.integers(0, 10**9)] * 3), prompt=st.integers(0, 10**6), output=st.integers(0, 10**6),
+    data=st.data(),
+)  # fmt: skip
+def test_prices_are_exact_integers(tariff: tuple[int, int, int], prompt: int, output: int, data: st.DataObject) -> None:
+    cached = data.draw(st.integers(0, prompt))
+    exact = (tariff[0] * (prompt - cached) + tariff[1] * cached + tariff[2] * output) // 1000
+    assert price_of(LATENESS, np.array(tariff), prompt, cached, output) == exact
+
+
+def test_the_papers_payment_is_a_credit_a_request() -> None:
+    assert price_of(PER_REQUEST, TARIFF, 10**6, 0, 10**6) == price_of(PER_REQUEST, TARIFF, 1, 0, 0) == MICRO
 
 
 def account(free: int = 0, staked: int = 0, escrow: int = 0) -> Ints:
@@ -136,23 +158,25 @@ def account(free: int = 0, staked: int = 0, escrow: int = 0) -> Ints:
 
 
 @pytest.mark.parametrize(
-    ("pricing", "price", "tokens", "most", "cost"),
+    ("payment", "output", "most", "cost"),
     [
-        (PER_REQUEST, 999, 0, 10, 0), (PER_REQUEST, 999, 3, 10, 299), (PER_REQUEST, 999, 11, 10, 999),
-        (PER_REQUEST, 999, 1, 0, 0), (PER_KTOK, 999, 3, 10, 2), (PER_KTOK, 1000, 7, 1, 7),
+        (PER_REQUEST, 0, 10, 0), (PER_REQUEST, 3, 10, 300_000), (PER_REQUEST, 1, 3, 333_333),
+        (PER_REQUEST, 11, 10, MICRO), (PER_REQUEST, 1, 0, 0), (QUOTED, 3, 10, 144_500), (LATENESS, 7, 1, 150_500),
     ],
 )  # fmt: skip
-def test_part_of_an_answer_costs_its_share(pricing: int, price: int, tokens: int, most: int, cost: int) -> None:
-    assert price_of_part(pricing, price, tokens, most) == cost
+def test_part_of_an_answer_costs_its_share(payment: int, output: int, most: int, cost: int) -> None:
+    """By the tariff what was there of it, with the prompt."""
+    tariff = np.array([200_000, 50_000, 1_500_000])
+    assert price_of_part(payment, tariff, 700, 0, output, most) == cost
 
 
 @pytest.mark.parametrize(
     ("free", "exposed", "limit", "left"), [(10, 0, 5, 5), (10, 3, 5, 2), (1, 3, 5, 1), (10, 7, 5, 0), (0, 0, 5, 0)]
 )
-def test_room_is_within_the_credit_and_the_limit(free: int, exposed: int, limit: int, left: int) -> None:
+def test_available_credit_is_within_the_credit_and_the_limit(free: int, exposed: int, limit: int, left: int) -> None:
     account = np.zeros(ACCOUNT_SIZE, np.int64)
     account[FREE] = free
-    assert room(account, exposed, limit) == left
+    assert available_credit(account, exposed, limit) == left
 
 
 def test_who_cheats_loses_its_stake_to_the_victim() -> None:

@@ -4,17 +4,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markets import TAKE_ALL, lengths, times
 from numpy.typing import NDArray
 from scipy import stats
 
-from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, MAX_WAIT_S
-from wwwserve.agents.estimate import CONTEXT_PRIOR, chance_on_time
+from wwwserve.agents.decision import AT_COST, FIRST_CANDIDATE, HOLD, LOCAL, MAX_WAIT_S, WHAT_PAYS
+from wwwserve.agents.estimate import chance_on_time
 from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.knowledge import (
-    AD_KV_TOKENS,
+    AD_CONTEXT,
     AD_MEAN_OUTPUT,
-    AD_MEAN_PROMPT,
     AD_PER_KV_TOKEN_S,
     AD_PER_SEQ_S,
     AD_PER_TOKEN_S,
@@ -23,6 +23,7 @@ from wwwserve.agents.knowledge import (
     AD_WEIGHT_S,
     on_scrape,
 )
+from wwwserve.agents.protocol import INPUT, MICRO, OUTPUT
 from wwwserve.agents.rules import Rule
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import KINDS, Kind, sample
@@ -33,26 +34,16 @@ from wwwserve.envs.state import PROBES_REFUSED, Reward
 HERE, TO_FIRST = LOCAL, FIRST_CANDIDATE
 
 
-def times(*times_s: float) -> dict[str, Any]:
-    return {"kind": "times", "times_s": list(times_s)}
-
-
-def lengths(prompt: int, output: int) -> dict[str, Any]:
-    return {
-        "prompt": {"median": prompt, "sigma": 0, "max": prompt},
-        "output": {"median": output, "sigma": 0, "max": output},
-    }
-
-
 DEADLINE_S = 14.0  # within it, 600 tokens of an idle node come with fair odds
 NODE = {"gpu": "rtx-4090", "model": "qwen3-8b", "lengths": lengths(100, 600)}
 
 
 def market(*providers: dict[str, Any], **top: Any) -> Scenario:
-    """Requests are worth 3; 50 ms round trip and 1 s ticks."""
-    slo = {"classes": {"chat": {"share": 1, "deadline_s": DEADLINE_S, "value": 3}}}
+    """Requests are worth 3 and paid as quoted; 50 ms round trip and 1 s ticks."""
+    slo = {"classes": {"chat": {"share": 1, "deadline_s": DEADLINE_S, "value": 5}}}
     named = [{"name": f"n{i}", "serves": ["m"], **provider} for i, provider in enumerate(providers)]
-    shared = {"name": "test", "duration_s": 30, "drain_s": 30, "slo": slo}
+    economy = {"payment": "quoted", "compute_cost_per_ktok": 0.1}
+    shared = {"name": "test", "duration_s": 30, "drain_s": 30, "slo": slo, "economy": economy}
     return parse(shared | {"providers": named} | top)
 
 
@@ -62,6 +53,8 @@ class Watched:
     def __init__(self, scenario: Scenario, reward: Reward) -> None:
         self.batch = MarketBatch([scenario], [1], reward=reward)
         self.actions = self.batch.actions()
+        self.actions.admission[...] = TAKE_ALL
+        self.markup = AT_COST
 
     def until(self, provider: int) -> None:
         """Step until `provider` has a request to decide on; others run theirs where they arrive."""
@@ -83,10 +76,22 @@ class Watched:
         self.now_s = float(self.batch.now_s[0])
         self.read_engines()
         self.own = [np.array(p["own"]) for p in self.batch.markets.providers[0]]
+        self.future = self.batch.markets.providers["future"][0].copy()
         self.actions.route[0] = routes
-        self.actions.price[0] = 1
+        self.actions.markup[0] = self.markup
         self.batch.step(self.actions)
         return self.batch.reward[0].copy()
+
+    def cost(self, i: int) -> float:
+        """What the request of the last step takes on node i beside its own loss of value: compute, and the chance of
+        users who are yet to come there."""
+        compute = self.batch.markets.providers["compute"][0, i]
+        return float(100 * compute[0] + 600 * compute[1] + self.future[i] * 600 / self.own[i][AD_MEAN_OUTPUT])
+
+    def price(self, r: int) -> float:
+        """What request r, with a peer, is to cost."""
+        tariff = self.batch.markets.requests["tariff"][0, r]
+        return float((100 * tariff[INPUT] + 600 * tariff[OUTPUT]) // 1000 / MICRO)
 
     def predicted(self, r: int) -> float:
         return float(self.batch.markets.requests[0]["predicted"][r])
@@ -94,9 +99,7 @@ class Watched:
 
 def times_on(own: Floats, decoding: int) -> tuple[float, float]:
     """Time to the first token of 100 on a node without a queue, and time per token where so many decode."""
-    typical = own[AD_MEAN_PROMPT] + 0.62 * own[AD_MEAN_OUTPUT]
-    context = (own[AD_KV_TOKENS] + CONTEXT_PRIOR * typical) / (own[AD_RUNNING] + CONTEXT_PRIOR)
-    decode_s = own[AD_WEIGHT_S] + decoding * (own[AD_PER_SEQ_S] + own[AD_PER_KV_TOKEN_S] * context)
+    decode_s = own[AD_WEIGHT_S] + decoding * (own[AD_PER_SEQ_S] + own[AD_PER_KV_TOKEN_S] * own[AD_CONTEXT])
     prefill_s = own[AD_PREFILL_BASE_S] + 100 * own[AD_PER_TOKEN_S]
     between_s = max(0.0, prefill_s - own[AD_WEIGHT_S]) / own[AD_MEAN_OUTPUT]
     return max(own[AD_WEIGHT_S], prefill_s) + decode_s, decode_s + decoding * between_s
@@ -133,7 +136,7 @@ def test_a_placement_on_an_idle_node_pays_its_own_predicted_loss(team_weight: fl
     assert seen.now_s == 0.25 and seen.own[0][AD_RUNNING] == 0
     expected = value(0.0, *times_on(seen.own[0], 1), 600)
     assert 0.5 < expected < 2.5
-    assert paid.tolist() == [pytest.approx(expected - 3.0, rel=1e-5), 0.0]
+    assert paid.tolist() == [pytest.approx(expected - 3.0 - seen.cost(0), rel=1e-5), 0.0]
     assert seen.predicted(0) == pytest.approx(expected)
 
 
@@ -156,12 +159,16 @@ def test_who_runs_beside_a_newcomer_is_predicted_anew_at_the_cost_of_who_sent_it
     assert seen.now_s == 5.25
     own = value(0.025 if route == TO_FIRST else 0.0, *times_on(seen.own[route - HERE], route), 600)
     if route == HERE:
-        assert paid.tolist() == [pytest.approx(own - 3.0, rel=1e-5), 0.0]
+        assert paid.tolist() == [pytest.approx(own - 3.0 - seen.cost(0), rel=1e-5), 0.0]
         assert seen.predicted(0) == before
         return
     alone, beside = (value_in_flight(5.0, times_on(seen.own[1], decoding)[1], left) for decoding in (1, 2))
     assert beside < alone - 0.02
-    assert paid.tolist() == [pytest.approx(own - 3.0 + team_weight * (beside - alone), rel=1e-5), 0.0]
+    others = beside - alone - seen.cost(1)
+    price = seen.price(1)
+    assert price > 0.05 and seen.cost(1) > 0.05
+    expected = own - 3.0 + team_weight * others - (1.0 - team_weight) * price
+    assert paid.tolist() == [pytest.approx(expected, rel=1e-5), 0.0]
     assert seen.predicted(0) == pytest.approx(beside)
     assert seen.predicted(1) == pytest.approx(own)
     potential = seen.batch.markets.providers[0]["potential"]
@@ -178,7 +185,7 @@ def test_the_own_request_beside_a_newcomer_counts_in_full() -> None:
     paid = seen.step(HERE, HERE)
     alone, beside = (value_in_flight(5.0, times_on(seen.own[0], decoding)[1], left) for decoding in (1, 2))
     own = value(0.0, *times_on(seen.own[0], 2), 600)
-    assert paid[0] == pytest.approx(own - 3.0 + beside - alone, rel=1e-5)
+    assert paid[0] == pytest.approx(own - 3.0 + beside - alone - seen.cost(0), rel=1e-5)
 
 
 def test_nothing_is_paid_for_arrivals_ends_and_the_horizon() -> None:
@@ -216,7 +223,7 @@ def test_a_wait_costs_what_it_makes_impossible_when_it_does() -> None:
     assert min(lost) < -0.3 and len([x for x in lost if x < -0.01]) > 3
     placed = seen.step(HERE, HERE)
     late = value(seen.now_s - 0.25, *times_on(seen.own[0], 1), 600)
-    assert placed[0] == pytest.approx(late - worth, rel=1e-4)
+    assert placed[0] == pytest.approx(late - worth - seen.cost(0), rel=1e-4)
 
 
 @pytest.mark.parametrize("team_weight", [0.0, 1.0])
@@ -227,7 +234,7 @@ def test_a_refusal_gives_back_what_the_offer_took(team_weight: float) -> None:
     seen.until(1)
     seen.step(HERE, HERE)
     seen.until(0)
-    seen.actions.terms[0, 1, MAX_WAIT_S] = -1.0
+    seen.actions.admission[0, 1, MAX_WAIT_S] = -1.0
     paid = sum(float(seen.step(HOLD, HERE)[0]) for _ in range(7))
     held = seen.predicted(1)
     assert paid == pytest.approx(held - 3.0, rel=1e-4) and held < 2.9
@@ -235,11 +242,12 @@ def test_a_refusal_gives_back_what_the_offer_took(team_weight: float) -> None:
     assert seen.batch.markets.providers["counts"][0, 0, PROBES_REFUSED] == 1
     assert refused == pytest.approx(0.0, abs=1e-6) and seen.predicted(1) == held
     placed = float(seen.step(HERE, HERE)[0])
-    assert placed == pytest.approx(seen.predicted(1) - held, rel=1e-4)
+    assert placed == pytest.approx(seen.predicted(1) - held - seen.cost(0), rel=1e-4)
 
 
 def test_what_is_held_too_long_is_lost_by_then() -> None:
-    seen = Watched(market(NODE | {"traffic": times(0.25)}, {}, drain_s=60), Reward(1.0, by_decision=True))
+    scenario = market(NODE | {"traffic": times(0.25)}, {}, drain_s=60, economy={"compute_cost_per_ktok": 0.0})
+    seen = Watched(scenario, Reward(1.0, by_decision=True, future=False))
     paid = []
     while not seen.batch.over[0]:
         paid.append(float(seen.step(HOLD, HOLD)[0]))
@@ -248,28 +256,48 @@ def test_what_is_held_too_long_is_lost_by_then() -> None:
     assert len([x for x in paid if x < -0.01]) > 3  # not at once
 
 
-@pytest.mark.parametrize(("team_weight", "counted"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.0)])
-def test_transfers_count_as_far_as_a_provider_is_selfish(team_weight: float, counted: float) -> None:
-    """Provider 0 sends its request to provider 1, which is paid once it is done."""
-    rewards = {}
-    for transfers in (False, True):
-        rule = Reward(team_weight, transfers=transfers, by_decision=True)
-        seen = Watched(market(NODE | {"traffic": times(0.25)}, NODE), rule)
+@pytest.mark.parametrize("by_decision", [False, True])
+@pytest.mark.parametrize("team_weight", [0.0, 0.25, 1.0])
+def test_payments_count_as_far_as_a_provider_is_selfish(team_weight: float, by_decision: bool) -> None:
+    """Provider 0 sends its request to provider 1: in the team's reward what one pays the other cancels."""
+    totals, prices = [], []
+    for markup in (AT_COST, 7):
+        seen = Watched(market(NODE | {"traffic": times(0.25)}, NODE), Reward(team_weight, by_decision=by_decision))
+        seen.actions.admission[...] = WHAT_PAYS
         total = np.zeros(2)
         while not seen.batch.over[0]:
+            seen.markup = markup
             total += seen.step(TO_FIRST, HERE)
-        rewards[transfers] = total
-    assert seen.batch.requests(0).executor.tolist() == [1]
-    price = seen.batch.markets.providers[0, 1]["price"]
-    assert price > 0
-    np.testing.assert_allclose(rewards[True] - rewards[False], np.array([-price, price]) * counted, atol=1e-5)
+        totals.append(total)
+        prices.append(seen.price(0))
+        assert seen.batch.requests(0).executor.tolist() == [1]
+    more = (1.0 - team_weight) * (prices[1] - prices[0])
+    assert prices[1] == pytest.approx(8 * prices[0], rel=1e-4)
+    np.testing.assert_allclose(totals[1] - totals[0], [-more, 0.0 if by_decision else more], atol=1e-5)
+
+
+@pytest.mark.parametrize(("promise", "share"), [(1.0, None), (0.4, 0.0)])
+def test_a_late_answer_is_expected_to_cost_less(promise: float, share: float | None) -> None:
+    """Of one that was promised in 0.4 of the time nothing is expected to be due, of an honest one most; the rest of
+    what the origin is paid is the same."""
+    scenario = market(NODE | {"traffic": times(0.25)}, NODE | {"misreport": {"promise": promise}},
+                      economy={"payment": "lateness", "compute_cost_per_ktok": 0.1})  # fmt: skip
+    seen = Watched(scenario, Reward(0.0, by_decision=True))
+    seen.until(0)
+    paid = float(seen.step(TO_FIRST, HERE)[0])
+    own = value(0.025, *times_on(seen.own[1], 1), 600)
+    expected = (own - 3.0 - paid) / seen.price(0)
+    assert 0.8 < expected < 1.0 if share is None else expected == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_course_of_a_market_does_not_depend_on_the_reward(kind: Kind) -> None:
     scenario = sample(kind, np.random.default_rng(3), 150.0)
-    rules = Reward(), Reward(0.3, by_decision=True), Reward(1.0, 0.9, False, False)
-    batch, rule = [MarketBatch([scenario], [4], reward=each) for each in rules], Rule("trust_cap")
+    rules = (
+        Reward(), Reward(0.3, by_decision=True), Reward(1.0, 0.9, False, False),
+        Reward(0.0, by_decision=True, future=False),
+    )  # fmt: skip
+    batch, rule = [MarketBatch([scenario], [4], reward=each) for each in rules], Rule("best_value")
     actions = batch[0].actions()
     differ = False
     while not batch[0].over.all():

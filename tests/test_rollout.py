@@ -10,15 +10,17 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES
+from wwwserve.agents.classes import CLASS_MEAN
+from wwwserve.agents.decision import AT_COST, HOLD
 from wwwserve.agents.policy.forward import LearnedPolicy, Net, net_of
 from wwwserve.agents.policy.network import Actor, Inputs, weights_of
 from wwwserve.agents.rules import RULES, Rule
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import Kind
 from wwwserve.envs.state import Reward
-from wwwserve.train.rollout import Collector, Decisions, Rollout, Source, draw, nearest_admit, worth_per_s
+from wwwserve.train.rollout import Collector, Decisions, Rollout, Source, draw, worth_per_s
 
 KINDS: tuple[Kind, ...] = ("honest", "deadlines", "conversation")
 EXPERTS: dict[Kind, Rule] = {
@@ -59,15 +61,15 @@ def collector(*, source: Source = SOURCE, **share: Any) -> Begun:
 
 
 def collected(
-    net: Net, number: int = 0, *, steps: int = STEPS, every: bool = False,
+    net: Net, number: int = 0, *, steps: int = STEPS, markups: bool = False, adverts: float = 0.0,
     experts: Mapping[Kind, Rule] = NONE, **share: Any,
 ) -> Rollout:  # fmt: skip
-    return collector(**share).collect(net, number, steps, experts, every=every)
+    return collector(**share).collect(net, number, steps, experts, markups=markups, adverts=adverts)
 
 
 @pytest.fixture(scope="module")
 def rollout(net: Net) -> Rollout:
-    return collected(net, every=True, experts=EXPERTS)
+    return collected(net, markups=True, adverts=1.0, experts=EXPERTS)
 
 
 def flat(tree: Any) -> list[NDArray[Any]]:
@@ -119,12 +121,12 @@ def test_torch_finds_the_same_log_probabilities(actor: Actor, rollout: Rollout) 
     again = np.stack([x.gather(1, torch.from_numpy(d.choice[:, k : k + 1]))[:, 0] for k, x in enumerate(logs)], 1)
     np.testing.assert_allclose(d.log_prob, again, rtol=1e-4, atol=1e-4)
     assert np.take_along_axis(d.routes, d.choice[:, :1], 1).all()
-    assert all(len(np.unique(d.choice[:, k])) >= 3 for k in range(3))
+    assert all(len(np.unique(d.choice[:, k])) >= 3 for k in range(2))
 
 
 def test_choices_are_as_frequent_as_their_probabilities(actor: Actor, net: Net) -> None:
     """Each choice of each head, over thousands of decisions: a chi-square statistic of expected and found counts."""
-    d = collected(net, steps=60, every=True).decisions
+    d = collected(net, steps=60, markups=True, adverts=1.0).decisions
     with torch.no_grad():
         heads = actor(Inputs(*(torch.from_numpy(x) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))))
     for k, head in enumerate(heads):
@@ -134,13 +136,16 @@ def test_choices_are_as_frequent_as_their_probabilities(actor: Actor, net: Net) 
         assert np.abs(score).max() < stats.norm.isf(1e-5)
 
 
-def test_only_decisions_on_requests_are_recorded_unless_every_one_is(net: Net, rollout: Rollout) -> None:
+def test_only_decisions_on_requests_are_recorded_unless_adverts_are_learned_from(net: Net, rollout: Rollout) -> None:
     start = rollout.decisions.about.shape[1] - len(SELF_FEATURES)
     few, every = collected(net).decisions, rollout.decisions
     assert (few.about[:, start + HAS_REQUEST] > 0).all()
     bare = every.about[:, start + HAS_REQUEST] == 0
     assert bare.any() and (every.about[bare, start + ADVERT_DUE] > 0).all()
     assert (every.choice[bare, 0] == HOLD).all()
+    np.testing.assert_array_equal(every.advertised, every.about[:, start + ADVERT_DUE] > 0)
+    some = collected(net, markups=True, adverts=0.3).decisions
+    assert 0.1 < (some.about[:, start + HAS_REQUEST] == 0).sum() / bare.sum() < 0.5
 
 
 def test_summaries_are_the_mean_and_maximum_over_the_providers_of_a_market(net: Net) -> None:
@@ -150,7 +155,7 @@ def test_summaries_are_the_mean_and_maximum_over_the_providers_of_a_market(net: 
     me = normalise(views.me, SELF_FEATURES)
     seen = [np.concatenate([own[b, :n], me[b, :n]], 1) for b, n in enumerate(count)]
     expected = [np.concatenate([x.mean(0), x.max(0)]) for x in seen]
-    rollout = made.collect(net, 0, 1, NONE, every=True)
+    rollout = made.collect(net, 0, 1, NONE, markups=True, adverts=1.0)
     asked = np.unique(rollout.decisions.market)
     assert len(asked) >= 3
     for b in asked:
@@ -197,10 +202,11 @@ def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
     worth = np.array([worth_per_s(planned) for planned in made.batch.plans], np.float32)
     at = [planned.scenario.name for planned in made.batch.plans].index("honest")
     one = made.batch.plans[at]
-    expected = len(one.traffic.provider) / (one.scenario.duration_s * len(one.profiles))  # requests are worth 1 there
+    value = len(one.traffic.provider) * one.known[0, 0, CLASS_MEAN] / 1000  # of one class, of multiplier 1
+    expected = value / (one.scenario.duration_s * len(one.profiles))
     assert worth[at] == pytest.approx(expected)
     rollout = made.collect(net, 0, 1, NONE)
-    np.testing.assert_allclose(rollout.reward[0], made.batch.reward / worth[:, None], rtol=1e-6)
+    np.testing.assert_allclose(rollout.reward[0], (made.batch.reward - made.batch.given) / worth[:, None], rtol=1e-6)
 
 
 def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
@@ -225,7 +231,7 @@ def test_ranks_together_decide_what_one_does(net: Net, world: int) -> None:
     assert sum(part.agent_steps for part in parts) == whole.agent_steps
     for rank, part in enumerate(parts):
         mine = np.arange(rank, MARKETS, world)
-        for name in ("summary", "priced", "reward", "elapsed_s", "truncated"):
+        for name in ("summary", "reward", "elapsed_s", "truncated"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[:, mine], err_msg=name)
         d, all_ = part.decisions, whole.decisions
         chosen = np.isin(all_.market, mine)
@@ -268,6 +274,49 @@ def test_the_first_markets_of_a_batch_end_at_different_times() -> None:
     assert all(planned.scenario.drain_s == SOURCE.drain_s for _, planned in first + second)
 
 
+def test_a_market_may_have_its_full_length_from_the_first_on() -> None:
+    planned = next(SOURCE.plans(0, 0, begun=False))[1]
+    assert planned.scenario.duration_s == SOURCE.duration_s
+
+
+# Opponents.
+
+
+def posting(actor: Actor, markup: int) -> Net:
+    """A policy that posts this markup alone."""
+    weights = weights_of(actor)
+    weights["markup.weight"] = np.zeros_like(weights["markup.weight"])
+    weights["markup.bias"] = np.where(np.arange(MARKUPS.size) == markup, 0.0, -60.0).astype(np.float32)
+    return net_of(weights)
+
+
+def test_one_plays_alone_against_other_policies_and_is_alone_learned_from(actor: Actor) -> None:
+    made = collector(alone=1.0, share=0.4)
+    others = [posting(actor, 6), posting(actor, 7)]
+    d = made.collect(posting(actor, 4), 0, 60, NONE, markups=True, adverts=1.0, opponents=others).decisions
+    assert (d.choice[:, 1] == 4).all() and (d.log_prob[:, 1] > -1e-6).all()
+    learned = set(zip(d.market.tolist(), d.provider.tolist(), strict=True))
+    assert sorted(market for market, _ in learned) == sorted({market for market, _ in learned})
+    assert len(learned) >= MARKETS - 1
+    posted = {key: int(made.actions.markup[key]) for key in np.ndindex(*made.actions.markup.shape)}
+    assert {posted[key] for key in learned} == {4}
+    assert {markup for key, markup in posted.items() if key not in learned} == {
+        AT_COST,
+        6,
+        7,
+    }  # it: never asked
+
+
+def test_where_nobody_plays_alone_all_play_the_policy(actor: Actor) -> None:
+    net, other = posting(actor, 4), posting(actor, 7)
+    alone = collector(alone=0.0).collect(net, 0, STEPS, NONE, markups=True, opponents=[other])
+    assert_same(alone, collector().collect(net, 0, STEPS, NONE, markups=True))
+    made = collector(alone=0.5)
+    made.collect(net, 0, STEPS, NONE, markups=True, opponents=[other])
+    found = [set(row.tolist()) for row in made.actions.markup]
+    assert {7 in row for row in found} == {True, False}
+
+
 # Experts.
 
 
@@ -281,9 +330,7 @@ def test_the_expert_of_the_kind_is_asked(net: Net) -> None:
             b, i = d.market[m], d.provider[m]
             actions = made.batch.actions()
             EXPERTS[kinds[b]].decide(views, active, uniforms, actions)
-            wait_s = actions.terms[b, i, MAX_WAIT_S]
-            admit = int(nearest_admit(np.array([wait_s]))[0])
-            assert d.expert[m].tolist() == [actions.route[b, i], admit, min(actions.price[b, i], PRICES - 1)]
+            assert d.expert[m].tolist() == [actions.route[b, i], actions.markup[b, i]]
             assert d.routes[m, d.expert[m, 0]] == 1
 
 
@@ -292,21 +339,12 @@ def test_without_an_expert_there_is_no_expert_action(net: Net) -> None:
     assert (collected(net, steps=3).decisions.expert == -1).all()
 
 
-@pytest.mark.parametrize(
-    ("wait_s", "admit"),
-    [(-1.0, 0), (ADMIT_WAIT_S[1], 1), (0.001, 1), (ADMIT_WAIT_S[2] * 1.05, 2), (ADMIT_WAIT_S[3] * 0.95, 3),
-     (ADMIT_WAIT_S[4], 4), (1e9, 5), (math.inf, 5)],
-)  # fmt: skip
-def test_the_nearest_terms(wait_s: float, admit: int) -> None:
-    assert nearest_admit(np.array([wait_s])).tolist() == [admit]
-
-
 def test_a_learned_policy_would_decide_the_most_probable_of_what_was_drawn(actor: Actor, net: Net) -> None:
     """The collector and the policy that operators run share kernels; here they are asked about the same views."""
     made = collector()
     policy, actions = LearnedPolicy(weights_of(actor), {}), made.batch.actions()
     policy.decide(made.batch.views, made.batch.active, made.batch.uniforms, actions)
-    d = made.collect(net, 0, 1, NONE, every=True).decisions
+    d = made.collect(net, 0, 1, NONE, markups=True, adverts=1.0).decisions
     same = d.choice[:, 0] == actions.route[d.market, d.provider]
     likely = np.exp(d.log_prob[:, 0]) > 0.5
     assert likely.any() and same[likely].all()

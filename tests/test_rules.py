@@ -8,19 +8,21 @@ import pytest
 
 from wwwserve.agents import view as v
 from wwwserve.agents.decision import (
+    ADMISSION_SIZE,
     CANDIDATES,
     FIRST_CANDIDATE,
     HOLD,
     LOCAL,
     NO_DIRECTION,
     ROUTES,
-    TERMS_SIZE,
+    WHAT_PAYS,
     Actions,
     accept,
     make_actions,
 )
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.rules import RULES, Rule
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import Views, make_views
 
 A, B, C, D = range(FIRST_CANDIDATE, FIRST_CANDIDATE + 4)  # routes to candidates
@@ -86,8 +88,8 @@ def test_a_batch_and_one_by_one_agree(name: str) -> None:
     batch = decide(rule, views, uniforms)
     for place in np.ndindex(*SHAPE):
         one = decide(rule, at(views, place), uniforms[place])
-        assert (one.route, one.price) == (batch.route[place], batch.price[place])
-        np.testing.assert_array_equal(one.terms, batch.terms[place])
+        assert (one.route, one.markup) == (batch.route[place], batch.markup[place])
+        np.testing.assert_array_equal(one.admission, batch.admission[place])
 
 
 @every_rule
@@ -122,7 +124,7 @@ def test_only_the_active_are_decided_for(name: str) -> None:
 
 
 @every_rule
-def test_decisions_depend_on_views_and_dice_alone(name: str) -> None:
+def test_decisions_depend_on_views_and_uniforms_alone(name: str) -> None:
     views = random_views(10, *SHAPE)
     uniforms = np.random.default_rng(11).random((*SHAPE, 4))
     given = [array.copy() for array in (*views, uniforms)]
@@ -207,7 +209,7 @@ def test_actions_that_would_be_lost_are_refused() -> None:
 
 PLAIN = {
     "accept_wait_s": 30.0, "own_margin": 1.0, "slowdown": 0.0, "load": 0.0, "pace": 1.0, "record": 1.0, "overdue": 1.0,
-    "urgency": 2.0, "cap_fast": 0.3, "cap_slow": 0.8, "price_slope": 4.0,
+    "urgency": 2.0, "cap_fast": 0.3, "cap_slow": 0.8,
 }  # fmt: skip
 
 
@@ -239,13 +241,13 @@ def route(rule: Rule, views: Views, *uniforms: float) -> int:
     return int(decide(rule, views, np.array([*uniforms, 0.5, 0.5, 0.5, 0.5][:4])).route)
 
 
-def terms(rule: Rule, views: Views | None = None) -> Floats:
-    return decide(rule, views or scene({}), np.full(4, 0.5)).terms
+def admission(rule: Rule) -> Floats:
+    return decide(rule, scene({}), np.full(4, 0.5)).admission
 
 
 def test_single_runs_everything_here_and_is_open_to_others() -> None:
     assert route(by_hand("single"), scene({"finish_s": 9999, "kv_use": 1}, {"finish_s": 1})) == LOCAL
-    assert terms(by_hand("single")).tolist() == [INF, INF, 1, 0]
+    assert admission(by_hand("single")).tolist() == [INF, INF, 1, 0, 0]
 
 
 def test_random_takes_each_legal_route_as_often() -> None:
@@ -302,14 +304,14 @@ def test_www_serve_runs_here_what_may_wait_no_longer() -> None:
 
 
 def test_www_serve_accepts_below_its_target_with_nothing_held_by_chance() -> None:
-    offered = terms(by_hand("www_serve"))
-    assert offered.size == TERMS_SIZE
-    assert accept(offered, 500.0, 0.64, 0, 0.79)  # however long the wait
-    assert not accept(offered, 0.0, 0.66, 0, 0.1)
-    assert not accept(offered, 0.0, 0.1, 1, 0.1)
-    assert not accept(offered, 0.0, 0.1, 0, 0.81)
-    other = terms(by_hand("www_serve", {"target_kv_use": 0.3, "accept": 0.5}))
-    assert not accept(other, 0.0, 0.31, 0, 0.1) and not accept(other, 0.0, 0.1, 0, 0.51)
+    own = admission(by_hand("www_serve"))
+    assert own.size == ADMISSION_SIZE
+    assert accept(own, 500.0, 0.64, 0, -1.0, 0.79)  # however long the wait
+    assert not accept(own, 0.0, 0.66, 0, -1.0, 0.1)
+    assert not accept(own, 0.0, 0.1, 1, -1.0, 0.1)
+    assert not accept(own, 0.0, 0.1, 0, -1.0, 0.81)
+    other = admission(by_hand("www_serve", {"target_kv_use": 0.3, "accept": 0.5}))
+    assert not accept(other, 0.0, 0.31, 0, -1.0, 0.1) and not accept(other, 0.0, 0.1, 0, -1.0, 0.51)
 
 
 def test_earliest_finish_takes_the_minimum() -> None:
@@ -324,10 +326,10 @@ def test_earliest_finish_takes_the_minimum() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["earliest_finish", "earliest_finish_trust", "deadline_first", "rank_cap", "trust_cap", "best_value"]
+    "name", ["earliest_finish", "earliest_finish_trust", "deadline_first", "rank_cap", "trust_cap"]
 )
 def test_rules_by_estimate_accept_up_to_a_wait(name: str) -> None:
-    assert terms(by_hand(name, {"accept_wait_s": 7})).tolist() == [7, INF, 1, 0]
+    assert admission(by_hand(name, {"accept_wait_s": 7})).tolist() == [7, INF, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -384,10 +386,10 @@ def test_deadline_first_places_tight_work_at_once_and_loose_work_where_there_is_
     assert route(rule, busy) == HOLD
     busy.request[v.LAST_SLACK_S] = 39  # less than twice 20 s
     assert route(rule, busy) == A
-    room = scene({"finish_s": 50}, {"finish_s": 20, "kv_use": 0.6}, looseness=1)
-    assert route(rule, room) == A
-    room.nodes[1, v.WAITING] = 1
-    assert route(rule, room) == HOLD
+    loose = scene({"finish_s": 50}, {"finish_s": 20, "kv_use": 0.6}, looseness=1)
+    assert route(rule, loose) == A
+    loose.nodes[1, v.WAITING] = 1
+    assert route(rule, loose) == HOLD
 
 
 def test_rank_cap_keeps_fast_nodes_free_of_loose_work() -> None:
@@ -440,7 +442,7 @@ def test_trust_cap_without_classes_is_earliest_finish_trust() -> None:
 
 
 def test_trust_cap_holds_loose_work_back_from_a_peer_that_delivers_late() -> None:
-    """Loose work goes where there is room under the cap, by times that evidence discounts."""
+    """Loose work goes to nodes under their cap, by times that evidence discounts."""
     nodes = {"finish_s": 60}, {"finish_s": 10, "pace": 1.0}, {"finish_s": 20}
     views = scene(*({"kv_use": 0.2, "speed_rank": 0.5} | node for node in nodes), looseness=1, last_slack_s=1000)
     assert route(by_hand("rank_cap"), views) == A
@@ -453,18 +455,27 @@ def test_trust_cap_holds_loose_work_back_from_a_peer_that_delivers_late() -> Non
 
 def test_best_value_weighs_cost_against_the_chance() -> None:
     rule = by_hand("best_value")
-    views = scene({"chance": 0.2}, {"chance": 0.9, "cost": 1.5}, {"chance": 0.7, "cost": 0.4}, value=2)
-    assert route(rule, views) == B  # 0.4, 0.3, 1.0
-    views.request[v.VALUE] = 10
-    assert route(rule, views) == A  # 2, 7.5, 6.6
-    views.request[v.VALUE] = 0.5
-    assert route(rule, views) == LOCAL  # 0.1, less than nothing, less than nothing
+    views = scene({"utility": 0.2}, {"utility": -0.6, "finish_s": 1}, {"utility": 0.3})
+    assert route(rule, views) == B
+    views.routes[B] = 0
+    assert route(rule, views) == LOCAL
+    views.nodes[0, v.UTILITY] = -0.7
+    assert route(rule, views) == A  # of what is lost, the least
     equal = scene({"finish_s": 30}, {"finish_s": 20}, {"finish_s": 10})
     assert route(rule, equal) == B
 
 
-@pytest.mark.parametrize(("kv_use", "price"), [(0.0, 0), (0.24, 0), (0.26, 1), (0.6, 2), (1.0, 4)])
-def test_best_value_prices_by_use(kv_use: float, price: int) -> None:
-    views = scene({"kv_use": kv_use}, {"kv_use": 0.9})
-    assert decide(by_hand("best_value"), views, np.full(4, 0.5)).price == price
-    assert decide(by_hand("best_value", {"price_slope": 1e9}), views, np.full(4, 0.5)).price == (7 if kv_use else 0)
+def test_best_value_takes_what_pays() -> None:
+    np.testing.assert_array_equal(admission(by_hand("best_value")), WHAT_PAYS)
+
+
+@pytest.mark.parametrize(("markup", "chosen"), [(0.0, 0.75), (1.0, 1.0), (1.4, 1.5), (3.5, 3.0), (8.0, 8.0)])
+def test_best_value_sells_at_the_nearest_markup(markup: float, chosen: float) -> None:
+    actions = decide(by_hand("best_value", {"markup": markup}), scene({}), np.full(4, 0.5))
+    assert MARKUPS[actions.markup] == chosen
+
+
+@every_rule
+def test_rules_sell_at_cost_but_for_the_one_that_knows_prices(name: str) -> None:
+    markup = decide(Rule(name), random_views(16, 20), np.full((20, 4), 0.5)).markup
+    assert (MARKUPS[markup] == (1.5 if name == "best_value" else 1.0)).all()

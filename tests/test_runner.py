@@ -30,7 +30,7 @@ def planned() -> MarketPlan:
     scenario = parse(
         {
             "name": "faults", "duration_s": 60, "slo": {"thresholds_s": [5, 10, 20]},
-            "economy": {"pricing": "per_ktok", "initial_credit": 50, "exposure": 10},
+            "economy": {"payment": "lateness", "initial_credit": 50, "exposure": 10},
             "providers": [provider(f"p{k}", rate_per_s) for k, rate_per_s in enumerate((8.0, 4.0, 0.5, 0.5))],
         }
     )  # fmt: skip

@@ -8,7 +8,9 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
-from wwwserve.agents.decision import ADMITS, HOLD, LOCAL, PRICES, ROUTES, set_admit
+from wwwserve.agents.classes import CLASS_VALUE
+from wwwserve.agents.decision import HOLD, LOCAL, ROUTES
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import CHANCE, HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, normalise
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import sample
@@ -28,14 +30,12 @@ def market(rate_per_s: float = 0.5, duration_s: float = 30.0, providers: int = 3
         for i in range(providers)
     ]
     lengths = {"output": {"median": 100, "sigma": 0.5, "max": 500}}
-    economy = {"pricing": "per_ktok", "price_bins": [0.5, 1, 2]}
     return parse(
         {
             "name": f"rate {rate_per_s}",
             "duration_s": duration_s,
             "drain_s": 20,
             "slo": {"thresholds_s": [5, 10]},
-            "economy": economy,
             "defaults": {"lengths": lengths},
             "providers": nodes,
         }
@@ -43,7 +43,7 @@ def market(rate_per_s: float = 0.5, duration_s: float = 30.0, providers: int = 3
 
 
 def random_actions(env: MarketVecEnv, rng: np.random.Generator) -> np.ndarray:
-    return rng.integers(0, (ROUTES, ADMITS, PRICES), (env.num_envs, 3))
+    return rng.integers(0, (ROUTES, MARKUPS.size), (env.num_envs, 2))
 
 
 def play(env: MarketVecEnv, steps: int, seed: int = 0) -> list[Any]:
@@ -79,9 +79,8 @@ def test_a_step_is_the_step_of_the_batch() -> None:
     actions, rng, differed = batch.actions(), np.random.default_rng(2), False
     for _ in range(25):
         chosen = random_actions(env, rng)
-        by_slot = chosen.reshape(3, 3, 3)
-        actions.route[...], actions.price[...] = by_slot[..., 0], by_slot[..., 2]
-        set_admit(actions, by_slot[..., 1])
+        by_slot = chosen.reshape(3, 3, 2)
+        actions.route[...], actions.markup[...] = by_slot[..., 0], by_slot[..., 1]
         batch.step(actions)
         _, rewards, dones, infos = env.step(chosen)
         np.testing.assert_array_equal(rewards, batch.reward.reshape(-1))
@@ -97,13 +96,15 @@ def test_rewards_without_arrivals_leave_out_what_no_decision_changes() -> None:
     rule = Reward(team_weight=0.3, gamma=1.0)
     whole, rest = (MarketVecEnv(market(), markets=2, seed=5, reward=rule, arrivals=each) for each in (True, False))
     whole.reset(), rest.reset()
-    hold, arrived = np.zeros((6, 3), np.int64), 0.0
+    hold, arrived = np.zeros((6, 2), np.int64), 0.0
     for _ in range(5):  # no deadline has passed yet
         (_, paid, _, _), (_, left, _, _) = whole.step(hold), rest.step(hold)
         np.testing.assert_array_equal(left, (whole.batch.reward - whole.batch.given).reshape(-1))
         np.testing.assert_allclose(left, 0.0, atol=1e-6)
         arrived += float(paid.sum())
-    assert arrived == pytest.approx(float(whole.batch.markets.market["next_arrival"].sum())) and arrived > 3
+    m = whole.batch.markets
+    value = float(m.providers["known"][0, 0, 0, CLASS_VALUE])
+    assert arrived == pytest.approx(value * float(m.market["next_arrival"].sum())) and arrived > 3 * value
 
 
 def test_it_counts_decisions_and_those_on_closed_routes() -> None:
@@ -145,10 +146,10 @@ def test_the_terminal_observation_is_the_last_of_the_market() -> None:
     env.reset()
     batch = MarketBatch(env.batch.plans)
     actions = batch.actions()
-    set_admit(actions, np.zeros((1, 3), np.int64))
+    actions.markup[...] = 0
     done = False
     while not done:
-        _, _, dones, infos = env.step(np.zeros((3, 3), np.int64))
+        _, _, dones, infos = env.step(np.zeros((3, 2), np.int64))
         batch.step(actions)
         done = bool(dones[0])
     me = np.array([info["terminal_observation"][-len(SELF_FEATURES) :] for info in infos])
@@ -193,40 +194,39 @@ def test_a_market_does_not_depend_on_how_many_there_are(threads: int) -> None:
 
 
 def test_it_makes_room_for_a_market_with_more_requests() -> None:
-    """The batch that grows goes on as one that had the room from the start."""
+    """The batch that grows goes on as one that was as wide from the start."""
 
     def busier(rng: np.random.Generator) -> Scenario:
         return market(float(rng.uniform(0.1, 4.0)), duration_s=10.0)
 
     env = MarketVecEnv(busier, markets=4, seed=0)
-    roomy = MarketVecEnv(busier, markets=4, seed=0)
-    roomy.batch = MarketBatch(roomy.batch.plans, shape=roomy.batch.shape._replace(requests=2000))
+    wide = MarketVecEnv(busier, markets=4, seed=0)
+    wide.batch = MarketBatch(wide.batch.plans, shape=wide.batch.shape._replace(requests=2000))
     start = env.batch.shape.requests
     rng = np.random.default_rng(0)
-    env.reset(), roomy.reset()
+    env.reset(), wide.reset()
     for _ in range(300):
         actions = random_actions(env, rng)
-        for a, b in zip(env.step(actions)[:3], roomy.step(actions)[:3], strict=True):
+        for a, b in zip(env.step(actions)[:3], wide.step(actions)[:3], strict=True):
             np.testing.assert_array_equal(a, b)
-    assert start < env.batch.shape.requests < 2000 == roomy.batch.shape.requests
+    assert start < env.batch.shape.requests < 2000 == wide.batch.shape.requests
 
 
 def test_masks_show_what_is_open() -> None:
     env = MarketVecEnv([market(0.5), market(3.0)], markets=2, seed=0)
     env.reset()
-    rng, asked = np.random.default_rng(0), 0
+    rng, decided = np.random.default_rng(0), 0
     for _ in range(100):
         masks = np.stack(env.env_method("action_masks"))
-        assert masks.shape == (6, ROUTES + ADMITS + PRICES) and masks.dtype == np.bool_
-        np.testing.assert_array_equal(masks[:, ROUTES : ROUTES + ADMITS], True)
-        np.testing.assert_array_equal(masks[:, ROUTES + ADMITS :], np.tile(np.arange(PRICES) < 3, (6, 1)))
+        assert masks.shape == (6, ROUTES + MARKUPS.size) and masks.dtype == np.bool_
+        np.testing.assert_array_equal(masks[:, ROUTES:], True)
         active = env.batch.active.reshape(-1)
         np.testing.assert_array_equal(masks[active, :ROUTES], env.batch.views.routes.reshape(6, -1)[active] == 1)
         np.testing.assert_array_equal(masks[~active, :ROUTES], np.tile(np.arange(ROUTES) == HOLD, ((~active).sum(), 1)))
-        asked += masks[:, LOCAL].sum()
+        decided += masks[:, LOCAL].sum()
         routes = [rng.choice(np.flatnonzero(mask[:ROUTES])) for mask in masks]
-        env.step(np.array([[route, 5, 2] for route in routes]))
-    assert asked > 20
+        env.step(np.array([[route, 2] for route in routes]))
+    assert decided > 20
     assert env.batch.markets.providers["counts"][..., INVALID].sum() == 0
     assert env.has_attr("action_masks") and not env.has_attr("level")
     np.testing.assert_array_equal(env.get_attr("action_masks", 4)[0](), env.action_masks()[4])
@@ -246,9 +246,9 @@ def test_what_makes_no_sense_is_refused() -> None:
     env.reset()
     with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
         env.step(np.zeros((2, 3), np.int64))
-    for bad in (-1, PRICES):
+    for bad in (-1, MARKUPS.size):
         with pytest.raises(ValueError, match="an action is beyond"):
-            env.step(np.array([[0, 0, 0], [0, 0, bad], [0, 0, 0]]))
+            env.step(np.array([[0, 0], [0, bad], [0, 0]]))
     with pytest.raises(AttributeError, match="no method 'render'"):
         env.env_method("render")
     with pytest.raises(AttributeError, match="cannot be set"):
@@ -265,7 +265,7 @@ def overload() -> Scenario:
             "name": "overload",
             "duration_s": 100,
             "drain_s": 5,
-            "slo": {"thresholds_s": [4]},
+            "slo": {"classes": {"all": {"share": 1, "deadline_s": 4, "value": 10}}},  # about a credit each
             "defaults": {"lengths": lengths},
             "providers": [{"name": "busy", "max_num_seqs": 1, "traffic": busy}, {"name": "idle", "gpu": "h100"}],
         }

@@ -14,7 +14,7 @@ import yaml
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from wwwserve.agents.decision import ADMIT_WAIT_S, MAX_WAIT_S
+from wwwserve.agents.decision import WHAT_PAYS
 from wwwserve.agents.view import HAS_REQUEST, Views
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.sb3 import observe
@@ -170,15 +170,15 @@ def test_a_policy_plays_its_probabilities_and_counts_what_was_closed(overload, t
     args = short(tmp_path)
     policy = SB3Policy(make_model(args, make_env(args)), np.random.default_rng(0), "untrained")
     batch = MarketBatch([plan(scenario, seed) for seed in range(3)])
-    actions, asked = batch.actions(), 0
+    actions, decided = batch.actions(), 0
     for _ in range(200):
         before = actions.route.copy()
-        asked += int((batch.active & (batch.views.me[..., HAS_REQUEST] > 0.5)).sum())
+        decided += int((batch.active & (batch.views.me[..., HAS_REQUEST] > 0.5)).sum())
         policy.decide(batch.views, batch.active, batch.uniforms, actions)
         np.testing.assert_array_equal(actions.route[~batch.active], before[~batch.active])
         batch.step(actions)
     assert policy.name == "untrained"
-    assert policy.decisions == asked > 50
+    assert policy.decisions == decided > 50
     assert policy.invalid == batch.markets.providers["counts"][..., INVALID].sum() > 10
 
 
@@ -195,12 +195,12 @@ def test_each_provider_gets_the_choice_for_its_own_view(tmp_path):
         policy.decide(batch.views, batch.active, batch.uniforms, actions)
         for b, p in np.argwhere(batch.active):
             alone = observe(Views(*(array[b, p] for array in batch.views)))
-            route, admit, price = model.predict(alone, deterministic=True)[0]
-            assert (actions.route[b, p], actions.price[b, p]) == (route, price)
-            assert actions.terms[b, p, MAX_WAIT_S] == ADMIT_WAIT_S[admit]
-            seen.add((route, admit, price))
+            route, markup = model.predict(alone, deterministic=True)[0]
+            assert (actions.route[b, p], actions.markup[b, p]) == (route, markup)
+            np.testing.assert_array_equal(actions.admission[b, p], WHAT_PAYS)
+            seen.add((route, markup))
         batch.step(actions)
-    assert len(seen) > 5
+    assert len(seen) > 3
 
 
 def test_draw_gives_each_index_its_share_of_the_uniforms():
@@ -218,13 +218,13 @@ def test_training_pays_for_decisions_only(tmp_path):
     env.reset()
     given = 0.0
     for _ in range(30):
-        _, rewards, _, _ = env.step(np.ones((env.num_envs, 3), np.int64))
+        _, rewards, _, _ = env.step(np.ones((env.num_envs, 2), np.int64))
         np.testing.assert_array_equal(rewards, (env.batch.reward - env.batch.given).reshape(-1))
         given += float(env.batch.given.sum())
-    assert given > 1
+    assert given > 0.1
 
 
-def test_random_markets_have_the_providers_asked_for_and_every_kind(tmp_path):
+def test_random_markets_have_the_set_providers_and_every_kind(tmp_path):
     draw_one = random_markets(short(tmp_path, kinds=("honest", "deadlines"), providers=6, duration_s=50.0))
     rng = np.random.default_rng(0)
     drawn = [draw_one(rng) for _ in range(12)]

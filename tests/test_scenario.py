@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ slo:
   classes:
     chat: {share: 0.7, deadline_s: 20, value: 3, output: {median: 200, sigma: 0.6, max: 1024}}
     batch: {share: 0.3, deadline_s: 600}
-economy: {pricing: per_ktok, stake_rule: fixed, price_bins: [0.5, 1], duel_probability: 1e-3, judges: 5}
+economy: {payment: quoted, stake_rule: fixed, duel_probability: 1e-3, judges: 5}
 defaults:
   gpu: rtx-4090
   max_num_seqs: 32
@@ -38,7 +39,7 @@ providers:
   - {name: n2, gpu: a100-80g, serves: [qwen3, qwen3-8b], strength: -0.5, lengths: {output: {median: 500}},
      traffic: {kind: mmpp, rates_per_s: [0.02, 0.2], mean_dwell_s: [120, 40]}}
   - {name: n3, online_s: [[0, 250], [400, 600]], traffic: {kind: times, times_s: [7.25, 1.5, 60.0]}}
-  - {name: n4, misreport: {load: 0.3, speed: 1.5, from_s: 100, until_s: 400},
+  - {name: n4, misreport: {load: 0.3, speed: 1.5, promise: 0.7, from_s: 100, until_s: 400},
      traffic: {kind: trace, file: azure_llm_conv_2023.csv, start_s: 600, rate_scale: 0.5}}
 """
 
@@ -63,8 +64,8 @@ def test_a_file_means_what_it_says(tmp_path: Path) -> None:
     assert (chat.name, chat.share, chat.deadline_s, chat.value) == ("chat", 0.7, 20.0, 3.0)
     assert chat.output == Lognormal(200.0, 0.6, 1024)
     assert (batch.name, batch.value, batch.output) == ("batch", 1.0, None)
-    assert (got.economy.pricing, got.economy.stake_rule, got.economy.judges) == ("per_ktok", "fixed", 5)
-    assert (got.economy.price_bins, got.economy.duel_probability) == ((0.5, 1.0), 0.001)
+    assert (got.economy.payment, got.economy.stake_rule, got.economy.judges) == ("quoted", "fixed", 5)
+    assert got.economy.duel_probability == 0.001
     n1, n2, n3, n4 = got.providers
     assert isinstance(n1.traffic, PoissonTraffic)
     assert [(phase.until_s, phase.rate_per_s) for phase in n1.traffic.phases] == [(300.0, 0.0667), (600.0, 0.0)]
@@ -73,7 +74,8 @@ def test_a_file_means_what_it_says(tmp_path: Path) -> None:
     assert n2.traffic == MmppTraffic((0.02, 0.2), (120.0, 40.0))
     assert n3.traffic == TimesTraffic((1.5, 7.25, 60.0))
     assert n4.misreport is not None
-    assert (n4.misreport.load, n4.misreport.speed, n4.misreport.from_s, n4.misreport.until_s) == (0.3, 1.5, 100, 400)
+    assert (n4.misreport.load, n4.misreport.speed, n4.misreport.promise) == (0.3, 1.5, 0.7)
+    assert (n4.misreport.from_s, n4.misreport.until_s) == (100, 400)
     assert isinstance(n4.traffic, TraceTraffic)
     assert (n4.traffic.start_s, n4.traffic.rate_scale) == (600.0, 0.5)
 
@@ -101,9 +103,8 @@ def test_defaults_of_what_a_file_leaves_out() -> None:
     assert (got.duration_s, got.drain_s, got.decision_interval_s) == (600, 1800, 1)
     assert (got.gossip_interval_s, got.rtt_ms) == (3, 50)
     assert got.slo.thresholds_s == (200, 250, 300, 350, 400)
-    assert (got.economy.pricing, got.economy.initial_credit, got.economy.initial_stake) == ("per_request", 1000, 2)
-    assert got.economy.price_bins == (0.5, 1, 1.5, 2, 3, 4, 6)
-    assert (got.economy.duel_probability, got.economy.judges, got.economy.compute_cost_per_ktok) == (0, 3, 0.02)
+    assert (got.economy.payment, got.economy.initial_credit, got.economy.initial_stake) == ("lateness", 1000, 2)
+    assert (got.economy.duel_probability, got.economy.judges, got.economy.compute_cost_per_ktok) == (0, 3, 0.09)
     (provider,) = got.providers
     assert (provider.gpu, provider.model, provider.max_num_seqs) == ("rtx-4090", "qwen3-8b", 64)
     assert (provider.traffic, provider.misreport, provider.strength) == (None, None, None)
@@ -175,7 +176,14 @@ def test_packaged_scenarios_load_and_survive_the_round_trip(name: str) -> None:
 
 def test_packaged_names() -> None:
     names = scenario.packaged_names()
-    assert {"paper/alternating", "trace/azure-conv", "market/deadlines", "liars/first", "scale/64"} <= set(names)
+    assert {
+        "paper/alternating",
+        "trace/azure-conv",
+        "market/deadlines",
+        "liars/first",
+        "scale/64",
+        "competition/thin",
+    } <= set(names)
     assert names == sorted(names)
 
 
@@ -202,7 +210,8 @@ def test_random_markets_are_valid_and_differ(kind: distribution.Kind) -> None:
     markets = [distribution.sample(kind, rng) for _ in range(60)]
     assert markets[0] != markets[1]
     assert markets[0] == distribution.sample(kind, np.random.default_rng(7))
-    assert {len(market.providers) for market in markets} == set(range(3, 9))
+    counts = {"thin": range(3, 6), "uneven": range(5, 9), "thick": range(9, 13)}.get(kind, range(3, 9))
+    assert {len(market.providers) for market in markets} == set(counts)
     for market in markets:
         assert scenario.parse(market.to_mapping()) == market
         liars = [each.misreport for each in market.providers if each.misreport is not None]
@@ -210,6 +219,14 @@ def test_random_markets_are_valid_and_differ(kind: distribution.Kind) -> None:
         assert all((liar.until_s < 600) == (kind == "switching") for liar in liars)
         assert len(market.slo.classes) == (2 if kind == "deadlines" else 0)
     assert any(each.online_s != ((0.0, math.inf),) for market in markets for each in market.providers)
+
+
+@pytest.mark.parametrize("times", [2, 4])
+def test_a_thick_market_is_the_thin_one_several_times(times: int) -> None:
+    thin, thick = scenario.load("competition/thin"), scenario.load(f"competition/thick-{times}")
+    assert len({each.name for each in thick.providers}) == times * len(thin.providers)
+    for k, each in enumerate(thick.providers):
+        assert replace(each, name="") == replace(thin.providers[k // times], name="")
 
 
 def test_an_unknown_kind_of_random_market() -> None:
@@ -289,6 +306,7 @@ CASES: dict[str, tuple[Change, str, str, str]] = {
     "online overlaps": (put("providers[2].online_s", [[0, 9], [8, 20]]), "providers[2].online_s[1][0]", "8", "than 9"),
     "misreport outside": (put("providers[3].misreport.until_s", 601), "providers[3].misreport.until_s", "601", "600]"),
     "misreport backwards": (put("providers[3].misreport.until_s", 50), "providers[3].misreport.until_s", "50", "from"),
+    "misreport promise": (put("providers[3].misreport.promise", 0), "providers[3].misreport.promise", "0", "(0, 100]"),
     "misreport speed": (put("providers[3].misreport.speed", 0), "providers[3].misreport.speed", "0", "(0, 100]"),
     "phases not increasing": (
         put("providers[0].traffic", POISSON), "providers[0].traffic.phases[1].until_s", "200", "more than 300"
@@ -303,8 +321,7 @@ CASES: dict[str, tuple[Change, str, str, str]] = {
     ),
     "thresholds": (put("slo.thresholds_s", [200, 200]), "slo.thresholds_s[1]", "200", "more than 200"),
     "too many thresholds": (put("slo.thresholds_s", list(range(1, 10))), "slo.thresholds_s", "[1, 2", "1 to 8 entries"),
-    "price": (put("economy.price_bins", [0, 1]), "economy.price_bins[0]", "0", "a number in (0,"),
-    "pricing": (put("economy.pricing", "free"), "economy.pricing", "'free'", "per_request, per_ktok"),
+    "payment": (put("economy.payment", "free"), "economy.payment", "'free'", "lateness, quoted, per_request"),
     "probability": (put("economy.duel_probability", 1.1), "economy.duel_probability", "1.1", "[0, 1]"),
     "duplicate name": (put("providers[3].name", "n2"), "providers[3].name", "'n2'", "not that of providers[1]"),
     "no providers": (put("providers", []), "providers", "[]", "1 to 4096 entries"),
@@ -340,7 +357,7 @@ def test_a_scenario_must_be_a_mapping(mapping: Any) -> None:
 FILES: dict[str, tuple[str | bytes, str]] = {
     "syntax": ("name: [", "valid YAML"),
     "duplicate key": (FILE.replace("rtt_ms: 40", "drain_s: 40"), "key 'drain_s' twice"),
-    "duplicate key inside": (FILE.replace("judges: 5", "pricing: per_ktok"), "key 'pricing' twice"),
+    "duplicate key inside": (FILE.replace("judges: 5", "payment: quoted"), "key 'payment' twice"),
     "merge key": (FILE.replace("rtt_ms: 40", "<<: {rtt_ms: 40}"), "valid YAML"),
     "python object": ("name: !!python/object/apply:os.getcwd []", "valid YAML"),
     "bad tag": ("name: !!timestamp soon", "valid YAML"),

@@ -645,8 +645,11 @@ def test_the_load_is_that_of_the_present_instant() -> None:
         assert engine.load() == (0, 20, 0)  # the first iteration has begun and not ended
         await asyncio.sleep(0.5)
         assert engine.load() == (16, 4, 16 * 48)  # 20 tokens and those of 0.5 s, in blocks
+        running = server.progress()
+        assert len({id(answer) for answer, _ in running}) == 16
+        assert {tokens for _, tokens in running} == {(running[0][1])} and 20 + running[0][1] in range(33, 49)
         await asyncio.gather(*tasks)
-        assert engine.load() == (0, 0, 0)
+        assert engine.load() == (0, 0, 0) and server.progress() == []
 
     play(main)
 

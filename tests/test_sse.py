@@ -7,12 +7,14 @@ import orjson
 import pytest
 
 from wwwserve.serving.http.handover import WithoutUsage, choices_in, for_pay, limit_in_force
-from wwwserve.serving.http.reply import CompletionRequest, Reply
+from wwwserve.serving.http.reply import CompletionRequest, Reply, send_timed
 from wwwserve.serving.http.sse import (
     MOST_EVENT_BYTES,
     AnswerMeter,
     EventParser,
     StreamError,
+    Usage,
+    usage_of,
 )
 
 N = 100
@@ -295,3 +297,23 @@ def test_a_user_does_not_see_the_usage_that_was_not_asked_for(size: int) -> None
 
     before = event([delta('"choices":[]')]) + event([delta("x")], usage=None) + event([], error={"message": "no"})
     assert asyncio.run(scene()) == before + b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [({"cached_tokens": 5}, 5), ({"cached_tokens": 8}, 0), ({"cached_tokens": -1}, 0), ({"cached_tokens": True}, 0),
+     ({"cached_tokens": None}, 0), ({}, 0), (None, 0), ([5], 0)],
+)  # fmt: skip
+def test_cached_tokens_are_read_where_they_can_be(details: object, cached: int) -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": details}
+    assert usage_of({"usage": usage}) == Usage(7, 3, cached)
+
+
+def test_the_time_for_which_a_reader_keeps_an_answer_waiting_is_counted() -> None:
+    async def scene() -> float:
+        meter = AnswerMeter()
+        for _ in range(2):
+            await send_timed(asyncio.sleep(0.05), meter)
+        return meter.waited_s
+
+    assert 0.1 <= asyncio.run(scene()) < 1.0

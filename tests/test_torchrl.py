@@ -7,7 +7,7 @@ from torchrl.envs.libs.pettingzoo import PettingZooWrapper
 from torchrl.envs.utils import check_env_specs
 
 from wwwserve.agents.decision import FLAT_ACTIONS
-from wwwserve.envs.market_v0 import OBSERVATION_SIZE, MarketEnv, observation_bounds, parallel_env
+from wwwserve.envs.market_v1 import OBSERVATION_SIZE, MarketEnv, observation_bounds, parallel_env
 from wwwserve.envs.scenario import Scenario, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore:PettingZoo in TorchRL is tested using version")
@@ -16,7 +16,7 @@ NAMES = ["east", "north", "west"]
 
 
 def market() -> Scenario:
-    """Three unlike providers for half a minute and some seconds; three prices, and who pays what differs."""
+    """Three unlike providers for half a minute and some seconds."""
     gpus = ("rtx-4090", "a100-80g", "a40")
     nodes = [
         {
@@ -33,7 +33,6 @@ def market() -> Scenario:
             "duration_s": 30,
             "drain_s": 20,
             "slo": {"thresholds_s": [5, 10]},
-            "economy": {"pricing": "per_ktok", "price_bins": [0.5, 1, 2]},
             "defaults": {"lengths": {"output": {"median": 300, "sigma": 0.5, "max": 800}}},
             "providers": nodes,
         }

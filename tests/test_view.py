@@ -10,19 +10,22 @@ from hypothesis import strategies as st
 
 from wwwserve.agents import knowledge as k
 from wwwserve.agents import view as v
+from wwwserve.agents.classes import CLASS_LAST_DEADLINE_S, CLASS_MAX, MAX_CLASSES
 from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL
 from wwwserve.agents.estimate import chance_on_time, expect, slowdown
 from wwwserve.agents.kernel import Floats, records
-from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST
+from wwwserve.agents.protocol import LATENESS, MICRO, OUTPUT, PER_REQUEST, QUOTED
 from wwwserve.agents.provider import AGREEMENT, PROVIDER, REQUEST, reset_provider, reset_requests
 
 NOW_S = 50.0
+OUTPUT_PRICE = k.AD_TARIFF + OUTPUT
 
 
 def advert(**columns: float) -> Floats:
-    """An idle node of 20,000 KV tokens, advertised 3 s ago."""
+    """An idle node of 20,000 KV tokens, advertised 3 s ago; of its tariff AD_OUTPUT_PRICE is the last column."""
     made = np.zeros(k.ADVERT_SIZE)
-    made[[k.AD_TIME_S, k.AD_MEAN_PROMPT, k.AD_MEAN_OUTPUT, k.AD_PRICE, k.AD_STAKE]] = NOW_S - 3, 100, 200, 2, 1
+    made[[k.AD_TIME_S, k.AD_MEAN_PROMPT, k.AD_MEAN_OUTPUT, k.AD_CONTEXT, k.AD_STAKE]] = NOW_S - 3, 100, 200, 224, 1
+    made[OUTPUT_PRICE] = columns.pop("AD_OUTPUT_PRICE", 2.0)
     made[k.AD_WEIGHT_S :] = 0.010, 1e-4, 1e-7, 0.004, 1e-4, 20_000, 8
     for name, value in columns.items():
         made[getattr(k, name)] = value
@@ -35,7 +38,7 @@ DEADLINES = np.array([[10.0, 20.0], [300.0, 600.0], [30.0, 60.0]])
 
 
 def see(**changes: Any) -> v.Views:
-    """The view of node 0 of a world of four; candidates 2 and 1 unless told otherwise."""
+    """The view of node 0 of a world of four; candidates 2 and 1 unless given others."""
     world: dict[str, Any] = {
         "own": advert(AD_TIME_S=NOW_S),
         "adverts": np.array([advert(), advert(AD_RUNNING=4, AD_KV_TOKENS=900), advert(AD_RUNNING=8), advert()]),
@@ -50,7 +53,7 @@ def see(**changes: Any) -> v.Views:
         "klass": 2,
         "known": KNOWN,
         "deadlines": DEADLINES,
-        "pricing": PER_KTOK,
+        "payment": QUOTED,
     }
     assert set(changes) <= set(world)
     w = world | changes
@@ -61,12 +64,12 @@ def see(**changes: Any) -> v.Views:
     reset_provider(p)
     reset_requests(q)
     (classes, deadlines), count = w["deadlines"].shape, len(w["candidates"])
-    p["known"][0, :classes], p["own"], p["head"] = w["known"], w["own"], 1
-    a["rtt_s"], a["n_classes"], a["n_deadlines"], a["pricing"] = w["rtt_s"], classes, deadlines, w["pricing"]
+    p["known"][0, :classes], p["own"], p["head"], p["cost"] = w["known"], w["own"], 1, COST
+    a["rtt_s"], a["n_classes"], a["n_deadlines"], a["payment"] = w["rtt_s"], classes, deadlines, w["payment"]
     a["deadlines"][0, :classes, :deadlines] = w["deadlines"]
     request = q[1]
     request["klass"], request["prompt"], request["arrival_s"] = w["klass"], w["prompt"], w["arrival_s"]
-    request["longest"] = w["known"][w["klass"], v.CLASS_MAX]
+    request["longest"] = w["known"][w["klass"], CLASS_MAX]
     request["n_candidates"], request["refused"] = count, w["refused"]
     request["candidates"] = -1
     request["candidates"][:count] = w["candidates"]
@@ -75,7 +78,8 @@ def see(**changes: Any) -> v.Views:
     return views
 
 
-SCRATCH = v.ViewScratch(np.empty(v.NODES), np.empty(k.MAX_CLASSES, np.int64))
+COST = 1e-4, 5e-4  # own marginal cost of a token of input and of output, credits
+SCRATCH = v.ViewScratch(np.empty(v.NODES), np.empty(MAX_CLASSES, np.int64))
 
 
 def test_columns_are_in_the_order_of_the_spec() -> None:
@@ -87,8 +91,8 @@ def test_columns_are_in_the_order_of_the_spec() -> None:
 
 def test_the_spec_is_the_version_that_policies_were_trained_on() -> None:
     """A change here changes what trained policies see: raise VIEW_VERSION with it."""
-    assert v.VIEW_VERSION == 4
-    assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [24, 10, 7]
+    assert v.VIEW_VERSION == 5
+    assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [25, 10, 11]
 
 
 def test_the_own_node() -> None:
@@ -99,44 +103,49 @@ def test_the_own_node() -> None:
     row = see(own=own, peer_stats=peer_stats).nodes[0]
     first_s, token_s = expect(own, 0.0, 150.0)
     chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
+    cost = (150 * 1e-4 + 240 * 5e-4) / 2  # of an answer worth 2
     expected = {
         v.OWN: 1, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
         v.SLOWDOWN_S: slowdown(own, 0.0), v.LOAD_S: 5 * token_s,
         v.KV_USE: 0.25, v.RUNNING: 3, v.WAITING: 2, v.HELD_TIGHTER: 9, v.HELD_LOOSER: 6, v.SENT_SINCE: 0,
-        v.OUT_THERE: 0, v.COST: 0, v.STAKE: 7, v.PACE: 0, v.RECORD: 0, v.OVERDUE: 0, v.AGE_S: 0.5, v.DUEL_RATE: 0.5,
-        v.REFUSED: 0,
+        v.OUT_THERE: 0, v.COST: cost, v.UTILITY: chance - cost, v.STAKE: 7, v.PACE: 0, v.RECORD: 0, v.OVERDUE: 0,
+        v.AGE_S: 0.5, v.DUEL_RATE: 0.5, v.REFUSED: 0,
     }  # fmt: skip
     np.testing.assert_allclose(row[list(expected)], list(expected.values()), rtol=1e-6)
 
 
 def test_a_peer() -> None:
     adverts = np.array([advert(AD_STAKE=9) for _ in range(4)])
-    adverts[3] = advert(AD_TIME_S=NOW_S - 2, AD_RUNNING=4, AD_WAITING=1, AD_KV_TOKENS=15_000, AD_PRICE=4, AD_STAKE=2.5)
+    adverts[3] = advert(AD_TIME_S=NOW_S - 2, AD_RUNNING=4, AD_WAITING=1, AD_KV_TOKENS=15_000, AD_STAKE=2.5)
+    adverts[3, k.AD_TARIFF : k.AD_TARIFF + 3] = 1, 0.25, 4
     adverts[3, k.AD_HELD : k.AD_HELD + 3] = 1, 2, 4
     peer_stats = k.make_peer_stats(4)
     peer_stats[1:3] = 77.0  # of others
     for _ in range(3):
         k.on_sent(peer_stats[3], adverts[3])
     k.on_ended(peer_stats[3])
-    k.on_refused(peer_stats[3], adverts[3])
+    k.on_refused(peer_stats[3], adverts[3, k.AD_TIME_S])
     k.on_answer(peer_stats[3], 9.0, 3.0)
     k.on_progress(peer_stats[3], 8.0, 2.0, 0.01, 0)
     peer_stats[3, k.DUELS_WON] = 2
     views = see(adverts=adverts, peer_stats=peer_stats, candidates=[3])
     first_s, token_s = expect(adverts[3], 2.0, 150.0)
     first_s += 0.05  # a round trip
-    chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
+    delivery = 801 / 200 * math.sqrt(3)
+    chance = chance_on_time(DEADLINES[2], 5.0, first_s * delivery, token_s * delivery, 200.0, 0.6, 1000.0)
+    assert 0.01 < chance < 0.99
+    cost = (0.15 * 1 + 0.24 * 4) / 2
     expected = {
         v.OWN: 0, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
         v.SLOWDOWN_S: slowdown(adverts[3], 2.0), v.LOAD_S: 7 * token_s,
         v.KV_USE: 0.75, v.RUNNING: 4, v.WAITING: 1, v.HELD_TIGHTER: 5, v.HELD_LOOSER: 2, v.SENT_SINCE: 2,
-        v.OUT_THERE: 2, v.COST: 4 * 0.24, v.STAKE: 2.5, v.PACE: math.log(801 / 200), v.RECORD: math.log(3) / 2,
-        v.OVERDUE: 6, v.AGE_S: 2, v.DUEL_RATE: 0.75, v.REFUSED: 1,
+        v.OUT_THERE: 2, v.COST: cost, v.UTILITY: chance - cost, v.STAKE: 2.5, v.PACE: math.log(801 / 200),
+        v.RECORD: math.log(3) / 2, v.OVERDUE: 6, v.AGE_S: 2, v.DUEL_RATE: 0.75, v.REFUSED: 1,
     }  # fmt: skip
     np.testing.assert_allclose(views.nodes[1][list(expected)], list(expected.values()), rtol=1e-6)
     assert not views.nodes[2:].any()
-    per_request = see(adverts=adverts, peer_stats=peer_stats, candidates=[3], pricing=PER_REQUEST)
-    assert per_request.nodes[1, v.COST] == 4
+    per_request = see(adverts=adverts, peer_stats=peer_stats, candidates=[3], payment=PER_REQUEST)
+    assert per_request.nodes[1, v.COST] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -173,11 +182,11 @@ def test_one_class_has_no_looseness() -> None:
         ({"candidates": [1, 2, 3]}, [HOLD, LOCAL, 2, 3, 4]),
         ({"candidates": [1, 2, 3], "refused": 0b010}, [HOLD, LOCAL, 2, 4]),
         ({"candidates": [1, 2, 3], "refused": 0b111, "arrival_s": NOW_S - 99}, [LOCAL]),
-        # The price is 2 a thousand tokens, the longest output of the class 1000 tokens.
+        # The price is 2 a thousand tokens of output, the longest output of the class 1000 tokens.
         ({"credit": 2 * MICRO}, [HOLD, LOCAL, 2, 3]),
         ({"credit": 2 * MICRO - 1}, [HOLD, LOCAL]),
         ({"credit": 2 * MICRO, "klass": 1}, [HOLD, LOCAL]),
-        ({"credit": 2 * MICRO, "klass": 1, "pricing": PER_REQUEST}, [HOLD, LOCAL, 2, 3]),
+        ({"credit": 2 * MICRO, "klass": 1, "payment": PER_REQUEST}, [HOLD, LOCAL, 2, 3]),
     ],
 )
 def test_legal_routes(changes: dict[str, Any], legal: list[int]) -> None:
@@ -185,7 +194,7 @@ def test_legal_routes(changes: dict[str, Any], legal: list[int]) -> None:
 
 
 def test_a_candidate_too_dear_is_masked_alone() -> None:
-    adverts = np.array([advert(AD_PRICE=price) for price in (0.0, 3.0, 1.0, 5.0)])
+    adverts = np.array([advert(AD_OUTPUT_PRICE=price) for price in (0.0, 3.0, 1.0, 5.0)])
     routes = see(adverts=adverts, candidates=[1, 2, 3], credit=4 * MICRO).routes
     assert np.flatnonzero(routes).tolist() == [HOLD, LOCAL, 2, 3]
 
@@ -212,7 +221,7 @@ def random_world(seed: int, size: int, reckless: bool) -> dict[str, Any]:
     adverts[:, k.AD_RUNNING] = rng.integers(0, 9, size) * far
     adverts[:, k.AD_WAITING] = rng.choice([0, 0, 1, 5, 100], size) * far
     adverts[:, k.AD_KV_TOKENS] = rng.uniform(0, 20_000 * far, size)
-    adverts[:, k.AD_PRICE] = rng.uniform(0, 5 * far, size)
+    adverts[:, k.AD_TARIFF : k.AD_TARIFF + 3] = rng.uniform(0, 5 * far, (size, 3))
     adverts[:, k.AD_STAKE] = rng.choice([0.0, 1.0, 4.0], size) * far
     adverts[:, k.AD_HELD : k.AD_HELD + 3] = rng.integers(0, 9, (size, 3)) * far
     adverts[:, k.AD_WEIGHT_S] = rng.uniform(0.001, 0.05, size) * far
@@ -237,7 +246,7 @@ def random_world(seed: int, size: int, reckless: bool) -> dict[str, Any]:
         "prompt": int(rng.uniform(1, 4000 * far)),
         "arrival_s": NOW_S - rng.uniform(0, 100 * far),
         "klass": int(rng.integers(0, 3)),
-        "pricing": int(rng.choice([PER_REQUEST, PER_KTOK])),
+        "payment": int(rng.choice([LATENESS, QUOTED, PER_REQUEST])),
     }
 
 
@@ -252,9 +261,11 @@ def test_every_feature_is_in_its_range(world: dict[str, Any]) -> None:
         low, high = v.bounds(features)
         assert np.isfinite(values).all() and (values >= low).all() and (values <= high).all()
         normal = v.normalise(values, features)
-        assert normal.dtype == np.float32 and np.abs(normal).max() <= 1 + 1e-6
+        assert normal.dtype == np.float32 and normal.max() <= 1 + 1e-6
+        lowest = np.array([-4 / 3 if f.name == "utility" else -1.0 for f in features])  # its range is longer below 0
+        assert (normal >= lowest - 1e-3).all()
     count = len(world["candidates"])
-    last_deadline_s = KNOWN[world["klass"], v.CLASS_LAST_DEADLINE_S]
+    last_deadline_s = KNOWN[world["klass"], CLASS_LAST_DEADLINE_S]
     assert views.routes[LOCAL] == 1 and views.routes[HOLD] == (NOW_S - world["arrival_s"] < last_deadline_s)
     assert set(views.routes.tolist()) <= {0, 1} and not views.routes[FIRST_CANDIDATE + count :].any()
     assert not views.nodes[1 + count :].any()
@@ -297,10 +308,10 @@ def test_a_view_without_a_request() -> None:
     own = advert(AD_TIME_S=NOW_S - 0.5, AD_RUNNING=3, AD_WAITING=2, AD_KV_TOKENS=5000, AD_STAKE=7)
     p, a, q = records(1, PROVIDER), records(1, AGREEMENT), records(1, REQUEST)
     reset_provider(p)
-    p["own"] = own
+    p["own"], p["known"][0, 0] = own, KNOWN[0]
     peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_peer_stats(1), np.zeros(1, np.int64))
     v.write_view(views, p[0], a[0], q, peers, NOW_S, SCRATCH)
-    assert views.me.tolist() == [0] * 7
+    assert np.flatnonzero(views.me).tolist() == [v.MARKUP, v.PEER_PRICE] and views.me[v.MARKUP] == 1
     expected = np.zeros(len(v.NODE_FEATURES))
     expected[[v.OWN, v.KV_USE, v.RUNNING, v.WAITING, v.STAKE, v.AGE_S, v.DUEL_RATE]] = 1, 0.25, 3, 2, 7, 0.5, 0.5
     np.testing.assert_allclose(views.nodes[0], expected)
@@ -314,16 +325,21 @@ def test_the_provider_itself() -> None:
     p["own"], p["known"][0, :3] = advert(), KNOWN
     a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
     peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_peer_stats(1), np.zeros(1, np.int64))
-    names = ["head", "advert_due", "held", "arrival_rate", "remote", "credit", "price"]
+    names = ["head", "advert_due", "held", "arrival_rate", "remote", "credit", "markup", "cost", "peer_price",
+             "heard", "sold"]  # fmt: skip
     seen = []
-    for values in ((0, 0, 3, 0.25, 5, 7_500_000, 1.5), (-1, 1, 10**6, 1e9, 10**6, 10**18, 1e9)):
+    for values in (
+        (0, 0, 3, (0.25, 0, 0, 0), 5, 7_500_000, 1.5, COST, 0.3, 7, 0.125),
+        (-1, 1, 10**6, 1e9, 10**6, 10**18, 1e9, 1e9, np.inf, 10**6, 1e9),
+    ):
         for name, value in zip(names, values, strict=True):
             p[name] = value
         views = v.make_views()
         v.write_view(views, p[0], a[0], q, peers, NOW_S, SCRATCH)
         seen.append(views.me)
-    np.testing.assert_allclose(seen[0], [1, 0, 3, 0.25, 5, 7.5, 1.5])
-    np.testing.assert_array_equal(seen[1], v.bounds(v.SELF_FEATURES)[1] * [0, 1, 1, 1, 1, 1, 1])
+    usual = 200 * 3 / 90  # value of 200 tokens of the first class
+    np.testing.assert_allclose(seen[0], [1, 0, 3, 0.25, 5, 7.5, 1.5, 0.11 / usual, 0.3 / usual, 7, 0.125], rtol=1e-6)
+    np.testing.assert_array_equal(seen[1], v.bounds(v.SELF_FEATURES)[1] * [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
     assert np.abs(v.normalise(np.array(seen), v.SELF_FEATURES)).max() <= 1 + 1e-6
 
 

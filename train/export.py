@@ -100,9 +100,9 @@ _CARD = """\
 # {name}: a policy for providers of `wwwserve`
 
 LLM providers serve each other's overflow without a coordinator. For the request at the head of its queue, a provider
-with this policy decides whether to hold it, run it here or hand it to one of up to {candidates} candidates; and on what
-terms it takes others' work, at which of its prices. It sees only what a provider knows: its own node, the adverts of
-the candidates, and its peer_stats with them.
+with this policy decides whether to hold it, run it here or hand it to one of up to {candidates} candidates; and with
+each advert, the markup on its marginal cost that peers are to pay. It sees only what a provider knows: its own node,
+the adverts of the candidates, and its peer_stats with them.
 
 A {architecture} network of width {width}, {parameters:,} parameters: one encoder for every node in view, pooled, and a
 score for each node, so that the order of the candidates does not matter.
@@ -118,7 +118,7 @@ python -m eval.compare paper/mixed-hardware --policy FOLDER www_serve earliest_f
 `policy.onnx` is the same function for other runtimes: inputs `nodes` [M, {nodes}, {node_features}],
 `request` [M, {request_features}] and `me` [M, {self_features}], float32 in the physical units that
 `manifest.json` lists (normalisation is in the graph), and the mask `routes` [M, {routes}], int8; outputs
-the logits of `route`, `admit` and `price`. Take the most probable of each.
+the logits of `route` and `markup`. Take the most probable of each.
 
 ## Training
 

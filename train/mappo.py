@@ -2,12 +2,14 @@
 
     python train/mappo.py --help
 
-One shared actor decides for every provider from its own view; a critic that sees the pooled state of the market serves
-training alone. The actor first imitates the best rule for each kind of market (`eval.tune`), then improves on it by
-PPO; what is kept is the average of its last updates. Markets are drawn from `envs.distribution`. The policy is chosen
-on random validation markets; test markets, and the packaged scenarios, are for the report at the end alone. The file
-reads from top to bottom: arguments, the update, validation, the run; `train.rollout` plays the markets. Under
-`torchrun` each process has its share of the markets and gradients are summed over them.
+One shared actor decides for every provider from its own view, and each earns for itself (`--team-weight 0`); a critic
+that sees the pooled state of the market serves training alone. The actor first imitates a rule, then improves on it by
+PPO: routes are credited with what they change, markups with what they earn in pairs of markets (`train.pricing`). In
+half of the markets it plays alone against its own past. What is kept is the average of its last updates. Markets are
+drawn from `envs.distribution`. A cooperative policy (`--team-weight 1`) is chosen on random validation markets, a
+competitive one is the last; test markets, and packaged scenarios, are for the report at the end alone. The file reads
+from top to bottom: arguments, the update, validation, the run; `train.rollout` plays the markets. Under `torchrun` each
+process has its share of the markets and gradients are summed over them.
 """
 
 import json
@@ -32,10 +34,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from wwwserve.agents.policy.architecture import Weights
+from wwwserve.agents.policy.architecture import Weights, width_of
+from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.policy.forward import LearnedPolicy, net_of
 from wwwserve.agents.policy.network import Actor, Critic, Inputs, weights_of
 from wwwserve.agents.rules import RULES, Policy, Rule
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.envs.distribution import KINDS, Kind
 from wwwserve.envs.oracle import ORACLES, Oracle
 from wwwserve.envs.scenario import load as load_scenario
@@ -45,6 +49,7 @@ from wwwserve.eval.compare import FIRST_TEST_SEED, compare, table, write_json
 from wwwserve.eval.figures import draw
 from wwwserve.eval.tuned import best_for
 from wwwserve.train.export import export
+from wwwserve.train.pricing import Notches, play_pairs
 from wwwserve.train.rollout import Collector, Rollout, Situation, Source, advantages
 
 
@@ -58,9 +63,9 @@ class Args:
     """seed of everything that is random"""
     agent_steps: int = 12_000_000
     """length of training; one step is one provider in one step of its market in which time passes"""
-    imitate_steps: int = 8_000_000
-    """of these, the first to imitate the best rule for each kind of market; 0 starts from the prior alone"""
-    critic_steps: int = 1_500_000
+    imitate_steps: int = 1_500_000
+    """of these, the first to imitate: a team the best rule for each kind of market, others `best_value`; 0 for none"""
+    critic_steps: int = 800_000
     """of the imitation's steps, the last ones in which the critic learns as well; before, nothing is rewarded"""
     imitation: float = 0.3
     """weight of imitation after that, beside the policy's own loss; 0 for none"""
@@ -68,6 +73,11 @@ class Args:
     """markets in a batch, over all processes"""
     rollout_steps: int = 128
     """steps of every market between updates"""
+    against: Path | None = None
+    """bundle that all providers but one play in every market, frozen; the one begins as they are, without
+    imitation, and learns to do better: a learned deviator, for `eval.game`"""
+    scenario: tuple[str, ...] = ()
+    """scenarios to train on, packaged names or files, instead of random markets"""
     kinds: tuple[Kind, ...] = KINDS
     """kinds of random market to train on, in turn; one that is named twice comes twice as often"""
     duration_s: float = 600.0
@@ -78,10 +88,25 @@ class Args:
     """larger training markets are drawn again"""
     reward: Literal["decision", "mean"] = "decision"
     """what a provider is paid: what its own decisions changed in predicted values, or what became of requests"""
-    team_weight: float = 1.0
-    """0: selfish, only own requests and payments count; 1: team, all requests of the market; between: a mixture"""
-    terms: bool = False
-    """learn the terms on which others' work is taken, and prices, as well; else they stay as imitated"""
+    team_weight: float = 0.0
+    """0: own profit alone; 1: team, the welfare of the market, in which payments cancel; between: a mixture"""
+    markups: bool = True
+    """learn the markup as well, unless in a team; else it stays as imitated"""
+    pairs: int = 96
+    """pairs of markets, over all processes, that show what a notch of markup earns by itself, see `train.pricing`; 0: a
+    markup is credited as a route is, with all that its provider gains from then on"""
+    pairs_every: int = 1
+    """updates between two such"""
+    pairs_s: float = 300.0
+    """length of those markets"""
+    future: bool = True
+    """count what a placement takes from own users who have not arrived yet"""
+    adverts: float = 0.1
+    """of the adverts that come without a request to decide on, so many are learned from beside"""
+    pool: int = 4
+    """past policies among the opponents in half of the markets; 0 for none"""
+    pool_every: int = 40
+    """updates between two that join the pool, the oldest leaving it"""
     central: bool = True
     """a critic that sees the whole market; --no-central is independent PPO"""
     gamma: float = 0.99
@@ -96,12 +121,16 @@ class Args:
     """of the providers, so many are learned from, others in each rollout; playing is cheaper than learning"""
     minibatches: int = 8
     """parts of a rollout, each for one gradient step"""
-    average: float = 0.95
+    average: float = 0.97
     """share of itself that the averaged policy, which is validated and kept, keeps at each update; 0: the last alone"""
     clip: float = 0.2
     """PPO's clip range"""
     entropy: float = 0.003
     """weight of the entropy of the route"""
+    markup_rate: float = 0.3
+    """rate at which markups are learned from pairs, falling linearly to zero"""
+    markup_entropy: float = 0.02
+    """weight of the entropy of the markup, falling linearly to zero; what a markup earns is seen through much noise"""
     max_grad_norm: float = 10.0
     """gradients are scaled down to this norm"""
     width: int = 32
@@ -128,10 +157,11 @@ class Args:
     def check(self) -> None:
         """Raises ValueError for a value out of its range."""
         for name in ("agent_steps", "markets", "rollout_steps", "epochs", "minibatches", "width",
-                     "processes", "checkpoint_every", "validation_markets", "max_requests"):  # fmt: skip
+                     "processes", "checkpoint_every", "validation_markets", "max_requests", "pool_every",
+                     "pairs_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("duration_s", "learning_rate", "clip", "max_grad_norm"):
+        for name in ("duration_s", "pairs_s", "learning_rate", "markup_rate", "clip", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
         for name in (
@@ -141,12 +171,15 @@ class Args:
             "drain_s",
             "imitation",
             "entropy",
+            "markup_entropy",
             "prior",
+            "pool",
+            "pairs",
             "test_markets",
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
-        for name in ("gamma", "gae_lambda", "team_weight", "average"):
+        for name in ("gamma", "gae_lambda", "team_weight", "average", "adverts"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 1")
         if not 0 < self.share <= 1:
@@ -159,6 +192,8 @@ class Args:
         world = int(os.environ.get("WORLD_SIZE", self.processes))
         if world > self.markets:
             raise ValueError(f"--markets is {self.markets}, expected one for each of {world} processes at least")
+        if 0 < self.pairs < world:
+            raise ValueError(f"--pairs is {self.pairs}, expected 0, or one for each of {world} processes at least")
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
@@ -168,6 +203,8 @@ class Args:
 # Seeds of training, validation and test never meet: training draws market seeds below `eval.tune.SEED`, rules are tuned
 # from there on, validation markets have seeds from VALIDATION_SEED on, reports from FIRST_TEST_SEED on.
 TRAINING_SEEDS = FIRST_TEST_SEED // 4
+TEAM_MARKUP = 3  # 1.5, at which a team sells: above a cost that moves between adverts, or peers would refuse
+MOST_RATHER, MOST_AGAINST = 1.0, 3.0  # nats by which another markup is preferred, or avoided, by pairs of markets
 VALIDATION_SEED = FIRST_TEST_SEED // 2
 
 
@@ -252,10 +289,11 @@ class Batch(NamedTuple):
 
     view: Inputs
     summary: Tensor  # [M, SUMMARY]
-    loss_mask: Tensor  # [M, 3] 1 for what is learned of route, admit and price
-    choice: Tensor  # [M, 3]
-    log_prob: Tensor  # [M, 3]
-    expert: Tensor  # [M, 3]
+    loss_mask: Tensor  # [M, 2] 1 for what is learned of route and markup
+    advertised: Tensor  # [M] 1 where the markup matters
+    choice: Tensor  # [M, 2]
+    log_prob: Tensor  # [M, 2]
+    expert: Tensor  # [M, 2]
     advantage: Tensor  # [M] normalised
     value_target: Tensor  # [M] normalised return
 
@@ -274,7 +312,13 @@ class Learner:
         self.averaged = AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(args.average))
         self.critic = Critic(central=args.central).to(args.device)
         self.scale = ValueScale(self.critic.last)
+        self.gain_square = 1e-4  # running mean square of what a notch of markup gains
+        self.markups = torch.from_numpy(MARKUPS).float().to(args.device)
+        self.learns_markup = args.markups and args.team_weight < 1
         self.parameters = [*self.actor.parameters(), *self.critic.parameters()]
+        self.left = 1.0  # share of the run
+        # What markups earn is mostly noise, which Adam would scale up to full steps; plain steps average it out.
+        self.markup_optimiser = torch.optim.SGD(self.actor.parameters(), lr=args.markup_rate)
         self.optimiser = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=1e-5)
 
     @torch.no_grad()
@@ -310,15 +354,19 @@ class Learner:
     def batch(self, rollout: Rollout, paid: bool = True) -> tuple[Batch, dict[str, float]]:
         """The decisions of a rollout, with their advantages if they are `paid`; and what is logged of them."""
         args, d = self.args, rollout.decisions
-        advantage = value_target = np.zeros(len(d.step), np.float32)
+        count = len(d.step)
+        advantage = value_target = np.zeros(count, np.float32)
         logged: dict[str, float] = {}
+        summary = rollout.summary[d.step, d.market]
         if paid:
             advantage, value_target, logged = self.compute_advantages(rollout)
-        loss_mask = np.ones((len(d.step), 3), np.float32)
-        loss_mask[:, 1] = args.terms
-        loss_mask[:, 2] = args.terms * rollout.priced[d.step, d.market]
-        summary = rollout.summary[d.step, d.market]
-        columns = [summary, loss_mask, d.choice, d.log_prob, d.expert, advantage, value_target]
+        expert = d.expert
+        if args.team_weight == 1:
+            expert = np.stack([d.expert[:, 0], np.full(count, TEAM_MARKUP)], -1)
+        loss_mask = np.ones((count, 2), np.float32)
+        loss_mask[:, 1] = d.advertised if self.learns_markup and not args.pairs else 0.0
+        columns = [summary, loss_mask, d.advertised.astype(np.float32), d.choice, d.log_prob, expert, advantage,
+                   value_target]  # fmt: skip
         tensors = [torch.from_numpy(np.asarray(x)).to(args.device) for x in columns]
         view = Inputs(
             *(torch.from_numpy(x).to(args.device) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))
@@ -353,49 +401,99 @@ class Learner:
         """One gradient step on a minibatch of `count` decisions, of which `d` are this process's."""
         args = self.args
         heads = [torch.log_softmax(logits, -1) for logits in self.actor(d.view)]
-        entropy = -(heads[0].exp() * heads[0].clamp_min(-50.0)).sum()
-        named = {"entropy": entropy}
+        matters = [torch.ones_like(d.advertised), d.advertised]  # of route and markup
+        adverts = d.advertised.sum().clamp_min(1.0)
+        spread = [-(p.exp() * p.clamp_min(-50.0)).sum(-1) * each for p, each in zip(heads, matters, strict=True)]
+        each = len(d.advertised) / adverts  # so that a mean over decisions is one over adverts
+        named = {"entropy": spread[0].sum(), "markup_entropy": spread[1].sum() * each}
+        named["markup"] = (self.markups[d.choice[:, 1]] * d.advertised).sum() * each
+        # An expert that was at odds with the mask held, which becomes running here.
+        taught = [
+            p.gather(-1, d.expert[:, k : k + 1]).squeeze(-1).clamp_min(-30.0) * matters[k]
+            for k, p in enumerate(heads[:1] if self.learns_markup else heads)
+            if imitate or args.imitation  # else no expert was asked
+        ]
         if imitate:
-            taught = [p.gather(-1, d.expert[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)]
-            # An expert that was at odds with the mask held, which becomes running here.
-            loss = -sum((p.clamp_min(-30.0).sum() for p in taught), start=torch.zeros(()))
-            named["imitation_loss"] = -taught[0].clamp_min(-30.0).sum()
+            loss = -sum((p.sum() for p in taught), start=torch.zeros(()))
+            named["imitation_loss"] = -taught[0].sum()
             named["agreement"] = (heads[0].argmax(-1) == d.expert[:, 0]).sum()
         else:
             chosen = torch.stack([p.gather(-1, d.choice[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)], -1)
-            log_ratio = ((chosen - d.log_prob) * d.loss_mask).sum(-1)
+            log_ratio = (chosen - d.log_prob) * d.loss_mask
             ratio = log_ratio.exp()
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
-            policy_loss = -torch.min(ratio * d.advantage, clipped * d.advantage).sum()
-            loss = policy_loss - args.entropy * entropy
-            if args.imitation:  # which is all that the terms learn from where they are not learned
-                taught = [heads[k].gather(-1, d.expert[:, k : k + 1]) for k in range(1 if args.terms else len(heads))]
-                loss = loss - args.imitation * sum(p.clamp_min(-30.0).sum() for p in taught)
-            named |= {"policy_loss": policy_loss, "kl": (ratio - 1 - log_ratio).sum(),
+            advantage = d.advantage.unsqueeze(-1)
+            gained = torch.min(ratio * advantage, clipped * advantage) * d.loss_mask
+            loss = -gained.sum() - args.entropy * spread[0].sum()
+            if self.learns_markup:
+                loss = loss - args.markup_entropy * self.left * spread[1].sum()
+            if args.imitation:  # which is all that the markup learns from where it is not learned
+                loss = loss - args.imitation * sum(p.sum() for p in taught)
+            named |= {"policy_loss": -gained.sum(), "kl": (ratio - 1 - log_ratio).sum(),
                       "clipped": ((ratio - 1).abs() > args.clip).sum()}  # fmt: skip
         if paid:
             value = self.critic(d.view.nodes[:, 0], d.view.about, d.summary)
             named["value_loss"] = nn.functional.huber_loss(value, d.value_target, delta=10.0, reduction="sum")
             loss = loss + named["value_loss"]
+        norm = self.step(loss / count, self.optimiser)
+        sums = self.processes.sum(torch.stack([x.detach().float() for x in named.values()])) / count
+        return dict(zip(named, sums.tolist(), strict=True)) | {"grad_norm": float(norm)}
+
+    def learn_markups(self, notches: Notches) -> dict[str, float]:
+        """Make the markups that gained more probable, against those that the policy chose; returns what is logged."""
+        args = self.args
+        gain = notches.gain.astype(np.float64)
+        moments = self.processes.sum(torch.tensor([len(gain), (gain**2).sum(), np.abs(gain).sum(), gain.sum()]))
+        count, square, size, mean = moments.tolist()
+        if count == 0:
+            return {}
+        self.gain_square += 0.1 * (square / count - self.gain_square)
+        pull = torch.from_numpy(np.clip(gain / math.sqrt(self.gain_square + 1e-12), -3.0, 3.0)).float().to(args.device)
+        moved, chosen = (torch.from_numpy(x).to(args.device) for x in (notches.moved, notches.markup))
+        views = [torch.from_numpy(array).to(args.device) for array in notches.views]
+        with torch.no_grad():
+            view = self.actor.inputs(*views)
+        log_p = torch.log_softmax(self.actor(view)[1], -1)
+        rather = (log_p.gather(-1, moved[:, None]) - log_p.gather(-1, chosen[:, None])).squeeze(-1)
+        spread = -(log_p.exp() * log_p).sum()
+        rather = torch.where(pull > 0, rather.clamp_max(MOST_RATHER), rather.clamp_min(-MOST_AGAINST))
+        loss = -(pull * rather).sum() - args.markup_entropy * self.left * spread
+        self.step(loss / count, self.markup_optimiser)
+        posted = self.processes.sum(torch.tensor([MARKUPS[notches.markup].sum()])).item()
+        return {"markup_posted": posted / count, "notch_gain": mean / count, "notch_size": size / count,
+                "entropy_posted": spread.item() / max(len(gain), 1)}  # fmt: skip
+
+    def step(self, loss: Tensor, optimiser: torch.optim.Optimizer) -> float:
+        """One step of an optimiser on this process's part of a loss; returns the norm of the gradient."""
         self.optimiser.zero_grad(set_to_none=True)
-        (loss / count).backward()
+        loss.backward()
         for p in self.parameters:
             if p.grad is None:  # of a head that is not learned
                 p.grad = torch.zeros_like(p)
         self.processes.add_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, args.max_grad_norm)
-        self.optimiser.step()
-        sums = self.processes.sum(torch.stack([x.detach().float() for x in named.values()])) / count
-        return dict(zip(named, sums.tolist(), strict=True)) | {"grad_norm": float(norm)}
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
+        optimiser.step()
+        return float(norm)
+
+    def start_from(self, weights: Weights) -> None:
+        """Begin with a policy's weights. Raises ValueError if they are of another width."""
+        if width_of(weights) != self.args.width:
+            raise ValueError(f"--width is {self.args.width}, the policy to begin with has {width_of(weights)}")
+        state = {name: torch.from_numpy(weight) for name, weight in weights.items()}
+        self.actor.load_state_dict(state)
+        cast(Actor, self.averaged.module).load_state_dict(state)
 
     def policy(self) -> Weights:
         """The policy as it would be kept now: an average of the last updates, which are noisy each."""
         return weights_of(cast(Actor, self.averaged.module))
 
     def anneal(self, progress: float) -> None:
-        """Set the learning rate for this share of the run."""
+        """Set what falls over the run, for this share of it that is past."""
+        self.left = max(0.0, 1.0 - progress)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.args.learning_rate * max(0.0, 1.0 - progress)
+            group["lr"] = self.args.learning_rate * self.left
+        for group in self.markup_optimiser.param_groups:
+            group["lr"] = self.args.markup_rate * self.left
 
 
 # Validation.
@@ -441,14 +539,25 @@ class Run:
         self.args, self.processes = args, Processes()
         self.learner = Learner(args, self.processes)
         reward = Reward(args.team_weight, gamma=1.0, transfers=args.team_weight < 1,
-                        by_decision=args.reward == "decision")  # fmt: skip
+                        by_decision=args.reward == "decision", future=args.future)  # fmt: skip
         # The potential is not discounted: a late answer within its deadline is worth as much as an early one. Gamma
         # below 1 only limits how far ahead a decision is held to account, which keeps the variance down.
-        source = Source(args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS)
-        self.experts = {kind: best_for(kind) for kind in KINDS}
+        scenarios = tuple(load_scenario(name) for name in args.scenario)
+        source = Source(
+            args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS, scenarios
+        )
+        self.experts: dict[Kind, Policy] = {
+            kind: best_for(kind) if args.team_weight == 1 else Rule("best_value") for kind in KINDS
+        }
+        self.pool: list[Weights] = []
+        if args.against is not None:
+            self.pool = [load_bundle(args.against).weights]
+            self.learner.start_from(self.pool[0])
         self.collector = Collector(source, reward, args.markets, rank=self.processes.rank,
-                                   world=self.processes.world, share=args.share)  # fmt: skip
+                                   world=self.processes.world, share=args.share,
+                                   alone=1.0 if args.against else 0.5)  # fmt: skip
         self.progress = Progress()
+        self.logged: dict[str, float] = {}
         self.best = self.learner.policy()
         self.log = start_log(args) if self.processes.rank == 0 else lambda numbers: None
 
@@ -460,6 +569,8 @@ class Run:
             "actor": learner.actor.state_dict(), "averaged": learner.averaged.state_dict(),
             "critic": learner.critic.state_dict(), "optimiser": learner.optimiser.state_dict(),
             "scale": [learner.scale.count, learner.scale.mean, learner.scale.square],
+            "gain_square": learner.gain_square,
+            "pool": [{name: torch.from_numpy(weight) for name, weight in each.items()} for each in self.pool],
             "best": {name: torch.from_numpy(weight) for name, weight in self.best.items()},
         }  # fmt: skip
         draft = self.args.out / ".resume.pt"
@@ -480,6 +591,8 @@ class Run:
         learner.critic.load_state_dict(state["critic"])
         learner.optimiser.load_state_dict(state["optimiser"])
         learner.scale.count, learner.scale.mean, learner.scale.square = state["scale"]
+        learner.gain_square = state["gain_square"]
+        self.pool = [{name: weight.cpu().numpy() for name, weight in each.items()} for each in state["pool"]]
         self.best = {name: weight.cpu().numpy() for name, weight in state["best"].items()}
         self.progress = Progress(**state["progress"])
 
@@ -492,11 +605,11 @@ class Run:
             fair = [name for name in rules if name != "centralized"]
             behind = {name: max(rules[rule][name] for rule in fair) - x for name, x in achieved.items()}
             worst, mean = max(behind.values()), float(np.mean(list(behind.values())))
-            if worst + mean < self.progress.best:
+            if worst + mean < self.progress.best or self.args.team_weight < 1:
                 self.best = policy
                 self.progress = self.progress._replace(best=worst + mean)
             line = {"seconds": self.progress.seconds, "agent_steps": self.progress.agent_steps, "scores": achieved,
-                    "worst_regret": worst, "mean_regret": mean}  # fmt: skip
+                    "worst_regret": worst, "mean_regret": mean, "learning": self.logged}  # fmt: skip
             if self.progress.lines == 0:
                 line["rules"] = {name: {rule: each[name] for rule, each in rules.items()} for name in among}
             with open(self.args.out / "progress.jsonl", "a") as file:
@@ -509,12 +622,23 @@ class Run:
             lines=self.progress.lines + 1, checkpoint=self.progress.updates,
             validation_s=self.progress.validation_s + spent_s, seconds=self.progress.seconds + spent_s,
         )  # fmt: skip
+        self.logged = {}  # a run that is resumed from here knows of nothing earlier either
         if self.processes.rank == 0:
             self.save()
         self.processes.wait()
 
+    def notches(self) -> Notches:
+        """What a notch of markup earns now, in this process's pairs of markets."""
+        args, rank, world = self.args, self.processes.rank, self.processes.world
+        number = self.progress.updates
+        pairs = len(range(rank, args.pairs, world))
+        rng = np.random.default_rng((args.seed, 4, number, rank))
+        source = self.collector.source._replace(duration_s=args.pairs_s)
+        plans = source.plans(number, TRAINING_SEEDS + rank, begun=False)
+        return play_pairs(LearnedPolicy(weights_of(self.learner.actor), {}), plans, pairs, rng)
+
     def train(self) -> dict[str, Any]:
-        """Train; returns the summary of the run, and leaves the best policy on validation in `self.best`."""
+        """Train; returns the summary of the run, and leaves in `self.best` the policy that is kept."""
         args, collector, learner = self.args, self.collector, self.learner
         if args.resume and (args.out / "resume.pt").exists():
             self.restore()
@@ -527,6 +651,7 @@ class Run:
         among = validation_families(args)
         baselines: list[Policy | Oracle] = [*regret.baselines(), Oracle("centralized")]
         rules = {policy.name: self.processes.shared(among, partial(means, policy)) for policy in baselines}
+        imitate_steps = 0 if args.against else args.imitate_steps
         with tqdm(total=args.agent_steps, initial=self.progress.agent_steps, unit="step", unit_scale=True,
                   dynamic_ncols=True, disable=self.processes.rank != 0) as bar:  # fmt: skip
             while True:
@@ -539,16 +664,29 @@ class Run:
                 start_s = time.perf_counter()
                 if due:
                     collector.renew(self.progress.updates)
-                imitate = self.progress.agent_steps < args.imitate_steps
-                paid = self.progress.agent_steps >= args.imitate_steps - args.critic_steps
+                imitate = self.progress.agent_steps < imitate_steps
+                paid = self.progress.agent_steps >= imitate_steps - args.critic_steps
                 experts = self.experts if imitate or args.imitation else {}
                 learner.anneal(self.progress.agent_steps / args.agent_steps)
-                net = net_of(weights_of(learner.actor))
+                weights = weights_of(learner.actor)
+                if args.pool and args.against is None and not imitate and self.progress.updates % args.pool_every == 0:
+                    self.pool = [*self.pool, weights][-args.pool :]
                 rollout = collector.collect(
-                    net, self.progress.updates, args.rollout_steps, experts, paid=paid, every=args.terms
-                )
+                    net_of(weights), self.progress.updates, args.rollout_steps, experts, paid=paid,
+                    markups=learner.learns_markup,
+                    adverts=args.adverts if learner.learns_markup and not args.pairs else 0.0,
+                    opponents=[] if imitate else [net_of(each) for each in self.pool],
+                )  # fmt: skip
                 middle_s = time.perf_counter()
                 logged = learner.update(rollout, self.progress.updates, imitate, paid)
+                if (
+                    learner.learns_markup
+                    and args.pairs
+                    and not imitate
+                    and self.progress.updates % args.pairs_every == 0
+                ):
+                    logged |= learner.learn_markups(self.notches())
+                self.logged |= logged
                 taken = int(self.processes.sum(torch.tensor(rollout.agent_steps)))
                 end_s = time.perf_counter()
                 was = self.progress

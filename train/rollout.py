@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.decision import ADMIT_WAIT_S, HOLD, MAX_WAIT_S, PRICES, ROUTES, Actions, write_terms
+from wwwserve.agents.classes import CLASS_VALUE
+from wwwserve.agents.decision import HOLD, ROUTES, Actions, admit_what_pays
 from wwwserve.agents.kernel import Bools, Floats, Ints, Singles, kernel
 from wwwserve.agents.policy.architecture import ABOUT, EVIDENCE, LOGITS
 from wwwserve.agents.policy.forward import Net, is_node, logits, normalise_about, normalise_node
@@ -21,7 +22,6 @@ from wwwserve.agents.policy.network import SUMMARY
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.view import (
     ADVERT_DUE,
-    CLASS_VALUE,
     HAS_REQUEST,
     NODE_FEATURES,
     NODES,
@@ -30,11 +30,11 @@ from wwwserve.agents.view import (
 )
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import Kind, kind_of, sample
+from wwwserve.envs.scenario import Scenario
 from wwwserve.envs.state import MarketPlan, Reward, Shape, plan
 
 FloatArray = NDArray[np.float32]
-ADMITS = ADMIT_WAIT_S.size
-MOST_PROVIDERS = 8  # in a training market
+MOST_PROVIDERS = 12  # in a training market
 
 
 class Decisions(NamedTuple):
@@ -48,9 +48,10 @@ class Decisions(NamedTuple):
     evidence: FloatArray  # [M, NODES, len(EVIDENCE)]
     present: FloatArray  # [M, NODES]
     routes: NDArray[np.int8]  # [M, ROUTES] the mask
-    choice: NDArray[np.int64]  # [M, 3] route, admit, price
-    log_prob: FloatArray  # [M, 3] of each
-    expert: NDArray[np.int64]  # [M, 3] the action of the expert, -1 where there is none
+    choice: NDArray[np.int64]  # [M, 2] route, markup
+    log_prob: FloatArray  # [M, 2] of each
+    expert: NDArray[np.int64]  # [M, 2] the action of the expert, -1 where there is none
+    advertised: NDArray[np.bool_]  # [M] an advert is due, so that the markup matters
 
 
 def make_decisions(count: int) -> Decisions:
@@ -64,9 +65,10 @@ def make_decisions(count: int) -> Decisions:
         evidence=np.zeros((count, NODES, len(EVIDENCE)), np.float32),
         present=np.zeros((count, NODES), np.float32),
         routes=np.zeros((count, ROUTES), np.int8),
-        choice=np.zeros((count, 3), np.int64),
-        log_prob=np.zeros((count, 3), np.float32),
-        expert=np.full((count, 3), -1, np.int64),
+        choice=np.zeros((count, 2), np.int64),
+        log_prob=np.zeros((count, 2), np.float32),
+        expert=np.full((count, 2), -1, np.int64),
+        advertised=np.zeros(count, np.bool_),
     )
 
 
@@ -84,7 +86,6 @@ class Rollout(NamedTuple):
     numbers: NDArray[np.int64]  # [B] of the markets in the whole run
     decisions: Decisions
     summary: FloatArray  # [T, B, SUMMARY] the pooled state of each market where something is learned
-    priced: NDArray[np.bool_]  # [T, B] whether the market has more than one price
     reward: FloatArray  # [T, B, N] in seconds' worth of the market's arrivals
     elapsed_s: NDArray[np.float64]  # [T, B]
     truncated: NDArray[np.bool_]  # [T, B] the market's horizon came at the end of this step
@@ -119,7 +120,7 @@ def act(
     net: Net, views: Views, step: int, m: int, market: Ints, provider: Ints, learned: Bools, uniform: Singles,
     actions: Actions, d: Decisions, work: Singles, out: Singles,
 ) -> int:  # fmt: skip
-    """Decide for each row of `market` and `provider`; `actions` receives the choices, drawn by `uniform` [B, N, 3].
+    """Decide for each row of `market` and `provider`; `actions` receives the choices, drawn by `uniform` [B, N, 2].
 
     Decisions of the `learned` [B, N] providers are written to `d`, from number m on; there is to be space for one more.
     Returns the number that follows.
@@ -129,15 +130,15 @@ def act(
         nodes, routes = views.nodes[b, i], views.routes[b, i]
         logits(net, nodes, views.request[b, i], views.me[b, i], routes, d.nodes[m], d.about[m], work, out)
         route, d.log_prob[m, 0] = draw(out[:ROUTES], uniform[b, i, 0])
-        admit, d.log_prob[m, 1] = draw(out[ROUTES : ROUTES + ADMITS], uniform[b, i, 1])
-        price, d.log_prob[m, 2] = draw(out[ROUTES + ADMITS :], uniform[b, i, 2])
+        markup, d.log_prob[m, 1] = draw(out[ROUTES:], uniform[b, i, 1])
         actions.route[b, i] = route
-        write_terms(actions.terms[b, i], admit)
-        actions.price[b, i] = price
+        admit_what_pays(actions.admission[b, i])
+        actions.markup[b, i] = markup
         if not learned[b, i]:
             continue
         d.step[m], d.market[m], d.provider[m] = step, b, i
-        d.choice[m, 0], d.choice[m, 1], d.choice[m, 2] = route, admit, price
+        d.choice[m, 0], d.choice[m, 1] = route, markup
+        d.advertised[m] = views.me[b, i, ADVERT_DUE] > 0.5
         for n in range(NODES):
             d.present[m, n] = 1.0 if is_node(nodes[n]) else 0.0
             for f in range(len(EVIDENCE)):
@@ -202,11 +203,6 @@ def worth_per_s(planned: MarketPlan) -> float:
     return float(value / (planned.scenario.duration_s * len(planned.profiles)))
 
 
-def has_prices(planned: MarketPlan) -> bool:
-    """Whether providers of this market choose among prices."""
-    return planned.scenario.economy.pricing != "per_request" and len(planned.scenario.economy.price_bins) > 1
-
-
 class Source(NamedTuple):
     """Where training markets come from."""
 
@@ -216,33 +212,40 @@ class Source(NamedTuple):
     drain_s: float
     max_requests: int
     seeds: int  # markets' own seeds are below this
+    scenarios: Sequence[Scenario] = ()  # instead of random ones, in turn
 
-    def plans(self, batch: int, market: int) -> Iterator[tuple[Kind, MarketPlan]]:
+    def plans(self, batch: int, market: int, begun: bool = True) -> Iterator[tuple[Kind, MarketPlan]]:
         """Random markets without end, each with its kind as it came out, for place `market` of batch number `batch`;
         the kinds come in turn.
 
-        The first is of any length up to the full one, so that a rollout sees beginnings, middles and ends alike.
+        If `begun`, the first is of any length up to the full one, so that a rollout sees beginnings, middles and ends
+        alike.
         """
         rng = np.random.default_rng((self.seed, 0, batch, market))
-        turn, share = market, rng.uniform(0.1, 1.0)
+        turn, share = market, rng.uniform(0.1, 1.0) if begun else 1.0
         while True:
-            scenario = replace(
-                sample(self.kinds[turn % len(self.kinds)], rng, share * self.duration_s), drain_s=self.drain_s
-            )
+            if self.scenarios:
+                scenario = self.scenarios[turn % len(self.scenarios)]
+            else:
+                scenario = replace(
+                    sample(self.kinds[turn % len(self.kinds)], rng, share * self.duration_s), drain_s=self.drain_s
+                )
             planned = plan(scenario, int(rng.integers(self.seeds)))
             if 0 < planned.capacity <= self.max_requests:
                 turn, share = turn + 1, 1.0
-                yield kind_of(scenario), planned
+                yield "honest" if self.scenarios else kind_of(scenario), planned
 
 
 class Collector:
     """Steps a share of the training markets: of `total` those numbered rank, rank + world, ..."""
 
     def __init__(
-        self, source: Source, reward: Reward, total: int, *, rank: int = 0, world: int = 1, share: float = 1.0
-    ) -> None:
-        """`share` of the providers are learned from, others in each rollout."""
-        self.source, self.reward, self.total, self.share = source, reward, total, share
+        self, source: Source, reward: Reward, total: int, *, rank: int = 0, world: int = 1, share: float = 1.0,
+        alone: float = 0.5,
+    ) -> None:  # fmt: skip
+        """`share` of the providers are learned from, others in each rollout; where there are opponents, one plays alone
+        against them in a share `alone` of the markets, and is learned from."""
+        self.source, self.reward, self.total, self.share, self.alone = source, reward, total, share, alone
         self.numbers = np.arange(rank, total, world)
         self.decisions = make_decisions(4096)
         self.batch: MarketBatch | None = None
@@ -252,7 +255,8 @@ class Collector:
         self.streams = [self.source.plans(batch, int(number)) for number in self.numbers]
         drawn = [next(stream) for stream in self.streams]
         if self.batch is None:
-            shape = Shape(MOST_PROVIDERS, self.source.max_requests, 1)
+            most = max((len(s.providers) for s in self.source.scenarios), default=MOST_PROVIDERS)
+            shape = Shape(most, self.source.max_requests, 1)
             self.batch = MarketBatch([planned for _, planned in drawn], reward=self.reward, shape=shape)
         else:
             for b, (_, planned) in enumerate(drawn):
@@ -261,7 +265,19 @@ class Collector:
         self.kinds = [kind for kind, _ in drawn]
         self.worth = np.array([worth_per_s(planned) for _, planned in drawn], np.float32)
         self.sizes = np.array([len(planned.profiles) for _, planned in drawn])
-        self.priced = np.array([has_prices(planned) for _, planned in drawn])
+
+    def _opponents(self, opponents: Sequence[Net], number: int, learned: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Who plays which of the `opponents` [B, N], -1 for the policy itself, which alone is `learned` from."""
+        against = np.full(learned.shape, -1)
+        if opponents:
+            rng = np.random.default_rng((self.source.seed, 3, number))
+            drawn = rng.integers(len(opponents), size=(self.total, learned.shape[1]))[self.numbers]
+            one = rng.integers(2**31, size=self.total)[self.numbers] % self.sizes
+            half = rng.random(self.total)[self.numbers] < self.alone
+            alone = np.arange(learned.shape[1]) == one[:, None]
+            against[half] = np.where(alone, -1, drawn)[half]
+            learned[half] = alone[half]
+        return against
 
     def _space(self, count: int, used: int) -> Decisions:
         """Decisions with space for `count`, of which `used` are kept."""
@@ -283,8 +299,7 @@ class Collector:
             expert.decide(batch.views, asked & (kinds == kind)[:, None], batch.uniforms, self.expert)
         actions = self.decisions.expert[low:high]
         actions[:, 0] = self.expert.route[rows]
-        actions[:, 1] = nearest_admit(self.expert.terms[rows][:, MAX_WAIT_S])
-        actions[:, 2] = np.minimum(self.expert.price[rows], PRICES - 1)
+        actions[:, 1] = self.expert.markup[rows]
 
     def collect(
         self,
@@ -294,14 +309,18 @@ class Collector:
         experts: Mapping[Kind, Policy],
         *,
         paid: bool = True,
-        every: bool = False,
+        markups: bool = False,
+        adverts: float = 0.0,
+        opponents: Sequence[Net] = (),
     ) -> Rollout:
         """Play `steps` steps of what `renew` began with the policy `net`; `number` counts the rollouts of the run.
 
         What is not `paid` has no reward, which is quicker.
 
         The `experts` of each kind of market are asked what they would do; there may be none. Recorded are the
-        decisions of those that are learned from: on requests; with `every` on terms and prices alone as well.
+        decisions of those that are learned from: on requests, and a share `adverts` of those on an advert alone.
+        Without `markups` nothing is decided on an advert alone: its markup is that of before. With `opponents`, in the
+        share `alone` of the markets one provider alone plays `net`, the others each one of them.
         """
         assert self.batch is not None, "renew comes first"
         batch, views = self.batch, self.batch.views
@@ -312,22 +331,24 @@ class Collector:
         reward = np.zeros((steps, count, providers), np.float32)
         summary = np.zeros((steps, count, SUMMARY), np.float32)
         elapsed_s, truncated = np.zeros((steps, count)), np.zeros((steps, count), np.bool_)
-        priced = np.zeros((steps, count), np.bool_)
+        against = self._opponents(opponents, number, learned)
         own_row, about_row = np.zeros(len(NODE_FEATURES), np.float32), np.zeros(ABOUT, np.float32)
         final: list[Situation] = []
         used = agent_steps = 0
         for t in range(steps):
-            uniform = rng.random((self.total, providers, 3), np.float32)[self.numbers]
+            uniform = rng.random((self.total, providers, 2), np.float32)[self.numbers]
             batch.markets.market["by_decision"] = paid and self.reward.by_decision
-            priced[t] = self.priced
+            due = batch.active & (views.me[..., ADVERT_DUE] > 0.5)
             asked = batch.active & (views.me[..., HAS_REQUEST] > 0.5)
-            if every:
-                asked |= batch.active & (views.me[..., ADVERT_DUE] > 0.5)
-            market, provider = np.nonzero(asked)
+            recorded = learned & (asked | (due & (rng.random((self.total, providers))[self.numbers] < adverts)))
+            if markups:
+                asked |= due
             self.actions.route[...] = HOLD
-            first, d = used, self._space(used + market.size + 1, used)
-            used = act(net, views, t, first, market, provider, learned, uniform, self.actions, d, work, out)
-            wanted = np.asarray((asked & learned).any(1))
+            first, d = used, self._space(used + int(np.count_nonzero(recorded)) + 1, used)
+            for k, each in enumerate((net, *opponents)):
+                market, provider = np.nonzero(asked & (against == k - 1))
+                used = act(each, views, t, used, market, provider, recorded, uniform, self.actions, d, work, out)
+            wanted = np.asarray((asked & recorded).any(1))
             summarise(views, self.sizes, wanted, own_row, about_row, summary[t])
             if experts:
                 self._ask_experts(experts, batch, first, used)
@@ -346,21 +367,11 @@ class Collector:
                 self.kinds[b], planned = next(self.streams[b])
                 batch.reset(int(b), planned)
                 self.worth[b], self.sizes[b] = worth_per_s(planned), len(planned.profiles)
-                self.priced[b] = has_prices(planned)
         last = situations(views, self.sizes, np.arange(count))
         final = final or [Situation(*(column[:0] for column in last))]
         finals = Situation(*(np.concatenate(columns) for columns in zip(*final, strict=True)))
         decisions = Decisions._make(column[:used] for column in self.decisions)
-        return Rollout(
-            self.numbers, decisions, summary, priced, reward, elapsed_s, truncated, last, finals, agent_steps
-        )
-
-
-def nearest_admit(wait_s: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The admit whose longest wait is nearest, by ratio, to each of `wait_s` [M]; 0 for a negative one."""
-    bins = np.log(np.minimum(ADMIT_WAIT_S[1:], 1e4))
-    near = 1 + np.abs(np.log(np.clip(wait_s, 1e-3, 1e4))[:, None] - bins).argmin(1)
-    return np.where(wait_s < 0, 0, near)
+        return Rollout(self.numbers, decisions, summary, reward, elapsed_s, truncated, last, finals, agent_steps)
 
 
 @kernel

@@ -32,7 +32,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 from tqdm import tqdm
 
-from wwwserve.agents.decision import Actions, set_admit
+from wwwserve.agents.decision import WHAT_PAYS, Actions
 from wwwserve.agents.rules import Policy, Rule
 from wwwserve.agents.view import Views
 from wwwserve.envs.distribution import Kind, sample
@@ -131,7 +131,7 @@ def _option(name: str) -> str:
 
 
 def random_markets(args: Args) -> Sampler:
-    """Draws markets of `kinds`, each as likely, until one has as many providers as asked for."""
+    """Draws markets of `kinds`, each as likely, until one has as many providers as are to be trained."""
 
     def draw(rng: np.random.Generator) -> Scenario:
         kind = args.kinds[rng.integers(len(args.kinds))]
@@ -161,7 +161,7 @@ def make_model(args: Args, env: MarketVecEnv) -> PPO:
     return PPO(
         "MlpPolicy",
         VecNormalize(VecMonitor(env), norm_obs=False, gamma=args.gamma),
-        # What is left is asked after a rollout and before the update by it: 0 at the last one.
+        # What is left is read after a rollout and before the update by it: 0 at the last one.
         learning_rate=lambda left: args.learning_rate * (left + 1 / rollouts),
         n_steps=args.rollout_steps,
         batch_size=min(args.minibatch, steps),
@@ -233,8 +233,8 @@ class SB3Policy:
     """A model as a policy of `agents.rules.Policy`. It draws its choices as in training, open or not.
 
     The most probable choice would do worse: where that is a closed route, the request is held until the view changes.
-    Chance comes from `rng`, as a market draws uniforms for requests only, while admit and price are chosen without
-    one too; so what a seed gives depends on what is run before and beside it. `decisions` counts the requests decided
+    Chance comes from `rng`, as a market draws uniforms for requests only, while a markup is chosen without one
+    too; so what a seed gives depends on what is run before and beside it. `decisions` counts the requests decided
     on, `invalid` those whose route was not open.
     """
 
@@ -250,15 +250,13 @@ class SB3Policy:
         seen = Views._make(array[rows] for array in views)
         with torch.no_grad():
             joint: Any = self.model.policy.get_distribution(torch.from_numpy(observe(seen))).distribution
-        route, admit, price = (draw(each.probs.numpy(), self.rng.random(rows[0].size)) for each in joint)
+        route, markup = (draw(each.probs.numpy(), self.rng.random(rows[0].size)) for each in joint)
         decisions, invalid = closed_routes(seen, active[rows], route)
         self.decisions += decisions
         self.invalid += invalid
         actions.route[rows] = route
-        terms = actions.terms[rows]
-        set_admit(actions._replace(terms=terms), admit)
-        actions.terms[rows] = terms
-        actions.price[rows] = price
+        actions.markup[rows] = markup
+        actions.admission[rows] = WHAT_PAYS
 
 
 def evaluate(args: Args, model: PPO, scenarios: list[Scenario]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.decision import ADMITS, PRICES, ROUTES
+from wwwserve.agents.decision import ROUTES
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import (
     FINISH_S,
     KV_USE,
@@ -23,6 +24,7 @@ from wwwserve.agents.view import (
     SELF_FEATURES,
     SLOWDOWN_S,
     SPEED_RANK,
+    UTILITY,
     WAITING,
 )
 
@@ -30,14 +32,16 @@ NAME = "pooled-pointer"
 MAX_WIDTH = 1024
 
 ABOUT = len(REQUEST_FEATURES) + len(SELF_FEATURES)
-LOGITS = ROUTES + ADMITS + PRICES
+LOGITS = ROUTES + MARKUPS.size
 FORBIDDEN = np.float32(-1e9)  # the logit of a route that the mask rules out
 
-# What the rule within reads of a node: the time to finish there, what it discounts it by, and how full the node is.
-EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, LOAD_S, KV_USE, SPEED_RANK, WAITING)
+# What the rule within reads of a node: the time to finish there, what it discounts it by, how full the node is, and
+# what the request brings there.
+EVIDENCE = (FINISH_S, PACE, RECORD, OVERDUE, SLOWDOWN_S, LOAD_S, KV_USE, SPEED_RANK, WAITING, UTILITY)
 # Its settings, in what a softplus of 1 stands for: weights of pace, record, overdue, slowdown and load; sharpness of
-# the preference; KV use above which the fastest node counts as full, and the slowest; how far a full node is avoided.
-SETTING_UNITS = (1.0, 1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 10.0)
+# the preference; KV use above which the fastest node counts as full, and the slowest; how far a full node is avoided;
+# how far one is preferred that brings more.
+SETTING_UNITS = (1.0, 1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 10.0, 10.0)
 SETTINGS = len(SETTING_UNITS)
 FULL_WIDTH = np.float32(0.05)  # of KV use, from hardly full to nearly full
 SHORTEST_S = np.float32(1e-3)  # times to finish below this are taken for it
@@ -58,8 +62,7 @@ class Layers(NamedTuple, Generic[T]):
     score_pool: T  # what is pooled, added to the former
     score: T  # the logit of a node
     hold: T  # the logit of holding
-    admit: T  # logits of the terms
-    price: T  # logits of the price
+    markup: T  # logits of the markup
     setting: T  # settings of the rule within
 
 
@@ -81,13 +84,12 @@ def sizes(width: int) -> Layers[Size]:
         score_pool=Size(width, width),
         score=Size(1, width),
         hold=Size(1, width),
-        admit=Size(ADMITS, width),
-        price=Size(PRICES, width),
+        markup=Size(MARKUPS.size, width),
         setting=Size(SETTINGS, width),
     )
 
 
-HEADS = ("score", "hold", "admit", "price", "setting")  # whose outputs are not passed through a ReLU
+HEADS = ("score", "hold", "markup", "setting")  # whose outputs are not passed through a ReLU
 
 
 def shapes(width: int) -> dict[str, tuple[int, ...]]:

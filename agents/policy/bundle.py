@@ -21,20 +21,24 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as read_safetensors
 from safetensors.numpy import save as safetensors_bytes
 
-from wwwserve.agents.decision import ADMIT_WAIT_S, CANDIDATES, PRICES, ROUTES
+from wwwserve.agents.decision import CANDIDATES, ROUTES
 from wwwserve.agents.policy import architecture
 from wwwserve.agents.policy.architecture import LOGITS, MAX_WIDTH, Weights, width_of
 from wwwserve.agents.policy.forward import LearnedPolicy
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, VIEW_VERSION, Views, scales
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST, WEIGHTS, ONNX, CARD = "manifest.json", "policy.safetensors", "policy.onnx", "README.md"
 SEALED = (WEIGHTS, ONNX, CARD)  # the files whose digests the manifest has
 MAX_BYTES = 16 * 2**20  # of one file
 MAX_GOLDEN = 256
 MAX_DEPTH = 16  # of the manifest
 TOLERANCE = 1e-4  # between golden logits and those computed here
-DEFAULT_BUNDLE = Path(__file__).parents[1] / "data" / "policy"
+SHIPPED = {
+    name: Path(__file__).parents[1] / "data" / "policies" / name for name in ("competitive", "cooperative")
+}  # what each is for: own profit among strangers, the welfare of a federation
+DEFAULT_BUNDLE = SHIPPED["competitive"]
 
 Tree = dict[str, Any]
 FEATURES = {"node": NODE_FEATURES, "request": REQUEST_FEATURES, "self": SELF_FEATURES}
@@ -52,6 +56,13 @@ class Bundle(NamedTuple):
     weights: Weights
     views: Views  # [G] golden views
     logits: NDArray[np.float32]  # [G, LOGITS] what the policy made of them where it was saved
+
+
+def folder_of(named: str | None) -> Path:
+    """The folder of a policy that is shipped by its name, of any other by its folder; None is the default one."""
+    if named is None:
+        return DEFAULT_BUNDLE
+    return SHIPPED.get(named, Path(named))
 
 
 def digest(content: bytes) -> str:
@@ -83,12 +94,11 @@ def feature_table() -> dict[str, list[Tree]]:
 
 
 def decision_table() -> Tree:
-    """What is decided: the routes, the waits (null is without limit) that `admit` stands for, the number of prices."""
+    """What is decided: the routes, and the markups on the own marginal cost."""
     return {
         "candidates": CANDIDATES,
         "routes": ["hold", "local", *(f"candidate {k + 1}" for k in range(CANDIDATES))],
-        "admit_wait_s": [wait_s if math.isfinite(wait_s) else None for wait_s in ADMIT_WAIT_S.tolist()],
-        "prices": PRICES,
+        "markups": MARKUPS.tolist(),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.decision import ADMITS, HOLD, LOCAL, ROUTES, TERMS_SIZE, Actions, write_terms
+from wwwserve.agents.decision import ADMISSION_SIZE, HOLD, LOCAL, ROUTES, Actions, admit_what_pays
 from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints32, Singles, kernel
 from wwwserve.agents.policy.architecture import (
     ABOUT,
@@ -37,6 +37,7 @@ from wwwserve.agents.view import (
     SELF_FEATURES,
     SLOWDOWN_S,
     SPEED_RANK,
+    UTILITY,
     WAITING,
     Views,
     normalise_row,
@@ -180,7 +181,7 @@ def logits(
     net: Net, nodes: Singles, request: Singles, me: Singles, routes: Bytes, x: Singles, about: Singles, work: Singles,
     out: Singles,
 ) -> None:  # fmt: skip
-    """The logits of one view: `out` [LOGITS] of routes, then admits, then prices.
+    """The logits of one view: `out` [LOGITS] of routes, then markups.
 
     nodes [NODES, F], request, me, routes as in `agents.view`; `x` [NODES, F] and `about` [ABOUT] receive the normalised
     features, `x` of nodes alone; `work` is `scratch`.
@@ -223,18 +224,19 @@ def logits(
     _plus(at.score_pool.bias, shared)
     _add(pooled, at.score_pool.weight, shared)
 
-    now = out[ROUTES : ROUTES + SETTINGS]  # until admits and prices come there
+    now = out[:SETTINGS]  # until routes come there
     settings(net, pooled, now)
     pace, record, overdue, slowdown, load, sharpness = now[0], now[1], now[2], now[3], now[4], now[5]
-    cap_fast, cap_slow, avoid = now[6], now[7], now[8]
-    prior = net.prior[0] * sharpness
+    cap_fast, cap_slow, avoid, greed = now[6], now[7], now[8], now[9]
+    prior = net.prior[0]
     route = out[:ROUTES]
     route[:] = FORBIDDEN
     least, emptiest = np.float32(np.inf), np.float32(np.inf)
     for n in range(NODES):
         if routes[LOCAL + n] and is_node(nodes[n]):
             full = avoid * fullness(nodes[n], cap_fast, cap_slow)
-            cost = prior * log_time(nodes[n], pace, record, overdue, slowdown, load) + full
+            preferred = sharpness * log_time(nodes[n], pace, record, overdue, slowdown, load)
+            cost = prior * (preferred - greed * nodes[n, UTILITY]) + full
             route[LOCAL + n] = cost
             least, emptiest = min(least, cost), min(emptiest, full)
     for n in range(NODES):
@@ -247,8 +249,7 @@ def logits(
         route[HOLD] = _one(pooled, at.hold)
         if emptiest < np.inf:
             route[HOLD] += emptiest
-    _linear(pooled, at.admit, out[ROUTES : ROUTES + ADMITS])
-    _linear(pooled, at.price, out[ROUTES + ADMITS :])
+    _linear(pooled, at.markup, out[ROUTES:])
 
 
 class LearnedPolicy:
@@ -276,11 +277,11 @@ class LearnedPolicy:
         work, x, about = self._scratch
         _decide(
             self._net, flat, active.reshape(-1), x, about, work, np.zeros(LOGITS, np.float32),
-            actions.route.reshape(-1), actions.terms.reshape(-1, TERMS_SIZE), actions.price.reshape(-1),
+            actions.route.reshape(-1), actions.admission.reshape(-1, ADMISSION_SIZE), actions.markup.reshape(-1),
         )  # fmt: skip
 
     def logits(self, views: Views) -> NDArray[np.float32]:
-        """Logits [M, LOGITS] of views [M]: of routes, then admits, then prices."""
+        """Logits [M, LOGITS] of views [M]: of routes, then markups."""
         work, x, about = self._scratch
         out = np.zeros((len(views.me), LOGITS), np.float32)
         _logits(self._net, views, x, about, work, out)
@@ -296,11 +297,11 @@ def _logits(net: Net, views: Views, x: Singles, about: Singles, work: Singles, o
 @kernel
 def _decide(
     net: Net, views: Views, active: Bools, x: Singles, about: Singles, work: Singles, out: Singles,
-    route: Ints32, terms: Floats, price: Ints32,
+    route: Ints32, admission: Floats, markup: Ints32,
 ) -> None:  # fmt: skip
     for k in range(active.size):
         if active[k]:
             logits(net, views.nodes[k], views.request[k], views.me[k], views.routes[k], x, about, work, out)
             route[k] = np.argmax(out[:ROUTES])
-            write_terms(terms[k], int(np.argmax(out[ROUTES : ROUTES + ADMITS])))
-            price[k] = np.argmax(out[ROUTES + ADMITS :])
+            admit_what_pays(admission[k])
+            markup[k] = np.argmax(out[ROUTES:])

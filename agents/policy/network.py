@@ -1,8 +1,8 @@
 """The learned policy and its critic, in torch.
 
 One encoder for every node in view, pooled over nodes, so that one set of weights serves any number of peers in any
-order; a pointer head over nodes, and heads for holding, for the terms and for the price. Both read features that are
-normalised already; `Actor.inputs` makes them from views.
+order; a pointer head over nodes, and heads for holding and for the markup. Both read features that are normalised
+already; `Actor.inputs` makes them from views.
 """
 
 import io
@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from wwwserve.agents.decision import AT_COST
 from wwwserve.agents.policy.architecture import (
     ABOUT,
     EVIDENCE,
@@ -29,11 +30,9 @@ from wwwserve.agents.policy.architecture import (
 )
 from wwwserve.agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, Views, scales
 
-USUAL_ADMIT = 4  # the terms and the price that an untrained policy prefers: up to a minute's wait, the second price
-USUAL_PRICE = 1
-USUAL_BONUS = 3.0
 HOLD_BIAS = -3.0
-USUAL_SETTINGS = (1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.3, 0.7, 0.1)  # of the rule within, in `SETTING_UNITS`
+COST_BONUS = 1.0  # of the markup of 1: prices begin at cost, since several levels of them are near an equilibrium
+USUAL_SETTINGS = (1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.3, 0.7, 0.1, 0.1)  # of the rule within, in `SETTING_UNITS`
 SUMMARY = 2 * (len(NODE_FEATURES) + len(SELF_FEATURES))  # mean and maximum over a market's providers
 
 
@@ -79,8 +78,9 @@ class Actor(nn.Module):
 
     Within it is a rule, `trust_cap` made smooth: the route logits contain `prior` times the log of the earliest over
     each node's expected time, discounted by delivery against promise and by what it costs others, less a penalty for
-    nodes that are full, which holding gets where all are. What one tunes in a rule for a kind of market, its settings,
-    is an output of the network here, made anew for every view. Learning is free to overrule the rule.
+    nodes that are full, which holding gets where all are, plus `prior` times what the request brings there. What one
+    tunes in a rule for a kind of market, its settings, is an output of the network here, made anew for every view.
+    Learning is free to overrule the rule.
     """
 
     setting_units: Tensor
@@ -98,8 +98,7 @@ class Actor(nn.Module):
         with torch.no_grad():
             at.setting.bias.copy_(torch.log(torch.expm1(torch.tensor(USUAL_SETTINGS))))
             at.hold.bias.fill_(HOLD_BIAS)
-            at.admit.bias[USUAL_ADMIT] = USUAL_BONUS
-            at.price.bias[USUAL_PRICE] = USUAL_BONUS
+            at.markup.bias[AT_COST] = COST_BONUS
 
     def layers(self) -> Layers[nn.Linear]:
         """The linear layers."""
@@ -112,8 +111,8 @@ class Actor(nn.Module):
         x = self.scale_nodes(nodes) * present.unsqueeze(-1)
         return Inputs(x, about, nodes[..., list(EVIDENCE)], present, routes)
 
-    def forward(self, view: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of route [M, ROUTES], admit [M, ADMITS], price [M, PRICES]."""
+    def forward(self, view: Inputs) -> tuple[Tensor, Tensor]:
+        """Logits of route [M, ROUTES] and of markup [M, MARKUPS.size]."""
         at = self.layers()
         hidden = torch.relu(at.node_in(view.nodes) + at.about_in(view.about).unsqueeze(-2))
         hidden = torch.relu(at.node_hidden(hidden)) * view.present.unsqueeze(-1)
@@ -121,8 +120,9 @@ class Actor(nn.Module):
         pooled = torch.relu(at.pool(torch.cat([view.about, mean, hidden.amax(-2)], -1)))
         scored = torch.relu(at.score_node(hidden) + at.score_pool(pooled).unsqueeze(-2))
         settings = self.settings(pooled)
-        full = settings[..., 8:] * self.fullness(view.evidence, settings[..., 6:8])
-        cost = self.prior * settings[..., 5:6] * self.log_time(view.evidence, settings[..., :5]) + full
+        full = settings[..., 8:9] * self.fullness(view.evidence, settings[..., 6:8])
+        preferred = settings[..., 5:6] * self.log_time(view.evidence, settings[..., :5])
+        cost = self.prior * (preferred - settings[..., 9:] * view.evidence[..., -1]) + full
         legal = (view.routes[..., 1:] > 0) & (view.present > 0)
         least = torch.where(legal, cost, 1e9).amin(-1, keepdim=True)
         emptiest = torch.where(legal, full, 1e9).amin(-1, keepdim=True)
@@ -130,7 +130,7 @@ class Actor(nn.Module):
         route = torch.cat([hold, at.score(scored).squeeze(-1) - (cost - least)], -1)
         allowed = torch.cat([view.routes[..., :1] > 0, legal], -1)
         route = torch.where(allowed, route, float(FORBIDDEN))
-        return route, at.admit(pooled), at.price(pooled)
+        return route, at.markup(pooled)
 
     def settings(self, pooled: Tensor) -> Tensor:
         """Settings [M, SETTINGS] of the rule within, at least 0; see `agents.policy.architecture.SETTING_UNITS`."""
@@ -145,7 +145,7 @@ class Actor(nn.Module):
 
     def fullness(self, evidence: Tensor, caps: Tensor) -> Tensor:
         """How full nodes are [M, NODES], 0 to 1, with caps [M, 2] of the fastest and the slowest."""
-        *_, kv_use, speed_rank, waiting = evidence.unbind(-1)
+        *_, kv_use, speed_rank, waiting, _ = evidence.unbind(-1)
         fast, slow = caps.unsqueeze(-1).unbind(-2)
         smooth = torch.sigmoid((kv_use - fast - (slow - fast) * speed_rank) / float(FULL_WIDTH))
         return torch.where(waiting >= 0.5, 1.0, smooth)
@@ -192,7 +192,7 @@ def actor_of(weights: Weights) -> Actor:
 # For other runtimes.
 
 OPSET = 17  # of ONNX
-INPUTS, OUTPUTS = Views._fields, ("route", "admit", "price")
+INPUTS, OUTPUTS = Views._fields, ("route", "markup")
 
 
 class _FromViews(nn.Module):
@@ -202,15 +202,16 @@ class _FromViews(nn.Module):
         super().__init__()
         self.actor = actor
 
-    def forward(self, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits: tuple[Tensor, Tensor, Tensor] = self.actor(
+    def forward(self, nodes: Tensor, request: Tensor, me: Tensor, routes: Tensor) -> tuple[Tensor, Tensor]:
+        logits: tuple[Tensor, Tensor] = self.actor(
             self.actor.inputs(nodes, request, me, routes.to(torch.int32))  # runtimes compare few types
         )
         return logits
 
 
 def onnx_bytes(actor: Actor, views: Views) -> bytes:
-    """The actor as an ONNX model: inputs the arrays of `views` [M, ...], outputs the logits of route, admit and price.
+    """The actor as an ONNX model: inputs the arrays of `views` [M, ...], outputs the logits of route and
+    markup.
 
     M is free; `views` serve as the example that is traced. Normalisation and mask are in the graph.
     """

@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import OFFLINE_AFTER_S, on_length
 from wwwserve.agents.protocol import delivered_value
-from wwwserve.agents.provider import answered, come_back, end_attempt, look_at_evidence, mask, reopen
-from wwwserve.agents.view import CLASS_VALUE
+from wwwserve.agents.provider import answered, come_back, due_for, end_attempt, look_at_evidence, mask, reopen
+from wwwserve.agents.tariff import cost_of
 from wwwserve.envs.engine import NEVER, abort, tokens_out
 from wwwserve.envs.market.duels import hear_judge, start_judging, void_duel
 from wwwserve.envs.market.mail import send
@@ -35,7 +36,7 @@ def finish(w, r):
     """An engine is done with request r: its user has the answer at once, a peer's after half a round trip."""
     m, p, q = w.m, w.p, w.q
     j = q[r].executor
-    p[j].flow -= m.compute_cost_per_ktok * q[r].output / 1000.0
+    p[j].flow -= cost_of(p[j].compute, q[r].prompt, q[r].output)
     if q[r].kind == JUDGEMENT:
         q[r].status = DONE
         hear_judge(w, r, True)
@@ -60,7 +61,7 @@ def receive_answer(w, r):
     m, p, q = w.m, w.p, w.q
     o, j = q[r].origin, q[r].executor
     q[r].status = DONE
-    pay(w, r, q[r].output)
+    pay(w, r, due_for(m, q[r], q[r].output, q[r].mail_s - q[r].taken_s))
     answered(p[o], q, r, w.peer_stats[o, j], q[r].mail_s, q[r].output)
     deliver(w, r, q[r].mail_s, q[r].first_token_s + 0.5 * m.rtt_s)
     k = q[r].duel
@@ -116,8 +117,8 @@ def fail_user(w, u):
 
 @kernel
 def attempt_failed(w, r):
-    """A peer does not take request r, or was lost with it, and it is no longer out: it is at the head again, unless it
-    is answered, or the other leg of its duel is under way."""
+    """A peer does not take request r, or was lost with it, and it is no longer out: it is held again, unless it is
+    answered, or the other attempt of its duel is under way."""
     q = w.q
     q[r].status = FAILED
     pay(w, r, 0)

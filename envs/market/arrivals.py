@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from wwwserve.agents.classes import CLASS_VALUE, MAX_CLASSES
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import (
     AD_HELD,
@@ -10,11 +11,9 @@ from wwwserve.agents.knowledge import (
     AD_RUNNING,
     AD_WAITING,
     AD_WEIGHT_S,
-    MAX_CLASSES,
 )
 from wwwserve.agents.protocol import STAKED
 from wwwserve.agents.provider import advertise, arrive, count_arrival, dequeue, leave
-from wwwserve.agents.view import CLASS_VALUE
 from wwwserve.envs.market.answers import fail_user, under_way, user_of, vacate
 from wwwserve.envs.market.duels import void_duel, withdraw_out
 from wwwserve.envs.market.engines import clip_length, scrape
@@ -42,7 +41,7 @@ def receive_arrivals(w):
             arrive(p[i], q, r)
             w.touched[i] = True
         else:  # it came before the tick at which the provider joins
-            count_arrival(p[i])
+            count_arrival(p[i], q[r].klass)
             fail_user(w, r)
 
 

@@ -1,6 +1,6 @@
 """The step of a market, and its time.
 
-A step carries out one decision of every provider that was asked, then moves time on to the next instant at which there
+A step carries out one decision of every active provider, then moves time on to the next instant at which there
 is something to decide: a request arrives, a refusal or an answer comes back, a tick opens what is held, an advert is
 due. Events of one instant happen in this order: engines, what was on its way, arrivals, the tick.
 """
@@ -9,24 +9,24 @@ import numpy as np
 
 from wwwserve.agents.decision import Actions
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.provider import gossip, move_own_stake, set_terms, tick
+from wwwserve.agents.provider import gossip, move_own_stake, set_admission, tick
 from wwwserve.agents.view import Views
 from wwwserve.envs.engine import advance
 from wwwserve.envs.market.answers import finish, look_at_streams, receive_answer, send_streams
 from wwwserve.envs.market.arrivals import go_offline, is_scheduled, publish, receive_advert, receive_arrivals
-from wwwserve.envs.market.decisions import act, ask, show
+from wwwserve.envs.market.decisions import act, request_decisions, show
 from wwwserve.envs.market.duels import end_duels
 from wwwserve.envs.market.engines import scrape
 from wwwserve.envs.market.mail import take
 from wwwserve.envs.market.offers import receive_offer, receive_refusal
 from wwwserve.envs.market.reward import pay_step
 from wwwserve.envs.market.world import set_wake, world_of
-from wwwserve.envs.state import ANSWER, NOTHING, OFFER
+from wwwserve.envs.state import ANSWER, NOTHING, OFFER, REFUSAL
 
 
 @kernel
 def start(w, views, active, uniforms):
-    """Bring a fresh market to its first decision, on prices and terms."""
+    """Bring a fresh market to its first decision, on markups."""
     for i in range(w.m.n_providers):
         if is_scheduled(w.p[i], 0.0):
             w.p[i].online = 1
@@ -34,7 +34,7 @@ def start(w, views, active, uniforms):
             w.p[i].advert_due = 1
         w.touched[i] = True
         set_wake(w, i)
-    ask(w, active, uniforms)
+    request_decisions(w, active, uniforms)
     show(w, views, active, True)
 
 
@@ -50,14 +50,14 @@ def step(w, actions, views, active, uniforms, reward, given):
     for i in range(m.n_providers):
         w.acted[i] = active[i]
         if active[i]:
-            set_terms(p[i], m, actions.terms[i], actions.price[i])
+            set_admission(p[i], actions.admission[i], actions.markup[i])
             if p[i].head >= 0:
                 act(w, i, actions.route[i], actions.direct[i])
             if p[i].advert_due == 1:
                 publish(w, i)
     m.steps += 1
     began_s, ticks = m.now_s, m.ticks
-    while not ask(w, active, uniforms) and m.over == 0:
+    while not request_decisions(w, active, uniforms) and m.over == 0:
         pass_time(w)
     if m.over == 1:
         active[:] = False
@@ -102,7 +102,7 @@ def pass_time(w):
         elif mail == ANSWER:
             receive_answer(w, r)
         else:
-            receive_refusal(w, r)
+            receive_refusal(w, r, mail == REFUSAL)
     receive_arrivals(w)
     if now_s >= tick_s:
         pass_tick(w)
@@ -164,7 +164,7 @@ def step_range(markets, low, high, actions, views, active, uniforms, reward, giv
         if markets.market[b].over == 0:
             step(
                 world_of(markets, b),
-                Actions(actions.route[b], actions.terms[b], actions.price[b], actions.direct[b]),
+                Actions(actions.route[b], actions.admission[b], actions.markup[b], actions.direct[b]),
                 Views(views.nodes[b], views.request[b], views.me[b], views.routes[b]),
                 active[b], uniforms[b], reward[b], given[b],
             )  # fmt: skip

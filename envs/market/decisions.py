@@ -4,10 +4,18 @@ from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, may_offer
 from wwwserve.agents.estimate import expect
 from wwwserve.agents.generator import uniform
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.provider import choose_head, decide, dequeue, draw_candidates, draw_uniforms, has_candidates
+from wwwserve.agents.provider import (
+    choose_head,
+    decide,
+    dequeue,
+    draw_candidates,
+    draw_uniforms,
+    has_candidates,
+    look_at_tariffs,
+)
 from wwwserve.agents.view import Views, write_view
 from wwwserve.envs.market.duels import new_request
-from wwwserve.envs.market.engines import place, scrape
+from wwwserve.envs.market.engines import appraise, place, scrape
 from wwwserve.envs.market.offers import direct_to, send_offer
 from wwwserve.envs.market.reward import charge_wait, predict
 from wwwserve.envs.market.world import peers_of, unpaid
@@ -21,18 +29,21 @@ def look(w, i, uniforms):
     m, p = w.m, w.p[i]
     if p.held > 0 or p.advert_due == 1:
         scrape(w, i)
+        appraise(w, i)
+        if p.advert_due == 1:
+            look_at_tariffs(p, m, peers_of(w, i), m.now_s, i)
     if choose_head(p, m, w.q):
         if not has_candidates(p, w.q, p.head):
             for j in range(w.serves.size):
-                w.serves[j] = j < m.n_providers and j != i and (w.p[j].serves & p.asks) != 0
+                w.serves[j] = j < m.n_providers and j != i and (w.p[j].serves & p.requests) != 0
             draw_candidates(p, m, w.q, p.head, peers_of(w, i), w.serves, m.now_s, w.draw)
         draw_uniforms(p, uniforms)
     return p.head >= 0 or p.advert_due == 1
 
 
 @kernel
-def ask(w, active, uniforms):
-    """Ask every provider that has something to decide; returns whether there is any."""
+def request_decisions(w, active, uniforms):
+    """Mark every provider that has something to decide as active; returns whether there is any."""
     waiting = False
     for i in range(w.m.n_providers):
         if w.touched[i]:
@@ -44,7 +55,7 @@ def ask(w, active, uniforms):
 
 @kernel
 def show(w, views, active, everyone):
-    """Write what providers see: of everyone, else of those that are asked, or have just decided."""
+    """Write what providers see: of everyone, else of those that are active, or have just decided."""
     for i in range(w.m.n_providers):
         if active[i] or w.acted[i] or everyone:
             view = Views(views.nodes[i], views.request[i], views.me[i], views.routes[i])
@@ -60,7 +71,7 @@ def act(w, i, route, direct):
     m, q, p = w.m, w.q, w.p[i]
     r = p.head
     if direct >= 0:
-        if direct < m.n_providers and w.p[direct].online == 1 and (w.p[direct].serves & p.asks) != 0:
+        if direct < m.n_providers and w.p[direct].online == 1 and (w.p[direct].serves & p.requests) != 0:
             dequeue(p, q, q[r].klass)
             if direct == i:
                 run_here(w, i, r)
@@ -103,7 +114,7 @@ def maybe_duel(w, i, r, chosen):
         return  # every duel begun may yet need records for its judges
     peers = peers_of(w, i)
     for k in range(q[r].n_candidates):
-        if k == chosen or not may_offer(m.pricing, q[r], peers, k):
+        if k == chosen or not may_offer(m.payment, q[r], peers, k):
             continue
         copy = new_request(w, COPY, i, q[r].klass, m.n_duels)
         q[copy].prompt, q[copy].output, q[copy].longest = q[r].prompt, q[r].output, q[r].longest

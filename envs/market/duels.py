@@ -4,21 +4,22 @@ import numpy as np
 
 from wwwserve.agents.generator import uniform
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.knowledge import DUELS_LOST, DUELS_WON
+from wwwserve.agents.knowledge import AD_TARIFF, DUELS_LOST, DUELS_WON
 from wwwserve.agents.protocol import (
     A_WINS,
     MICRO,
     STAKED,
+    TARIFF_SIZE,
     TIE,
     VOTE_SILENT,
     VOTE_UNDECIDED,
     draw_by_stake,
     lock,
-    price_of,
     settle_duel,
     vote_of,
 )
-from wwwserve.agents.provider import end_attempt, is_out
+from wwwserve.agents.provider import end_attempt, is_out, price_for
+from wwwserve.agents.tariff import in_micro
 from wwwserve.envs.engine import abort
 from wwwserve.envs.market.engines import place
 from wwwserve.envs.market.mail import forget
@@ -72,14 +73,16 @@ def start_judging(w, k):
     judges = 0
     for s in range(count):
         j = duel.judges[s]
-        price = np.int64(round(p[j].price * MICRO))
-        fee = price_of(m.pricing, price, np.int64(JUDGE_TOKENS))
+        r = m.used
+        for t in range(TARIFF_SIZE):
+            q[r].tariff[t] = in_micro(w.adverts[j, AD_TARIFF + t])
+        q[r].prompt = q[a].prompt + q[a].output + q[b].output
+        fee = price_for(m, q[r], JUDGE_TOKENS)
         if not lock(w.accounts[o], fee):
             break
-        r = new_request(w, JUDGEMENT, o, judges, k)
-        q[r].prompt = q[a].prompt + q[a].output + q[b].output
+        new_request(w, JUDGEMENT, o, judges, k)
         q[r].output = JUDGE_TOKENS
-        q[r].price, q[r].locked = price, fee
+        q[r].locked = fee
         duel.judges[judges] = j
         duel.votes[judges] = VOTE_SILENT
         place(w, r, j, m.now_s + 0.5 * m.rtt_s)
@@ -99,7 +102,7 @@ def hear_judge(w, r, answered):
     if answered:
         duel.votes[q[r].klass] = vote_of(w.p[a].strength, w.p[b].strength, uniform(w.m.generator))
         w.p[j].counts[JUDGED] += 1
-    pay(w, r, q[r].output if answered else 0)
+    pay(w, r, price_for(w.m, q[r], q[r].output) if answered else 0)
     duel.pending -= 1
     if duel.pending > 0:
         return
@@ -134,16 +137,16 @@ def withdraw_out(w, r):
 
 @kernel
 def end_duels(w):
-    """The market ends: legs whose users have their answer are withdrawn, judges still at work leave it undecided."""
+    """The market ends: attempts whose users have an answer are withdrawn, judges still at work leave it undecided."""
     m, q = w.m, w.q
     for k in range(m.n_duels):
         duel = w.d[k]
         if duel.ended == 2:
             continue
         void_duel(w, k)
-        for leg in (duel.first, duel.second):
-            if is_out(w.p[q[leg].origin], q, leg) and q[leg].duel == k and not np.isnan(q[duel.first].answer_s):
-                withdraw_out(w, leg)
+        for r in (duel.first, duel.second):
+            if is_out(w.p[q[r].origin], q, r) and q[r].duel == k and not np.isnan(q[duel.first].answer_s):
+                withdraw_out(w, r)
     for r in range(m.n_arrivals, m.used):
         if q[r].kind == JUDGEMENT and q[r].status == IN_ENGINE:
             abort(w.e[q[r].executor], q, r)

@@ -3,9 +3,10 @@
 from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import on_scrape
-from wwwserve.envs.engine import advance, submit
+from wwwserve.agents.provider import begin_appraisal, count_running, end_appraisal, is_cost_old
+from wwwserve.envs.engine import advance, submit, tokens_out
 from wwwserve.envs.market.world import set_wake
-from wwwserve.envs.state import CLIPPED, IN_ENGINE
+from wwwserve.envs.state import CLIPPED, IN_ENGINE, JUDGEMENT
 
 
 @kernel
@@ -17,6 +18,20 @@ def scrape(w, i):
         set_wake(w, i)
     tokens = (e.profile[KV_BLOCKS] - e.free_blocks) * BLOCK_TOKENS
     on_scrape(w.p[i].own, w.m.now_s, e.running, e.waiting, tokens, 1.0)
+
+
+@kernel
+def appraise(w, i):
+    """Provider i, which has just read its engine, works out what one more request costs, unless it lately has."""
+    m, p, e, q = w.m, w.p[i], w.e[i], w.q
+    if not is_cost_old(p, m, m.now_s):
+        return
+    found = begin_appraisal(p, m)
+    for k in range(e.running):
+        r = e.slots[k]
+        if q[r].kind != JUDGEMENT:
+            found = count_running(p, m, q[r], q[r].origin == i, float(tokens_out(e, q, r)), m.now_s, found)
+    end_appraisal(p, m, found, m.now_s)
 
 
 @kernel

@@ -5,12 +5,12 @@ from wwwserve.agents.estimate import expect
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.provider import accepted, consider, offer, refused
 from wwwserve.envs.market.answers import attempt_failed
-from wwwserve.envs.market.engines import place, scrape
+from wwwserve.envs.market.engines import appraise, place, scrape
 from wwwserve.envs.market.mail import send
 from wwwserve.envs.market.reward import expect_value, predict
 from wwwserve.envs.market.settlement import escrow
-from wwwserve.envs.market.world import count_remote, lying, peers_of
-from wwwserve.envs.state import DELEGATED, OFFER, OFFERED, PROBES_REFUSED, PROBES_UNANSWERED, REFUSAL, USER
+from wwwserve.envs.market.world import claimed_by, count_remote, peers_of
+from wwwserve.envs.state import DELEGATED, OFFER, OFFERED, PROBES_REFUSED, PROBES_UNANSWERED, REFUSAL, TIMEOUT, USER
 
 OFFER_TIMEOUT_S = 2.0  # after which a peer that does not answer is given up
 
@@ -20,8 +20,8 @@ def send_offer(w, r, j):
     """Offer request r to provider j, which is affordable, with what it can cost in escrow."""
     m, p, q = w.m, w.p, w.q
     i = q[r].origin
-    escrow(w, r, j, False)
     offer(p[i], q, r, j, w.peer_stats[i, j], w.adverts[j])
+    escrow(w, r)
     q[r].status = OFFERED
     if q[r].kind == USER:
         q[r].predicted_held = q[r].predicted
@@ -37,10 +37,11 @@ def receive_offer(w, r):
     m, p, q = w.m, w.p, w.q
     j = q[r].executor
     if p[j].online == 0:
-        send(w, r, REFUSAL, q[r].mail_s - 0.5 * m.rtt_s + OFFER_TIMEOUT_S)
+        send(w, r, TIMEOUT, q[r].mail_s - 0.5 * m.rtt_s + OFFER_TIMEOUT_S)
         return
     scrape(w, j)
-    taken, first_s, token_s = consider(p[j], q[r].prompt)
+    appraise(w, j)
+    taken, first_s, token_s = consider(p[j], m, q[r].prompt, q[r].longest, q[r].tariff)
     if taken:
         run_for_peer(w, r, first_s, token_s)
     else:
@@ -52,42 +53,49 @@ def run_for_peer(w, r, first_s, token_s):
     """The provider that request r went to runs it, and promises what it expects, or says that it does."""
     m, p, q = w.m, w.p, w.q
     i, j = q[r].origin, q[r].executor
-    if lying(w, j):
-        first_s *= p[j].lie_load / p[j].lie_speed
-        token_s /= p[j].lie_speed
-    accepted(q, r, m.now_s + 0.5 * m.rtt_s, first_s + m.rtt_s, token_s)
+    promise(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
     count_remote(w, j, 1)
     p[i].counts[DELEGATED] += 1
     place(w, r, j, m.now_s)
 
 
 @kernel
-def receive_refusal(w, r):
-    """The origin of request r hears that it is not taken, or gives up to wait for that."""
+def promise(w, r, j, heard_s, first_s, token_s):
+    """The origin of request r hears at `heard_s` what provider j, which expects these times, promises."""
+    first_s, token_s = claimed_by(w, j, first_s, token_s)
+    accepted(w.q, r, heard_s, first_s, token_s)
+
+
+@kernel
+def receive_refusal(w, r, answered):
+    """The origin of request r hears that it is not taken or, not `answered`, gives up to wait for that."""
     p, q = w.p, w.q
     i, j = q[r].origin, q[r].executor
-    p[i].counts[PROBES_UNANSWERED if p[j].online == 0 else PROBES_REFUSED] += 1
-    refused(p[i], q, r, w.peer_stats[i, j], w.adverts[j])
+    p[i].counts[PROBES_REFUSED if answered else PROBES_UNANSWERED] += 1
+    refused(p[i], q, r, w.peer_stats[i, j])
     if q[r].kind == USER and w.m.by_decision == 1:
-        p[i].effect += q[r].predicted_held - q[r].predicted + q[r].beside
+        p[i].effect += q[r].predicted_held - q[r].predicted - q[r].beside
         expect_value(w, r, q[r].predicted_held)
     attempt_failed(w, r)
 
 
 @kernel
 def direct_to(w, r, j):
-    """A router that sees everything gives request r to provider j, whatever j's terms are; outside of the economy where
-    its origin could not pay."""
+    """A router that sees everything gives request r to provider j, whether j would take it or not; outside of the
+    economy where its origin could not pay."""
     m, p, q = w.m, w.p, w.q
     i = q[r].origin
     scrape(w, j)
     first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
-    escrow(w, r, j, not affordable(m.pricing, peers_of(w, i), j, q[r].longest))
-    offer(p[i], q, r, j, w.peer_stats[i, j], w.adverts[j])
+    if affordable(m.payment, peers_of(w, i), j, q[r].prompt, q[r].longest):
+        offer(p[i], q, r, j, w.peer_stats[i, j], w.adverts[j])
+        escrow(w, r)
+    else:
+        offer(p[i], q, r, j, w.peer_stats[i, j], w.adverts[j])
     if q[r].kind == USER:
         predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
     at_s = m.now_s + 0.5 * m.rtt_s
-    accepted(q, r, at_s + 0.5 * m.rtt_s, first_s + m.rtt_s, token_s)
+    promise(w, r, j, at_s + 0.5 * m.rtt_s, first_s, token_s)
     count_remote(w, j, 1)
     p[i].counts[DELEGATED] += 1
     place(w, r, j, at_s)

@@ -1,10 +1,14 @@
 """What providers are paid by, see `envs.state.Reward`: value predicted when a request is placed, and delivered."""
 
+from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.estimate import chance_on_time, expect
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.knowledge import AD_PER_KV_TOKEN_S, AD_PER_SEQ_S, AD_WEIGHT_S
-from wwwserve.agents.view import CLASS_VALUE
+from wwwserve.agents.knowledge import AD_MEAN_OUTPUT, AD_PER_KV_TOKEN_S, AD_PER_SEQ_S, AD_WEIGHT_S
+from wwwserve.agents.protocol import LATENESS, MICRO
+from wwwserve.agents.provider import price_for, promised_duration_s
+from wwwserve.agents.tariff import cost_of, on_time_by, payment_lost_per_s, share_paid
 from wwwserve.envs.engine import tokens_out
+from wwwserve.envs.market.world import claimed_by
 from wwwserve.envs.state import USER
 
 PREDICTION_SIGMA = 0.2  # how sure the reward's prediction is of its own estimate, in log time
@@ -18,27 +22,15 @@ def expect_value(w, u, value):
 
 
 @kernel
-def in_time(left_s, expected_s):
-    """Chance that what is expected to take `expected_s` is done within `left_s`: `chance_on_time` for one deadline and
-    a known length, of log-logistic error with shape 8, the tails beyond a factor of 3 cut off."""
-    if left_s >= 3.0 * expected_s:
-        return 1.0
-    if 3.0 * left_s <= expected_s:
-        return 0.0
-    ratio = expected_s / left_s
-    fourth = ratio * ratio * ratio * ratio  # shape 1.702 / PREDICTION_SIGMA is 8.5; a power of two takes no logarithm
-    return 1.0 / (1.0 + fourth * fourth)
-
-
-@kernel
 def reprice(w, i, j, token_s):
     """Predict anew the value of what runs on engine j, which decodes at `token_s` once it takes provider i's request.
 
-    What the change of pace does to the requests that run there is credited to provider i; what happened since they were
-    last predicted is not.
+    Returns what the change of pace does, in credits: to the value of provider i's own requests there, of provider j's
+    own, of others', and to what is paid to j. What happened since they were last predicted is not counted.
     """
     m, q, e = w.m, w.q, w.e[j]
     _, now_token_s = expect(w.p[j].own, -1.0, 0.0)
+    mine, host, others, paid = 0.0, 0.0, 0.0, 0.0
     for k in range(e.running):
         r = e.slots[k]
         if q[r].kind != USER:
@@ -48,26 +40,35 @@ def reprice(w, i, j, token_s):
         before, after = 0.0, 0.0
         for t in range(m.n_deadlines):
             left_s = q[r].arrival_s + m.deadlines[c, t] - m.now_s
-            before += in_time(left_s, left * now_token_s)
-            after += in_time(left_s, left * token_s)
+            before += on_time_by(left_s, left * now_token_s)
+            after += on_time_by(left_s, left * token_s)
         worth = w.p[o].known[c, CLASS_VALUE] / m.n_deadlines
         before, after = worth * before, worth * after
-        w.p[i].effect += (1.0 if o == i else m.team_weight) * (after - before)
+        if o == i:
+            mine += after - before
+        elif o == j:
+            host += after - before
+        else:
+            others += after - before
+        if o != j and m.payment == LATENESS:
+            price = price_for(m, q[r], q[r].output) / MICRO
+            promised_s = promised_duration_s(q[r], q[r].output)
+            expected_s = m.now_s - q[r].taken_s + left * now_token_s
+            paid -= payment_lost_per_s(price, promised_s, max(expected_s, 1e-3)) * left * (token_s - now_token_s)
         expect_value(w, r, after)
+    return mine, host, others, paid
 
 
 @kernel
 def predict(w, r, j, at_s, first_s, token_s):
     """Count user request r, which starts at `at_s` on engine j, with its predicted value in its origin's potential.
 
+    By decision, its origin is credited with that, and with what the placement does otherwise: to all that runs there,
+    to own users who are yet to come there, in compute and in payment; what is not its own counts with `team_weight`.
     The prediction knows the request's true output length; it serves the reward alone, no view shows it.
     """
     m, q = w.m, w.q
     o, c = q[r].origin, q[r].klass
-    if m.by_decision == 1:
-        q[r].beside = w.p[o].effect
-        reprice(w, o, j, token_s)
-        q[r].beside -= w.p[o].effect
     deadlines = m.deadlines[c][: m.n_deadlines]
     chance = chance_on_time(
         deadlines, at_s - q[r].arrival_s, first_s, token_s, float(q[r].output), PREDICTION_SIGMA, 1e9
@@ -75,6 +76,25 @@ def predict(w, r, j, at_s, first_s, token_s):
     value = w.p[o].known[c, CLASS_VALUE] * chance
     w.p[o].effect += value - q[r].predicted
     expect_value(w, r, value)
+    if m.by_decision == 0:
+        return
+    host = w.p[j]
+    mine, hosts, others, paid = reprice(w, o, j, token_s)
+    here = cost_of(host.compute, q[r].prompt, q[r].output)
+    if m.count_future == 1:
+        here += host.future * q[r].output / max(1.0, host.own[AD_MEAN_OUTPUT])
+    team = m.team_weight
+    if j == o:
+        q[r].beside = mine - here + team * others + (1.0 - team) * paid
+    else:
+        promised_first_s, promised_token_s = claimed_by(w, j, first_s, token_s)
+        price = price_for(m, q[r], q[r].output) / MICRO
+        if m.payment == LATENESS:
+            promised_s = min(promised_first_s, q[r].shown_ttft_s)
+            promised_s += min(promised_token_s, q[r].shown_tpot_s) * (q[r].output - 1)
+            price *= share_paid(promised_s, first_s + token_s * (q[r].output - 1))
+        q[r].beside = mine + team * (hosts + others - here) - (1.0 - team) * price
+    w.p[o].effect += q[r].beside
 
 
 @kernel
@@ -106,10 +126,10 @@ def pay_step(w, reward, given):
     mean_given = 0.0
     for i in range(n):
         p[i].profit += p[i].flow + p[i].transfers
-        transfers = p[i].transfers if m.count_transfers == 1 else 0.0
         if m.by_decision == 1:
-            reward[i] = p[i].effect + (1.0 - m.team_weight) * transfers
+            reward[i] = p[i].effect
             continue
+        transfers = p[i].transfers if m.count_transfers == 1 else 0.0
         before[i] = p[i].flow + transfers + (discount * p[i].potential - before[i] if m.dense == 1 else 0.0)
         mean += before[i] / n
         mean_given += discount * p[i].arrived / n

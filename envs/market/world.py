@@ -91,3 +91,13 @@ def set_wake(w, i):
 def lying(w, i):
     """Whether provider i misreports now."""
     return w.p[i].lie_from_s <= w.m.now_s < w.p[i].lie_until_s
+
+
+@kernel
+def claimed_by(w, j, first_s, token_s):
+    """The times that provider j promises: those that it expects, unless it lies."""
+    if lying(w, j):
+        p = w.p[j]
+        first_s *= p.lie_promise * p.lie_load / p.lie_speed
+        token_s *= p.lie_promise / p.lie_speed
+    return first_s, token_s

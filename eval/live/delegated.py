@@ -21,15 +21,16 @@ from typing import Annotated, Any
 import uvloop
 
 from wwwserve.agents.arguments import Count, File, Range, UsageError, parse_args, refuse
-from wwwserve.agents.protocol import MICRO, PER_KTOK
+from wwwserve.agents.protocol import LATENESS, MICRO
 from wwwserve.eval.compare import write_json
 from wwwserve.eval.live import overhead
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SIGNATURE, Messages
 from wwwserve.serving.ledger.channel_ledger import WHOLE, ChannelLedger, Grant
 from wwwserve.serving.ledger.journal import Journal, MemoryJournal, SqliteJournal
-from wwwserve.serving.ledger.statements import digest
+from wwwserve.serving.ledger.statements import Served, Terms, digest
 from wwwserve.serving.local_nodes import Accounts, NetworkError, cpu_s, free_ports, local_urls, look, programs, started
+from wwwserve.serving.market import Promise
 
 PROG = "wwwserve delegated"
 # So full that the peer looks better with all that is sent to it between two adverts, which is thousands here.
@@ -63,7 +64,7 @@ def split(repeats: int) -> dict[str, float]:
     a, b = Identity.generate(), Identity.generate()
     one, other = Messages(a, lambda name: True), Messages(b, lambda name: True)
     body = overhead.request(1, False).split(b"\r\n\r\n", 1)[1]
-    terms = {"x-wwwserve-prompt": "20", "x-wwwserve-escrow": "1 50000 1000000"}
+    terms = {"x-wwwserve-prompt": "20", "x-wwwserve-tariff": "100000 25000 1000000", "x-wwwserve-escrow": "v2 1 50000"}
     found = {"sign": timed(repeats, lambda: one.sign(b.name, other.run, PATH, terms, body))}
     signatures = iter([one.sign(b.name, other.run, PATH, terms, body) for _ in range(repeats + 1)])
 
@@ -85,19 +86,20 @@ def journalling(a: Identity, b: Identity, journal: SqliteJournal, kind: str) -> 
     grants = [{each.name: Grant(10**15, 10**15, "limits")} for each in (b, a)]
     journals: tuple[Journal, Journal] = (journal, MemoryJournal()) if kind == "origin" else (MemoryJournal(), journal)
     one, other = (
-        ChannelLedger(who, kept, granted, {}, exposure=10**14, pricing=PER_KTOK)
+        ChannelLedger(who, kept, granted, {}, exposure=10**14, payment=LATENESS)
         for who, kept, granted in zip((a, b), journals, grants, strict=True)
     )
 
     asyncio.run(_open(one, other))
-    request, answer = digest(b"request"), digest(b"answer")
+    request, terms, promise = digest(b"request"), Terms((100_000, 25_000, MICRO), 20, MICRO), Promise(0.1, 0.01)
+    served = Served(digest(b"answer"), 20, 0, 50, 600, WHOLE)
 
     def transaction() -> None:
         for _ in range(TOGETHER):
-            terms = one.lock(b.name, MICRO, request, MICRO)
-            other.take(a.name, terms, request)
-            other.delivered(a.name, terms.id, answer, 50, WHOLE)
-            one.settle(b.name, terms.id, answer, 50, 1000, WHOLE)
+            id = one.lock(b.name, terms, request)
+            other.take(a.name, id, terms, request, promise)
+            other.delivered(a.name, id, served)
+            one.settle(b.name, id, promise, served, 1000)
         (one if kind == "origin" else other).flush()
 
     return transaction
@@ -163,7 +165,7 @@ def configured(k: int, port: int, engine: int) -> dict[str, Any]:
     [url] = local_urls([engine])
     return {
         "name": f"n{k}", "port": port, "policy": "earliest_finish", "engine": {"url": url, "profile": overhead.PROFILE},
-        "market": {"per_ktok": True, "prices": [1.0]}, "log": "error",
+        "log": "error",
     }  # fmt: skip
 
 

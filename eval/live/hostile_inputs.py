@@ -8,16 +8,28 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
-from wwwserve.agents.knowledge import ADVERT_SIZE
-from wwwserve.agents.protocol import MICRO
-from wwwserve.serving.delegation import PEER_PREFIX, PROMPT
+from wwwserve.agents.knowledge import AD_TARIFF, ADVERT_SIZE
+from wwwserve.agents.protocol import MICRO, TARIFF_SIZE
+from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH
 from wwwserve.serving.http.keys import tagged
 from wwwserve.serving.http.messages import SIGNATURE, Messages
-from wwwserve.serving.ledger.accounts import LEDGER_PATH
+from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel_ledger import Open, Telling, Vouching
 from wwwserve.serving.ledger.stakes import Answer, Stake, Staked
-from wwwserve.serving.ledger.statements import Opening, Receipt, Signed, State, Vouch, digest, link, sign
+from wwwserve.serving.ledger.statements import (
+    Opening,
+    Receipt,
+    Served,
+    Signed,
+    State,
+    Terms,
+    Vouch,
+    digest,
+    link,
+    sign,
+)
+from wwwserve.serving.market import Promise
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, Advert, signed
 
 MODEL = "qwen3-8b"
@@ -154,7 +166,7 @@ def bodies_of_users(m: Made) -> bytes:
 
 def signatures_that_nearly_are(m: Made) -> bytes:
     r, path, content = m.random, PEER_PREFIX + CHAT, b'{"model": "%b", "max_tokens": 1}' % MODEL.encode()
-    terms = {PROMPT: "12"}
+    terms = {PROMPT: "12", TARIFF: "1 1 1"}
     signer = m.stranger if r.random() < 0.1 else m.messages
     parts = signer.sign(m.node, m.run, path, terms, content).split(" ")
     k = r.randrange(len(parts))
@@ -178,6 +190,9 @@ def signed_requests(m: Made) -> bytes:
     r = m.random
     path, content = PEER_PREFIX + r.choice([CHAT, "/v1/completions"]), body(r)
     terms = {PROMPT: r.choice(["1", "0", "-1", "12", "1e3", "9" * 400, "x", "", str(2**24)])}
+    terms[TARIFF] = r.choice(["1 1 1", "1 1 1", "1 1 1", "", "1", "-1 1 1", "1 1 " + "9" * 20, "x 1 1", "1 1 1 1"])
+    if r.random() < 0.5:
+        terms[ESCROW] = r.choice(["v2 1 1", "1 1 1", "v2 0 -1", "v9 1 1", "v2 " + "9" * 17 + " 1", "x"])
     if r.random() < 0.3:
         terms["x-wwwserve-" + "".join(r.choices("abc-", k=5))] = "".join(r.choices("abc =;", k=9)).strip()
     sealed = m.messages.sign(m.node, m.run, path, terms, content)
@@ -205,7 +220,10 @@ def payment(m: Made) -> Any:
     head, receipts = opening.digest(), []
     for _ in range(r.randrange(1, 4)):
         came = r.choice(["whole", "part", "nothing"])
-        receipts.append(Receipt(number(), digest(b""), "", number(), number(), number(), number(), came))
+        terms = Terms((number(), number(), number()), number(), number())
+        served = Served("", number(), number(), number(), number(), came)
+        promise = r.choice([None, Promise(0.1, 0.01), Promise(-1.0, 1e308)])
+        receipts.append(Receipt(number(), digest(b""), terms, promise, served, number()))
         head = link(head, receipts[-1])
     total = sum(each.due for each in receipts) % 2**63
     state = State(opening.digest(), me.name, m.node, len(receipts), r.choice([total, number()]), head)
@@ -242,7 +260,8 @@ def spoil(r: random.Random, tree: Any) -> None:
 
 def adverts(m: Made) -> bytes:
     r, identity = m.random, m.messages.identity
-    load = [r.choice([1.0, 5.0, 1e4]) for _ in range(ADVERT_SIZE)]  # as may be said of every column
+    load = [r.choice([1.0, 5.0, 1e4]) for _ in range(ADVERT_SIZE)]  # as may be said of every column but prices
+    load[AD_TARIFF : AD_TARIFF + TARIFF_SIZE] = [r.choice([0.5, 5.0]), 0.5, r.choice([0.0, 1e3])]
     if r.random() < 0.5:
         load[r.randrange(ADVERT_SIZE)] = r.choice([0.0, -1.0, 1e308, 1e-308])
     url = "http://127.0.0.1:9" if r.random() < 0.7 else r.choice(["file:///x", "http://[", text(r)])

@@ -73,15 +73,14 @@ def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, sp
         }
         for each in scenario.slo.classes
     }  # fmt: skip
-    per_ktok = economy.pricing == "per_ktok"
     market = {
-        "prices": economy.price_bins if per_ktok else (1.0,), "per_ktok": per_ktok, "rtt_s": scenario.rtt_ms / 1000,
-        "gossip_s": scenario.gossip_interval_s, "tick_s": scenario.decision_interval_s,
-        "stake_rule": economy.stake_rule, "speed": speed,
+        "payment": economy.payment, "rtt_s": scenario.rtt_ms / 1000, "gossip_s": scenario.gossip_interval_s,
+        "tick_s": scenario.decision_interval_s, "stake_rule": economy.stake_rule, "speed": speed,
     }  # fmt: skip
     return {
         "name": provider.name, "seed": planned.seed * len(scenario.providers) + i, "policy": policy,
         "serves": list(provider.serves), "stake": economy.initial_stake, "credit": economy.initial_credit,
+        "compute_cost_per_ktok": economy.compute_cost_per_ktok,
         "prompt_tokens": float(planned.mean_prompt[i]), "output": lengths, "classes": classes,
         "deadlines_s": list(scenario.slo.thresholds_s), "market": market, "log": "warning",
         "limits": {"held": 100_000},  # the simulator's nodes have no bound

@@ -51,7 +51,6 @@ PROG = "wwwserve soak"
 NODES = 5
 MODEL, GPU, SPEED = "qwen3-8b", "rtx-4090", 10.0
 ACCOUNTS = Accounts(credit=400.0, stake=4.0, exposure=50.0)
-PRICE = 1.0  # credits for 1000 tokens
 READY_S, CALM_S, ANSWER_S = 300.0, 120.0, 90.0
 MOST_DOWN = 2  # nodes, killed and not back yet
 OFF_S = 60.0  # of a clock
@@ -372,7 +371,7 @@ def _billed_twice(ledgers: Sequence[Path]) -> list[str]:
         for entry in journal.entries():
             if b'"type":"settle"' in entry.body[:20]:
                 receipt = msgspec.json.decode(entry.body, type=Settled).receipt
-                paid[receipt.request] += receipt.came == WHOLE
+                paid[receipt.request] += receipt.served.came == WHOLE
         journal.close()
     return [name for name, times in paid.items() if times > 1]
 
@@ -386,7 +385,7 @@ def configured(k: int, port: int, engine: int) -> dict[str, Any]:
             "url": url, "timeout_s": 20.0,
             "profile": {"kind": "catalogue", "gpu": GPU, "model": MODEL, "max_num_seqs": 64},
         },
-        "market": {"speed": SPEED, "per_ktok": True, "prices": [PRICE], "gossip_s": 5.0, "tick_s": 2.0},
+        "market": {"speed": SPEED, "gossip_s": 5.0, "tick_s": 2.0},
         "log": "warning",
     }  # fmt: skip
 

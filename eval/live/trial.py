@@ -109,7 +109,7 @@ async def play(network: Live, planned: MarketPlan, speed: float, stream: bool, t
             with_prices = []
             for site in network.sites:
                 async with session.get(f"{site.url}/network") as response:
-                    with_prices.append(float(orjson.loads(await response.read())["price"]))
+                    with_prices.append(float(orjson.loads(await response.read())["tariff"]["output"]))
             prices.append(with_prices)
             await asyncio.sleep(1.0)
 

@@ -6,13 +6,17 @@ tick; in between, what was sent there and what came back is counted, as the page
 
 import asyncio
 import re
+from collections.abc import Collection, Iterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import orjson
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
+from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response, Transport
+from wwwserve.serving.market import Promise
 
 SCRAPE_TIMEOUT_S = 2.0
 MOST_PAGE = 16 * 2**20  # bytes
@@ -48,6 +52,26 @@ class Load(NamedTuple):
     running: float
     waiting: float
     kv_tokens: float
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A request that the engine has."""
+
+    request: int  # its number with the provider
+    own: bool  # an own user's, else a peer's
+    stream: bool
+    meter: AnswerMeter
+    sent_s: float
+    expected: Promise  # when it was sent
+    exchange: AbstractAsyncContextManager[Response]  # with the engine
+
+    def generated(self, now_s: float) -> float:
+        """Tokens so far: those that came, or of an answer that is not streamed those that could be expected."""
+        if self.stream:
+            return float(self.meter.tokens)
+        late_s = now_s - self.sent_s - self.expected.ttft_s
+        return max(0.0, late_s / max(self.expected.tpot_s, 1e-9))
 
 
 def read_load(page: str, names: Names, kv_capacity: int) -> Load:
@@ -163,6 +187,18 @@ class Engine(Availability):
         running = min(requests, max(most, 1.0))
         kv_tokens = min(max(0.0, self._seen.kv_tokens + self._tokens), float(self.profile.kv_tokens))
         return Load(running, requests - running, kv_tokens)
+
+    def progress(self, there: Collection[Sent], now_s: float) -> Iterator[tuple[Sent, float]]:
+        """Of requests that it has, in the order sent, those that run, and the tokens of each that are generated: all
+        but as many of the last ones without a token as are said to wait."""
+        waiting, running = self.load().waiting if self.takes else 0.0, []
+        for sent in reversed(list(there)):
+            generated = sent.generated(now_s)
+            if generated == 0.0 and waiting >= 1.0:
+                waiting -= 1.0
+            else:
+                running.append((sent, generated))
+        return reversed(running)
 
     def sent(self, prompt: int) -> None:
         """A request of so many tokens goes to it."""

@@ -1,7 +1,8 @@
 """What is asked, where the answer goes, and how an attempt at it can end."""
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -112,6 +113,16 @@ class HeadLineReply(Reply):
         await self._reply.pass_on(orjson.dumps({"status": status, "type": content_type}) + b"\n" + body)
 
 
+async def send_timed(sending: Awaitable[None], meter: AnswerMeter) -> None:
+    """Send some of an answer, and count for how long its reader keeps it waiting."""
+    now_s = asyncio.get_running_loop().time
+    start_s = now_s()
+    try:
+        await sending
+    finally:
+        meter.waited_s += now_s() - start_s
+
+
 async def pass_stream_on(
     response: Response, kind: str, reply: Reply, meter: AnswerMeter, watch: Callable[[bytes], None] | None = None
 ) -> None:
@@ -125,7 +136,7 @@ async def pass_stream_on(
         passed = meter.feed(chunk)
         if watch is not None:
             watch(passed)
-        await reply.pass_on(passed)
+        await send_timed(reply.pass_on(passed), meter)
         if meter.done:
             break
     else:

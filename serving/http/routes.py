@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import orjson
 
+from wwwserve.agents.protocol import TARIFF_SIZE
 from wwwserve.serving.config import NodeConfig
-from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TPOT, TTFT
-from wwwserve.serving.dispatcher import Dispatcher
+from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF, TPOT, TTFT
+from wwwserve.serving.dispatcher import MOST_BYTES_PER_TOKEN, Dispatcher, RemoteRequest
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Declined
 from wwwserve.serving.http.handover import choices_in, limit_in_force, limit_of
 from wwwserve.serving.http.messages import SIGNATURE, Refusals, Refused
@@ -18,8 +19,10 @@ from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, Completio
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import Full
-from wwwserve.serving.ledger.statements import StatementError
+from wwwserve.serving.ledger.statements import MOST_PRICE, MOST_TOKENS, StatementError
+from wwwserve.serving.market import Tariff
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES
+from wwwserve.serving.overview import overview
 
 log = logging.getLogger("wwwserve.app")
 
@@ -160,36 +163,36 @@ class App:
         body = await _body(receive, headers, self.config.limits.body_bytes)
         claim.check(body)
         request = _object(body)
-        header = headers.get(PROMPT.encode(), b"")
-        if not (header.isdigit() and len(header) < 10 and 0 < int(header) < MOST_PROMPT):
-            raise Failed(400, f"expected a header {PROMPT}, a number of tokens", "invalid_request_error")
-        prompt = int(header)
-        model = request.get("model")
-        promise = self.dispatcher.consider(prompt) if model in self.dispatcher.serves else None
-        if promise is None:
+        prompt, tariff = _prompt_tokens(headers, _prompt_bytes(request)), _tariff(headers)
+        limit, choices, model = limit_in_force(path, request), choices_in(request), request.get("model")
+        most = limit * choices if limit is not None else None
+        longest = min(most or self.config.output.max * choices, MOST_TOKENS)
+        accounts, paid = self.dispatcher.accounts, None
+        try:
+            if accounts is not None:
+                id, terms = accounts.offered(headers.get(ESCROW.encode(), b""), tariff, prompt, most)
+            promise = None
+            if model in self.dispatcher.serves:
+                promise = self.dispatcher.consider(prompt, longest, tariff)
+            if promise is None:
+                self.dispatcher.metrics.offer_refused()
+                await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
+                return
+            if accounts is not None:
+                paid = accounts.take(claim.sender, id, terms, body, promise)
+        except LedgerError as error:
             self.dispatcher.metrics.offer_refused()
-            await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
-            return
-        terms = None
-        accounts = self.dispatcher.accounts
-        if accounts is not None:
-            try:
-                limit = limit_in_force(path, request)
-                most = limit * choices_in(request) if limit is not None else None
-                terms = accounts.take(claim.sender, headers.get(ESCROW.encode(), b""), body, most)
-            except LedgerError as error:
-                self.dispatcher.metrics.offer_refused()
-                raise Failed(402, f"it is not taken: {error}", "payment_error") from None
-            except Full:
-                self.dispatcher.metrics.offer_refused()
-                raise _not_writable() from None
+            raise Failed(402, f"it is not taken: {error}", "payment_error") from None
+        except Full:
+            self.dispatcher.metrics.offer_refused()
+            raise _not_writable() from None
         reply = HttpReply(send)
-        head = [(TTFT.encode(), b"%.9g" % promise.ttft_s), (TPOT.encode(), b"%.9g" % promise.tpot_s)]
+        head = [(name.encode(), said.encode()) for name, said in zip((TTFT, TPOT), promise.text(), strict=True)]
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
         await reply.start(200, "application/octet-stream", *head)
         completion = CompletionRequest(path, body, str(model), bool(request.get("stream")))
-        paid = accounts.delivery(claim.sender, terms) if accounts is not None and terms is not None else None
-        if await _unless_gone(receive, self.dispatcher.run_for(claim.sender, completion, prompt, reply, paid)):
+        remote = RemoteRequest(claim.sender, completion, prompt, longest, tariff, promise)
+        if await _unless_gone(receive, self.dispatcher.run_for(remote, reply, paid)):
             await reply.end()
         # Else the answer stays without its end, and the server breaks the connection off.
 
@@ -239,12 +242,13 @@ class App:
         balances = d.accounts.ledger.balances() if d.accounts is not None else []
         page = d.metrics.page(
             held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers), balances=balances,
-            ledger_full=d.accounts is not None and bool(d.accounts.ledger.full),
+            ledger_full=d.accounts is not None and bool(d.accounts.ledger.full), tariff=d.provider.tariff,
+            markup=d.provider.markup, margin=d.provider.margin,
         )  # fmt: skip
         return 200, page, b"text/plain; version=0.0.4; charset=utf-8"
 
     def _network(self) -> tuple[int, bytes, bytes]:
-        return 200, orjson.dumps(self.dispatcher.overview(), option=orjson.OPT_SERIALIZE_NUMPY), b"application/json"
+        return 200, orjson.dumps(overview(self.dispatcher), option=orjson.OPT_SERIALIZE_NUMPY), b"application/json"
 
     def _models(self) -> tuple[int, bytes, bytes]:
         models = [
@@ -252,6 +256,27 @@ class App:
             for name in self.dispatcher.serves
         ]
         return 200, orjson.dumps({"object": "list", "data": models}), b"application/json"
+
+
+def _prompt_tokens(headers: dict[bytes, bytes], prompt_bytes: int) -> int:
+    """Tokens of a peer's prompt as it says. Raises Failed for fewer than its text can have, as what is computed would
+    not be paid."""
+    header = headers.get(PROMPT.encode(), b"")
+    least = max(1, int(prompt_bytes / MOST_BYTES_PER_TOKEN))
+    if not (header.isdigit() and len(header) < 10 and least <= int(header) < MOST_PROMPT):
+        expected = f"expected a header {PROMPT}, {least} tokens or more"
+        raise Failed(400, expected, "invalid_request_error")
+    return int(header)
+
+
+def _tariff(headers: dict[bytes, bytes]) -> Tariff:
+    """The tariff that a peer goes by. Raises Failed."""
+    prices = headers.get(TARIFF.encode(), b"").split()
+    if len(prices) != TARIFF_SIZE or not all(p.isdigit() and len(p) < 11 and int(p) <= MOST_PRICE for p in prices):
+        expected = f"expected a header {TARIFF}, {TARIFF_SIZE} prices in micro-credits"
+        raise Failed(400, expected, "invalid_request_error")
+    given, cached, output = map(int, prices)
+    return given, cached, output
 
 
 def _not_writable() -> Failed:

@@ -80,6 +80,7 @@ class Usage(NamedTuple):
 
     prompt: int
     output: int
+    cached: int = 0  # tokens of the prompt that were in the engine's prefix cache
 
 
 class AnswerMeter:
@@ -89,6 +90,7 @@ class AnswerMeter:
         self.done = False  # the last event came
         self.complete = False  # nothing is missing: the last event came, or the end, after all choices were finished
         self.usage: Usage | None = None
+        self.waited_s = 0.0  # for whoever reads it, which is not the time of who answers
         self._parser = EventParser()
         self._answer: dict[str, Any] | None = None
         self._pieces, self._text_bytes = 0, 0
@@ -229,7 +231,9 @@ def usage_of(told: dict[str, Any]) -> Usage | None:
     prompt, output = usage.get("prompt_tokens", 0), usage.get("completion_tokens")
     if type(prompt) is not int or type(output) is not int or min(prompt, output) < 0:
         return None
-    return Usage(prompt, output)
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return Usage(prompt, output, cached if type(cached) is int and 0 <= cached <= prompt else 0)
 
 
 def _object(told: bytes) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Between the dispatcher and the ledger: what a request is escrowed for, what came of it, and messages about it.
 
-An origin pays for what it received, counted by itself; an executor counts what it sent, and keeps it as evidence where
-the two differ. Both digest the bytes of the answer as they pass.
+An origin pays for what it received, counted and timed by itself; an executor counts and times what it sent, and keeps
+it as evidence where the two differ by more than a round trip and a tolerance. Both digest the bytes of the answer as
+they pass.
 """
 
 import asyncio
@@ -10,83 +11,104 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_KTOK, STAKED, move_stake, price_of
-from wwwserve.serving.ledger.channel_ledger import (
+from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_REQUEST, STAKED, milliseconds, move_stake, price_of
+from wwwserve.serving.http.sse import Usage
+from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Full, LedgerError, Telling, most_of
+from wwwserve.serving.ledger.statements import (
     NOTHING,
+    NOTHING_CAME,
     PART,
+    VERSION,
     WHOLE,
-    ChannelLedger,
-    Full,
-    LedgerError,
-    Telling,
+    Served,
+    StatementError,
     Terms,
+    digest,
 )
-from wwwserve.serving.ledger.statements import StatementError, digest
+from wwwserve.serving.market import Promise, Tariff
 
 log = logging.getLogger("wwwserve.accounts")
 
 LEDGER_PATH = "/peer/ledger"
-ESCROW = "x-wwwserve-escrow"  # ID AMOUNT PRICE of a request that is handed over
+ESCROW = "x-wwwserve-escrow"  # vVERSION ID AMOUNT of a request that is handed over
 EXCHANGE_S = 0.2  # between two vouchers to a peer, unless its exposure runs out
 SOONEST_S = 0.02
 DISAGREED_S = 2.0  # until a peer that declined is told again
-PRICES_KEPT = 4  # adverts back, of which the price still holds
+TARIFFS_KEPT = 4  # adverts back, of which the tariff still holds
+TOLERANCE_S = 0.25  # by which two sides may differ, beside the round trip, on how long an answer took
 
 SendTo = Callable[[str, bytes], Awaitable[bytes]]
+
+
+class Came(NamedTuple):
+    """What came of an answer, as it was measured."""
+
+    tokens: int
+    whole: bool
+    took_s: float  # from the acceptance on
+    usage: Usage | None
+
+    def served(self, answer: str, terms: Terms, most: int) -> Served:
+        """It as it is paid: an `answer` of at most `most` tokens, to a prompt of at most as many as was agreed."""
+        tokens = min(self.tokens, most)
+        came = NOTHING if tokens == 0 else WHOLE if self.whole else PART
+        prompt = min(self.usage.prompt, terms.prompt) if self.usage is not None and self.usage.prompt else terms.prompt
+        cached = min(self.usage.cached, prompt) if self.usage is not None else 0
+        return Served(answer, prompt, cached, tokens, int(milliseconds(max(0.0, self.took_s))), came)
 
 
 class Payment:
     """Of one request that a peer may take; to be ended exactly once, by `end`."""
 
-    def __init__(self, ledger: ChannelLedger, peer: str, terms: Terms, most: int) -> None:
-        self.peer, self.terms, self.most = peer, terms, most
+    def __init__(self, ledger: ChannelLedger, peer: str, id: int, terms: Terms, most: int) -> None:
+        self.peer, self.id, self.terms, self.most = peer, id, terms, most
         self.refused = False  # the peer said that it does not take it
         self._ledger, self._digest, self._bytes = ledger, sha256(), 0
 
     @property
     def header(self) -> str:
         """ESCROW, as it goes to the peer."""
-        return f"{self.terms.id} {self.terms.amount} {self.terms.price}"
+        return f"v{VERSION} {self.id} {self.terms.amount}"
 
     def feed(self, chunk: bytes) -> None:
         """Some of the answer's body came."""
         self._digest.update(chunk)
         self._bytes += len(chunk)
 
-    def end(self, tokens: int = 0, whole: bool = False) -> int:
-        """It is over: pay for the tokens that came, and whether that was all. Returns micro-credits."""
+    def end(self, promise: Promise | None = None, came: Came | None = None) -> int:
+        """It is over: pay for what came, by the peer's promise; None if it made none. Returns micro-credits."""
         if self.refused:
-            self._ledger.free(self.peer, self.terms.id)
+            self._ledger.free(self.peer, self.id)
             return 0
-        tokens = min(tokens, self.most)
-        came = WHOLE if whole else PART if tokens > 0 else NOTHING
         answer = self._digest.hexdigest() if self._bytes else ""
-        return self._ledger.settle(self.peer, self.terms.id, answer, tokens, self.most, came)
+        served = came.served(answer, self.terms, self.most) if came is not None else NOTHING_CAME
+        return self._ledger.settle(self.peer, self.id, promise, served, self.most)
 
 
 class Delivery:
     """Of one request of a peer that was taken; to be ended exactly once, by `end`."""
 
-    def __init__(self, ledger: ChannelLedger, peer: str, terms: Terms, most: int) -> None:
-        self._ledger, self._peer, self._id, self._most = ledger, peer, terms.id, most
+    def __init__(self, ledger: ChannelLedger, peer: str, id: int, terms: Terms) -> None:
+        self._ledger, self._peer, self._id, self._terms = ledger, peer, id, terms
+        self._most = most_of(ledger.payment, terms)
 
-    def end(self, answer: str, tokens: int, whole: bool) -> None:
-        """It is over: `answer` is the digest of what was sent, "" for nothing, and how many tokens it has."""
-        came = NOTHING if not answer else WHOLE if whole else PART
-        self._ledger.delivered(self._peer, self._id, answer, min(tokens, self._most) if answer else 0, came)
+    def end(self, answer: str, came: Came) -> None:
+        """It is over: `answer` is the digest of what was sent, "" for nothing."""
+        came = came if answer else came._replace(tokens=0)
+        self._ledger.delivered(self._peer, self._id, came.served(answer, self._terms, self._most))
 
 
 class Accounts:
     """A node's peer_stats in credit."""
 
-    def __init__(self, ledger: ChannelLedger, pricing: int, send: SendTo) -> None:
-        self.ledger, self.pricing, self.send = ledger, pricing, send
-        self.prices: deque[int] = deque(maxlen=PRICES_KEPT)
+    def __init__(self, ledger: ChannelLedger, send: SendTo) -> None:
+        self.ledger, self.send = ledger, send
+        self.tariffs: deque[Tariff] = deque(maxlen=TARIFFS_KEPT)
         self.rejected = 0  # messages and requests that the ledger did not take
         self._urgent = asyncio.Event()
         self._busy: set[str] = set()
@@ -99,14 +121,11 @@ class Accounts:
 
     # Requests of own users.
 
-    def needs(self, price: int, most: int) -> int:
-        """What is escrowed for a request of at most `most` tokens, micro-credits."""
-        return price_of(self.pricing, price, most)
-
-    async def escrow(self, peer: str, price: int, most: int, body: bytes) -> Payment:
-        """Put credit in escrow for a request, durably. Raises LedgerError or Full."""
-        terms = self.ledger.lock(peer, self.needs(price, most), digest(body), price)
-        payment = Payment(self.ledger, peer, terms, most)
+    async def escrow(self, peer: str, tariff: Tariff, prompt: int, most: int, body: bytes) -> Payment:
+        """Put credit in escrow for a request of `prompt` tokens and at most `most` of an answer, durably. Raises
+        LedgerError or Full."""
+        terms = Terms(tariff, prompt, int(price_of(self.ledger.payment, np.array(tariff), prompt, 0, most)))
+        payment = Payment(self.ledger, peer, self.ledger.lock(peer, terms, digest(body)), terms, most)
         if self.ledger.available(peer) < self.ledger.exposure // 2:
             self._urgent.set()
         try:
@@ -119,30 +138,33 @@ class Accounts:
 
     # Requests of peers.
 
-    def posted(self, price: float) -> None:
-        """The price in force from now on, credits."""
-        self.prices.append(round(price * MICRO))
+    def advertised(self, tariff: Tariff) -> None:
+        """The tariff in force from now on."""
+        self.tariffs.append(tariff)
 
-    def take(self, peer: str, header: bytes, body: bytes, most: int | None) -> Terms:
-        """Take a peer's request, by its header ESCROW, that may get `most` tokens (None: as many as the model writes).
-
-        Raises LedgerError or Full.
-        """
+    def offered(self, header: bytes, tariff: Tariff, prompt: int, most: int | None) -> tuple[int, Terms]:
+        """Id and terms of a request that a peer offers, by its header ESCROW: for at most `most` tokens (None: as many
+        as the model writes) after a prompt, at a tariff that was advertised lately. Raises LedgerError."""
         words = header.split()
-        if len(words) != 3 or not all(each.isdigit() and len(each) < 18 for each in words):
-            raise LedgerError(f"the header {ESCROW} is not ID AMOUNT PRICE")
-        terms = Terms(*map(int, words))
-        if self.prices and terms.price < min(self.prices):
-            raise LedgerError(f"{terms.price} micro-credits are less than the price, {min(self.prices)}")
-        if self.pricing == PER_KTOK and (most is None or most > most_of(self.pricing, terms)):
+        numbers = words[1:]
+        if len(words) != 3 or not all(each.isdigit() and len(each) < 18 for each in numbers):
+            raise LedgerError(f"the header {ESCROW} is not v{VERSION} ID AMOUNT")
+        if words[0] != b"v%d" % VERSION:
+            other = words[0].decode("latin-1") if words[0].startswith(b"v") else "v1"
+            raise LedgerError(f"it is of version {other} of the ledger's statements, expected v{VERSION}")
+        id, amount = map(int, numbers)
+        terms, per_request = Terms(tariff, prompt, amount), self.ledger.payment == PER_REQUEST
+        if not per_request and tariff not in self.tariffs:
+            raise LedgerError(f"the tariff {tariff} is none that was advertised lately")
+        if (most is None and not per_request) or (most or 0) > most_of(self.ledger.payment, terms):
             wanted = "any number of" if most is None else most
-            raise LedgerError(f"{terms.amount} micro-credits in escrow do not pay {wanted} tokens")
-        self.ledger.take(peer, terms, digest(body))
-        return terms
+            raise LedgerError(f"{amount} micro-credits in escrow do not pay {wanted} tokens")
+        return id, terms
 
-    def delivery(self, peer: str, terms: Terms) -> Delivery:
-        """Of a request that was taken."""
-        return Delivery(self.ledger, peer, terms, most_of(self.pricing, terms))
+    def take(self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise) -> Delivery:
+        """Take a request that was `offered`, with a promise. Raises LedgerError or Full."""
+        self.ledger.take(peer, id, terms, digest(body), promise)
+        return Delivery(self.ledger, peer, id, terms)
 
     # Messages.
 
@@ -262,8 +284,3 @@ class Accounts:
             "exposed": channel.exposed / MICRO, "paid": channel.total / MICRO, "earned": channel.paid_total / MICRO,
             "unacknowledged": channel.number - channel.acked, "short": channel.short / MICRO,
         }  # fmt: skip
-
-
-def most_of(pricing: int, terms: Terms) -> int:
-    """The longest answer that what is in escrow could pay, tokens."""
-    return terms.amount * 1000 // max(terms.price, 1) if pricing else 1 << 31

@@ -20,7 +20,7 @@ from wwwserve.serving.ledger.channel import (
     Stated,
     Vouched,
 )
-from wwwserve.serving.ledger.journal import GENESIS, SqliteJournal, chained
+from wwwserve.serving.ledger.journal import GENESIS, Journal, SqliteJournal, chained
 from wwwserve.serving.ledger.stakes import decode as decode_stake
 from wwwserve.serving.ledger.statements import State, StatementError, check, decode
 
@@ -41,14 +41,15 @@ def audit(path: Path) -> Audit:
     """Replay a journal with every check. Raises serving.ledger.journal.JournalError for a file that is none."""
     journal = SqliteJournal(path, read_only=True)
     try:
-        return _audit(journal)
+        return audit_entries(journal, journal.owner, journal.damage())
     finally:
         journal.close()
 
 
-def _audit(journal: SqliteJournal) -> Audit:
-    books, problems = Books(journal.owner), journal.damage()
-    found = Audit(journal.owner, 0, books, problems, {}, {}, {})
+def audit_entries(journal: Journal, owner: str, problems: list[str]) -> Audit:
+    """Replay the journal of `owner` with every check; `problems` are those of what it is kept in."""
+    books = Books(owner)
+    found = Audit(owner, 0, books, problems, {}, {}, {})
     snapshot = journal.snapshot()
     digest, due = GENESIS, 1
     for number, body, written in journal.entries():
@@ -111,8 +112,8 @@ def _check_sums(books: Books, kept: dict[str, Any]) -> Iterator[str]:
         balance = channel.balance(peer)
         if min(balance[2:]) < 0 or sum(balance[2:]) != balance.opened:
             yield f"channel with {peer}: credit is not conserved: {balance}"
-        locked = sum(each.amount for each in channel.open.values())
-        taken = sum(each.amount for each in channel.taken.values())
+        locked = sum(each.terms.amount for each in channel.open.values())
+        taken = sum(each.terms.amount for each in channel.taken.values())
         if (locked, taken) != (channel.accounts[OWN, ESCROW], channel.accounts[PEER, ESCROW]):
             yield f"channel with {peer}: what is in escrow is not what is locked for its requests"
         own = channel.opening.amounts(books.owner)[0] - channel.total + channel.paid_total

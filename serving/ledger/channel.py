@@ -14,17 +14,19 @@ from wwwserve.agents.kernel import Ints
 from wwwserve.agents.protocol import ACCOUNT_SIZE, ESCROW, FREE, lock, settle
 from wwwserve.serving.ledger.journal import Balance
 from wwwserve.serving.ledger.statements import (
+    MOST_AMOUNT,
     NOTHING,
-    PART,
-    WHOLE,
     Opening,
     Receipt,
+    Served,
     Signed,
     State,
     StatementError,
     Struct,
+    Terms,
     link,
 )
+from wwwserve.serving.market import Promise
 
 OWN, PEER = 0, 1  # rows of a channel's accounts
 STAKE = '{"type":"stake"'  # begins what says what a node stakes, not who lost some
@@ -45,13 +47,12 @@ class Opened(Struct, frozen=True, tag="open"):
 
 
 class Locked(Struct, frozen=True, tag="lock"):
-    """A request goes to the peer, with so much in escrow for it."""
+    """A request goes to the peer, on terms, the amount in escrow."""
 
     peer: str
     id: int
-    amount: int
     request: str  # digest of its body
-    price: int
+    terms: Terms
 
 
 class Freed(Struct, frozen=True, tag="free"):
@@ -89,13 +90,13 @@ class Acked(Struct, frozen=True, tag="ack"):
 
 
 class Taken(Struct, frozen=True, tag="take"):
-    """A request of the peer was taken."""
+    """A request of the peer was taken, with a promise."""
 
     peer: str
     id: int
-    amount: int
     request: str
-    price: int
+    terms: Terms
+    promise: Promise
 
 
 class Delivered(Struct, frozen=True, tag="deliver"):
@@ -103,9 +104,7 @@ class Delivered(Struct, frozen=True, tag="deliver"):
 
     peer: str
     id: int
-    answer: str  # digest of what was sent; "" for nothing
-    tokens: int
-    came: str
+    served: Served
 
 
 class Credited(Struct, frozen=True, tag="credit"):
@@ -238,10 +237,10 @@ class Books:
 
     def _locked(self, event: Locked) -> None:
         channel = self.channel(event.peer)
-        if event.id != channel.asked + 1 or event.amount < 0 or event.price < 0:
-            raise LedgerError(f"request {event.id} does not follow {channel.asked}, or costs less than nothing")
-        if not lock(channel.accounts[OWN], event.amount):
-            raise LedgerError(f"{event.amount} micro-credits are more than is free with {event.peer}")
+        if event.id != channel.asked + 1 or not event.terms.possible():
+            raise LedgerError(f"request {event.id} does not follow {channel.asked}, or its terms cannot be")
+        if not lock(channel.accounts[OWN], event.terms.amount):
+            raise LedgerError(f"{event.terms.amount} micro-credits are more than is free with {event.peer}")
         channel.asked = event.id
         channel.open[event.id] = event
 
@@ -250,23 +249,23 @@ class Books:
         locked = channel.open.pop(event.id, None)
         if locked is None:
             raise LedgerError(f"request {event.id} is not with {event.peer}")
-        settle(channel.accounts[OWN], channel.accounts[PEER], locked.amount, 0)
+        settle(channel.accounts[OWN], channel.accounts[PEER], locked.terms.amount, 0)
 
     def _settled(self, event: Settled) -> None:
         channel, receipt = self.channel(event.peer), event.receipt
         locked = channel.open.get(receipt.id)
         if locked is None:
             raise LedgerError(f"request {receipt.id} is not with {event.peer}")
-        claimed = (receipt.request, receipt.price, receipt.locked)
-        if claimed != (locked.request, locked.price, locked.amount) or not 0 <= receipt.due <= locked.amount:
+        amount = locked.terms.amount
+        if (receipt.request, receipt.terms) != (locked.request, locked.terms) or not 0 <= receipt.due <= amount:
             raise LedgerError(f"the receipt of request {receipt.id} is not of what was asked, or pays more")
         _check_receipt(receipt)
         del channel.open[receipt.id]
-        settle(channel.accounts[OWN], channel.accounts[PEER], locked.amount, receipt.due)
+        settle(channel.accounts[OWN], channel.accounts[PEER], amount, receipt.due)
         channel.number, channel.total = channel.number + 1, channel.total + receipt.due
         channel.head = link(channel.head, receipt)
         channel.unacked.append(receipt)
-        channel.unacked_locked += locked.amount
+        channel.unacked_locked += amount
 
     def _vouched(self, event: Vouched) -> None:
         channel = self.channel(event.peer)
@@ -282,14 +281,14 @@ class Books:
             raise LedgerError(f"{event.peer} acknowledges receipt {event.number} of {channel.number}")
         acked, channel.unacked = channel.unacked[:count], channel.unacked[count:]
         channel.acked = event.number
-        channel.unacked_locked -= sum(receipt.locked for receipt in acked)
+        channel.unacked_locked -= sum(receipt.terms.amount for receipt in acked)
 
     def _taken(self, event: Taken) -> None:
         channel = self.channel(event.peer)
-        if event.id in channel.taken or event.id <= 0 or event.amount < 0 or event.price < 0:
-            raise LedgerError(f"request {event.id} of {event.peer} is here already, or costs less than nothing")
-        if not lock(channel.accounts[PEER], event.amount):
-            raise LedgerError(f"{event.amount} micro-credits are more than {event.peer} has free")
+        if event.id in channel.taken or event.id <= 0 or not event.terms.possible():
+            raise LedgerError(f"request {event.id} of {event.peer} is here already, or its terms cannot be")
+        if not lock(channel.accounts[PEER], event.terms.amount):
+            raise LedgerError(f"{event.terms.amount} micro-credits are more than {event.peer} has free")
         channel.taken_id = max(channel.taken_id, event.id)
         channel.taken[event.id] = event
 
@@ -306,10 +305,10 @@ class Books:
         for receipt in event.receipts:
             _check_receipt(receipt)
             taken = channel.taken.get(receipt.id)
-            locked = taken.amount if taken is not None else receipt.due
+            locked = taken.terms.amount if taken is not None else receipt.due
             if taken is None and not lock(peer, receipt.due):  # it was sent again after we had lost it
                 raise LedgerError(f"{receipt.due} micro-credits are more than {event.peer} has free")
-            if taken is not None and (receipt.request, receipt.price) != (taken.request, taken.price):
+            if taken is not None and not _is_of(receipt, taken):
                 raise LedgerError(f"the receipt of request {receipt.id} is not of what was taken")
             if not 0 <= receipt.due <= locked:
                 raise LedgerError(f"the receipt of request {receipt.id} pays {receipt.due} of {locked}")
@@ -339,8 +338,18 @@ class Books:
         self.statements.append(event.statement)
 
 
+def _is_of(receipt: Receipt, taken: Taken) -> bool:
+    """Whether a receipt is of what was taken: the same terms, and if anything is paid or came, the promise made."""
+    if (receipt.request, receipt.terms) != (taken.request, taken.terms):
+        return False
+    return receipt.promise == taken.promise or (receipt.promise is None and receipt.served.came == NOTHING)
+
+
 def _check_receipt(receipt: Receipt) -> None:
-    if receipt.came not in (WHOLE, PART, NOTHING) or receipt.tokens < 0 or receipt.due < 0:
+    served = receipt.served
+    if not (served.possible() and receipt.terms.possible() and 0 <= receipt.due <= MOST_AMOUNT):
         raise LedgerError(f"the receipt of request {receipt.id} is none")
-    if receipt.came == NOTHING and receipt.due:
+    if served.prompt > receipt.terms.prompt:
+        raise LedgerError(f"the receipt of request {receipt.id} has a longer prompt than was agreed")
+    if served.came == NOTHING and receipt.due:
         raise LedgerError(f"the receipt of request {receipt.id} pays {receipt.due} for nothing")

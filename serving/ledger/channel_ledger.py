@@ -11,8 +11,19 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import msgspec
+import numpy as np
 
-from wwwserve.agents.protocol import ESCROW, FREE, MICRO, price_of, price_of_part, room
+from wwwserve.agents.protocol import (
+    ESCROW,
+    FREE,
+    MICRO,
+    PER_REQUEST,
+    available_credit,
+    due_after,
+    milliseconds,
+    price_of,
+    price_of_part,
+)
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.channel import (
     OWN,
@@ -37,32 +48,31 @@ from wwwserve.serving.ledger.stakes import Conflict, Slash, Stake, Staked, Stake
 from wwwserve.serving.ledger.stakes import decode as decode_stake
 from wwwserve.serving.ledger.statements import (
     NOTHING,
+    NOTHING_CAME,
     PART,
+    VERSION,
     WHOLE,
     Opening,
     Receipt,
+    Served,
     Signed,
     State,
     Struct,
+    Terms,
     Vouch,
     check,
+    check_version,
     decode,
     sign,
 )
+from wwwserve.serving.market import Promise
 
 log = logging.getLogger("wwwserve.ledger")
 
 MOST_UNACKED = 20_000  # receipts that a peer has not acknowledged, beyond which it gets no more requests
 SHORT_SHARE = 20  # part of what a peer paid that it may be short of, beside the exposure: kills and lost links happen
+UNBOUNDED = 1 << 31  # tokens
 ENDED_KEPT = 1 << 16  # ids of requests that have ended, below which none is taken
-
-
-class Terms(NamedTuple):
-    """What a request is escrowed for."""
-
-    id: int
-    amount: int  # in escrow
-    price: int
 
 
 class Grant(NamedTuple):
@@ -78,18 +88,21 @@ class Open(Struct, frozen=True, tag="open"):
 
     opening: Opening
     signature: str
+    version: int = VERSION
 
 
 class Vouching(Struct, frozen=True, tag="vouch"):
     """The payer's voucher."""
 
     vouch: Vouch
+    version: int = VERSION
 
 
 class Telling(Struct, frozen=True, tag="stakes"):
     """Statements about stake."""
 
     statements: tuple[str, ...]
+    version: int = VERSION
 
 
 class Acknowledged(Struct, frozen=True, tag="ack"):
@@ -120,13 +133,13 @@ class ChannelLedger(JournaledBooks):
 
     def __init__(
         self, identity: Identity, journal: Journal, grants: Mapping[str, Grant], funds: Mapping[str, int], *,
-        exposure: int, pricing: int,
+        exposure: int, payment: int, slack_ms: int = 0,
     ) -> None:  # fmt: skip
-        """`exposure` bounds what may be in escrow with a peer, and a peer's here. Raises StatementError or LedgerError
-        for a journal that cannot be."""
+        """`exposure` bounds what may be in escrow with a peer, and a peer's here; `slack_ms`: by how much the two sides
+        may differ on how long an answer took. Raises StatementError or LedgerError for a journal that cannot be."""
         super().__init__(identity.name, journal)
         self.identity = identity
-        self.grants, self.exposure, self.pricing = dict(grants), exposure, pricing
+        self.grants, self.exposure, self.payment, self.slack_ms = dict(grants), exposure, payment, slack_ms
         self.stakes = Stakes(funds)
         self.news: Callable[[bytes], None] = lambda statement: None  # of evidence that was found here
         self._ended: dict[str, set[int]] = {}
@@ -146,7 +159,7 @@ class ChannelLedger(JournaledBooks):
             if grant is not None and self._opening(peer, grant) != channel.opening:
                 raise LedgerError(f"the channel with {peer} was opened on other terms than those now configured")
             for id in list(channel.open):
-                self.settle(peer, id, "", 0, 1, NOTHING)
+                self.settle(peer, id, None, NOTHING_CAME, 1)
 
     # What the node pays.
 
@@ -155,53 +168,52 @@ class ChannelLedger(JournaledBooks):
         channel = self.books.channels.get(peer)
         if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED:
             return 0
-        return room(channel.accounts[OWN], channel.exposed, self.exposure)
+        return available_credit(channel.accounts[OWN], channel.exposed, self.exposure)
 
-    def lock(self, peer: str, amount: int, request: str, price: int) -> Terms:
-        """Put `amount` in escrow for a request whose body has the digest `request`.
+    def lock(self, peer: str, terms: Terms, request: str) -> int:
+        """Put in escrow what a request may cost whose body has the digest `request`. Returns its id.
 
         Raises LedgerError or Full.
         """
         self._check_writable()
         channel = self.books.channel(peer)
-        if amount > room(channel.accounts[OWN], channel.exposed, self.exposure):
-            raise LedgerError(f"{amount} micro-credits are more than may be in escrow with {peer}")
-        self._add(Locked(peer, channel.asked + 1, amount, request, price))
-        return Terms(channel.asked, amount, price)
+        if terms.amount > available_credit(channel.accounts[OWN], channel.exposed, self.exposure):
+            raise LedgerError(f"{terms.amount} micro-credits are more than may be in escrow with {peer}")
+        self._add(Locked(peer, channel.asked + 1, request, terms))
+        return channel.asked
 
     def free(self, peer: str, id: int) -> None:
         """The peer did not take it."""
         self._add(Freed(peer, id))
 
-    def settle(self, peer: str, id: int, answer: str, tokens: int, most: int, came: str) -> int:
-        """The peer had it, and it has ended: `tokens` of at most `most` came of an answer with the digest `answer`.
-        Returns what is paid."""
+    def settle(self, peer: str, id: int, promise: Promise | None, served: Served, most: int) -> int:
+        """The peer had it, and it has ended: with its promise, what came of at most `most` tokens. Returns what is
+        paid."""
         locked = self.books.channel(peer).open.get(id)
         if locked is None:
             raise LedgerError(f"request {id} is not with {peer}")
-        due = min(locked.amount, due_of(self.pricing, locked.price, tokens, most, came))
-        receipt = Receipt(id, locked.request, answer, tokens, locked.price, locked.amount, due, came)
-        self._add(Settled(peer, receipt))
+        due = due_of(self.payment, locked.terms, promise, served, most)
+        self._add(Settled(peer, Receipt(id, locked.request, locked.terms, promise, served, due)))
         return due
 
     # What the node earns.
 
-    def take(self, peer: str, terms: Terms, request: str) -> None:
-        """Take a peer's request. Raises LedgerError, or Full while nothing can be written."""
+    def take(self, peer: str, id: int, terms: Terms, request: str, promise: Promise) -> None:
+        """Take a peer's request, with a promise. Raises LedgerError, or Full while nothing can be written."""
         self._check_writable()
         channel = self.books.channel(peer)
         if channel.short > self.exposure + channel.paid_total // SHORT_SHARE:
             raise LedgerError(f"{peer} paid {channel.short} micro-credits less than it was delivered")
-        if terms.id <= self._floor.get(peer, 0) or terms.id in self._ended.get(peer, ()):
-            raise LedgerError(f"request {terms.id} of {peer} has ended already")
-        if terms.amount > room(channel.accounts[PEER], int(channel.accounts[PEER, ESCROW]), self.exposure):
+        if id <= self._floor.get(peer, 0) or id in self._ended.get(peer, ()):
+            raise LedgerError(f"request {id} of {peer} has ended already")
+        if terms.amount > available_credit(channel.accounts[PEER], int(channel.accounts[PEER, ESCROW]), self.exposure):
             raise LedgerError(f"{terms.amount} micro-credits are more than {peer} may have in escrow here")
-        self._add(Taken(peer, terms.id, terms.amount, request, terms.price))
+        self._add(Taken(peer, id, request, terms, promise))
 
-    def delivered(self, peer: str, id: int, answer: str, tokens: int, came: str) -> None:
+    def delivered(self, peer: str, id: int, served: Served) -> None:
         """A peer's request has ended here. A request whose payment came before its end is left as it was paid."""
         if id in self.books.channel(peer).taken:
-            self._add(Delivered(peer, id, answer, tokens, came))
+            self._add(Delivered(peer, id, served))
 
     # Messages.
 
@@ -236,6 +248,7 @@ class ChannelLedger(JournaledBooks):
 
     async def received(self, peer: str, body: bytes) -> bytes:
         """A message of a peer came; returns the answer. Raises StatementError, LedgerError, Full."""
+        check_version(body)
         message: Message = decode(body, Message)
         if isinstance(message, Open):
             answer = await self._on_open(peer, message)
@@ -309,13 +322,14 @@ class ChannelLedger(JournaledBooks):
             self.news(slash)
 
     def _compare(self, peer: str, channel: Channel, receipts: tuple[Receipt, ...]) -> list[Noted]:
-        """Evidence of receipts that pay less than what was delivered to the end."""
+        """Evidence of receipts that pay less than what was delivered to the end, in the time that it took at most."""
         notes = []
         for receipt in receipts:
             delivered, taken = channel.delivered.get(receipt.id), channel.taken.get(receipt.id)
-            if delivered is None or taken is None or delivered.came != WHOLE:
+            if delivered is None or taken is None or delivered.served.came != WHOLE:
                 continue
-            due = min(taken.amount, price_of(self.pricing, taken.price, delivered.tokens))
+            latest = msgspec.structs.replace(delivered.served, took_ms=delivered.served.took_ms + self.slack_ms)
+            due = due_of(self.payment, taken.terms, taken.promise, latest, latest.tokens)
             if receipt.due < due:
                 both = msgspec.json.encode((delivered, receipt)).decode()
                 notes.append(Noted(peer, "short", both, due - receipt.due))
@@ -394,11 +408,29 @@ class ChannelLedger(JournaledBooks):
         return sum(int(channel.accounts[OWN, FREE]) for channel in self.books.channels.values())
 
 
-def due_of(pricing: int, price: int, tokens: int, most: int, came: str) -> int:
-    """What is due for what came of an answer, micro-credits."""
-    if came == NOTHING:
+# In Python's integers, as no bound on price and promise holds for the product of the two.
+_due_after = getattr(due_after, "py_func", due_after)
+
+
+def due_of(payment: int, terms: Terms, promise: Promise | None, served: Served, most: int) -> int:
+    """What is due for what came of an answer of at most `most` tokens, micro-credits."""
+    if served.came == NOTHING or promise is None:
         return 0
-    return price_of(pricing, price, tokens) if came == WHOLE else price_of_part(pricing, price, tokens, most)
+    what = payment, np.array(terms.tariff), served.prompt, served.cached, served.tokens
+    price = int(price_of(*what) if served.came == WHOLE else price_of_part(*what, most))
+    promised_ms = int(milliseconds(promise.ttft_s + promise.tpot_s * (served.tokens - 1)))
+    return min(terms.amount, _due_after(payment, price, promised_ms, served.took_ms))
+
+
+def most_of(payment: int, terms: Terms) -> int:
+    """The longest answer that what is in escrow pays after the prompt, tokens; -1 if it does not even pay that."""
+    if payment == PER_REQUEST:
+        return UNBOUNDED if terms.amount >= MICRO else -1
+    given, _, output = terms.tariff
+    left = 1000 * (terms.amount + 1) - 1 - given * terms.prompt  # prices are rounded down
+    if left < 0:
+        return -1
+    return left // output if output else UNBOUNDED
 
 
 def micro(credits: float) -> int:
@@ -406,4 +438,16 @@ def micro(credits: float) -> int:
     return round(credits * MICRO)
 
 
-__all__ = ["NOTHING", "PART", "WHOLE", "ChannelLedger", "Full", "Grant", "LedgerError", "State", "Terms"]
+__all__ = [
+    "NOTHING",
+    "PART",
+    "WHOLE",
+    "ChannelLedger",
+    "Full",
+    "Grant",
+    "LedgerError",
+    "Promise",
+    "Served",
+    "State",
+    "Terms",
+]  # fmt: skip

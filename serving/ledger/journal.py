@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-FORMAT = 1
+FORMAT = 2
 GENESIS = b"\0" * 32  # digest before the first entry
 BUSY_S = 5.0
 

@@ -12,9 +12,17 @@ from typing import Any
 
 import msgspec
 
+from wwwserve.agents.protocol import MICRO
+from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.http.keys import Identity, SignatureError, tagged, verify
+from wwwserve.serving.market import Promise, Tariff
 
+VERSION = 2  # of what is stated; another one is not taken
 WHOLE, PART, NOTHING = "whole", "part", "nothing"  # how much of an answer came
+MOST_TOKENS = 1 << 30  # of one request, so that prices stay in 64 bits
+MOST_MS = 1 << 40
+MOST_AMOUNT = 10**18  # micro-credits
+MOST_PRICE = int(MAX_TARIFF) * MICRO
 
 
 class StatementError(ValueError):
@@ -43,17 +51,50 @@ class Opening(Struct, frozen=True):
         return (self.amount_a, self.amount_b) if name == self.a else (self.amount_b, self.amount_a)
 
 
+class Terms(Struct, frozen=True):
+    """What a request is handed over for, as its origin signs it."""
+
+    tariff: Tariff  # of the payee's advert
+    prompt: int  # tokens, beyond which none are paid
+    amount: int  # in escrow
+
+    def possible(self) -> bool:
+        """Whether it can be one."""
+        amounts = 0 <= self.prompt <= MOST_TOKENS and 0 <= self.amount <= MOST_AMOUNT
+        return amounts and all(0 <= price <= MOST_PRICE for price in self.tariff)
+
+
+class Served(Struct, frozen=True):
+    """What came of a request, as one of the two saw it."""
+
+    answer: str  # digest of what came of the answer; "" for nothing
+    prompt: int  # tokens that are paid,
+    cached: int  # and of them those that the payee's engine had in its prefix cache
+    tokens: int  # of the answer that came
+    took_ms: int  # from the acceptance to the end of the answer
+    came: str  # WHOLE, PART or NOTHING
+
+    def possible(self) -> bool:
+        """Whether it can be what came."""
+        counts = (self.prompt, self.cached, self.tokens)
+        return (
+            self.came in (WHOLE, PART, NOTHING) and all(0 <= each <= MOST_TOKENS for each in counts)
+            and self.cached <= self.prompt and 0 <= self.took_ms <= MOST_MS
+        )  # fmt: skip
+
+
+NOTHING_CAME = Served("", 0, 0, 0, 0, NOTHING)
+
+
 class Receipt(Struct, frozen=True):
     """One request of a payer that has ended."""
 
     id: int  # of the request, ascending in a chain's channel
     request: str  # digest of its body
-    answer: str  # digest of what came of the answer; "" for nothing
-    tokens: int  # that came
-    price: int  # for a request or 1000 tokens, as the channel's market has it
-    locked: int  # was in escrow for it
+    terms: Terms
+    promise: Promise | None  # of the payee, from when the payer heard it; None if none came
+    served: Served
     due: int  # is paid, at most what was in escrow
-    came: str  # WHOLE, PART or NOTHING
 
 
 class State(Struct, frozen=True):
@@ -81,6 +122,20 @@ class Vouch(Struct, frozen=True):
     voucher: Signed
     first: int
     receipts: tuple[Receipt, ...]
+
+
+class _Versioned(msgspec.Struct):
+    version: int = 1
+
+
+def check_version(content: bytes) -> None:
+    """Raises StatementError for a message of another version of what is stated."""
+    try:
+        version = msgspec.json.decode(content, type=_Versioned).version
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise StatementError(f"not what it should be: {error}") from None
+    if version != VERSION:
+        raise StatementError(f"it is of version {version} of the ledger's statements, expected {VERSION}")
 
 
 def digest(content: bytes) -> str:

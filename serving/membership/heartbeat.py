@@ -18,22 +18,25 @@ from typing import Protocol
 
 import msgspec
 
+from wwwserve.agents.classes import MAX_CLASSES
 from wwwserve.agents.knowledge import (
+    AD_CONTEXT,
     AD_HELD,
     AD_KV_CAPACITY,
     AD_KV_TOKENS,
     AD_MAX_NUM_SEQS,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
-    AD_PRICE,
     AD_RUNNING,
     AD_STAKE,
+    AD_TARIFF,
     AD_TIME_S,
     AD_WAITING,
     AD_WEIGHT_S,
     ADVERT_SIZE,
-    MAX_CLASSES,
 )
+from wwwserve.agents.protocol import CACHED_INPUT, INPUT, TARIFF_SIZE
+from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.http.keys import NAME_CHARS, SIGNATURE_BYTES, Identity, tagged, verify
 from wwwserve.serving.http.messages import Refused, check_time
 from wwwserve.serving.http.transport import Transport
@@ -67,7 +70,8 @@ _URL = re.compile(r"https?://[!-~]+")
 _COUNT, _TOKENS, _MEAN, _CREDITS, _DURATION = (0.0, 1e6), (0.0, 1e10), (0.1, 1e7), (0.0, 1e9), (1e-14, 1e4)
 _RANGES: dict[int, tuple[float, float]] = {  # of each column, see agents.knowledge
     AD_TIME_S: (-1e12, 1e12), AD_RUNNING: _COUNT, AD_WAITING: _COUNT, AD_KV_TOKENS: _TOKENS,
-    AD_MEAN_PROMPT: _MEAN, AD_MEAN_OUTPUT: _MEAN, AD_PRICE: _CREDITS, AD_STAKE: _CREDITS,
+    AD_MEAN_PROMPT: _MEAN, AD_MEAN_OUTPUT: _MEAN, AD_CONTEXT: _TOKENS, AD_STAKE: _CREDITS,
+    **{AD_TARIFF + k: (0.0, MAX_TARIFF) for k in range(TARIFF_SIZE)},
     **{AD_HELD + k: _COUNT for k in range(MAX_CLASSES)},
     **{column: _DURATION for column in range(AD_WEIGHT_S, AD_KV_CAPACITY)},
     AD_WEIGHT_S: (1e-7, 1e4), AD_KV_CAPACITY: (1.0, 1e10), AD_MAX_NUM_SEQS: (1.0, 1e6),
@@ -106,6 +110,9 @@ def decode(body: bytes) -> Advert:
     for column, (least, most) in _RANGES.items():
         if not least <= advert.load[column] <= most:  # nor is NaN
             raise Refused("malformed", f"load[{column}] is {advert.load[column]}, expected {least:g} to {most:g}")
+    cached, given = advert.load[AD_TARIFF + CACHED_INPUT], advert.load[AD_TARIFF + INPUT]
+    if cached > given:  # what is in escrow, at the price of input, would not pay it
+        raise Refused("malformed", f"cached input is at {cached}, expected at most {given}, the price of input")
     if not (_URL.fullmatch(advert.url) and len(advert.url) <= MOST_URL):
         raise Refused("malformed", f"url is {advert.url[:80]!r}, expected http:// or https:// and printable ASCII")
     if not (advert.label.isprintable() and len(advert.label) <= MOST_LABEL):

@@ -13,31 +13,36 @@ from wwwserve.agents.protocol import (
     FREE,
     MICRO,
     NO_BOUND,
+    PAYMENTS,
     STAKED,
+    available_credit,
     lock,
     move_stake,
     price_of,
-    room,
     settle,
 )
 from wwwserve.envs.scenario import Scenario
 from wwwserve.eval.live.simulation.loop import VirtualLoop
+from wwwserve.serving.ledger.accounts import Came
 from wwwserve.serving.ledger.channel import LedgerError
-from wwwserve.serving.ledger.channel_ledger import Terms
+from wwwserve.serving.ledger.channel_ledger import due_of
+from wwwserve.serving.ledger.statements import Terms
+from wwwserve.serving.market import Promise, Tariff
 
 
 class Bank:
     """The accounts of all."""
 
-    def __init__(self, loop: VirtualLoop, scenario: Scenario, pricing: int, names: list[str]) -> None:
+    def __init__(self, loop: VirtualLoop, scenario: Scenario, names: list[str]) -> None:
         economy, count = scenario.economy, len(names)
-        self.loop, self.pricing, self.names = loop, pricing, names
+        self.loop, self.payment, self.names = loop, PAYMENTS.index(economy.payment), names
         self.exposure = NO_BOUND if economy.exposure is None else round(economy.exposure * MICRO)
         self.accounts = np.zeros((count, ACCOUNT_SIZE), np.int64)
         for i, provider in enumerate(scenario.providers):
             credit = economy.initial_credit if provider.initial_credit is None else provider.initial_credit
             stake = economy.initial_stake if provider.initial_stake is None else provider.initial_stake
             self.accounts[i, FREE], self.accounts[i, STAKED] = round(credit * MICRO), round(stake * MICRO)
+        self.begins = self.accounts.copy()  # with what each begins
         self.locked = np.zeros((count, count), np.int64)  # of each, for each
         self.holders = [IdealAccounts(self, i) for i in range(count)]
 
@@ -50,20 +55,20 @@ class Bank:
 class Payment:
     """What is in escrow for one request; a `serving.ledger.accounts.Payment`."""
 
-    def __init__(self, bank: Bank, payer: int, payee: int, amount: int, price: int) -> None:
-        self.refused = False
-        self.header = f"0 {amount} {price}"
-        self._bank, self._payer, self._payee, self._amount, self._price = bank, payer, payee, amount, price
+    def __init__(self, bank: Bank, payer: int, payee: int, terms: Terms, most: int) -> None:
+        self.refused, self.header = False, "of a bank"
+        self._bank, self._payer, self._payee, self._terms, self._most = bank, payer, payee, terms, most
 
     def feed(self, chunk: bytes) -> None:
         """See `serving.ledger.accounts.Payment`."""
 
-    def end(self, tokens: int = 0, whole: bool = False) -> int:
+    def end(self, promise: Promise | None = None, came: Came | None = None) -> int:
         """See `serving.ledger.accounts.Payment`; what is not whole is not paid."""
-        bank, payer, payee = self._bank, self._payer, self._payee
-        due = price_of(bank.pricing, self._price, tokens) if whole and tokens and not self.refused else 0
-        paid = settle(bank.accounts[payer], bank.accounts[payee], self._amount, due)
-        bank.locked[payer, payee] -= self._amount
+        bank, payer, payee, amount, due = self._bank, self._payer, self._payee, self._terms.amount, 0
+        if came is not None and came.whole and not self.refused:
+            due = due_of(bank.payment, self._terms, promise, came.served("", self._terms, self._most), self._most)
+        paid = settle(bank.accounts[payer], bank.accounts[payee], amount, due)
+        bank.locked[payer, payee] -= amount
         bank.moved(payer, payee)
         return int(paid)
 
@@ -71,7 +76,7 @@ class Payment:
 class Delivery:
     """A `serving.ledger.accounts.Delivery`: the origin pays, whatever its executor says."""
 
-    def end(self, answer: str, tokens: int, whole: bool) -> None:
+    def end(self, answer: str, came: Came) -> None:
         """See `serving.ledger.accounts.Delivery`."""
 
 
@@ -99,7 +104,7 @@ class _Ledger:
         if bank.exposure == NO_BOUND:
             return self.free_credit()
         exposed = int(bank.locked[i, bank.names.index(peer)])
-        return int(room(bank.accounts[i], exposed, bank.exposure))
+        return int(available_credit(bank.accounts[i], exposed, bank.exposure))
 
     def balances(self) -> list[Any]:
         """There are no channels."""
@@ -112,7 +117,7 @@ class IdealAccounts:
     def __init__(self, bank: Bank, row: int) -> None:
         self.bank, self.row = bank, row
         self.ledger = _Ledger(bank, row)
-        self.advertised: dict[str, float] = {}  # stake of each peer, credits, as it said last
+        self.stakes_said: dict[str, float] = {}  # stake of each peer, credits, as it said last
         self._restaked_s: float | None = None
 
     @property
@@ -124,24 +129,24 @@ class IdealAccounts:
         """See `serving.ledger.accounts.Accounts`."""
         await asyncio.get_running_loop().create_future()
 
-    async def escrow(self, peer: str, price: int, most: int, body: bytes) -> Payment:
+    async def escrow(self, peer: str, tariff: Tariff, prompt: int, most: int, body: bytes) -> Payment:
         """See `serving.ledger.accounts.Accounts`."""
-        amount = int(price_of(self.bank.pricing, price, most))
+        amount = int(price_of(self.bank.payment, np.array(tariff), prompt, 0, most))
         payee = self.bank.names.index(peer)
         if not lock(self.account, amount):
             raise LedgerError(f"{amount} micro-credits are not there")
         self.bank.locked[self.row, payee] += amount
         self.bank.moved(self.row)
-        return Payment(self.bank, self.row, payee, amount, price)
+        return Payment(self.bank, self.row, payee, Terms(tariff, prompt, amount), most)
 
-    def posted(self, price: float) -> None:
+    def advertised(self, tariff: Tariff) -> None:
         """See `serving.ledger.accounts.Accounts`."""
 
-    def take(self, peer: str, header: bytes, body: bytes, most: int | None) -> Terms:
-        """See `serving.ledger.accounts.Accounts`."""
-        return Terms(*map(int, header.split()))
+    def offered(self, header: bytes, tariff: Tariff, prompt: int, most: int | None) -> tuple[int, Terms]:
+        """See `serving.ledger.accounts.Accounts`; the bank knows what is in escrow."""
+        return 0, Terms(tariff, prompt, 0)
 
-    def delivery(self, peer: str, terms: Terms) -> Delivery:
+    def take(self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise) -> Delivery:
         """See `serving.ledger.accounts.Accounts`."""
         return Delivery()
 
@@ -153,7 +158,7 @@ class IdealAccounts:
 
     def stake(self, peer: str) -> float:
         """See `serving.ledger.accounts.Accounts`."""
-        return self.advertised[peer]
+        return self.stakes_said[peer]
 
     async def restake(self, target: int, interval_s: float) -> float:
         """Move the stake toward `target` for the time since it was last moved; returns it, credits."""

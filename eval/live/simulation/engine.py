@@ -7,7 +7,7 @@ its answer will be, `min_tokens` or, with `ignore_eos`, `max_tokens`, and its pr
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from wwwserve.envs.engine import (
 )
 from wwwserve.eval.live.simulation.loop import VirtualLoop, current
 from wwwserve.eval.live.simulation.response import Incoming
-from wwwserve.serving.engine.adapter import DOWN_WAITING, Availability, EngineError, Load
+from wwwserve.serving.engine.adapter import DOWN_WAITING, Availability, EngineError, Load, Sent
 
 BYTES_PER_TOKEN = 4
 TEXT = "tok "  # of one token
@@ -134,6 +134,7 @@ class EngineServer:
         self.up = True
         self.answers = 200  # the status of every response; one that is no 200 is an engine's error
         self.finished = self.aborted = 0
+        self.prompt_tokens = self.output_tokens = 0  # of those finished
         self._capacity = 64
         self._make(self._capacity)
         reset_engine(self._now.engine[0], profile.row())
@@ -162,6 +163,13 @@ class EngineServer:
             used = (int(e["profile"][KV_BLOCKS]) - int(e["free_blocks"])) * BLOCK_TOKENS
             self._looked = now_s, Load(float(e["running"]), float(e["waiting"]), float(used))
         return self._looked[1]
+
+    def progress(self) -> list[tuple["Answer", int]]:
+        """The requests that run at this instant, and how many tokens of each are generated."""
+        self.load()
+        engine = self._seen.engine[0]
+        slots = engine["slots"][: int(engine["running"])].tolist()
+        return [(self._running[slot], int(self._tokens[slot])) for slot in slots]
 
     @property
     def running(self) -> int:
@@ -264,6 +272,8 @@ class EngineServer:
             answer = self._running[slot]
             self._forget(answer)
             self.finished += 1
+            self.prompt_tokens += answer.prompt
+            self.output_tokens += answer.output
             answer.show(answer.output, last=True)
 
     def _set_look(self) -> None:
@@ -401,6 +411,14 @@ class SimulatedEngine(Availability):
         if not self.takes:
             return Load(float(self.profile.max_num_seqs), DOWN_WAITING, float(self.profile.kv_tokens))
         return self.server.load()
+
+    def progress(self, there: Collection[Sent], now_s: float) -> Iterator[tuple[Sent, float]]:
+        """See `serving.engine.adapter.Engine`; exact, whether an answer is streamed or not."""
+        by_answer = {id(sent.exchange): sent for sent in there}
+        for answer, tokens in self.server.progress():
+            sent = by_answer.get(id(answer))
+            if sent is not None:
+                yield sent, float(tokens)
 
     def sent(self, prompt: int) -> None:
         """See `serving.engine.adapter.Engine`."""

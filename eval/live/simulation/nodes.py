@@ -12,14 +12,15 @@ from typing import Literal, NamedTuple, cast
 import orjson
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from wwwserve.agents.classes import CLASS_MAX
 from wwwserve.agents.generator import make_generators
 from wwwserve.agents.knowledge import AD_STAKE
-from wwwserve.agents.protocol import MICRO, PER_KTOK, PER_REQUEST, STAKED
+from wwwserve.agents.protocol import FREE, MICRO, NO_BOUND, STAKED, milliseconds
 from wwwserve.agents.rules import Policy
-from wwwserve.agents.view import CLASS_MAX
 from wwwserve.envs.scenario import Scenario
 from wwwserve.envs.state import MarketPlan
 from wwwserve.eval.live.simulation.bank import Bank
+from wwwserve.eval.live.simulation.disk import MemoryDisk
 from wwwserve.eval.live.simulation.engine import BYTES_PER_TOKEN, TEXT, EngineServer, SimulatedEngine
 from wwwserve.eval.live.simulation.loop import Process, VirtualLoop
 from wwwserve.eval.live.simulation.membership import Members, MemoryMembership
@@ -32,15 +33,18 @@ from wwwserve.serving.http.messages import Messages, Refusals
 from wwwserve.serving.http.routes import App
 from wwwserve.serving.http.sse import LAST_EVENT
 from wwwserve.serving.http.transport import Transport
-from wwwserve.serving.ledger.accounts import Accounts
+from wwwserve.serving.ledger.accounts import TOLERANCE_S, Accounts
+from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Grant
+from wwwserve.serving.market import Market
 from wwwserve.serving.membership.heartbeat import Advert
 from wwwserve.serving.metrics import Metrics
-from wwwserve.serving.node_provider import Market, NodeProvider
+from wwwserve.serving.node_provider import NodeProvider
 
 USERS = "users"  # as the network calls them; they are as near to a node as can be
 AHEAD_S = 1e-6  # by which what an engine generates is there before the tick at which it is looked at
 READ_TIMEOUT_S = 1e6
 MOST_BYTES = 1 << 26  # of an answer
+MOST_EXPOSURE = 10**15  # micro-credits, where there is no bound
 
 
 class Outcome(NamedTuple):
@@ -78,6 +82,8 @@ class Node:
         )  # fmt: skip
         self.dispatcher: Dispatcher
         self.provider: NodeProvider
+        self.ledger: ChannelLedger | None
+        self.disk = MemoryDisk()
         self.errors: list[BaseException] = []  # that ended its tasks, in all of its runs
 
     def boot(self) -> None:
@@ -87,36 +93,52 @@ class Node:
         process.errors = self.errors
         planned, scenario = nodes.planned, nodes.planned.scenario
         market = Market(
-            known=planned.known[row], deadlines=planned.deadlines, prices=nodes.prices,
-            per_ktok=scenario.economy.pricing == "per_ktok", rtt_s=scenario.rtt_ms / 1000,
+            known=planned.known[row], deadlines=planned.deadlines, payment=nodes.bank.payment,
+            rtt_s=scenario.rtt_ms / 1000,
             gossip_s=scenario.gossip_interval_s, tick_s=scenario.decision_interval_s,
         )  # fmt: skip
         provider = self.provider = NodeProvider(
             self.policy, planned.profiles[row], market, mean_prompt=float(planned.mean_prompt[row]),
-            mean_output=float(planned.mean_output[row]),
+            mean_output=float(planned.mean_output[row]), compute_per_ktok=scenario.economy.compute_cost_per_ktok,
         )  # fmt: skip
         record, count = provider.record, len(nodes.names)
         record["generator"] = make_generators((planned.seed, 2), count)[row]
         record["next_gossip_s"] = scenario.gossip_interval_s * (row + 1) / count
         record["advert_due"] = 1
-        holder = nodes.bank.holders[row]
-        provider.account = holder.account
-        provider.pay(holder.ledger.free_credit())
         for name in nodes.names:  # so that all have their peers in the same order
             if name != self.identity.name:
                 provider.gone(name)
-        holder.ledger.changed.update(provider.names)
-        membership = _Membership(nodes.members, self.identity.name, process, holder.advertised)
+        holder, self.ledger = nodes.bank.holders[row], self._open_ledger() if nodes.ledgers else None
+        if self.ledger is None:
+            provider.account = holder.account
+            provider.pay(holder.ledger.free_credit())
+            holder.ledger.changed.update(provider.names)
+        membership = _Membership(nodes.members, self.identity.name, process, holder.stakes_said)
         metrics = Metrics()
         messages = Messages(self.identity, membership.knows, self.host.wall_s)
         transport = nodes.network.transport(self.host.name)
         dispatcher = self.dispatcher = Dispatcher(
             self.config, provider, cast(Engine, SimulatedEngine(self.server)), membership, messages, transport, metrics,
-            self.host.url,
+            self.host.url, self.ledger,
         )  # fmt: skip
-        dispatcher.delegation.accounts = cast(Accounts, holder)
+        if self.ledger is None:
+            dispatcher.delegation.accounts = cast(Accounts, holder)
         self.host.serve(App(dispatcher, self.config, Refusals(metrics.message_refused, loop.time)))
         process.spawn(dispatcher.run())
+
+    def _open_ledger(self) -> ChannelLedger:
+        """Its ledger, from its disk: what it has by the scenario is split evenly over its channels."""
+        nodes, bank = self.nodes, self.nodes.bank
+        free, staked = ({name: int(bank.begins[k, c]) for k, name in enumerate(nodes.names)} for c in (FREE, STAKED))
+        others = [name for name in nodes.names if name != self.identity.name]
+        share = {name: amount // len(others) for name, amount in free.items()}
+        grants = {name: Grant(share[self.identity.name], share[name], "scenario") for name in others}
+        exposure = MOST_EXPOSURE if bank.exposure == NO_BOUND else bank.exposure
+        slack_ms = int(milliseconds(nodes.planned.scenario.rtt_ms / 1000 + TOLERANCE_S))
+        return ChannelLedger(
+            self.identity, self.disk.journal(self.identity.name), grants, staked, exposure=exposure,
+            payment=bank.payment, slack_ms=slack_ms,
+        )  # fmt: skip
 
 
 class Nodes:
@@ -124,13 +146,14 @@ class Nodes:
 
     def __init__(
         self, loop: VirtualLoop, planned: MarketPlan, policy_of: Callable[[int], Policy], *, seed: int = 0,
-        delay_s: Delay | None = None, loss: float = 0.0, keep_history: bool = False,
+        delay_s: Delay | None = None, loss: float = 0.0, keep_history: bool = False, ledgers: bool = False,
     ) -> None:  # fmt: skip
         """`policy_of` makes each node's policy, by its row. `delay_s` one way between nodes, by default half the
-        scenario's round trip; `loss` is the chance of a message between nodes to be lost."""
+        scenario's round trip; `loss` is the chance of a message between nodes to be lost. With `ledgers` nodes keep
+        accounts with each other, as real ones do; else a bank keeps them."""
         scenario = planned.scenario
-        economy, half_s = scenario.economy, 0.5 * (scenario.rtt_ms / 1000)
-        self.loop, self.planned = loop, planned
+        half_s = 0.5 * (scenario.rtt_ms / 1000)
+        self.loop, self.planned, self.ledgers = loop, planned, ledgers
 
         def delay(source: str, destination: str, generator: random.Random) -> float:
             if USERS in (source, destination):
@@ -140,10 +163,8 @@ class Nodes:
         self.network = MemoryNetwork(
             loop, seed=seed, delay_s=delay, loss=loss, reliable=(USERS,), keep_history=keep_history
         )
-        per_request = economy.pricing == "per_request"
-        self.prices = (1.0,) if per_request else economy.price_bins
         self.names = [_identity(row).name for row in range(len(scenario.providers))]
-        self.bank = Bank(loop, scenario, PER_REQUEST if per_request else PER_KTOK, self.names)
+        self.bank = Bank(loop, scenario, self.names)
         self.members = Members(self.network, dict(zip(self.names, (p.name for p in scenario.providers), strict=True)))
         self.nodes = [Node(self, row, policy_of(row)) for row in range(len(self.names))]
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from wwwserve.agents.decision import ADMITS, FLAT_ACTIONS, HOLD, PRICES, ROUTES, write_terms
-from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints, Singles, kernel
+from wwwserve.agents.decision import FLAT_ACTIONS, HOLD, ROUTES
+from wwwserve.agents.kernel import Bools, Bytes, Ints, Singles, kernel
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, bounds
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import Scenario, load
@@ -56,10 +57,8 @@ class MaskedDiscrete(spaces.Discrete):
 
 
 @kernel
-def _carry_out(
-    chosen: Ints, active: Bools, masks: Bytes, route: Ints, terms: Floats, price: Ints, invalid: Ints
-) -> int:
-    """Write the flat actions `chosen` [N] into `route`, `terms` and `price`; count in `invalid` [N] those masked.
+def _carry_out(chosen: Ints, active: Bools, masks: Bytes, route: Ints, markup: Ints, invalid: Ints) -> int:
+    """Write the flat actions `chosen` [N] into `route` and `markup`; count in `invalid` [N] those masked.
 
     Returns the first agent whose action does not exist, before which nothing is written; -1 if all do.
     """
@@ -67,9 +66,8 @@ def _carry_out(
         if not 0 <= chosen[i] < FLAT_ACTIONS:
             return i
     for i in range(chosen.size):
-        route[i] = chosen[i] // (ADMITS * PRICES)
-        write_terms(terms[i], chosen[i] // PRICES % ADMITS)
-        price[i] = chosen[i] % PRICES
+        route[i] = chosen[i] // MARKUPS.size
+        markup[i] = chosen[i] % MARKUPS.size
         if active[i] and masks[i, chosen[i]] == 0:
             route[i] = INVALID_ROUTE
             invalid[i] += 1
@@ -77,9 +75,9 @@ def _carry_out(
 
 
 @kernel
-def _observe(views: Views, active: Bools, prices: int, vectors: Singles, masks: Bytes) -> None:
+def _observe(views: Views, active: Bools, vectors: Singles, masks: Bytes) -> None:
     """Write the observations `vectors` [N, OBSERVATION_SIZE] and `masks` [N, FLAT_ACTIONS] of a market's first N
-    `views` [1, N]; it posts the first `prices` prices."""
+    `views` [1, N]."""
     for i in range(active.size):
         at = 0
         for node in views.nodes[0, i]:
@@ -95,10 +93,9 @@ def _observe(views: Views, active: Bools, prices: int, vectors: Singles, masks: 
         at = 0
         for route in range(ROUTES):
             is_open = views.routes[0, i, route] if active[i] else np.int8(route == HOLD)
-            for _ in range(ADMITS):
-                for price in range(PRICES):
-                    masks[i, at] = is_open if price < prices else np.int8(0)
-                    at += 1
+            for _ in range(MARKUPS.size):
+                masks[i, at] = is_open
+                at += 1
 
 
 def parallel_env(
@@ -131,21 +128,22 @@ class MarketEnv(ParallelEnv):
     is the provider's view in physical units, within `observation_bounds`: nodes, own first, then request, then self,
     each in the order of `agents.view`; feature f of node k is at k * len(NODE_FEATURES) + f.
 
-    Action: `agents.decision.encode(route, admit, price)`. The mask forbids routes that are not open and prices that
-    the scenario does not post; every admit is legal. A forbidden action becomes hold (where holding is no longer
-    allowed, the request runs here), with its own admit and the nearest price posted, and is counted. An action of an
-    agent that is not active is ignored.
+    Action: `agents.decision.encode(route, markup)`; the markup is read when an advert is due. The mask forbids routes
+    that are not open. A forbidden action becomes hold (where holding is no longer allowed, the request runs here) with
+    its own markup, and is counted. An action of an agent that is not active is ignored. A peer's request is taken when
+    its price is at least its marginal cost.
 
     Reward: credits of the step, see `envs.state.Reward`.
 
-    Info: `active`, whether the agent is asked to decide; `online`; `now_s`, the market's clock; `elapsed_s`, seconds
-    that the step took, 0 for another round at the same instant; `invalid`, forbidden actions of the agent so far.
+    Info: `active`, whether the agent has something to decide; `online`; `now_s`, the market's clock; `elapsed_s`,
+    seconds that the step took, 0 for another round at the same instant; `invalid`, forbidden actions of the agent so
+    far.
 
     State: all observations, then for each provider whether it is online and whether it is active, then the shares of
     the arrival time and of the drain time that are past.
     """
 
-    metadata: dict[str, Any] = {"name": "market_v0", "render_modes": ["ansi"], "is_parallelizable": True}  # noqa: RUF012
+    metadata: dict[str, Any] = {"name": "market_v1", "render_modes": ["ansi"], "is_parallelizable": True}  # noqa: RUF012
 
     def __init__(self, scenario: Scenario, reward: Reward, render_mode: str | None = None) -> None:
         """Raises ValueError for a reward or a render mode that does not exist."""
@@ -171,7 +169,6 @@ class MarketEnv(ParallelEnv):
         self.state_space = spaces.Box(
             np.concatenate((np.tile(low, count), 0 * share)), np.concatenate((np.tile(high, count), share))
         )
-        self._prices = 1 if scenario.economy.pricing == "per_request" else len(scenario.economy.price_bins)
 
     def observation_space(self, agent: str) -> spaces.Space[Any]:
         """The space of an agent's observations, always the same object."""
@@ -212,9 +209,8 @@ class MarketEnv(ParallelEnv):
             return {}, {}, {}, {}, {}
         decided = self._actions
         refused = _carry_out(
-            self._flat(actions), batch.active[0], self._masks, decided.route[0], decided.terms[0], decided.price[0],
-            self._invalid,
-        )  # fmt: skip
+            self._flat(actions), batch.active[0], self._masks, decided.route[0], decided.markup[0], self._invalid
+        )
         if refused >= 0:
             raise self._no_action(actions, self.agents[refused])
         batch.step(decided)
@@ -242,11 +238,11 @@ class MarketEnv(ParallelEnv):
         if self.render_mode is None:
             return None
         markets = self._running().markets
-        rows = [f"{'provider':<16}{'online':>7}{'running':>8}{'waiting':>8}{'held':>6}{'price':>7}{'profit':>9}"]
+        rows = [f"{'provider':<16}{'online':>7}{'running':>8}{'waiting':>8}{'held':>6}{'markup':>7}{'profit':>9}"]
         for name, p, e in zip(self.possible_agents, markets.providers[0], markets.engines[0], strict=True):
             rows.append(
                 f"{name[:15]:<16}{'yes' if p['online'] else 'no':>7}{e['running']:>8}{e['waiting']:>8}{p['held']:>6}"
-                f"{p['price']:>7.2f}{p['profit']:>9.2f}"
+                f"{p['markup']:>7.2f}{p['profit']:>9.2f}"
             )
         return "\n".join((f"{self.scenario.name} at {markets.market['now_s'][0]:g} s", *rows))
 
@@ -284,7 +280,7 @@ class MarketEnv(ParallelEnv):
         active = batch.active[0]
         self._vectors = np.empty((count, OBSERVATION_SIZE), np.float32)
         self._masks = np.empty((count, FLAT_ACTIONS), np.int8)
-        _observe(batch.views, active, self._prices, self._vectors, self._masks)
+        _observe(batch.views, active, self._vectors, self._masks)
         now_s, elapsed_s = float(batch.now_s[0]), float(batch.elapsed_s[0])
         online = batch.markets.providers["online"][0].tolist()
         observations, infos = {}, {}
