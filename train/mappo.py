@@ -17,7 +17,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads else spin
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -50,6 +48,7 @@ from wwwserve.eval.figures import draw
 from wwwserve.eval.tuned import best_for
 from wwwserve.train.export import export
 from wwwserve.train.pricing import Notches, play_pairs
+from wwwserve.train.processes import Processes
 from wwwserve.train.rollout import Collector, Rollout, Situation, Source, advantages
 
 
@@ -206,48 +205,6 @@ TRAINING_SEEDS = FIRST_TEST_SEED // 4
 TEAM_MARKUP = 3  # 1.5, at which a team sells: above a cost that moves between adverts, or peers would refuse
 MOST_RATHER, MOST_AGAINST = 1.0, 3.0  # nats by which another markup is preferred, or avoided, by pairs of markets
 VALIDATION_SEED = FIRST_TEST_SEED // 2
-
-
-class Processes:
-    """The processes of a run: one, or those that torchrun started."""
-
-    def __init__(self) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        if self.world > 1:
-            dist.init_process_group("gloo")
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over all processes."""
-        if self.world > 1:
-            on_cpu = x.cpu()
-            dist.all_reduce(on_cpu)
-            x = on_cpu.to(x.device)
-        return x
-
-    def add_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Replace gradients by their sum over all processes."""
-        if self.world > 1:
-            flat = self.sum(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
-            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad = part.view_as(p)
-
-    def shared(
-        self, among: regret.Families, measure: Callable[[regret.Families], dict[str, float]]
-    ) -> dict[str, float]:
-        """What `measure` finds in all families; every process looks at some of them."""
-        names = list(among)
-        mine = measure({name: among[name] for name in names[self.rank :: self.world]})
-        found = [mine]
-        if self.world > 1:
-            found = [{} for _ in range(self.world)]
-            dist.all_gather_object(found, mine)
-        return {name: found[k % self.world][name] for k, name in enumerate(names)}
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.world > 1:
-            dist.barrier()
 
 
 # The update.
