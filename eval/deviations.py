@@ -160,6 +160,28 @@ def profits(runs: Sequence[Run]) -> NDArray[np.float64]:
     return np.array([each.profit for each in runs])
 
 
+def summed_gains(
+    policy: Policy, deviation: Deviation, plans: Sequence[MarketPlan], base: Sequence[NDArray[np.float64]], threads: int
+) -> NDArray[np.float64]:
+    """What providers gain, each deviating by itself, summed over the providers of each market, credits [M].
+
+    `base`: profits [N] of each market's providers when all keep to the policy. Of providers that differ by name alone
+    one deviates, and its gain counts for all.
+    """
+    places = [(m, i, many) for m, each in enumerate(plans) for i, many in _unlike(each.scenario).items()]
+    runs = play(policy, [Lane(plans[m], (i,), (deviation,)) for m, i, _ in places], threads)
+    found = np.zeros(len(plans))
+    for (m, i, many), each in zip(places, runs, strict=True):
+        found[m] += many * (each.profit[i] - base[m][i])
+    return found
+
+
+def _unlike(scenario: Scenario) -> dict[int, int]:
+    """The first of providers that differ by name alone, and how many they are."""
+    nameless = [replace(provider, name="") for provider in scenario.providers]
+    return {nameless.index(each): nameless.count(each) for each in nameless}
+
+
 def copied(scenario: Scenario, copies: int) -> Scenario:
     """The scenario with so many of every provider, each with users of its own: `n1`, `n1-2` and so on.
 

@@ -2,7 +2,7 @@
 
 All providers play one policy: that is the profile, with its welfare (the sum of profits) and each provider's profit,
 beside what it has alone. Then one provider at a time does something else while the others keep to the policy, in the
-same markets: its gain is a share of the profit that it has at the profile. The highest mean gain of anyone by anything
+same markets: its gain is a share of the profit that it has at the profile. The highest gain of anyone by anything
 is the exploitability that was found; a learned deviator (`--deviator`, trained by `train/mappo.py --against`) makes it
 more than a list of simple ideas. See `eval.collusion` for `--collusion`.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -27,7 +27,7 @@ from wwwserve.envs.state import MarketPlan, plan
 from wwwserve.eval.collusion import Players, coalition, tacit
 from wwwserve.eval.compare import FIRST_TEST_SEED, Scenarios, check_outputs, columns, write_json
 from wwwserve.eval.course import Course, courses, mean_there
-from wwwserve.eval.deviations import DEVIATIONS, HONEST, Deviation, Lane, copied, play, profits
+from wwwserve.eval.deviations import DEVIATIONS, HONEST, Deviation, Lane, copied, play, profits, summed_gains
 from wwwserve.eval.metrics import interval, or_none
 from wwwserve.eval.play import REQUESTS_AT_ONCE, run
 from wwwserve.eval.policies import PolicyError, load_policy
@@ -68,8 +68,8 @@ def game(
     `omniscient`, and `loss`, what is missing to the cooperative one as a share of it. By provider `profit`, `alone`,
     `over_alone` (their difference) and `markup` (mean over time while requests arrive). By deviation `mean_gain` (of
     the mean provider), `worst_gain` (of the one that gains most) and all `gains`, shares of own profit.
-    `exploitability`, the highest of these, at least 0. `course`, means over seeds at times. With `collusion` and
-    `coalition`, what `eval.collusion` finds.
+    `exploitability`, `exploiter` and `exploitability_upper`: see `exploited`. `course`, means over seeds at times. With
+    `collusion` and `coalition`, what `eval.collusion` finds.
     """
     whole = copied(scenario, copies)
     plans = [plan(whole, seed) for seed in seeds]
@@ -106,6 +106,7 @@ def game(
     for deviation in study.deviations:
         gains[deviation.name] = gains_of(study.policy, deviation, deviators, plans, base, threads)
         report(_line(deviation.name, gains[deviation.name]))
+    found = [Found(name, names[i], row) for name, each in gains.items() for i, row in zip(deviators, each, strict=True)]
     tried = [
         gains_of(study.policy, Deviation(LEARNED, policy=each), deviators, plans, base, threads)
         for each in study.learned
@@ -114,13 +115,14 @@ def game(
         best = np.argmax([each.mean(axis=1) for each in tried], axis=0)
         gains[LEARNED] = np.array([tried[k][row] for row, k in enumerate(best)])
         report(_line(LEARNED, gains[LEARNED]))
+        found += [Found(LEARNED, names[i], row) for each in tried for i, row in zip(deviators, each, strict=True)]
     cell["deviations"] = {name: _deviation(each, [names[i] for i in deviators]) for name, each in gains.items()}
     liars = [i for i in deviators if whole.providers[i].misreport is not None]
     if liars:
         honest = gains_of(study.policy, HONEST, liars, plans, base, threads)
         cell["deviations"][HONEST.name] = _deviation(honest, [names[i] for i in liars])
-    worst = [each["worst_gain"] for each in cell["deviations"].values()]
-    cell["exploitability"] = max([[0.0, 0.0], *worst], key=lambda gain: gain[0])  # nobody has to deviate
+        found += [Found(HONEST.name, names[i], row) for i, row in zip(liars, honest, strict=True)]
+    cell |= exploited(found)
     cell["course"] = _course(course, names)
     players = Players(study.policy, plans, threads)
     if study.collusion:
@@ -128,6 +130,36 @@ def game(
     if study.coalition:
         cell["coalition"] = coalition(players, [names.index(each) for each in study.coalition], base)
     return cell
+
+
+class Found(NamedTuple):
+    """What one provider gains by one deviation."""
+
+    deviation: str
+    provider: str
+    gains: NDArray[np.float64]  # [S] by seed, shares of own profit
+
+
+def exploited(found: Sequence[Found]) -> Tree:
+    """The highest gain of one provider by one deviation, at least 0, since nobody has to deviate.
+
+    The highest of many noisy means is above what any of them is expected to be. So `exploiter`, the provider and the
+    deviation that gain most, is chosen by every other seed from the first, and `exploitability` is its gain with the
+    rest; below two seeds there is none. It is lower than the best deviation's gain where another one was chosen.
+    `exploitability_upper` is the highest mean over all seeds, an upper estimate.
+    """
+    result: Tree = {"exploitability": [0.0, 0.0], "exploiter": None, "exploitability_upper": [0.0, 0.0]}
+    if not found:
+        return result
+    gains = np.array([each.gains for each in found])
+    highest = gains[gains.mean(axis=1).argmax()]
+    if highest.mean() > 0.0:
+        result["exploitability_upper"] = interval(highest)
+    chosen = int(gains[:, ::2].mean(axis=1).argmax())
+    if gains[chosen, ::2].mean() > 0.0:
+        result["exploitability"] = interval(gains[chosen, 1::2])
+        result["exploiter"] = {"provider": found[chosen].provider, "deviation": found[chosen].deviation}
+    return result
 
 
 def gains_of(
@@ -164,13 +196,8 @@ def family(
         for policy in (Rule(ALONE), study.cooperative)
     )
     gains: dict[str, NDArray[np.float64]] = {}
-    places = [(m, i) for m, each in enumerate(plans) for i in range(len(each.profiles))]
     for deviation in (*study.deviations, *(Deviation(LEARNED, policy=each) for each in study.learned)):
-        runs = play(study.policy, [Lane(plans[m], (i,), (deviation,)) for m, i in places], threads)
-        found = np.zeros(len(plans))
-        for (m, i), each in zip(places, runs, strict=True):
-            found[m] += each.profit[i] - base[m][i]
-        found /= welfare.mean()
+        found = summed_gains(study.policy, deviation, plans, base, threads) / welfare.mean()
         if deviation.name not in gains or found.mean() > gains[deviation.name].mean():
             gains[deviation.name] = found
         report(f"  {deviation.name}: mean gain {100 * found.mean():+.2f} %")
@@ -249,13 +276,20 @@ def table(name: str, cell: Tree) -> str:
         f"{name}: {cell['policy']}, paid by {cell['payment']}; welfare {_pair(cell['welfare'], 1)}, cooperative "
         f"{_pair(cell['cooperative'], 1)} (loss {_percent(cell['loss'])} %), omniscient {_pair(cell['omniscient'], 1)}"
     )
-    parts = [head, columns(rows), columns(gains), f"exploitability {_percent(cell['exploitability'])} %"]
+    parts = [head, columns(rows), columns(gains), _exploited(cell)]
     if "collusion" in cell:
         parts.append(_collusion(cell["collusion"]))
     if "coalition" in cell:
         shown = ", ".join(f"{key} {_percent(gain)}" for key, gain in cell["coalition"]["gains"].items())
         parts.append(f"{' and '.join(cell['coalition']['members'])} together gain, in %: {shown}")
     return "\n".join(parts)
+
+
+def _exploited(cell: Tree) -> str:
+    who = cell["exploiter"]
+    by = f" ({who['provider']} by {who['deviation']}, chosen with the other seeds)" if who else ""
+    upper = _percent(cell["exploitability_upper"])
+    return f"exploitability {_percent(cell['exploitability'])} %{by}; upper estimate {upper} %"
 
 
 def _collusion(found: Tree) -> str:

@@ -18,7 +18,7 @@ from wwwserve.eval import game as command
 from wwwserve.eval.collusion import Players, balance_of, best_responses, coalition, price_cut, tacit
 from wwwserve.eval.course import courses
 from wwwserve.eval.deviations import CHEAPEST, DEVIATIONS, Deviation, Lane, constant_markups, copied, play, profits
-from wwwserve.eval.game import Study, gains_of, game
+from wwwserve.eval.game import Found, Study, exploited, gains_of, game
 from wwwserve.eval.play import rollout
 
 SEEDS = range(1_000_000, 1_000_003)
@@ -188,7 +188,9 @@ def test_a_cell_has_what_the_contract_says(cell: dict[str, Any]) -> None:
         assert each["mean_gain"][0] == pytest.approx(np.mean(means))
         assert each["worst_gain"][0] == max(means)
     highest = max(each["worst_gain"][0] for each in cell["deviations"].values())
-    assert cell["exploitability"][0] == highest >= 0.0
+    assert cell["exploitability_upper"][0] == highest > 0.0
+    assert cell["exploiter"]["provider"] in ("buyer", "seller")
+    assert cell["exploiter"]["deviation"] in cell["deviations"]
     json.dumps(cell, allow_nan=False)
 
 
@@ -233,7 +235,29 @@ def test_nobody_has_to_deviate_or_to_be_online() -> None:
     found = game(replace(toy(), providers=tuple(providers)), Study(POLICY, POLICY, (NAMED["never sharing"],)), SEEDS)
     assert found["providers"]["late"]["markup"] == [None, None]
     assert found["exploitability"] == [0.0, 0.0] != found["deviations"]["never sharing"]["gains"]["seller"]
+    assert found["exploitability_upper"] == [0.0, 0.0] and found["exploiter"] is None
     json.dumps(found, allow_nan=False)
+
+
+def test_of_deviations_that_gain_nothing_the_luckiest_is_not_taken_for_a_gain() -> None:
+    """40 providers and deviations, 16 seeds, gains of mean zero: the highest mean is 0.5 by chance alone."""
+    rng = np.random.default_rng(1)
+    results = [exploited([Found(str(c), "a", rng.normal(0.0, 1.0, 16)) for c in range(40)]) for _ in range(200)]
+    gains, uppers = (np.array([each[key][0] for each in results]) for key in ("exploitability", "exploitability_upper"))
+    assert abs(gains.mean()) < 3 * gains.std() / math.sqrt(len(gains))
+    assert uppers.mean() > 0.4
+
+
+def test_who_gains_for_sure_is_found_and_its_gain_is_that_of_the_other_seeds() -> None:
+    noise = np.random.default_rng(2).normal(0.0, 0.1, (3, 8))
+    noise[1] += 0.5
+    found = [Found("markup 5", "a", noise[0]), Found("markup 8", "b", noise[1]), Found("markup 8", "c", noise[2])]
+    result = exploited(found)
+    assert result["exploiter"] == {"provider": "b", "deviation": "markup 8"}
+    assert result["exploitability"][0] == pytest.approx(noise[1, 1::2].mean())
+    assert result["exploitability_upper"][0] == pytest.approx(noise[1].mean())
+    assert exploited([Found("markup 5", "a", np.ones(1))])["exploitability"] == [None, None]
+    assert exploited([])["exploiter"] is None
 
 
 # Collusion.
