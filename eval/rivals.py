@@ -42,20 +42,29 @@ def iqm(values: Floats, axis: int | None = None) -> Floats:
     return np.asarray(trim_mean(values, 0.25, axis=axis))
 
 
-def iqm_interval(values: Floats, rng: np.random.Generator) -> list[float] | None:
-    """Bounds of the 95 % bootstrap interval of the interquartile mean of `values` [R, T], by percentiles.
+def over_training(found: Floats, rng: np.random.Generator) -> list[float] | None:
+    """Bounds of the 95 % interval of the interquartile mean of gains [K, T, M] over training seeds, None with one.
 
-    Stratified: in each column, a task, runs are drawn by themselves. None with fewer than two runs.
+    As `rliable` has it: in each task, training seeds are drawn again by themselves, and bounds are percentiles.
     """
-    from scipy.stats import bootstrap
+    mean = found.mean(axis=2)
+    count, tasks = mean.shape
+    drawn = rng.integers(0, count, (RESAMPLES, count, tasks))
+    return _bounds(mean[drawn, np.arange(tasks)]) if count > 1 else None
 
-    if len(values) < 2:
-        return None
-    found = bootstrap(
-        tuple(values.T), lambda *tasks, axis: iqm(np.concatenate(tasks, axis=axis), axis), n_resamples=RESAMPLES,
-        method="percentile", confidence_level=CONFIDENCE, vectorized=True, rng=rng,
-    ).confidence_interval  # fmt: skip
-    return [float(found.low), float(found.high)]
+
+def over_markets(found: Floats, rng: np.random.Generator) -> list[float] | None:
+    """The same over the markets of each task, in which all training seeds are played; None with one market."""
+    tasks, count = found.shape[1:]
+    drawn = rng.integers(0, count, (RESAMPLES, tasks, count))
+    resampled = found[:, np.arange(tasks)[:, None], drawn]  # [K, RESAMPLES, T, M]
+    return _bounds(resampled.mean(axis=3).swapaxes(0, 1)) if count > 1 else None
+
+
+def _bounds(resampled: Floats) -> list[float]:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    middles = iqm(resampled.reshape(len(resampled), -1), axis=1)
+    return [float(x) for x in np.percentile(middles, [tail, 100 - tail])]
 
 
 def gains(
@@ -82,17 +91,17 @@ def gains(
 def summary(found: Floats, tasks: Sequence[str], seed: int = 0) -> Tree:
     """What `--json` says of a group's gains [K, T, M].
 
-    `iqm` over tasks and training seeds of the mean over markets. `over_training` is its interval over training seeds in
-    these very markets, None with one; `over_markets` that over markets, of the mean over these very policies: bounds
-    each. `tasks` has the mean gain in each with the half-width of its interval over markets.
+    `iqm` over tasks and training seeds of the mean over markets, and its bounds `over_training`, in these very markets,
+    and `over_markets`, of these very policies. `tasks` has the mean gain in each with the half-width of its interval
+    over markets.
     """
-    by_training, by_market = found.mean(axis=2), found.mean(axis=0).T
+    rng = np.random.default_rng(seed)
     return {
         "training_seeds": len(found),
-        "iqm": float(iqm(by_training)),
-        "over_training": iqm_interval(by_training, np.random.default_rng(seed)),
-        "over_markets": iqm_interval(by_market, np.random.default_rng(seed)),
-        "tasks": {task: interval(each) for task, each in zip(tasks, by_market.T, strict=True)},
+        "iqm": float(iqm(found.mean(axis=2))),
+        "over_training": over_training(found, rng),
+        "over_markets": over_markets(found, rng),
+        "tasks": {task: interval(each) for task, each in zip(tasks, found.mean(axis=0), strict=True)},
         "gains": found.tolist(),
     }
 

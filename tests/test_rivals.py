@@ -12,7 +12,7 @@ from wwwserve.envs.scenario import Scenario, parse
 from wwwserve.envs.state import plan
 from wwwserve.eval import rivals
 from wwwserve.eval.deviations import Deviation, Lane, constant_markups, play, summed_gains
-from wwwserve.eval.rivals import gains, iqm, iqm_interval, summary
+from wwwserve.eval.rivals import gains, iqm, over_markets, over_training, summary
 
 SEEDS = (1_000_000, 1_000_001)
 POLICY = Rule("best_value", {"markup": 2.0})
@@ -73,19 +73,25 @@ def test_iqm_leaves_out_a_quarter_at_either_end() -> None:
     assert iqm(np.array([100.0, 1.0, 2.0, 3.0, -50.0, 4.0, 5.0, 6.0])) == pytest.approx(3.5)
 
 
-def test_runs_are_resampled_within_tasks() -> None:
-    """Tasks that differ much, runs not at all: no doubt is left. Resampling whole cells would find some."""
-    tasks = np.array([0.0, 1.0, 2.0, 30.0])
-    assert iqm_interval(np.tile(tasks, (5, 1)), np.random.default_rng(1)) == pytest.approx([1.5, 1.5])
+def test_training_seeds_are_resampled_within_tasks() -> None:
+    """Tasks that differ much, training seeds not at all: no doubt is left. Resampling whole cells would find some."""
+    found = np.tile(np.array([0.0, 1.0, 2.0, 30.0])[:, None], (5, 1, 3))
+    assert over_training(found, np.random.default_rng(1)) == pytest.approx([1.5, 1.5])
+    assert over_markets(found, np.random.default_rng(1)) == pytest.approx([1.5, 1.5])
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_should() -> None:
+@pytest.mark.parametrize("over", [over_training, over_markets])
+def test_the_interval_covers_the_truth_as_often_as_it_should(over: Any) -> None:
     rng = np.random.default_rng(3)
-    inside = 0
-    for _ in range(60):
-        low, high = iqm_interval(rng.normal(0.0, 1.0, (12, 3)), rng) or (0.0, 0.0)
-        inside += low < 0.0 < high
-    assert 50 <= inside <= 60
+    shape = (12, 3, 1) if over is over_training else (1, 3, 12)
+    bounds = [over(rng.normal(0.0, 1.0, shape), rng) for _ in range(60)]
+    assert 50 <= sum(low < 0.0 < high for low, high in bounds) <= 60
+
+
+def test_a_market_that_all_training_seeds_find_hard_is_drawn_for_all_of_them() -> None:
+    hard = np.array([0.0, 0.0, 0.0, 1.0])
+    low, high = over_markets(np.tile(hard, (9, 1, 1)), np.random.default_rng(2)) or (0.0, 0.0)
+    assert (low, high) == (0.0, 0.75)  # drawn apart, the mean of nine would hardly leave 0.25
 
 
 def test_one_training_seed_has_no_interval_over_training() -> None:
