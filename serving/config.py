@@ -15,6 +15,7 @@ from wwwserve.agents.classes import MAX_CLASSES, class_row
 from wwwserve.agents.hardware import Profile, profile
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.lengths import Lognormal
+from wwwserve.agents.policy.bundle import SHIPPED
 from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import RULES
 from wwwserve.agents.tariff import MAX_TARIFF
@@ -297,8 +298,8 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("name", 0 < len(c.name) <= MOST_LABEL and c.name.isprintable(), f"1 to {MOST_LABEL} printable characters"),
         ("key", bool(c.key), "a file"),
         ("port", 0 <= c.port < 65536, f"0 to 65535, got {c.port}"),
-        ("policy", c.policy is None or c.policy in RULES or Path(c.policy).is_dir(),
-         f"a rule ({', '.join(RULES)}) or the folder of a bundle, got {c.policy!r}"),
+        ("policy", c.policy is None or c.policy in (*SHIPPED, *RULES) or Path(c.policy).is_dir(),
+         f"{', '.join(SHIPPED)}, a rule ({', '.join(RULES)}) or the folder of a bundle, got {c.policy!r}"),
         ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
         ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
         *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],

@@ -23,6 +23,7 @@ from typing import IO, Any, Literal, NamedTuple
 import yaml
 
 from wwwserve.agents.kernel import compiled_before, say_compiling
+from wwwserve.agents.lengths import Lognormal
 from wwwserve.serving import guard
 from wwwserve.serving.config import parse
 from wwwserve.serving.engine import calibrate, local_vllm
@@ -198,13 +199,18 @@ class Engines(NamedTuple):
 
 def emulator(
     port: int, *, gpu: str = "rtx-4090", model: str = "qwen3-8b", max_num_seqs: int = 64, speed: float = 1.0,
-    seed: int = 0, serves: Sequence[str] = (), profile: Path | None = None,
+    seed: int = 0, serves: Sequence[str] = (), profile: Path | None = None, lengths: Lognormal | None = None,
 ) -> Command:  # fmt: skip
-    """An emulated engine at `port`, of a GPU and model of the catalogue, or of the `profile` in a file."""
+    """An emulated engine at `port`, of a GPU and model of the catalogue, or of the `profile` in a file; `lengths` are
+    those of answers whose end is up to the model."""
     engine = ["--profile", str(profile)] if profile else ["--gpu", gpu, "--max-num-seqs", str(max_num_seqs)]
     named = ["--served-model-name", *serves] if serves else []
+    drawn = []
+    if lengths is not None:
+        drawn = ["--output-median", str(lengths.median), "--output-sigma", str(lengths.sigma)]
+        drawn += ["--output-max", str(lengths.max)]
     return Command(
-        [sys.executable, "-m", "wwwserve.envs.emulator", "--port", str(port), *engine, "--model", model, *named,
+        [sys.executable, "-m", "wwwserve.envs.emulator", "--port", str(port), *engine, "--model", model, *named, *drawn,
          "--speed", str(speed), "--seed", str(seed)]
     )  # fmt: skip
 

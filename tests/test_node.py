@@ -924,7 +924,7 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
         ({"market": {"payment": "barter"}}, r"'barter' - at `\$.market.payment`"),
         ({"market": {"prices": [1.0]}}, "unknown field `prices`"),
         ({"compute_cost_per_ktok": -1.0}, "compute_cost_per_ktok must be 0 to 1,000 credits, got -1"),
-        ({"policy": "nosuch"}, r"policy must be a rule \(single, .*\) or the folder of a bundle, got 'nosuch'"),
+        ({"policy": "nosuch"}, r"policy must be competitive, cooperative, a rule \(single, .*\) or the folder of a"),
         ({"stake": math.inf}, "stake must be finite, got inf"),
         ({"deadlines_s": [1.0, math.nan]}, "deadlines_s.1 must be finite, got nan"),
         ({"credit": -1.0}, "credit must be 0 to 1,000,000,000 credits, got -1"),
@@ -946,6 +946,8 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
     ],
 )
 def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any], message: str) -> None:
+    for policy in ("cooperative", "competitive", "earliest_finish"):
+        assert config.parse(GOOD | {"policy": policy}, "node.yaml").policy == policy
     assert config.parse(GOOD, "node.yaml").port == 9000
     with pytest.raises(config.ConfigError, match=f"node.yaml: .*{message}"):
         config.parse(GOOD | change, "node.yaml")

@@ -1,4 +1,4 @@
-"""Real nodes that keep ledgers earn what the simulated market says, on a virtual clock; see `eval.live.profits`."""
+"""Real nodes that keep ledgers earn what the simulated market says; see `eval.live.profits`."""
 
 import json
 from pathlib import Path
@@ -46,6 +46,23 @@ def test_eight_nodes_with_ledgers_earn_what_the_market_says(tmp_path: Path, caps
     assert sum(each["payments"] for each in providers) == pytest.approx(0.0, abs=1e-9)
     assert min(each["payments"] for each in providers) < -0.1 and max(each["payments"] for each in providers) > 0.1
     assert found["receipts"] >= found["handed_over"]["live"] > 100
+
+
+def test_nodes_that_are_processes_pay_each_other_and_agree_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = scenario(40.0)
+    few["providers"] = [few["providers"][0], few["providers"][1], few["providers"][7]]
+    file, out = tmp_path / "few.yaml", tmp_path / "out.json"
+    file.write_text(yaml.safe_dump(few))
+    # How near to the market they come takes a calm machine; what they pay adds up on any.
+    arguments = ["--policy", "best_value", "--speed", "4", "--most-gap", "1000"]
+    assert profits.main([str(file), *arguments, "--json", str(out)]) == 0, capsys.readouterr()
+    found = json.loads(out.read_text())
+    payments = [each["payments"] for each in found["providers"].values()]
+    assert found["problems"] == [] and sum(payments) == pytest.approx(0.0, abs=1e-9) and max(payments) > 0.0
+    assert found["receipts"] >= found["handed_over"]["live"] > 0
+    assert all(each["live"] > 0.0 for each in found["providers"].values())
 
 
 def test_a_gap_that_is_too_wide_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

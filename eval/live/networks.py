@@ -15,6 +15,7 @@ import yaml
 from wwwserve.agents import strict_yaml
 from wwwserve.agents.arguments import UsageError
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
+from wwwserve.agents.lengths import Lognormal
 from wwwserve.agents.rules import Policy
 from wwwserve.envs.scenario import Scenario
 from wwwserve.envs.state import MarketPlan
@@ -24,8 +25,20 @@ from wwwserve.serving.engine import local_vllm
 from wwwserve.serving.engine.calibrate import calibrate
 from wwwserve.serving.engine.local_vllm import SMOLLM2
 from wwwserve.serving.engine.probe import Settings
-from wwwserve.serving.local_nodes import NetworkError, emulator, free_ports, local_urls, look, started, vllm
+from wwwserve.serving.local_nodes import (
+    Accounts,
+    NetworkError,
+    NodeFiles,
+    Process,
+    emulator,
+    free_ports,
+    local_urls,
+    look,
+    started,
+    vllm,
+)
 
+SHORTEST = Lognormal(1.0, 0.0, 1)  # answers of emulated engines, which are then as long as `min_tokens` says
 TOKENS, REPEATS = 16, 2  # of an answer that is timed, and of each load, when engines are measured
 
 
@@ -38,10 +51,14 @@ class Site(NamedTuple):
 
 
 class Live(NamedTuple):
-    """A network that runs: a site for each provider, and the processes of nodes and engines that are its own."""
+    """A network that runs: a site for each provider; of its own, the processes of nodes and engines, what the nodes
+    have on disk, and where the engines are."""
 
     sites: list[Site]
     pids: dict[str, list[int]]
+    nodes: Sequence[Process] = ()
+    files: Sequence[NodeFiles] = ()
+    engine_urls: Sequence[str] = ()
 
 
 class Servers(NamedTuple):
@@ -88,14 +105,18 @@ def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, sp
 
 
 @contextmanager
-def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers | None = None) -> Iterator[Live]:
-    """A network of the plan's providers, on emulated engines of its own or before `servers`. Raises NetworkError."""
+def own(
+    planned: MarketPlan, policy: str | None, speed: float, servers: Servers | None = None,
+    accounts: Accounts | None = None,
+) -> Iterator[Live]:  # fmt: skip
+    """A network of the plan's providers, on emulated engines of its own or before `servers`; with `accounts`, nodes
+    keep ledgers. Raises NetworkError."""
     scenario = planned.scenario
     count = len(scenario.providers)
     ports = free_ports(2 * count)
     engines = [] if servers else [
         emulator(port, gpu=each.gpu, model=each.model, max_num_seqs=each.max_num_seqs, speed=speed, seed=i,
-                 serves=each.serves)
+                 serves=each.serves, lengths=SHORTEST)
         for i, (port, each) in enumerate(zip(ports[count:], scenario.providers, strict=True))
     ]  # fmt: skip
     engine_urls = servers.urls if servers else local_urls(ports[count:])
@@ -110,10 +131,11 @@ def own(planned: MarketPlan, policy: str | None, speed: float, servers: Servers 
         plain = orjson.loads(orjson.dumps(settings))
         parse(plain | {"key": "made when it starts"}, f"node {provider.name}")
         nodes.append(plain)
-    with started(nodes, engines) as network:
+    with started(nodes, engines, accounts=accounts) as network:
         sites = [Site(*each) for each in zip(network.urls, models, profiles, strict=True)]
         pids = servers.pids if servers else [p.pid for p in network.engines]
-        yield Live(sites, {"nodes": [p.pid for p in network.nodes], "engines": pids})
+        processes = {"nodes": [p.pid for p in network.nodes], "engines": pids}
+        yield Live(sites, processes, network.nodes, network.files, network.engine_urls)
 
 
 @contextmanager

@@ -1,38 +1,51 @@
 """What providers earn on real nodes and in the simulated market: `python -m eval.live.profits SCENARIO --policy NAME`.
 
-The nodes are the real ones, with dispatchers, signed messages and ledgers, on a virtual clock before simulated engines;
-the requests are the same. In the end all journals are audited, and what nodes paid each other has to come to zero.
+The nodes are the real ones, with dispatchers, signed messages and ledgers: on a virtual clock before simulated engines,
+or with `--speed` as processes before emulated ones. The requests are the same. In the end all journals are audited, and
+what nodes paid each other has to come to zero.
 """
 
+import asyncio
 import itertools
 import sys
-from collections.abc import Sequence
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
 
-from wwwserve.agents.arguments import File, Positive, Seed, UsageError, parse_args, refuse
+from wwwserve.agents.arguments import File, Positive, Range, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.kernel import Floats
+from wwwserve.agents.knowledge import ADVERT_SIZE, write_profile
 from wwwserve.agents.protocol import MICRO, delivered_value
 from wwwserve.agents.rules import Policy
-from wwwserve.agents.tariff import cost_of
+from wwwserve.agents.tariff import cost_of, write_compute
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.oracle import Oracle
 from wwwserve.envs.scenario import ScenarioError, load
 from wwwserve.envs.state import MarketPlan, plan
 from wwwserve.eval.compare import FIRST_TEST_SEED, columns, write_json
-from wwwserve.eval.live.networks import check
+from wwwserve.eval.live.networks import Live, Site, check, own
 from wwwserve.eval.live.simulation import loop as virtual
 from wwwserve.eval.live.simulation.loop import VirtualLoop
-from wwwserve.eval.live.simulation.nodes import Node, Nodes
+from wwwserve.eval.live.simulation.nodes import Nodes
+from wwwserve.eval.live.trial import MOST_SPEED, play, setting_of
 from wwwserve.eval.policies import PolicyError, load_policy
-from wwwserve.serving.ledger.audit import audit_entries, compare, settled
+from wwwserve.serving.config import MOST_CREDITS, ConfigError
+from wwwserve.serving.ledger.audit import Audit, audit, audit_entries, compare, settled
+from wwwserve.serving.ledger.channel_ledger import SHORT_SHARE
+from wwwserve.serving.ledger.journal import JournalError
+from wwwserve.serving.local_nodes import Accounts, NetworkError, look
 
 PROG = "wwwserve profits"
-SETTLE_S = 30.0  # after the last answer, until all that is owed is signed
+SETTLE_S = 30.0  # after the last answer, until all that is owed is signed; on the virtual clock
+READY_S = 60.0  # for channels to be opened, and for all that is owed to be signed, by processes
+STOP_S = 15.0  # for a process to end
+LOOK_S, LOOK_TIMEOUT_S = 0.2, 5.0
 
 
 def simulated(planned: MarketPlan, policy: Policy) -> tuple[Floats, int]:
@@ -47,82 +60,137 @@ def simulated(planned: MarketPlan, policy: Policy) -> tuple[Floats, int]:
     return batch.markets.providers["profit"][0].copy(), handed_over
 
 
-def live(planned: MarketPlan, policy: Policy) -> dict[str, Any]:
-    """What real nodes earned: `profit` and `payments` [N] in credits, `handed_over` and `receipts`, and `problems`, a
-    list of what does not hold."""
+class Played(NamedTuple):
+    """What real nodes earned, and what of it does not hold."""
 
-    async def main(loop: VirtualLoop) -> dict[str, Any]:
+    profit: Floats  # [N] credits
+    payments: Floats  # [N] credits, received less made
+    receipts: int
+    handed_over: int  # requests
+    problems: list[str]
+
+
+def simulated_nodes(planned: MarketPlan, policy: Policy) -> Played:
+    """Play it by nodes in this process, on a virtual clock before simulated engines."""
+
+    async def main(loop: VirtualLoop) -> Played:
         nodes = Nodes(loop, planned, lambda row: policy, ledgers=True)
         nodes.boot()
         outcomes = await nodes.play()
         await loop.sleep_until(loop.time() + SETTLE_S)
-        value = np.zeros(len(nodes.nodes))
-        traffic = planned.traffic
-        for outcome, row, klass in zip(outcomes, traffic.provider.tolist(), traffic.klass.tolist(), strict=True):
-            if outcome.tokens > 0:
-                worth = planned.known[row, klass, CLASS_VALUE]
-                value[row] += delivered_value(worth, planned.deadlines[klass], outcome.latency_s)
-        payments = np.array([_earned(node) for node in nodes.nodes])
-        compute = np.array([_computed(node) for node in nodes.nodes])
-        problems = [str(error) for error in nodes.network.errors] + _audited(nodes)
-        if payments.sum():
-            problems.append(f"what nodes paid each other comes to {payments.sum()} micro-credits")
-        receipts = sum(c.number for node in nodes.nodes if node.ledger for c in node.ledger.books.channels.values())
-        handed_over = sum(int(node.dispatcher.metrics.totals()["handed_over"]) for node in nodes.nodes)
+        latency_s = [outcome.latency_s if outcome.tokens > 0 else np.inf for outcome in outcomes]
+        audits = [audit_entries(n.disk.journal(n.identity.name), n.identity.name, []) for n in nodes.nodes]
+        compute = [
+            cost_of(n.provider.record["compute"], float(n.server.prompt_tokens), float(n.server.output_tokens))
+            for n in nodes.nodes
+        ]
+        handed_over = sum(int(n.dispatcher.metrics.totals()["handed_over"]) for n in nodes.nodes)
+        errors = [str(error) for error in nodes.network.errors]
         nodes.close()
-        return {
-            "profit": value + payments / MICRO - compute, "payments": payments / MICRO, "handed_over": handed_over,
-            "receipts": receipts, "problems": problems,
-        }  # fmt: skip
+        return _earned(planned, np.array(latency_s), audits, np.array(compute), handed_over, errors)
 
-    played: dict[str, Any] = virtual.run(main)
-    return played
+    return virtual.run(main)
 
 
-def _earned(node: Node) -> int:
-    """What peers paid a node less what it paid them, micro-credits."""
-    assert node.ledger is not None
-    return sum(c.paid_total - c.total for c in node.ledger.books.channels.values())
+def processes(planned: MarketPlan, setting: str | None, speed: float) -> Played:
+    """Play it by nodes that are processes, before emulated engines, at `speed` market seconds in a second; `setting` is
+    what a node is told of its policy. Raises NetworkError."""
+    economy = planned.scenario.economy
+    exposure = MOST_CREDITS if economy.exposure is None else economy.exposure
+    accounts = Accounts(economy.initial_credit, economy.initial_stake, exposure)
+    with own(planned, setting, speed, accounts=accounts) as network:
+        _wait(network, lambda channels: len(channels) == len(network.sites) - 1)
+        measured = asyncio.run(play(network, planned, speed, stream=False, told=False))
+        _wait(network, lambda channels: not any(each["exposed"] or each["unacknowledged"] for each in channels))
+        handed_over = sum(int(look(site.url)["requests"]["handed_over"]) for site in network.sites)
+        compute = np.array([
+            _computed(url, site, economy.compute_cost_per_ktok)
+            for url, site in zip(network.engine_urls, network.sites, strict=True)
+        ])  # fmt: skip
+        for process in network.nodes:
+            process.terminate()
+        for process in network.nodes:
+            process.wait(STOP_S)
+        audits = [audit(each.ledger) for each in network.files]
+    problems = [f"{measured.failed} requests failed"] if measured.failed else []
+    print(f"sent at most {measured.lag_s:.2f} s late", file=sys.stderr)
+    latency_s = measured.run.requests.latency_s
+    # Where processes wait for a core, the two sides differ on how long an answer took.
+    return _earned(planned, latency_s, audits, compute, handed_over, problems, 1 / SHORT_SHARE)
 
 
-def _computed(node: Node) -> float:
-    """What the answers of a node's engine cost in compute, credits."""
-    return cost_of(node.provider.record["compute"], float(node.server.prompt_tokens), float(node.server.output_tokens))
+def _wait(network: Live, ready: Callable[[list[dict[str, Any]]], bool]) -> None:
+    """Wait until it is so of the channels of each node. Raises NetworkError."""
+    until_s = time.monotonic() + READY_S
+    for site in network.sites:
+        while not ready(look(site.url)["ledger"]["channels"]):
+            if time.monotonic() > until_s:
+                raise NetworkError(f"the channels of {site.url} are not as they should be after {READY_S:g} s")
+            time.sleep(LOOK_S)
 
 
-def _audited(nodes: Nodes) -> list[str]:
-    """What does not hold in the journals of nodes at rest."""
-    audits, problems = [], []
-    for node in nodes.nodes:
-        assert node.ledger is not None
-        audits.append(audit_entries(node.disk.journal(node.identity.name), node.identity.name, []))
-        problems += [f"{node.plan.name}: {problem}" for problem in audits[-1].problems]
-        short = sum(channel.short for channel in node.ledger.books.channels.values())
-        if short:
-            problems.append(f"{node.plan.name}: peers paid {short} micro-credits less than it delivered")
-    for (one, a), (other, b) in itertools.combinations(zip(nodes.nodes, audits, strict=True), 2):
-        problems += [f"{one.plan.name} and {other.plan.name}: {problem}" for problem in compare(a, b)]
+def _computed(engine_url: str, site: Site, per_ktok: float) -> float:
+    """What the answers of an emulated engine cost in compute, credits."""
+    with urllib.request.urlopen(f"{engine_url}/metrics", timeout=LOOK_TIMEOUT_S) as response:
+        page = response.read().decode()
+    totals = [
+        sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(f"vllm:{kind}_tokens_total"))
+        for kind in ("prompt", "generation")
+    ]
+    own_advert, compute = np.zeros(ADVERT_SIZE), np.zeros(2)
+    write_profile(own_advert, site.profile.row(), 1.0)
+    write_compute(compute, own_advert, per_ktok)
+    return cost_of(compute, *totals)
+
+
+def _earned(
+    planned: MarketPlan, latency_s: Floats, audits: Sequence[Audit], compute: Floats, handed_over: int,
+    problems: list[str], short_share: float = 0.0,
+) -> Played:  # fmt: skip
+    """Profits of nodes at rest, by the `latency_s` of all requests (infinite where there was no answer), the journals
+    and the cost of compute [N]; see `_problems` for `short_share`."""
+    value, traffic = np.zeros(len(audits)), planned.traffic
+    for took_s, row, klass in zip(latency_s.tolist(), traffic.provider.tolist(), traffic.klass.tolist(), strict=True):
+        value[row] += delivered_value(planned.known[row, klass, CLASS_VALUE], planned.deadlines[klass], took_s)
+    channels = [found.books.channels.values() for found in audits]
+    payments = np.array([sum(c.paid_total - c.total for c in each) for each in channels])
+    problems = problems + _problems([each.name for each in planned.scenario.providers], audits, short_share)
+    if payments.sum():
+        problems.append(f"what nodes paid each other comes to {payments.sum()} micro-credits")
+    receipts = sum(c.number for each in channels for c in each)
+    return Played(value + payments / MICRO - compute, payments / MICRO, receipts, handed_over, problems)
+
+
+def _problems(names: Sequence[str], audits: Sequence[Audit], short_share: float) -> list[str]:
+    """What does not hold in the journals of nodes at rest, which may be paid too little by `short_share` of it all."""
+    problems = []
+    for name, found in zip(names, audits, strict=True):
+        problems += [f"{name}: {problem}" for problem in found.problems]
+        short = sum(channel.short for channel in found.books.channels.values())
+        if short > short_share * sum(channel.paid_total for channel in found.books.channels.values()):
+            problems.append(f"{name}: peers paid {short} micro-credits less than it delivered")
+    for (one, a), (other, b) in itertools.combinations(zip(names, audits, strict=True), 2):
+        problems += [f"{one} and {other}: {problem}" for problem in compare(a, b)]
         if not settled(a, b):
-            problems.append(f"{one.plan.name} and {other.plan.name} do not own the same by either's account")
+            problems.append(f"{one} and {other} do not own the same by either's account")
     return problems
 
 
-def beside(planned: MarketPlan, policy: Policy) -> dict[str, Any]:
-    """Both worlds, as JSON: see `live`; profit and payments by provider."""
+def beside(planned: MarketPlan, policy: Policy, found: Played) -> dict[str, Any]:
+    """What real nodes earned and what the simulated market says, as JSON; profit and payments by provider."""
     profit, handed_over = simulated(planned, policy)
-    found = live(planned, policy)
     names = [provider.name for provider in planned.scenario.providers]
-    gap = np.abs(found["profit"] - profit[: len(names)]) / np.maximum(np.abs(profit[: len(names)]), 1e-9)
+    gap = np.abs(found.profit - profit[: len(names)]) / np.maximum(np.abs(profit[: len(names)]), 1e-9)
     providers = {
         name: {
-            "live": float(found["profit"][i]), "simulated": float(profit[i]), "gap": float(gap[i]),
-            "payments": float(found["payments"][i]),
+            "live": float(found.profit[i]), "simulated": float(profit[i]), "gap": float(gap[i]),
+            "payments": float(found.payments[i]),
         }
         for i, name in enumerate(names)
     }  # fmt: skip
     return {
-        "policy": policy.name, "seed": planned.seed, "providers": providers, "receipts": found["receipts"],
-        "handed_over": {"live": found["handed_over"], "simulated": handed_over}, "problems": found["problems"],
+        "policy": policy.name, "seed": planned.seed, "providers": providers, "receipts": found.receipts,
+        "handed_over": {"live": found.handed_over, "simulated": handed_over}, "problems": found.problems,
     }  # fmt: skip
 
 
@@ -136,6 +204,9 @@ class Args:
     """on every node: a rule, or the folder of a bundle"""
     seed: Seed = FIRST_TEST_SEED
     """of the traffic"""
+    speed: Annotated[float | None, Range(0.01, MOST_SPEED)] = None
+    """play it by processes before emulated engines, at so many market seconds in a second; default: in one process, on
+    a virtual clock"""
     most_gap: Positive = 0.1
     """between the two, as a share of the simulated profit, beyond which the command fails"""
     json: File = None
@@ -151,9 +222,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy = load_policy(args.policy)
         if isinstance(policy, Oracle):
             raise UsageError(f"policy {args.policy!r} sees what no node can")
+        setting = setting_of(args.policy)
     except (UsageError, ScenarioError, PolicyError) as error:
         return refuse(PROG, error)
-    result = beside(plan(scenario, args.seed), policy)
+    planned = plan(scenario, args.seed)
+    try:
+        played = simulated_nodes(planned, policy) if args.speed is None else processes(planned, setting, args.speed)
+    except (NetworkError, ConfigError, JournalError) as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 1
+    result = beside(planned, policy, played)
     if args.json is not None:
         write_json(args.json, result)
     rows = [["provider", "live", "simulated", "gap", "payments"]]

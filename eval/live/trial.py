@@ -23,7 +23,9 @@ import orjson
 import tyro
 
 from wwwserve.agents.arguments import Count, File, Policies, Range, Seed, UsageError, flat, parse_args, refuse
+from wwwserve.agents.classes import CLASS_MAX
 from wwwserve.agents.hardware import Profile
+from wwwserve.agents.policy.bundle import SHIPPED
 from wwwserve.agents.rules import RULES, Policy
 from wwwserve.envs.batch import RequestTable
 from wwwserve.envs.oracle import ORACLES, Oracle
@@ -66,10 +68,13 @@ class Measured(NamedTuple):
     failed: int  # requests that got an error
 
 
-async def play(network: Live, planned: MarketPlan, speed: float, stream: bool, turn: int = 0) -> Measured:
+async def play(
+    network: Live, planned: MarketPlan, speed: float, stream: bool, turn: int = 0, told: bool = True
+) -> Measured:
     """Send every request at its time; measure until all are answered, or the scenario's drain is over.
 
-    With another `turn`, prompts are other ones of the same lengths, so that no engine has them cached.
+    With another `turn`, prompts are other ones of the same lengths, so that no engine has them cached. Nodes are told
+    the length of an answer, or else only how long it can be, which takes engines that end it at `min_tokens`.
     """
     traffic, scenario = planned.traffic, planned.scenario
     count = traffic.time_s.size
@@ -123,10 +128,13 @@ async def play(network: Live, planned: MarketPlan, speed: float, stream: bool, t
         for r in range(count):
             prompt = tokens.integers(LOWEST_TOKEN, HIGHEST_TOKEN, int(traffic.prompt[r])).tolist()
             model = network.sites[int(traffic.provider[r])].model
-            body = orjson.dumps(
-                {"model": model, "prompt": prompt, "max_tokens": int(traffic.output[r]), "ignore_eos": True,
-                 "stream": stream}
-            )  # fmt: skip
+            output = int(traffic.output[r])
+            if told:
+                lengths = {"max_tokens": output, "ignore_eos": True}
+            else:
+                longest = int(planned.known[traffic.provider[r], traffic.klass[r], CLASS_MAX])
+                lengths = {"max_tokens": longest, "min_tokens": output}
+            body = orjson.dumps({"model": model, "prompt": prompt, "stream": stream, **lengths})
             due_s = start_s + float(traffic.time_s[r]) / speed
             await asyncio.sleep(due_s - time.monotonic())
             asked.add(asyncio.create_task(one(r, body, due_s)))
@@ -230,14 +238,19 @@ def _number(x: float | None, digits: int) -> str:
     return "-" if x is None else f"{x:.{digits}f}"
 
 
-def _told(argument: str) -> str | None:
+def setting_of(argument: str) -> str | None:
     """What a node is told of a policy. Raises UsageError for one that a node cannot run."""
     if argument == LEARNED:
         return None
+    if argument in SHIPPED:
+        return argument
     if argument in ORACLES:
         raise UsageError(f"policy {argument!r} sees what no node can")
     if argument not in RULES and not Path(argument).is_dir():
-        raise UsageError(f"policy {argument!r} is no rule ({', '.join(RULES)}), {LEARNED} or the folder of a bundle")
+        raise UsageError(
+            f"policy {argument!r} is no rule ({', '.join(RULES)}), {LEARNED}, "
+            f"{', '.join(SHIPPED)} or the folder of a bundle"
+        )
     return argument if argument in RULES else str(Path(argument).resolve())
 
 
@@ -274,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         policies = flat(args.policy) or list(DEFAULT_POLICIES)
         scenario = load(args.scenario)
         check(scenario)
-        settings = {argument: _told(argument) for argument in policies}
+        settings = {argument: setting_of(argument) for argument in policies}
         if len(settings) < len(policies):
             raise UsageError("a policy is given twice")
         loaded = [policy for each in policies if not isinstance(policy := load_policy(each), Oracle)]
