@@ -21,7 +21,7 @@ from wwwserve.agents.rules import RULES
 from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.stakes import MOST_JUDGES
-from wwwserve.serving.market import Market
+from wwwserve.serving.market import MOST_INT, Market
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
 
 MOST_AT_ONCE = 1 << 16  # requests in an engine
@@ -137,6 +137,7 @@ class LimitsConfig(Struct):
     held: int = 512  # users' requests that are not decided; beyond, 503
     connections: int = 4096  # open at once; beyond, 503
     receive_s: float = 30.0  # for a request to come, from its first byte to its last
+    drain_s: float = 20.0  # for what is open to end, once the node is told to
 
 
 class LimitConfig(Struct):
@@ -281,20 +282,22 @@ def _ledger_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ]
 
 
-def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers that are infinite or none, by their place."""
+def _impossible(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Numbers that are infinite, none, or too large, by their place, and what they should be."""
     if isinstance(value, float) and not math.isfinite(value):
-        yield path, value
+        yield path, f"finite, got {value}"
+    elif isinstance(value, int) and abs(value) > MOST_INT:
+        yield path, f"at most {MOST_INT}, got {value}"
     elif isinstance(value, dict | list | tuple):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _not_finite(item, f"{path}.{key}" if path else str(key))
+            yield from _impossible(item, f"{path}.{key}" if path else str(key))
 
 
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
     keys = [peer.key for peer in c.peers]
     return [
-        *[(field, False, f"finite, got {value}") for field, value in _not_finite(msgspec.to_builtins(c))],
+        *[(field, False, expected) for field, expected in _impossible(msgspec.to_builtins(c))],
         ("name", 0 < len(c.name) <= MOST_LABEL and c.name.isprintable(), f"1 to {MOST_LABEL} printable characters"),
         ("key", bool(c.key), "a file"),
         ("port", 0 <= c.port < 65536, f"0 to 65535, got {c.port}"),
@@ -321,7 +324,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
           for field, amount in (("stake", c.stake), ("credit", c.credit))],
         ("compute_cost_per_ktok", 0 <= c.compute_cost_per_ktok <= MAX_TARIFF,
          f"0 to {MAX_TARIFF:,.0f} credits, got {c.compute_cost_per_ktok:g}"),
-        *[(f"limits.{field}", limit > 0, f"above 0, got {limit:g}")
+        *[(f"limits.{field}", limit > 0 or (field == "drain_s" and limit == 0), f"above 0, got {limit:g}")
           for field, limit in msgspec.structs.asdict(c.limits).items()],
         ("engine.profile.max_num_seqs", 1 <= c.engine.profile.max_num_seqs <= MOST_AT_ONCE,
          f"1 to {MOST_AT_ONCE}, got {c.engine.profile.max_num_seqs}"),

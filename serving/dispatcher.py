@@ -35,17 +35,18 @@ from wwwserve.serving.http.reply import (
     HeadLineReply,
     Reply,
     RetryableError,
+    TooMuch,
     pass_stream_on,
     send_timed,
 )
 from wwwserve.serving.http.resume import Resumed, resumable
-from wwwserve.serving.http.sse import AnswerMeter, StreamError, Usage
+from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN, AnswerMeter, StreamError, Usage
 from wwwserve.serving.http.transport import Response, Transport
-from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Came, Delivery
+from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Came, Delivery, NotTaken
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
-from wwwserve.serving.ledger.statements import MOST_TOKENS, digest
-from wwwserve.serving.market import Promise, Tariff
+from wwwserve.serving.ledger.statements import digest
+from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
@@ -53,10 +54,10 @@ from wwwserve.serving.node_provider import Decision, NodeProvider
 log = logging.getLogger("wwwserve.dispatcher")
 
 LEDGER_TIMEOUT_S = 5.0
+MODELS_S = 2.0  # between two looks at which models the engine serves
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
-MOST_BYTES_PER_TOKEN = 16.0
 LEARN = 0.02  # weight of one answer in that
 
 
@@ -82,6 +83,7 @@ class RemoteRequest(NamedTuple):
     longest: int  # tokens of the longest answer that it may get
     tariff: Tariff
     promise: Promise
+    most: int | None  # tokens that its answer is agreed to have at most; None: as many as the model writes
 
 
 class Dispatcher:
@@ -96,6 +98,8 @@ class Dispatcher:
         self.messages, self.metrics, self.url = messages, metrics, url
         self.speed = config.market.speed
         self.serves = list(config.serves)
+        self.leaving = False  # it takes nothing more, and says that it serves nothing
+        self._listed_s = -math.inf  # when the engine last said which models it serves, by the event loop's clock
         self.peers: dict[str, Advert] = {}  # by name, those that are there
         self.client = PeerClient(messages, transport, self.peers)
         accounts = Accounts(ledger, self._tell_ledger) if ledger is not None else None
@@ -158,8 +162,7 @@ class Dispatcher:
         up, market = self.engine.healthy, self.config.market
         try:
             await self.engine.scrape()
-            if not self.serves:
-                self.serves = await self.engine.models()
+            await self.list_models()
         except EngineError as error:
             if up and not self.engine.healthy:
                 log.warning("the engine is down", extra={"reason": str(error)})
@@ -179,14 +182,32 @@ class Dispatcher:
         self.provider.ticked(elapsed_s, now_s)
         self.dispatch()
 
+    async def list_models(self) -> None:
+        """Ask the engine which models it serves, unless the configuration says so or it was asked lately. Raises
+        EngineError."""
+        now_s = asyncio.get_running_loop().time()
+        if self.config.serves or (self.serves and now_s < self._listed_s + MODELS_S):
+            return
+        self._listed_s = now_s
+        serves = await self.engine.models()
+        if serves != self.serves:
+            log.info("the engine serves other models", extra={"before": self.serves, "serves": serves})
+            self.serves, self.provider.advert_due = serves, True
+
+    def leave(self) -> None:
+        """Tell peers that nothing more is taken here."""
+        self.leaving = self.provider.advert_due = True
+        self.dispatch()
+
     def _publish(self, now_s: float) -> None:
         """Say how things are here; a node that cannot serve says nothing, and is taken for offline."""
         self.provider.advert_due = False
-        if not self.serves or not self.engine.healthy:
+        if not (self.serves or self.number) or not self.engine.healthy:
             return
         self.number += 1
         advert = Advert(
-            name=self.messages.name, label=self.config.name, url=self.url, serves=tuple(self.serves),
+            name=self.messages.name, label=self.config.name, url=self.url,
+            serves=() if self.leaving else tuple(self.serves),
             run=self.messages.run, number=self.number,
             load=tuple(self.provider.advertise(now_s).tolist()), age_s=0.0,
         )  # fmt: skip
@@ -200,11 +221,12 @@ class Dispatcher:
         self.provider.stake = await accounts.restake(target, self.config.market.gossip_s)
 
     async def _tell_ledger(self, peer: str, body: bytes) -> bytes:
-        """What a peer's ledger answers to a message. Raises OSError, TimeoutError, and LedgerError for a refusal."""
+        """What a peer's ledger answers to a message. Raises OSError, TimeoutError, and LedgerError for a refusal, which
+        is NotTaken where it is of that very message."""
         try:
             return await self.client.post(peer, LEDGER_PATH, body, timeout_s=LEDGER_TIMEOUT_S)
         except PeerError as error:
-            raise LedgerError(str(error)) from None
+            raise (NotTaken if error.status in (409, 413) else LedgerError)(str(error)) from None
 
     def heard(self, advert: Advert) -> None:
         """A peer says how things are there."""
@@ -295,7 +317,7 @@ class Dispatcher:
             provider.missed(completion.klass)
             self.metrics.turned_away()
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
-        prompt = max(1, round(completion.prompt_bytes / self.bytes_per_token))
+        prompt = max(1, completion.prompt_ids + round(completion.prompt_bytes / self.bytes_per_token))
         most = min((completion.max_tokens or self.config.output.max) * completion.choices, MOST_TOKENS)
         request = provider.new(None, completion.klass, prompt, most, arrival_s, completion.model)
         job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
@@ -363,15 +385,18 @@ class Dispatcher:
         job.turned_away = job.turned_away or reason.full
 
     def _learn(self, completion: CompletionRequest, usage: Usage | None) -> None:
-        """Take the length of a prompt into the mean, unless it has images, or a peer says what cannot be."""
-        if usage is not None and 0 < usage.prompt <= completion.prompt_bytes <= usage.prompt * MOST_BYTES_PER_TOKEN:
+        """Take the length of a prompt into the mean, unless it has images or tokens, or a peer says what cannot be."""
+        if usage is None or completion.prompt_ids:
+            return
+        if 0 < usage.prompt <= completion.prompt_bytes <= usage.prompt * MOST_BYTES_PER_TOKEN:
             self.bytes_per_token += LEARN * (completion.prompt_bytes / usage.prompt - self.bytes_per_token)
 
     async def _run_here(
-        self, completion: CompletionRequest, prompt: int, reply: Reply, request: int, meter: AnswerMeter | None = None
-    ) -> Usage | None:
-        """Run a request on the own engine, a peer's with a `meter`. Raises RetryableError if nothing came of it yet,
-        Failed if something had."""
+        self, completion: CompletionRequest, prompt: int, reply: Reply, request: int, meter: AnswerMeter | None = None,
+        most: int | None = None,
+    ) -> Usage | None:  # fmt: skip
+        """Run a request on the own engine, a peer's with a `meter`; an answer of more than `most` tokens is broken off.
+        Raises RetryableError if nothing came of it yet, Failed if something had."""
         own, meter = meter is None, meter or AnswerMeter()
         exchange, expected = self.engine.post(completion.path, completion.body), self.provider.expect(prompt)
         self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange)
@@ -384,17 +409,19 @@ class Dispatcher:
                     self.engine.answered()
                 kind = response.headers.get("content-type", "application/json")
                 if completion.stream and response.status == 200 and kind.startswith(EVENTS):
-                    await pass_stream_on(response, kind, reply, meter)
+                    await pass_stream_on(response, kind, reply, meter, most=most)
                 else:
                     body = await response.read(MOST_ANSWER)
                     if response.status == 200:
                         meter.whole(body)
+                        if most is not None and meter.exceeds(most):
+                            raise TooMuch(f"it has more than {most} tokens, for which it is paid")
                     await send_timed(reply.whole(response.status, kind, body), meter)
-        except (TimeoutError, OSError, StreamError) as error:
+        except (TimeoutError, OSError, StreamError, TooMuch) as error:
             reason = f"{type(error).__name__}: {error}"
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
-            if not isinstance(error, StreamError):
+            if not isinstance(error, StreamError | TooMuch):
                 self.engine.suspect(reason)
             raise RetryableError(reason) from None
         finally:
@@ -432,13 +459,13 @@ class Dispatcher:
     async def run_for(self, remote: RemoteRequest, reply: Reply, paid: Delivery | None = None) -> bool:
         """Run a peer's request, just promised, whose answer begins with a line that says how the engine answers.
         Returns whether it came to its end; if not, the connection is to be broken off."""
-        origin, completion, prompt, longest, tariff, promise = remote
+        origin, completion, prompt, longest, tariff, promise, most = remote
         line, meter, taken_s = HeadLineReply(reply), AnswerMeter(), self.clock()
         request = self.provider.serve(prompt, longest, tariff, promise, taken_s)
         self.metrics.remote(1)
         outcome = "failed"
         try:
-            await self._run_here(completion, prompt, line, request, meter)
+            await self._run_here(completion, prompt, line, request, meter, most if paid is not None else None)
             outcome = "answered"
             if self.config.market.duel_probability:
                 self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest())

@@ -296,7 +296,8 @@ def write_nodes(
     for k, (node, identity) in enumerate(zip(configured, identities, strict=True)):
         key, ledger = folder / f"node{k + 1}.pem", folder / f"node{k + 1}.db"
         identity.save(key)
-        settings = node | {"key": str(key)}
+        limits = {"drain_s": 0.0} | node.get("limits", {})  # a network for trials ends at once
+        settings = node | {"key": str(key), "limits": limits}
         if "membership" not in node and "peers" not in node:
             settings["peers"] = [{"key": identities[i].name, "url": url} for i, url in enumerate(urls) if i != k]
         if accounts:

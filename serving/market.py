@@ -1,7 +1,8 @@
-"""What nodes agree on: the market that they are in, tariffs, promises."""
+"""What nodes agree on: the market that they are in, tariffs, promises, and how large a number can be."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from wwwserve.agents.classes import CLASS_SIZE, MAX_CLASSES
@@ -9,7 +10,11 @@ from wwwserve.agents.kernel import Floats, records
 from wwwserve.agents.protocol import LATENESS, NO_BOUND
 from wwwserve.agents.provider import AGREEMENT, MAX_DEADLINES
 
-Tariff = tuple[int, int, int]  # INPUT, CACHED_INPUT, OUTPUT of agents.protocol: micro-credits per 1000 tokens
+MOST_INT = 2**63 - 1  # of whole numbers from outside, as kernels and databases take no larger ones
+MOST_TOKENS = 1 << 30  # of one request, so that prices stay in 64 bits
+
+Whole = Annotated[int, Meta(ge=0, le=MOST_INT)]  # one from outside
+Tariff = tuple[Whole, Whole, Whole]  # INPUT, CACHED_INPUT, OUTPUT of agents.protocol: micro-credits per 1000 tokens
 
 
 class Market(NamedTuple):

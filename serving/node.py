@@ -110,9 +110,11 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    config: NodeConfig, ready: Callable[[str, str], None], wall_clock: Callable[[], float] = time.time
-) -> None:
-    """Run a node until it is cancelled; `ready` is called with its public key and its URL once it listens.
+    config: NodeConfig, ready: Callable[[str, str], None], wall_clock: Callable[[], float] = time.time,
+    stop: asyncio.Event | None = None,
+) -> None:  # fmt: skip
+    """Run a node until it is cancelled, or `stop` is set and what it has begun has ended; `ready` is called with its
+    public key and its URL once it listens.
 
     Raises ValueError for a configuration or a key that cannot be, OSError for an address that cannot be used.
     """
@@ -142,19 +144,21 @@ async def serve(
         engine = Engine(settings.kind, settings.url, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
         ledger = ledger_of(config, identity, provider.market.payment, stack)
         dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
+        app = App(dispatcher, config, refusals)
         web = uvicorn.Config(
-            App(dispatcher, config, refusals), http=Connection.limited(config.limits), lifespan="off", ws="none",
+            app, http=Connection.limited(config.limits), lifespan="off", ws="none",
             log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=5,
             timeout_keep_alive=60, server_header=False, date_header=False, proxy_headers=False,
         )  # fmt: skip
         server = _Server(web)
         try:
             await engine.scrape()
-            dispatcher.serves = dispatcher.serves or await engine.models()
+            await dispatcher.list_models()
         except EngineError as error:
             log.warning("the engine is not there yet", extra={"reason": str(error)})
         acting = asyncio.create_task(dispatcher.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
+        told = asyncio.create_task((stop or asyncio.Event()).wait())
         try:
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
@@ -162,7 +166,11 @@ async def serve(
                 "ready", extra={"key": identity.name, "url": url, "policy": policy.name, "serves": dispatcher.serves}
             )
             ready(identity.name, url)
-            await asyncio.wait({serving, acting}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, acting, told}, return_when=asyncio.FIRST_COMPLETED)
+            if told.done():
+                dispatcher.leave()
+                await app.drain.end(config.limits.drain_s)
+                server.should_exit = True
             if acting.done():
                 server.should_exit = True
                 acting.result()
@@ -170,11 +178,13 @@ async def serve(
         finally:
             server.should_exit = True
             acting.cancel()
-            await asyncio.gather(acting, serving, return_exceptions=True)
+            told.cancel()
+            await asyncio.gather(acting, serving, told, return_exceptions=True)
 
 
 def run(config: NodeConfig) -> None:
-    """Run a node until SIGTERM or SIGINT; prints its URL in a line of JSON when it is ready, logs to standard error."""
+    """Run a node until SIGTERM or SIGINT, and then until what it has begun has ended; a second one ends it at once.
+    Prints its URL in a line of JSON when it is ready, logs to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=config.log.upper(), handlers=[handler], force=True)
@@ -183,9 +193,16 @@ def run(config: NodeConfig) -> None:
         print(json.dumps({"name": config.name, "key": key, "url": url}), flush=True)
 
     async def until_told() -> None:
-        running = asyncio.create_task(serve(config, ready))
+        stop = asyncio.Event()
+        running = asyncio.create_task(serve(config, ready, stop=stop))
+
+        def end() -> None:
+            if stop.is_set():
+                running.cancel()
+            stop.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, end)
         await asyncio.wait({running})
         if not running.cancelled():
             running.result()

@@ -30,6 +30,7 @@ def overview(node: Dispatcher) -> dict[str, Any]:
             {
                 "key": name, "label": advert.label if advert else None,
                 "url": advert.url if advert else None, "there": there,
+                "serves": list(advert.serves) if advert else [],
                 "age_s": round(now_s - vector[AD_TIME_S], 3) if there else None,
                 "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
                 "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,

@@ -22,6 +22,7 @@ from wwwserve.agents.rules import Rule
 from wwwserve.serving import config, node
 from wwwserve.serving.engine.adapter import NAMES
 from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.ledger.accounts import Accounts
 from wwwserve.serving.ledger.audit import Audit, audit, compare, settled
 from wwwserve.serving.ledger.channel import Credited, LedgerError
@@ -324,6 +325,47 @@ def test_an_executor_that_overclaims_is_paid_what_came(tmp_path: Path, claims: i
             assert (await n.ask())[0] == 200
             assert await n.paid() == (await cost(n, tokens) if tokens else 0)
         agree(n)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_longer_than_agreed_is_broken_off_and_what_came_is_paid(tmp_path: Path, stream: bool) -> None:
+    """As where an engine reads limits in another way than nodes do."""
+
+    async def scene() -> None:
+        own, other = busy(), Engine(words=200, pause_s=0.001)
+        async with net(tmp_path, own, other) as n:
+            while not other.begun:
+                status, body = await n.ask(stream=stream, max_tokens=20)
+            came = body.count(b'"content": "w') if stream and b"error" in body else 0
+            assert status == 200 and came <= 20 and own.begun == (came == 0)
+            assert await n.paid() == pytest.approx(await cost(n, came) if came else 0.0)
+        agree(n)
+
+    play(scene)
+
+
+def test_a_stream_that_does_not_tell_its_usage_is_not_taken_for_pay(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(tmp_path, Engine(), Engine()) as n:
+            await n.stop(0)
+            peer = Messages(Identity.load(Path(n.configs[0]["key"])), lambda name: True)
+            body = {"model": MODEL, "messages": [], "stream": True, "max_tokens": 100}
+            statuses = []
+            for more in ({}, {"stream_options": {"include_usage": False}}, {"stream_options": {"include_usage": True}}):
+                content = json.dumps(body | more).encode()
+                seen = await n.see(1)
+                tariff = [round(MICRO * seen["tariff"][each]) for each in ("input", "cached_input", "output")]
+                terms = {
+                    "x-wwwserve-prompt": "1", "x-wwwserve-tariff": " ".join(map(str, tariff)),
+                    "x-wwwserve-escrow": f"v2 1 {MICRO}",
+                }  # fmt: skip
+                path = "/peer/v1/chat/completions"
+                terms["x-wwwserve-signature"] = peer.sign(n.keys[1], seen["run"], path, terms, content)
+                async with n.session.post(n.url(1) + path, data=content, headers=terms) as response:
+                    statuses.append((response.status, b"include_usage" in await response.read()))
+            assert statuses == [(402, True), (402, True), (200, False)]
 
     play(scene)
 

@@ -144,8 +144,12 @@ def test_a_peer_is_served_at_a_tariff_that_pays() -> None:
     play(scene)
 
 
-def test_a_prompt_that_is_said_to_be_shorter_than_it_can_be_is_not_taken() -> None:
-    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "x" * 1600}]}).encode()
+@pytest.mark.parametrize("asked", [
+    {"messages": [{"role": "user", "content": "x" * 1600}]}, {"messages": [{"role": "user", "content": "é" * 800}]},
+    {"prompt": [7] * 100}, {"prompt": [[7] * 50, [7] * 50]}, {"prompt": ["x" * 800, "y" * 800]},
+])  # fmt: skip
+def test_a_prompt_that_is_said_to_be_shorter_than_it_can_be_is_not_taken(asked: dict[str, Any]) -> None:
+    body = json.dumps({"model": MODEL} | asked, ensure_ascii=False).encode()
 
     async def scene() -> None:
         async with net(Stub(), Stub()) as n:

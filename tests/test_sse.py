@@ -169,6 +169,16 @@ def test_the_last_event_may_come_in_pieces() -> None:
     assert meter.done
 
 
+def test_what_is_surely_longer_than_was_paid_for_is_told() -> None:
+    meter = AnswerMeter()
+    meter.feed(event([delta(" " * 200)]))
+    assert meter.tokens == 12 and not meter.exceeds(1)  # it may be one token
+    meter.feed(event([delta("x" * 100)]) + event([delta("y")]))
+    assert meter.exceeds(2) and not meter.exceeds(3)
+    meter.feed(event([], **usage(2)))
+    assert meter.tokens == 2 and not meter.exceeds(2)
+
+
 def test_an_event_without_end_is_an_error() -> None:
     meter, piece = AnswerMeter(), b"x" * 65536
     for _ in range(MOST_EVENT_BYTES // len(piece)):
@@ -209,8 +219,9 @@ MESSAGE = {"role": "assistant", "content": "".join(WORDS)}
         ([{"message": {"content": None, "tool_calls": [{"function": {"arguments": "".join(WORDS)}}]}}], N, N),
         ([{"index": k, "text": "".join(WORDS)} for k in range(20)], 20 * N, 20 * N),
         ([{"message": {"content": "word"}}], 4000, 4),
-        ([{"message": {"content": "word"}}], -1, 0),
-        ([{"message": {"content": "word"}}], None, 0),
+        ([{"message": {"content": "word"}}], -1, 1),
+        ([{"message": {"content": "word"}}], None, 1),
+        ([{"message": {"content": "word" * 40}}], None, 10),
     ],
 )
 def test_a_whole_answer_has_as_many_tokens_as_it_says_and_can_have(
@@ -235,6 +246,7 @@ def test_what_is_no_answer_is_an_error(body: bytes) -> None:
     [
         (CHAT, {}, None), (COMPLETION, {}, 16), (COMPLETION, {"max_tokens": None}, None), (CHAT, {"max_tokens": 5}, 5),
         (CHAT, {"max_tokens": 100.0}, 100), (CHAT, {"max_tokens": 9, "max_completion_tokens": 4}, 4),
+        (COMPLETION, {"max_tokens": 9, "max_completion_tokens": 4}, 9), (COMPLETION, {"max_completion_tokens": 4}, 16),
         (CHAT, {"max_tokens": True}, None), (CHAT, {"max_tokens": 0}, None), (CHAT, {"max_tokens": 1.5}, None),
     ],
 )  # fmt: skip

@@ -30,6 +30,7 @@ from wwwserve.serving.http.reply import COMPLETIONS, CompletionRequest, Reply
 from wwwserve.serving.http.sse import AnswerMeter, StreamError
 from wwwserve.serving.ledger.stakes import Answer, Staked, Verdict, Vote
 from wwwserve.serving.ledger.statements import StatementError, check, digest
+from wwwserve.serving.market import Whole
 from wwwserve.serving.metrics import Metrics
 
 log = logging.getLogger("wwwserve.duel")
@@ -88,8 +89,8 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     b: Answer
     answer_a: str
     answer_b: str
-    electors: tuple[tuple[str, int], ...]  # of whom the judges were drawn, and what each has at stake, by name
-    judges: int  # to be drawn
+    electors: tuple[tuple[str, Whole], ...]  # of whom the judges were drawn, and what each has at stake, by name
+    judges: Whole  # to be drawn
 
 
 class Attempt(Reply):

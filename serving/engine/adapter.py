@@ -5,6 +5,7 @@ tick; in between, what was sent there and what came back is counted, as the page
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import Collection, Iterator
 from contextlib import AbstractAsyncContextManager
@@ -18,8 +19,11 @@ from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response, Transport
 from wwwserve.serving.market import Promise
 
+log = logging.getLogger("wwwserve.engine")
+
 SCRAPE_TIMEOUT_S = 2.0
 MOST_PAGE = 16 * 2**20  # bytes
+MOST_LOAD = 1e6  # requests that an engine may say it has
 DOWN_WAITING = 1000.0  # requests said to wait at an engine that is down
 OF_ONE_PRIORITY = re.compile(r'[{,]priority="[^"]')
 FAILURES = 2  # scrapes in a row that fail before an engine counts as down
@@ -44,6 +48,9 @@ NAMES = {
     "vllm": Names("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
     "sglang": Names("sglang:num_running_reqs", "sglang:num_queue_reqs", "sglang:token_usage"),
 }
+
+
+RENAMED = {"vllm:gpu_cache_usage_perc": "vllm:kv_cache_usage_perc"}  # by engines of an earlier version
 
 
 class Load(NamedTuple):
@@ -83,11 +90,14 @@ def read_load(page: str, names: Names, kv_capacity: int) -> Load:
     found: dict[str, list[float]] = {name: [] for name in names}
     for line in page.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
+        name = RENAMED.get(name, name)
         if name in found and not OF_ONE_PRIORITY.search(line):
             try:
                 found[name].append(float(line.rpartition("}")[2].split()[0 if "}" in line else 1]))
             except (ValueError, IndexError):
                 raise EngineError(f"metric {name} has no number: {line[:120]!r}") from None
+            if not 0 <= found[name][-1] <= MOST_LOAD:  # nor is NaN
+                raise EngineError(f"metric {name} is {found[name][-1]:g}, expected 0 to {MOST_LOAD:g}")
     for name, values in found.items():
         if not values:
             raise EngineError(f"no metric {name} on the engine's page")
@@ -95,7 +105,7 @@ def read_load(page: str, names: Names, kv_capacity: int) -> Load:
 
 
 class Availability:
-    """Whether an engine can be asked, by what is heard of it."""
+    """Whether an engine can be asked, by what is heard of it. `reason` says why not, or why its load is not known."""
 
     def __init__(self) -> None:
         self.failures = FAILURES  # down until it is heard of
@@ -147,9 +157,12 @@ class Engine(Availability):
         self.headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._seen = Load(0.0, 0.0, 0.0)
         self._requests, self._tokens = 0.0, 0.0  # sent less returned since it was scraped
+        self._prompts = 0  # tokens of the prompts that it has of this node
+        self._says_load = True
 
     async def scrape(self) -> None:
-        """Read its load; raises EngineError when that cannot be."""
+        """Read its load; raises EngineError for an engine that does not answer. One that does not say its load, though
+        it says what it serves, has what this node sent there."""
         # What is sent while the page is on its way may be on it or not; it is counted as if it were not.
         requests, tokens = self._requests, self._tokens
         try:
@@ -158,11 +171,21 @@ class Engine(Availability):
         except (TimeoutError, OSError) as error:
             self._failed(f"{self.url}/metrics: {error or type(error).__name__}")
         except EngineError as error:
-            self._failed(f"{self.url}: {error}")
+            await self._do_without(f"{self.url}: {error}")
         else:
             self._requests -= requests
             self._tokens -= tokens
-            self.failures, self.reason = 0, ""
+            self.failures, self.reason, self._says_load = 0, "", True
+
+    async def _do_without(self, reason: str) -> None:
+        """It answers, and does not say its load. Raises EngineError if it does not serve either."""
+        try:
+            await self.models()
+        except EngineError:
+            self._failed(reason)
+        if self._says_load or self.failures:
+            log.warning("the engine does not say its load, what is sent there is counted", extra={"reason": reason})
+        self.failures, self.reason, self._says_load = 0, reason, False
 
     def _failed(self, reason: str) -> None:
         self.failures, self.reason = self.failures + 1, reason
@@ -182,6 +205,9 @@ class Engine(Availability):
         """
         if not self.takes:
             return Load(float(self.profile.max_num_seqs), DOWN_WAITING, float(self.profile.kv_tokens))
+        if not self._says_load:
+            there = min(self.out, self.profile.max_num_seqs)
+            return Load(float(there), float(self.out - there), float(min(self._prompts, self.profile.kv_tokens)))
         requests = max(0.0, self._seen.running + self._seen.waiting + self._requests)
         most = float(self.profile.max_num_seqs) if self._seen.waiting == 0 else self._seen.running
         running = min(requests, max(most, 1.0))
@@ -203,12 +229,14 @@ class Engine(Availability):
     def sent(self, prompt: int) -> None:
         """A request of so many tokens goes to it."""
         self.out += 1
+        self._prompts += blocks(prompt)
         self._requests += 1
         self._tokens += blocks(prompt)
 
     def returned(self, prompt: int, output: int) -> None:
         """It is done with a request, or need not go on."""
         self.out -= 1
+        self._prompts -= blocks(prompt)
         self._requests -= 1
         self._tokens -= blocks(prompt + output)
 

@@ -9,19 +9,21 @@ from typing import Any
 
 import orjson
 
-from wwwserve.serving.http.reply import CompletionRequest, Reply
+from wwwserve.serving.http.reply import CHAT_PATH, COMPLETION_PATH, CompletionRequest, Reply
 from wwwserve.serving.http.sse import EventParser, choices_of, usage_of
 
-LIMITS = ("max_completion_tokens", "max_tokens")  # the first that is there holds
+LIMITS = {  # by path; the first that is there holds
+    CHAT_PATH: ("max_completion_tokens", "max_tokens"), COMPLETION_PATH: ("max_tokens",)
+}  # fmt: skip
 MOST_CHOICES = 128  # for one prompt
 DEFAULT_COMPLETION_TOKENS = 16  # of `/v1/completions`, by the OpenAI API
 
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
-def limit_of(request: dict[str, Any]) -> int | None:
+def limit_of(path: str, request: dict[str, Any]) -> int | None:
     """Tokens that one choice may have at most, as the user says; None without a limit."""
-    for name in LIMITS:
+    for name in LIMITS[path]:
         limit = request.get(name)
         if isinstance(limit, float) and limit.is_integer():
             limit = int(limit)
@@ -32,8 +34,8 @@ def limit_of(request: dict[str, Any]) -> int | None:
 
 def limit_in_force(path: str, request: dict[str, Any]) -> int | None:
     """Tokens that an engine lets one choice have at most; None if it may write as long as it can."""
-    limit = limit_of(request)
-    if limit is None and not path.endswith("/chat/completions") and "max_tokens" not in request:
+    limit = limit_of(path, request)
+    if limit is None and path == COMPLETION_PATH and "max_tokens" not in request:
         return DEFAULT_COMPLETION_TOKENS
     return limit
 
@@ -58,7 +60,7 @@ def for_pay(completion: CompletionRequest, max_tokens: int | None) -> tuple[Comp
     hidden = False
     if completion.stream:
         options = request.get("stream_options") or {}
-        hidden = isinstance(options, dict) and not options.get("include_usage")
+        hidden = isinstance(options, dict) and options.get("include_usage") is not True
         if hidden:
             change["stream_options"] = options | {"include_usage": True}
     if max_tokens is not None and limit_in_force(completion.path, request) is None:
@@ -69,6 +71,12 @@ def for_pay(completion: CompletionRequest, max_tokens: int | None) -> tuple[Comp
         return completion._replace(body=orjson.dumps(request | change)), hidden
     except TypeError:  # nested deeper than orjson writes
         return completion, False
+
+
+def tells_usage(request: dict[str, Any]) -> bool:
+    """Whether an answer says how many tokens it has."""
+    options = request.get("stream_options")
+    return not request.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True)
 
 
 class WithoutUsage(Reply):

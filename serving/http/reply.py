@@ -13,7 +13,7 @@ from wwwserve.serving.http.transport import Response
 
 EVENTS = "text/event-stream"
 MOST_ANSWER = 64 * 2**20  # bytes of an answer that is not streamed
-COMPLETIONS = ("/v1/chat/completions", "/v1/completions")  # paths of the OpenAI API that are served
+CHAT_PATH, COMPLETION_PATH = COMPLETIONS = ("/v1/chat/completions", "/v1/completions")  # of the OpenAI API
 
 
 class CompletionRequest(NamedTuple):
@@ -24,7 +24,8 @@ class CompletionRequest(NamedTuple):
     model: str
     stream: bool
     klass: int = 0
-    prompt_bytes: int = 0
+    prompt_bytes: int = 0  # of text
+    prompt_ids: int = 0  # tokens that are given as such
     max_tokens: int = 0  # of one choice, as the user limits it; 0 without a limit
     choices: int = 1  # answers in all: choices for each prompt, times prompts
 
@@ -73,6 +74,10 @@ class RetryableError(Exception):
     def full(self) -> bool:
         """Whether it is only full now."""
         return self.status in (429, 503)
+
+
+class TooMuch(ValueError):
+    """An answer is longer than what is paid for."""
 
 
 class ClientDisconnect(Exception):
@@ -124,16 +129,20 @@ async def send_timed(sending: Awaitable[None], meter: AnswerMeter) -> None:
 
 
 async def pass_stream_on(
-    response: Response, kind: str, reply: Reply, meter: AnswerMeter, watch: Callable[[bytes], None] | None = None
-) -> None:
+    response: Response, kind: str, reply: Reply, meter: AnswerMeter, watch: Callable[[bytes], None] | None = None,
+    most: int | None = None,
+) -> None:  # fmt: skip
     """Pass the stream of an engine or a peer on, up to its last event, metered; `watch` is shown all that went out.
 
-    Raises RetryableError for one that came to an end without being whole, as far as that can be told, and StreamError.
+    Raises RetryableError for one that came to an end without being whole, as far as that can be told, StreamError, and
+    TooMuch before it passes on more than `most` tokens.
     """
     async for chunk in response.iter_any():
         if not reply.started:
             await reply.start(200, kind)
         passed = meter.feed(chunk)
+        if most is not None and meter.exceeds(most):
+            raise TooMuch(f"it has more than {most} tokens, for which it is paid")
         if watch is not None:
             watch(passed)
         await send_timed(reply.pass_on(passed), meter)

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 import orjson
 
-from wwwserve.serving.http.reply import CompletionRequest, Failed, Reply, RetryableError
+from wwwserve.serving.http.handover import limit_of
+from wwwserve.serving.http.reply import CHAT_PATH, CompletionRequest, Failed, Reply, RetryableError
 from wwwserve.serving.http.sse import DONE, LAST_EVENT, Event, EventParser, StreamError, choices_of, usage_of
 
 # What a continuation could not take up where it was: several answers, calls of tools, a grammar's state.
@@ -82,12 +83,12 @@ class Resumed(Reply):
 
     async def finish(self) -> bool:
         """The stream broke off; bring it to its end if only that is missing. Returns whether it was so."""
-        limit = self._request.get("max_completion_tokens") or self._request.get("max_tokens")
-        if not self._finished and not (isinstance(limit, int) and self.tokens >= limit > 0):
+        limit = limit_of(self._completion.path, self._request)
+        if not self._finished and (limit is None or self.tokens < limit):
             return False
         self.resumable = False
         if not self._finished:
-            chat = self._completion.path.endswith("/chat/completions")
+            chat = self._completion.path == CHAT_PATH
             nothing: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
             choice = {"index": 0, "finish_reason": "length", **nothing}
             await self._reply.pass_on(b"data: " + orjson.dumps(self._first | {"choices": [choice]}) + b"\n\n")

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import orjson
@@ -11,16 +12,18 @@ import orjson
 from wwwserve.agents.protocol import TARIFF_SIZE
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF, TPOT, TTFT
-from wwwserve.serving.dispatcher import MOST_BYTES_PER_TOKEN, Dispatcher, RemoteRequest
+from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Declined
-from wwwserve.serving.http.handover import choices_in, limit_in_force, limit_of
+from wwwserve.serving.http.drain import Drain
+from wwwserve.serving.http.handover import choices_in, limit_in_force, limit_of, tells_usage
 from wwwserve.serving.http.messages import SIGNATURE, Refusals, Refused
 from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed, Reply
+from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import Full
-from wwwserve.serving.ledger.statements import MOST_PRICE, MOST_TOKENS, StatementError
-from wwwserve.serving.market import Tariff
+from wwwserve.serving.ledger.statements import MOST_PRICE, StatementError
+from wwwserve.serving.market import MOST_TOKENS, Tariff
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES
 from wwwserve.serving.overview import overview
 
@@ -70,6 +73,7 @@ class App:
 
     def __init__(self, dispatcher: Dispatcher, config: NodeConfig, refusals: Refusals) -> None:
         self.dispatcher, self.config, self.refusals = dispatcher, config, refusals
+        self.drain = Drain()
         self.keys = [key.encode() for key in config.keys]
         self.classes = {name.encode(): k for k, name in enumerate(config.class_names)}
         self.pages: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
@@ -131,7 +135,8 @@ class App:
         completion = self._asked(path, headers, body)
         reply = HttpReply(send)
         try:
-            await _unless_gone(receive, self.dispatcher.answer(completion, reply))
+            with self.drain.work():
+                await _unless_gone(receive, self.dispatcher.answer(completion, reply))
         except Failed as failed:
             if not reply.started:
                 raise
@@ -151,8 +156,9 @@ class App:
         if klass is None:
             known = ", ".join(self.config.class_names)
             raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
+        prompt_bytes, prompt_ids = _prompt_size(request)
         return CompletionRequest(
-            path, body, model, bool(stream), klass, _prompt_bytes(request), limit_of(request) or 0,
+            path, body, model, bool(stream), klass, prompt_bytes, prompt_ids, limit_of(path, request) or 0,
             choices_in(request),
         )  # fmt: skip
 
@@ -163,16 +169,18 @@ class App:
         body = await _body(receive, headers, self.config.limits.body_bytes)
         claim.check(body)
         request = _object(body)
-        prompt, tariff = _prompt_tokens(headers, _prompt_bytes(request)), _tariff(headers)
+        prompt, tariff = _prompt_tokens(headers, *_prompt_size(request)), _tariff(headers)
         limit, choices, model = limit_in_force(path, request), choices_in(request), request.get("model")
         most = limit * choices if limit is not None else None
         longest = min(most or self.config.output.max * choices, MOST_TOKENS)
         accounts, paid = self.dispatcher.accounts, None
         try:
             if accounts is not None:
+                if not tells_usage(request):
+                    raise LedgerError("a stream that is paid for is to tell its usage, stream_options.include_usage")
                 id, terms = accounts.offered(headers.get(ESCROW.encode(), b""), tariff, prompt, most)
             promise = None
-            if model in self.dispatcher.serves:
+            if model in self.dispatcher.serves and not self.drain.begun:
                 promise = self.dispatcher.consider(prompt, longest, tariff)
             if promise is None:
                 self.dispatcher.metrics.offer_refused()
@@ -189,10 +197,13 @@ class App:
         reply = HttpReply(send)
         head = [(name.encode(), said.encode()) for name, said in zip((TTFT, TPOT), promise.text(), strict=True)]
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
-        await reply.start(200, "application/octet-stream", *head)
         completion = CompletionRequest(path, body, str(model), bool(request.get("stream")))
-        remote = RemoteRequest(claim.sender, completion, prompt, longest, tariff, promise)
-        if await _unless_gone(receive, self.dispatcher.run_for(remote, reply, paid)):
+        remote = RemoteRequest(claim.sender, completion, prompt, longest, tariff, promise, most)
+        whole = False
+        with suppress(Failed), self.drain.work():
+            await reply.start(200, "application/octet-stream", *head)
+            whole = await _unless_gone(receive, self.dispatcher.run_for(remote, reply, paid))
+        if whole:
             await reply.end()
         # Else the answer stays without its end, and the server breaks the connection off.
 
@@ -205,7 +216,8 @@ class App:
             if scope["path"] == ATTEST_PATH:
                 answer = self.dispatcher.attestor.attest(claim.sender, body)
             else:
-                answer = await _unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body))
+                with self.drain.work():
+                    answer = await _unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body))
         except Declined as error:
             raise Failed(409, str(error), "declined") from None
         await _answer(send, 200, answer)
@@ -233,9 +245,10 @@ class App:
     # Pages.
 
     def _health(self) -> tuple[int, bytes, bytes]:
-        up = self.dispatcher.engine.healthy
-        status = {"status": "ok" if up else "the engine is down", "reason": self.dispatcher.engine.reason}
-        return 200 if up else 503, orjson.dumps(status), b"application/json"
+        up, ends = self.dispatcher.engine.healthy, self.drain.begun
+        said = "this node is shutting down" if ends else "ok" if up else "the engine is down"
+        status = {"status": said, "reason": self.dispatcher.engine.reason}
+        return 200 if up and not ends else 503, orjson.dumps(status), b"application/json"
 
     def _metrics(self) -> tuple[int, bytes, bytes]:
         d = self.dispatcher
@@ -258,11 +271,11 @@ class App:
         return 200, orjson.dumps({"object": "list", "data": models}), b"application/json"
 
 
-def _prompt_tokens(headers: dict[bytes, bytes], prompt_bytes: int) -> int:
-    """Tokens of a peer's prompt as it says. Raises Failed for fewer than its text can have, as what is computed would
-    not be paid."""
+def _prompt_tokens(headers: dict[bytes, bytes], prompt_bytes: int, prompt_ids: int) -> int:
+    """Tokens of a peer's prompt as it says. Raises Failed for fewer than it can have, as what is computed would not be
+    paid."""
     header = headers.get(PROMPT.encode(), b"")
-    least = max(1, int(prompt_bytes / MOST_BYTES_PER_TOKEN))
+    least = max(1, prompt_ids + prompt_bytes // MOST_BYTES_PER_TOKEN)
     if not (header.isdigit() and len(header) < 10 and least <= int(header) < MOST_PROMPT):
         expected = f"expected a header {PROMPT}, {least} tokens or more"
         raise Failed(400, expected, "invalid_request_error")
@@ -299,23 +312,24 @@ def _object(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _prompt_bytes(request: dict[str, Any]) -> int:
-    """Bytes of the texts that a model reads, as far as they can be seen."""
+def _prompt_size(request: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of the texts that a model reads, as far as they can be seen, and tokens that it is given as such."""
     prompt, messages = request.get("prompt"), request.get("messages")
     if isinstance(prompt, str):
-        return len(prompt)
-    if isinstance(prompt, list):  # of tokens or texts
-        return sum(len(each) if isinstance(each, str | list) else 4 for each in prompt)
+        return len(prompt.encode(errors="replace")), 0
+    if isinstance(prompt, list):  # of tokens, or of texts or lists of tokens, each a prompt
+        texts = sum(len(each.encode(errors="replace")) for each in prompt if isinstance(each, str))
+        return texts, sum(len(each) if isinstance(each, list) else 1 for each in prompt if not isinstance(each, str))
     if not isinstance(messages, list):
-        return 0
+        return 0, 0
     size = 0
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
         parts: Sequence[Any] = content if isinstance(content, list) else [content]
         for part in parts:
             text = part.get("text") if isinstance(part, dict) else part
-            size += len(text) if isinstance(text, str) else 0
-    return size
+            size += len(text.encode(errors="replace")) if isinstance(text, str) else 0
+    return size, 0
 
 
 async def _body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:

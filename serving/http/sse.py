@@ -2,7 +2,7 @@
 
 Whoever meters an answer does it here, so that origin and executor count the same: users' streams, handed-over ones,
 those that are resumed, payments. Tokens are what the engine's `usage` says, at most the bytes of text that came, as no
-token is less; without it, one for each choice of an event that has text.
+token is less; without it, one for each choice of an event that has text, or as many as its bytes have at least.
 """
 
 import re
@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from wwwserve.serving.market import MOST_TOKENS
+
 DONE = b"[DONE]"  # data of the last event
 LAST_EVENT = b"data: [DONE]\n\n"
 MOST_EVENT_BYTES = 4 * 2**20
+MOST_BYTES_PER_TOKEN = 16  # of text, on the average
+LONGEST_TOKEN_BYTES = 256  # of one; vocabularies have some of many spaces
 TEXTS = ("content", "text", "reasoning", "reasoning_content", "refusal")  # of a choice, its message or its delta
 CALLS = ("tool_calls", "function_call")
 
@@ -93,7 +97,7 @@ class AnswerMeter:
         self.waited_s = 0.0  # for whoever reads it, which is not the time of who answers
         self._parser = EventParser()
         self._answer: dict[str, Any] | None = None
-        self._pieces, self._text_bytes = 0, 0
+        self._pieces, self._text_bytes, self._call_bytes = 0, 0, 0
         self._open: set[object] = set()  # choices that began
         self._finished: set[object] = set()
         self._before, self._after = b"", b""  # of the text in an event like the last; empty: there is none
@@ -101,10 +105,27 @@ class AnswerMeter:
     @property
     def tokens(self) -> int:
         """Output tokens so far."""
+        return self._at_least(MOST_BYTES_PER_TOKEN)
+
+    def exceeds(self, most: int) -> bool:
+        """Whether it has more than so many tokens, beyond doubt."""
+        return self._at_least(LONGEST_TOKEN_BYTES) > most
+
+    def _at_least(self, bytes_per_token: int) -> int:
+        """Output tokens so far; where no usage tells them, of at most so many bytes."""
         if self._answer is not None:  # counted when it is asked, as few do
-            self._text_bytes = sum(map(text_bytes, choices_of(self._answer)))
+            for choice in choices_of(self._answer):
+                self._add(choice)
             self._answer = None
-        return self._pieces if self.usage is None else min(self.usage.output, self._text_bytes)
+        if self.usage is None:
+            return max(self._pieces, self._text_bytes // bytes_per_token)
+        return min(self.usage.output, self._text_bytes + self._call_bytes)
+
+    def _add(self, choice: dict[str, Any]) -> None:
+        text, calls = written_bytes(choice)
+        self._text_bytes += text
+        self._call_bytes += calls
+        self._pieces += text + calls > 0
 
     def feed(self, chunk: bytes) -> bytes:
         """Count some of a stream; returns it up to the end of the last event. Raises StreamError."""
@@ -148,9 +169,7 @@ class AnswerMeter:
     def _read(self, told: dict[str, Any]) -> None:
         self.usage = usage_of(told) or self.usage
         for choice in choices_of(told):
-            size = text_bytes(choice)
-            self._text_bytes += size
-            self._pieces += size > 0
+            self._add(choice)
             index = choice.get("index", 0)
             if isinstance(index, int):
                 self._open.add(index)
@@ -191,7 +210,7 @@ class AnswerMeter:
         key_end = raw.find(keys[0]) + len(keys[0])
         start = raw.find(b'"', key_end) + 1
         end = raw.find(b'"', start)
-        if 0 < start < end and not raw[key_end : start - 1].strip() and end - start == text_bytes(choice):
+        if 0 < start < end and not raw[key_end : start - 1].strip() and end - start == sum(written_bytes(choice)):
             self._before, self._after = raw[:start], raw[end:]
 
 
@@ -201,12 +220,13 @@ def choices_of(told: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in choices if isinstance(each, dict)] if isinstance(choices, list) else []
 
 
-def text_bytes(choice: dict[str, Any]) -> int:
-    """Bytes of all that a model wrote in a choice: text, reasoning, parts, calls of tools."""
+def written_bytes(choice: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of all that a model wrote in a choice: of text, reasoning and parts; and of calls of tools at most, with
+    what an API puts around them."""
     part = choice.get("delta") or choice.get("message") or choice
     if not isinstance(part, dict):
-        return 0
-    size = 0
+        return 0, 0
+    size = calls = 0
     for name in TEXTS:
         said = part.get(name)
         if isinstance(said, str):
@@ -217,10 +237,10 @@ def text_bytes(choice: dict[str, Any]) -> int:
     for name in CALLS:
         if part.get(name):
             try:
-                size += len(orjson.dumps(part[name]))
+                calls += len(orjson.dumps(part[name]))
             except TypeError:  # nested deeper than orjson writes
                 continue
-    return size
+    return size, calls
 
 
 def usage_of(told: dict[str, Any]) -> Usage | None:
@@ -229,7 +249,7 @@ def usage_of(told: dict[str, Any]) -> Usage | None:
     if not isinstance(usage, dict):
         return None
     prompt, output = usage.get("prompt_tokens", 0), usage.get("completion_tokens")
-    if type(prompt) is not int or type(output) is not int or min(prompt, output) < 0:
+    if type(prompt) is not int or type(output) is not int or not (0 <= prompt <= MOST_TOKENS >= output >= 0):
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None

@@ -8,7 +8,7 @@ they pass.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -42,7 +42,24 @@ DISAGREED_S = 2.0  # until a peer that declined is told again
 TARIFFS_KEPT = 4  # adverts back, of which the tariff still holds
 TOLERANCE_S = 0.25  # by which two sides may differ, beside the round trip, on how long an answer took
 
+MOST_TOLD = 1 << 17  # bytes of statements about stake in one message, which a peer verifies at one go
+
 SendTo = Callable[[str, bytes], Awaitable[bytes]]
+
+
+class NotTaken(LedgerError):
+    """A peer does not take what a message says, or its size, and would not if it came again."""
+
+
+def _first_of(statements: Sequence[str]) -> tuple[str, ...]:
+    """As many of the first as go into one message."""
+    size, count = 0, 0
+    for each in statements:
+        size += len(each)
+        if count and size > MOST_TOLD:
+            break
+        count += 1
+    return tuple(statements[:count])
 
 
 class Came(NamedTuple):
@@ -196,12 +213,10 @@ class Accounts:
     async def _exchange(self, peer: str) -> None:
         """Tell a peer all that there is to tell."""
         try:
-            if statements := self._untold.pop(peer, []):
-                try:
-                    await self.send(peer, msgspec.json.encode(Telling(tuple(statements))))
-                except (TimeoutError, OSError):
-                    self._untold[peer] = statements + self._untold.get(peer, [])
-                    return
+            while told := _first_of(self._untold.get(peer, [])):
+                await self._tell(peer, told)
+                if peer in self._untold:  # it may have gone, and come back
+                    self._untold[peer] = [each for each in self._untold[peer] if each not in told]
             message = await self.ledger.message(peer)
             if message is not None:
                 await self.ledger.replied(peer, await self.send(peer, message))
@@ -215,6 +230,19 @@ class Accounts:
                 log.warning("a peer's ledger and ours do not agree", extra={"peer": peer, "reason": str(error)})
         finally:
             self._busy.discard(peer)
+
+    async def _tell(self, peer: str, statements: tuple[str, ...]) -> None:
+        """Tell a peer statements, each alone where it does not take all of them, and not again what it does not take
+        alone. Raises OSError, TimeoutError, and LedgerError where it takes nothing now."""
+        try:
+            await self.send(peer, msgspec.json.encode(Telling(statements)))
+        except NotTaken as error:
+            if len(statements) > 1:
+                for each in statements:
+                    await self._tell(peer, (each,))
+            else:
+                self.rejected += 1
+                log.warning("a peer does not take a statement", extra={"peer": peer, "reason": str(error)})
 
     async def received(self, peer: str, body: bytes) -> bytes:
         """A message of a peer. Raises LedgerError, StatementError or Full."""

@@ -26,7 +26,7 @@ from wwwserve.serving.ledger.statements import (
     Terms,
     link,
 )
-from wwwserve.serving.market import Promise
+from wwwserve.serving.market import Promise, Whole
 
 OWN, PEER = 0, 1  # rows of a channel's accounts
 STAKE = '{"type":"stake"'  # begins what says what a node stakes, not who lost some
@@ -50,7 +50,7 @@ class Locked(Struct, frozen=True, tag="lock"):
     """A request goes to the peer, on terms, the amount in escrow."""
 
     peer: str
-    id: int
+    id: Whole
     request: str  # digest of its body
     terms: Terms
 
@@ -59,7 +59,7 @@ class Freed(Struct, frozen=True, tag="free"):
     """The peer did not take the request."""
 
     peer: str
-    id: int
+    id: Whole
 
 
 class Settled(Struct, frozen=True, tag="settle"):
@@ -73,8 +73,8 @@ class Vouched(Struct, frozen=True, tag="vouch"):
     """A voucher was signed for the peer."""
 
     peer: str
-    number: int
-    total: int
+    number: Whole
+    total: Whole
     head: str
     signature: str
 
@@ -83,8 +83,8 @@ class Acked(Struct, frozen=True, tag="ack"):
     """The peer has signed the state that a voucher tells."""
 
     peer: str
-    number: int
-    total: int
+    number: Whole
+    total: Whole
     head: str
     signature: str
 
@@ -93,7 +93,7 @@ class Taken(Struct, frozen=True, tag="take"):
     """A request of the peer was taken, with a promise."""
 
     peer: str
-    id: int
+    id: Whole
     request: str
     terms: Terms
     promise: Promise
@@ -103,7 +103,7 @@ class Delivered(Struct, frozen=True, tag="deliver"):
     """A request of the peer has ended here."""
 
     peer: str
-    id: int
+    id: Whole
     served: Served
 
 
@@ -122,7 +122,7 @@ class Noted(Struct, frozen=True, tag="note"):
     peer: str
     kind: str
     content: str
-    short: int = 0  # micro-credits that the peer paid less than was delivered
+    short: Whole = 0  # micro-credits that the peer paid less than was delivered
 
 
 class Stated(Struct, frozen=True, tag="state"):

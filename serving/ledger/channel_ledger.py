@@ -65,7 +65,7 @@ from wwwserve.serving.ledger.statements import (
     decode,
     sign,
 )
-from wwwserve.serving.market import Promise
+from wwwserve.serving.market import Promise, Whole
 
 log = logging.getLogger("wwwserve.ledger")
 
@@ -88,27 +88,27 @@ class Open(Struct, frozen=True, tag="open"):
 
     opening: Opening
     signature: str
-    version: int = VERSION
+    version: Whole = VERSION
 
 
 class Vouching(Struct, frozen=True, tag="vouch"):
     """The payer's voucher."""
 
     vouch: Vouch
-    version: int = VERSION
+    version: Whole = VERSION
 
 
 class Telling(Struct, frozen=True, tag="stakes"):
     """Statements about stake."""
 
     statements: tuple[str, ...]
-    version: int = VERSION
+    version: Whole = VERSION
 
 
 class Acknowledged(Struct, frozen=True, tag="ack"):
     """The payee's signature under the state of a voucher."""
 
-    number: int
+    number: Whole
     signature: str
 
 

@@ -23,6 +23,7 @@ from wwwserve.agents.protocol import (
 )
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.statements import Signed, StatementError, Struct, check, digest, sign
+from wwwserve.serving.market import Whole
 
 MOST_JUDGES = 64
 
@@ -31,8 +32,8 @@ class Stake(Struct, frozen=True):
     """What a node stakes from now on."""
 
     name: str
-    number: int  # of its statements, ascending
-    amount: int  # micro-credits
+    number: Whole  # of its statements, ascending
+    amount: Whole  # micro-credits
 
 
 class Staked(Struct, frozen=True, tag="stake"):
@@ -60,7 +61,7 @@ class Vote(Struct, frozen=True):
 
     duel: str
     judge: str
-    vote: int  # as agents.protocol numbers them
+    vote: Whole  # as agents.protocol numbers them
     signature: str = ""  # of the judge, under this without it
 
     def signed(self, identity: Identity) -> "Vote":

@@ -15,11 +15,10 @@ import msgspec
 from wwwserve.agents.protocol import MICRO
 from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.http.keys import Identity, SignatureError, tagged, verify
-from wwwserve.serving.market import Promise, Tariff
+from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff, Whole
 
 VERSION = 2  # of what is stated; another one is not taken
 WHOLE, PART, NOTHING = "whole", "part", "nothing"  # how much of an answer came
-MOST_TOKENS = 1 << 30  # of one request, so that prices stay in 64 bits
 MOST_MS = 1 << 40
 MOST_AMOUNT = 10**18  # micro-credits
 MOST_PRICE = int(MAX_TARIFF) * MICRO
@@ -38,8 +37,8 @@ class Opening(Struct, frozen=True):
 
     a: str
     b: str
-    amount_a: int
-    amount_b: int
+    amount_a: Whole
+    amount_b: Whole
     source: str  # "limits", or "genesis " and the digest of the agreed file
 
     def digest(self) -> str:
@@ -55,8 +54,8 @@ class Terms(Struct, frozen=True):
     """What a request is handed over for, as its origin signs it."""
 
     tariff: Tariff  # of the payee's advert
-    prompt: int  # tokens, beyond which none are paid
-    amount: int  # in escrow
+    prompt: Whole  # tokens, beyond which none are paid
+    amount: Whole  # in escrow
 
     def possible(self) -> bool:
         """Whether it can be one."""
@@ -68,10 +67,10 @@ class Served(Struct, frozen=True):
     """What came of a request, as one of the two saw it."""
 
     answer: str  # digest of what came of the answer; "" for nothing
-    prompt: int  # tokens that are paid,
-    cached: int  # and of them those that the payee's engine had in its prefix cache
-    tokens: int  # of the answer that came
-    took_ms: int  # from the acceptance to the end of the answer
+    prompt: Whole  # tokens that are paid,
+    cached: Whole  # and of them those that the payee's engine had in its prefix cache
+    tokens: Whole  # of the answer that came
+    took_ms: Whole  # from the acceptance to the end of the answer
     came: str  # WHOLE, PART or NOTHING
 
     def possible(self) -> bool:
@@ -89,12 +88,12 @@ NOTHING_CAME = Served("", 0, 0, 0, 0, NOTHING)
 class Receipt(Struct, frozen=True):
     """One request of a payer that has ended."""
 
-    id: int  # of the request, ascending in a chain's channel
+    id: Whole  # of the request, ascending in a chain's channel
     request: str  # digest of its body
     terms: Terms
     promise: Promise | None  # of the payee, from when the payer heard it; None if none came
     served: Served
-    due: int  # is paid, at most what was in escrow
+    due: Whole  # is paid, at most what was in escrow
 
 
 class State(Struct, frozen=True):
@@ -103,8 +102,8 @@ class State(Struct, frozen=True):
     channel: str  # digest of the opening
     payer: str
     payee: str
-    number: int  # of receipts
-    total: int  # that they pay
+    number: Whole  # of receipts
+    total: Whole  # that they pay
     head: str  # of the chain
 
 
@@ -120,12 +119,12 @@ class Vouch(Struct, frozen=True):
     `first` of the chain."""
 
     voucher: Signed
-    first: int
+    first: Whole
     receipts: tuple[Receipt, ...]
 
 
 class _Versioned(msgspec.Struct):
-    version: int = 1
+    version: Whole = 1
 
 
 def check_version(content: bytes) -> None:

@@ -40,6 +40,7 @@ from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.http.keys import NAME_CHARS, SIGNATURE_BYTES, Identity, tagged, verify
 from wwwserve.serving.http.messages import Refused, check_time
 from wwwserve.serving.http.transport import Transport
+from wwwserve.serving.market import Whole
 
 log = logging.getLogger("wwwserve.membership")
 
@@ -59,11 +60,11 @@ class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     label: str  # what it calls itself, for people; anyone may choose any
     url: str  # of its data plane
     serves: tuple[str, ...]  # model names
-    run: int  # when it started, by its own clock, µs
-    number: int  # of its adverts in this run, ascending
+    run: Whole  # when it started, by its own clock, µs
+    number: Whole  # of its adverts in this run, ascending
     load: tuple[float, ...]  # [ADVERT_SIZE], see agents.knowledge
     age_s: float  # of the load, when this was sent
-    sent_us: int = 0  # when this was sent, by the sender's clock; ascending
+    sent_us: Whole = 0  # when this was sent, by the sender's clock; ascending
 
 
 _URL = re.compile(r"https?://[!-~]+")
