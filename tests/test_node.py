@@ -868,6 +868,19 @@ def test_an_engine_that_does_not_say_its_load_is_used_and_what_it_was_sent_is_co
     play(scene)
 
 
+def test_before_its_engine_is_there_a_node_says_to_come_again() -> None:
+    async def scene() -> None:
+        async with net(Stub()) as n:
+            n.running[0].cancel()
+            await asyncio.gather(n.running[0], return_exceptions=True)
+            n.configs[0]["engine"] |= {"url": f"http://127.0.0.1:{free_ports(1)[0]}"}
+            await n.start(0)
+            status, _, headers = await n.ask()
+            assert (status, headers["Retry-After"]) == (503, "1")
+
+    play(scene)
+
+
 def test_models_that_an_engine_comes_to_serve_are_served_and_peers_hear_of_them() -> None:
     async def scene() -> None:
         async with net(Stub(), Stub()) as n:

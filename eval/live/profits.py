@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
-from wwwserve.agents.arguments import File, Positive, Range, Seed, UsageError, parse_args, refuse
+from wwwserve.agents.arguments import Count, File, Positive, Range, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.knowledge import ADVERT_SIZE, write_profile
@@ -176,21 +176,32 @@ def _problems(names: Sequence[str], audits: Sequence[Audit], short_share: float)
     return problems
 
 
-def beside(planned: MarketPlan, policy: Policy, found: Played) -> dict[str, Any]:
-    """What real nodes earned and what the simulated market says, as JSON; profit and payments by provider."""
-    profit, handed_over = simulated(planned, policy)
-    names = [provider.name for provider in planned.scenario.providers]
-    gap = np.abs(found.profit - profit[: len(names)]) / np.maximum(np.abs(profit[: len(names)]), 1e-9)
+def beside(plans: Sequence[MarketPlan], policy: Policy, played: Sequence[Played]) -> dict[str, Any]:
+    """What real nodes earned in each run and what the simulated market says, as JSON; profit and payments by provider,
+    means over the runs."""
+    names = [provider.name for provider in plans[0].scenario.providers]
+    market = [simulated(planned, policy) for planned in plans]
+    expected = np.mean([profit[: len(names)] for profit, _ in market], axis=0)
+    live = np.mean([found.profit for found in played], axis=0)
+    payments = np.mean([found.payments for found in played], axis=0)
+    gap = np.abs(live - expected) / np.maximum(np.abs(expected), 1e-9)
     providers = {
         name: {
-            "live": float(found.profit[i]), "simulated": float(profit[i]), "gap": float(gap[i]),
-            "payments": float(found.payments[i]),
+            "live": float(live[i]), "simulated": float(expected[i]), "gap": float(gap[i]),
+            "payments": float(payments[i]),
         }
         for i, name in enumerate(names)
     }  # fmt: skip
+    handed_over = {
+        "live": sum(found.handed_over for found in played), "simulated": sum(count for _, count in market)
+    }  # fmt: skip
     return {
-        "policy": policy.name, "seed": planned.seed, "providers": providers, "receipts": found.receipts,
-        "handed_over": {"live": found.handed_over, "simulated": handed_over}, "problems": found.problems,
+        "policy": policy.name, "seed": plans[0].seed, "runs": len(plans), "providers": providers,
+        "receipts": sum(found.receipts for found in played), "handed_over": handed_over,
+        "problems": [
+            f"seed {planned.seed}: {each}"
+            for planned, found in zip(plans, played, strict=True) for each in found.problems
+        ],
     }  # fmt: skip
 
 
@@ -202,8 +213,10 @@ class Args:
     """name of a packaged scenario, or a file"""
     policy: str = "best_value"
     """on every node: a rule, or the folder of a bundle"""
+    runs: Count = 1
+    """of which profits are the means; those of small providers differ much from one to the next"""
     seed: Seed = FIRST_TEST_SEED
-    """of the traffic"""
+    """of the traffic of the first run; those that follow have the next"""
     speed: Annotated[float | None, Range(0.01, MOST_SPEED)] = None
     """play it by processes before emulated engines, at so many market seconds in a second; default: in one process, on
     a virtual clock"""
@@ -225,13 +238,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         setting = setting_of(args.policy)
     except (UsageError, ScenarioError, PolicyError) as error:
         return refuse(PROG, error)
-    planned = plan(scenario, args.seed)
+    plans = [plan(scenario, seed) for seed in range(args.seed, args.seed + args.runs)]
     try:
-        played = simulated_nodes(planned, policy) if args.speed is None else processes(planned, setting, args.speed)
+        played = [
+            simulated_nodes(each, policy) if args.speed is None else processes(each, setting, args.speed)
+            for each in plans
+        ]
     except (NetworkError, ConfigError, JournalError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 1
-    result = beside(planned, policy, played)
+    result = beside(plans, policy, played)
     if args.json is not None:
         write_json(args.json, result)
     rows = [["provider", "live", "simulated", "gap", "payments"]]

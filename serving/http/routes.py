@@ -148,6 +148,8 @@ class App:
         model, stream = request.get("model"), request.get("stream", False)
         if not isinstance(model, str):
             raise Failed(400, "model is missing, expected a string", "invalid_request_error")
+        if not self.dispatcher.serves:
+            raise Failed(503, "the engine has not said yet which models it serves", "overloaded", retry_after_s=1)
         if model not in self.dispatcher.serves:
             raise Failed(404, f"there is no model {model!r} here", "not_found_error")
         if not isinstance(stream, bool | None):
