@@ -19,6 +19,7 @@ from wwwserve.agents.protocol import PER_REQUEST
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.duel.duels import JUDGE_S, Attempt, Duels
 from wwwserve.serving.duel.judge import judgeable
+from wwwserve.serving.engine.prefix_index import HERE, Prefix, PrefixIndex
 from wwwserve.serving.http.handover import WithoutUsage, for_pay
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.peers import PeerClient, refusal
@@ -99,10 +100,10 @@ class Delegation:
 
     def __init__(
         self, config: NodeConfig, provider: NodeProvider, client: PeerClient, metrics: Metrics,
-        accounts: Accounts | None, clock: Callable[[], float],
+        accounts: Accounts | None, clock: Callable[[], float], prefixes: PrefixIndex,
     ) -> None:  # fmt: skip
         self.config, self.provider, self.client, self.metrics = config, provider, client, metrics
-        self.accounts, self.clock = accounts, clock
+        self.accounts, self.clock, self.prefixes = accounts, clock, prefixes
         self.under_way: set[int] = set()  # requests that are being offered to a peer, or with one
         self.handed: dict[int, Handed] = {}  # by the provider's number of the request
         self.duels = Duels(client.messages.identity, _DuelPeers(self), metrics, judges=config.market.judges)
@@ -167,6 +168,7 @@ class Delegation:
         tariff = self.provider.tariff_of(request)
         headers = {PROMPT: str(offer.prompt), TARIFF: " ".join(map(str, tariff))}
         self.under_way.add(request)
+        predicted = self.prefixes.cached(completion.prefix, offer.prompt, name).tokens
         handed: Handed | None = None
         payment: Payment | None = None
         answered = False
@@ -211,6 +213,8 @@ class Delegation:
             raise RetryableError(reason) from None
         finally:
             self._end_attempt(request, handed, answered)
+            if answered and handed is not None:
+                remember(self.prefixes, self.metrics, name, completion.prefix, offer.prompt, handed.meter, predicted)
             if payment is not None:
                 if handed is not None:
                     payment.end(handed.promise, handed.came(self.clock(), self.config.market.speed))
@@ -296,6 +300,20 @@ class _DuelPeers:
             stated = msgspec.json.encode(verdict)
             if accounts.ledger.heard(verdict.a.executor, stated):
                 accounts.tell_all(stated)
+
+
+def remember(
+    prefixes: PrefixIndex, metrics: Metrics, peer: str, prefix: Prefix, prompt: int, meter: AnswerMeter, predicted: int
+) -> None:  # fmt: skip
+    """A request, of `prompt` tokens as far as was known and `predicted` of them cached, was answered here or by a peer:
+    what is cached there now, and whether the prediction was right."""
+    usage = meter.usage
+    told, output = usage is not None and usage.prompt > 0, usage.output if usage is not None else meter.tokens
+    if usage is not None and told:
+        prompt = usage.prompt
+        if usage.cached is not None:
+            metrics.prefix(peer != HERE, predicted, usage.cached, prompt)
+    prefixes.remember(peer, prefix, prompt, output, meter.text_bytes, told)
 
 
 def head_line(line: bytes) -> tuple[int, str]:

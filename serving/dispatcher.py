@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,10 +22,12 @@ from wwwserve.agents.knowledge import (
     AD_STAKE,
 )
 from wwwserve.serving.config import NodeConfig
-from wwwserve.serving.delegation import Delegation
+from wwwserve.serving.delegation import Delegation, remember
 from wwwserve.serving.duel.duels import Attestor, Declined, JudgePool
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
 from wwwserve.serving.engine.adapter import Engine, EngineError, Sent
+from wwwserve.serving.engine.prefix_index import HERE, PrefixIndex
+from wwwserve.serving.http.handover import salted
 from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.http.peers import PeerClient, PeerError
 from wwwserve.serving.http.reply import (
@@ -84,6 +87,7 @@ class RemoteRequest(NamedTuple):
     tariff: Tariff
     promise: Promise
     most: int | None  # tokens that its answer is agreed to have at most; None: as many as the model writes
+    salt: str  # under which its prefix is cached; "" for none
 
 
 class Dispatcher:
@@ -103,7 +107,8 @@ class Dispatcher:
         self.peers: dict[str, Advert] = {}  # by name, those that are there
         self.client = PeerClient(messages, transport, self.peers)
         accounts = Accounts(ledger, self._tell_ledger) if ledger is not None else None
-        self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock)
+        self.prefixes = PrefixIndex(self.clock, engine.profile.kv_tokens)
+        self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock, self.prefixes)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.here: dict[int, Sent] = {}  # in the own engine, by the provider's number of the request
         self.bytes_per_token = BYTES_PER_TOKEN
@@ -167,6 +172,7 @@ class Dispatcher:
             if up and not self.engine.healthy:
                 log.warning("the engine is down", extra={"reason": str(error)})
         if self.engine.healthy and not up:
+            self.prefixes.forget(HERE)  # it may have started anew
             log.info("the engine is up", extra={"serves": self.serves})
         now_s = self.clock()
         elapsed_s = now_s - self._ticked_s if self._ticked_s is not None else 0.0
@@ -230,7 +236,10 @@ class Dispatcher:
 
     def heard(self, advert: Advert) -> None:
         """A peer says how things are there."""
-        if advert.name not in self.peers:
+        known = self.peers.get(advert.name)
+        if known is not None and known.run != advert.run:
+            self.prefixes.forget(advert.name)
+        if known is None:
             log.info("a peer is there", extra={"peer": advert.name, "label": advert.label, "url": advert.url})
         self.peers[advert.name] = advert
         load = np.array(advert.load)
@@ -398,6 +407,7 @@ class Dispatcher:
         """Run a request on the own engine, a peer's with a `meter`; an answer of more than `most` tokens is broken off.
         Raises RetryableError if nothing came of it yet, Failed if something had."""
         own, meter = meter is None, meter or AnswerMeter()
+        predicted = self.prefixes.cached(completion.prefix, prompt).tokens
         exchange, expected = self.engine.post(completion.path, completion.body), self.provider.expect(prompt)
         self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange)
         self.engine.sent(prompt)
@@ -431,6 +441,7 @@ class Dispatcher:
             self.engine.returned(prompt, output)
         if output:
             self.provider.finished(usage.prompt if usage else prompt, output)
+            remember(self.prefixes, self.metrics, HERE, completion.prefix, prompt, meter, predicted)
         return usage
 
     def _turned_away(self, completion: CompletionRequest, response: Response) -> RetryableError:
@@ -446,6 +457,11 @@ class Dispatcher:
 
     # Peers' requests.
 
+    def salt_of(self, origin: str, request: Mapping[str, Any]) -> str:
+        """Under which a peer's request is cached, so that how long it takes does not tell whether somebody else asked
+        the like. "" where the engine knows no salts."""
+        return self.messages.salt(origin, request.get("cache_salt")) if self.config.engine.kind == "vllm" else ""
+
     def consider(self, prompt: int, longest: int, tariff: Tariff) -> Promise | None:
         """Whether a peer's request of `prompt` tokens, to be answered with at most `longest`, is taken at a tariff;
         what is promised if so."""
@@ -459,13 +475,14 @@ class Dispatcher:
     async def run_for(self, remote: RemoteRequest, reply: Reply, paid: Delivery | None = None) -> bool:
         """Run a peer's request, just promised, whose answer begins with a line that says how the engine answers.
         Returns whether it came to its end; if not, the connection is to be broken off."""
-        origin, completion, prompt, longest, tariff, promise, most = remote
+        origin, completion, prompt, longest, tariff, promise, most, salt = remote
         line, meter, taken_s = HeadLineReply(reply), AnswerMeter(), self.clock()
         request = self.provider.serve(prompt, longest, tariff, promise, taken_s)
         self.metrics.remote(1)
         outcome = "failed"
         try:
-            await self._run_here(completion, prompt, line, request, meter, most if paid is not None else None)
+            salted_ = completion._replace(body=salted(completion.body, salt)) if salt else completion
+            await self._run_here(salted_, prompt, line, request, meter, most if paid is not None else None)
             outcome = "answered"
             if self.config.market.duel_probability:
                 self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest())
@@ -500,6 +517,8 @@ class Dispatcher:
     async def _ask_engine(self, path: str, body: bytes) -> Any:
         """What the engine answers, from JSON. Raises JudgeError."""
         prompt = max(1, round(len(body) / self.bytes_per_token))
+        if salt := self.salt_of(self.messages.name, {}):  # not to tell a peer what own users asked
+            body = salted(body, salt)
         self.engine.sent(prompt)
         try:
             async with self.engine.post(path, body) as response:

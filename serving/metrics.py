@@ -1,5 +1,6 @@
 """What a node counts, for Prometheus and for its own overview."""
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -7,7 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from wwwserve.agents.decision import HOLD, LOCAL
 from wwwserve.agents.protocol import MICRO
+from wwwserve.serving.engine.prefix_index import Drift
 from wwwserve.serving.ledger.journal import Balance
+
+log = logging.getLogger("wwwserve.metrics")
 
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
@@ -46,6 +50,18 @@ class Metrics:
         self._markup = self._gauge("markup", "factor on the own marginal cost in the tariff")
         self._margin = self._gauge("margin", "price of a usual request over its marginal cost now, less 1")
         self._ledger_full = self._gauge("ledger_full", "whether the ledger cannot be written")
+        self._prefix_tokens = self._counter(
+            "prefix_tokens",
+            "tokens of prompts in a prefix cache, as predicted and as the engine reports",
+            "where",
+            "by",
+        )
+        self._prefix_drift = Gauge(
+            "wwwserve_prefix_drift", "mean difference of the two, as a share of the prompt", ("where",),
+            registry=self.registry,
+        )  # fmt: skip
+        self._prefix_alarm = Gauge("wwwserve_prefix_alarm", "whether the two part", ("where",), registry=self.registry)
+        self.drifts = {where: Drift() for where in ("local", "peer")}
         self._routes = {HOLD: self._decisions.labels("hold"), LOCAL: self._decisions.labels("local")}
         self._to_peer = self._decisions.labels("peer")
         self._counts = {
@@ -85,6 +101,19 @@ class Metrics:
         if on_time:
             self._on_time.inc()
             self._counts["on_time"] += 1
+
+    def prefix(self, remote: bool, predicted: int, reported: int, prompt: int) -> None:
+        """Of a prompt so many tokens were predicted, and reported, to be cached, on the own engine or a peer's."""
+        where = "peer" if remote else "local"
+        self._prefix_tokens.labels(where, "prediction").inc(predicted)
+        self._prefix_tokens.labels(where, "report").inc(reported)
+        drift = self.drifts[where]
+        before = drift.alarm
+        drift.observe(predicted, reported, prompt)
+        self._prefix_drift.labels(where).set(drift.share)
+        self._prefix_alarm.labels(where).set(drift.alarm)
+        if drift.alarm and not before:
+            log.warning("prefixes are cached otherwise than predicted", extra={"where": where, "drift": drift.share})
 
     def remote(self, change: int, outcome: str = "") -> None:
         """A peer's request came or ended."""

@@ -54,6 +54,13 @@ def overview(node: Dispatcher) -> dict[str, Any]:
         "payment": PAYMENTS[provider.market.payment], "tariff": _tariff(provider.tariff),
         "cost": {"input": provider.cost[0], "output": provider.cost[1]}, "markup": provider.markup,
         "margin": provider.margin,
+        "prefix": {
+            "entries": len(node.prefixes),
+            **{
+                where: {"drift": drift.share, "reports": drift.reports, "alarm": drift.alarm}
+                for where, drift in node.metrics.drifts.items()
+            },
+        },
         "requests": node.metrics.totals(), "peers": peers, "decisions": list(node.decisions),
         "ledger": node.accounts.overview() if node.accounts is not None else None,
     }  # fmt: skip

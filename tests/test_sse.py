@@ -1,12 +1,13 @@
 """Events are read as the standard has them, however their bytes come, and tokens counted alike by all."""
 
 import asyncio
+import json
 from typing import Any
 
 import orjson
 import pytest
 
-from wwwserve.serving.http.handover import WithoutUsage, choices_in, for_pay, limit_in_force
+from wwwserve.serving.http.handover import WithoutUsage, choices_in, for_pay, limit_in_force, salted
 from wwwserve.serving.http.reply import CompletionRequest, Reply, send_timed
 from wwwserve.serving.http.sse import (
     MOST_EVENT_BYTES,
@@ -266,6 +267,12 @@ def test_choices_are_those_of_all_prompts(request_: dict[str, Any], choices: int
     assert choices_in(request_) == choices
 
 
+@pytest.mark.parametrize("body", [b"{}", b' { "a": 1 } \n', b'{"a":{},"cache_salt":"mine"}', b'{"cache_salt":null}'])
+def test_a_request_is_salted_whatever_it_has(body: bytes) -> None:
+    changed = salted(body, "s")
+    assert orjson.loads(changed) == orjson.loads(body) | {"cache_salt": "s"} == json.loads(changed)
+
+
 def test_a_stream_that_is_paid_for_tells_its_usage_and_has_a_limit() -> None:
     completion = CompletionRequest(CHAT, b'{"model":"m"}', "m", True)
     changed, hidden = for_pay(completion, 50)
@@ -313,10 +320,11 @@ def test_a_user_does_not_see_the_usage_that_was_not_asked_for(size: int) -> None
 
 @pytest.mark.parametrize(
     ("details", "cached"),
-    [({"cached_tokens": 5}, 5), ({"cached_tokens": 8}, 0), ({"cached_tokens": -1}, 0), ({"cached_tokens": True}, 0),
-     ({"cached_tokens": None}, 0), ({}, 0), (None, 0), ([5], 0)],
+    [({"cached_tokens": 5}, 5), ({"cached_tokens": 8}, None), ({"cached_tokens": -1}, None),
+     ({"cached_tokens": True}, None),
+     ({"cached_tokens": None}, None), ({}, None), (None, None), ([5], None)],
 )  # fmt: skip
-def test_cached_tokens_are_read_where_they_can_be(details: object, cached: int) -> None:
+def test_cached_tokens_are_read_where_they_can_be(details: object, cached: int | None) -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": details}
     assert usage_of({"usage": usage}) == Usage(7, 3, cached)
 

@@ -180,6 +180,10 @@ class Messages:
         """The header SIGNATURE of an answer with the headers `terms`."""
         return _code(self.identity, claim.sender, claim.signature, terms)
 
+    def salt(self, origin: str, asked: object) -> str:
+        """For what `origin` asks under a salt of its own, or none: a name that nobody but the two nodes can make."""
+        return sha256(tagged("cache-salt", _key(self.identity, origin) + repr(asked).encode())).hexdigest()[:32]
+
     def check_answer(self, sender: str, sealed: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Raises Refused unless `sender` answers with these headers to the request that had the header `sealed`."""
         terms = [(name.lower(), value) for name, value in headers if name.lower().startswith(PREFIX)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import orjson
 
+from wwwserve.serving.engine.prefix_index import NO_PREFIX, Prefix
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response
 
@@ -26,6 +27,7 @@ class CompletionRequest(NamedTuple):
     klass: int = 0
     prompt_bytes: int = 0  # of text
     prompt_ids: int = 0  # tokens that are given as such
+    prefix: Prefix = NO_PREFIX
     max_tokens: int = 0  # of one choice, as the user limits it; 0 without a limit
     choices: int = 1  # answers in all: choices for each prompt, times prompts
 

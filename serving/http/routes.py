@@ -14,6 +14,7 @@ from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF, TPOT, TTFT
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Declined
+from wwwserve.serving.engine.prefix_index import prefix_of
 from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.handover import choices_in, limit_in_force, limit_of, tells_usage
 from wwwserve.serving.http.messages import SIGNATURE, Refusals, Refused
@@ -160,8 +161,8 @@ class App:
             raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
         prompt_bytes, prompt_ids = _prompt_size(request)
         return CompletionRequest(
-            path, body, model, bool(stream), klass, prompt_bytes, prompt_ids, limit_of(path, request) or 0,
-            choices_in(request),
+            path, body, model, bool(stream), klass, prompt_bytes, prompt_ids, prefix_of(path, request),
+            limit_of(path, request) or 0, choices_in(request),
         )  # fmt: skip
 
     async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
@@ -199,8 +200,11 @@ class App:
         reply = HttpReply(send)
         head = [(name.encode(), said.encode()) for name, said in zip((TTFT, TPOT), promise.text(), strict=True)]
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
-        completion = CompletionRequest(path, body, str(model), bool(request.get("stream")))
-        remote = RemoteRequest(claim.sender, completion, prompt, longest, tariff, promise, most)
+        salt = self.dispatcher.salt_of(claim.sender, request)
+        completion = CompletionRequest(
+            path, body, str(model), bool(request.get("stream")), prefix=prefix_of(path, request, salt)
+        )  # fmt: skip
+        remote = RemoteRequest(claim.sender, completion, prompt, longest, tariff, promise, most, salt)
         whole = False
         with suppress(Failed), self.drain.work():
             await reply.start(200, "application/octet-stream", *head)

@@ -84,7 +84,7 @@ class Usage(NamedTuple):
 
     prompt: int
     output: int
-    cached: int = 0  # tokens of the prompt that were in the engine's prefix cache
+    cached: int | None = None  # tokens of the prompt that were in the engine's prefix cache; None: it does not say
 
 
 class AnswerMeter:
@@ -106,6 +106,12 @@ class AnswerMeter:
     def tokens(self) -> int:
         """Output tokens so far."""
         return self._at_least(MOST_BYTES_PER_TOKEN)
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of text so far, without calls of tools; 0 if there are any."""
+        self._at_least(1)
+        return 0 if self._call_bytes else self._text_bytes
 
     def exceeds(self, most: int) -> bool:
         """Whether it has more than so many tokens, beyond doubt."""
@@ -253,7 +259,7 @@ def usage_of(told: dict[str, Any]) -> Usage | None:
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return Usage(prompt, output, cached if type(cached) is int and 0 <= cached <= prompt else 0)
+    return Usage(prompt, output, cached if type(cached) is int and 0 <= cached <= prompt else None)
 
 
 def _object(told: bytes) -> dict[str, Any] | None:

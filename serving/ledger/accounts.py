@@ -75,7 +75,7 @@ class Came(NamedTuple):
         tokens = min(self.tokens, most)
         came = NOTHING if tokens == 0 else WHOLE if self.whole else PART
         prompt = min(self.usage.prompt, terms.prompt) if self.usage is not None and self.usage.prompt else terms.prompt
-        cached = min(self.usage.cached, prompt) if self.usage is not None else 0
+        cached = min(self.usage.cached or 0, prompt) if self.usage is not None else 0
         return Served(answer, prompt, cached, tokens, int(milliseconds(max(0.0, self.took_s))), came)
 
 

@@ -1,0 +1,251 @@
+"""Which prefixes of requests were computed where, as far as a node can tell: on its own engine, and at each peer.
+
+A request is a chain of pieces: what its model, tools and salt are, then each message, long texts in several pieces.
+Each piece is hashed onto the chain before it, so that two requests have a hash in common just where all before it is
+the same. When an answer has come, the index remembers the hashes of its request for whoever computed it; a later
+request finds the last of its own among them. How many tokens lie before a hash is learned: the engine says it of whole
+prompts, and in between it is taken to grow with the bytes of text.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import orjson
+
+from wwwserve.agents.hardware import BLOCK_TOKENS
+
+MESSAGE_BYTES, PROMPT_BYTES = 1024, 256  # of a piece of a message, and of a plain prompt, which may go on anywhere
+MOST_PIECES = 4096  # of a request; what follows is not looked at
+MOST_ENTRIES = 1 << 16  # over all places, about 0.3 kB each
+KEPT_S = 3600.0  # without use
+DRIFT_WEIGHT = 0.02  # of one answer in the mean
+REPORTS, MOST_DRIFT = 20, 0.2  # answers before there is an alarm, and the mean share of a prompt from which on
+HERE = ""  # the own engine among places; peers are there by their names
+
+_TOOLS = ("tools", "functions", "documents", "chat_template", "chat_template_kwargs", "cache_salt", "lora", "suffix")
+
+
+class Prefix(NamedTuple):
+    """The chain of one request."""
+
+    hashes: tuple[bytes, ...]
+    sizes: tuple[int, ...]  # bytes of text up to the end of each piece
+    answers: Mapping[int, int]  # how many pieces are before each message of the assistant, and the bytes of its text
+
+    @property
+    def turn(self) -> int:
+        """Its place in its session, from 1."""
+        return 1 + len(self.answers)
+
+
+class Cached(NamedTuple):
+    """What is cached of a prompt at a place."""
+
+    tokens: int
+    used_s: float  # when it was last used, by the index's clock; -inf for nothing
+
+
+class _Entry:
+    """What is known of the chain up to a hash, at one place."""
+
+    __slots__ = ("answer_bytes", "exact", "output", "own", "tokens", "used_s")
+
+    def __init__(self) -> None:
+        self.tokens = 0  # up to here
+        self.exact = False  # as an engine said
+        self.own = 0  # of them and of the answer, those that no other hash has
+        self.output = self.answer_bytes = 0  # of the answer that followed, where a prompt ends here
+        self.used_s = 0.0
+
+
+NO_PREFIX = Prefix((), (), {})
+NOTHING = Cached(0, -float("inf"))
+
+
+def prefix_of(path: str, request: Mapping[str, Any], salt: str = "") -> Prefix:
+    """The chain of a request at `path`; of none that has several prompts, or no text. `salt` is that of its origin."""
+    named = {name: request[name] for name in ("model", *_TOOLS) if request.get(name) is not None}
+    chain = _Chain(_json([path, salt, named]))
+    if path.endswith("/chat/completions"):
+        messages = request.get("messages")
+        if not isinstance(messages, list):
+            return NO_PREFIX
+        for message in messages:
+            if not isinstance(message, dict):
+                return NO_PREFIX
+            content = message.get("content")
+            text = content if isinstance(content, str) else ""
+            role = message.get("role")
+            if role == "assistant" and text and chain.hashes:
+                chain.answers[len(chain.hashes)] = len(text.encode(errors="replace"))
+            chain.message(_json({k: v for k, v in message.items() if v is not None and not (k == "content" and text)}))
+            chain.text(text.encode(errors="replace"), MESSAGE_BYTES)
+    else:
+        prompt = request.get("prompt")
+        if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+            chain.text(b"".join(b"%d " % token for token in prompt), PROMPT_BYTES)
+        elif isinstance(prompt, str):
+            chain.text(prompt.encode(errors="replace"), PROMPT_BYTES)
+    return Prefix(tuple(chain.hashes), tuple(chain.sizes), chain.answers)
+
+
+class _Chain:
+    """Hashes pieces onto each other."""
+
+    def __init__(self, begins: bytes) -> None:
+        self.hashes: list[bytes] = []
+        self.sizes: list[int] = []
+        self.answers: dict[int, int] = {}
+        self._head, self._size, self._about = blake2b(begins, digest_size=16).digest(), 0, b""
+
+    def message(self, about: bytes) -> None:
+        """A message begins, of which all but the text is `about`."""
+        self._about += about
+        self._size += len(about)
+
+    def text(self, text: bytes, piece_bytes: int) -> None:
+        """The text of the message, or the whole prompt; a piece for each `piece_bytes`, and one for the rest."""
+        for start in range(0, len(text) or 1, piece_bytes):
+            if len(self.hashes) == MOST_PIECES:
+                return
+            piece = text[start : start + piece_bytes]
+            self._head = blake2b(
+                b"%d %b%b" % (len(self._about), self._about, piece), key=self._head, digest_size=16
+            ).digest()
+            self._about = b""
+            self._size += len(piece)
+            self.hashes.append(self._head)
+            self.sizes.append(self._size)
+
+
+class PrefixIndex:
+    """The prefixes that were computed here and at peers.
+
+    At most `entries` hashes are remembered, for `kept_s` after their last use. Of the own engine no more than
+    `kv_tokens` tokens are: as in its cache, what was used least lately goes first, the end of a request before its
+    beginning.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float], kv_tokens: int, *, block_tokens: int = BLOCK_TOKENS,
+        entries: int = MOST_ENTRIES, kept_s: float = KEPT_S,
+    ) -> None:  # fmt: skip
+        """`clock` says seconds. An engine caches whole blocks of `block_tokens`."""
+        self.clock, self.kv_tokens, self.block_tokens, self.kept_s = clock, kv_tokens, block_tokens, kept_s
+        self._most = entries
+        self._entries: OrderedDict[tuple[str, bytes], _Entry] = OrderedDict()  # the one used least lately first
+        self._here: OrderedDict[bytes, int] = OrderedDict()  # tokens of those of the own engine, in the same order
+        self._here_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def cached(self, prefix: Prefix, prompt: int, peer: str = HERE) -> Cached:
+        """How many of a request's `prompt` tokens are cached at a place, in whole blocks and without the last token,
+        which is computed in any case; and when they were last used."""
+        found = self._deepest(prefix, peer)
+        if found is None:
+            return NOTHING
+        k, entry = found
+        tokens = entry.tokens + _answered(entry, prefix, k)
+        whole = max(0, min(tokens, prompt - 1)) // self.block_tokens * self.block_tokens
+        return Cached(whole, entry.used_s) if whole else NOTHING
+
+    def remember(
+        self, peer: str, prefix: Prefix, prompt: int, output: int = 0, answer_bytes: int = 0, told: bool = True
+    ) -> None:
+        """A place has computed a request of `prompt` tokens, and answered with `output` of them that are `answer_bytes`
+        of text. The engine `told` how many they are, or else they are an estimate."""
+        now_s, count = self.clock(), len(prefix.hashes)
+        if not count or prompt <= 0:
+            return
+        known, size = 0, 0  # tokens and bytes up to the last hash whose tokens are known
+        before = 0
+        touched = []
+        for k, (name, end) in enumerate(zip(prefix.hashes, prefix.sizes, strict=True)):
+            entry = self._entries.get((peer, name))
+            if entry is None:
+                entry = self._entries[peer, name] = _Entry()
+            if k == count - 1 and count < MOST_PIECES and (told or not entry.exact):
+                entry.tokens, entry.exact, entry.output, entry.answer_bytes = prompt, told, output, answer_bytes
+            elif not entry.exact or entry.tokens > prompt:
+                share = (end - size) / max(1, prefix.sizes[-1] - size)
+                entry.tokens, entry.exact = known + int(share * (prompt - known)), False
+            if entry.exact:
+                known, size = entry.tokens, end
+            entry.own, entry.used_s = max(0, entry.tokens - before) + entry.output, now_s
+            before = max(before, entry.tokens + _answered(entry, prefix, k))
+            touched.append((name, entry))
+        for name, entry in reversed(touched):
+            self._entries.move_to_end((peer, name))
+            if peer == HERE:
+                self._here_tokens += entry.own - self._here.get(name, 0)
+                self._here[name] = entry.own
+                self._here.move_to_end(name)
+        while self._here and self._here_tokens > self.kv_tokens:
+            self._drop(HERE, next(iter(self._here)))
+        while len(self._entries) > self._most or self._is_old(now_s):
+            self._drop(*next(iter(self._entries)))
+
+    def forget(self, peer: str) -> None:
+        """A place has nothing more: it left, or began anew."""
+        for key in [key for key in self._entries if key[0] == peer]:
+            self._drop(*key)
+
+    def _is_old(self, now_s: float) -> bool:
+        first = next(iter(self._entries.values()), None)
+        return first is not None and now_s - first.used_s > self.kept_s
+
+    def _drop(self, peer: str, name: bytes) -> None:
+        del self._entries[peer, name]
+        if peer == HERE:
+            self._here_tokens -= self._here.pop(name)
+
+    def _deepest(self, prefix: Prefix, peer: str) -> tuple[int, _Entry] | None:
+        """The last hash of a request that a place has, and what is known of it. It has all before it as well, as those
+        are used whenever it is, and go later."""
+        low, high = 0, len(prefix.hashes)  # it has those before `low`, and none from `high` on
+        while low < high:
+            middle = (low + high) // 2
+            if (peer, prefix.hashes[middle]) in self._entries:
+                low = middle + 1
+            else:
+                high = middle
+        if not low:
+            return None
+        entry = self._entries[peer, prefix.hashes[low - 1]]
+        return None if self.clock() - entry.used_s > self.kept_s else (low - 1, entry)
+
+
+class Drift:
+    """How far what was predicted to be cached is from what engines report, as a share of the prompts."""
+
+    def __init__(self) -> None:
+        self.share = 0.0  # mean, the last ones most
+        self.reports = 0
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the two part, so that prefixes are rendered, kept or evicted otherwise than is thought here."""
+        return self.reports >= REPORTS and self.share > MOST_DRIFT
+
+    def observe(self, predicted: int, reported: int, prompt: int) -> None:
+        """A request of `prompt` tokens was answered."""
+        self.reports += 1
+        weight = max(DRIFT_WEIGHT, 1 / self.reports)
+        self.share += weight * (abs(predicted - reported) / max(1, prompt) - self.share)
+
+
+def _answered(entry: _Entry, prefix: Prefix, k: int) -> int:
+    """Tokens of the answer that was given after the kth piece of a request, if it is the message that follows."""
+    return entry.output if entry.output and prefix.answers.get(k + 1) == entry.answer_bytes else 0
+
+
+def _json(value: object) -> bytes:
+    """It in one spelling; what is nested deeper than JSON is written here is taken as it is shown."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        return repr(value).encode(errors="replace")
