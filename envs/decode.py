@@ -112,7 +112,8 @@ def scalar(at: At, hint: Any) -> Any:
     if base is str:
         at.fail("text of 1 to 100 printable characters" + ("" if isinstance(at.value, str) else " (quote it)"))
     if base is int:
-        at.fail(f"an integer in [{meta.ge}, {meta.le}]")
+        what = "an integer" if meta.multiple_of is None else f"a multiple of {meta.multiple_of:g}"
+        at.fail(f"{what} in [{meta.ge}, {meta.le}]")
     low, high = meta.ge if meta.gt is None else meta.gt, meta.le if meta.lt is None else meta.lt
     at.fail(f"a number in {'[' if meta.gt is None else '('}{low:g}, {high:g}{']' if meta.lt is None else ')'}")
 

@@ -27,6 +27,7 @@ MAX_JUDGES = 7
 MAX_WINDOWS = 8  # online windows of a provider
 MAX_SERVED = 62  # different names that the providers of a market serve
 MAX_FILE_BYTES = 1_000_000
+MAX_CACHE_BLOCK_TOKENS = 512
 MAX_REQUESTS = 2_000_000
 
 
@@ -36,8 +37,10 @@ Credits = Annotated[float, Meta(ge=0, le=1e9)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Rate = Annotated[float, Meta(ge=0, le=1e6)]
 Dwell = Annotated[float, Meta(ge=0.1, le=1e9)]
+Scale = Annotated[float, Meta(gt=0, le=100)]
 
 PROMPT, OUTPUT = Lognormal(150.0, 0.5, 2048), Lognormal(4000.0, 0.75, 8192)  # of a long-reasoning workload
+TURNS, TURN = Lognormal(5.0, 0.8, 40), Lognormal(120.0, 0.8, 4096)  # of a chat
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,15 @@ class Phase:
     rate_per_s: Rate
 
 
+Phases = Annotated[tuple[Phase, ...], Meta(min_length=1, max_length=10_000)]
+
+
 @dataclass(frozen=True)
 class PoissonTraffic:
     """Poisson arrivals, the rate constant within each phase and 0 after the last."""
 
     kind: ClassVar[str] = "poisson"
-    phases: Annotated[tuple[Phase, ...], Meta(min_length=1, max_length=10_000)]
+    phases: Phases
 
 
 @dataclass(frozen=True)
@@ -138,22 +144,63 @@ class TimesTraffic:
 
 
 @dataclass(frozen=True)
+class LognormalSeconds:
+    """A time: lognormal, at most `max`."""
+
+    median: Time
+    """Median before it is cut, s."""
+    sigma: Annotated[float, Meta(ge=0, le=4)]
+    """Standard deviation of the logarithm, 0 to 4."""
+    max: Time
+    """Longest time, s."""
+
+
+@dataclass(frozen=True)
+class SessionsTraffic:
+    """Sessions: users who send a turn, read the answer, think, and send the next with all that was said before.
+
+    A turn's prompt is the system prompt, all turns and answers of the session so far, and its own tokens; answers have
+    the provider's or class's output lengths. A session is of one class. It ends after its last turn, or before one that
+    with its answer would not fit into its provider's engine.
+    """
+
+    kind: ClassVar[str] = "sessions"
+    rate_per_s: Rate | None = None
+    """Sessions that begin, Poisson, 1/s; this or `phases`."""
+    phases: Phases | None = None
+    """The same as a rate that is constant within each phase and 0 after the last."""
+    system_tokens: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    """Tokens with which all sessions of this provider begin."""
+    turns: Lognormal = TURNS
+    """Turns of a session."""
+    turn: Lognormal = TURN
+    """Tokens that the user adds in a turn."""
+    think_s: LognormalSeconds = LognormalSeconds(20.0, 1.0, 600.0)
+    """Time between an answer and the next turn."""
+
+
+@dataclass(frozen=True)
 class TraceTraffic:
     """A replayed trace, which also gives the lengths; each of its requests comes at most once.
 
-    The trace is cyclic: a window that reaches its end goes on at its beginning.
+    The trace is cyclic: a window that reaches its end goes on at its beginning. `envs.trace` has the formats. Of a
+    session trace, sessions that begin within the window come, and then each turn `think_s` after the answer before; if
+    the recording does not say when sessions began, all come and begin at random times of the run.
     """
 
     kind: ClassVar[str] = "trace"
     file: Path
-    """Azure CSV or compact form; a file gives it as a name, looked up beside it, then among the packaged data."""
+    """CSV, compressed or not, or compact form; a file gives it as a name, looked up beside it, then among the packaged
+    data."""
     start_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     """Time of the trace at which the run begins."""
     rate_scale: Share = 1.0
-    """Share of the requests that is kept, at random; (0, 1]."""
+    """Share of the requests, prefix trees or sessions that is kept, at random; (0, 1]."""
+    length_scale: Scale = 1.0
+    """Factor on all lengths, (0, 100]."""
 
 
-Traffic = PoissonTraffic | MmppTraffic | TimesTraffic | TraceTraffic
+Traffic = PoissonTraffic | MmppTraffic | TimesTraffic | SessionsTraffic | TraceTraffic
 
 
 @dataclass(frozen=True)
@@ -169,6 +216,14 @@ class Misreport:
     from_s: float = 0.0
     until_s: float = math.inf
     """Infinite if the file gives none or the end of arrivals: the lie lasts through the drain."""
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """Engines keep the KV cache of finished requests, for prompts that begin alike."""
+
+    block_tokens: Annotated[int, Meta(ge=16, le=MAX_CACHE_BLOCK_TOKENS, multiple_of=16)] = 16
+    """Tokens of a block, of which only whole ones are found again; a multiple of 16 up to `MAX_CACHE_BLOCK_TOKENS`."""
 
 
 @dataclass(frozen=True)
@@ -226,10 +281,13 @@ class Scenario:
     """Round trip between any two providers."""
     slo: Slo = Slo()
     economy: Economy = Economy()
+    prefix_cache: PrefixCache | None = PrefixCache()
+    """None: engines keep nothing of a finished request."""
 
     def to_mapping(self) -> dict[str, Any]:
         """The scenario in the format of its file, every key written out: plain data, `parse` gives it back."""
         mapping: dict[str, Any] = _plain(self)
+        mapping.setdefault("prefix_cache", None)
         classes = {entry.pop("name"): entry for entry in mapping["slo"].pop("classes")}
         if classes:
             mapping["slo"]["classes"] = classes
@@ -338,7 +396,7 @@ class _Decoder:
         value = self._decode(at, hint)
         if key == "thresholds_s":
             check_increasing(at.items(1, len(value)), value)
-        elif key == "phases":
+        elif key == "phases" and value is not None:
             check_increasing([item.at("until_s") for item in at.items(1, len(value))], [x.until_s for x in value])
         elif key == "online_s":
             ends = [end for item in at.items(1, len(value)) for end in item.items(2, 2)]
@@ -385,8 +443,14 @@ class _Decoder:
         kind = kinds[scalar(entries.get("kind", at.at("kind")), Annotated[str, OneOf(tuple(kinds))])]
         rest = {key: value for key, value in at.value.items() if key != "kind"}
         traffic: Traffic = self.record(replace(at, value=rest), kind)
-        if isinstance(traffic, TraceTraffic) and traffic.start_s >= (period_s := trace.read(traffic.file).period_s):
-            at.at("start_s").fail(f"a time within the trace, [0, {period_s:g})")
+        if isinstance(traffic, SessionsTraffic) and (traffic.rate_per_s is None) == (traffic.phases is None):
+            at.at("rate_per_s").fail("either this key or phases")
+        if isinstance(traffic, TraceTraffic) and traffic.start_s > 0:
+            period_s = trace.read(traffic.file).period_s
+            if period_s == 0:
+                at.at("start_s").fail("0, as the trace does not say when its sessions began")
+            if traffic.start_s >= period_s:
+                at.at("start_s").fail(f"a time within the trace, [0, {period_s:g})")
         return traffic
 
     def _trace(self, at: At) -> Path:
@@ -444,8 +508,11 @@ def _most_requests(traffic: Traffic | None, duration_s: float) -> float:
     """Requests of a provider in a run: expected, for MMPP at its higher rate, for a trace all that it has."""
     match traffic:
         case PoissonTraffic(phases):
-            starts = (0.0, *(phase.until_s for phase in phases))
-            return sum(phase.rate_per_s * (phase.until_s - start) for phase, start in zip(phases, starts, strict=False))
+            return _expected(phases)
+        case SessionsTraffic(rate_per_s, None, turns=turns):
+            return (rate_per_s or 0.0) * duration_s * turns.mean
+        case SessionsTraffic(_, phases, turns=turns):
+            return _expected(phases or ()) * turns.mean
         case MmppTraffic(rates_per_s, _):
             return max(rates_per_s) * duration_s
         case TimesTraffic(times_s):
@@ -454,6 +521,12 @@ def _most_requests(traffic: Traffic | None, duration_s: float) -> float:
             return len(trace.read(file).time_s)
         case _:
             return 0.0
+
+
+def _expected(phases: tuple[Phase, ...]) -> float:
+    """Arrivals that are expected in these phases."""
+    starts = (0.0, *(phase.until_s for phase in phases))
+    return sum(phase.rate_per_s * (phase.until_s - start) for phase, start in zip(phases, starts, strict=False))
 
 
 def _plain(value: Any) -> Any:

@@ -263,17 +263,20 @@ def plan(scenario: Scenario, seed: int) -> MarketPlan:
     known = np.array([[_known(scenario, p, c) for c in classes] for p in scenario.providers])
     shares = np.array([1.0 if c is None else c.share for c in classes])
     deadlines = np.array([scenario.slo.thresholds_s if c is None else (c.deadline_s,) for c in classes], np.float64)
+    profiles = tuple(
+        profile(p.gpu, p.model, p.max_num_seqs, quantization=p.quantization, attention=p.attention)
+        for p in scenario.providers
+    )
+    longest = np.array([min(each.max_model_len, each.kv_tokens) for each in profiles])
+    prompts = [expected_prompt(p, most) for p, most in zip(scenario.providers, longest.tolist(), strict=True)]
     return MarketPlan(
         scenario=scenario,
         seed=seed,
-        traffic=arrivals(scenario, seed),
-        profiles=tuple(
-            profile(p.gpu, p.model, p.max_num_seqs, quantization=p.quantization, attention=p.attention)
-            for p in scenario.providers
-        ),
+        traffic=arrivals(scenario, seed, longest),
+        profiles=profiles,
         known=known,
         deadlines=deadlines,
-        mean_prompt=np.array([expected_prompt(p).mean for p in scenario.providers]),
+        mean_prompt=np.array([each.mean for each in prompts]),
         mean_output=known[:, :, CLASS_MEAN] @ shares,
     )
 

@@ -18,11 +18,12 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 EXAMPLES = [text for language, text in BLOCKS if language == "python"]
 KINDS = (
     scenario.Scenario, scenario.Slo, scenario.SloClass, scenario.Economy, scenario.Provider, scenario.Lengths,
-    scenario.Misreport, scenario.TraceTraffic,
+    scenario.Misreport, scenario.PrefixCache, scenario.SessionsTraffic, scenario.TraceTraffic,
 )  # fmt: skip
 # Defaults that stand for "none" or "all of it".
 WITHOUT_A_VALUE = {
-    "Scenario.slo", "Scenario.economy", "Slo.classes", "SloClass.output", "Provider.serves", "Provider.lengths",
+    "Scenario.slo", "Scenario.economy", "Scenario.prefix_cache", "SessionsTraffic.rate_per_s", "SessionsTraffic.phases",
+    "Slo.classes", "SloClass.output", "Provider.serves", "Provider.lengths",
     "Provider.traffic", "Provider.online_s", "Provider.misreport", "Provider.strength", "Provider.initial_credit",
     "Provider.initial_stake", "Misreport.from_s", "Misreport.until_s", "TraceTraffic.start_s",
 }  # fmt: skip
