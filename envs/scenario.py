@@ -284,6 +284,19 @@ class Scenario:
     prefix_cache: PrefixCache | None = PrefixCache()
     """None: engines keep nothing of a finished request."""
 
+    def at_load(self, factor: float) -> "Scenario":
+        """The same with `factor`, above 0, times as many requests or sessions.
+
+        Raises ScenarioError where a trace has not so many, and for arrivals at given times.
+        """
+        providers = [
+            replace(
+                each, traffic=_at_load(each.traffic, factor, At(self.name, f"providers[{i}].traffic", each.traffic))
+            )
+            for i, each in enumerate(self.providers)
+        ]
+        return replace(self, providers=tuple(providers))
+
     def to_mapping(self) -> dict[str, Any]:
         """The scenario in the format of its file, every key written out: plain data, `parse` gives it back."""
         mapping: dict[str, Any] = _plain(self)
@@ -296,6 +309,33 @@ class Scenario:
             if entry.get("misreport", {}).get("until_s") == math.inf:
                 del entry["misreport"]["until_s"]
         return mapping
+
+
+def _at_load(traffic: Traffic | None, factor: float, at: At) -> Traffic | None:
+    match traffic:
+        case PoissonTraffic(phases):
+            return PoissonTraffic(_times(phases, factor))
+        case MmppTraffic(rates_per_s=(low, high)):
+            return replace(traffic, rates_per_s=(low * factor, high * factor))
+        case SessionsTraffic(rate_per_s=None, phases=phases):
+            return replace(traffic, phases=_times(phases or (), factor))
+        case SessionsTraffic(rate_per_s=rate_per_s):
+            return replace(traffic, rate_per_s=(rate_per_s or 0.0) * factor)
+        case TraceTraffic(rate_scale=rate_scale) if rate_scale * factor <= 1:
+            return replace(traffic, rate_scale=rate_scale * factor)
+        case TraceTraffic(rate_scale=rate_scale):
+            replace(at, path=f"{at.path}.rate_scale", value=rate_scale).fail(
+                f"at most {1 / factor:g} for {factor:g} times the load"
+            )
+        case TimesTraffic():
+            replace(at, path=f"{at.path}.kind", value=traffic.kind).fail(
+                f"traffic of which there can be {factor:g} times as much"
+            )
+    return None
+
+
+def _times(phases: tuple[Phase, ...], factor: float) -> tuple[Phase, ...]:
+    return tuple(Phase(each.until_s, each.rate_per_s * factor) for each in phases)
 
 
 def packaged_names() -> list[str]:

@@ -352,3 +352,30 @@ def test_prompts_that_an_origin_expects_of_its_sessions() -> None:
         expected = traffic.expected_prompt(made.providers[i], planned.profiles[i].max_model_len)
         assert expected.max <= planned.profiles[i].max_model_len
     assert traffic.expected_output(made.providers[0], None).median == 200
+
+
+def test_the_load_is_scaled_by_a_factor() -> None:
+    flow = {"kind": "mmpp", "rates_per_s": [0.1, 0.4], "mean_dwell_s": [9, 9]}
+    burst = {"kind": "sessions", "phases": [{"until_s": 60, "rate_per_s": 3}, {"until_s": 70, "rate_per_s": 1}]}
+    base = market(CHAT, burst, flow, KINDS["plain"], MOONCAKE | {"rate_scale": 0.4}, None)
+    chat, burst, flow, plain, trace_of = (each["traffic"] for each in base.at_load(1.5).to_mapping()["providers"][:5])
+    assert chat["rate_per_s"] == pytest.approx(0.225)
+    assert [phase["rate_per_s"] for phase in burst["phases"]] == [4.5, 1.5]
+    assert flow["rates_per_s"] == pytest.approx([0.15, 0.6])
+    assert [phase["rate_per_s"] for phase in plain["phases"]] == [0.75]
+    assert trace_of["rate_scale"] == pytest.approx(0.6)
+    assert base.at_load(1.5).providers[5].traffic is None
+    with pytest.raises(ScenarioError, match=r"providers\[4\].traffic.rate_scale: got 0.4, expected at most 0.333"):
+        base.at_load(3)
+    with pytest.raises(ScenarioError, match=r"providers\[0\].traffic.kind: got 'times', expected traffic of which"):
+        market({"kind": "times", "times_s": [1.0]}).at_load(2)
+
+
+@pytest.mark.parametrize("name", [n for n in scenario.packaged_names() if n.startswith("sessions/")] + ["trace/agents"])
+def test_packaged_sessions_come_and_can_come_more_often(name: str) -> None:
+    made = scenario.load(name)
+    planned, more = (plan(each, 1_000_000).traffic for each in (made, made.at_load(1.3)))
+    assert 800 < len(planned.time_s) < 4000
+    assert (planned.follows >= 0).mean() > 0.3
+    first, first_more = ((each.follows < 0).sum() for each in (planned, more))
+    assert first_more == pytest.approx(1.3 * first, rel=0.2)
