@@ -4,6 +4,7 @@ Evaluation scenarios are the packaged files; none of them is drawn here.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.hardware import Profile, iteration_s, profile
 from wwwserve.agents.lengths import Lognormal
-from wwwserve.envs.scenario import Lengths, Scenario, parse
+from wwwserve.envs.scenario import Lengths, LognormalSeconds, Provider, Scenario, SessionsTraffic, parse
+from wwwserve.envs.traffic import arrivals, expected_prompt
 
 Kind = Literal[
     "honest",
@@ -26,6 +28,8 @@ Kind = Literal[
     "thin",
     "uneven",
     "thick",
+    "sessions",
+    "agents",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -41,17 +45,20 @@ _GPU_WEIGHTS = {
 _MODEL_WEIGHTS = {"qwen3-8b": 0.6, "qwen3-4b": 0.25, "qwen3-14b": 0.15}
 
 
-def capacity_per_s(engine: Profile, prompt: Lognormal, outputs: Sequence[tuple[float, Lognormal]]) -> float:
+def capacity_per_s(
+    engine: Profile, prompt: Lognormal, outputs: Sequence[tuple[float, Lognormal]], cached: float = 0.0
+) -> float:
     """Requests/s that an engine sustains: concurrency / (E[output] * iteration time). `outputs` has (share, lengths).
 
     Concurrency c is `max_num_seqs`, or as many as the KV cache holds at the mean context of a running request, which
     is E[prompt] + E[output^2] / (2 E[output]). An iteration at c decodes c tokens and prefills
-    c * E[prompt] / E[output], the prompts of those that take the place of the finished.
+    c * E[prompt] / E[output], the prompts of those that take the place of the finished, less the share of their tokens
+    that is `cached`, [0, 1).
     """
     output_tokens = sum(share * each.mean for share, each in outputs)
     context = prompt.mean + sum(share * each.moment(2) for share, each in outputs) / (2 * output_tokens)
     concurrency = min(engine.max_num_seqs, engine.kv_tokens / context)
-    prefill = concurrency * prompt.mean / output_tokens
+    prefill = concurrency * (1.0 - cached) * prompt.mean / output_tokens
     return float(concurrency / (output_tokens * iteration_s(engine.row(), concurrency, concurrency * context, prefill)))
 
 
@@ -76,13 +83,17 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
     model, any GPU. bursts: load 0.6 to 1.4, most requests in a few bursts at given times, which providers have together
     or each for itself; nodes are alike in half the markets. code: long prompts, answers of tens of tokens, thresholds
     that fit, in a sixth of the time. thin: 3 to 5 providers, one of whom has most of the spare capacity. uneven: some
-    providers have 1.3 to 1.6 times the demand that they can serve, others 0.1 to 0.4. thick: 9 to 12 providers. In the
-    other kinds, nodes are alike in a fifth of the markets and serve one model in another. Load is uneven between
+    providers have 1.3 to 1.6 times the demand that they can serve, others 0.1 to 0.4. thick: 9 to 12 providers.
+    sessions: chats, in some markets beside providers with single requests, load 0.6 to 1.2; in a third of the
+    time, or a tenth where requests are many. agents: the same with long contexts, many turns and seconds between them.
+    In the other kinds, nodes are alike in a fifth of the markets and serve one model in another. Load is uneven between
     providers, steady, alternating or bursty in time, and providers may leave or join.
     Raises ValueError for another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind in ("sessions", "agents"):
+        return _with_sessions(kind, rng, duration_s)
     workload = rng.random()
     lengths = Lengths(_PROMPT, _OUTPUT if workload < 0.5 else _random_output(rng))
     thresholds_s, usual = (200.0, 250.0, 300.0, 350.0, 400.0), _OUTPUT.mean
@@ -142,6 +153,134 @@ def sample(kind: Kind, rng: np.random.Generator, duration_s: float = 600.0) -> S
     mapping["defaults"] = {"lengths": {"prompt": _lognormal(lengths.prompt), "output": _lognormal(lengths.output)}}
     mapping["providers"] = providers
     return parse(mapping, f"<random {kind} market>")
+
+
+def _with_sessions(kind: Literal["sessions", "agents"], rng: np.random.Generator, duration_s: float) -> Scenario:
+    """A market of sessions, for as much of `duration_s` as it takes for some 2000 requests in 600 s."""
+    traffic, output = _chat(rng) if kind == "sessions" else _agent(rng)
+    single = _conversation(rng).prompt
+    mixed = kind == "sessions" and rng.random() < 0.35
+    common = str(rng.choice(["all", "model", "nothing"], p=[0.2, 0.4, 0.4]))
+    providers = _fleet(int(rng.integers(3, 9)), common, rng)
+    capacities, prompts = [], []
+    for i, each in enumerate(providers):
+        each["lengths"] = {"prompt": _lognormal(single), "output": _lognormal(output)}
+        engine = profile(each["gpu"], each["model"], each["max_num_seqs"])
+        plain = mixed and i > 0 and rng.random() < 0.5
+        each["traffic"] = None if plain else traffic
+        prompt = expected_prompt(
+            Provider("n", traffic=each["traffic"], lengths=Lengths(single, output)), engine.max_model_len
+        )
+        cached = 0.0 if plain else max(0.0, 0.9 * (1.0 - traffic.turn.mean / prompt.mean))
+        prompts.append(prompt)
+        capacities.append(capacity_per_s(engine, prompt, [(1.0, output)], cached))
+    usual_s = _stay_s(providers, Lengths(prompts[int(np.argmax(capacities))], output), capacities)
+    scale = float(rng.uniform(0.7, 2.0)) * usual_s / _CHAT_THRESHOLDS_S[-1]
+    uneven = rng.uniform(0.3, 1.7, len(providers))
+    rates = uneven * capacities * (np.sum(capacities) / np.sum(uneven * capacities))
+    duration_s *= float(np.clip(2000 / 600 / rates.sum(), 0.1, 1 / 3))
+    shape = str(rng.choice(["steady", "alternating", "burst", "mixed"]))
+    for i, (each, rate) in enumerate(zip(providers, rates.tolist(), strict=True)):
+        each["name"] = f"n{i + 1}"
+        each["serves"] = [FAMILY, each["model"]]
+        if each["traffic"] is None:
+            steady = {"until_s": duration_s, "rate_per_s": rate}
+            each["traffic"] = {"kind": "poisson", "phases": [steady]}
+            continue
+        own = str(rng.choice(["steady", "alternating", "burst"])) if shape == "mixed" else shape
+        phases = _session_phases(own, rate / traffic.turns.mean, duration_s, rng)
+        keys = asdict(traffic)
+        del keys["rate_per_s"]
+        each["traffic"] = {"kind": traffic.kind} | keys | {"phases": phases}
+    mapping = {
+        "name": kind,
+        "duration_s": duration_s,
+        "decision_interval_s": float(rng.choice([0.25, 0.5, 1.0])),
+        "slo": {"thresholds_s": [round(scale * seconds, 2) for seconds in _CHAT_THRESHOLDS_S]},
+        "economy": {"initial_credit": 100_000},
+        "providers": providers,
+    }
+    source = f"<random {kind} market>"
+    load = _load(parse(mapping, source), traffic.turn.mean, usual_s / 2)
+    _add_absences(providers, duration_s, rng)
+    return parse(mapping, source).at_load(rng.uniform(0.6, 1.2) / load)
+
+
+def _between(low: float, high: float, rng: np.random.Generator) -> float:
+    """A number drawn with an even logarithm."""
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def _chat(rng: np.random.Generator) -> tuple[SessionsTraffic, Lognormal]:
+    """Chats: 2 to 10 turns of 80 to 800 tokens at the median, with or without a system prompt, and their answers."""
+    traffic = SessionsTraffic(
+        rate_per_s=1.0,
+        system_tokens=int(_between(100, 6000, rng)) if rng.random() < 0.7 else 0,
+        turns=Lognormal(_between(2, 10, rng), float(rng.uniform(0.4, 1.0)), 40),
+        turn=Lognormal(_between(80, 800, rng), float(rng.uniform(0.7, 1.3)), 8000),
+        think_s=LognormalSeconds(_between(5, 40, rng), float(rng.uniform(0.7, 1.2)), 120.0),
+    )
+    return traffic, Lognormal(_between(80, 300, rng), float(rng.uniform(0.5, 0.9)), 1024)
+
+
+def _agent(rng: np.random.Generator) -> tuple[SessionsTraffic, Lognormal]:
+    """Agents: 8 to 30 turns of 150 to 800 tokens at the median, seconds apart, behind a long system prompt."""
+    traffic = SessionsTraffic(
+        rate_per_s=1.0,
+        system_tokens=int(_between(1000, 10_000, rng)),
+        turns=Lognormal(_between(8, 30, rng), float(rng.uniform(0.4, 0.8)), 100),
+        turn=Lognormal(_between(150, 800, rng), float(rng.uniform(0.8, 1.3)), 8000),
+        think_s=LognormalSeconds(_between(1, 10, rng), float(rng.uniform(0.7, 1.2)), 60.0),
+    )
+    return traffic, Lognormal(_between(60, 250, rng), float(rng.uniform(0.6, 1.0)), 1024)
+
+
+def _load(scenario: Scenario, turn_tokens: float, answer_s: float) -> float:
+    """What comes in a draw of the scenario over what its engines sustain, if an answer takes `answer_s`.
+
+    Of a session's prompts nine tenths of what is not new, all but `turn_tokens`, count as cached.
+    """
+    engines = [profile(each.gpu, each.model, each.max_num_seqs) for each in scenario.providers]
+    drawn = arrivals(scenario, 0, np.array([engine.max_model_len for engine in engines]))
+    came_s = drawn.time_s.copy()
+    for r in np.flatnonzero(drawn.follows >= 0).tolist():
+        came_s[r] = came_s[drawn.follows[r]] + answer_s + drawn.think_s[r]
+    came = came_s < scenario.duration_s
+    if not came.any():
+        return 1.0  # a run so short does not tell
+    prompt, output = drawn.prompt[came], drawn.output[came]
+    old = np.where([isinstance(each.traffic, SessionsTraffic) for each in scenario.providers], 0.9, 0.0)
+    cached = old[drawn.provider[came]] * np.maximum(0.0, prompt - turn_tokens)
+    lengths = [Lognormal(float(each.mean()), 0.0, int(each.max())) for each in (prompt, output)]
+    able = [capacity_per_s(each, lengths[0], [(1.0, lengths[1])], cached.sum() / prompt.sum()) for each in engines]
+    return float(prompt.size / scenario.duration_s / sum(able))
+
+
+def _session_phases(
+    shape: str, rate_per_s: float, duration_s: float, rng: np.random.Generator
+) -> list[dict[str, float]]:
+    """Phases in which sessions begin at this mean rate: evenly, in a burst, or more and less of them by turns.
+
+    In the first sixth of the run begin one to four times as many, so that the load needs less time to build up.
+    """
+    if shape == "alternating":
+        count, swing, first = int(rng.integers(2, 5)), rng.uniform(0.2, 0.8), int(rng.integers(2))
+        ends = (np.arange(count) + 1) / count
+        rates = 1 + swing * np.where((np.arange(count) + first) % 2, 1.0, -1.0)
+    elif shape == "burst":
+        start, length = rng.uniform(0.2, 0.7), rng.uniform(0.05, 0.15)
+        ends, rates = np.array([start, start + length, 1.0]), np.array([1.0, rng.uniform(3.0, 10.0), 1.0])
+    else:
+        ends, rates = np.ones(1), np.ones(1)
+    early = 1 / 6
+    bounds = np.unique(np.append(ends, early))
+    rates = rates[np.searchsorted(ends, bounds)]
+    rates[bounds <= early] *= rng.uniform(1.0, 4.0)
+    rates *= rate_per_s / np.sum(rates * np.diff(bounds, prepend=0.0))
+    return [
+        {"until_s": min(duration_s, duration_s * end), "rate_per_s": rate}
+        for end, rate in zip(bounds.tolist(), rates.tolist(), strict=True)
+    ]
 
 
 def _lognormal(lengths: Lognormal) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from wwwserve.agents.hardware import profile
+from wwwserve.agents.lengths import Lognormal
 from wwwserve.envs.distribution import KINDS, Kind, capacity_per_s, sample
-from wwwserve.envs.scenario import PoissonTraffic, Scenario, TimesTraffic
+from wwwserve.envs.scenario import PoissonTraffic, Scenario, SessionsTraffic, TimesTraffic
 from wwwserve.envs.state import plan
 
 
@@ -99,3 +100,38 @@ def test_in_an_uneven_market_some_have_too_much_and_others_little() -> None:
         load = utilisation(scenario)  # of three phases that alternate, two may be the high or the low ones
         assert ((load > 0.9) | (load < 0.6)).all()
         assert (load > 0.9).any() and (load < 0.6).any()
+
+
+@pytest.mark.parametrize("kind", ["sessions", "agents"])
+def test_sessions_of_a_market_are_alike_and_come_at_a_load_that_varies(kind: Kind) -> None:
+    loads, prompts, mixed = [], [], 0
+    for k, scenario in enumerate(drawn(kind, 40)):
+        own = [each.traffic for each in scenario.providers if isinstance(each.traffic, SessionsTraffic)]
+        assert len({(each.system_tokens, each.turns, each.turn, each.think_s) for each in own}) == 1
+        mixed += len(own) < len(scenario.providers)
+        if any(each.online_s != ((0.0, np.inf),) for each in scenario.providers):
+            continue
+        planned = plan(scenario, k)
+        requests = planned.traffic
+        came_s = requests.time_s.copy()
+        for r in np.flatnonzero(requests.follows >= 0).tolist():
+            came_s[r] = came_s[requests.follows[r]] + scenario.slo.thresholds_s[2] + requests.think_s[r]
+        came = came_s < scenario.duration_s
+        prompt, output = (float(x[came].mean()) for x in (requests.prompt, requests.output))
+        prompts.append(prompt)
+        if len(own) == len(scenario.providers):
+            cached = max(0.0, 0.9 * (1 - own[0].turn.mean / prompt))
+            lengths = Lognormal(prompt, 0.0, 10**6), [(1.0, Lognormal(output, 0.0, 10**6))]
+            able = sum(capacity_per_s(engine, *lengths, cached) for engine in planned.profiles)
+            loads.append(came.sum() / scenario.duration_s / able)
+    assert min(loads) < 0.75 and max(loads) > 1.1 and 0.75 < np.mean(loads) < 1.15
+    assert (np.median(prompts) > 4000) == (kind == "agents") == (mixed == 0)
+
+
+def test_what_is_cached_needs_no_prefill() -> None:
+    engine = profile("a40", "qwen3-8b", 64)
+    long, none, output = Lognormal(6000, 0, 8192), Lognormal(1, 0, 1), [(1.0, Lognormal(200, 0, 1024))]
+    rates = [capacity_per_s(engine, long, output, cached) for cached in (0.0, 0.5, 0.9)]
+    assert rates[0] < rates[1] < rates[2] < capacity_per_s(engine, none, output)
+    saved_s = 1 / rates[0] - 1 / rates[1]
+    assert saved_s == pytest.approx(3000 * engine.per_token_s, rel=0.05)
