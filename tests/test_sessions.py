@@ -1,5 +1,6 @@
 """Sessions and shared prefixes: what follows what, what requests have in common, what of a trace is kept."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,33 @@ def test_bad_traces(case: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match=expected):
         trace.read(file)
+
+
+def same_trace(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two traces, or their parts, are equal."""
+    return all(same_trace(x, y) if isinstance(x, tuple) else np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_compact_forms_are_read_as_the_csv_that_they_stand_for(tmp_path: Path) -> None:
+    (tmp_path / "sessions.csv").write_text(DATED)
+    np.savez_compressed(
+        tmp_path / "sessions.npz", session=[0, 0, 1], turns=[3, 2, 2], start_ticks=[1000_000, 1100_000, 4000_000],
+        think_ticks=[0, 70_000, 0, 0, 10_000, 0, 30_000], prompt=[320, 400, 200, 64, 160, 90, 97],
+        output=[16, 10, 10, 8, 8, 5, 5], shared=[0, 320, 160, 0, 64, 0, 90],
+    )  # fmt: skip
+    rows = "0.5,1600,7,7 8 9 10\n0,1024,6,7 8\n2,600,5,7 12\n3,1500,4,7 8 11\n4,90,3,13\n6,1025,2,20 21 22\n"
+    with gzip.open(tmp_path / "blocks.csv.gz", "wt") as file:
+        file.write(f"# a comment\n{BLOCKS}{rows}")
+    np.savez_compressed(
+        tmp_path / "blocks.npz", gap_ticks=[0, 5000, 15_000, 10_000, 10_000, 20_000],
+        prompt=[1024, 1600, 600, 1500, 90, 1025], output=[6, 7, 5, 4, 3, 2],
+        node=[1, 1, 0, 1, -1, -1], parent=[-1, 0], end_blocks=[1, 2],
+    )  # fmt: skip
+    for name, other in (("sessions.csv", "sessions.npz"), ("blocks.csv.gz", "blocks.npz")):
+        a, b = trace.read(tmp_path / name), trace.read(tmp_path / other)
+        assert same_trace(a, b), name
+    prefixes = trace.read(tmp_path / "blocks.csv.gz").prefixes
+    assert prefixes is not None and prefixes.tree.tolist() == [0, 0, 0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("content", [b"no gzip", b"\x1f\x8b\x08\x00broken", b""])
