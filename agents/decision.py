@@ -18,6 +18,7 @@ from wwwserve.agents.tariff import MARKUPS, in_micro
 CANDIDATES = 8  # K
 HOLD, LOCAL, FIRST_CANDIDATE = 0, 1, 2
 ROUTES = FIRST_CANDIDATE + CANDIDATES
+NODES = 1 + CANDIDATES  # the own node and the candidates
 FLAT_ACTIONS = ROUTES * MARKUPS.size
 AT_COST = 1  # the markup of 1
 

@@ -2,6 +2,7 @@
 
 import math
 
+from wwwserve.agents.hardware import CHUNK_TOKENS
 from wwwserve.agents.kernel import Floats, kernel
 from wwwserve.agents.knowledge import (
     AD_CONTEXT,
@@ -10,9 +11,12 @@ from wwwserve.agents.knowledge import (
     AD_MAX_NUM_SEQS,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
+    AD_MEAN_UNCACHED,
     AD_PER_KV_TOKEN_S,
+    AD_PER_PAIR_S,
     AD_PER_SEQ_S,
     AD_PER_TOKEN_S,
+    AD_PREFILL,
     AD_PREFILL_BASE_S,
     AD_RUNNING,
     AD_WAITING,
@@ -44,8 +48,19 @@ def _occupancy(advert: Floats, sent: float) -> tuple[float, float, float]:
 
 
 @kernel
-def expect(advert: Floats, sent: float, prompt: float) -> tuple[float, float]:
-    """Expected time to first token and time per token, both in s, of a request of `prompt` tokens on a node.
+def prefill_delay_s(advert: Floats, uncached: float, cached: float, each: float) -> float:
+    """How much longer than a step of decode it takes to compute `uncached` tokens of prompts that have `each` of them
+    and `cached` tokens before those, to which they attend, s; what fits under the weight read takes none."""
+    chunks = max(1.0, uncached / CHUNK_TOKENS)
+    pairs = uncached * (cached + 0.5 * each)
+    compute_s = advert[AD_PER_TOKEN_S] * uncached + advert[AD_PER_PAIR_S] * pairs
+    return float(max(0.0, chunks * (advert[AD_PREFILL_BASE_S] - advert[AD_WEIGHT_S]) + compute_s))
+
+
+@kernel
+def expect(advert: Floats, sent: float, prompt: float, cached: float) -> tuple[float, float]:
+    """Expected time to first token and time per token, both in s, of a request of `prompt` tokens on a node that has
+    `cached` of them in its prefix cache.
 
     `sent` requests went there since the advert. The node runs as many requests at once as its slots and its KV cache
     hold at the mean context. Beyond that they queue, and leave the queue at the pace of completions (mean output times
@@ -59,16 +74,18 @@ def expect(advert: Floats, sent: float, prompt: float) -> tuple[float, float]:
     decoding = min(ahead + 1.0, at_once)
     kv_tokens = min(decoding * context, capacity)
     decode_s = advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S] * decoding + advert[AD_PER_KV_TOKEN_S] * kv_tokens
-    prefill_s = advert[AD_PREFILL_BASE_S] + advert[AD_PER_TOKEN_S] * advert[AD_MEAN_PROMPT]
-    token_s = decode_s + decoding / output * max(0.0, prefill_s - advert[AD_WEIGHT_S])
+    usual = advert[AD_MEAN_UNCACHED]
+    before = max(0.0, advert[AD_MEAN_PROMPT] - usual)
+    token_s = decode_s + decoding / output * prefill_delay_s(advert, usual, before, usual)
 
-    own_prefill_s = max(advert[AD_WEIGHT_S], advert[AD_PREFILL_BASE_S] + advert[AD_PER_TOKEN_S] * prompt)
+    own_prefill_s = advert[AD_WEIGHT_S] + prefill_delay_s(advert, prompt - cached, cached, prompt - cached)
     behind = max(0.0, advert[AD_WAITING] + sent)
     queued = max(0.0, ahead + 1.0 - at_once)
     full = advert[AD_RUNNING] + 0.5 >= advert[AD_MAX_NUM_SEQS] or advert[AD_KV_TOKENS] + context >= capacity
     if full and advert[AD_WAITING] >= 0.5:  # the queue itself shows that the node can take no more
         queued = max(queued, behind + 1.0)
-    wait_s = queued * output * token_s / at_once + behind * max(0.0, prefill_s - advert[AD_WEIGHT_S])
+    queued_prefill_s = prefill_delay_s(advert, advert[AD_PREFILL] + sent * usual, before, usual)
+    wait_s = queued * output * token_s / at_once + queued_prefill_s
     return wait_s + own_prefill_s + decode_s, token_s
 
 
@@ -82,24 +99,26 @@ def full_batch(advert: Floats) -> tuple[float, float]:
 
 @kernel
 def marginal_delay(advert: Floats) -> tuple[float, float]:
-    """Delay, s, that a token of the prompt and a token of the answer of one more request bring to each that decodes
-    beside it. Of the mean prompt, what takes longer than the iteration that it joins would have taken anyway."""
+    """Delay, s, that a token of the prompt, not cached, and a token of the answer of one more request bring to each
+    that decodes beside it. Of a usual prompt, what takes longer than the iteration that it joins would have anyway."""
     context, _, _ = _occupancy(advert, 0.0)
     prompt = max(1.0, advert[AD_MEAN_PROMPT])
-    prefill_s = advert[AD_PREFILL_BASE_S] + advert[AD_PER_TOKEN_S] * prompt
-    input_s = max(0.0, prefill_s - advert[AD_WEIGHT_S]) / prompt
+    input_s = prefill_delay_s(advert, prompt, 0.0, prompt) / prompt
     return input_s, float(advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context)
 
 
 @kernel
-def slowdown(advert: Floats, sent: float) -> float:
-    """Delay, in s and summed over them, that one more request brings to those that run on a node.
+def slowdown(advert: Floats, sent: float, prompt: float, cached: float) -> float:
+    """Delay, in s and summed over them, that one more request of `prompt` tokens, `cached` of them in the prefix cache,
+    brings to those that run on a node.
 
-    Each decodes for CONTEXT_SHARE of a mean output more, and every iteration takes the newcomer's share longer.
+    Each waits for its prefill, then decodes for CONTEXT_SHARE of a mean output more, and every iteration takes the
+    newcomer's share longer.
     """
     _, at_once, ahead = _occupancy(advert, sent)
     _, slower_s = marginal_delay(advert)
-    return float(min(ahead, at_once) * CONTEXT_SHARE * max(1.0, advert[AD_MEAN_OUTPUT]) * slower_s)
+    prefill_s = prefill_delay_s(advert, prompt - cached, cached, prompt - cached)
+    return float(min(ahead, at_once) * (prefill_s + CONTEXT_SHARE * max(1.0, advert[AD_MEAN_OUTPUT]) * slower_s))
 
 
 @kernel

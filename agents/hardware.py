@@ -8,8 +8,8 @@ Iteration time of a continuous-batching engine, in seconds:
                                  + per_pair_s * pairs)
 
 where `pairs` counts prompt tokens with each token before them, as attention does: half the square of a whole prompt.
-On a GPU a sequence computes as a prompt token does (seq_tokens is 1), and what pairs cost is little up to
-`CHUNK_TOKENS` (per_pair_s is 0); neither holds on a CPU, where both are measured. An iteration without prefill of a
+On a GPU a sequence computes as a prompt token does (seq_tokens is 1), and a pair takes what its operations take at the
+efficiency of the rest; neither holds on a CPU, where both are measured. An iteration without prefill of a
 measured engine takes `batch_s` more or less than the line says, as kernels do not grow evenly with the batch.
 
 Decode reads the weights once, then each sequence's KV cache. A small prefill hides under the weight read (up to about
@@ -177,6 +177,7 @@ class Model:
     embedding: int
     """Of these, the embedding's and an untied output head's, which quantization leaves in bf16."""
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     max_model_len: int
@@ -198,18 +199,23 @@ class Model:
         """Bytes of keys and values of one token in bf16."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations of attention for one token with one before it: a product with its key, one with its value."""
+        return 2 * 2 * self.layers * self.heads * self.head_dim
+
 
 # Parameters are counted from the shapes in config.json (tied embeddings once). Strengths of qwen3-8b, 4b and 0.6b are
 # those with which a round robin of the three, three judges a duel, comes to the win rates 0.57, 0.53 and 0.39 that
 # WWW.Serve (arXiv 2603.20661) reports: `python -m eval.strength`. The rest are guesses: qwen3-14b continues the line
 # from 4b to 8b over log parameters, llama-3-8b lies halfway between 0.6b and 4b, llama-2-7b is level with 0.6b.
 MODELS: dict[str, Model] = {
-    "qwen3-0.6b": Model(596_049_920, 155_582_464, 28, 8, 128, 40960, -0.192, "Qwen/Qwen3-0.6B config.json"),
-    "qwen3-4b": Model(4_022_468_096, 388_956_160, 36, 8, 128, 40960, 0.060, "Qwen/Qwen3-4B config.json"),
-    "qwen3-8b": Model(8_190_735_360, 1_244_659_712, 36, 8, 128, 40960, 0.132, "Qwen/Qwen3-8B config.json"),
-    "qwen3-14b": Model(14_768_307_200, 1_555_824_640, 40, 8, 128, 40960, 0.192, "Qwen/Qwen3-14B config.json"),
-    "llama-3-8b": Model(8_030_261_248, 1_050_673_152, 32, 8, 128, 8192, -0.066, "Meta-Llama-3-8B config.json"),
-    "llama-2-7b": Model(6_738_415_616, 262_144_000, 32, 32, 128, 4096, -0.192, "Llama-2-7b-hf config.json"),
+    "qwen3-0.6b": Model(596_049_920, 155_582_464, 28, 16, 8, 128, 40960, -0.192, "Qwen/Qwen3-0.6B config.json"),
+    "qwen3-4b": Model(4_022_468_096, 388_956_160, 36, 32, 8, 128, 40960, 0.060, "Qwen/Qwen3-4B config.json"),
+    "qwen3-8b": Model(8_190_735_360, 1_244_659_712, 36, 32, 8, 128, 40960, 0.132, "Qwen/Qwen3-8B config.json"),
+    "qwen3-14b": Model(14_768_307_200, 1_555_824_640, 40, 40, 8, 128, 40960, 0.192, "Qwen/Qwen3-14B config.json"),
+    "llama-3-8b": Model(8_030_261_248, 1_050_673_152, 32, 32, 8, 128, 8192, -0.066, "Meta-Llama-3-8B config.json"),
+    "llama-2-7b": Model(6_738_415_616, 262_144_000, 32, 32, 32, 128, 4096, -0.192, "Llama-2-7b-hf config.json"),
 }
 
 
@@ -352,7 +358,7 @@ def profile(
     max_model_len = min(sizes.max_model_len, kv_blocks * BLOCK_TOKENS)
     return Profile(
         weight_s, per_seq_s, per_kv_token_s, prefill_base_s, per_token_s, kv_blocks, max_num_seqs, CHUNK_TOKENS,
-        max_model_len, source,
+        max_model_len, source, per_pair_s=sizes.flops_per_pair / (card.bf16_tflops * 1e12 * FLOPS_EFFICIENCY),
     )  # fmt: skip
 
 

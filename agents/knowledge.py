@@ -18,6 +18,7 @@ from wwwserve.agents.hardware import (
     KV_BLOCKS,
     MAX_NUM_SEQS,
     PER_KV_TOKEN_S,
+    PER_PAIR_S,
     PER_SEQ_S,
     PER_TOKEN_S,
     PREFILL_BASE_S,
@@ -33,7 +34,10 @@ AD_KV_TOKENS = 3  # tokens in the KV cache, whole blocks
 AD_MEAN_PROMPT = 4  # tokens, of its recent requests
 AD_MEAN_OUTPUT = 5
 AD_CONTEXT = 6  # tokens that a running request is expected to hold in the KV cache, over its stay
-AD_TARIFF = 7  # credits per 1000 tokens of input, cached input and output, see agents.tariff
+AD_MEAN_UNCACHED = 7  # tokens of their prompts that its recent requests had to have computed
+AD_PREFILL = 8  # tokens that are still to be prefilled
+AD_REUSE_S = 9  # how long a KV block that is not used stays in its prefix cache, s
+AD_TARIFF = 10  # credits per 1000 tokens of input, cached input and output, see agents.tariff
 AD_STAKE = AD_TARIFF + 3  # credits
 AD_HELD = AD_STAKE + 1  # own users' requests its dispatcher holds, by class
 AD_WEIGHT_S = AD_HELD + MAX_CLASSES  # the engine profile, see agents.hardware
@@ -41,9 +45,10 @@ AD_PER_SEQ_S = AD_WEIGHT_S + 1
 AD_PER_KV_TOKEN_S = AD_WEIGHT_S + 2
 AD_PREFILL_BASE_S = AD_WEIGHT_S + 3
 AD_PER_TOKEN_S = AD_WEIGHT_S + 4
-AD_KV_CAPACITY = AD_WEIGHT_S + 5  # tokens
-AD_MAX_NUM_SEQS = AD_WEIGHT_S + 6
-ADVERT_SIZE = AD_WEIGHT_S + 7
+AD_PER_PAIR_S = AD_WEIGHT_S + 5
+AD_KV_CAPACITY = AD_WEIGHT_S + 6  # tokens
+AD_MAX_NUM_SEQS = AD_WEIGHT_S + 7
+ADVERT_SIZE = AD_WEIGHT_S + 8
 
 # Columns of the peer_stats with one peer.
 SENT = 0  # requests sent since the advert of SENT_AD_S
@@ -63,6 +68,7 @@ RECORD_AGEING = 0.9  # a new completion takes the weight of old ones down by thi
 LENGTH_AGEING = 0.99  # the same for mean lengths, which vary more and change less
 PACE_PRIOR_TOKENS = 200.0  # evidence of tokens counts in full when there is far more than this
 NO_TIME = -1e9
+LONGEST_REUSE_S = 1e6  # what AD_REUSE_S is while nothing has had to go
 RATE_WINDOW_S = 60.0  # over which arrivals and sales are averaged
 OFFLINE_AFTER_S = 10.0  # a peer silent for so long is taken for offline (arXiv 2603.20661)
 GOSSIPS_MISSED = 3.5  # or, where gossip is slow, for so many intervals
@@ -84,22 +90,40 @@ def write_profile(advert: Floats, profile: Floats, speed: float) -> None:
     advert[AD_PER_KV_TOKEN_S] = profile[PER_KV_TOKEN_S] / speed
     advert[AD_PREFILL_BASE_S] = profile[PREFILL_BASE_S] / speed
     advert[AD_PER_TOKEN_S] = profile[PER_TOKEN_S] / speed
+    advert[AD_PER_PAIR_S] = profile[PER_PAIR_S] / speed
     advert[AD_KV_CAPACITY] = profile[KV_BLOCKS] * BLOCK_TOKENS
     advert[AD_MAX_NUM_SEQS] = profile[MAX_NUM_SEQS]
 
 
 @kernel
-def on_scrape(advert: Floats, now_s: float, running: float, waiting: float, kv_tokens: float, load: float) -> None:
-    """Take an engine's load into its advert, counts and tokens multiplied by `load` (1 is honest)."""
+def on_scrape(
+    advert: Floats, now_s: float, running: float, waiting: float, kv_tokens: float, prefill: float, reuse_s: float
+) -> None:
+    """Take an engine's load into its advert: requests that run and wait, tokens in use and to be prefilled, and how
+    long a block that is not used stays in its prefix cache, s."""
     advert[AD_TIME_S] = now_s
-    advert[AD_RUNNING] = running * load
-    advert[AD_WAITING] = waiting * load
-    advert[AD_KV_TOKENS] = kv_tokens * load
+    advert[AD_RUNNING] = running
+    advert[AD_WAITING] = waiting
+    advert[AD_KV_TOKENS] = kv_tokens
+    advert[AD_PREFILL] = prefill
+    advert[AD_REUSE_S] = min(reuse_s, LONGEST_REUSE_S)
 
 
 @kernel
-def on_length(advert: Floats, prompt: float, output: float) -> None:
-    """Age the mean lengths by one more completed request."""
+def misreport_load(advert: Floats, factor: float) -> None:
+    """Say of a load that it is so many times what it is."""
+    advert[AD_RUNNING] *= factor
+    advert[AD_WAITING] *= factor
+    advert[AD_KV_TOKENS] *= factor
+    advert[AD_PREFILL] *= factor
+    for c in range(MAX_CLASSES):
+        advert[AD_HELD + c] *= factor
+
+
+@kernel
+def on_length(advert: Floats, prompt: float, cached: float, output: float) -> None:
+    """Age the mean lengths by one more completed request, of whose prompt `cached` tokens were in the prefix cache."""
+    advert[AD_MEAN_UNCACHED] += (1.0 - LENGTH_AGEING) * (prompt - cached - advert[AD_MEAN_UNCACHED])
     advert[AD_MEAN_PROMPT] += (1.0 - LENGTH_AGEING) * (prompt - advert[AD_MEAN_PROMPT])
     advert[AD_MEAN_OUTPUT] += (1.0 - LENGTH_AGEING) * (output - advert[AD_MEAN_OUTPUT])
 

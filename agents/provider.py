@@ -27,6 +27,7 @@ from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
     LOCAL,
+    NODES,
     WHAT_PAYS,
     accept,
     affordable,
@@ -147,6 +148,10 @@ HELD_FIELDS = [
     ("klass", np.int32),
     ("next", np.int32),  # in the queue, -1 at its end
     ("prompt", np.int64),  # tokens
+    ("prefix", np.int64, NODES),  # of them, those in the prefix cache here and, as is believed, at each candidate
+    ("prefix_age_s", np.float64, NODES),  # since it was last served there, s; what is behind 0 tokens is not read
+    ("turn", np.int64),  # of its session, from 1
+    ("last_s", np.float64),  # when its user had the answer before
     ("longest", np.int64),  # tokens of the longest answer that it may get
     ("arrival_s", np.float64),
     ("n_candidates", np.int64),
@@ -154,6 +159,7 @@ HELD_FIELDS = [
     ("opening", np.int64),  # for which it has them, 0 before
     ("candidates", np.int64, CANDIDATES),  # rows of peers, in the order drawn
     ("tariff", np.int64, TARIFF_SIZE),  # by which it is paid, micro-credits per 1000 tokens
+    ("cached_input", np.int64),  # tokens of its prompt that are paid as cached: those that its executor said it has
     ("advert_s", np.float64),  # when the advert was made by which it was offered last
     ("shown_ttft_s", np.float64),  # no promise is worse than what the advert showed by which it was offered
     ("shown_tpot_s", np.float64),
@@ -200,6 +206,7 @@ def reset_requests(q: NDArray[Any]) -> None:
     for name in ("executor", "out_next", "out_prev", "next"):
         q[name] = -1
     q["taken_s"] = np.nan
+    q["turn"] = 1
 
 
 # The queue: own users' requests that are not decided, by class.
@@ -385,8 +392,9 @@ def reopen(p: Record) -> None:
 
 @kernel
 def shown_by(advert: Floats, prompt: float) -> tuple[float, float]:
-    """Time to first token and per token, s, than which no promise under this advert is worse, see `accepted`."""
-    first_s, token_s = expect(advert, 0.0, prompt)
+    """Time to first token and per token, s, than which no promise under this advert is worse, see `accepted`; nothing
+    of the prompt is taken to be cached."""
+    first_s, token_s = expect(advert, 0.0, prompt, 0.0)
     return SHOWN_SLACK * first_s + SHOWN_SLACK_S, SHOWN_SLACK * token_s
 
 
@@ -397,6 +405,7 @@ def offer(p: Record, q: Records, r: int, j: int, peer_stats: Floats, advert: Flo
     q[r].executor = j
     for k in range(TARIFF_SIZE):
         q[r].tariff[k] = in_micro(advert[AD_TARIFF + k])
+    q[r].cached_input = 0
     q[r].advert_s = advert[AD_TIME_S]
     q[r].shown_ttft_s, q[r].shown_tpot_s = shown_by(advert, q[r].prompt)
     q[r].taken_s = np.nan
@@ -410,8 +419,9 @@ def offer(p: Record, q: Records, r: int, j: int, peer_stats: Floats, advert: Flo
 
 
 @kernel
-def accepted(q: Records, r: int, now_s: float, ttft_s: float, tpot_s: float) -> None:
-    """The peer took request r and promises a time to first token and a time per token, s.
+def accepted(q: Records, r: int, now_s: float, ttft_s: float, tpot_s: float, cached: int) -> None:
+    """The peer took request r and promises a time to first token and a time per token, s; `cached` tokens of the prompt
+    are in its prefix cache, and paid as such.
 
     What counts is the better of that and of what its advert showed, with some slack for what came since: by the advert
     it was chosen, and a claim of load or speed that its promise does not repeat would cost it nothing.
@@ -419,6 +429,7 @@ def accepted(q: Records, r: int, now_s: float, ttft_s: float, tpot_s: float) -> 
     q[r].taken_s = now_s
     q[r].promised_ttft_s = min(ttft_s, q[r].shown_ttft_s)
     q[r].promised_tpot_s = min(tpot_s, q[r].shown_tpot_s)
+    q[r].cached_input = min(max(cached, 0), q[r].prompt)
 
 
 @kernel
@@ -496,7 +507,7 @@ def promised_duration_s(request: Record, output: int) -> float:
 @kernel
 def price_for(a: Record, request: Record, output: int) -> int:
     """What a peer's answer of `output` tokens costs before the lateness clause, micro-credits."""
-    return int(price_of(a.payment, request.tariff, request.prompt, 0, output))
+    return int(price_of(a.payment, request.tariff, request.prompt, request.cached_input, output))
 
 
 @kernel
@@ -507,18 +518,22 @@ def due_for(a: Record, request: Record, output: int, took_s: float) -> int:
 
 
 @kernel
-def consider(p: Record, a: Record, prompt: float, longest: int, tariff: Ints) -> tuple[bool, float, float]:
-    """Whether it takes a peer's request of `prompt` tokens and at most `longest` of output at the tariff that the
-    origin goes by, on its fresh own state; and the time to first token and per token, s, that it expects, as it
-    promises them. The clock of a promise starts when the origin hears it, half a round trip after the engine has the
-    request and as long before the first token's way back."""
-    first_s, token_s = expect(p.own, 0.0, prompt)
+def consider(
+    p: Record, a: Record, prompt: float, cached: float, longest: int, tariff: Ints
+) -> tuple[bool, float, float]:
+    """Whether it takes a peer's request at the tariff that the origin goes by, on its fresh own state; and the time to
+    first token and per token, s, that it expects, as it promises them.
+
+    The request has `prompt` tokens, `cached` of them in the prefix cache here, and at most `longest` of output. The
+    clock of a promise starts when the origin hears it, half a round trip after the engine has the request and as long
+    before the first token's way back."""
+    first_s, token_s = expect(p.own, 0.0, prompt, cached)
     output = p.known[class_like(p, a, longest), CLASS_MEAN]
     price = 1.0
     if a.payment != PER_REQUEST:
-        price = price_by(tariff, prompt, output) / MICRO
+        price = price_by(tariff, prompt, cached, output) / MICRO
     use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
-    profit = price - min(1.0, p.markup) * cost_of(p.cost, prompt, output)  # below cost it sells on purpose
+    profit = price - min(1.0, p.markup) * cost_of(p.cost, prompt, cached, output)  # below cost it sells on purpose
     profit += (prompt + output) / 1000.0 / MICRO  # what is lost to the rounding of a tariff is no reason to refuse
     taken = accept(p.admission, first_s, use, p.held, profit, uniform(p.generator))
     if taken:
@@ -550,7 +565,7 @@ def class_like(p: Record, a: Record, longest: int) -> int:
 @kernel
 def begin_appraisal(p: Record, a: Record) -> Appraisal:
     """Nothing runs here."""
-    _, token_s = expect(p.own, 0.0, p.own[AD_MEAN_PROMPT])
+    _, token_s = expect(p.own, 0.0, p.own[AD_MEAN_PROMPT], 0.0)
     return Appraisal(0.0, 0.0, 0.0, 0.0, token_s)
 
 
@@ -571,7 +586,7 @@ def count_running(
     else:
         lost = 0.0
         if a.payment == LATENESS:
-            price = price_by(request.tariff, request.prompt, total) / MICRO
+            price = price_by(request.tariff, request.prompt, request.cached_input, total) / MICRO
             promised_s = request.promised_ttft_s + request.promised_tpot_s * (total - 1.0)
             expected_s = now_s - request.taken_s + (total - generated) * token_s
             lost = payment_lost_per_s(price, max(promised_s, 1e-3), max(expected_s, 1e-3))
@@ -617,7 +632,7 @@ def look_at_tariffs(p: Record, a: Record, peers: Peers, now_s: float, me: int) -
         if j != me and now_s - peers.adverts[j, AD_TIME_S] <= silent_s:
             p.heard += 1
             tariff = peers.adverts[j, AD_TARIFF : AD_TARIFF + TARIFF_SIZE]
-            p.peer_price = min(p.peer_price, price_by(tariff, p.own[AD_MEAN_PROMPT], p.own[AD_MEAN_OUTPUT]))
+            p.peer_price = min(p.peer_price, price_by(tariff, p.own[AD_MEAN_PROMPT], 0.0, p.own[AD_MEAN_OUTPUT]))
 
 
 # Time.

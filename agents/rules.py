@@ -25,10 +25,20 @@ from wwwserve.agents.decision import (
     Actions,
 )
 from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints32, Singles, bound, kernel
+from wwwserve.agents.prefix_rules import (
+    affinity_filter,
+    busy_cut,
+    cache_aware,
+    kv_cost,
+    lmetric,
+    load_aware,
+    load_of,
+)
 from wwwserve.agents.protocol import TARGET_KV_USE
 from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import (
     FINISH_S,
+    FIRST_TOKEN_S,
     HAS_REQUEST,
     KV_USE,
     LAST_SLACK_S,
@@ -38,10 +48,9 @@ from wwwserve.agents.view import (
     OVERDUE,
     PACE,
     RECORD,
-    RUNNING,
-    SENT_SINCE,
     SLOWDOWN_S,
     SPEED_RANK,
+    TURN,
     UTILITY,
     WAITING,
     Views,
@@ -90,10 +99,14 @@ CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 
 MARKUP = Setting(1.5, "on its marginal cost; the nearest of `agents.tariff.MARKUPS`", 8.0, search=(0.75, 8.0))
 
+FIRST_WEIGHT = Setting(0.0, "seconds added for each second to the first token beyond the target", search=(0.0, 10.0))
+FIRST_TARGET_S = Setting(2.0, "target for the time to the first token, s", search=(0.5, 10.0))
+
 FINISH = {
     "accept_wait_s": ACCEPT_WAIT_S, "own_margin": OWN_MARGIN, "slowdown": SLOWDOWN, "load": LOAD,
-    "max_queue": MAX_QUEUE,
+    "max_queue": MAX_QUEUE, "first_weight": FIRST_WEIGHT, "first_target_s": FIRST_TARGET_S,
 }  # fmt: skip
+TAKE = {"accept_wait_s": ACCEPT_WAIT_S}
 TRUST = {"pace": PACE_WEIGHT, "record": RECORD_WEIGHT, "overdue": OVERDUE_WEIGHT}
 CAP = {"urgency": URGENCY, "cap_fast": CAP_FAST, "cap_slow": CAP_SLOW}
 
@@ -155,18 +168,61 @@ RULES: dict[str, dict[str, Setting]] = {
         cap_slow=0.922,
     ),
     "best_value": {"markup": MARKUP},
+    "lmetric": _tuned(TAKE, accept_wait_s=1.17),
+    "affinity_filter": _tuned(
+        TAKE
+        | {
+            "share": Setting(0.8, "of the prompt that a node is to have", 1.0, (0.2, 1.0)),
+            "penalty_s": Setting(5.0, "by how much later the first token may come there", search=(0.2, 60.0)),
+        },
+        accept_wait_s=0.749,
+        share=0.706,
+        penalty_s=0.368,
+    ),
+    "kv_cost": _tuned(
+        TAKE | {"prefill_weight": Setting(1.0, "of blocks to prefill", search=(0.2, 20.0))},
+        accept_wait_s=1.05,
+        prefill_weight=13.6,
+    ),
+    "cache_aware": _tuned(
+        TAKE
+        | {
+            "match": Setting(0.3, "share of the prompt beyond which affinity counts", 1.0, (0.0, 0.9)),
+            "gap": Setting(64.0, "requests by which loads may differ", search=(1.0, 64.0)),
+            "ratio": Setting(1.5, "and by which factor", search=(1.0, 3.0)),
+        },
+        accept_wait_s=1.17,
+        match=0.177,
+        gap=22.7,
+        ratio=1.11,
+    ),
+    "load_aware": _tuned(
+        TAKE | {"beta": Setting(0.5, "weight of the load above the mean", search=(0.05, 3.0))},
+        accept_wait_s=6.75,
+        beta=0.185,
+    ),
+    "sticky": _tuned(TAKE, accept_wait_s=2.52),
+    "busy_cut": _tuned(
+        TAKE | {"cut": Setting(0.8, "share of the other nodes that may have less load", 1.0, (0.1, 1.0))},
+        accept_wait_s=0.843,
+        cut=1.0,
+    ),
 }
 _IDS = {name: k for k, name in enumerate(RULES)}
 (
     _SINGLE, _RANDOM, _POWER_OF_TWO, _SHORTEST_QUEUE, _WWW_SERVE, _EARLIEST, _TRUST, _DEADLINE_FIRST, _RANK_CAP,
-    _TRUST_CAP, _BEST_VALUE,
+    _TRUST_CAP, _BEST_VALUE, _LMETRIC, _AFFINITY_FILTER, _KV_COST, _CACHE_AWARE, _LOAD_AWARE, _STICKY, _BUSY_CUT,
 ) = range(len(RULES))  # fmt: skip
 # Every rule's settings as a kernel reads them; a rule that lacks one has it at a value without effect.
 (
-    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _LOAD, _MAX_QUEUE, _PACE, _RECORD, _OVERDUE, _URGENCY, _CAP_FAST,
-    _CAP_SLOW, _MARKUP, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES,
-) = range(17)  # fmt: skip
-_COLUMNS = (*FINISH, *TRUST, *CAP, "markup", *RULES["www_serve"])
+    _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _LOAD, _MAX_QUEUE, _FIRST_WEIGHT, _FIRST_TARGET_S, _PACE, _RECORD,
+    _OVERDUE, _URGENCY, _CAP_FAST, _CAP_SLOW, _MARKUP, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES, _SHARE,
+    _PENALTY_S, _PREFILL_WEIGHT, _MATCH, _GAP, _RATIO, _BETA, _CUT,
+) = range(27)  # fmt: skip
+_COLUMNS = (
+    *FINISH, *TRUST, *CAP, "markup", *RULES["www_serve"], "share", "penalty_s", "prefill_weight", "match", "gap",
+    "ratio", "beta", "cut",
+)  # fmt: skip
 _WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default, "markup": 1.0}
 
 
@@ -180,7 +236,7 @@ def _node_of(route: int) -> int:
 def _time_to(node: Singles, p: Floats) -> float:
     """A node's expected finish, discounted by what is known of its delivery, plus what it costs others, s."""
     trust = math.exp(p[_PACE] * max(0.0, node[PACE]) + p[_RECORD] * max(0.0, node[RECORD]))
-    late_s = p[_OVERDUE] * node[OVERDUE]
+    late_s = p[_OVERDUE] * node[OVERDUE] + p[_FIRST_WEIGHT] * max(0.0, node[FIRST_TOKEN_S] - p[_FIRST_TARGET_S])
     return float(node[FINISH_S] * trust + late_s + p[_SLOWDOWN] * node[SLOWDOWN_S] + p[_LOAD] * node[LOAD_S])
 
 
@@ -213,16 +269,11 @@ def _random(routes: Bytes, u: float) -> int:
 
 
 @kernel
-def _load(node: Singles) -> float:
-    return float(node[RUNNING] + node[WAITING] + node[SENT_SINCE])
-
-
-@kernel
 def _shortest_queue(nodes: Singles, routes: Bytes) -> int:
     """The legal route to the node with the fewest requests, the own one among equals."""
     best = LOCAL
     for route in range(FIRST_CANDIDATE, ROUTES):
-        if routes[route] and _load(nodes[_node_of(route)]) < _load(nodes[_node_of(best)]):
+        if routes[route] and load_of(nodes[_node_of(route)]) < load_of(nodes[_node_of(best)]):
             best = route
     return best
 
@@ -271,6 +322,24 @@ def _best_value(nodes: Singles, routes: Bytes) -> int:
 
 
 @kernel
+def _by_prefix(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes) -> int:
+    """The route by a rule of `prefix_rules`; `sticky` keeps a session where most of it is, whatever the load."""
+    if rule == _LMETRIC:
+        return lmetric(nodes, routes)
+    if rule == _AFFINITY_FILTER:
+        return affinity_filter(nodes, routes, p[_SHARE], p[_PENALTY_S])
+    if rule == _KV_COST:
+        return kv_cost(nodes, routes, p[_PREFILL_WEIGHT])
+    if rule == _CACHE_AWARE:
+        return cache_aware(nodes, routes, p[_MATCH], p[_GAP], p[_RATIO])
+    if rule == _LOAD_AWARE:
+        return load_aware(nodes, routes, p[_BETA])
+    if rule == _STICKY:
+        return cache_aware(nodes, routes, 0.0 if request[TURN] > 1.0 else 1.0, np.inf, np.inf)
+    return busy_cut(nodes, routes, p[_CUT])
+
+
+@kernel
 def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes, uniforms: Floats) -> int:
     """The route of one view by the rule of this number with settings `p` [len(_COLUMNS)].
 
@@ -282,13 +351,15 @@ def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes
         return _random(routes, uniforms[0])
     if rule == _POWER_OF_TWO:
         a, b = _random(routes, uniforms[0]), _random(routes, uniforms[1])
-        return b if _load(nodes[_node_of(b)]) < _load(nodes[_node_of(a)]) else a
+        return b if load_of(nodes[_node_of(b)]) < load_of(nodes[_node_of(a)]) else a
     if rule == _SHORTEST_QUEUE:
         return _shortest_queue(nodes, routes)
     if rule == _WWW_SERVE:
         return _www_serve(p, nodes, request, routes, uniforms)
     if rule == _BEST_VALUE:
         return _best_value(nodes, routes)
+    if rule >= _LMETRIC:
+        return _by_prefix(rule, p, nodes, request, routes)
     best = _earliest(nodes, routes, p)
     if rule in (_EARLIEST, _TRUST) or request[LOOSENESS] <= 0.0:
         return best

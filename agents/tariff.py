@@ -14,12 +14,19 @@ import numpy as np
 from wwwserve.agents.classes import CLASS_MAX, CLASS_MEAN, CLASS_MEDIAN, CLASS_SIGMA, CLASS_VALUE
 from wwwserve.agents.estimate import LOGISTIC, chance_on_time, expect, full_batch, marginal_delay
 from wwwserve.agents.kernel import Floats, Ints, kernel
-from wwwserve.agents.knowledge import AD_MEAN_OUTPUT, AD_MEAN_PROMPT, AD_PER_TOKEN_S, AD_RUNNING, AD_WAITING
+from wwwserve.agents.knowledge import (
+    AD_MEAN_OUTPUT,
+    AD_MEAN_PROMPT,
+    AD_MEAN_UNCACHED,
+    AD_PER_TOKEN_S,
+    AD_RUNNING,
+    AD_WAITING,
+)
 from wwwserve.agents.protocol import CACHED_INPUT, INPUT, MICRO, OUTPUT
 
 MARKUPS = np.array([0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0])
 MAX_TARIFF = 1000.0  # credits per 1000 tokens
-CACHED_SHARE = 0.25  # price of cached over that of other input; by GPU time it costs 0.15 to 0.45 of it
+CACHED_SHARE = 0.25  # of what other input costs; by GPU time 0.15 to 0.45, by delay to others 0.04 to 0.34
 AHEAD = 1.0 - math.exp(-0.5)  # how far a load has gone to where it is going, half a service time from now
 
 
@@ -109,7 +116,8 @@ def future_loss(own: Floats, rates: Floats, known: Floats, deadlines: Floats, n_
     or more.
     """
     prompt, output = own[AD_MEAN_PROMPT], max(1.0, own[AD_MEAN_OUTPUT])
-    first_s, token_s = expect(own, 0.0, prompt)
+    cached = max(0.0, prompt - own[AD_MEAN_UNCACHED])
+    first_s, token_s = expect(own, 0.0, prompt, cached)
     stay_s = first_s + output * token_s
     steady = 0.0
     for c in range(rates.size):
@@ -120,8 +128,8 @@ def future_loss(own: Floats, rates: Floats, known: Floats, deadlines: Floats, n_
     lost = 0.0
     for k in range(-1, 2):
         more = max(ahead + k * spread, 0.0) - now
-        first_s, token_s = expect(own, more, prompt)
-        later_first_s, later_token_s = expect(own, more + 1.0, prompt)
+        first_s, token_s = expect(own, more, prompt, cached)
+        later_first_s, later_token_s = expect(own, more + 1.0, prompt, cached)
         for c in range(rates.size):
             if rates[c] > 0.0:
                 due_s = deadlines[c][:n_deadlines]
@@ -146,9 +154,9 @@ def write_cost(cost: Floats, compute: Floats, at_once: float, spread: float, fut
 
 
 @kernel
-def cost_of(cost: Floats, prompt: float, output: float) -> float:
-    """Marginal cost of a request, credits."""
-    return float(cost[0] * prompt + cost[1] * output)
+def cost_of(cost: Floats, prompt: float, cached: float, output: float) -> float:
+    """Marginal cost of a request, `cached` tokens of whose prompt are in the prefix cache, credits."""
+    return float(cost[0] * (prompt - cached + CACHED_SHARE * cached) + cost[1] * output)
 
 
 @kernel
@@ -160,6 +168,8 @@ def write_tariff(tariff: Floats, cost: Floats, markup: float) -> None:
 
 
 @kernel
-def price_by(tariff: Floats | Ints, prompt: float, output: float) -> float:
-    """Price of a request by a tariff per 1000 tokens, nothing of it cached, in the tariff's unit."""
-    return float((tariff[INPUT] * prompt + tariff[OUTPUT] * output) / 1000.0)
+def price_by(tariff: Floats | Ints, prompt: float, cached: float, output: float) -> float:
+    """Price of a request, `cached` tokens of whose prompt are in the prefix cache, by a tariff per 1000 tokens; in the
+    tariff's unit."""
+    given = tariff[INPUT] * (prompt - cached) + tariff[CACHED_INPUT] * cached
+    return float((given + tariff[OUTPUT] * output) / 1000.0)

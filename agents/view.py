@@ -18,7 +18,7 @@ from wwwserve.agents.classes import (
     CLASS_SIGMA,
     CLASS_VALUE,
 )
-from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, ROUTES, may_hold, may_offer
+from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, NODES, ROUTES, may_hold, may_offer
 from wwwserve.agents.estimate import chance_on_time, expect, slowdown
 from wwwserve.agents.kernel import Bytes, Floats, Ints, Record, Records, Singles, kernel
 from wwwserve.agents.knowledge import (
@@ -28,6 +28,8 @@ from wwwserve.agents.knowledge import (
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
     AD_PER_SEQ_S,
+    AD_PREFILL,
+    AD_REUSE_S,
     AD_RUNNING,
     AD_STAKE,
     AD_TARIFF,
@@ -46,7 +48,7 @@ from wwwserve.agents.knowledge import (
 from wwwserve.agents.protocol import MICRO, PER_REQUEST, TARIFF_SIZE
 from wwwserve.agents.tariff import cost_of, price_by
 
-VIEW_VERSION = 5
+VIEW_VERSION = 6
 
 
 class Feature(NamedTuple):
@@ -71,6 +73,12 @@ NODE_FEATURES = (
     Feature("finish_rank", "share", 0, 1, "linear", "share of the other nodes in view expected to finish it earlier"),
     Feature("speed_rank", "share", 0, 1, "linear", "share of the other nodes in view that decode faster when idle"),
     Feature("kv_use", "share", 0, 1, "linear", "share of the KV cache in use"),
+    Feature("kv_tokens", "tokens", 0, 1e7, "log", "tokens of the KV cache in use"),
+    Feature("cached", "share", 0, 1, "linear", "share of the prompt in its prefix cache; of peers, as is believed"),
+    Feature("uncached", "tokens", 0, 65536, "log", "prompt tokens that it would have to compute"),
+    Feature("cached_age_s", "s", 0, 1e4, "log", "time since what is cached was last used by this origin"),
+    Feature("reuse_s", "s", 0, 1e6, "log", "how long a block that is not used stays in its prefix cache"),
+    Feature("prefill", "tokens", 0, 1e6, "log", "prompt tokens to be computed there, by its advert"),
     Feature("running", "requests", 0, 512, "log", "requests running in the engine"),
     Feature("waiting", "requests", 0, 512, "log", "requests waiting in the engine"),
     Feature("held_tighter", "requests", 0, 512, "log", "undecided there, of classes no looser than this request's"),
@@ -89,6 +97,8 @@ NODE_FEATURES = (
 )
 REQUEST_FEATURES = (
     Feature("prompt", "tokens", 0, 65536, "log", "prompt length"),
+    Feature("turn", "1", 0, 512, "log", "its place in its session, from 1"),
+    Feature("since_s", "s", 0, 1e4, "log", "time from the answer before to its arrival, 0 on a first turn"),
     Feature("output", "tokens", 0, 65536, "log", "expected output length"),
     Feature("output_sigma", "1", 0, 3, "linear", "standard deviation of the log output length"),
     Feature("value", "credits", 0, 100, "log", "what an answer in time is worth"),
@@ -113,14 +123,14 @@ SELF_FEATURES = (
     Feature("sold_per_s", "1/s", 0, 100, "log", "peers' requests taken, averaged over the last minute or so"),
 )
 
-NODES = 1 + CANDIDATES  # slot 0 is the own node
 (
-    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, SLOWDOWN_S, LOAD_S, FINISH_RANK, SPEED_RANK, KV_USE, RUNNING,
-    WAITING, HELD_TIGHTER, HELD_LOOSER, SENT_SINCE, OUT_THERE, COST, UTILITY, STAKE, PACE, RECORD, OVERDUE,
-    AGE_S, DUEL_RATE, REFUSED,
+    OWN, FINISH_S, CHANCE, FIRST_TOKEN_S, TOKEN_S, SLOWDOWN_S, LOAD_S, FINISH_RANK, SPEED_RANK, KV_USE, KV_TOKENS,
+    CACHED, UNCACHED, CACHED_AGE_S, REUSE_S, PREFILL, RUNNING, WAITING, HELD_TIGHTER, HELD_LOOSER, SENT_SINCE,
+    OUT_THERE, COST, UTILITY, STAKE, PACE, RECORD, OVERDUE, AGE_S, DUEL_RATE, REFUSED,
 ) = range(len(NODE_FEATURES))  # fmt: skip
 (
-    PROMPT, OUTPUT, OUTPUT_SIGMA, VALUE, WAITED_S, FIRST_SLACK_S, LAST_SLACK_S, LOOSENESS, REFUSALS, N_CANDIDATES,
+    PROMPT, TURN, SINCE_S, OUTPUT, OUTPUT_SIGMA, VALUE, WAITED_S, FIRST_SLACK_S, LAST_SLACK_S, LOOSENESS, REFUSALS,
+    N_CANDIDATES,
 ) = range(len(REQUEST_FEATURES))  # fmt: skip
 (
     HAS_REQUEST, ADVERT_DUE, HELD, ARRIVALS_PER_S, REMOTE, CREDIT, MARKUP, OWN_COST, PEER_PRICE, PEERS,
@@ -220,6 +230,8 @@ def write_node(
     now_s: float,
     rtt_s: float,
     prompt: float,
+    cached: float,
+    cached_age_s: float,
     known: Floats,
     deadlines: Floats,
     waited_s: float,
@@ -227,20 +239,22 @@ def write_node(
     payment: int,
     cost: Floats,
 ) -> None:
-    """One node's features, ranks aside. `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class; `cost` [2]
-    is the own marginal cost, which is read on the own node alone.
+    """One node's features, ranks aside. `cached` of the prompt's tokens are there, last used `cached_age_s` ago.
+
+    `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class; `cost` [2] is the own marginal cost, which is
+    read on the own node alone.
 
     `looser_than` [MAX_CLASSES] is 1 for the classes with a looser deadline than the request's. On the own node
     `peer_stats` are not read, and the request travels nowhere.
     """
     sent = 0.0 if own else sent_since(peer_stats, advert)
-    first_s, token_s = expect(advert, sent, prompt)
+    first_s, token_s = expect(advert, sent, prompt, cached)
     if not own:
         first_s += rtt_s  # the request there, its answer back
     row[OWN] = 1.0 if own else 0.0
     row[FIRST_TOKEN_S] = first_s
     row[TOKEN_S] = token_s
-    row[SLOWDOWN_S] = slowdown(advert, sent)
+    row[SLOWDOWN_S] = slowdown(advert, sent, prompt, cached)
     row[LOAD_S] = token_s * (advert[AD_RUNNING] + advert[AD_WAITING] + sent)
     row[FINISH_S] = first_s + known[CLASS_MEAN] * token_s
     lateness = 0.0 if own else max(0.0, pace(peer_stats)) + max(0.0, record(peer_stats))
@@ -250,16 +264,22 @@ def write_node(
         known[CLASS_MAX],
     )  # fmt: skip
     if own:
-        price = cost_of(cost, prompt, known[CLASS_MEAN])
+        price = cost_of(cost, prompt, cached, known[CLASS_MEAN])
     elif payment == PER_REQUEST:
         price = 1.0
     else:
-        price = price_by(advert[AD_TARIFF : AD_TARIFF + TARIFF_SIZE], prompt, known[CLASS_MEAN])
+        price = price_by(advert[AD_TARIFF : AD_TARIFF + TARIFF_SIZE], prompt, cached, known[CLASS_MEAN])
     share = price / max(known[CLASS_VALUE], 1e-9)
     row[CHANCE] = chance
     row[COST] = share
     row[UTILITY] = chance - share
     row[KV_USE] = advert[AD_KV_TOKENS] / advert[AD_KV_CAPACITY]
+    row[KV_TOKENS] = advert[AD_KV_TOKENS]
+    row[CACHED] = cached / max(1.0, prompt)
+    row[UNCACHED] = prompt - cached
+    row[CACHED_AGE_S] = cached_age_s if cached > 0.0 else 0.0
+    row[REUSE_S] = advert[AD_REUSE_S]
+    row[PREFILL] = advert[AD_PREFILL]
     row[RUNNING] = advert[AD_RUNNING]
     row[WAITING] = advert[AD_WAITING]
     tighter = 0.0
@@ -338,16 +358,17 @@ def write_request_view(
     routes[LOCAL] = 1
     prompt = float(request.prompt)
     write_node(
-        nodes[0], p.own, peers.peer_stats[0], True, now_s, a.rtt_s, prompt, of_class, due_s, waited_s,
-        scratch.looser_than, a.payment, p.cost,
+        nodes[0], p.own, peers.peer_stats[0], True, now_s, a.rtt_s, prompt, float(request.prefix[0]),
+        request.prefix_age_s[0], of_class, due_s, waited_s, scratch.looser_than, a.payment, p.cost,
     )  # fmt: skip
     scratch.idle_token_s[0] = idle_token_time(p.own)
     refusals = 0
     for k in range(request.n_candidates):
         j = request.candidates[k]
         write_node(
-            nodes[1 + k], peers.adverts[j], peers.peer_stats[j], False, now_s, a.rtt_s, prompt, of_class, due_s,
-            waited_s, scratch.looser_than, a.payment, p.cost,
+            nodes[1 + k], peers.adverts[j], peers.peer_stats[j], False, now_s, a.rtt_s, prompt,
+            float(request.prefix[1 + k]), request.prefix_age_s[1 + k], of_class, due_s, waited_s,
+            scratch.looser_than, a.payment, p.cost,
         )  # fmt: skip
         scratch.idle_token_s[1 + k] = idle_token_time(peers.adverts[j])
         routes[FIRST_CANDIDATE + k] = 1 if may_offer(a.payment, request, peers, k) else 0
@@ -355,6 +376,8 @@ def write_request_view(
     nodes[1 + request.n_candidates :] = 0.0
     _write_ranks(nodes, scratch.idle_token_s, 1 + request.n_candidates)
     row[PROMPT] = prompt
+    row[TURN] = request.turn
+    row[SINCE_S] = request.arrival_s - request.last_s if request.turn > 1 else 0.0
     row[OUTPUT] = p.known[klass, CLASS_MEAN]
     row[OUTPUT_SIGMA] = p.known[klass, CLASS_SIGMA]
     row[VALUE] = p.known[klass, CLASS_VALUE]
@@ -377,6 +400,9 @@ def write_idle_view(view: Views, own_advert: Floats, now_s: float) -> None:
     row = view.nodes[0]
     row[OWN] = 1.0
     row[KV_USE] = own_advert[AD_KV_TOKENS] / own_advert[AD_KV_CAPACITY]
+    row[KV_TOKENS] = own_advert[AD_KV_TOKENS]
+    row[REUSE_S] = own_advert[AD_REUSE_S]
+    row[PREFILL] = own_advert[AD_PREFILL]
     row[RUNNING] = own_advert[AD_RUNNING]
     row[WAITING] = own_advert[AD_WAITING]
     row[STAKE] = own_advert[AD_STAKE]
@@ -402,7 +428,7 @@ def write_view(view: Views, p: Record, a: Record, q: Records, peers: Peers, now_
     me[CREDIT] = p.credit / MICRO
     me[MARKUP] = p.markup
     usual = max(p.known[0, CLASS_VALUE] / p.known[0, CLASS_MEAN] * p.own[AD_MEAN_OUTPUT], 1e-9)  # its value
-    me[OWN_COST] = cost_of(p.cost, p.own[AD_MEAN_PROMPT], p.own[AD_MEAN_OUTPUT]) / usual
+    me[OWN_COST] = cost_of(p.cost, p.own[AD_MEAN_PROMPT], 0.0, p.own[AD_MEAN_OUTPUT]) / usual
     me[PEER_PRICE] = p.peer_price / usual
     me[PEERS] = p.heard
     me[SOLD_PER_S] = p.sold

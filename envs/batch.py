@@ -22,13 +22,14 @@ from wwwserve.envs.state import MarketPlan, Reward, Shape, make_markets, plan, w
 
 
 class RequestTable(NamedTuple):
-    """What became of a market's requests, [R] each."""
+    """What became of a market's requests, [R] each; turns of sessions that never came are left out."""
 
     arrival_s: NDArray[np.float64]
     origin: NDArray[np.int32]
     executor: NDArray[np.int32]  # -1 if never placed
     klass: NDArray[np.int32]
     prompt: NDArray[np.int64]
+    cached: NDArray[np.int64]  # tokens of the prompt found in the executor's prefix cache
     output: NDArray[np.int64]
     latency_s: NDArray[np.float64]  # inf if unfinished or failed
     first_token_s: NDArray[np.float64]  # since arrival; inf likewise
@@ -134,6 +135,7 @@ class MarketBatch:
         """What became of market b's user requests so far."""
         count = int(self.markets.market["n_arrivals"][b])
         q = self.markets.requests[b, :count]
+        q = q[np.isfinite(q["arrival_s"])]
         arrival_s = np.array(q["arrival_s"])
         return RequestTable(
             arrival_s=arrival_s,
@@ -141,6 +143,7 @@ class MarketBatch:
             executor=np.array(q["executor"]),
             klass=np.array(q["klass"]),
             prompt=np.array(q["prompt"]),
+            cached=np.maximum(q["hit"], 0),
             output=np.array(q["output"]),
             latency_s=np.nan_to_num(q["answer_s"] - arrival_s, nan=np.inf, posinf=np.inf),
             first_token_s=np.nan_to_num(q["first_answer_s"] - arrival_s, nan=np.inf, posinf=np.inf),

@@ -2,6 +2,7 @@
 
 The scheduler of `envs.engine` behind the OpenAI API and vLLM's `/metrics`, in real or scaled time. Answers are filler,
 a word a token, as long as an engine's would be; a prompt counts a token for every four bytes, at least one a message.
+Prefixes are cached as by vLLM, by the text that comes, see `envs.prompt_blocks`.
 A stream carries what came out since the last look, which is one token a chunk unless tokens come faster than looks.
 
 When it is ready it prints one line of JSON: its address and the models it serves.
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import orjson
 import tyro
 import uvicorn
 
+from wwwserve.agents import kernel
 from wwwserve.agents.arguments import File, Range, parse_args, refuse
 from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS, Profile, profile
-from wwwserve.agents.kernel import one_at_a_time, records
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.envs.emulator_api import (
     ApiError,
@@ -41,6 +43,7 @@ from wwwserve.envs.emulator_api import (
     read_body,
     send_answer,
     whole_number,
+    words,
 )
 from wwwserve.envs.engine import (
     ENGINE,
@@ -54,6 +57,8 @@ from wwwserve.envs.engine import (
     submit,
     tokens_out,
 )
+from wwwserve.envs.prefix_tree import PrefixTree
+from wwwserve.envs.prompt_blocks import block_hashes
 
 PROG = "wwwserve emulator"
 LOOK_S = 0.002  # wall time between two looks at a busy engine
@@ -69,6 +74,7 @@ class Job:
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # more tokens, if it streams, or done
     streams: bool = False
     tokens: int = 0
+    cached: int = 0  # tokens of the prompt, once it is done
     done: bool = False
 
 
@@ -77,15 +83,19 @@ class Emulator:
 
     def __init__(
         self, engine_profile: Profile, models: Sequence[str], *, speed: float = 1.0, max_queued: int | None = None,
-        lengths: Lognormal | None = None, seed: int = 0,
+        lengths: Lognormal | None = None, seed: int = 0, block_tokens: int = BLOCK_TOKENS, caches: bool = True,
+        reports: bool = True,
     ) -> None:  # fmt: skip
-        """`lengths` are those of answers whose end is up to the model."""
+        """`lengths` are those of answers whose end is up to the model. If it `caches` prefixes, it does so in blocks of
+        `block_tokens`, a multiple of BLOCK_TOKENS, and `reports` of each answer how many tokens were cached."""
         self.profile, self.models, self.speed, self.max_queued = engine_profile, list(models), speed, max_queued
         self.lengths = lengths or Lognormal(200.0, 0.6, 1024)
         self.seed = seed
-        self.engine = records(1, ENGINE)
-        reset_engine(self.engine[0], engine_profile.row())
-        self.jobs = records(256, JOB)
+        self.engine = kernel.records(1, ENGINE)
+        self.block_tokens, self.reports = block_tokens, reports
+        reset_engine(self.engine[0], engine_profile.row(), block_tokens // BLOCK_TOKENS if caches else 0)
+        self.prefixes = PrefixTree(self.engine[0])
+        self.jobs = kernel.records(256, JOB)
         reset_jobs(self.jobs)
         self.finished = np.zeros(MAX_SLOTS + 256, np.int64)
         self.free = list(range(len(self.jobs)))
@@ -100,15 +110,16 @@ class Emulator:
         """The engine's clock, s."""
         return (time.monotonic() - self.started_s) * self.speed
 
-    def put(self, prompt: int, output: int, streams: bool) -> Job:
-        """Hand the engine a request. Raises ApiError where the queue is full."""
+    def put(self, prompt: int, output: int, streams: bool, hashes: Sequence[bytes] = ()) -> Job:
+        """Hand the engine a request, whose prompt and answer have blocks of these hashes. Raises ApiError where the
+        queue is full."""
         self.look()
         if self.max_queued is not None and int(self.engine[0]["waiting"]) >= self.max_queued:
             raise ApiError(
                 503, f"{self.max_queued} requests are waiting already, try again later", "ServiceUnavailable"
             )
         if not self.free:
-            larger = records(2 * len(self.jobs), JOB)
+            larger = kernel.records(2 * len(self.jobs), JOB)
             reset_jobs(larger)
             larger[: len(self.jobs)] = self.jobs
             self.free = list(range(len(self.jobs), len(larger)))
@@ -116,7 +127,8 @@ class Emulator:
         slot = self.free.pop()
         reset_jobs(self.jobs[slot : slot + 1])
         self.jobs[slot]["prompt"], self.jobs[slot]["output"] = prompt, output
-        submit(self.engine[0], self.jobs, slot, max(self.now_s, float(self.engine[0]["clock_s"])))
+        self.jobs[slot]["leaf"] = self.prefixes.hang(hashes)
+        submit(self.engine[0], self.prefixes.cache, self.jobs, slot, max(self.now_s, float(self.engine[0]["clock_s"])))
         job = self.running[slot] = Job(slot, prompt, output, streams=streams)
         self.busy.set()
         return job
@@ -126,13 +138,13 @@ class Emulator:
         if not job.done:
             self.look()
         if not job.done:
-            abort(self.engine[0], self.jobs, job.slot)
+            abort(self.engine[0], self.prefixes.cache, self.jobs, job.slot)
             self.counts["abort"] += 1
             self._end(job)
 
     def look(self) -> None:
         """Bring the engine to now, and say what came out."""
-        count = advance(self.engine[0], self.jobs, self.now_s, self.finished, 0)
+        count = advance(self.engine[0], self.prefixes.cache, self.jobs, self.now_s, self.finished, 0)
         for slot in self.finished[:count].tolist():
             job = self.running[slot]
             job.tokens = job.output
@@ -148,13 +160,15 @@ class Emulator:
 
     def _end(self, job: Job) -> None:
         job.done = True
+        job.cached = max(0, int(self.jobs[job.slot]["hit"]))
+        self.prefixes.leave(int(self.jobs[job.slot]["leaf"]))
         job.changed.set()
         del self.running[job.slot]
         self.free.append(job.slot)
 
     def warm_up(self) -> None:
         """Run a request, as the first may have to be compiled. For a new emulator, which is not the same afterwards."""
-        with one_at_a_time("emulator"):
+        with kernel.one_at_a_time("emulator"):
             self.withdraw(self.put(1, 1000, True))
             self.metrics()
 
@@ -178,12 +192,15 @@ class Emulator:
             ("vllm:num_requests_waiting", "gauge", label, float(e["waiting"])),
             ("vllm:kv_cache_usage_perc", "gauge", label, float(kv_use(e))),
             ("vllm:num_preemptions_total", "counter", label, float(e["preemptions"])),
+            ("vllm:prefix_cache_queries_total", "counter", label, float(e["prompt_tokens"])),
+            ("vllm:prefix_cache_hits_total", "counter", label, float(e["hit_tokens"])),
             ("vllm:prompt_tokens_total", "counter", label, float(self.prompt_tokens)),
             ("vllm:generation_tokens_total", "counter", label, float(self.generation_tokens)),
             (
                 "vllm:cache_config_info",
                 "gauge",
-                f'block_size="{BLOCK_TOKENS}",engine="0",num_gpu_blocks="{blocks}"',
+                f'block_size="{self.block_tokens}",enable_prefix_caching="{bool(e["cache_unit"])}",engine="0",'
+                f'num_gpu_blocks="{blocks * BLOCK_TOKENS // self.block_tokens}"',
                 1.0,
             ),
         ]
@@ -236,7 +253,11 @@ class Emulator:
         least = whole_number(request.get("min_tokens") or 0, "min_tokens", 0)
         if request.get("ignore_eos"):
             return most
-        digest = hashlib.sha256(self.seed.to_bytes(8, "little") + body).digest()
+        try:  # of what is asked alone, so that it is the same wherever a request is run
+            said = orjson.dumps([request.get(name) for name in ("messages", "prompt", "seed")])
+        except TypeError:  # nested deeper than orjson writes
+            said = body
+        digest = hashlib.sha256(self.seed.to_bytes(8, "little") + said).digest()
         z = np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal()
         drawn = round(math.exp(math.log(self.lengths.median) + self.lengths.sigma * z))
         return max(1, min(max(min(drawn, self.lengths.max), least), most))
@@ -258,7 +279,11 @@ class Emulator:
         options = request.get("stream_options") or {}
         if not isinstance(options, dict):
             raise ApiError(400, "stream_options is not an object")
-        job = self.put(prompt, output, streams)
+        salt = request.get("cache_salt")
+        if salt is not None and not (isinstance(salt, str) and salt):
+            raise ApiError(400, "cache_salt is not a non-empty string")
+        hashes = block_hashes(request, chat, words(0, output), BLOCK_TOKENS) if self.engine[0]["cache_unit"] else ()
+        job = self.put(prompt, output, streams, hashes)
         reason = (
             "length" if output in (request.get("max_tokens"), request.get("max_completion_tokens"), longest) else "stop"
         )
@@ -269,7 +294,7 @@ class Emulator:
                 usage = bool(options.get("include_usage"))
                 await self._stream(job, reply, reason, usage, disconnect, send)
             elif await comes_first(job.changed, disconnect):
-                await send_answer(send, 200, reply.whole(output, reason))
+                await send_answer(send, 200, reply.whole(output, reason, job.cached if self.reports else None))
             if job.done:
                 self.counts[reason] += 1
         finally:
@@ -292,7 +317,7 @@ class Emulator:
             chunks += reply.part(sent, job.tokens)
             sent = job.tokens
             if job.done:
-                chunks += reply.closing(sent, reason, usage)
+                chunks += reply.closing(sent, reason, usage, job.cached if self.reports else None)
             await send({"type": "http.response.body", "body": chunks, "more_body": not job.done})
             if job.done:
                 return
@@ -359,6 +384,12 @@ class Args:
     """longest answer, tokens"""
     seed: int = 0
     """of the lengths of answers"""
+    block_tokens: Annotated[int, Range(BLOCK_TOKENS, 1024)] = BLOCK_TOKENS
+    """of a block of the prefix cache, a multiple of 16"""
+    prefix_caching: bool = True
+    """keep what was computed of prompts for others that begin alike"""
+    prompt_tokens_details: bool = True
+    """say in each answer how many tokens of its prompt were cached"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -368,12 +399,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = read_profile(args.profile) if args.profile else profile(args.gpu, args.model, args.max_num_seqs)
         if chosen.max_num_seqs > MAX_SLOTS:
             raise ValueError(f"max_num_seqs is {chosen.max_num_seqs}, expected at most {MAX_SLOTS}")
+        if args.block_tokens % BLOCK_TOKENS:
+            raise ValueError(f"block_tokens is {args.block_tokens}, expected a multiple of {BLOCK_TOKENS}")
         lengths = Lognormal(args.output_median, args.output_sigma, args.output_max)
 
         emulator, rehearsal = (
             Emulator(
                 chosen, args.served_model_name or (args.model,), speed=args.speed, lengths=lengths, seed=args.seed,
-                max_queued=args.max_num_queued_reqs,
+                max_queued=args.max_num_queued_reqs, block_tokens=args.block_tokens, caches=args.prefix_caching,
+                reports=args.prompt_tokens_details,
             )
             for _ in range(2)
         )  # fmt: skip

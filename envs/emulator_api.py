@@ -10,7 +10,7 @@ import orjson
 
 LARGEST_BODY = 8 * 2**20  # bytes
 BYTES_PER_TOKEN = 4
-WORDS = ("a", "fair", "wind", "carries", "every", "word", "over", "the", "open", "sea", "to", "those", "who", "wait")
+WORDS = ("the", "old", "sea", "was", "far", "and", "the", "new", "sun", "was", "low", "for", "all", "who", "sat", "out")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -38,19 +38,20 @@ class Completion:
             "model": model,
         }
 
-    def usage(self, output: int) -> dict[str, int]:
-        """Tokens of prompt and answer."""
-        return {"prompt_tokens": self.prompt, "completion_tokens": output, "total_tokens": self.prompt + output}
+    def usage(self, output: int, cached: int | None) -> dict[str, Any]:
+        """Tokens of prompt and answer, and if that is told those of the prompt that were cached."""
+        counts = {"prompt_tokens": self.prompt, "completion_tokens": output, "total_tokens": self.prompt + output}
+        return counts if cached is None else counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    def whole(self, output: int, reason: str) -> dict[str, Any]:
+    def whole(self, output: int, reason: str, cached: int | None = None) -> dict[str, Any]:
         """The answer at once."""
-        text = _text(0, output)
+        text = words(0, output)
         if self.chat:
             choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
         else:
             choice = {"text": text}
         choice |= {"index": 0, "logprobs": None, "finish_reason": reason}
-        return self.head | {"choices": [choice], "usage": self.usage(output)}
+        return self.head | {"choices": [choice], "usage": self.usage(output, cached)}
 
     def _event(self, delta: dict[str, Any] | str, reason: str | None) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -65,20 +66,21 @@ class Completion:
         """The tokens from `first` to before `end`."""
         if end <= first:
             return b""
-        text = _text(first, end)
+        text = words(first, end)
         return self._event({"content": text} if self.chat else text, None)
 
-    def closing(self, output: int, reason: str, usage: bool) -> bytes:
+    def closing(self, output: int, reason: str, usage: bool, cached: int | None = None) -> bytes:
         """What a stream ends with."""
         events = self._event({} if self.chat else "", reason)
         if usage:
             kind = "chat.completion.chunk" if self.chat else "text_completion"
-            last = self.head | {"object": kind, "choices": [], "usage": self.usage(output)}
+            last = self.head | {"object": kind, "choices": [], "usage": self.usage(output, cached)}
             events += b"data: " + orjson.dumps(last) + b"\n\n"
         return events + b"data: [DONE]\n\n"
 
 
-def _text(first: int, end: int) -> str:
+def words(first: int, end: int) -> str:
+    """The answer's tokens from `first` to before `end`: of four bytes each, as those of prompts, with the space."""
     return "".join(f"{' ' if k else ''}{WORDS[k % len(WORDS)]}" for k in range(first, end))
 
 

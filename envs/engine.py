@@ -11,7 +11,9 @@ reaches its `finish_tick`, and needs a new KV block when the clock agrees with i
 `phase` counts. The state always stands at an iteration boundary `clock_s`; the iteration that starts there is the one
 in progress. A request joins the first iteration that starts at or after its `submit_s`.
 
-In every kernel `e` is an ENGINE record and `q` the record array of requests, `r` an index into it.
+Prompts may be cached in part, see `prefix_cache`; prefill then computes the rest, which attends to all before it.
+
+In every kernel `e` is an ENGINE record, `c` its prefix cache, `q` the record array of requests, `r` an index into it.
 """
 
 import math
@@ -35,6 +37,7 @@ from wwwserve.agents.hardware import (
     off_line_s,
 )
 from wwwserve.agents.kernel import kernel
+from wwwserve.envs.prefix_cache import demand, evict, find, pin, shared, unpin
 
 NEVER = 1 << 62
 MAX_SLOTS = 1024  # largest `max_num_seqs`, vLLM's default on an H100
@@ -49,13 +52,20 @@ ENGINE = np.dtype(
         ("run_tick", np.int64),  # at which the present run of like iterations began; -1 before there is one
         ("run_s", np.float64),  # when that was
         ("run_first_s", np.float64),  # what its first iteration took
-        ("free_blocks", np.int64),
+        ("free_blocks", np.int64),  # that no running request holds
+        ("cached_blocks", np.int64),  # of them, in the prefix cache
+        ("cache_unit", np.int64),  # blocks that are cached together; 0 without a prefix cache
+        ("evictions", np.int64),  # blocks
+        ("evict_head", np.int32),  # the node of the prefix tree that is evicted next, -1 if none
+        ("evict_tail", np.int32),
+        ("prompt_tokens", np.int64),  # of the requests admitted so far
+        ("hit_tokens", np.int64),  # of them, found in the prefix cache
         ("kv_tokens", np.int64),  # context of the decoding requests
         ("decoding", np.int64),  # running requests past their prefill
         ("running", np.int64),
         ("next_finish", np.int64),  # earliest `finish_tick` of the decoding requests
         ("waiting", np.int64),
-        ("wait_tokens", np.int64),  # prompt tokens, and those to recompute, of the waiting requests
+        ("wait_tokens", np.int64),  # tokens that the waiting requests have to prefill, by the cache as they came
         ("preemptions", np.int64),
         ("phase", np.int64, BLOCK_TOKENS),  # decoding requests that need a block at this tick modulo the block size
         ("wait_head", np.int32),  # first waiting request, -1 if none
@@ -71,6 +81,11 @@ JOB_FIELDS = [
     ("output", np.int64),  # tokens that will be generated, at least 1
     ("generated", np.int64),  # tokens generated when it last stopped decoding
     ("prefill_left", np.int64),  # tokens of a prefill begun and not done
+    ("cached", np.int64),  # tokens of it that were cached when it came or, from then on, when it was admitted
+    ("admitted", np.int64),  # tokens that it had when it was admitted
+    ("planned", np.int64),  # tokens that are cached once the iteration begins that admits it
+    ("hit", np.int64),  # tokens that were cached when it was first admitted, -1 until then
+    ("leaf", np.int32),  # where its path in the prefix tree ends, -1 if it is on none
     ("finish_tick", np.int64),  # tick at which the last token is out; NEVER unless decoding
     ("submit_s", np.float64),  # when it reaches the engine
     ("first_token_s", np.float64),  # NaN until then
@@ -80,18 +95,21 @@ JOB_FIELDS = [
 JOB = np.dtype(JOB_FIELDS, align=True)
 
 
-def reset_engine(engine: Any, profile: NDArray[np.float64]) -> None:
-    """Make one ENGINE record idle at time 0, with `profile` [PROFILE_SIZE]. Raises ValueError for too many slots."""
+def reset_engine(engine: Any, profile: NDArray[np.float64], cache_unit: int = 0) -> None:
+    """Make one ENGINE record idle at time 0, with `profile` [PROFILE_SIZE]; prefixes are cached in units of so many
+    blocks, 0 for not at all. Raises ValueError for too many slots."""
     if profile[MAX_NUM_SEQS] > MAX_SLOTS:
         raise ValueError(f"max_num_seqs is {int(profile[MAX_NUM_SEQS])}, an engine has at most {MAX_SLOTS}")
     for name in ENGINE.names or ():
         engine[name] = 0
     engine["profile"] = profile
     engine["free_blocks"] = int(profile[KV_BLOCKS])
+    engine["cache_unit"] = cache_unit
     engine["next_finish"] = NEVER
     engine["wake_s"] = np.inf
     engine["seen_s"] = np.nan
     engine["wait_head"] = engine["wait_tail"] = -1
+    engine["evict_head"] = engine["evict_tail"] = -1
     engine["slots"] = engine["run_tick"] = -1
 
 
@@ -102,13 +120,7 @@ def reset_jobs(jobs: Any) -> None:
     jobs["prompt"] = jobs["output"] = 1
     jobs["finish_tick"] = NEVER
     jobs["first_token_s"] = jobs["finish_s"] = np.nan
-    jobs["next"] = -1
-
-
-@kernel
-def blocks_for(tokens):
-    """KV blocks that hold `tokens`."""
-    return (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    jobs["next"] = jobs["leaf"] = jobs["hit"] = -1
 
 
 @kernel
@@ -126,7 +138,7 @@ def kv_use(e):
 
 
 @kernel
-def submit(e, q, r, at_s):
+def submit(e, c, q, r, at_s):
     """Hand request r to engine i at `at_s`, not before the engine's clock. Requests wait in order of `at_s`."""
     q[r].submit_s = at_s
     q[r].finish_tick = NEVER
@@ -144,10 +156,34 @@ def submit(e, q, r, at_s):
         e.wait_head = r
     if after < 0:
         e.wait_tail = r
-    e.waiting += 1
-    e.wait_tokens += q[r].prompt + q[r].generated
+    _count_waiting(e, c, q, r)
     e.wake_s = min(e.wake_s, at_s)  # whatever else is there is not done earlier for it
     e.seen_s = np.nan
+
+
+@kernel
+def _count_waiting(e, c, q, r):
+    """Request r waits."""
+    tokens = np.int64(q[r].prompt + q[r].generated)
+    q[r].cached = find(e, c, q[r].leaf, tokens)
+    e.waiting += 1
+    e.wait_tokens += tokens - q[r].cached
+
+
+@kernel
+def _uncount_waiting(e, q, r):
+    """Request r waits no longer."""
+    e.waiting -= 1
+    e.wait_tokens -= q[r].prompt + q[r].generated - q[r].cached
+
+
+@kernel
+def prefill_tokens(e, q):
+    """Tokens that are still to be prefilled, of waiting requests and of the one whose prefill has begun."""
+    tokens = e.wait_tokens
+    if e.running > e.decoding:
+        tokens += q[e.slots[e.running - 1]].prefill_left
+    return tokens
 
 
 @kernel
@@ -159,18 +195,20 @@ def _find_next_finish(e, q):
 
 
 @kernel
-def _release(e, q, k):
+def _release(e, c, q, k):
     """Take the request in slot k out of the running ones, free its blocks, remember what it generated; return it."""
     r = e.slots[k]
     if q[r].finish_tick == NEVER:
-        held = q[r].prompt + q[r].generated
+        held = np.int64(q[r].prompt + q[r].generated)
+        computed = np.int64(held - q[r].prefill_left)
     else:
         q[r].generated = tokens_out(e, q, r)
-        held = q[r].prompt + q[r].generated - 1
+        held = np.int64(q[r].prompt + q[r].generated - 1)
+        computed = held
         e.phase[(e.tick - held) % BLOCK_TOKENS] -= 1
         e.kv_tokens -= held
         e.decoding -= 1
-    e.free_blocks += blocks_for(held)
+    unpin(e, c, q[r].leaf, np.int64(q[r].admitted), held, computed)
     q[r].prefill_left = 0
     q[r].finish_tick = NEVER
     e.run_tick = -1
@@ -181,26 +219,25 @@ def _release(e, q, k):
 
 
 @kernel
-def _preempt_newest(e, q):
-    r = _release(e, q, e.running - 1)
+def _preempt_newest(e, c, q):
+    r = _release(e, c, q, e.running - 1)
     q[r].next = e.wait_head
     e.wait_head = r
     if e.wait_tail < 0:
         e.wait_tail = r
-    e.waiting += 1
-    e.wait_tokens += q[r].prompt + q[r].generated
+    _count_waiting(e, c, q, r)
     e.preemptions += 1
     _find_next_finish(e, q)
 
 
 @kernel
-def abort(e, q, r):
+def abort(e, c, q, r):
     """Withdraw request r from engine i, waiting or running. Returns whether it was there."""
     e.wake_s = e.clock_s  # the others may be done earlier without it
     e.seen_s = np.nan
     for k in range(e.running):
         if e.slots[k] == r:
-            _release(e, q, k)
+            _release(e, c, q, k)
             _find_next_finish(e, q)
             return True
     before = np.int32(-1)
@@ -215,19 +252,18 @@ def abort(e, q, r):
         e.wait_head = q[r].next
     if e.wait_tail == r:
         e.wait_tail = before
-    e.waiting -= 1
-    e.wait_tokens -= q[r].prompt + q[r].generated
+    _uncount_waiting(e, q, r)
     return True
 
 
 @kernel
-def _finish_due(e, q, done, n_done):
+def _finish_due(e, c, q, done, n_done):
     """Move the requests whose last token is out to `done`; returns the new count there."""
     k = 0
     while k < e.running:
         r = e.slots[k]
         if q[r].finish_tick <= e.tick:
-            _release(e, q, k)
+            _release(e, c, q, k)
             q[r].finish_s = e.clock_s
             done[n_done] = r
             n_done += 1
@@ -238,17 +274,17 @@ def _finish_due(e, q, done, n_done):
 
 
 @kernel
-def _head_fits(e, q):
+def _head_fits(e, c, q):
     """Whether the first waiting request could join an iteration now, its arrival aside."""
     r = e.wait_head
     if r < 0 or e.running >= e.profile[MAX_NUM_SEQS]:
         return False
     spare = e.free_blocks - e.phase[e.tick % BLOCK_TOKENS]
-    return blocks_for(q[r].prompt + q[r].generated) <= spare
+    return demand(e, c, q[r].leaf, np.int64(q[r].prompt + q[r].generated)) <= spare
 
 
 @kernel
-def _mixed_iteration(e, q, until_s, done, n_done):
+def _mixed_iteration(e, c, q, until_s, done, n_done):
     """One iteration with prefill in it, if it ends by `until_s`. Returns the count in `done`, or -1 if it does not end.
 
     The composition is fixed by the state at the iteration's start, so an iteration that is still in progress is simply
@@ -272,12 +308,19 @@ def _mixed_iteration(e, q, until_s, done, n_done):
     r = e.wait_head
     while r >= 0 and budget > 0 and q[r].submit_s <= e.clock_s:
         tokens = np.int64(q[r].prompt + q[r].generated)
-        if first_new + admitted >= e.profile[MAX_NUM_SEQS] or blocks_for(tokens) > spare:
+        blocks = demand(e, c, q[r].leaf, tokens)
+        if first_new + admitted >= e.profile[MAX_NUM_SEQS] or blocks > spare:
             break
-        spare -= blocks_for(tokens)
-        part = min(tokens, budget)
+        spare -= blocks
+        cached = find(e, c, q[r].leaf, tokens)
+        s = e.wait_head
+        for _ in range(admitted):  # what is admitted before it in this iteration is cached for it
+            cached = max(cached, shared(e, c, q[s].leaf, q[s].prompt + q[s].generated, q[r].leaf, tokens))
+            s = q[s].next
+        q[r].planned = cached
+        part = min(tokens - cached, budget)
         prefill += part
-        pairs += 0.5 * part * part
+        pairs += part * (cached + 0.5 * part)
         budget -= part
         admitted += 1
         r = q[r].next
@@ -291,22 +334,29 @@ def _mixed_iteration(e, q, until_s, done, n_done):
     e.tick += 1
     e.run_tick = -1
     e.kv_tokens += decoding
-    e.free_blocks = spare
+    e.free_blocks -= need
+    evict(e, c)
     if first_new > decoding:
         q[e.slots[first_new - 1]].prefill_left -= chunk
         prefill -= chunk
     for k in range(admitted):
         r = e.wait_head
+        tokens = np.int64(q[r].prompt + q[r].generated)
+        _uncount_waiting(e, q, r)
+        q[r].cached = q[r].planned
+        q[r].admitted = tokens
+        if q[r].hit < 0:
+            q[r].hit = q[r].cached
+            e.prompt_tokens += q[r].prompt
+            e.hit_tokens += q[r].cached
+        pin(e, c, q[r].leaf, tokens)
         e.wait_head = q[r].next
         if e.wait_head < 0:
             e.wait_tail = -1
-        tokens = np.int64(q[r].prompt + q[r].generated)
-        e.waiting -= 1
-        e.wait_tokens -= tokens
         e.slots[first_new + k] = r
-        part = min(tokens, prefill)
+        part = min(tokens - q[r].cached, prefill)
         prefill -= part
-        q[r].prefill_left = tokens - part
+        q[r].prefill_left = tokens - q[r].cached - part
     e.running += admitted
 
     for k in range(max(0, first_new - 1), e.running):  # prompts done in this iteration give their first token
@@ -322,7 +372,7 @@ def _mixed_iteration(e, q, until_s, done, n_done):
             if np.isnan(q[r].first_token_s):
                 q[r].first_token_s = end_s
     if e.next_finish <= e.tick:
-        n_done = _finish_due(e, q, done, n_done)
+        n_done = _finish_due(e, c, q, done, n_done)
     return n_done
 
 
@@ -369,7 +419,7 @@ def _ticks_affordable(e):
 
 
 @kernel
-def advance(e, q, until_s, done, n_done):
+def advance(e, c, q, until_s, done, n_done):
     """Run engine i through every iteration that ends by `until_s`.
 
     Finished requests are appended to `done` [R] from position `n_done` on; returns the new count. Then `wake_s`
@@ -386,13 +436,13 @@ def advance(e, q, until_s, done, n_done):
                 e.wake_s = q[r].submit_s if r >= 0 else np.inf
                 return n_done
             e.clock_s = max(e.clock_s, q[r].submit_s)
-        fits = _head_fits(e, q)
+        fits = _head_fits(e, c, q)
         arrived = fits and q[e.wait_head].submit_s <= e.clock_s
         if e.phase[e.tick % BLOCK_TOKENS] > e.free_blocks:
-            _preempt_newest(e, q)
+            _preempt_newest(e, c, q)
             continue
         if arrived or e.running > e.decoding:
-            count = _mixed_iteration(e, q, until_s, done, n_done)
+            count = _mixed_iteration(e, c, q, until_s, done, n_done)
             if count < 0:
                 return n_done
             n_done = count
@@ -421,5 +471,6 @@ def advance(e, q, until_s, done, n_done):
         e.clock_s = _run_end_s(e, growth_s, gone + ticks)  # from the run's start: wherever it is stopped, bit for bit
         e.kv_tokens += ticks * decoding
         e.free_blocks -= need
+        evict(e, c)
         if e.tick >= e.next_finish:
-            n_done = _finish_due(e, q, done, n_done)
+            n_done = _finish_due(e, c, q, done, n_done)

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from pettingzoo import AECEnv, ParallelEnv
 from pettingzoo.utils import parallel_to_aec
 
-from wwwserve.agents.decision import FLAT_ACTIONS, HOLD, ROUTES
+from wwwserve.agents.decision import FLAT_ACTIONS, HOLD, NODES, ROUTES
 from wwwserve.agents.kernel import Bools, Bytes, Ints, Singles, kernel
 from wwwserve.agents.tariff import MARKUPS
-from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, bounds
+from wwwserve.agents.view import NODE_FEATURES, REQUEST_FEATURES, SELF_FEATURES, Views, bounds
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import Scenario, load
 from wwwserve.envs.state import Reward, plan

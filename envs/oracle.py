@@ -12,6 +12,7 @@ from wwwserve.agents.knowledge import AD_KV_CAPACITY
 from wwwserve.agents.protocol import delivered_value
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.engine import ENGINE, JOB, NEVER, advance, kv_use, submit
+from wwwserve.envs.prefix_cache import CACHED, Cache
 
 ORACLES = ("centralized", "omniscient")
 KEEP_BELOW_KV_USE = 0.6  # `centralized` leaves a request at its source below this (arXiv 2603.20661)
@@ -50,6 +51,10 @@ def _copy_job(job, request, at_s):
     job.output = request.output
     job.generated = request.generated
     job.prefill_left = request.prefill_left
+    job.leaf = request.leaf
+    job.cached = request.cached
+    job.admitted = request.admitted
+    job.hit = request.hit
     job.finish_tick = request.finish_tick
     job.submit_s = at_s
     job.first_token_s = request.first_token_s
@@ -58,10 +63,18 @@ def _copy_job(job, request, at_s):
 
 
 @kernel
-def _finish_if_placed(market, providers, engines, requests, r, j, target, engine, jobs, done):
+def _copy_cache(to, of):
+    for v in range(of.size):
+        to[v].resident, to[v].users = of[v].resident, of[v].users
+        to[v].before, to[v].after = of[v].before, of[v].after
+
+
+@kernel
+def _finish_if_placed(market, providers, engines, requests, tree, cached, r, j, target, engine, jobs, done, then):
     """When request r would be done on engine j if nothing else came after it, run on a copy of the engine.
 
-    `target` [R] is where the requests of this round were placed, -1 for the others.
+    `target` [R] is where the requests of this round were placed, -1 for the others; tree [S] and cached [N, S]: the
+    prefix caches, `then` [S] a buffer for one.
     """
     e = engines[j]
     for k in range(e.profile.size):
@@ -69,6 +82,11 @@ def _finish_if_placed(market, providers, engines, requests, r, j, target, engine
     engine.clock_s, engine.tick, engine.free_blocks = e.clock_s, e.tick, e.free_blocks
     engine.kv_tokens, engine.decoding, engine.running = e.kv_tokens, e.decoding, e.running
     engine.next_finish = e.next_finish
+    engine.cache_unit, engine.cached_blocks = e.cache_unit, e.cached_blocks
+    engine.evict_head, engine.evict_tail = e.evict_head, e.evict_tail
+    cache = Cache(tree, then)
+    if e.cache_unit > 0:
+        _copy_cache(then, cached[j])
     for k in range(e.phase.size):
         engine.phase[k] = e.phase[k]
     engine.waiting = engine.wait_tokens = 0
@@ -82,7 +100,7 @@ def _finish_if_placed(market, providers, engines, requests, r, j, target, engine
     w = e.wait_head
     while w >= 0:
         _copy_job(jobs[used], requests[w], requests[w].submit_s)
-        submit(engine, jobs, used, requests[w].submit_s)
+        submit(engine, cache, jobs, used, requests[w].submit_s)
         used += 1
         w = requests[w].next
     for i in range(market.n_providers):
@@ -96,7 +114,7 @@ def _finish_if_placed(market, providers, engines, requests, r, j, target, engine
             longest = providers[j].max_len
             jobs[used].prompt = min(jobs[used].prompt, longest - 1)
             jobs[used].output = min(jobs[used].output, longest - jobs[used].prompt)
-            submit(engine, jobs, used, at_s)
+            submit(engine, cache, jobs, used, at_s)
             if placed == r:
                 mine = used
             used += 1
@@ -104,13 +122,13 @@ def _finish_if_placed(market, providers, engines, requests, r, j, target, engine
     until_s = market.now_s
     while np.isnan(jobs[mine].finish_s) and span_s < HORIZON_S:
         until_s += span_s
-        advance(engine, jobs, until_s, done, 0)
+        advance(engine, cache, jobs, until_s, done, 0)
         span_s *= 1.5
     return jobs[mine].finish_s
 
 
 @kernel
-def _best_finish(market, providers, engines, requests, i, target, engine, jobs, done):
+def _best_finish(market, providers, engines, requests, tree, cached, i, target, engine, jobs, done, then):
     """The node on which the request earns most, among equals the one where it is done first."""
     r = providers[i].head
     c = requests[r].klass
@@ -118,7 +136,9 @@ def _best_finish(market, providers, engines, requests, i, target, engine, jobs, 
     most, soonest_s = -1.0, np.inf
     for j in range(market.n_providers):
         if _may_run(providers, i, j):
-            finish_s = _finish_if_placed(market, providers, engines, requests, r, j, target, engine, jobs, done)
+            finish_s = _finish_if_placed(
+                market, providers, engines, requests, tree, cached, r, j, target, engine, jobs, done, then
+            )
             if i != j:
                 finish_s += 0.5 * market.rtt_s
             latency_s = finish_s - requests[r].arrival_s
@@ -131,7 +151,7 @@ def _best_finish(market, providers, engines, requests, i, target, engine, jobs, 
 
 
 @kernel
-def _direct(markets, omniscient, active, direct, engine, jobs, done, sent, target):
+def _direct(markets, omniscient, active, direct, engine, jobs, done, then, sent, target):
     for b in range(active.shape[0]):
         market, providers = markets.market[b], markets.providers[b]
         sent[:] = 0.0
@@ -142,8 +162,9 @@ def _direct(markets, omniscient, active, direct, engine, jobs, done, sent, targe
             if active[b, i] and providers[i].head >= 0:
                 if omniscient:
                     j = _best_finish(
-                        market, providers, markets.engines[b], markets.requests[b], i, target, engine[0], jobs, done
-                    )
+                        market, providers, markets.engines[b], markets.requests[b], markets.tree[b],
+                        markets.cached[b], i, target, engine[0], jobs, done, then,
+                    )  # fmt: skip
                 else:
                     j = _least_loaded(market, providers, markets.engines[b], markets.requests[b], i, sent)
                 sent[j] += 1.0
@@ -162,6 +183,7 @@ class Oracle:
         self._engine = records(1, ENGINE)
         self._jobs = records(0, JOB)
         self._done = np.zeros(0, np.int64)
+        self._cached = records(0, CACHED)
 
     def decide(self, batch: MarketBatch, actions: Actions) -> None:
         """Write where each request at a head goes into `actions.direct`."""
@@ -169,6 +191,8 @@ class Oracle:
         if self._jobs.size < requests:
             self._jobs = records(requests, JOB)
             self._done = np.zeros(requests, np.int64)
+        if self._cached.size < batch.shape.nodes:
+            self._cached = records(batch.shape.nodes, CACHED)
         n, omniscient = batch.providers, self.name == "omniscient"
-        scratch = self._engine, self._jobs, self._done, np.empty(n), np.empty(n, np.int64)
+        scratch = self._engine, self._jobs, self._done, self._cached, np.empty(n), np.empty(n, np.int64)
         _direct(batch.markets, omniscient, batch.active, actions.direct, *scratch)

@@ -14,9 +14,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from wwwserve.agents.decision import HOLD, ROUTES
+from wwwserve.agents.decision import HOLD, NODES, ROUTES
 from wwwserve.agents.tariff import MARKUPS
-from wwwserve.agents.view import HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, Views, normalise
+from wwwserve.agents.view import HAS_REQUEST, NODE_FEATURES, REQUEST_FEATURES, SELF_FEATURES, Views, normalise
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.scenario import Scenario
 from wwwserve.envs.state import MarketPlan, Reward, Shape, plan

@@ -11,15 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wwwserve.agents.classes import CLASS_MAX, CLASS_MEAN, MAX_CLASSES, class_row
+from wwwserve.agents.decision import NODES
 from wwwserve.agents.generator import GENERATOR_WORDS, make_generators
-from wwwserve.agents.hardware import MODELS, QUANTIZATIONS, Profile, profile
+from wwwserve.agents.hardware import BLOCK_TOKENS, MODELS, QUANTIZATIONS, Profile, profile
 from wwwserve.agents.kernel import records
 from wwwserve.agents.knowledge import (
     AD_CONTEXT,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
+    AD_MEAN_UNCACHED,
+    AD_REUSE_S,
     AD_TIME_S,
     ADVERT_SIZE,
+    LONGEST_REUSE_S,
     NO_TIME,
     PEER_STATS_SIZE,
     make_peer_stats,
@@ -36,8 +40,8 @@ from wwwserve.agents.provider import (
     usual_context,
 )
 from wwwserve.agents.tariff import write_compute
-from wwwserve.agents.view import NODES
 from wwwserve.envs.engine import ENGINE, JOB_FIELDS, reset_engine, reset_jobs
+from wwwserve.envs.prefix_cache import CACHED, NODE
 from wwwserve.envs.scenario import (
     MAX_JUDGES,
     MAX_WINDOWS,
@@ -72,6 +76,7 @@ MARKET = np.dtype(
         ("duel_probability", np.float64),
         ("n_providers", np.int64),
         ("n_arrivals", np.int64),
+        ("n_timed", np.int64),  # of them, those that come at a time of their own: the first ones
         ("judges", np.int64),
         # the reward
         ("team_weight", np.float64),
@@ -91,6 +96,7 @@ MARKET = np.dtype(
         ("next_arrival", np.int64),
         ("used", np.int64),  # request records in use
         ("unresolved", np.int64),  # users' requests, arrived or not, without an end
+        ("n_turns", np.int64),  # turns of sessions whose time is set, in the heap `turns`
         ("lost", np.int64),  # requests whose executor left, which their origins do not know yet
         ("n_duels", np.int64),
         ("mail_head", np.int64),  # requests of which something is on its way, by when it is there; -1 if none
@@ -151,6 +157,8 @@ REQUEST = np.dtype(
         ("predicted", np.float64),  # its share of the origin's potential
         ("predicted_held", np.float64),  # the same before it was offered
         ("beside", np.float64),  # what its placement brought its origin's reward beside its predicted value
+        ("next_turn", np.int32),  # the request that its user makes after the answer, -1 if none
+        ("think_s", np.float64),  # from the answer before to its arrival
         ("answer_s", np.float64),  # when the user had the whole answer; NaN until then
         ("first_answer_s", np.float64),  # when the user had the first token
         ("locked", np.int64),  # escrow, micro-credits
@@ -161,7 +169,7 @@ REQUEST = np.dtype(
 _NEW_REQUEST = np.zeros(1, REQUEST)
 reset_jobs(_NEW_REQUEST)
 reset_requests(_NEW_REQUEST)
-_NEW_REQUEST["duel"] = _NEW_REQUEST["mail_next"] = -1
+_NEW_REQUEST["duel"] = _NEW_REQUEST["mail_next"] = _NEW_REQUEST["next_turn"] = -1
 _NEW_REQUEST["prompt"] = 1
 _NEW_REQUEST["answer_s"] = _NEW_REQUEST["first_answer_s"] = np.nan
 
@@ -192,6 +200,11 @@ class Markets(NamedTuple):
     sent_adverts: NDArray[np.float64]  # [B, N, ADVERT_SIZE] as last sent
     peer_stats: NDArray[np.float64]  # [B, N, N, PEER_STATS_SIZE] of origin with peer
     accounts: NDArray[np.int64]  # [B, N, ACCOUNT_SIZE]
+    # Prefixes; S is 1 where nothing is cached.
+    tree: NDArray[Any]  # [B, S] NODE
+    cached: NDArray[Any]  # [B, N, S] CACHED: what each engine has
+    heard_s: NDArray[np.float64]  # [B, N, S] when the origin last had an answer of each provider whose path it is on
+    turns: NDArray[np.int32]  # [B, R] a heap of the requests of sessions whose time is set, the next one first
     # Scratch buffers.
     done: NDArray[np.int64]  # [B, R]
     stake: NDArray[np.float64]  # [B, N]
@@ -240,7 +253,18 @@ class MarketPlan(NamedTuple):
     known: NDArray[np.float64]  # [N, C, CLASS_SIZE]
     deadlines: NDArray[np.float64]  # [C, T]
     mean_prompt: NDArray[np.float64]  # [N]
+    mean_uncached: NDArray[np.float64]  # [N] tokens of it that are not of the session's turn before
     mean_output: NDArray[np.float64]  # [N]
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the prefix tree that the run reads: none of a market where no two requests share a prefix."""
+        return self.traffic.tree.parent.size if self.shares_prefixes else 1
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether there is a prefix cache, and something to be found in it."""
+        return self.scenario.prefix_cache is not None and bool((self.traffic.tree.parent >= 0).any())
 
     @property
     def capacity(self) -> int:
@@ -257,6 +281,15 @@ def _known(scenario: Scenario, provider: Provider, klass: SloClass | None) -> ND
     return class_row(output, klass.value, klass.deadline_s)
 
 
+def _uncached_share(traffic: Arrivals, providers: int) -> NDArray[np.float64]:
+    """Share [N] of the prompts of each provider's users that is not of the turn before."""
+    before = np.where(traffic.follows >= 0, traffic.prompt[traffic.follows] + traffic.output[traffic.follows], 0)
+    fresh = np.bincount(traffic.provider, np.maximum(traffic.prompt - before, 0), providers)
+    return np.divide(
+        fresh, np.bincount(traffic.provider, traffic.prompt, providers), where=fresh > 0, out=np.ones(providers)
+    )
+
+
 def plan(scenario: Scenario, seed: int) -> MarketPlan:
     """Draw a scenario's traffic from `seed` and work out its constants."""
     classes: Sequence[SloClass | None] = scenario.slo.classes or (None,)
@@ -269,14 +302,17 @@ def plan(scenario: Scenario, seed: int) -> MarketPlan:
     )
     longest = np.array([min(each.max_model_len, each.kv_tokens) for each in profiles])
     prompts = [expected_prompt(p, most) for p, most in zip(scenario.providers, longest.tolist(), strict=True)]
+    mean_prompt = np.array([each.mean for each in prompts])
+    traffic = arrivals(scenario, seed, longest)
     return MarketPlan(
         scenario=scenario,
         seed=seed,
-        traffic=arrivals(scenario, seed, longest),
+        traffic=traffic,
         profiles=profiles,
         known=known,
         deadlines=deadlines,
-        mean_prompt=np.array([each.mean for each in prompts]),
+        mean_prompt=mean_prompt,
+        mean_uncached=mean_prompt * _uncached_share(traffic, len(scenario.providers)),
         mean_output=known[:, :, CLASS_MEAN] @ shares,
     )
 
@@ -287,6 +323,7 @@ class Shape(NamedTuple):
     providers: int
     requests: int
     duels: int
+    nodes: int = 1
 
     @staticmethod
     def of(plans: Sequence[MarketPlan]) -> "Shape":
@@ -296,6 +333,7 @@ class Shape(NamedTuple):
             providers=max(len(p.profiles) for p in plans),
             requests=max(p.capacity for p in plans),
             duels=max(duels, default=1) or 1,
+            nodes=max(p.nodes for p in plans),
         )
 
 
@@ -312,6 +350,10 @@ def make_markets(count: int, shape: Shape) -> Markets:
         sent_adverts=np.zeros((count, n, ADVERT_SIZE)),
         peer_stats=np.zeros((count, n, n, PEER_STATS_SIZE)),
         accounts=np.zeros((count, n, ACCOUNT_SIZE), np.int64),
+        tree=records((count, shape.nodes), NODE),
+        cached=records((count, n, shape.nodes), CACHED),
+        heard_s=np.zeros((count, n, shape.nodes)),
+        turns=np.zeros((count, r), np.int32),
         done=np.zeros((count, r), np.int64),
         stake=np.zeros((count, n)),
         eligible=np.zeros((count, n), np.bool_),
@@ -346,6 +388,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["duel_probability"], m["judges"] = economy.duel_probability, economy.judges
     m["exposure"] = NO_BOUND if economy.exposure is None else round(economy.exposure * MICRO)
     m["n_providers"], m["n_classes"], m["n_deadlines"] = n, c, t
+    m["n_timed"] = np.count_nonzero(traffic.follows < 0)
     m["n_arrivals"] = m["used"] = m["unresolved"] = count
     m["payment"] = PAYMENTS.index(economy.payment)
     m["stake_follows_load"] = economy.stake_rule == "load"
@@ -356,6 +399,12 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m["mail_head"] = m["mail_tail"] = -1
     m["generator"] = make_generators((planned.seed, 1))
 
+    cache_unit = 0
+    if scenario.prefix_cache is not None and planned.shares_prefixes:
+        cache_unit = scenario.prefix_cache.block_tokens // BLOCK_TOKENS
+        tree = markets.tree[b, : planned.nodes]
+        tree["parent"], tree["start"], tree["blocks"] = traffic.tree
+        markets.heard_s[b] = NO_TIME
     providers, engines = markets.providers[b], markets.engines[b]
     names = sorted({name for p in scenario.providers for name in p.serves})
     reset_provider(providers)
@@ -363,7 +412,9 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     providers["advert_lands_s"] = np.inf
     providers["known"][:n, :c] = planned.known
     providers["own"][:n, AD_MEAN_PROMPT] = planned.mean_prompt
+    providers["own"][:n, AD_MEAN_UNCACHED] = planned.mean_uncached
     providers["own"][:n, AD_MEAN_OUTPUT] = planned.mean_output
+    providers["own"][:, AD_REUSE_S] = LONGEST_REUSE_S
     providers["next_gossip_s"][:n] = scenario.gossip_interval_s * np.arange(1, n + 1) / n
     for i, provider in enumerate(scenario.providers):
         p, planned_profile = providers[i : i + 1], planned.profiles[i]
@@ -382,7 +433,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
         write_profile(p["own"][0], planned_profile.row(), 1.0)
         p["own"][0, AD_CONTEXT] = usual_context(p[0], m[0])
         write_compute(p["compute"][0], p["own"][0], economy.compute_cost_per_ktok)
-        reset_engine(engines[i], planned_profile.row())
+        reset_engine(engines[i], planned_profile.row(), cache_unit)
 
     m["minted"] = markets.accounts[b].sum()
     markets.adverts[b, :, AD_TIME_S] = NO_TIME
@@ -394,3 +445,6 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     q["origin"], q["klass"], q["prompt"], q["output"] = traffic.provider, traffic.klass, traffic.prompt, traffic.output
     q["longest"] = providers["known"][traffic.provider, traffic.klass, CLASS_MAX]
     q["arrival_s"] = traffic.time_s
+    q["leaf"], q["turn"], q["think_s"] = traffic.leaf, traffic.turn, traffic.think_s
+    later = np.flatnonzero(traffic.follows >= 0)
+    q["next_turn"][traffic.follows[later]] = later

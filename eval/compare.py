@@ -149,6 +149,8 @@ def table(result: Tree, scenario: Scenario) -> str:
             "p90",
             "p99",
             "ttft s",
+            "in targets",
+            "hits",
             "unfinished",
         ]
     ]
@@ -164,6 +166,8 @@ def table(result: Tree, scenario: Scenario) -> str:
                 _pair(latency["mean"], 1),
                 *(_pair([latency[p][0], None], 1) for p in ("p50", "p90", "p99")),
                 _pair([cell["first_token_s"]["mean"][0], None], 1),
+                _pair(cell["interactive"], 3),
+                _pair([cell["prefix_hit"][0], None], 3),
                 str(cell["unfinished"]),
             ]
         )

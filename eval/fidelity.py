@@ -32,7 +32,7 @@ from wwwserve.agents.hardware import CHUNK_TOKENS, Profile
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.envs.trace import Trace
 from wwwserve.eval.compare import Tree, check_outputs, write_json
-from wwwserve.eval.live.trial import HIGHEST_TOKEN, LOWEST_TOKEN
+from wwwserve.eval.live.prompts import HIGHEST_TOKEN, LOWEST_TOKEN
 from wwwserve.eval.metrics import FloatArray, time_stats
 from wwwserve.eval.replay import replay
 from wwwserve.serving.engine import local_vllm

@@ -26,7 +26,7 @@ from wwwserve.eval.play import REQUESTS_AT_ONCE
 from wwwserve.eval.policies import PolicyError, load_policy
 from wwwserve.eval.rivals import draw_tasks
 
-PROG = "eval.markups"
+PROG = "wwwserve markups"
 LOADS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the own KV cache in use: bounds of the rows
 Tree = dict[str, Any]
 

@@ -21,6 +21,7 @@ MeanCi = tuple[float, float]
 PERCENTILES = (50, 90, 99)
 QUANTILES = tuple(range(1, 100))
 CONFIDENCE = 0.95
+FIRST_TOKEN_S, PER_TOKEN_S = 2.0, 0.08  # targets of an interactive request
 
 
 def attainment(latency_s: FloatArray, threshold_s: float) -> float:
@@ -66,6 +67,21 @@ def goodput_value(requests: RequestTable, slo: Slo) -> float:
     value = np.array([each.value for each in slo.classes] or [1.0])[requests.klass]
     total = value.sum()
     return float(value[requests.latency_s <= deadline_s[requests.klass]].sum() / total) if total > 0 else math.nan
+
+
+def interactive(requests: RequestTable) -> float:
+    """Share of requests whose first token came within 2 s and the others within 80 ms each, on average; NaN without
+    requests."""
+    with np.errstate(invalid="ignore"):
+        per_token_s = (requests.latency_s - requests.first_token_s) / np.maximum(1, requests.output - 1)
+        return _share((requests.first_token_s <= FIRST_TOKEN_S) & (per_token_s <= PER_TOKEN_S))
+
+
+def prefix_hit(requests: RequestTable) -> float:
+    """Prompt tokens found in a prefix cache / all prompt tokens, of the requests that were done; NaN without them."""
+    done = np.isfinite(requests.latency_s)
+    total = requests.prompt[done].sum()
+    return float(requests.cached[done].sum() / total) if total > 0 else math.nan
 
 
 def score(slo: Slo) -> str:
@@ -149,7 +165,7 @@ def measure(requests: RequestTable, scenario: Scenario) -> dict[str, float | dic
     """Every measure of the requests of one run, as results name them.
 
     `slo` by threshold, `slo_auc`, `latency_s` (arrival to the whole answer), `first_token_s` (arrival to the first
-    token), `goodput_value`.
+    token), `goodput_value`, `interactive`, `prefix_hit`.
     """
     thresholds_s = scenario.slo.thresholds_s
     return {
@@ -158,4 +174,6 @@ def measure(requests: RequestTable, scenario: Scenario) -> dict[str, float | dic
         "latency_s": time_stats(requests.latency_s),
         "first_token_s": time_stats(requests.first_token_s),
         "goodput_value": goodput_value(requests, scenario.slo),
+        "interactive": interactive(requests),
+        "prefix_hit": prefix_hit(requests),
     }

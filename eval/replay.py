@@ -19,6 +19,7 @@ from wwwserve.agents.hardware import Profile, profile
 from wwwserve.agents.kernel import records
 from wwwserve.envs import trace
 from wwwserve.envs.engine import ENGINE, JOB, MAX_SLOTS, advance, reset_engine, reset_jobs, submit
+from wwwserve.envs.prefix_cache import NO_CACHE
 from wwwserve.eval.compare import check_outputs, write_json
 
 PROG = "wwwserve replay"
@@ -60,12 +61,12 @@ def replay(requests: trace.Trace, engine: Profile, rate_per_s: float) -> Replay:
     done = np.zeros(count, np.int64)
     finished = 0
     for r in range(count):
-        finished = advance(engines[0], jobs, arrival_s[r], done, finished)
-        submit(engines[0], jobs, r, arrival_s[r])
+        finished = advance(engines[0], NO_CACHE, jobs, arrival_s[r], done, finished)
+        submit(engines[0], NO_CACHE, jobs, r, arrival_s[r])
     until_s = float(arrival_s[-1])
     while finished < count:
         until_s += _SPAN_S
-        finished = advance(engines[0], jobs, until_s, done, finished)
+        finished = advance(engines[0], NO_CACHE, jobs, until_s, done, finished)
     return Replay(
         arrival_s=arrival_s,
         ttft_s=jobs["first_token_s"] - arrival_s,

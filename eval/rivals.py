@@ -27,7 +27,7 @@ from wwwserve.eval.deviations import Deviation, Lane, constant_markups, play, su
 from wwwserve.eval.metrics import CONFIDENCE, interval
 from wwwserve.eval.policies import PolicyError, load_policy
 
-PROG = "eval.rivals"
+PROG = "wwwserve rivals"
 RANDOM = "random/"  # before the kind of random markets
 RESAMPLES = 2000
 Floats = NDArray[np.float64]

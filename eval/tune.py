@@ -35,10 +35,10 @@ SHORT_QUEUE = 2.0  # requests that wait at an engine
 Settings = dict[str, float]
 
 
-def markets(count: int, seed: int) -> dict[Kind, list[MarketPlan]]:
+def markets(count: int, seed: int, kinds: Sequence[Kind] = KINDS) -> dict[Kind, list[MarketPlan]]:
     """`count` random markets of each kind."""
     plans: dict[Kind, list[MarketPlan]] = {}
-    for kind in KINDS:
+    for kind in kinds:
         rng = np.random.default_rng((seed, KINDS.index(kind)))
         plans[kind] = [plan(sample(kind, rng), seed + k) for k in range(count)]
     return plans
@@ -103,6 +103,54 @@ def tune(rule: str, draws: int, few: int, many: int, finalists: int, refine: int
         name: {"settings": kept[k], "score": round(last[k][column], 5)}
         for column, (name, k) in enumerate(zip(OBJECTIVES, winners, strict=True))
     }
+
+
+def tune_for(
+    rule: str, kinds: Sequence[Kind], draws: int, few: int, many: int, finalists: int, refine: int
+) -> dict[str, Any]:
+    """The same for these kinds of market alone, by kind; and for all of them, under "all"."""
+
+    def ranked(settings: Settings, plans: dict[Kind, list[MarketPlan]]) -> list[float]:
+        means = [float(np.mean(scores(Rule(rule, settings), plans[kind]))) for kind in kinds]
+        return [float(np.mean(means)), *means]
+
+    first_markets, last_markets = markets(few, SEED, kinds), markets(many, SEED + 10_000, kinds)
+    rng = np.random.default_rng((SEED, list(RULES).index(rule)))
+    tried = [{key: s.default for key, s in RULES[rule].items()}, *(draw(rule, rng) for _ in range(draws))]
+    first = np.array([ranked(settings, first_markets) for settings in tried])
+    kept = [tried[k] for k in sorted({0, *np.argsort(-first, axis=0)[:finalists].ravel().tolist()})]
+    last = [ranked(settings, last_markets) for settings in kept]
+    for k in range(refine):
+        best = int(np.argmax([found[k % (1 + len(kinds))] for found in last]))
+        kept.append(vary(rule, kept[best], rng))
+        last.append(ranked(kept[-1], last_markets))
+    winners = np.argmax(last, axis=0).tolist()
+    return {
+        name: {"settings": kept[k], "score": round(last[k][column], 5)}
+        for column, (name, k) in enumerate(zip(("all", *kinds), winners, strict=True))
+    }
+
+
+def add_kinds(table: dict[str, Any], found: dict[str, Any], kinds: Sequence[Kind], count: int, processes: int) -> None:
+    """Put what `tune_for` found for each rule into a table, and the best of all on `count` new markets of each kind.
+
+    A rule that the table did not have gets what is best for all of these kinds everywhere.
+    """
+    plans = markets(count, SEED + 20_000, kinds)
+    for kind in kinds:
+        entrants = [Rule(rule, best[kind]["settings"]) for rule, best in found.items()]
+        entrants += [Rule(name) for name in RULES if name not in found]
+        last = list(each(partial(_mean_score, plans=plans[kind]), entrants, processes))
+        k = int(np.argmax(last))
+        table["best"][kind] = {"rule": entrants[k].name, "settings": entrants[k].settings, "score": round(last[k], 5)}
+    for rule, best in found.items():
+        if rule not in table["rules"]:
+            table["rules"][rule] = {objective: best["all"] for objective in OBJECTIVES}
+        table["rules"][rule] |= {kind: best[kind] for kind in kinds}
+
+
+def _mean_score(rule: Rule, plans: list[MarketPlan]) -> float:
+    return float(np.mean(scores(rule, plans)))
 
 
 def vary_limits(rule: str, settings: Settings) -> list[Settings]:
@@ -172,6 +220,8 @@ class Args:
     """variations of what is best then"""
     last: Count = 192
     """markets of each kind where all that is best meets"""
+    kinds: tuple[Kind, ...] = ()
+    """tune for these kinds of market alone; the rest stays as --json has it"""
     again: bool = False
     """start from what --json has, and vary only what a changed market changes most: the limits on waits and queues"""
     processes: Count = 2
@@ -195,6 +245,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     job: Callable[[str], dict[str, Any]] = partial(
         tune, draws=args.draws, few=args.few, many=args.many, finalists=args.finalists, refine=args.refine
     )
+    if args.kinds:
+        table = json.loads(args.json.read_text())
+        budget = {name: getattr(args, name) for name in ("draws", "few", "many", "finalists", "refine")}
+        added = dict(
+            zip(names, each(partial(tune_for, kinds=args.kinds, **budget), names, args.processes), strict=True)
+        )
+        add_kinds(table, added, args.kinds, args.last, args.processes)
+        table["kinds"] = {"of": [*args.kinds], **budget, "last": args.last}
+        for kind in args.kinds:
+            table.get("not_tuned", {}).pop(kind, None)
+            print(f"{kind}: {table['best'][kind]['rule']} {table['best'][kind]['score']:.4f}")
+        write_json(args.json, table)
+        return 0
     if args.again:
         found = json.loads(args.json.read_text())
         before = found["rules"]

@@ -296,6 +296,8 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "sb3": Tool("train.sb3_ppo", "Train a policy with the PPO of Stable-Baselines3."),
     "compare": Tool("eval.compare", "Compare policies on the same arrivals."),
     "game": Tool("eval.game", "Measure what a provider gains by itself."),
+    "rivals": Tool("eval.rivals", "Let one provider play another policy than the others."),
+    "markups": Tool("eval.markups", "Show what markups a policy posts at what load."),
     "regret": Tool("eval.regret", "Judge policies by their worst regret."),
     "tune": Tool("eval.tune", "Tune the rules on training markets."),
     "scale": Tool("eval.scale", "Judge policies by the market's size."),

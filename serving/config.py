@@ -126,6 +126,7 @@ class MarketConfig(Struct):
     stake_rule: Literal["load", "fixed"] = "load"
     duel_probability: float = 0.0  # of a request that is handed to a peer: it goes to two, whose answers are judged
     judges: int = 3  # of a duel
+    prefix_cache: bool = True  # whether engines keep what they computed of prompts
     speed: float = 1.0  # of the market's clock; not 1 only in trials, on engines emulated at the same speed
 
 

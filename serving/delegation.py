@@ -196,7 +196,8 @@ class Delegation:
                 patience.reschedule(None)
                 handed = Handed(name, self.clock(), promise, completion.stream, response, AnswerMeter())
                 self.handed[request] = handed
-                self.provider.accepted(request, handed.taken_s, promise)
+                self.provider.accepted(request, handed.taken_s, promise, predicted)
+                self.prefixes.remember(name, completion.prefix, offer.prompt, told=False)
                 await self._fetch(completion, handed, payment, reply)
                 answered = handed.meter.tokens > 0
         except Refused as error:
@@ -309,8 +310,10 @@ def remember(
     what is cached there now, and whether the prediction was right."""
     usage = meter.usage
     told, output = usage is not None and usage.prompt > 0, usage.output if usage is not None else meter.tokens
+    if peer != HERE:  # whose word is not taken for more than its answer and the own estimate show
+        output = meter.tokens
     if usage is not None and told:
-        prompt = usage.prompt
+        prompt = usage.prompt if peer == HERE else min(usage.prompt, 2 * prompt)
         if usage.cached is not None:
             metrics.prefix(peer != HERE, predicted, usage.cached, prompt)
     prefixes.remember(peer, prefix, prompt, output, meter.text_bytes, told)

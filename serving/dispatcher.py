@@ -26,7 +26,7 @@ from wwwserve.serving.delegation import Delegation, remember
 from wwwserve.serving.duel.duels import Attestor, Declined, JudgePool
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
 from wwwserve.serving.engine.adapter import Engine, EngineError, Sent
-from wwwserve.serving.engine.prefix_index import HERE, PrefixIndex
+from wwwserve.serving.engine.prefix_index import HERE, MOST_ENTRIES, NOTHING, Prefix, PrefixIndex
 from wwwserve.serving.http.handover import salted
 from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.http.peers import PeerClient, PeerError
@@ -107,7 +107,9 @@ class Dispatcher:
         self.peers: dict[str, Advert] = {}  # by name, those that are there
         self.client = PeerClient(messages, transport, self.peers)
         accounts = Accounts(ledger, self._tell_ledger) if ledger is not None else None
-        self.prefixes = PrefixIndex(self.clock, engine.profile.kv_tokens)
+        entries = MOST_ENTRIES if config.market.prefix_cache else 0
+        self.prefixes = PrefixIndex(self.clock, engine.profile.kv_tokens, entries=entries)
+        provider.lookup = self._look_up
         self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock, self.prefixes)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.here: dict[int, Sent] = {}  # in the own engine, by the provider's number of the request
@@ -197,7 +199,8 @@ class Dispatcher:
         self._listed_s = now_s
         serves = await self.engine.models()
         if serves != self.serves:
-            log.info("the engine serves other models", extra={"before": self.serves, "serves": serves})
+            if self.serves:
+                log.info("the engine serves other models", extra={"before": self.serves, "serves": serves})
             self.serves, self.provider.advert_due = serves, True
 
     def leave(self) -> None:
@@ -309,7 +312,7 @@ class Dispatcher:
 
     def _look_at_engine(self, now_s: float) -> None:
         load = self.engine.load()
-        self.provider.scraped(now_s, load.running, load.waiting, load.kv_tokens)
+        self.provider.scraped(now_s, load.running, load.waiting, load.kv_tokens, load.prefill, self.prefixes.reuse_s())
 
     def _appraise(self, now_s: float) -> None:
         """Work out what one more request costs here, unless that was done lately; the engine was just looked at."""
@@ -328,7 +331,10 @@ class Dispatcher:
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
         prompt = max(1, completion.prompt_ids + round(completion.prompt_bytes / self.bytes_per_token))
         most = min((completion.max_tokens or self.config.output.max) * completion.choices, MOST_TOKENS)
-        request = provider.new(None, completion.klass, prompt, most, arrival_s, completion.model)
+        request = provider.new(
+            None, completion.klass, prompt, most, arrival_s, completion.model, completion.prefix.turn,
+            self._answered_s(completion.prefix, prompt, arrival_s),
+        )  # fmt: skip
         job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
         provider.keys[request] = job
         self.metrics.accepted()
@@ -408,7 +414,8 @@ class Dispatcher:
         Raises RetryableError if nothing came of it yet, Failed if something had."""
         own, meter = meter is None, meter or AnswerMeter()
         predicted = self.prefixes.cached(completion.prefix, prompt).tokens
-        exchange, expected = self.engine.post(completion.path, completion.body), self.provider.expect(prompt)
+        self.prefixes.remember(HERE, completion.prefix, prompt, told=False)  # whoever comes next finds it computed
+        exchange, expected = self.engine.post(completion.path, completion.body), self.provider.expect(prompt, predicted)
         self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange)
         self.engine.sent(prompt)
         try:
@@ -440,7 +447,8 @@ class Dispatcher:
             output = usage.output if usage else meter.tokens
             self.engine.returned(prompt, output)
         if output:
-            self.provider.finished(usage.prompt if usage else prompt, output)
+            found = usage.cached if usage is not None and usage.cached is not None else predicted
+            self.provider.finished(usage.prompt if usage else prompt, found, output)
             remember(self.prefixes, self.metrics, HERE, completion.prefix, prompt, meter, predicted)
         return usage
 
@@ -462,22 +470,37 @@ class Dispatcher:
         the like. "" where the engine knows no salts."""
         return self.messages.salt(origin, request.get("cache_salt")) if self.config.engine.kind == "vllm" else ""
 
-    def consider(self, prompt: int, longest: int, tariff: Tariff) -> Promise | None:
-        """Whether a peer's request of `prompt` tokens, to be answered with at most `longest`, is taken at a tariff;
-        what is promised if so."""
+    def cached_here(self, prefix: Prefix, prompt: int) -> int:
+        """Tokens of a prompt that the own engine is taken to have in its prefix cache."""
+        return self.prefixes.cached(prefix, prompt).tokens
+
+    def _answered_s(self, prefix: Prefix, prompt: int, arrival_s: float) -> float:
+        """When the answer before this turn was there, wherever it came from; `arrival_s` if that is not known."""
+        places = (HERE, *self.peers) if prefix.turn > 1 else ()
+        last_s = max((self.prefixes.cached(prefix, prompt, place) for place in places), default=NOTHING).used_s
+        return last_s if math.isfinite(last_s) else arrival_s
+
+    def _look_up(self, job: Job | None, prompt: int, place: str) -> tuple[int, float]:
+        return self.prefixes.cached(job.completion.prefix, prompt, place) if job is not None else NOTHING
+
+    def consider(self, prompt: int, cached: int, longest: int, tariff: Tariff) -> Promise | None:
+        """Whether a peer's request of `prompt` tokens, `cached` of them here, to be answered with at most `longest`, is
+        taken at a tariff; what is promised if so."""
         if not self.engine.takes:
             return None
         now_s = self.clock()
         self._look_at_engine(now_s)
         self._appraise(now_s)
-        return self.provider.consider(prompt, longest, tariff)
+        return self.provider.consider(prompt, cached, longest, tariff)
 
     async def run_for(self, remote: RemoteRequest, reply: Reply, paid: Delivery | None = None) -> bool:
         """Run a peer's request, just promised, whose answer begins with a line that says how the engine answers.
         Returns whether it came to its end; if not, the connection is to be broken off."""
         origin, completion, prompt, longest, tariff, promise, most, salt = remote
         line, meter, taken_s = HeadLineReply(reply), AnswerMeter(), self.clock()
-        request = self.provider.serve(prompt, longest, tariff, promise, taken_s)
+        request = self.provider.serve(
+            prompt, longest, tariff, promise, taken_s, self.cached_here(completion.prefix, prompt)
+        )
         self.metrics.remote(1)
         outcome = "failed"
         try:

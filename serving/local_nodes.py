@@ -22,6 +22,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 import yaml
 
+from wwwserve.agents.hardware import BLOCK_TOKENS
 from wwwserve.agents.kernel import compiled_before, say_compiling
 from wwwserve.agents.lengths import Lognormal
 from wwwserve.serving import guard
@@ -200,18 +201,20 @@ class Engines(NamedTuple):
 def emulator(
     port: int, *, gpu: str = "rtx-4090", model: str = "qwen3-8b", max_num_seqs: int = 64, speed: float = 1.0,
     seed: int = 0, serves: Sequence[str] = (), profile: Path | None = None, lengths: Lognormal | None = None,
+    block_tokens: int | None = BLOCK_TOKENS,
 ) -> Command:  # fmt: skip
     """An emulated engine at `port`, of a GPU and model of the catalogue, or of the `profile` in a file; `lengths` are
-    those of answers whose end is up to the model."""
+    those of answers whose end is up to the model; prefixes are cached in blocks of `block_tokens`, if at all."""
     engine = ["--profile", str(profile)] if profile else ["--gpu", gpu, "--max-num-seqs", str(max_num_seqs)]
     named = ["--served-model-name", *serves] if serves else []
     drawn = []
     if lengths is not None:
         drawn = ["--output-median", str(lengths.median), "--output-sigma", str(lengths.sigma)]
         drawn += ["--output-max", str(lengths.max)]
+    cache = ["--no-prefix-caching"] if block_tokens is None else ["--block-tokens", str(block_tokens)]
     return Command(
         [sys.executable, "-m", "wwwserve.envs.emulator", "--port", str(port), *engine, "--model", model, *named, *drawn,
-         "--speed", str(speed), "--seed", str(seed)]
+         *cache,          "--speed", str(speed), "--seed", str(seed)]
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ needs to call them for itself alone. Nothing here reads a clock, opens a socket 
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wwwserve.agents import provider as transitions
 from wwwserve.agents.classes import CLASS_LAST_DEADLINE_S, MAX_CLASSES
-from wwwserve.agents.decision import FIRST_CANDIDATE, make_actions, may_hold, may_offer
+from wwwserve.agents.decision import FIRST_CANDIDATE, NODES, make_actions, may_hold, may_offer
 from wwwserve.agents.estimate import expect
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
 from wwwserve.agents.hardware import Profile
@@ -23,11 +23,14 @@ from wwwserve.agents.knowledge import (
     AD_CONTEXT,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
+    AD_MEAN_UNCACHED,
+    AD_REUSE_S,
     AD_TARIFF,
     AD_TIME_S,
     ADVERT_SIZE,
     DUELS_LOST,
     DUELS_WON,
+    LONGEST_REUSE_S,
     NO_TIME,
     Peers,
     make_peer_stats,
@@ -35,6 +38,7 @@ from wwwserve.agents.knowledge import (
     on_scrape,
     write_profile,
 )
+from wwwserve.agents.prefix import is_kept
 from wwwserve.agents.protocol import (
     ACCOUNT_SIZE,
     FREE,
@@ -54,7 +58,7 @@ from wwwserve.agents.provider import (
 )
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.tariff import cost_of, in_micro, price_by, write_compute
-from wwwserve.agents.view import NODES, Views, ViewScratch, make_views, write_view
+from wwwserve.agents.view import Views, ViewScratch, make_views, write_view
 from wwwserve.serving.market import Market, Promise, Tariff
 
 _RUNNING = np.dtype([("request", np.int64), ("own", np.bool_), ("generated", np.float64)])
@@ -70,6 +74,10 @@ def _appraise(
         found = count_running(p, a, q[requests[k]], own[k], generated[k], now_s, found)
     end_appraisal(p, a, found, now_s)
 
+
+Lookup = Callable[[Any, int, str], tuple[int, float]]
+"""Of a request, by its key and its prompt tokens: how many of them are cached at a peer, here for "", and when they
+were last used there, in seconds of the caller's clock."""
 
 ADVERTS_KEPT = 4  # own ones, by which peers may still make offers
 
@@ -101,14 +109,20 @@ def _choose_head(p: Records, a: Records, q: Records) -> int:
 
 
 @kernel
-def _see(
-    p: Records, a: Records, q: Records, peers: Peers, chosen: int, serves: Bools, remote: int, now_s: float,
-    scratch: Scratch, uniforms: Floats, view: Views, view_scratch: ViewScratch,
+def _draw(
+    p: Records, a: Records, q: Records, peers: Peers, chosen: int, serves: Bools, now_s: float, scratch: Scratch,
+    uniforms: Floats,
 ) -> None:  # fmt: skip
     if chosen == NEW_DRAW:
         transitions.draw_candidates(p[0], a[0], q, p[0].head, peers, serves, now_s, scratch)
     if chosen != KEPT:
         transitions.draw_uniforms(p[0], uniforms)
+
+
+@kernel
+def _see(
+    p: Records, a: Records, q: Records, peers: Peers, remote: int, now_s: float, view: Views, view_scratch: ViewScratch
+) -> None:
     p[0].remote = remote
     write_view(view, p[0], a[0], q, peers, now_s, view_scratch)
 
@@ -156,7 +170,8 @@ class NodeProvider:
         transitions.reset_provider(self._provider)
         record = self._provider[0]
         record["known"][: len(market.known)] = market.known
-        record["own"][[AD_MEAN_PROMPT, AD_MEAN_OUTPUT]] = mean_prompt, mean_output
+        record["own"][[AD_MEAN_PROMPT, AD_MEAN_UNCACHED, AD_MEAN_OUTPUT]] = mean_prompt, mean_prompt, mean_output
+        record["own"][AD_REUSE_S] = LONGEST_REUSE_S
         write_profile(record["own"], profile.row(), 1.0)
         record["own"][AD_CONTEXT] = transitions.usual_context(record, self.agreement)
         write_compute(record["compute"], record["own"], compute_per_ktok)
@@ -165,6 +180,7 @@ class NodeProvider:
         record["next_gossip_s"] = -np.inf  # at once
         self.account = np.zeros(ACCOUNT_SIZE, np.int64)
         self.account[FREE], self.account[STAKED] = round(credit * MICRO), round(stake * MICRO)
+        self.lookup: Lookup | None = None  # where prefixes are known
         self.pays = False  # whether credit that may be in escrow bounds what is handed over
         self._advertised: deque[Floats] = deque(maxlen=ADVERTS_KEPT)
         self.names: list[str] = []
@@ -212,8 +228,12 @@ class NodeProvider:
 
     # Requests.
 
-    def new(self, key: Any, klass: int, prompt: int, longest: int, arrival_s: float, model: str) -> int:
-        """A number for a request of `prompt` tokens, to be answered with at most `longest`."""
+    def new(
+        self, key: Any, klass: int, prompt: int, longest: int, arrival_s: float, model: str, turn: int = 1,
+        last_s: float = 0.0,
+    ) -> int:  # fmt: skip
+        """A number for a request of `prompt` tokens, to be answered with at most `longest`; it is this `turn` of its
+        session, whose answer before was there at `last_s`."""
         if not self._free:
             count = len(self._requests)
             larger = records(max(16, 2 * count), REQUEST)
@@ -227,6 +247,7 @@ class NodeProvider:
         request = self._requests[r]
         request["klass"], request["arrival_s"] = klass, arrival_s
         request["prompt"], request["longest"] = prompt, longest
+        request["turn"], request["last_s"] = turn, min(last_s, arrival_s)
         self.keys[r], self._models[r] = key, model
         return r
 
@@ -284,9 +305,9 @@ class NodeProvider:
         j = self._row_of(name)
         transitions.offer(self.record, self._requests, r, j, self._peers.peer_stats[j], self._peers.adverts[j])
 
-    def accepted(self, r: int, now_s: float, promise: Promise) -> None:
-        """The peer takes the request that it was offered."""
-        transitions.accepted(self._requests, r, now_s, *promise)
+    def accepted(self, r: int, now_s: float, promise: Promise, cached: int = 0) -> None:
+        """The peer takes the request that it was offered; `cached` of its prompt's tokens are taken to be paid so."""
+        transitions.accepted(self._requests, r, now_s, *promise, cached)
 
     def refused(self, r: int) -> None:
         """The peer does not take the request that it was offered, or does not answer."""
@@ -380,13 +401,16 @@ class NodeProvider:
 
     # Peers' requests.
 
-    def consider(self, prompt: int, longest: int, tariff: Tariff) -> Promise | None:
-        """Whether it takes a peer's request of `prompt` tokens, to be answered with at most `longest`, at a tariff.
+    def consider(self, prompt: int, cached: int, longest: int, tariff: Tariff) -> Promise | None:
+        """Whether it takes a peer's request of `prompt` tokens, `cached` of which are in the prefix cache, to be
+        answered with at most `longest`, at a tariff.
 
         The engine has been looked at, and the cost appraised, just before.
         """
         paid = np.array(tariff, np.int64)
-        taken, *expected = transitions.consider(self.record, self.agreement, float(prompt), longest, paid)
+        taken, *expected = transitions.consider(
+            self.record, self.agreement, float(prompt), float(cached), longest, paid
+        )
         if not taken or not all(map(math.isfinite, expected)):
             return None
         shown = (np.inf, np.inf)
@@ -396,13 +420,13 @@ class NodeProvider:
         promise = Promise(*map(min, expected, shown))
         return Promise(*(float(text) for text in promise.text()))
 
-    def serve(self, prompt: int, longest: int, tariff: Tariff, promise: Promise, now_s: float) -> int:
+    def serve(self, prompt: int, longest: int, tariff: Tariff, promise: Promise, now_s: float, cached: int = 0) -> int:
         """A number for a peer's request that is taken, until `served`."""
         r = self.new(None, 0, prompt, longest, now_s, "")
         request = self._requests[r]
         request["tariff"] = tariff
         request["shown_ttft_s"] = request["shown_tpot_s"] = np.inf  # the promise is made
-        transitions.accepted(self._requests, r, now_s + 0.5 * self.market.rtt_s, *promise)
+        transitions.accepted(self._requests, r, now_s + 0.5 * self.market.rtt_s, *promise, cached)
         return r
 
     def served(self, r: int) -> None:
@@ -411,9 +435,9 @@ class NodeProvider:
 
     # The own node.
 
-    def expect(self, prompt: int) -> Promise:
-        """What the own engine, as it is now, would take for a request."""
-        return Promise(*expect(self.record["own"], 0.0, float(prompt)))
+    def expect(self, prompt: int, cached: int = 0) -> Promise:
+        """What the own engine, as it is now, would take for a request, `cached` of whose tokens it has."""
+        return Promise(*expect(self.record["own"], 0.0, float(prompt), float(cached)))
 
     def is_cost_old(self, now_s: float) -> bool:
         """Whether the marginal cost is to be worked out again before it is used."""
@@ -427,13 +451,20 @@ class NodeProvider:
             self.record, self.agreement, self._requests, table["request"], table["own"], table["generated"], now_s
         )
 
-    def scraped(self, now_s: float, running: float, waiting: float, kv_tokens: float) -> None:
-        """The own engine's load."""
-        on_scrape(self._provider["own"][0], now_s, running, waiting, kv_tokens, 1.0)
+    def scraped(
+        self, now_s: float, running: float, waiting: float, kv_tokens: float, prefill: float | None = None,
+        reuse_s: float = np.inf,
+    ) -> None:  # fmt: skip
+        """The own engine's load, and how long it keeps what is not used. Where it does not say how many tokens are to
+        be prefilled, those that wait are taken for usual ones."""
+        own = self._provider["own"][0]
+        if prefill is None:
+            prefill = waiting * float(own[AD_MEAN_UNCACHED])
+        on_scrape(own, now_s, running, waiting, kv_tokens, prefill, reuse_s)
 
-    def finished(self, prompt: int, output: int) -> None:
-        """The own engine completed a request of so many tokens."""
-        on_length(self._provider["own"][0], float(prompt), float(output))
+    def finished(self, prompt: int, cached: int, output: int) -> None:
+        """The own engine completed a request of so many tokens, `cached` of whose prompt it had."""
+        on_length(self._provider["own"][0], float(prompt), float(min(cached, prompt)), float(output))
 
     def ticked(self, elapsed_s: float, now_s: float) -> None:
         """A tick went by: what was held may be decided on anew, and an advert may be due."""
@@ -511,10 +542,10 @@ class NodeProvider:
         """Price over marginal cost of a request of usual lengths, less 1; None while there is no cost."""
         own = self.record["own"]
         prompt, output = float(own[AD_MEAN_PROMPT]), float(own[AD_MEAN_OUTPUT])
-        cost = cost_of(self.record["cost"], prompt, output)
+        cost = cost_of(self.record["cost"], prompt, 0.0, output)
         if cost <= 0.0:
             return None
-        price = 1.0 if self.market.payment == PER_REQUEST else price_by(self.record["tariff"], prompt, output)
+        price = 1.0 if self.market.payment == PER_REQUEST else price_by(self.record["tariff"], prompt, 0.0, output)
         return price / cost - 1.0
 
     # What it decides.
@@ -536,10 +567,11 @@ class NodeProvider:
         if chosen == NEW_DRAW:
             for row, serves in enumerate(self.serves):
                 self._serving[row] = self._models[r] in serves
-        _see(
-            own, agreement, requests, peers, chosen, self._serving, remote, now_s, self._scratch, self.uniforms[0],
-            self._own_view, self._view_scratch,
-        )  # fmt: skip
+        if chosen != KEPT:
+            _draw(own, agreement, requests, peers, chosen, self._serving, now_s, self._scratch, self.uniforms[0])
+        if r >= 0 and self.lookup is not None:
+            self._look_for_prefixes(r, self.lookup, now_s)
+        _see(own, agreement, requests, peers, remote, now_s, self._own_view, self._view_scratch)
         self.policy.decide(self.view, self._asked, self.uniforms, self.actions)
         actions = self.actions
         route = _carry_out(
@@ -553,6 +585,19 @@ class NodeProvider:
         self.offer(r, name)
         return Decision(r, route, name)
 
+    def _look_for_prefixes(self, r: int, lookup: Lookup, now_s: float) -> None:
+        """What is cached of the request at the head, here and at each candidate that is taken to have it still."""
+        request, key = self._requests[r], self.keys[r]
+        prompt = int(request["prompt"])
+        tokens, used_s = lookup(key, prompt, "")
+        request["prefix"][0], request["prefix_age_s"][0] = tokens, max(0.0, now_s - used_s)
+        for k in range(int(request["n_candidates"])):
+            row = int(request["candidates"][k])
+            tokens, used_s = lookup(key, prompt, self.names[row])
+            kept = tokens > 0 and is_kept(self._peers.adverts[row], used_s)
+            request["prefix"][1 + k] = tokens if kept else 0
+            request["prefix_age_s"][1 + k] = max(0.0, now_s - used_s)
+
     def warm_up(self) -> None:
         """Go through all that can happen once, as the first of each may have to be compiled. For a new provider, which
         is not the same afterwards."""
@@ -565,7 +610,10 @@ class NodeProvider:
             self.scraped(0.0, 0.0, 0.0, 0.0)
             first, second = (self.new(None, 0, 1, 1, 0.0, "") for _ in range(2))
             self.arrived(first)
+            self.lookup = lambda key, prompt, place: (0, -math.inf)
             self.decide(0.0)
+            self.lookup = None
+            is_kept(self._peers.adverts[0], 0.0)
             self.offer(second, "peer")
             self.accepted(second, 0.0, Promise(1.0, 1.0))
             self.streamed(second, 1)
@@ -577,10 +625,10 @@ class NodeProvider:
             self.offer(second, "peer")
             self.lost(second)
             self.release(second)
-            self.finished(1, 1)
+            self.finished(1, 0, 1)
             self.missed(0)
             self.expect(1)
-            self.consider(1, 1, (0, 0, 0))
+            self.consider(1, 0, 1, (0, 0, 0))
             remote = self.serve(1, 1, (0, 0, 0), Promise(1.0, 1.0), 0.0)
             self.is_cost_old(0.0)
             self.appraise([(first, True, 1.0), (remote, False, 1.0)], 0.0)

@@ -12,6 +12,7 @@ from wwwserve.agents.protocol import ESCROW
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.engine import NEVER, advance
 from wwwserve.envs.market.offers import OFFER_TIMEOUT_S
+from wwwserve.envs.prefix_cache import Cache
 from wwwserve.envs.state import (
     ANSWER,
     ANSWERING,
@@ -40,7 +41,7 @@ class Checker:
 
     WALKED = (
         "next", "prompt", "output", "generated", "finish_tick", "origin", "klass", "kind", "out_next", "out_prev",
-        "mail", "mail_next", "mail_s", "finish_s", "status",
+        "mail", "mail_next", "mail_s", "finish_s", "status", "cached", "admitted", "leaf",
     )  # fmt: skip
 
     def __init__(self, batch: MarketBatch, b: int) -> None:
@@ -54,6 +55,8 @@ class Checker:
         m = self.batch.markets
         self.market, self.p, self.q = m.market[self.b], m.providers[self.b], m.requests[self.b]
         self.engines, self.accounts = m.engines[self.b], m.accounts[self.b]
+        self.tree, self.cached = m.tree[self.b], m.cached[self.b]
+        self.turns = m.turns[self.b, : self.market["n_turns"]]
         used = int(self.market["used"])
         assert used <= self.q.size
         self.status, self.kind = self.q["status"][:used], self.q["kind"][:used]
@@ -119,6 +122,7 @@ class Checker:
             tick = int(e["tick"])
             blocks = context = decoding = 0
             phase = [0] * BLOCK_TOKENS
+            users = np.zeros(len(self.tree), int)
             for r in e["slots"][: e["running"]].tolist():
                 held = self.rows["prompt"][r] + self.rows["generated"][r]
                 finish_tick = self.rows["finish_tick"][r]
@@ -128,8 +132,17 @@ class Checker:
                     decoding, context = decoding + 1, context + held
                     phase[(tick - held) % BLOCK_TOKENS] += 1
                 blocks += -(-held // BLOCK_TOKENS)
+                v = self.rows["leaf"][r] if e["cache_unit"] > 0 else -1
+                if v >= 0:  # whole blocks of its prompt may be others' as well
+                    path = int(self.tree["start"][v] + self.tree["blocks"][v])
+                    blocks -= min(self.rows["admitted"][r] // BLOCK_TOKENS, path)
+                while v >= 0:
+                    users[v] += 1
+                    v = int(self.tree["parent"][v])
                 assert r not in found
                 found[r] = i
+            if e["cache_unit"] > 0:
+                blocks += self.prefixes(e, self.cached[i], users)
             assert e["free_blocks"] + blocks == e["profile"][KV_BLOCKS] and e["free_blocks"] >= 0
             assert (e["kv_tokens"], e["decoding"]) == (context, decoding)
             assert e["phase"].tolist() == phase
@@ -138,10 +151,27 @@ class Checker:
                 assert r not in found
                 found[r] = i
                 tokens, count = tokens + self.rows["prompt"][r] + self.rows["generated"][r], count + 1
+                tokens -= self.rows["cached"][r]
                 r = self.rows["next"][r]
             assert (e["waiting"], e["wait_tokens"]) == (count, tokens)
             assert self.p[i]["online"] or count + e["running"] == 0
         return found
+
+    def prefixes(self, e: Any, cached: Any, users: Any) -> int:
+        """Blocks of the prefix cache that running requests use; all are in the tree, and listed if they may go."""
+        tree, resident = self.tree, cached["resident"]
+        assert cached["users"].tolist() == users.tolist()
+        assert ((resident >= 0) & (resident <= tree["blocks"])).all()
+        below = np.flatnonzero((resident > 0) & (tree["parent"] >= 0))
+        assert (resident[tree["parent"][below]] == tree["blocks"][tree["parent"][below]]).all()
+        listed, v = [], int(e["evict_head"])
+        while v >= 0:
+            listed.append(v)
+            v = int(cached["after"][v])
+        assert sorted(listed) == np.flatnonzero((resident > 0) & (users == 0)).tolist()
+        assert (np.diff(cached["used_s"][listed]) >= 0).all()
+        assert 0 <= e["cached_blocks"] == resident[listed].sum() <= e["free_blocks"]
+        return int(resident[users > 0].sum())
 
     def head(self, p: Any, i: int) -> None:
         """What a provider decides on is first of its class, which is open, with candidates."""
@@ -199,20 +229,19 @@ class Checker:
 
     def wakes(self) -> None:
         """No engine that is left alone finishes anything before its `wake_s`."""
-        engines, requests = self.engines[: self.n].copy(), self.q.copy()
+        engines, requests, cached = self.engines[: self.n].copy(), self.q.copy(), self.cached.copy()
         done = np.zeros(requests.size, np.int64)
-        for e in engines:
+        for i, e in enumerate(engines):
             if e["running"] + e["waiting"] > 0:
                 assert np.isfinite(e["wake_s"])
                 until_s = np.nextafter(e["wake_s"], -np.inf)
                 if until_s >= e["clock_s"]:
-                    assert advance(e, requests, until_s, done, 0) == 0
+                    assert advance(e, Cache(self.tree, cached[i]), requests, until_s, done, 0) == 0
 
     def whereabouts(self, held: set[int], engine: dict[int, int]) -> None:
         """Status says where a request is, and it is there and nowhere else."""
-        arrived = int(self.market["next_arrival"])
         users = np.arange(self.status.size) < self.market["n_arrivals"]
-        future = np.arange(self.status.size) >= arrived
+        future = ~self.arrived()
         assert np.array_equal(users, self.kind == USER)
         assert np.array_equal(self.status == FUTURE, users & future)
         assert held == set(np.flatnonzero(self.status == HELD).tolist())
@@ -225,12 +254,34 @@ class Checker:
                 assert self.ended.setdefault(r, state) == state, "ended twice"
         assert self.ended.keys() <= set(ended.tolist()), "had ended and is under way"
 
+    def arrived(self) -> Any:
+        """Which requests have come: of sessions' later turns those whose time was set and is over."""
+        numbers = np.arange(self.status.size)
+        later = (self.market["n_timed"] <= numbers) & (numbers < self.market["n_arrivals"])
+        coming = np.isin(numbers, self.turns)
+        assert (self.q["arrival_s"][self.turns] >= self.market["now_s"]).all() or self.market["over"]
+        here = np.isfinite(self.q["arrival_s"][: numbers.size]) & ~coming
+        return np.where(later, here, (numbers < self.market["next_arrival"]) | (numbers >= self.market["n_arrivals"]))
+
+    def follow(self, u: int, waits: Any) -> None:
+        """Strike out the turns after request u, which has ended, unless the next one is to come or has come."""
+        r = int(self.q["next_turn"][u])
+        if r < 0 or np.isfinite(self.q["arrival_s"][r]):
+            return
+        while r >= 0:
+            waits[r] = False
+            r = int(self.q["next_turn"][r])
+
     def users(self) -> None:
         n_arrivals, now_s = int(self.market["n_arrivals"]), float(self.market["now_s"])
         answer_s, origin = self.q["answer_s"][:n_arrivals], self.origin[:n_arrivals]
         status = self.status[:n_arrivals]
+        arrived = self.arrived()[:n_arrivals]
         open_ = np.isnan(answer_s)
-        assert self.market["unresolved"] == open_.sum()
+        waits = open_.copy()  # for its end: later turns of a session that has ended never come
+        for u in np.flatnonzero(arrived & ~open_).tolist():
+            self.follow(u, waits)
+        assert self.market["unresolved"] == waits.sum()
         assert not open_[status == DONE].any()
         # A request whose first executor was lost is open while its duel's copy is under way.
         for u in np.flatnonzero(open_ & (status == FAILED)).tolist():
@@ -243,12 +294,11 @@ class Checker:
         assert (answer_s[np.isfinite(answer_s)] <= now_s).all()
         self.answered_s[:n_arrivals] = answer_s
         counts = self.p["counts"]
-        arrived = int(self.market["next_arrival"])
         predicted = self.q["predicted"][:n_arrivals]
-        assert not predicted[~open_].any() or self.market["over"]
+        assert not predicted[~open_ | ~arrived].any() or self.market["over"]
         for i in range(self.n):
             mine = origin == i
-            assert counts[i, OWN_ARRIVED] == mine[:arrived].sum()
+            assert counts[i, OWN_ARRIVED] == (mine & arrived).sum()
             assert counts[i, OWN_DONE] == np.isfinite(answer_s[mine]).sum()
             assert counts[i, OWN_FAILED] == np.isinf(answer_s[mine]).sum()
             if self.market["over"]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from test_node import GOOD
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.serving import config
@@ -22,7 +23,6 @@ from wwwserve.serving.ledger.statements import Receipt, Served, Signed, State, S
 from wwwserve.serving.market import MOST_INT, Promise
 from wwwserve.serving.membership import heartbeat
 from wwwserve.serving.membership.heartbeat import Advert
-from wwwserve.tests.test_node import GOOD
 
 BEYOND = 2**63, 2**64 - 1, 2**64, 2**70
 STATED = Vouch(

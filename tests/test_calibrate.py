@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import virtual
 import yaml
 from scipy.optimize import nnls
 from virtual import NO_STALLS, OVERHEAD_S, VirtualEngine, VirtualProber, virtually
@@ -31,9 +32,10 @@ from wwwserve.serving.local_nodes import emulator, free_ports, served
 TRUTH = Profile(0.04, 1.5e-3, 2e-6, 0.02, 4e-4, 512, 4, 1024, 1024, "made up", seq_tokens=0.4, per_pair_s=3e-7)
 KNOWN = Fit((0.04, 1.5e-3, 2e-6, 0.02, 4e-4), 0.4, 3e-7, OVERHEAD_S)
 LOADS = np.array(
-    [(n, n * c, 0) for n in (1, 2, 4, 8, 16) for c in (40, 400, 900)]
-    + [(0, 0, p) for p in (8, 16, 32, 64, 128, 256, 512, 900)]
-    + [(n, n * p, p) for n in (1, 3, 7, 15) for p in (16, 100, 700)],
+    [(n, n * c, 0, 0) for n in (1, 2, 4, 8, 16) for c in (40, 400, 900)]
+    + [(0, 0, p, 0) for p in (8, 16, 32, 64, 128, 256, 512, 900)]
+    + [(n, n * p, p, 0) for n in (1, 3, 7, 15) for p in (16, 100, 700)]
+    + [(0, 0, p, c) for p in (60, 200) for c in (400, 800)],
     dtype=np.float64,
 )  # fmt: skip
 
@@ -47,14 +49,18 @@ def fitted(profile: Profile) -> Fit:
 def measured(noise: np.ndarray) -> list[Sample]:
     """The loads with times of the truth, each multiplied by its noise."""
     times_s = KNOWN.times_s(LOADS) * noise
-    return [Sample(*map(float, row), float(time_s)) for row, time_s in zip(LOADS, times_s, strict=True)]
+    return [
+        Sample(*map(float, row[:3]), float(time_s), cached=float(row[3]))
+        for row, time_s in zip(LOADS, times_s, strict=True)
+    ]
 
 
 def test_times_are_those_of_the_formula() -> None:
-    rows = np.array([(8, 3000, 0), (0, 0, 20), (0, 0, 200), (8, 3000, 200)])
+    rows = np.array([(8, 3000, 0, 0), (0, 0, 20, 0), (0, 0, 200, 0), (8, 3000, 200, 0), (0, 0, 200, 500)])
     computed_s = 0.02 + 4e-4 * 200 + 3e-7 * 200 * 200 / 2
     decode_s = 8 * 1.5e-3 + 3000 * 2e-6
     expected = [0.04 + decode_s, 0.04 + 5e-3, computed_s + 5e-3, computed_s + 4e-4 * 0.4 * 8 + decode_s]
+    expected.append(computed_s + 3e-7 * 200 * 500 + 5e-3)
     np.testing.assert_allclose(KNOWN.times_s(rows), expected)
 
 
@@ -81,7 +87,7 @@ def test_batches_off_the_line_are_found_as_they_are() -> None:
         sample._replace(time_s=float(time_s))
         for sample, time_s in zip(measured(np.ones(len(LOADS))), uneven.times_s(LOADS), strict=True)
     ]
-    assert uneven.times_s(np.array([(6, 100, 0)])) == pytest.approx(0.04 + 9e-3 + 2e-4 - 0.5e-3)
+    assert uneven.times_s(np.array([(6, 100, 0, 0)])) == pytest.approx(0.04 + 9e-3 + 2e-4 - 0.5e-3)
     found = fit(samples)
     assert np.abs(found.times_s(LOADS) / uneven.times_s(LOADS) - 1).max() < 0.02
     assert np.ptp(found.batch_s) > 5e-3
@@ -117,10 +123,10 @@ def test_nonnegative_least_squares_are_those_of_scipy(seed: int) -> None:
 
 async def measure(
     profile: Profile, settings: Settings, stalls: Iterator[float] = NO_STALLS,
-    then: Callable[[Measurement], None] = lambda measurement: None,
+    then: Callable[[Measurement], None] = lambda measurement: None, caches: bool = True,
 ) -> Calibration:  # fmt: skip
     """What calibration finds of an engine that has nothing else to do."""
-    engine = VirtualEngine(profile, ["m"])
+    engine = VirtualEngine(profile, ["m"], caches=caches)
     running = asyncio.create_task(engine.run())
     prober = VirtualProber(engine, settings)
     prober.stalls = stalls
@@ -149,14 +155,27 @@ def test_the_profile_of_an_engine_is_found(truth: Profile) -> None:
     for name in ("weight_s", "per_seq_s", "per_kv_token_s", "prefill_base_s", "per_token_s"):
         assert getattr(profile, name) == pytest.approx(getattr(truth, name), rel=0.1), name
     counts = (1, 2, 4) if truth is TRUTH else (1, 8, 40)
-    rows = np.array([(n, n * c, p) for n in counts for c in (50, 400, 700) for p in (0, 200, 900)], dtype=float)
+    rows = np.array(
+        [(n, n * c, p, before) for n in counts for c in (50, 400, 700) for p in (0, 200, 900) for before in (0, 600)],
+        dtype=float,
+    )
     assert np.abs(fitted(profile).times_s(rows) / fitted(truth).times_s(rows) - 1).max() < 0.05
     assert all(sample.time_s > 0 for sample in found.samples)
-    kinds = [f"{kind}, {which}" for kind in ("decode", "prefill alone", "prefill among others")
+    kinds = [f"{kind}, {which}" for kind in ("decode", "prefill alone", "prefill after cached", "prefill among others")
              for which in ("fitted", "held out")]  # fmt: skip
     assert list(found.errors) == kinds
     assert all(error.loads >= 2 and error.mean < 0.05 for error in found.errors.values())
     assert found.overhead_s == pytest.approx(OVERHEAD_S + LOOK_S / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("caches", [True, False])
+def test_where_nothing_is_cached_or_told_the_profile_is_found_without(
+    caches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(virtual, "TELLS_CACHED", False)
+    found = virtually(measure(TRUTH, Settings(repeats=1), caches=caches))
+    assert "prefill after cached, held out" not in found.errors and not any(each.cached for each in found.samples)
+    assert found.profile.per_token_s == pytest.approx(TRUTH.per_token_s, rel=0.1)
 
 
 def test_times_that_are_none_are_refused() -> None:

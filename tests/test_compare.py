@@ -120,7 +120,9 @@ def test_result_has_exactly_the_keys_of_the_contract(small: Scenario) -> None:
     assert list(result["scenarios"]["small"]) == ["www_serve", "single"]
     cell = result["scenarios"]["small"]["single"]
     times = {"mean", "p50", "p90", "p99"}
-    measures = {"slo", "slo_auc", "latency_s", "first_token_s", "goodput_value", "profit", "price"}
+    measures = {
+        "slo", "slo_auc", "latency_s", "first_token_s", "goodput_value", "interactive", "prefix_hit", "profit", "price",
+    }  # fmt: skip
     assert set(cell) == measures | {"requests", "unfinished"}
     assert set(cell["slo"]) == {"10", "20", "40"}
     assert set(cell["latency_s"]) == times | {"quantiles"} and set(cell["first_token_s"]) == times

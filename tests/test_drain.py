@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from test_node import MODEL, Net, Stub, busy, net, play
 
 from wwwserve.serving import config, node
-from wwwserve.tests.test_node import MODEL, Net, Stub, busy, net, play
 
 
 @contextlib.asynccontextmanager

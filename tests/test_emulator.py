@@ -19,6 +19,7 @@ from wwwserve.agents.kernel import records
 from wwwserve.envs.emulator import LOOK_S, Emulator, read_profile
 from wwwserve.envs.emulator_api import Completion
 from wwwserve.envs.engine import ENGINE, JOB, advance, reset_engine, reset_jobs, submit
+from wwwserve.envs.prefix_cache import NO_CACHE
 
 SPEED = 200.0
 STOPPED = (0, -signal.SIGTERM)  # the server passes the signal on when it has stopped
@@ -90,7 +91,9 @@ def test_an_answer_has_as_many_words_as_tokens(server: Server) -> None:
     message = answer["choices"][0]["message"]
     assert message["role"] == "assistant" and len(message["content"].split()) == 17
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 17, "total_tokens": 21}
+    assert answer["usage"] == {
+        "prompt_tokens": 4, "completion_tokens": 17, "total_tokens": 21, "prompt_tokens_details": {"cached_tokens": 0}
+    }  # fmt: skip
     status, answer = ask(server, "/v1/completions", model="tiny", prompt="x" * 400, max_tokens=3, ignore_eos=True)
     assert status == 200 and len(answer["choices"][0]["text"].split()) == 3
     assert answer["usage"]["prompt_tokens"] == 100
@@ -227,9 +230,9 @@ def test_times_are_those_of_the_engine() -> None:
     reset_jobs(jobs)
     jobs["prompt"], jobs["output"] = 50, output
     for k in range(40):
-        advance(engine[0], jobs, at_s[k], done, 0)
-        submit(engine[0], jobs, k, at_s[k])
-    advance(engine[0], jobs, 1e6, done, 0)
+        advance(engine[0], NO_CACHE, jobs, at_s[k], done, 0)
+        submit(engine[0], NO_CACHE, jobs, k, at_s[k])
+    advance(engine[0], NO_CACHE, jobs, 1e6, done, 0)
     expected_s = jobs["finish_s"] - at_s
 
     async def run() -> list[float]:
@@ -250,6 +253,99 @@ def test_times_are_those_of_the_engine() -> None:
 
     found_s = np.array(virtually(run()))
     assert ((found_s - expected_s + 1e-6 >= 0) & (found_s - expected_s < LOOK_S + 1e-3)).all()
+
+
+def cached(usage: dict[str, Any]) -> int:
+    return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_a_session_finds_what_was_computed_of_it_and_nobody_else_does(server: Server) -> None:
+    messages = [{"role": "user", "content": "What is new? " * 40}]
+    before = cache_counts(server)
+    prompts, hits = 0, []
+    for turn in range(3):
+        if turn % 2:
+            asked = chat(messages=messages, stream=True, stream_options={"include_usage": True}, max_tokens=50)
+            parts = asyncio.run(events(server.url, "/v1/chat/completions", asked))
+            answer, usage = "".join(p["choices"][0]["delta"].get("content", "") for p in parts[:-1]), parts[-1]["usage"]
+        else:
+            told = ask(server, "/v1/chat/completions", **chat(messages=messages, max_tokens=50))[1]
+            answer, usage = told["choices"][0]["message"]["content"], told["usage"]
+        hits.append(cached(usage))
+        known = prompts
+        prompts = usage["prompt_tokens"] + usage["completion_tokens"]
+        assert hits[-1] == max(0, known - 1) // 16 * 16  # the last token of an answer is not computed
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": f"And {turn}? " * 20}]
+    queries, found = (b - a for a, b in zip(before, cache_counts(server), strict=True))
+    assert found == sum(hits) > 0 and queries > found
+    again = ask(server, "/v1/chat/completions", **chat(messages=messages[:-2], max_tokens=5))[1]["usage"]
+    assert cached(again) == (again["prompt_tokens"] - 1) // 16 * 16  # of a whole prompt all but the last token
+    for change in ({"cache_salt": "another's"}, {"tools": []}, {"model": "tiny"}):
+        other = ask(server, "/v1/chat/completions", **chat(messages=messages[:-2], max_tokens=5) | change)[1]["usage"]
+        assert cached(other) == 0, change
+    salted = ask(server, "/v1/chat/completions", **chat(messages=messages[:-2], max_tokens=5, cache_salt="another's"))
+    assert cached(salted[1]["usage"]) == cached(again)
+    for wrong in ("", 3, ["a"]):
+        assert ask(server, "/v1/chat/completions", **chat(cache_salt=wrong))[0] == 400
+
+
+def cache_counts(server: Server) -> tuple[float, float]:
+    """Tokens of prompts that were looked for and found in the prefix cache."""
+
+    async def get() -> str:
+        async with aiohttp.ClientSession() as session, session.get(server.url + "/metrics") as answer:
+            return await answer.text()
+
+    page = asyncio.run(get())
+    queries, hits = (
+        float(re.search(rf"^vllm:prefix_cache_{name}_total{{.*}} (.*)$", page, re.MULTILINE)[1])  # type: ignore[index]
+        for name in ("queries", "hits")
+    )
+    return queries, hits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hit", "told"),
+    [
+        (("--no-prefix-caching",), 0, True), (("--no-prompt-tokens-details",), 496, False),
+        (("--block-tokens", "128"), 384, True),
+    ],
+)  # fmt: skip
+def test_what_is_cached_and_told_is_as_it_is_asked_for(arguments: tuple[str, ...], hit: int, told: bool) -> None:
+    server = Server("--speed", str(SPEED), *arguments)
+    try:
+        body = {"model": server.models[0], "prompt": "x" * 2000, "max_tokens": 5}
+        usages = [ask(server, "/v1/completions", **body)[1]["usage"] for _ in range(2)]
+        assert [("prompt_tokens_details" in usage) for usage in usages] == [told, told]
+        assert cache_counts(server) == ((1000.0, hit) if hit else (1000.0, 0.0))
+        if told:
+            assert [cached(usage) for usage in usages] == [0, hit]
+    finally:
+        server.stop()
+
+
+def test_a_block_that_no_engine_has_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "wwwserve.envs.emulator", "--block-tokens", "24"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "expected a multiple of 16" in done.stderr
+
+
+def test_a_cached_prompt_is_answered_sooner() -> None:
+    async def run() -> list[float]:
+        emulator = VirtualEngine(profile("rtx-4090", "qwen3-8b", 8), ["m"])
+        looks = asyncio.create_task(emulator.run())
+        took_s = []
+        for hashes in ([b"%d" % k for k in range(256)], [b"%d" % k for k in range(256)], [b"other"] * 0):
+            job, began = emulator.put(4096, 2, True, hashes), emulator.now_s
+            await job.changed.wait()
+            took_s.append(emulator.now_s - began)
+            await asyncio.sleep(5.0)
+        looks.cancel()
+        return took_s
+
+    first, again, other = virtually(run())
+    assert again < 0.2 * first and other == pytest.approx(first, abs=2 * LOOK_S)
 
 
 def test_slots_are_used_again() -> None:

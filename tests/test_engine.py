@@ -24,6 +24,7 @@ from wwwserve.envs.engine import (
     submit,
     tokens_out,
 )
+from wwwserve.envs.prefix_cache import NO_CACHE
 
 FAR_S = 1e5
 
@@ -52,12 +53,12 @@ class Engine:
         r = self.count
         self.count += 1
         self.q[r]["prompt"], self.q[r]["output"] = prompt, output
-        submit(self.e, self.q, r, submit_s)
+        submit(self.e, NO_CACHE, self.q, r, submit_s)
         return r
 
     def advance(self, until_s: float) -> None:
         """Run to `until_s`; the requests that finish get their time from the engine."""
-        count = advance(self.e, self.q, until_s, self.done, 0)
+        count = advance(self.e, NO_CACHE, self.q, until_s, self.done, 0)
         self.finished += self.done[:count].tolist()
 
     def finish_s(self) -> list[float]:
@@ -254,10 +255,10 @@ def test_abort_in_the_queue() -> None:
     engine = Engine(round_profile(max_num_seqs=1), [(10, 2, 0.0), (11, 2, 0.0), (12, 2, 0.0), (13, 2, 0.0)])
     engine.advance(1.1)
     for r, rest in ((2, [1, 3]), (3, [1]), (1, [])):  # from the middle, the tail, the head
-        assert abort(engine.e, engine.q, r)
+        assert abort(engine.e, NO_CACHE, engine.q, r)
         assert engine.waiting() == rest
         engine.check_conservation()
-    assert not abort(engine.e, engine.q, 2)
+    assert not abort(engine.e, NO_CACHE, engine.q, 2)
     engine.advance(FAR_S)
     assert engine.finished == [0]
     assert engine.finish_s()[0] == pytest.approx(1 + 1.1 + 0.10)
@@ -267,21 +268,21 @@ def test_abort_while_running() -> None:
     engine = Engine(round_profile(max_num_seqs=2), [(16, 9, 0.0), (8, 4, 0.0), (8, 1, 0.0)])
     prefill = 0.5 + 0.05 * 24  # 1.7
     engine.advance(prefill + 1.2 + 0.24 + 1e-6)  # 3.14: one decode more
-    assert abort(engine.e, engine.q, 0)
+    assert abort(engine.e, NO_CACHE, engine.q, 0)
     engine.check_conservation()
     assert engine.q["generated"][0] == 2 and np.isnan(engine.q["finish_s"][0])
     engine.advance(FAR_S)
     joined = 3.14 + 1.0 + 0.1 + 0.09  # request 2 has the slot: 0.5 + 0.05 * 9 < 1, beside a decode over 9
     assert engine.finished == [2, 1]
     assert engine.finish_s()[1:] == pytest.approx([joined + 1.1 + 0.10, joined])
-    assert not abort(engine.e, engine.q, 1)  # done already
+    assert not abort(engine.e, NO_CACHE, engine.q, 1)  # done already
 
 
 def test_abort_during_a_chunked_prefill_frees_the_whole_prompt() -> None:
     engine = Engine(round_profile(max_batched_tokens=16, kv_blocks=5), [(40, 3, 0.0), (60, 1, 0.0)])
     engine.advance(1.4)
     assert engine.q["prefill_left"][0] == 24 and engine.e["free_blocks"] == 2
-    assert abort(engine.e, engine.q, 0)
+    assert abort(engine.e, NO_CACHE, engine.q, 0)
     engine.check_conservation()
     assert engine.e["free_blocks"] == 5
     engine.advance(FAR_S)
@@ -362,7 +363,7 @@ def test_the_engine_agrees_with_the_reference(
             assert engine.submit(prompt, output, job.submit_s) == job.name
         elif what == "abort" and jobs:
             job = jobs[numbers[0] % len(jobs)]
-            assert abort(engine.e, engine.q, job.name) == reference.abort(job)
+            assert abort(engine.e, NO_CACHE, engine.q, job.name) == reference.abort(job)
             engine.check_conservation()
     while reference.running or reference.waiting:
         now_s += 1000.0

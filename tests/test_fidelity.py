@@ -45,7 +45,7 @@ def test_an_emulated_engine_is_as_it_is_simulated() -> None:
         engine = VirtualEngine(TRUTH, ["m"])
         running = asyncio.create_task(engine.run())
         prober = VirtualProber(engine, Settings())
-        found = [await play(prober, each, np.random.default_rng(3)) for each in requests]
+        found = [await play(prober, each, np.random.default_rng(k)) for k, each in enumerate(requests)]
         running.cancel()
         return found
 

@@ -29,6 +29,7 @@ from wwwserve.agents import (
     hardware,
     kernel,
     knowledge,
+    prefix,
     protocol,
     provider,
     rules,
@@ -57,10 +58,11 @@ def adverts_of(rng: np.random.Generator, count: int) -> Any:
         knowledge.write_profile(row, p.row(), rng.uniform(0.5, 2))
         knowledge.on_scrape(
             row, rng.choice([1.0, 2.0, 3.0]), rng.integers(0, 65), rng.choice([0, 0, 7]),
-            rng.uniform(0, p.kv_tokens), rng.uniform(0.3, 1.2),
+            rng.uniform(0, p.kv_tokens), rng.choice([0.0, 9000.0]), rng.choice([0.0, 60.0, np.inf]),
         )  # fmt: skip
         row[knowledge.AD_MEAN_PROMPT], row[knowledge.AD_MEAN_OUTPUT] = rng.uniform(1, 3000, 2)
-        knowledge.on_length(row, rng.uniform(1, 3000), rng.uniform(1, 3000))
+        knowledge.on_length(row, rng.uniform(1, 3000), rng.uniform(0, 1), rng.uniform(1, 3000))
+        knowledge.misreport_load(row, rng.uniform(0.3, 1.2))
         row[knowledge.AD_TARIFF : knowledge.AD_HELD] = rng.uniform(0, 5, 4)
         row[knowledge.AD_CONTEXT] = rng.uniform(1, 3000)
         row[knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = rng.integers(0, 9, classes.MAX_CLASSES)
@@ -95,12 +97,19 @@ def knowledge_case(rng: np.random.Generator) -> Results:
     cleared = peer_stats.copy()
     for row in cleared[::2]:
         knowledge.clear_progress(row)
-    return {"adverts": adverts, "peer_stats": peer_stats, "read": np.array(read, float), "cleared": cleared}
+    kept = [prefix.is_kept(a, a[knowledge.AD_TIME_S] - rng.uniform(-30, 90)) for a in adverts]
+    return {
+        "kept": np.array(kept),
+        "adverts": adverts,
+        "peer_stats": peer_stats,
+        "read": np.array(read, float),
+        "cleared": cleared,
+    }
 
 
 def estimate_case(rng: np.random.Generator) -> Results:
     adverts = adverts_of(rng, DRAWS)
-    expected = [estimate.expect(a, float(rng.integers(0, 9)), rng.uniform(1, 4000)) for a in adverts]
+    expected = [estimate.expect(a, float(rng.integers(0, 9)), *rng.uniform([4000, 0], 4000)) for a in adverts]
     chances = [
         estimate.chance_on_time(
             np.sort(rng.uniform(1, 400, 5)), rng.uniform(0, 50), first_s, token_s, rng.uniform(1, 4000),
@@ -108,7 +117,7 @@ def estimate_case(rng: np.random.Generator) -> Results:
         )
         for first_s, token_s in expected
     ]  # fmt: skip
-    slowdowns = [estimate.slowdown(a, float(rng.integers(0, 9))) for a in adverts]
+    slowdowns = [estimate.slowdown(a, float(rng.integers(0, 9)), *rng.uniform([4000, 0], 4000)) for a in adverts]
     iterations = [hardware.iteration_s(p.row(), *rng.uniform(0, [64, 50_000, 2048])) for p in PROFILES]
     off_line = [hardware.off_line_s(rng.uniform(-0.01, 0.01, row.shape), int(rng.integers(1, 257)))
                 for row in (p.row() for p in PROFILES)]  # fmt: skip
@@ -257,7 +266,7 @@ class Life:
         r = self.offered.pop(int(self.rng.integers(len(self.offered))))
         j = int(self.q[r]["executor"])
         if self.rng.random() < 0.5:
-            provider.accepted(self.q, r, self.now_s, self.rng.uniform(0.1, 5), self.rng.uniform(0.01, 0.1))
+            provider.accepted(self.q, r, self.now_s, self.rng.uniform(0.1, 5), self.rng.uniform(0.01, 0.1), 9)
             self.taken.append(r)
         else:
             provider.refused(self.p, self.q, r, self.peer_stats[j])
@@ -298,7 +307,8 @@ class Life:
             provider.advertise(p, int(self.account[protocol.STAKED]), self.now_s, self.adverts[0])
         self.appraise()
         prompt, longest = float(self.rng.uniform(1, 3000)), int(self.rng.integers(5000))
-        self.log += provider.consider(p, self.a, prompt, longest, self.rng.integers(0, 10**6, protocol.TARIFF_SIZE))
+        tariff_ = self.rng.integers(0, 10**6, protocol.TARIFF_SIZE)
+        self.log += provider.consider(p, self.a, prompt, 0.5 * prompt, longest, tariff_)
 
     def appraise(self) -> None:
         """What runs here, if the cost is old: requests of its own users and of peers."""
@@ -379,8 +389,13 @@ def tariff_case(rng: np.random.Generator) -> Results:
         future = tariff.future_loss(own, rng.random(3), KNOWN, DEADLINES, 2)
         tariff.write_cost(cost, compute, rng.random(), rng.random(), future, own)
         tariff.write_tariff(written, cost, rng.uniform(0.5, 8))
-        prices.append([future, *cost, *written, tariff.cost_of(cost, 300.0, 200.0), tariff.price_by(written, 9.0, 8.0)])
-        prices[-1] += [tariff.in_micro(written[0]), *estimate.full_batch(own), *estimate.marginal_delay(own)]
+        prices.append([future, *cost, *written, tariff.cost_of(cost, 300.0, 99.0, 200.0)])
+        prices[-1] += [
+            tariff.price_by(written, 9.0, 3.0, 8.0),
+            tariff.in_micro(written[0]),
+            *estimate.full_batch(own),
+            *estimate.marginal_delay(own),
+        ]
         a, b, price = rng.uniform(0.1, 60, 3)
         lost.append([tariff.on_time_by(a, b), tariff.share_paid(a, b), tariff.payment_lost_per_s(price, a, b)])
         generated = rng.choice([0.0, 90.0, 700.0])

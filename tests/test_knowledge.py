@@ -148,16 +148,29 @@ def test_duel_rate_leaves_one_half_slowly(peer_stats: Floats) -> None:
 
 def test_a_scrape_writes_load_and_nothing_else(advert: Floats) -> None:
     before = advert.copy()
-    k.on_scrape(advert, 200.0, 7, 3, 512, 0.5)
-    assert changed(before, advert) == {k.AD_TIME_S, k.AD_RUNNING, k.AD_WAITING, k.AD_KV_TOKENS}
-    assert advert[[k.AD_TIME_S, k.AD_RUNNING, k.AD_WAITING, k.AD_KV_TOKENS]].tolist() == [200.0, 3.5, 1.5, 256.0]
+    k.on_scrape(advert, 200.0, 7, 4, 512, 900, np.inf)
+    written = [k.AD_TIME_S, k.AD_RUNNING, k.AD_WAITING, k.AD_KV_TOKENS, k.AD_PREFILL, k.AD_REUSE_S]
+    assert changed(before, advert) == {*written}
+    assert advert[written].tolist() == [200.0, 7.0, 4.0, 512.0, 900.0, k.LONGEST_REUSE_S]
+
+
+def test_a_load_that_is_misreported_is_so_in_all_its_parts(advert: Floats) -> None:
+    k.on_scrape(advert, 200.0, 7, 3, 512, 900, 60.0)
+    advert[k.AD_HELD : k.AD_HELD + MAX_CLASSES] = 2.0
+    before = advert.copy()
+    k.misreport_load(advert, 0.5)
+    load = [k.AD_RUNNING, k.AD_WAITING, k.AD_KV_TOKENS, k.AD_PREFILL, *range(k.AD_HELD, k.AD_HELD + MAX_CLASSES)]
+    assert changed(before, advert) == {*load}
+    np.testing.assert_array_equal(advert[load], 0.5 * before[load])
 
 
 def test_mean_lengths_follow_what_was_completed(advert: Floats) -> None:
     advert[k.AD_MEAN_PROMPT], advert[k.AD_MEAN_OUTPUT] = 100.0, 400.0
     before = advert.copy()
-    k.on_length(advert, 300, 200)
-    assert changed(before, advert) == {k.AD_MEAN_PROMPT, k.AD_MEAN_OUTPUT}
+    advert[k.AD_MEAN_UNCACHED] = before[k.AD_MEAN_UNCACHED] = 80.0
+    k.on_length(advert, 300, 120, 200)
+    assert changed(before, advert) == {k.AD_MEAN_PROMPT, k.AD_MEAN_UNCACHED, k.AD_MEAN_OUTPUT}
+    assert advert[k.AD_MEAN_UNCACHED] == pytest.approx(81.0)
     assert advert[k.AD_MEAN_PROMPT] == pytest.approx(102.0)
     assert advert[k.AD_MEAN_OUTPUT] == pytest.approx(398.0)
 
@@ -168,7 +181,7 @@ def test_a_profile_in_an_advert(advert: Floats, speed: float) -> None:
     before = advert.copy()
     k.write_profile(advert, p.row(), speed)
     np.testing.assert_array_equal(advert[: k.AD_WEIGHT_S], before[: k.AD_WEIGHT_S])
-    times = [p.weight_s, p.per_seq_s, p.per_kv_token_s, p.prefill_base_s, p.per_token_s]
+    times = [p.weight_s, p.per_seq_s, p.per_kv_token_s, p.prefill_base_s, p.per_token_s, p.per_pair_s]
     np.testing.assert_allclose(advert[k.AD_WEIGHT_S : k.AD_KV_CAPACITY] * speed, times, rtol=1e-15)
     assert advert[k.AD_KV_CAPACITY] == p.kv_tokens
     assert advert[k.AD_MAX_NUM_SEQS] == 48

@@ -144,6 +144,30 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path, capsys: pytest.Capture
         assert message in capsys.readouterr().err
 
 
+def test_sessions_are_played_turn_by_turn_and_hit_what_simulated_ones_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sessions = {
+        "kind": "sessions", "rate_per_s": 0.2, "system_tokens": 200, "turns": {"median": 4, "sigma": 0.4, "max": 8},
+        "turn": {"median": 80, "sigma": 0.6, "max": 400}, "think_s": {"median": 3, "sigma": 0.5, "max": 10},
+    }  # fmt: skip
+    mapping = MAPPING | {
+        "defaults": {"lengths": {"output": {"median": 60, "sigma": 0.4, "max": 200}}, "serves": ["qwen3"]},
+        "providers": [{"name": name, "gpu": "rtx-3090", "traffic": sessions} for name in ("a", "b")],
+    }
+    scenario, out = tmp_path / "sessions.yaml", tmp_path / "out.json"
+    scenario.write_text(yaml.safe_dump(mapping))
+    arguments = [str(scenario), "--policy", "single", "--runs", "1", "--speed", "8", "--stream"]
+    assert command.main([*arguments, "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    mine, theirs = result["scenarios"]["short"]["single"], result["predicted"]["short"]["single"]
+    planned = plan(load(scenario), command.FIRST_TEST_SEED).traffic
+    assert mine["failed"] == 0 and (planned.follows < 0).sum() < mine["requests"] <= planned.time_s.size
+    assert abs(mine["requests"] - theirs["requests"]) <= 0.2 * theirs["requests"]  # by when the last ones think
+    assert mine["prefix_hit"][0] == pytest.approx(theirs["prefix_hit"][0], abs=0.05) and mine["prefix_hit"][0] > 0.3
+    assert "cached" in capsys.readouterr().out
+
+
 def test_engines_have_one_measured_profile_with_what_their_kv_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def no_engines(models: list[str], kv_tokens: int) -> Iterator[Engines]:

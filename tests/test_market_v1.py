@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pettingzoo.test import api_test, parallel_api_test, parallel_seed_test
 
-from wwwserve.agents.decision import AT_COST, FLAT_ACTIONS, HOLD, LOCAL, ROUTES, decode, encode
+from wwwserve.agents.decision import AT_COST, FLAT_ACTIONS, HOLD, LOCAL, NODES, ROUTES, decode, encode
 from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import (
     FINISH_S,
@@ -15,7 +15,6 @@ from wwwserve.agents.view import (
     HAS_REQUEST,
     KV_USE,
     NODE_FEATURES,
-    NODES,
     REQUEST_FEATURES,
     SELF_FEATURES,
 )

@@ -35,6 +35,7 @@ def requests(latency_s: list[float], klass: list[int] | None = None, first_token
         executor=ints,
         klass=np.array(klass or [0] * count, np.int32),
         prompt=ints.astype(np.int64),
+        cached=ints.astype(np.int64),
         output=ints.astype(np.int64),
         latency_s=np.array(latency_s, dtype=float),
         first_token_s=np.array(first_token_s or latency_s, dtype=float),

@@ -176,3 +176,20 @@ def test_sessions_that_come_in_turns_are_found_as_a_cache_of_that_size_has_them(
         if len(session) > 12:
             session[1:] = []
     assert 0.2 * prompts < hits < 0.8 * prompts and off < 0.05 * prompts
+
+
+def test_a_request_is_looked_at_as_far_as_its_pieces_go_and_no_further() -> None:
+    empty: list[dict[str, Any]] = [{}] * 300_000  # of which each would make what is hashed next longer
+    assert len(prefix_of(CHAT, {"model": "m", "messages": empty}).hashes) == prefix_index.MOST_PIECES
+    nested: Any = []
+    for _ in range(2000):
+        nested = [nested]
+    assert prefix_of(CHAT, {"model": "m", "messages": [{"role": "user", "content": nested}]}).hashes
+
+
+def test_a_prompt_that_no_engine_holds_changes_nothing() -> None:
+    found, _ = index(kv_tokens=1000)
+    kept = prefix_of(CHAT, chat("s", "x" * 2000))
+    found.remember("", kept, prompt=500, output=10, answer_bytes=40)
+    found.remember("", prefix_of(CHAT, chat("s", "y" * 9000)), prompt=1 << 24, told=False)
+    assert found.cached(kept, 500).tokens > 400 and found.reuse_s() == float("inf")

@@ -4,15 +4,19 @@ apart."""
 import asyncio
 import json
 import re
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from aiohttp import web
+from test_node import MODEL, Net, Stub, net, play
 
 from wwwserve.serving.engine.prefix_index import MOST_DRIFT, REPORTS, Drift, prefix_of
-from wwwserve.tests.test_node import MODEL, Net, Stub, net, play
+from wwwserve.serving.local_nodes import Plan, look, running
+from wwwserve.serving.node_provider import Lookup, NodeProvider
 
 CHAT = "/v1/chat/completions"
 WORD = "word "
@@ -88,6 +92,33 @@ def test_what_is_predicted_is_what_is_reported_here_and_at_a_peer(where: str) ->
     play(scene)
 
 
+@pytest.mark.parametrize("where", ["local", "peer"])
+def test_the_policy_sees_what_is_cached_where(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, list[int], float]] = []  # turn, prompt, cached here and at the candidate, time since
+    look = NodeProvider._look_for_prefixes
+
+    def looked(provider: NodeProvider, r: int, lookup: Lookup, now_s: float) -> None:
+        look(provider, r, lookup, now_s)
+        q = provider.requests[r]
+        since_s = float(q["arrival_s"] - q["last_s"])
+        seen.append((int(q["turn"]), int(q["prompt"]), q["prefix"][: 1 + q["n_candidates"]].tolist(), since_s))
+
+    monkeypatch.setattr(NodeProvider, "_look_for_prefixes", looked)
+
+    async def scene() -> None:
+        stubs = [Caching()] if where == "local" else [Caching(waiting=200), Caching()]
+        async with net(*stubs) as n:
+            await converse(n, 4)
+
+    play(scene)
+    assert {turn for turn, *_ in seen} == {1, 2, 3, 4}
+    for turn, prompt, cached, since_s in seen:
+        at = 0 if where == "local" else 1
+        assert all(cached[k] == 0 for k in range(len(cached)) if k != at or turn == 1)
+        assert turn == 1 or (0.5 * prompt < cached[at] < prompt and cached[at] % 16 == 0)
+        assert (since_s == 0) == (turn == 1)
+
+
 def test_an_engine_that_does_not_report_is_no_cause_for_alarm() -> None:
     async def scene() -> None:
         async with net(Caching(reports=False)) as n:
@@ -155,6 +186,38 @@ def test_an_engine_that_knows_no_salts_gets_none() -> None:
             assert host.salts[0] is None
 
     play(scene)
+
+
+def test_sessions_on_emulated_engines_are_cached_as_predicted() -> None:
+    """Of four users at once, three turns each, streamed or not; on the own engine and, as it is full, at the peer's."""
+    plan = Plan(
+        nodes=2, base_port=0, policy="earliest_finish", gpu="rtx-3090", model="qwen3-8b", max_num_seqs=2, speed=20.0
+    )
+
+    def session(url: str, k: int) -> None:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+        messages: list[Any] = [{"role": "system", "content": f"You are {k % 2}. " * 100}]
+        for turn in range(3):
+            messages.append({"role": "user", "content": f"User {k} asks {turn}. " * 20})
+            if k % 2:
+                parts = client.chat.completions.create(model="qwen3-8b", messages=messages, max_tokens=60, stream=True)
+                answer = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+            else:
+                whole = client.chat.completions.create(model="qwen3-8b", messages=messages, max_tokens=60)
+                answer = whole.choices[0].message.content or ""
+            messages.append({"role": "assistant", "content": answer})
+
+    with running(plan) as network:
+        users = [threading.Thread(target=session, args=(network.urls[0], k)) for k in range(8)]
+        for user in users:
+            user.start()
+        for user in users:
+            user.join()
+        seen = look(network.urls[0])
+    local, peer = seen["prefix"]["local"], seen["prefix"]["peer"]
+    assert seen["requests"]["answered"] == 24 and local["reports"] > 0
+    # Turns of two users who share a prompt may be computed at one time, when neither has it yet.
+    assert local["drift"] < 0.2 and peer["drift"] < 0.2 and not local["alarm"]
 
 
 def test_drift_is_an_alarm_once_there_are_enough_reports() -> None:

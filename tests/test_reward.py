@@ -16,6 +16,7 @@ from wwwserve.agents.knowledge import (
     AD_CONTEXT,
     AD_MEAN_OUTPUT,
     AD_PER_KV_TOKEN_S,
+    AD_PER_PAIR_S,
     AD_PER_SEQ_S,
     AD_PER_TOKEN_S,
     AD_PREFILL_BASE_S,
@@ -28,6 +29,7 @@ from wwwserve.agents.rules import Rule
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import KINDS, Kind, sample
 from wwwserve.envs.engine import advance, tokens_out
+from wwwserve.envs.prefix_cache import NO_CACHE
 from wwwserve.envs.scenario import Scenario, parse
 from wwwserve.envs.state import PROBES_REFUSED, Reward
 
@@ -67,9 +69,9 @@ class Watched:
         m, now_s = self.batch.markets, float(self.batch.now_s[0])
         for e, p in zip(m.engines[0], m.providers[0], strict=True):
             if e["wake_s"] > now_s:
-                advance(e, m.requests[0], now_s, np.zeros(8, np.int64), 0)
+                advance(e, NO_CACHE, m.requests[0], now_s, np.zeros(8, np.int64), 0)
             tokens = (int(e["profile"][KV_BLOCKS]) - int(e["free_blocks"])) * BLOCK_TOKENS
-            on_scrape(p["own"], now_s, float(e["running"]), float(e["waiting"]), float(tokens), 1.0)
+            on_scrape(p["own"], now_s, float(e["running"]), float(e["waiting"]), float(tokens), 0.0, np.inf)
 
     def step(self, *routes: int) -> NDArray[np.float32]:
         """One step; the rewards [N]."""
@@ -100,7 +102,7 @@ class Watched:
 def times_on(own: Floats, decoding: int) -> tuple[float, float]:
     """Time to the first token of 100 on a node without a queue, and time per token where so many decode."""
     decode_s = own[AD_WEIGHT_S] + decoding * (own[AD_PER_SEQ_S] + own[AD_PER_KV_TOKEN_S] * own[AD_CONTEXT])
-    prefill_s = own[AD_PREFILL_BASE_S] + 100 * own[AD_PER_TOKEN_S]
+    prefill_s = own[AD_PREFILL_BASE_S] + 100 * own[AD_PER_TOKEN_S] + 0.5 * 100 * 100 * own[AD_PER_PAIR_S]
     between_s = max(0.0, prefill_s - own[AD_WEIGHT_S]) / own[AD_MEAN_OUTPUT]
     return max(own[AD_WEIGHT_S], prefill_s) + decode_s, decode_s + decoding * between_s
 

@@ -186,10 +186,11 @@ def test_every_setting_is_read(name: str) -> None:
     views = random_views(13, 400)
     views.request[..., v.LAST_SLACK_S] = views.nodes[:, 0, v.FINISH_S] * np.linspace(0.5, 8, 400)
     uniforms = np.random.default_rng(14).random((400, 4))
-    usual = decide(Rule(name), views, uniforms)
     for key, setting in RULES[name].items():
-        extremes = 0.0, min(setting.high, 10 * max(1.0, setting.default))
-        changed = [decide(Rule(name, {key: x}), views, uniforms) for x in extremes]
+        also = {"first_weight": 1.0} if key == "first_target_s" else {}  # read only with it
+        usual = decide(Rule(name, also), views, uniforms)
+        extremes = 0.0, min(setting.high, (5000 if also else 10) * max(1.0, setting.default))
+        changed = [decide(Rule(name, also | {key: x}), views, uniforms) for x in extremes]
         assert any((a != b).any() for actions in changed for a, b in zip(usual, actions, strict=True)), key
 
 

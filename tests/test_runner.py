@@ -35,7 +35,8 @@ def planned() -> MarketPlan:
         }
     )  # fmt: skip
     made = plan(scenario, 3)
-    return made._replace(traffic=Arrivals(*(column[:REQUESTS] for column in made.traffic)))
+    *columns, tree = made.traffic
+    return made._replace(traffic=Arrivals(*(column[:REQUESTS] for column in columns), tree))
 
 
 def run(seed: int, faults: Faults = FAULTS) -> Report:

@@ -9,9 +9,9 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from wwwserve.agents.classes import CLASS_VALUE
-from wwwserve.agents.decision import HOLD, LOCAL, ROUTES
+from wwwserve.agents.decision import HOLD, LOCAL, NODES, ROUTES
 from wwwserve.agents.tariff import MARKUPS
-from wwwserve.agents.view import CHANCE, HAS_REQUEST, NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, normalise
+from wwwserve.agents.view import CHANCE, HAS_REQUEST, NODE_FEATURES, REQUEST_FEATURES, SELF_FEATURES, normalise
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.distribution import sample
 from wwwserve.envs.sb3 import OBSERVATION_SIZE, MarketVecEnv

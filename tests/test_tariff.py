@@ -202,7 +202,9 @@ def test_credits_are_rounded_to_micro_credits(credits: float, micro: int) -> Non
 def test_a_price_by_credits_is_that_by_micro_credits() -> None:
     written = np.zeros(TARIFF_SIZE)
     tariff.write_tariff(written, np.array([2e-5, 4e-4]), 1.5)
-    assert tariff.price_by(written, 700.0, 300.0) == pytest.approx(tariff.cost_of(np.array([3e-5, 6e-4]), 700.0, 300.0))
+    assert tariff.price_by(written, 700.0, 0.0, 300.0) == pytest.approx(
+        tariff.cost_of(np.array([3e-5, 6e-4]), 700.0, 0.0, 300.0)
+    )
 
 
 def node(gpu: str = "rtx-4090", running: float = 0.0) -> Floats:
@@ -210,7 +212,7 @@ def node(gpu: str = "rtx-4090", running: float = 0.0) -> Floats:
     card = profile(gpu, "qwen3-8b", 64)
     k.write_profile(own, card.row(), 1.0)
     own[k.AD_MEAN_PROMPT], own[k.AD_MEAN_OUTPUT], own[k.AD_CONTEXT] = 200.0, 400.0, 450.0
-    k.on_scrape(own, 0.0, running, 0.0, 450.0 * running, 1.0)
+    k.on_scrape(own, 0.0, running, 0.0, 450.0 * running, 0.0, np.inf)
     return own
 
 
@@ -246,7 +248,7 @@ class Host:
     def appraise(self, *running: tuple[bool, dict[str, Any], float], now_s: float = 10.0) -> Floats:
         """The marginal cost [2] with requests that run there: whether it is an own user's, its record, its tokens."""
         p, a = self.p[0], self.a[0]
-        k.on_scrape(p["own"], now_s, float(len(running)), 0.0, 450.0 * len(running), 1.0)
+        k.on_scrape(p["own"], now_s, float(len(running)), 0.0, 450.0 * len(running), 0.0, np.inf)
         found = provider.begin_appraisal(p, a)
         for own, fields, generated in running:
             request = records(1, provider.REQUEST)
@@ -320,7 +322,7 @@ def test_peers_work_costs_by_what_the_clause_takes() -> None:
     """100 of its expected tokens are out after 4 s; the others come at the engine's pace."""
     host = Host()
     cost = host.appraise(REMOTE)
-    _, token_s = expect(node(running=1), 0.0, 200.0)
+    _, token_s = expect(node(running=1), 0.0, 200.0, 0.0)
     mean = host.p["known"][0, 0, CLASS_MEAN]
     price = (200 * 10_000 + mean * 300_000) / 1000 / MICRO
     lost = payment_lost_per_s(price, 0.2 + 0.03 * (mean - 1), 4.0 + (mean - 100) * token_s)
@@ -369,7 +371,7 @@ def consider(host: Host, at: float, longest: int = 1024) -> bool:
     written = np.zeros(TARIFF_SIZE)
     tariff.write_tariff(written, host.p["cost"][0], at)
     micro = np.array([in_micro(x) for x in written])
-    taken, _, _ = provider.consider(host.p[0], host.a[0], 300.0, longest, micro)
+    taken, _, _ = provider.consider(host.p[0], host.a[0], 300.0, 0.0, longest, micro)
     return bool(taken)
 
 
@@ -405,9 +407,9 @@ def test_an_offer_by_an_old_tariff_pays_if_the_cost_has_not_risen_beyond_it() ->
     old = np.zeros(TARIFF_SIZE)
     tariff.write_tariff(old, host.p["cost"][0], 1.25)
     micro = np.array([in_micro(x) for x in old])
-    assert provider.consider(host.p[0], host.a[0], 300.0, 1024, micro)[0]
+    assert provider.consider(host.p[0], host.a[0], 300.0, 0.0, 1024, micro)[0]
     host.appraise(*[CHAT] * 40)
-    assert not provider.consider(host.p[0], host.a[0], 300.0, 1024, micro)[0]
+    assert not provider.consider(host.p[0], host.a[0], 300.0, 0.0, 1024, micro)[0]
 
 
 def test_a_credit_a_request_pays_up_to_a_credit_of_cost() -> None:
@@ -416,7 +418,7 @@ def test_a_credit_a_request_pays_up_to_a_credit_of_cost() -> None:
     taken = []
     for output in (0.9, 1.1):
         host.p["cost"][0] = 0.0, output / host.p["known"][0, 0, CLASS_MEAN]
-        taken.append(bool(provider.consider(host.p[0], host.a[0], 300.0, 1024, nothing)[0]))
+        taken.append(bool(provider.consider(host.p[0], host.a[0], 300.0, 0.0, 1024, nothing)[0]))
     assert taken == [True, False]
 
 
@@ -425,9 +427,9 @@ def test_what_is_taken_counts_as_sold_and_promises_what_is_expected() -> None:
     host.appraise()
     host.p["admission"] = WHAT_PAYS
     free = np.zeros(TARIFF_SIZE, np.int64)
-    taken, first_s, token_s = provider.consider(host.p[0], host.a[0], 300.0, 1024, free)
+    taken, first_s, token_s = provider.consider(host.p[0], host.a[0], 300.0, 0.0, 1024, free)
     assert not taken and host.p["sold"][0] == 0.0
-    assert (first_s, token_s) == expect(host.p["own"][0], 0.0, 300.0)
+    assert (first_s, token_s) == expect(host.p["own"][0], 0.0, 300.0, 0.0)
     assert consider(host, 2.0) and host.p["sold"][0] == pytest.approx(1 / k.RATE_WINDOW_S)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from wwwserve.agents import knowledge as k
 from wwwserve.agents import view as v
 from wwwserve.agents.classes import CLASS_LAST_DEADLINE_S, CLASS_MAX, MAX_CLASSES
-from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL
+from wwwserve.agents.decision import CANDIDATES, FIRST_CANDIDATE, HOLD, LOCAL, NODES
 from wwwserve.agents.estimate import chance_on_time, expect, slowdown
 from wwwserve.agents.kernel import Floats, records
 from wwwserve.agents.protocol import LATENESS, MICRO, OUTPUT, PER_REQUEST, QUOTED
@@ -26,7 +26,7 @@ def advert(**columns: float) -> Floats:
     made = np.zeros(k.ADVERT_SIZE)
     made[[k.AD_TIME_S, k.AD_MEAN_PROMPT, k.AD_MEAN_OUTPUT, k.AD_CONTEXT, k.AD_STAKE]] = NOW_S - 3, 100, 200, 224, 1
     made[OUTPUT_PRICE] = columns.pop("AD_OUTPUT_PRICE", 2.0)
-    made[k.AD_WEIGHT_S :] = 0.010, 1e-4, 1e-7, 0.004, 1e-4, 20_000, 8
+    made[k.AD_WEIGHT_S :] = 0.010, 1e-4, 1e-7, 0.004, 1e-4, 2e-8, 20_000, 8
     for name, value in columns.items():
         made[getattr(k, name)] = value
     return made
@@ -54,6 +54,10 @@ def see(**changes: Any) -> v.Views:
         "known": KNOWN,
         "deadlines": DEADLINES,
         "payment": QUOTED,
+        "prefix": [0],
+        "prefix_age_s": [0],
+        "turn": 1,
+        "last_s": 0.0,
     }
     assert set(changes) <= set(world)
     w = world | changes
@@ -71,6 +75,8 @@ def see(**changes: Any) -> v.Views:
     request["klass"], request["prompt"], request["arrival_s"] = w["klass"], w["prompt"], w["arrival_s"]
     request["longest"] = w["known"][w["klass"], CLASS_MAX]
     request["n_candidates"], request["refused"] = count, w["refused"]
+    request["prefix"][: len(w["prefix"])], request["prefix_age_s"][: len(w["prefix"])] = w["prefix"], w["prefix_age_s"]
+    request["turn"], request["last_s"] = w["turn"], w["last_s"]
     request["candidates"] = -1
     request["candidates"][:count] = w["candidates"]
     peers = k.Peers(w["adverts"], w["peer_stats"], np.full(len(w["adverts"]), w["credit"]))
@@ -79,7 +85,7 @@ def see(**changes: Any) -> v.Views:
 
 
 COST = 1e-4, 5e-4  # own marginal cost of a token of input and of output, credits
-SCRATCH = v.ViewScratch(np.empty(v.NODES), np.empty(MAX_CLASSES, np.int64))
+SCRATCH = v.ViewScratch(np.empty(NODES), np.empty(MAX_CLASSES, np.int64))
 
 
 def test_columns_are_in_the_order_of_the_spec() -> None:
@@ -91,23 +97,26 @@ def test_columns_are_in_the_order_of_the_spec() -> None:
 
 def test_the_spec_is_the_version_that_policies_were_trained_on() -> None:
     """A change here changes what trained policies see: raise VIEW_VERSION with it."""
-    assert v.VIEW_VERSION == 5
-    assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [25, 10, 11]
+    assert v.VIEW_VERSION == 6
+    assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [31, 12, 11]
 
 
 def test_the_own_node() -> None:
-    own = advert(AD_TIME_S=NOW_S - 0.5, AD_RUNNING=3, AD_WAITING=2, AD_KV_TOKENS=5000, AD_STAKE=7)
+    own = advert(
+        AD_TIME_S=NOW_S - 0.5, AD_RUNNING=3, AD_WAITING=2, AD_KV_TOKENS=5000, AD_STAKE=7, AD_PREFILL=700, AD_REUSE_S=90
+    )
     own[k.AD_HELD : k.AD_HELD + 3] = 5, 6, 4
     peer_stats = k.make_peer_stats(4)
     peer_stats[0] = 123.0  # never read
-    row = see(own=own, peer_stats=peer_stats).nodes[0]
-    first_s, token_s = expect(own, 0.0, 150.0)
+    row = see(own=own, peer_stats=peer_stats, prefix=[96], prefix_age_s=[7]).nodes[0]
+    first_s, token_s = expect(own, 0.0, 150.0, 96.0)
     chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
-    cost = (150 * 1e-4 + 240 * 5e-4) / 2  # of an answer worth 2
+    cost = ((54 + 96 / 4) * 1e-4 + 240 * 5e-4) / 2  # of an answer worth 2
     expected = {
         v.OWN: 1, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
-        v.SLOWDOWN_S: slowdown(own, 0.0), v.LOAD_S: 5 * token_s,
-        v.KV_USE: 0.25, v.RUNNING: 3, v.WAITING: 2, v.HELD_TIGHTER: 9, v.HELD_LOOSER: 6, v.SENT_SINCE: 0,
+        v.SLOWDOWN_S: slowdown(own, 0.0, 150.0, 96.0), v.LOAD_S: 5 * token_s,
+        v.KV_USE: 0.25, v.KV_TOKENS: 5000, v.CACHED: 0.64, v.UNCACHED: 54, v.CACHED_AGE_S: 7, v.REUSE_S: 90,
+        v.PREFILL: 700, v.RUNNING: 3, v.WAITING: 2, v.HELD_TIGHTER: 9, v.HELD_LOOSER: 6, v.SENT_SINCE: 0,
         v.OUT_THERE: 0, v.COST: cost, v.UTILITY: chance - cost, v.STAKE: 7, v.PACE: 0, v.RECORD: 0, v.OVERDUE: 0,
         v.AGE_S: 0.5, v.DUEL_RATE: 0.5, v.REFUSED: 0,
     }  # fmt: skip
@@ -128,17 +137,18 @@ def test_a_peer() -> None:
     k.on_answer(peer_stats[3], 9.0, 3.0)
     k.on_progress(peer_stats[3], 8.0, 2.0, 0.01, 0)
     peer_stats[3, k.DUELS_WON] = 2
-    views = see(adverts=adverts, peer_stats=peer_stats, candidates=[3])
-    first_s, token_s = expect(adverts[3], 2.0, 150.0)
+    views = see(adverts=adverts, peer_stats=peer_stats, candidates=[3], prefix=[0, 64], prefix_age_s=[0, 30])
+    first_s, token_s = expect(adverts[3], 2.0, 150.0, 64.0)
     first_s += 0.05  # a round trip
     delivery = 801 / 200 * math.sqrt(3)
     chance = chance_on_time(DEADLINES[2], 5.0, first_s * delivery, token_s * delivery, 200.0, 0.6, 1000.0)
     assert 0.01 < chance < 0.99
-    cost = (0.15 * 1 + 0.24 * 4) / 2
+    cost = (0.086 * 1 + 0.064 * 0.25 + 0.24 * 4) / 2
     expected = {
         v.OWN: 0, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
-        v.SLOWDOWN_S: slowdown(adverts[3], 2.0), v.LOAD_S: 7 * token_s,
-        v.KV_USE: 0.75, v.RUNNING: 4, v.WAITING: 1, v.HELD_TIGHTER: 5, v.HELD_LOOSER: 2, v.SENT_SINCE: 2,
+        v.SLOWDOWN_S: slowdown(adverts[3], 2.0, 150.0, 64.0), v.LOAD_S: 7 * token_s,
+        v.KV_USE: 0.75, v.KV_TOKENS: 15_000, v.CACHED: 64 / 150, v.UNCACHED: 86,
+        v.CACHED_AGE_S: 30, v.RUNNING: 4, v.WAITING: 1, v.HELD_TIGHTER: 5, v.HELD_LOOSER: 2, v.SENT_SINCE: 2,
         v.OUT_THERE: 2, v.COST: cost, v.UTILITY: chance - cost, v.STAKE: 2.5, v.PACE: math.log(801 / 200),
         v.RECORD: math.log(3) / 2, v.OVERDUE: 6, v.AGE_S: 2, v.DUEL_RATE: 0.75, v.REFUSED: 1,
     }  # fmt: skip
@@ -160,8 +170,8 @@ def test_tighter_and_looser_go_by_deadline(klass: int, held_tighter: int, held_l
 
 
 def test_the_request() -> None:
-    request = see(candidates=[1, 2, 3], refused=0b101).request
-    np.testing.assert_allclose(request, [150, 240, 0.6, 2, 5, 25, 55, 0.5, 2, 3], rtol=1e-6)
+    request = see(candidates=[1, 2, 3], refused=0b101, turn=4, last_s=NOW_S - 17).request
+    np.testing.assert_allclose(request, [150, 4, 12, 240, 0.6, 2, 5, 25, 55, 0.5, 2, 3], rtol=1e-6)
     late = see(arrival_s=NOW_S - 70, klass=0).request
     assert late[[v.WAITED_S, v.FIRST_SLACK_S, v.LAST_SLACK_S]].tolist() == [70, -60, -50]
 
@@ -305,7 +315,9 @@ def test_a_view_without_a_request() -> None:
     views = v.make_views()
     for array in views:
         array[...] = 99
-    own = advert(AD_TIME_S=NOW_S - 0.5, AD_RUNNING=3, AD_WAITING=2, AD_KV_TOKENS=5000, AD_STAKE=7)
+    own = advert(
+        AD_TIME_S=NOW_S - 0.5, AD_RUNNING=3, AD_WAITING=2, AD_KV_TOKENS=5000, AD_STAKE=7, AD_PREFILL=700, AD_REUSE_S=90
+    )
     p, a, q = records(1, PROVIDER), records(1, AGREEMENT), records(1, REQUEST)
     reset_provider(p)
     p["own"], p["known"][0, 0] = own, KNOWN[0]
@@ -314,6 +326,7 @@ def test_a_view_without_a_request() -> None:
     assert np.flatnonzero(views.me).tolist() == [v.MARKUP, v.PEER_PRICE] and views.me[v.MARKUP] == 1
     expected = np.zeros(len(v.NODE_FEATURES))
     expected[[v.OWN, v.KV_USE, v.RUNNING, v.WAITING, v.STAKE, v.AGE_S, v.DUEL_RATE]] = 1, 0.25, 3, 2, 7, 0.5, 0.5
+    expected[[v.KV_TOKENS, v.PREFILL, v.REUSE_S]] = 5000, 700, 90
     np.testing.assert_allclose(views.nodes[0], expected)
     assert not views.nodes[1:].any() and not views.request.any()
     assert np.flatnonzero(views.routes).tolist() == [HOLD]

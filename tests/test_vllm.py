@@ -7,7 +7,9 @@ import asyncio
 import itertools
 import json
 import os
+import random
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -33,8 +35,11 @@ from wwwserve.eval.policies import load_policy
 from wwwserve.serving import local_nodes as network
 from wwwserve.serving.engine import local_vllm
 from wwwserve.serving.engine.local_vllm import RANDOM, SMOLLM2, Prepared, PrepareError
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import SIGNATURE, Messages
 from wwwserve.serving.http.reply import CompletionRequest
 from wwwserve.serving.http.resume import Resumed
+from wwwserve.serving.http.sse import usage_of
 from wwwserve.serving.local_nodes import Network, NetworkError, look
 
 PATIENCE_S = 300.0  # for what takes a second on a calm machine
@@ -126,6 +131,67 @@ def test_arrivals_are_played_on_an_engine_and_simulated(vllm_network: Network, t
         assert played["simulated"]["latency_s"]["mean"] > 0.01
         [ttft_s], [latency_s] = played["by_request"]["ttft_s"], played["by_request"]["latency_s"]
         assert all(0 < first <= last for first, last in zip(ttft_s, latency_s, strict=True)), name
+
+
+def test_a_guest_cannot_tell_by_the_time_it_takes_what_others_asked(vllm_network: Network) -> None:
+    """The first token of a prompt that was asked before by another origin, or by an own user, takes as long as that of
+    one that nobody asked; of one that the same origin asked before, far less."""
+    guests = {name: Identity.generate() for name in ("one", "other")}
+    port = network.free_ports(1)[0]
+    host = {
+        "name": "host", "port": port, "policy": "best_value", "serves": [SMOLLM2],
+        "engine": {"url": vllm_network.engine_urls[1], "profile": {"kind": "measured", **local_vllm.PROFILES[SMOLLM2]}},
+        "peers": [{"key": each.name, "url": f"http://127.0.0.1:9/{name}"} for name, each in guests.items()],
+    }  # fmt: skip
+    words = random.Random(11)
+
+    def prompt() -> str:
+        return " ".join(words.choice(("red", "blue", "tall", "small", "old", "new")) for _ in range(900))
+
+    async def scene(url: str, key: str) -> dict[str, list[tuple[float, int]]]:
+        messages = {name: Messages(each, lambda name: True) for name, each in guests.items()}
+        run = look(url)["run"]
+        found: dict[str, list[tuple[float, int]]] = {}
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(by: str, text: str, kind: str) -> None:
+                body = orjson.dumps({"model": SMOLLM2, "prompt": text, "max_tokens": 2, "stream": True,
+                                     "stream_options": {"include_usage": True}})  # fmt: skip
+                path, headers = "/v1/completions", {"content-type": "application/json"}
+                if by != "user":
+                    path = "/peer/v1/completions"
+                    headers |= {"x-wwwserve-prompt": "900", "x-wwwserve-tariff": "1000000000 1000000000 1000000000"}
+                    headers[SIGNATURE] = messages[by].sign(key, run, path, headers, body)
+                start_s, first_s, answer = time.monotonic(), 0.0, b""
+                async with session.post(url + path, data=body, headers=headers) as response:
+                    async for chunk in response.content.iter_any():
+                        answer += chunk
+                        if not first_s and b"data:" in answer:
+                            first_s = time.monotonic() - start_s
+                assert response.status == 200, answer
+                [usage] = [usage_of(orjson.loads(line[6:])) for line in answer.splitlines() if b'"usage":{' in line]
+                assert usage is not None and usage.cached is not None
+                found.setdefault(kind, []).append((first_s, usage.cached))
+
+            for _ in range(3):
+                text = prompt()
+                await ask("one", text, "fresh")
+                await ask("one", text, "again")
+                await ask("other", text, "after another's")
+                text = prompt()
+                await ask("user", text, "a user's")
+                await ask("one", text, "after a user's")
+        return found
+
+    with network.started([host], []) as only:
+        found = asyncio.run(scene(only.urls[0], only.keys[0]))
+    assert all(cached >= 512 for _, cached in found["again"])
+    for kind in ("fresh", "after another's", "after a user's"):
+        assert [cached for _, cached in found[kind]] == [0, 0, 0], kind
+    took_s = {kind: statistics.median(first_s for first_s, _ in each) for kind, each in found.items()}
+    print(took_s)
+    for kind in ("after another's", "after a user's"):  # what is computed anew takes many times what is cached
+        assert took_s[kind] > 0.5 * (took_s["fresh"] + took_s["again"]), took_s
 
 
 class Kept:

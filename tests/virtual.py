@@ -7,10 +7,13 @@ import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from wwwserve.agents.hardware import BLOCK_TOKENS
 from wwwserve.envs.emulator import Emulator
-from wwwserve.envs.emulator_api import BYTES_PER_TOKEN
+from wwwserve.envs.emulator_api import BYTES_PER_TOKEN, words
+from wwwserve.envs.prompt_blocks import block_hashes
 from wwwserve.serving.engine.probe import Prober, Settings, Stream
 
+TELLS_CACHED = True  # engines say how many tokens were cached
 OVERHEAD_S = 5e-3  # of a request, on its way to the engine
 Result = TypeVar("Result")
 
@@ -63,7 +66,8 @@ class VirtualProber(Prober):
         seen.sent_s = self.clock()
         await asyncio.sleep(OVERHEAD_S)
         seen.prompt = len(prompt) // BYTES_PER_TOKEN if isinstance(prompt, str) else len(prompt)
-        job = self.engine.put(seen.prompt, tokens, streams=True)
+        hashes = block_hashes({"prompt": prompt}, False, words(0, tokens), BLOCK_TOKENS)
+        job = self.engine.put(seen.prompt, tokens, streams=True, hashes=hashes)
         try:
             sent = 0
             while sent < tokens:
@@ -76,7 +80,7 @@ class VirtualProber(Prober):
                 seen.begun.set()
         finally:
             self.engine.withdraw(job)
-        seen.tokens = sent
+        seen.tokens, seen.cached = sent, job.cached if TELLS_CACHED else 0
         return seen
 
 

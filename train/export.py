@@ -37,7 +37,7 @@ def export(
     `eval.regret.judge`, which the model card makes a table of; others are recorded as they are.
     """
     training = {key: value for key, value in about.get("training", {}).items() if key not in ("out", "resume")}
-    environment = {"market": "envs.market_v0", "distribution": "envs.distribution.sample"}
+    environment = {"market": "envs.market_v1", "distribution": "envs.distribution.sample"}
     environment |= {key: training[key] for key in ENVIRONMENT if key in training}
     made = {
         "name": "learned", **about, "training": training, "seed": training.get("seed"), "environment": environment,

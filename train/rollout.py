@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wwwserve.agents.classes import CLASS_VALUE
-from wwwserve.agents.decision import HOLD, ROUTES, Actions, admit_what_pays
+from wwwserve.agents.decision import HOLD, NODES, ROUTES, Actions, admit_what_pays
 from wwwserve.agents.kernel import Bools, Floats, Ints, Singles, kernel
 from wwwserve.agents.policy.architecture import ABOUT, EVIDENCE, LOGITS
 from wwwserve.agents.policy.forward import Net, is_node, logits, normalise_about, normalise_node
@@ -24,7 +24,6 @@ from wwwserve.agents.view import (
     ADVERT_DUE,
     HAS_REQUEST,
     NODE_FEATURES,
-    NODES,
     REQUEST_FEATURES,
     Views,
 )
@@ -231,7 +230,7 @@ class Source(NamedTuple):
                     sample(self.kinds[turn % len(self.kinds)], rng, share * self.duration_s), drain_s=self.drain_s
                 )
             planned = plan(scenario, int(rng.integers(self.seeds)))
-            if 0 < planned.capacity <= self.max_requests:
+            if 0 < planned.capacity <= self.max_requests and planned.nodes <= self.max_requests:
                 turn, share = turn + 1, 1.0
                 yield "honest" if self.scenarios else kind_of(scenario), planned
 
@@ -256,7 +255,7 @@ class Collector:
         drawn = [next(stream) for stream in self.streams]
         if self.batch is None:
             most = max((len(s.providers) for s in self.source.scenarios), default=MOST_PROVIDERS)
-            shape = Shape(most, self.source.max_requests, 1)
+            shape = Shape(most, self.source.max_requests, 1, nodes=self.source.max_requests)
             self.batch = MarketBatch([planned for _, planned in drawn], reward=self.reward, shape=shape)
         else:
             for b, (_, planned) in enumerate(drawn):

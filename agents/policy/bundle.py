@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as read_safetensors
 from safetensors.numpy import save as safetensors_bytes
 
-from wwwserve.agents.decision import CANDIDATES, ROUTES
+from wwwserve.agents.decision import CANDIDATES, NODES, ROUTES
 from wwwserve.agents.policy import architecture
 from wwwserve.agents.policy.architecture import LOGITS, MAX_WIDTH, Weights, width_of
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.tariff import MARKUPS
-from wwwserve.agents.view import NODE_FEATURES, NODES, REQUEST_FEATURES, SELF_FEATURES, VIEW_VERSION, Views, scales
+from wwwserve.agents.view import NODE_FEATURES, REQUEST_FEATURES, SELF_FEATURES, VIEW_VERSION, Views, scales
 
 FORMAT = 5
 MANIFEST, WEIGHTS, ONNX, CARD = "manifest.json", "policy.safetensors", "policy.onnx", "README.md"

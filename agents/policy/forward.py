@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wwwserve.agents.decision import ADMISSION_SIZE, HOLD, LOCAL, ROUTES, Actions, admit_what_pays
+from wwwserve.agents.decision import ADMISSION_SIZE, HOLD, LOCAL, NODES, ROUTES, Actions, admit_what_pays
 from wwwserve.agents.kernel import Bools, Bytes, Floats, Ints32, Singles, kernel
 from wwwserve.agents.policy.architecture import (
     ABOUT,
@@ -28,7 +28,6 @@ from wwwserve.agents.view import (
     KV_USE,
     LOAD_S,
     NODE_FEATURES,
-    NODES,
     OVERDUE,
     OWN,
     PACE,

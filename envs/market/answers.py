@@ -4,7 +4,7 @@ import numpy as np
 
 from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.knowledge import OFFLINE_AFTER_S, on_length
+from wwwserve.agents.knowledge import NO_TIME, OFFLINE_AFTER_S, on_length
 from wwwserve.agents.protocol import delivered_value
 from wwwserve.agents.provider import answered, come_back, due_for, end_attempt, look_at_evidence, mask, reopen
 from wwwserve.agents.tariff import cost_of
@@ -12,8 +12,10 @@ from wwwserve.envs.engine import NEVER, abort, tokens_out
 from wwwserve.envs.market.duels import hear_judge, start_judging, void_duel
 from wwwserve.envs.market.mail import send
 from wwwserve.envs.market.reward import expect_value
+from wwwserve.envs.market.sessions import end_session, remember_prefix, set_next_turn
 from wwwserve.envs.market.settlement import pay
-from wwwserve.envs.market.world import count_remote, set_wake
+from wwwserve.envs.market.world import cache_of, count_remote, set_wake
+from wwwserve.envs.prefix_cache import clear
 from wwwserve.envs.state import (
     ANSWER,
     ANSWERING,
@@ -36,12 +38,12 @@ def finish(w, r):
     """An engine is done with request r: its user has the answer at once, a peer's after half a round trip."""
     m, p, q = w.m, w.p, w.q
     j = q[r].executor
-    p[j].flow -= cost_of(p[j].compute, q[r].prompt, q[r].output)
+    p[j].flow -= cost_of(p[j].compute, q[r].prompt, max(q[r].hit, 0), q[r].output)
     if q[r].kind == JUDGEMENT:
         q[r].status = DONE
         hear_judge(w, r, True)
         return
-    on_length(p[j].own, q[r].prompt, q[r].output)
+    on_length(p[j].own, q[r].prompt, max(q[r].hit, 0), q[r].output)
     if q[r].origin == j:
         q[r].status = DONE
         deliver(w, r, q[r].finish_s, q[r].first_token_s)
@@ -63,6 +65,7 @@ def receive_answer(w, r):
     q[r].status = DONE
     pay(w, r, due_for(m, q[r], q[r].output, q[r].mail_s - q[r].taken_s))
     answered(p[o], q, r, w.peer_stats[o, j], q[r].mail_s, q[r].output)
+    remember_prefix(w, r)
     deliver(w, r, q[r].mail_s, q[r].first_token_s + 0.5 * m.rtt_s)
     k = q[r].duel
     if k >= 0:
@@ -89,6 +92,7 @@ def deliver(w, r, at_s, first_at_s):
     p[o].counts[OWN_DONE] += 1
     m.unresolved -= 1
     expect_value(w, u, 0.0)
+    set_next_turn(w, u)
 
 
 @kernel
@@ -113,6 +117,7 @@ def fail_user(w, u):
         w.p[q[u].origin].counts[OWN_FAILED] += 1
         w.m.unresolved -= 1
         expect_value(w, u, 0.0)
+        end_session(w, q[u].next_turn)
 
 
 @kernel
@@ -140,6 +145,7 @@ def attempt_failed(w, r):
         mask(q, u, q[w.d[k].second].executor)
     q[u].duel = -1
     q[u].generated = 0
+    q[u].hit = -1
     q[u].finish_tick = NEVER
     q[u].first_token_s = np.nan
     q[u].status = HELD
@@ -153,7 +159,7 @@ def vacate(w, i):
     q, e = w.q, w.e[i]
     while e.running > 0 or e.waiting > 0:
         r = e.slots[0] if e.running > 0 else e.wait_head
-        abort(e, q, r)
+        abort(e, cache_of(w, i), q, r)
         if q[r].kind == JUDGEMENT:
             q[r].status = FAILED
             hear_judge(w, r, False)
@@ -163,6 +169,9 @@ def vacate(w, i):
             q[r].status = LOST
             q[r].noticed_s = w.m.now_s + OFFLINE_AFTER_S
             w.m.lost += 1
+    clear(e, cache_of(w, i))
+    if e.cache_unit > 0:
+        w.heard_s[i, :] = NO_TIME
     count_remote(w, i, -w.p[i].remote)
     set_wake(w, i)
 

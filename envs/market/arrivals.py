@@ -2,22 +2,16 @@
 
 import numpy as np
 
-from wwwserve.agents.classes import CLASS_VALUE, MAX_CLASSES
+from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.kernel import kernel
-from wwwserve.agents.knowledge import (
-    AD_HELD,
-    AD_KV_CAPACITY,
-    AD_KV_TOKENS,
-    AD_RUNNING,
-    AD_WAITING,
-    AD_WEIGHT_S,
-)
+from wwwserve.agents.knowledge import AD_KV_CAPACITY, AD_WEIGHT_S, misreport_load
 from wwwserve.agents.protocol import STAKED
 from wwwserve.agents.provider import advertise, arrive, count_arrival, dequeue, leave
 from wwwserve.envs.market.answers import fail_user, under_way, user_of, vacate
 from wwwserve.envs.market.duels import void_duel, withdraw_out
 from wwwserve.envs.market.engines import clip_length, scrape
 from wwwserve.envs.market.reward import expect_value
+from wwwserve.envs.market.sessions import end_session, take_turn
 from wwwserve.envs.market.world import lying, set_wake
 from wwwserve.envs.scenario import MAX_WINDOWS
 from wwwserve.envs.state import HELD, OWN_ARRIVED
@@ -27,22 +21,37 @@ from wwwserve.envs.state import HELD, OWN_ARRIVED
 def receive_arrivals(w):
     """Hand over the users' requests that are due."""
     m, p, q = w.m, w.p, w.q
-    while m.next_arrival < m.n_arrivals and q[m.next_arrival].arrival_s <= m.now_s:
+    while m.next_arrival < m.n_timed and q[m.next_arrival].arrival_s <= m.now_s:
         r = m.next_arrival
-        i = q[r].origin
         m.next_arrival += 1
-        p[i].counts[OWN_ARRIVED] += 1
-        clip_length(w, r, i)
-        if p[i].online == 1:
-            value = p[i].known[q[r].klass, CLASS_VALUE]
-            expect_value(w, r, value)
-            p[i].arrived += value
-            q[r].status = HELD
-            arrive(p[i], q, r)
-            w.touched[i] = True
+        if p[q[r].origin].online == 1:
+            receive_arrival(w, r)
         else:  # it came before the tick at which the provider joins
-            count_arrival(p[i], q[r].klass)
+            p[q[r].origin].counts[OWN_ARRIVED] += 1
+            count_arrival(p[q[r].origin], q[r].klass)
             fail_user(w, r)
+    while m.n_turns > 0 and q[w.turns[0]].arrival_s <= m.now_s:
+        r = take_turn(w)
+        if p[q[r].origin].online == 1:
+            receive_arrival(w, r)
+        else:
+            q[r].arrival_s = np.inf
+            end_session(w, r)
+
+
+@kernel
+def receive_arrival(w, r):
+    """A user's request is there, and its provider online."""
+    p, q = w.p, w.q
+    i = q[r].origin
+    p[i].counts[OWN_ARRIVED] += 1
+    clip_length(w, r, i)
+    value = p[i].known[q[r].klass, CLASS_VALUE]
+    expect_value(w, r, value)
+    p[i].arrived += value
+    q[r].status = HELD
+    arrive(p[i], q, r)
+    w.touched[i] = True
 
 
 @kernel
@@ -51,11 +60,7 @@ def publish(w, i):
     p, advert = w.p[i], w.sent_adverts[i]
     advertise(p, w.accounts[i, STAKED], w.m.now_s, advert)
     if lying(w, i):
-        advert[AD_RUNNING] *= p.lie_load
-        advert[AD_WAITING] *= p.lie_load
-        advert[AD_KV_TOKENS] *= p.lie_load
-        for c in range(MAX_CLASSES):
-            advert[AD_HELD + c] *= p.lie_load
+        misreport_load(advert, p.lie_load)
         for k in range(AD_WEIGHT_S, AD_KV_CAPACITY):
             advert[k] /= p.lie_speed
     p.advert_lands_s = w.m.now_s + 0.5 * w.m.rtt_s

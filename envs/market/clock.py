@@ -20,7 +20,7 @@ from wwwserve.envs.market.engines import scrape
 from wwwserve.envs.market.mail import take
 from wwwserve.envs.market.offers import receive_offer, receive_refusal
 from wwwserve.envs.market.reward import pay_step
-from wwwserve.envs.market.world import set_wake, world_of
+from wwwserve.envs.market.world import cache_of, set_wake, world_of
 from wwwserve.envs.state import ANSWER, NOTHING, OFFER, REFUSAL
 
 
@@ -72,8 +72,10 @@ def pass_time(w):
     m, p, q = w.m, w.p, w.q
     tick_s = (m.ticks + 1) * m.tick_s
     now_s = tick_s
-    if m.next_arrival < m.n_arrivals:
+    if m.next_arrival < m.n_timed:
         now_s = min(now_s, q[m.next_arrival].arrival_s)
+    if m.n_turns > 0:
+        now_s = min(now_s, q[w.turns[0]].arrival_s)
     if m.mail_head >= 0:
         now_s = min(now_s, q[m.mail_head].mail_s)
     for i in range(m.n_providers):
@@ -114,7 +116,7 @@ def pass_time(w):
 def run_engine(w, i):
     """Run provider i's engine up to now."""
     e = w.e[i]
-    n_done = advance(e, w.q, w.m.now_s, w.done, 0)
+    n_done = advance(e, cache_of(w, i), w.q, w.m.now_s, w.done, 0)
     set_wake(w, i)
     for k in range(n_done):
         finish(w, w.done[k])

@@ -18,6 +18,7 @@ from wwwserve.envs.market.duels import new_request
 from wwwserve.envs.market.engines import appraise, place, scrape
 from wwwserve.envs.market.offers import direct_to, send_offer
 from wwwserve.envs.market.reward import charge_wait, predict
+from wwwserve.envs.market.sessions import cached_at, look_for_prefixes
 from wwwserve.envs.market.world import peers_of, unpaid
 from wwwserve.envs.state import COPY, DUELS_STARTED, HOLDS, INVALID, RUN_LOCAL
 
@@ -61,6 +62,8 @@ def show(w, views, active, everyone):
             view = Views(views.nodes[i], views.request[i], views.me[i], views.routes[i])
             if not active[i]:
                 scrape(w, i)
+            if w.p[i].head >= 0:
+                look_for_prefixes(w, i, w.p[i].head)
             peers = peers_of(w, i) if w.p[i].head >= 0 else unpaid(w, i)
             write_view(view, w.p[i], w.m, w.q, peers, w.m.now_s, w.viewing)
 
@@ -98,8 +101,9 @@ def act(w, i, route, direct):
 @kernel
 def run_here(w, i, r):
     """Provider i runs request r, taken out of its queue, on its own engine."""
-    first_s, token_s = expect(w.p[i].own, 0.0, w.q[r].prompt)
-    predict(w, r, i, w.m.now_s, first_s, token_s)
+    cached = cached_at(w, i, r)
+    first_s, token_s = expect(w.p[i].own, 0.0, w.q[r].prompt, cached)
+    predict(w, r, i, w.m.now_s, first_s, token_s, cached)
     place(w, r, i, w.m.now_s)
     w.p[i].counts[RUN_LOCAL] += 1
 
@@ -119,6 +123,7 @@ def maybe_duel(w, i, r, chosen):
         copy = new_request(w, COPY, i, q[r].klass, m.n_duels)
         q[copy].prompt, q[copy].output, q[copy].longest = q[r].prompt, q[r].output, q[r].longest
         q[copy].arrival_s = q[r].arrival_s
+        q[copy].leaf = q[r].leaf
         q[r].duel = m.n_duels
         w.d[m.n_duels].first, w.d[m.n_duels].second = r, copy
         m.n_duels += 1

@@ -24,7 +24,7 @@ from wwwserve.envs.engine import abort
 from wwwserve.envs.market.engines import place
 from wwwserve.envs.market.mail import forget
 from wwwserve.envs.market.settlement import pay
-from wwwserve.envs.market.world import count_remote, set_wake
+from wwwserve.envs.market.world import cache_of, count_remote, set_wake
 from wwwserve.envs.state import (
     DUELS_SETTLED,
     DUELS_VOID,
@@ -124,7 +124,7 @@ def withdraw_out(w, r):
     q = w.q
     i, j = q[r].origin, q[r].executor
     if q[r].status == IN_ENGINE:
-        abort(w.e[j], q, r)
+        abort(w.e[j], cache_of(w, j), q, r)
         count_remote(w, j, -1)
         set_wake(w, j)
     elif q[r].status == LOST:
@@ -149,7 +149,7 @@ def end_duels(w):
                 withdraw_out(w, r)
     for r in range(m.n_arrivals, m.used):
         if q[r].kind == JUDGEMENT and q[r].status == IN_ENGINE:
-            abort(w.e[q[r].executor], q, r)
+            abort(w.e[q[r].executor], cache_of(w, q[r].executor), q, r)
             q[r].status = FAILED
             w.d[q[r].duel].votes[q[r].klass] = VOTE_UNDECIDED
             hear_judge(w, r, False)

@@ -4,8 +4,9 @@ from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import on_scrape
 from wwwserve.agents.provider import begin_appraisal, count_running, end_appraisal, is_cost_old
-from wwwserve.envs.engine import advance, submit, tokens_out
-from wwwserve.envs.market.world import set_wake
+from wwwserve.envs.engine import advance, prefill_tokens, submit, tokens_out
+from wwwserve.envs.market.world import cache_of, set_wake
+from wwwserve.envs.prefix_cache import reuse_s
 from wwwserve.envs.state import CLIPPED, IN_ENGINE, JUDGEMENT
 
 
@@ -14,10 +15,11 @@ def scrape(w, i):
     """Provider i reads its engine as it is now."""
     e = w.e[i]
     if e.wake_s > w.m.now_s:  # else it is run by the clock, which sees to what is done
-        advance(e, w.q, w.m.now_s, w.done, 0)
+        advance(e, cache_of(w, i), w.q, w.m.now_s, w.done, 0)
         set_wake(w, i)
     tokens = (e.profile[KV_BLOCKS] - e.free_blocks) * BLOCK_TOKENS
-    on_scrape(w.p[i].own, w.m.now_s, e.running, e.waiting, tokens, 1.0)
+    kept_s = reuse_s(e, cache_of(w, i), w.m.now_s)
+    on_scrape(w.p[i].own, w.m.now_s, e.running, e.waiting, tokens, prefill_tokens(e, w.q), kept_s)
 
 
 @kernel
@@ -52,6 +54,6 @@ def place(w, r, j, at_s):
     q[r].executor = j
     q[r].status = IN_ENGINE
     scrape(w, j)
-    submit(w.e[j], q, r, max(at_s, w.e[j].clock_s))
+    submit(w.e[j], cache_of(w, j), q, r, max(at_s, w.e[j].clock_s))
     set_wake(w, j)
     scrape(w, j)

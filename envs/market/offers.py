@@ -8,6 +8,7 @@ from wwwserve.envs.market.answers import attempt_failed
 from wwwserve.envs.market.engines import appraise, place, scrape
 from wwwserve.envs.market.mail import send
 from wwwserve.envs.market.reward import expect_value, predict
+from wwwserve.envs.market.sessions import cached_at
 from wwwserve.envs.market.settlement import escrow
 from wwwserve.envs.market.world import claimed_by, count_remote, peers_of
 from wwwserve.envs.state import DELEGATED, OFFER, OFFERED, PROBES_REFUSED, PROBES_UNANSWERED, REFUSAL, TIMEOUT, USER
@@ -26,8 +27,9 @@ def send_offer(w, r, j):
     if q[r].kind == USER:
         q[r].predicted_held = q[r].predicted
         scrape(w, j)
-        first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
-        predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
+        cached = cached_at(w, j, r)
+        first_s, token_s = expect(p[j].own, 0.0, q[r].prompt, cached)
+        predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s, cached)
     send(w, r, OFFER, m.now_s + 0.5 * m.rtt_s)
 
 
@@ -41,29 +43,31 @@ def receive_offer(w, r):
         return
     scrape(w, j)
     appraise(w, j)
-    taken, first_s, token_s = consider(p[j], m, q[r].prompt, q[r].longest, q[r].tariff)
+    cached = cached_at(w, j, r)
+    taken, first_s, token_s = consider(p[j], m, q[r].prompt, cached, q[r].longest, q[r].tariff)
     if taken:
-        run_for_peer(w, r, first_s, token_s)
+        run_for_peer(w, r, first_s, token_s, cached)
     else:
         send(w, r, REFUSAL, q[r].mail_s + 0.5 * m.rtt_s)
 
 
 @kernel
-def run_for_peer(w, r, first_s, token_s):
+def run_for_peer(w, r, first_s, token_s, cached):
     """The provider that request r went to runs it, and promises what it expects, or says that it does."""
     m, p, q = w.m, w.p, w.q
     i, j = q[r].origin, q[r].executor
-    promise(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
+    promise(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s, cached)
     count_remote(w, j, 1)
     p[i].counts[DELEGATED] += 1
     place(w, r, j, m.now_s)
 
 
 @kernel
-def promise(w, r, j, heard_s, first_s, token_s):
-    """The origin of request r hears at `heard_s` what provider j, which expects these times, promises."""
+def promise(w, r, j, heard_s, first_s, token_s, cached):
+    """The origin of request r hears at `heard_s` what provider j, which expects these times and has `cached` tokens of
+    its prompt, promises."""
     first_s, token_s = claimed_by(w, j, first_s, token_s)
-    accepted(w.q, r, heard_s, first_s, token_s)
+    accepted(w.q, r, heard_s, first_s, token_s, cached)
 
 
 @kernel
@@ -86,16 +90,17 @@ def direct_to(w, r, j):
     m, p, q = w.m, w.p, w.q
     i = q[r].origin
     scrape(w, j)
-    first_s, token_s = expect(p[j].own, 0.0, q[r].prompt)
+    cached = cached_at(w, j, r)
+    first_s, token_s = expect(p[j].own, 0.0, q[r].prompt, cached)
     if affordable(m.payment, peers_of(w, i), j, q[r].prompt, q[r].longest):
         offer(p[i], q, r, j, w.peer_stats[i, j], w.adverts[j])
         escrow(w, r)
     else:
         offer(p[i], q, r, j, w.peer_stats[i, j], w.adverts[j])
     if q[r].kind == USER:
-        predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s)
+        predict(w, r, j, m.now_s + 0.5 * m.rtt_s, first_s, token_s, cached)
     at_s = m.now_s + 0.5 * m.rtt_s
-    promise(w, r, j, at_s + 0.5 * m.rtt_s, first_s, token_s)
+    promise(w, r, j, at_s + 0.5 * m.rtt_s, first_s, token_s, cached)
     count_remote(w, j, 1)
     p[i].counts[DELEGATED] += 1
     place(w, r, j, at_s)

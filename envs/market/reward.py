@@ -4,7 +4,7 @@ from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.estimate import chance_on_time, expect
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import AD_MEAN_OUTPUT, AD_PER_KV_TOKEN_S, AD_PER_SEQ_S, AD_WEIGHT_S
-from wwwserve.agents.protocol import LATENESS, MICRO
+from wwwserve.agents.protocol import LATENESS, MICRO, price_of
 from wwwserve.agents.provider import price_for, promised_duration_s
 from wwwserve.agents.tariff import cost_of, on_time_by, payment_lost_per_s, share_paid
 from wwwserve.envs.engine import tokens_out
@@ -29,7 +29,7 @@ def reprice(w, i, j, token_s):
     own, of others', and to what is paid to j. What happened since they were last predicted is not counted.
     """
     m, q, e = w.m, w.q, w.e[j]
-    _, now_token_s = expect(w.p[j].own, -1.0, 0.0)
+    _, now_token_s = expect(w.p[j].own, -1.0, 0.0, 0.0)
     mine, host, others, paid = 0.0, 0.0, 0.0, 0.0
     for k in range(e.running):
         r = e.slots[k]
@@ -60,8 +60,9 @@ def reprice(w, i, j, token_s):
 
 
 @kernel
-def predict(w, r, j, at_s, first_s, token_s):
-    """Count user request r, which starts at `at_s` on engine j, with its predicted value in its origin's potential.
+def predict(w, r, j, at_s, first_s, token_s, cached):
+    """Count user request r, which starts at `at_s` on engine j, with its predicted value in its origin's potential;
+    `cached` tokens of its prompt are in the prefix cache there.
 
     By decision, its origin is credited with that, and with what the placement does otherwise: to all that runs there,
     to own users who are yet to come there, in compute and in payment; what is not its own counts with `team_weight`.
@@ -80,7 +81,7 @@ def predict(w, r, j, at_s, first_s, token_s):
         return
     host = w.p[j]
     mine, hosts, others, paid = reprice(w, o, j, token_s)
-    here = cost_of(host.compute, q[r].prompt, q[r].output)
+    here = cost_of(host.compute, q[r].prompt, cached, q[r].output)
     if m.count_future == 1:
         here += host.future * q[r].output / max(1.0, host.own[AD_MEAN_OUTPUT])
     team = m.team_weight
@@ -88,7 +89,7 @@ def predict(w, r, j, at_s, first_s, token_s):
         q[r].beside = mine - here + team * others + (1.0 - team) * paid
     else:
         promised_first_s, promised_token_s = claimed_by(w, j, first_s, token_s)
-        price = price_for(m, q[r], q[r].output) / MICRO
+        price = price_of(m.payment, q[r].tariff, q[r].prompt, cached, q[r].output) / MICRO
         if m.payment == LATENESS:
             promised_s = min(promised_first_s, q[r].shown_ttft_s)
             promised_s += min(promised_token_s, q[r].shown_tpot_s) * (q[r].output - 1)

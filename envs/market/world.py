@@ -10,6 +10,7 @@ from wwwserve.agents.knowledge import Peers
 from wwwserve.agents.protocol import FREE
 from wwwserve.agents.provider import Scratch, write_credit
 from wwwserve.agents.view import ViewScratch
+from wwwserve.envs.prefix_cache import Cache
 
 
 class World(NamedTuple):
@@ -24,6 +25,10 @@ class World(NamedTuple):
     sent_adverts: NDArray[np.float64]  # [N, ADVERT_SIZE]
     peer_stats: NDArray[np.float64]  # [N, N, PEER_STATS_SIZE]
     accounts: NDArray[np.int64]  # [N, ACCOUNT_SIZE]
+    tree: NDArray[Any]  # [S] NODE
+    cached: NDArray[Any]  # [N, S] CACHED
+    heard_s: NDArray[np.float64]  # [N, S]
+    turns: NDArray[np.int32]  # [R]
     done: NDArray[np.int64]  # [R]
     draw: Scratch  # [N]
     serves: NDArray[np.bool_]  # [N]
@@ -48,6 +53,10 @@ def world_of(markets, b):
         markets.sent_adverts[b],
         markets.peer_stats[b],
         markets.accounts[b],
+        markets.tree[b],
+        markets.cached[b],
+        markets.heard_s[b],
+        markets.turns[b],
         markets.done[b],
         Scratch(markets.stake[b], markets.eligible[b]),
         markets.serves[b],
@@ -58,6 +67,12 @@ def world_of(markets, b):
         markets.before[b],
         ViewScratch(markets.idle_token_s[b], markets.looser_than[b]),
     )
+
+
+@inlined
+def cache_of(w, i):
+    """The prefix cache of provider i's engine."""
+    return Cache(w.tree, w.cached[i])
 
 
 @kernel

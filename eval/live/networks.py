@@ -59,6 +59,7 @@ class Live(NamedTuple):
     nodes: Sequence[Process] = ()
     files: Sequence[NodeFiles] = ()
     engine_urls: Sequence[str] = ()
+    emulated: bool = True  # its engines
 
 
 class Servers(NamedTuple):
@@ -93,6 +94,7 @@ def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, sp
     market = {
         "payment": economy.payment, "rtt_s": scenario.rtt_ms / 1000, "gossip_s": scenario.gossip_interval_s,
         "tick_s": scenario.decision_interval_s, "stake_rule": economy.stake_rule, "speed": speed,
+        "prefix_cache": planned.shares_prefixes,
     }  # fmt: skip
     return {
         "name": provider.name, "seed": planned.seed * len(scenario.providers) + i, "policy": policy,
@@ -114,9 +116,10 @@ def own(
     scenario = planned.scenario
     count = len(scenario.providers)
     ports = free_ports(2 * count)
+    block_tokens = scenario.prefix_cache.block_tokens if scenario.prefix_cache is not None else None
     engines = [] if servers else [
         emulator(port, gpu=each.gpu, model=each.model, max_num_seqs=each.max_num_seqs, speed=speed, seed=i,
-                 serves=each.serves, lengths=SHORTEST)
+                 serves=each.serves, lengths=SHORTEST, block_tokens=block_tokens)
         for i, (port, each) in enumerate(zip(ports[count:], scenario.providers, strict=True))
     ]  # fmt: skip
     engine_urls = servers.urls if servers else local_urls(ports[count:])
@@ -135,7 +138,7 @@ def own(
         sites = [Site(*each) for each in zip(network.urls, models, profiles, strict=True)]
         pids = servers.pids if servers else [p.pid for p in network.engines]
         processes = {"nodes": [p.pid for p in network.nodes], "engines": pids}
-        yield Live(sites, processes, network.nodes, network.files, network.engine_urls)
+        yield Live(sites, processes, network.nodes, network.files, network.engine_urls, servers is None)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import tyro
 from wwwserve.agents.arguments import Count, File, Positive, Range, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.kernel import Floats
-from wwwserve.agents.knowledge import ADVERT_SIZE, write_profile
+from wwwserve.agents.knowledge import AD_MEAN_OUTPUT, AD_MEAN_PROMPT, ADVERT_SIZE, write_profile
 from wwwserve.agents.protocol import MICRO, delivered_value
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.tariff import cost_of, write_compute
@@ -81,7 +81,7 @@ def simulated_nodes(planned: MarketPlan, policy: Policy) -> Played:
         latency_s = [outcome.latency_s if outcome.tokens > 0 else np.inf for outcome in outcomes]
         audits = [audit_entries(n.disk.journal(n.identity.name), n.identity.name, []) for n in nodes.nodes]
         compute = [
-            cost_of(n.provider.record["compute"], float(n.server.prompt_tokens), float(n.server.output_tokens))
+            cost_of(n.provider.record["compute"], float(n.server.prompt_tokens), 0.0, float(n.server.output_tokens))
             for n in nodes.nodes
         ]
         handed_over = sum(int(n.dispatcher.metrics.totals()["handed_over"]) for n in nodes.nodes)
@@ -103,9 +103,10 @@ def processes(planned: MarketPlan, setting: str | None, speed: float) -> Played:
         measured = asyncio.run(play(network, planned, speed, stream=False, told=False))
         _wait(network, lambda channels: not any(each["exposed"] or each["unacknowledged"] for each in channels))
         handed_over = sum(int(look(site.url)["requests"]["handed_over"]) for site in network.sites)
+        usual = zip(planned.mean_prompt.tolist(), planned.mean_output.tolist(), strict=True)
         compute = np.array([
-            _computed(url, site, economy.compute_cost_per_ktok)
-            for url, site in zip(network.engine_urls, network.sites, strict=True)
+            _computed(url, site, economy.compute_cost_per_ktok, *lengths)
+            for url, site, lengths in zip(network.engine_urls, network.sites, usual, strict=True)
         ])  # fmt: skip
         for process in network.nodes:
             process.terminate()
@@ -114,9 +115,8 @@ def processes(planned: MarketPlan, setting: str | None, speed: float) -> Played:
         audits = [audit(each.ledger) for each in network.files]
     problems = [f"{measured.failed} requests failed"] if measured.failed else []
     print(f"sent at most {measured.lag_s:.2f} s late", file=sys.stderr)
-    latency_s = measured.run.requests.latency_s
     # Where processes wait for a core, the two sides differ on how long an answer took.
-    return _earned(planned, latency_s, audits, compute, handed_over, problems, 1 / SHORT_SHARE)
+    return _earned(planned, measured.latency_s, audits, compute, handed_over, problems, 1 / SHORT_SHARE)
 
 
 def _wait(network: Live, ready: Callable[[list[dict[str, Any]]], bool]) -> None:
@@ -129,18 +129,19 @@ def _wait(network: Live, ready: Callable[[list[dict[str, Any]]], bool]) -> None:
             time.sleep(LOOK_S)
 
 
-def _computed(engine_url: str, site: Site, per_ktok: float) -> float:
+def _computed(engine_url: str, site: Site, per_ktok: float, mean_prompt: float, mean_output: float) -> float:
     """What the answers of an emulated engine cost in compute, credits."""
     with urllib.request.urlopen(f"{engine_url}/metrics", timeout=LOOK_TIMEOUT_S) as response:
         page = response.read().decode()
-    totals = [
-        sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(f"vllm:{kind}_tokens_total"))
-        for kind in ("prompt", "generation")
-    ]
+    prompt, cached, output = (
+        sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(f"vllm:{name}_total"))
+        for name in ("prompt_tokens", "prefix_cache_hits", "generation_tokens")
+    )
     own_advert, compute = np.zeros(ADVERT_SIZE), np.zeros(2)
+    own_advert[[AD_MEAN_PROMPT, AD_MEAN_OUTPUT]] = mean_prompt, mean_output
     write_profile(own_advert, site.profile.row(), 1.0)
     write_compute(compute, own_advert, per_ktok)
-    return cost_of(compute, *totals)
+    return cost_of(compute, prompt, cached, output)
 
 
 def _earned(

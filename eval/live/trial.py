@@ -9,6 +9,7 @@ A node has uniforms of its own, where a simulated market has one set for all, so
 """
 
 import asyncio
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import aiohttp
 import numpy as np
 import orjson
 import tyro
+from numpy.typing import NDArray
 
 from wwwserve.agents.arguments import Count, File, Policies, Range, Seed, UsageError, flat, parse_args, refuse
 from wwwserve.agents.classes import CLASS_MAX
@@ -41,6 +43,7 @@ from wwwserve.eval.live.networks import (
     remote,
     vllm_servers,
 )
+from wwwserve.eval.live.prompts import Prompts
 from wwwserve.eval.metrics import threshold_key
 from wwwserve.eval.play import Run, run
 from wwwserve.eval.policies import LEARNED, PolicyError, load_policy
@@ -50,9 +53,9 @@ from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.local_vllm import PrepareError
 from wwwserve.serving.local_nodes import NetworkError, cpu_s
 
-LOWEST_TOKEN, HIGHEST_TOKEN = 1000, 30_000  # of made-up prompts: in every vocabulary, and none of them special
 DEFAULT_POLICIES = ("single", "www_serve", LEARNED)
 PROG = "wwwserve trial"
+_CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
 KV_TOKENS = 2560  # of a real engine: a full batch of `live/pair` nearly fills it, as is usual on a GPU
 SETTLE_S = 2.0  # between a network's being ready and the first arrival
 MOST_SPEED = 100.0
@@ -66,23 +69,52 @@ class Measured(NamedTuple):
     cpu_cores: dict[str, float]  # CPU time over the time of the run, by kind of process
     lag_s: float  # of the market: longest that a request was sent after its time
     failed: int  # requests that got an error
+    latency_s: NDArray[np.float64]  # of all that the plan has; infinite for those that did not come or did not end
 
 
 async def play(
     network: Live, planned: MarketPlan, speed: float, stream: bool, turn: int = 0, told: bool = True
 ) -> Measured:
-    """Send every request at its time; measure until all are answered, or the scenario's drain is over.
+    """Send every request at its time, turns of a session after the answer before; measure until all are answered, or
+    the scenario's drain is over.
 
     With another `turn`, prompts are other ones of the same lengths, so that no engine has them cached. Nodes are told
     the length of an answer, or else only how long it can be, which takes engines that end it at `min_tokens`.
     """
     traffic, scenario = planned.traffic, planned.scenario
     count = traffic.time_s.size
-    latency_s, first_s = np.full(count, np.inf), np.full(count, np.inf)
+    arrival_s, latency_s, first_s = traffic.time_s.copy(), np.full(count, np.inf), np.full(count, np.inf)
+    cached = np.zeros(count, np.int64)
     lag_s, failed = 0.0, 0
-    tokens = np.random.default_rng((planned.seed, 2, turn))
+    prompts = Prompts(planned, turn, network.emulated)
+    follower = {int(u): r for r, u in enumerate(traffic.follows.tolist()) if u >= 0}
     classes = [each.name for each in scenario.slo.classes]
     prices: list[list[float]] = []
+
+    def asked_for(r: int) -> bytes:
+        output = int(traffic.output[r])
+        if told:
+            lengths = {"max_tokens": output, "ignore_eos": True}
+        else:
+            longest = int(planned.known[traffic.provider[r], traffic.klass[r], CLASS_MAX])
+            lengths = {"max_tokens": longest, "min_tokens": output}
+        options = {"stream_options": {"include_usage": True}} if stream and follower else {}
+        model = network.sites[int(traffic.provider[r])].model
+        return orjson.dumps({"model": model, "prompt": prompts.tokens(r), "stream": stream, **lengths, **options})
+
+    async def come(first: int) -> None:
+        """A request, and those that follow its answer."""
+        r: int | None = first
+        while r is not None:
+            due_s = start_s + float(arrival_s[r]) / speed
+            await asyncio.sleep(due_s - time.monotonic())
+            await one(r, asked_for(r), due_s)
+            u, r = r, follower.get(r)
+            if r is not None:
+                at_s = float(arrival_s[u] + latency_s[u] + traffic.think_s[r])
+                if at_s >= scenario.duration_s:  # nor does it come if there was no answer
+                    return
+                arrival_s[r] = at_s
 
     async def one(r: int, body: bytes, due_s: float) -> None:
         nonlocal lag_s, failed
@@ -106,6 +138,8 @@ async def play(
         failed += not whole
         if whole:
             latency_s[r] = (ended_s - due_s) * speed
+            reported = _CACHED.search(last)
+            cached[r] = int(reported[1]) if reported else 0
         else:
             first_s[r] = np.inf
 
@@ -124,20 +158,7 @@ async def play(
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         watching = asyncio.create_task(watch_prices())
         start_s = time.monotonic()
-        asked: set[asyncio.Task[None]] = set()
-        for r in range(count):
-            prompt = tokens.integers(LOWEST_TOKEN, HIGHEST_TOKEN, int(traffic.prompt[r])).tolist()
-            model = network.sites[int(traffic.provider[r])].model
-            output = int(traffic.output[r])
-            if told:
-                lengths = {"max_tokens": output, "ignore_eos": True}
-            else:
-                longest = int(planned.known[traffic.provider[r], traffic.klass[r], CLASS_MAX])
-                lengths = {"max_tokens": longest, "min_tokens": output}
-            body = orjson.dumps({"model": model, "prompt": prompt, "stream": stream, **lengths})
-            due_s = start_s + float(traffic.time_s[r]) / speed
-            await asyncio.sleep(due_s - time.monotonic())
-            asked.add(asyncio.create_task(one(r, body, due_s)))
+        asked = {asyncio.create_task(come(r)) for r in np.flatnonzero(traffic.follows < 0).tolist()}
         until_s = start_s + (scenario.duration_s + scenario.drain_s) / speed
         if asked:
             _, late = await asyncio.wait(asked, timeout=max(0.0, until_s - time.monotonic()))
@@ -150,14 +171,15 @@ async def play(
         watching.cancel()
     cpu = {kind: (sum(map(cpu_s, pids)) - used_s[kind]) / took_s for kind, pids in network.pids.items()}
     cpu["client"] = (time.process_time() - own_s) / took_s
+    came = np.isfinite(arrival_s)
     requests = RequestTable(
-        arrival_s=traffic.time_s, origin=traffic.provider, executor=np.full(count, -1, np.int32), klass=traffic.klass,
-        prompt=traffic.prompt.astype(np.int64), output=traffic.output.astype(np.int64), latency_s=latency_s,
-        first_token_s=first_s,
+        arrival_s=arrival_s[came], origin=traffic.provider[came], executor=np.full(came.sum(), -1, np.int32),
+        klass=traffic.klass[came], prompt=traffic.prompt[came].astype(np.int64), cached=cached[came],
+        output=traffic.output[came].astype(np.int64), latency_s=latency_s[came], first_token_s=first_s[came],
     )  # fmt: skip
     sites = len(network.sites)
     price = np.mean(prices, axis=0) if prices else np.full(sites, np.nan)
-    return Measured(Run(planned.seed, requests, np.full(sites, np.nan), price), cpu, lag_s, failed)
+    return Measured(Run(planned.seed, requests, np.full(sites, np.nan), price), cpu, lag_s, failed, latency_s)
 
 
 def live(
@@ -221,14 +243,27 @@ def live(
 
 
 def table(result: Tree, scenario: Scenario) -> str:
-    """Live and simulated side by side: attainment, its mean over the thresholds, mean latency, s."""
-    rows = [["policy", "", *(f"{t:g} s" for t in scenario.slo.thresholds_s), "slo_auc", "latency s", "p90", "failed"]]
+    """Live and simulated side by side: attainment, its mean over the thresholds, mean latency, s, and the share of
+    prompt tokens that were cached."""
+    rows = [
+        [
+            "policy",
+            "",
+            *(f"{t:g} s" for t in scenario.slo.thresholds_s),
+            "slo_auc",
+            "latency s",
+            "p90",
+            "cached",
+            "failed",
+        ]
+    ]
     for name, mine in result["scenarios"][scenario.name].items():
         theirs = result["predicted"][scenario.name][name]
         for kind, each in (("live", mine), ("simulated", theirs)):
             slo = [each["slo"][threshold_key(t)][0] for t in scenario.slo.thresholds_s]
             times = [each["latency_s"]["mean"][0], each["latency_s"]["p90"][0]]
             shown = [*(_number(x, 3) for x in (*slo, each["slo_auc"][0])), *(_number(x, 2) for x in times)]
+            shown.append(_number(each["prefix_hit"][0], 3))
             rows.append([name, kind, *shown, str(each.get("failed", ""))])
     count = next(iter(result["scenarios"][scenario.name].values()))["requests"]
     return f"{scenario.name}: {count} requests in {result['paired']['seeds']} runs\n{columns(rows)}"

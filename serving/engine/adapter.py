@@ -59,6 +59,7 @@ class Load(NamedTuple):
     running: float
     waiting: float
     kv_tokens: float
+    prefill: float | None = None  # tokens to be prefilled; None where it does not say
 
 
 @dataclass(slots=True, eq=False)

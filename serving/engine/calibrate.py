@@ -2,7 +2,8 @@
 
 Two kinds of probe, with prompts of words drawn anew so that no prefix is cached:
 
-- A prompt alone, of which the time to first token is one iteration with prefill, and what the way to the engine adds.
+- A prompt alone, of which the time to first token is one iteration with prefill, and what the way to the engine adds;
+  also such that begin as one that was just computed, where the engine says that it had that cached.
 - A stream that joins others: between its first token and its last, every iteration decodes all of them. How many tokens
   it got is told at its end; dividing gives the time of an iteration. The one that computed its prompt is where the
   others' tokens were longer apart.
@@ -23,7 +24,7 @@ import yaml
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS, Profile
 from wwwserve.serving.config import MeasuredProfile
-from wwwserve.serving.engine.fit import CalibrationError, Errors, Sample, errors, fit
+from wwwserve.serving.engine.fit import AFTER_CACHED, CalibrationError, Errors, Sample, errors, fit
 from wwwserve.serving.engine.probe import (
     MARGIN,
     Limits,
@@ -104,6 +105,14 @@ def prefill_loads(limits: Limits, max_batched_tokens: int) -> list[tuple[int, bo
     return [(each, k % 3 == 1) for k, each in enumerate(lengths)]
 
 
+def cached_loads(limits: Limits, max_batched_tokens: int) -> list[tuple[int, int, bool]]:
+    """Tokens that are cached of a prompt, those that follow, and whether it is held out: every second is."""
+    longest = limits.max_model_len - 64
+    most = min(longest // 4, max_batched_tokens // 2, CHUNK_TOKENS // 2)
+    grid = [(cached, prompt) for cached in (longest // 4, longest // 2) for prompt in (max(16, most // 4), most)]
+    return [(*load, k in (1, 2)) for k, load in enumerate(grid)]
+
+
 async def calibrate(url: str, settings: Settings, say: Say = lambda line: None) -> Calibration:
     """Measure the engine at `url`, which should have nothing else to do. Raises CalibrationError."""
     async with connected(settings) as session:
@@ -138,7 +147,9 @@ class Measurement:
         self.prober, self.limits, self.max_model_len, self.say = prober, limits, max_model_len, say
         self.alone = prefill_loads(limits, prober.settings.max_batched_tokens)
         self.together = decode_loads(limits, prober.settings.tokens)
+        self.after = cached_loads(limits, prober.settings.max_batched_tokens)
         self.prefills: list[list[Sample]] = [[] for _ in self.alone]
+        self.cached: list[list[Sample]] = [[] for _ in self.after]
         self.decodes: list[list[Sample]] = [[] for _ in self.together]
         self.joining: list[list[Sample]] = [[] for _ in self.together]
 
@@ -161,7 +172,9 @@ class Measurement:
             while times < MOST_ALONE and spent_s < ALONE_S:
                 self.prefills[k].append(await self.prober.prefill(prompt))
                 spent_s, times = spent_s + self.prefills[k][-1].time_s, times + 1
-        self.say(f"{len(self.alone)} prompts alone are measured")
+        for k, (cached, prompt, _) in enumerate(self.after):
+            self.cached[k].append(await self.prober.prefill(prompt, cached))
+        self.say(f"{len(self.alone) + len(self.after)} prompts alone are measured")
         for k, (decoding, context, _) in enumerate(self.together):
             decode, join = await self.decode(decoding, context)
             self.decodes[k].append(decode)
@@ -193,6 +206,13 @@ class Measurement:
         """
         settings, prober = self.prober.settings, self.prober
         samples = [_median(taken, held_out) for taken, (_, held_out) in zip(self.prefills, self.alone, strict=True)]
+        begun = list(zip(self.cached, self.after, strict=True))
+        if all(sample.cached >= 0.5 * cached for taken, (cached, _, _) in begun for sample in taken):
+            samples += [_median(taken, held_out) for taken, (_, _, held_out) in begun]
+        else:
+            self.say(
+                "prompts that are cached in part are not measured: the engine does not say that it has them cached"
+            )
         samples += [
             _median(taken, held_out) for taken, (_, _, held_out) in zip(self.decodes, self.together, strict=True)
         ]
@@ -204,7 +224,10 @@ class Measurement:
         ]
         samples += [_median(taken, k % 3 == 1) for k, taken in enumerate(fitting)]
         checked = errors(fit(samples), samples)
-        off = {kind: error for kind, error in checked.items() if "held out" in kind and not error.mean <= MOST_ERROR}
+        off = {
+            kind: error for kind, error in checked.items()
+            if kind.endswith("held out") and not kind.startswith(AFTER_CACHED) and not error.mean <= MOST_ERROR
+        }  # fmt: skip
         if off:
             shown = "; ".join(
                 f"{kind}: mean {e.mean:.0%}, p90 {e.p90:.0%} of {e.loads} loads" for kind, e in off.items()
@@ -239,4 +262,5 @@ def _median(taken: Sequence[Sample], held_out: bool) -> Sample:
         statistics.mean(sample.prefill_tokens for sample in taken),
         statistics.median(sample.time_s for sample in taken),
         held_out,
+        statistics.mean(sample.cached for sample in taken),
     )

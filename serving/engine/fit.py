@@ -12,6 +12,7 @@ from wwwserve.agents.hardware import KNOTS, iteration_s
 from wwwserve.agents.kernel import Bools, Floats
 
 FLOOR = 1e-12  # s; a profile has no zeros
+AFTER_CACHED = "prefill after cached"  # a kind of load
 CLOSE = 0.02  # relative error from which on it counts as such, no longer squared
 
 
@@ -27,6 +28,12 @@ class Sample(NamedTuple):
     prefill_tokens: float  # the prompt that was computed; 0 where iterations without prefill were timed
     time_s: float  # of an iteration; of a prompt alone, to the first token
     held_out: bool = False  # not fitted
+    cached: float = 0.0  # tokens before that prompt, which attends to them
+
+
+def _row(sample: Sample) -> tuple[float, ...]:
+    """(decoding, KV tokens, prompt, tokens cached before it, s)."""
+    return (*sample[:3], sample.cached, sample.time_s)
 
 
 class Errors(NamedTuple):
@@ -82,11 +89,12 @@ class Fit(NamedTuple):
     batch_s: tuple[float, ...] = ()
 
     def times_s(self, rows: Floats) -> Floats:
-        """Of iterations [n, (decoding, KV tokens, prompt, ...)]; where nothing decodes, of first tokens."""
+        """Of iterations [n, (decoding, KV tokens, prompt, cached before it, ...)]; where nothing decodes, of first
+        tokens."""
         five = np.array(self.coefficients)
         found = []
-        for decoding, kv_tokens, prompt in rows[:, :3].tolist():
-            pairs_s = self.per_pair_s * prompt * prompt / 2
+        for decoding, kv_tokens, prompt, cached in rows[:, :4].tolist():
+            pairs_s = self.per_pair_s * prompt * (cached + prompt / 2)
             time_s = iteration_s(five, decoding, kv_tokens, prompt, self.seq_tokens, pairs_s)
             if prompt == 0 and self.batch_s:
                 time_s += float(np.interp(decoding, 2.0 ** np.arange(len(self.batch_s)), self.batch_s))
@@ -100,8 +108,8 @@ def fit(samples: Sequence[Sample]) -> Fit:
     Which prompts are short enough to hide under the weight read is found by trying, from each length on. Raises
     CalibrationError where there are not two numbers of requests that decode at once, and two lengths of prompt.
     """
-    rows = np.array([sample[:4] for sample in samples if not sample.held_out])
-    decode, alone = rows[:, 2] == 0, (rows[:, 2] > 0) & (rows[:, 0] == 0)
+    rows = np.array([_row(sample) for sample in samples if not sample.held_out])
+    decode, alone = rows[:, 2] == 0, (rows[:, 2] > 0) & (rows[:, 0] == 0) & (rows[:, 3] == 0)
     if np.unique(rows[decode, 0]).size < 2:
         raise CalibrationError(f"a fit needs at least two different numbers of requests at once, got {rows[decode, 0]}")
     lengths = np.unique(rows[alone, 2])
@@ -116,13 +124,13 @@ def fit(samples: Sequence[Sample]) -> Fit:
             computed_s = (
                 five[3]
                 + five[4] * (rows[:, 2] + found.seq_tokens * rows[:, 0])
-                + (found.per_pair_s * rows[:, 2] ** 2 / 2)
+                + found.per_pair_s * rows[:, 2] * (rows[:, 3] + rows[:, 2] / 2)
             )
             is_bound = ~decode & (computed_s > five[0])
             if (is_bound == bound).all():
                 break
             bound = is_bound
-        error = float(np.abs(found.times_s(rows) / rows[:, 3] - 1.0).sum())
+        error = float(np.abs(found.times_s(rows) / rows[:, 4] - 1.0).sum())
         if error < least:
             best, least = found, error
     assert best is not None
@@ -130,8 +138,8 @@ def fit(samples: Sequence[Sample]) -> Fit:
 
 
 def _off_line(line: Fit, rows: Floats) -> tuple[float, ...]:
-    """Medians of what iterations [n, (decoding, KV tokens, 0, s)] of 1, 2, 4, ... sequences take beyond the line."""
-    beyond_s = rows[:, 3] - line.times_s(rows)
+    """Medians of what iterations [n, `_row`] of 1, 2, 4, ... sequences take beyond the line."""
+    beyond_s = rows[:, 4] - line.times_s(rows)
     found: list[float] = []
     while (at := rows[:, 0] == 2.0 ** len(found)).any() and len(found) < KNOTS:
         found.append(float(np.median(beyond_s[at])))
@@ -140,11 +148,19 @@ def _off_line(line: Fit, rows: Floats) -> tuple[float, ...]:
 
 def _fit(rows: Floats, bound: Bools) -> Fit:
     """The fit to `rows` of which those that are `bound` have their prompts' compute for their first term."""
-    decoding, kv_tokens, prompt, time_s = rows.T
+    decoding, kv_tokens, prompt, cached, time_s = rows.T
     alone, mixed = (prompt > 0) & (decoding == 0), (prompt > 0) & (decoding > 0)
     # Without a hidden prompt, and one that joins others, nothing tells the overhead from the base.
     apart = (alone & ~bound).any() or mixed.any()
-    columns = [~bound, decoding, kv_tokens, bound, bound * prompt, bound * prompt**2 / 2, alone * apart]
+    columns = [
+        ~bound,
+        decoding,
+        kv_tokens,
+        bound,
+        bound * prompt,
+        bound * prompt * (cached + prompt / 2),
+        alone * apart,
+    ]
     columns.append(bound * decoding if mixed.any() else np.zeros(len(rows)))
     x = robust(np.column_stack(columns) / time_s[:, None], np.ones(len(rows)))
     weight_s, per_seq_s, per_kv_token_s, base_s, token_s, pair_s, overhead_s, beside_s = map(float, x)
@@ -156,10 +172,14 @@ def _fit(rows: Floats, bound: Bools) -> Fit:
 
 def errors(found: Fit, samples: Sequence[Sample]) -> dict[str, Errors]:
     """Relative errors of the times that a fit gives, by kind of load."""
-    rows = np.array([sample[:4] for sample in samples])
+    rows = np.array([_row(sample) for sample in samples])
     prefill, beside, held_out = rows[:, 2] > 0, rows[:, 0] > 0, np.array([sample.held_out for sample in samples])
-    off = np.abs(found.times_s(rows) / rows[:, 3] - 1.0)
-    kinds = {"decode": ~prefill, "prefill alone": prefill & ~beside, "prefill among others": prefill & beside}
+    off = np.abs(found.times_s(rows) / rows[:, 4] - 1.0)
+    after = rows[:, 3] > 0
+    kinds = {
+        "decode": ~prefill, "prefill alone": prefill & ~beside & ~after, AFTER_CACHED: prefill & after,
+        "prefill among others": prefill & beside,
+    }  # fmt: skip
     return {
         f"{name}, {which}": Errors(int(chosen.sum()), float(off[chosen].mean()), float(np.quantile(off[chosen], 0.9)))
         for name, kind in kinds.items()

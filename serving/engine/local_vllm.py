@@ -209,7 +209,7 @@ def server(
         str(made.python), "-m", "vllm.entrypoints.openai.api_server",
         "--host", "127.0.0.1", "--port", str(port), "--model", str(made.models[model]),
         "--served-model-name", served or model, "--dtype", "bfloat16", "--enforce-eager",
-        "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS),
+        "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS), "--enable-prompt-tokens-details",
     ]  # fmt: skip
     if kv_tokens is not None:
         blocks = math.ceil(kv_tokens / KV_BLOCK)

@@ -75,6 +75,8 @@ def prefix_of(path: str, request: Mapping[str, Any], salt: str = "") -> Prefix:
         for message in messages:
             if not isinstance(message, dict):
                 return NO_PREFIX
+            if chain.full:
+                break
             content = message.get("content")
             text = content if isinstance(content, str) else ""
             role = message.get("role")
@@ -102,13 +104,20 @@ class _Chain:
 
     def message(self, about: bytes) -> None:
         """A message begins, of which all but the text is `about`."""
+        if self.full:
+            return
         self._about += about
         self._size += len(about)
+
+    @property
+    def full(self) -> bool:
+        """Whether it has as many pieces as are looked at."""
+        return len(self.hashes) == MOST_PIECES
 
     def text(self, text: bytes, piece_bytes: int) -> None:
         """The text of the message, or the whole prompt; a piece for each `piece_bytes`, and one for the rest."""
         for start in range(0, len(text) or 1, piece_bytes):
-            if len(self.hashes) == MOST_PIECES:
+            if self.full:
                 return
             piece = text[start : start + piece_bytes]
             self._head = blake2b(
@@ -132,12 +141,13 @@ class PrefixIndex:
         self, clock: Callable[[], float], kv_tokens: int, *, block_tokens: int = BLOCK_TOKENS,
         entries: int = MOST_ENTRIES, kept_s: float = KEPT_S,
     ) -> None:  # fmt: skip
-        """`clock` says seconds. An engine caches whole blocks of `block_tokens`."""
+        """`clock` says seconds. An engine caches whole blocks of `block_tokens`. Without `entries` nothing is known."""
         self.clock, self.kv_tokens, self.block_tokens, self.kept_s = clock, kv_tokens, block_tokens, kept_s
         self._most = entries
         self._entries: OrderedDict[tuple[str, bytes], _Entry] = OrderedDict()  # the one used least lately first
         self._here: OrderedDict[bytes, int] = OrderedDict()  # tokens of those of the own engine, in the same order
         self._here_tokens = 0
+        self._full = False  # something of the own engine had to go
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -159,7 +169,9 @@ class PrefixIndex:
         """A place has computed a request of `prompt` tokens, and answered with `output` of them that are `answer_bytes`
         of text. The engine `told` how many they are, or else they are an estimate."""
         now_s, count = self.clock(), len(prefix.hashes)
-        if not count or prompt <= 0:
+        if not count or prompt <= 0 or not self._most:
+            return
+        if peer == HERE and prompt > self.kv_tokens:  # no engine computes that
             return
         known, size = 0, 0  # tokens and bytes up to the last hash whose tokens are known
         before = 0
@@ -185,9 +197,20 @@ class PrefixIndex:
                 self._here[name] = entry.own
                 self._here.move_to_end(name)
         while self._here and self._here_tokens > self.kv_tokens:
+            self._full = True
             self._drop(HERE, next(iter(self._here)))
         while len(self._entries) > self._most or self._is_old(now_s):
             self._drop(*next(iter(self._entries)))
+
+    def reuse_s(self) -> float:
+        """How long the own engine keeps what is not used, s: the age of what goes next; infinity if nothing has had to
+        go."""
+        first = next(iter(self._here), None)
+        if not self._full:
+            return float("inf")
+        if first is None:
+            return 0.0
+        return self.clock() - self._entries[HERE, first].used_s
 
     def forget(self, peer: str) -> None:
         """A place has nothing more: it left, or began anew."""
@@ -244,8 +267,8 @@ def _answered(entry: _Entry, prefix: Prefix, k: int) -> int:
 
 
 def _json(value: object) -> bytes:
-    """It in one spelling; what is nested deeper than JSON is written here is taken as it is shown."""
+    """It in one spelling; all that is nested deeper than JSON is written here is taken to be alike."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     except TypeError:
-        return repr(value).encode(errors="replace")
+        return b"deep"

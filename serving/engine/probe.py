@@ -17,6 +17,7 @@ from wwwserve.agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS
 from wwwserve.agents.kernel import Floats
 from wwwserve.serving.engine.adapter import NAMES, EngineError, Load, read_load
 from wwwserve.serving.engine.fit import CalibrationError, Sample
+from wwwserve.serving.http.sse import usage_of
 
 PLAIN = 12  # iterations of others that are timed before one joins them, and as many after that
 MARGIN = 6  # tokens that others may get while one is timed, in its tokens
@@ -78,6 +79,7 @@ class Stream:
         self.first_s = self.last_s = 0.0  # when its first and last tokens came
         self.times_s: list[float] = []  # when chunks with tokens came
         self.prompt = self.tokens = 0  # as the engine says at its end
+        self.cached = 0  # of the prompt, as far as it says
         self.begun = asyncio.Event()
 
 
@@ -165,7 +167,10 @@ class Prober:
                     seen.first_s = seen.last_s
                     seen.begun.set()
         if event.get("usage"):
-            seen.prompt, seen.tokens = event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]
+            usage = usage_of(event)
+            if usage is None:
+                raise CalibrationError(f"{self.url} tells of a usage that cannot be: {event['usage']!r}")
+            seen.prompt, seen.tokens, seen.cached = usage.prompt, usage.output, usage.cached or 0
 
     async def learn_words(self) -> None:
         """How many words make a token; the engine's first answers, which may be slow, are not timed."""
@@ -173,10 +178,15 @@ class Prober:
         seen = await self.complete(" ".join(words), 8)
         self.words_per_token = len(words) / seen.prompt
 
-    async def prefill(self, prompt: int) -> Sample:
-        """Time to first token of a prompt alone."""
-        seen = await self.complete(self.words(prompt), 1)
-        return Sample(0.0, 0.0, seen.prompt, seen.first_s - seen.sent_s)
+    async def prefill(self, prompt: int, cached: int = 0) -> Sample:
+        """Time to first token of a prompt alone, of which `cached` tokens were computed just before."""
+        text = self.words(prompt)
+        if cached:
+            before = self.words(cached)
+            await self.complete(before, 1)
+            text = f"{before} {text}"
+        seen = await self.complete(text, 1)
+        return Sample(0.0, 0.0, seen.prompt - seen.cached, seen.first_s - seen.sent_s, cached=seen.cached)
 
     @asynccontextmanager
     async def others(self, count: int, prompt: int, tokens: int) -> AsyncIterator[list[Stream]]:

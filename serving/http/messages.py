@@ -182,7 +182,8 @@ class Messages:
 
     def salt(self, origin: str, asked: object) -> str:
         """For what `origin` asks under a salt of its own, or none: a name that nobody but the two nodes can make."""
-        return sha256(tagged("cache-salt", _key(self.identity, origin) + repr(asked).encode())).hexdigest()[:32]
+        own = asked if isinstance(asked, str) else ""
+        return sha256(tagged("cache-salt", _key(self.identity, origin) + own.encode(errors="replace"))).hexdigest()[:32]
 
     def check_answer(self, sender: str, sealed: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Raises Refused unless `sender` answers with these headers to the request that had the header `sealed`."""

@@ -182,9 +182,11 @@ class App:
                 if not tells_usage(request):
                     raise LedgerError("a stream that is paid for is to tell its usage, stream_options.include_usage")
                 id, terms = accounts.offered(headers.get(ESCROW.encode(), b""), tariff, prompt, most)
+            salt = self.dispatcher.salt_of(claim.sender, request)
+            prefix = prefix_of(path, request, salt)
             promise = None
             if model in self.dispatcher.serves and not self.drain.begun:
-                promise = self.dispatcher.consider(prompt, longest, tariff)
+                promise = self.dispatcher.consider(prompt, self.dispatcher.cached_here(prefix, prompt), longest, tariff)
             if promise is None:
                 self.dispatcher.metrics.offer_refused()
                 await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
@@ -200,10 +202,7 @@ class App:
         reply = HttpReply(send)
         head = [(name.encode(), said.encode()) for name, said in zip((TTFT, TPOT), promise.text(), strict=True)]
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
-        salt = self.dispatcher.salt_of(claim.sender, request)
-        completion = CompletionRequest(
-            path, body, str(model), bool(request.get("stream")), prefix=prefix_of(path, request, salt)
-        )  # fmt: skip
+        completion = CompletionRequest(path, body, str(model), bool(request.get("stream")), prefix=prefix)
         remote = RemoteRequest(claim.sender, completion, prompt, longest, tariff, promise, most, salt)
         whole = False
         with suppress(Failed), self.drain.work():

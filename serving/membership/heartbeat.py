@@ -27,6 +27,10 @@ from wwwserve.agents.knowledge import (
     AD_MAX_NUM_SEQS,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
+    AD_MEAN_UNCACHED,
+    AD_PER_PAIR_S,
+    AD_PREFILL,
+    AD_REUSE_S,
     AD_RUNNING,
     AD_STAKE,
     AD_TARIFF,
@@ -34,6 +38,7 @@ from wwwserve.agents.knowledge import (
     AD_WAITING,
     AD_WEIGHT_S,
     ADVERT_SIZE,
+    LONGEST_REUSE_S,
 )
 from wwwserve.agents.protocol import CACHED_INPUT, INPUT, TARIFF_SIZE
 from wwwserve.agents.tariff import MAX_TARIFF
@@ -71,11 +76,12 @@ _URL = re.compile(r"https?://[!-~]+")
 _COUNT, _TOKENS, _MEAN, _CREDITS, _DURATION = (0.0, 1e6), (0.0, 1e10), (0.1, 1e7), (0.0, 1e9), (1e-14, 1e4)
 _RANGES: dict[int, tuple[float, float]] = {  # of each column, see agents.knowledge
     AD_TIME_S: (-1e12, 1e12), AD_RUNNING: _COUNT, AD_WAITING: _COUNT, AD_KV_TOKENS: _TOKENS,
-    AD_MEAN_PROMPT: _MEAN, AD_MEAN_OUTPUT: _MEAN, AD_CONTEXT: _TOKENS, AD_STAKE: _CREDITS,
+    AD_MEAN_PROMPT: _MEAN, AD_MEAN_OUTPUT: _MEAN, AD_CONTEXT: _TOKENS,
+    AD_MEAN_UNCACHED: (0.0, 1e7), AD_PREFILL: _TOKENS, AD_REUSE_S: (0.0, LONGEST_REUSE_S), AD_STAKE: _CREDITS,
     **{AD_TARIFF + k: (0.0, MAX_TARIFF) for k in range(TARIFF_SIZE)},
     **{AD_HELD + k: _COUNT for k in range(MAX_CLASSES)},
     **{column: _DURATION for column in range(AD_WEIGHT_S, AD_KV_CAPACITY)},
-    AD_WEIGHT_S: (1e-7, 1e4), AD_KV_CAPACITY: (1.0, 1e10), AD_MAX_NUM_SEQS: (1.0, 1e6),
+    AD_WEIGHT_S: (1e-7, 1e4), AD_PER_PAIR_S: (0.0, 1e4), AD_KV_CAPACITY: (1.0, 1e10), AD_MAX_NUM_SEQS: (1.0, 1e6),
 }  # fmt: skip
 
 Heard = Callable[[Advert], None]

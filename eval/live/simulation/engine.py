@@ -25,11 +25,13 @@ from wwwserve.envs.engine import (
     NEVER,
     abort,
     advance,
+    prefill_tokens,
     reset_engine,
     reset_jobs,
     submit,
     tokens_out,
 )
+from wwwserve.envs.prefix_cache import NO_CACHE, Cache
 from wwwserve.eval.live.simulation.loop import VirtualLoop, current
 from wwwserve.eval.live.simulation.response import Incoming
 from wwwserve.serving.engine.adapter import DOWN_WAITING, Availability, EngineError, Load, Sent
@@ -51,8 +53,8 @@ def _copy(to: Octets, of: Octets) -> None:
 
 @kernel
 def _find_finish(
-    e: Records, q: Records, e_bytes: Octets, q_bytes: Octets, then: Records, then_q: Records, then_bytes: Octets,
-    then_q_bytes: Octets, done: Ints,
+    cache: Cache, e: Records, q: Records, e_bytes: Octets, q_bytes: Octets, then: Records, then_q: Records,
+    then_bytes: Octets, then_q_bytes: Octets, done: Ints,
 ) -> tuple[float, int]:  # fmt: skip
     """Bring `then`, a copy of the engine, to the moment at which its next request finishes.
 
@@ -64,14 +66,14 @@ def _find_finish(
     while span_s < 1e9:
         _copy(then_bytes, e_bytes)
         _copy(then_q_bytes, q_bytes)
-        count = advance(then[0], then_q, e[0].clock_s + span_s, done, 0)
+        count = advance(then[0], cache, then_q, e[0].clock_s + span_s, done, 0)
         if count > 0:
             at_s = np.inf
             for k in range(count):
                 at_s = min(at_s, then_q[done[k]].finish_s)
             _copy(then_bytes, e_bytes)
             _copy(then_q_bytes, q_bytes)
-            count = advance(then[0], then_q, at_s + SLACK_S, done, 0)
+            count = advance(then[0], cache, then_q, at_s + SLACK_S, done, 0)
             if then[0].running == 0 and then[0].clock_s > at_s:  # an idle engine waits until it is told
                 then[0].clock_s = at_s
             return at_s, count
@@ -81,13 +83,13 @@ def _find_finish(
 
 @kernel
 def _look(
-    e_bytes: Octets, q_bytes: Octets, then: Records, then_q: Records, then_bytes: Octets, then_q_bytes: Octets,
-    now_s: float, done: Ints, tokens: Ints,
+    cache: Cache, e_bytes: Octets, q_bytes: Octets, then: Records, then_q: Records, then_bytes: Octets,
+    then_q_bytes: Octets, now_s: float, done: Ints, tokens: Ints,
 ) -> None:  # fmt: skip
     """Bring `then`, a copy of the engine, to `now_s`, and put into `tokens` what each request has generated."""
     _copy(then_bytes, e_bytes)
     _copy(then_q_bytes, q_bytes)
-    advance(then[0], then_q, now_s, done, 0)
+    advance(then[0], cache, then_q, now_s, done, 0)
     for r in range(tokens.size):
         tokens[r] = tokens_out(then[0], then_q, r)
 
@@ -161,7 +163,10 @@ class EngineServer:
             self._see(now_s)
             e = self._seen.engine[0]
             used = (int(e["profile"][KV_BLOCKS]) - int(e["free_blocks"])) * BLOCK_TOKENS
-            self._looked = now_s, Load(float(e["running"]), float(e["waiting"]), float(used))
+            self._looked = (
+                now_s,
+                Load(float(e["running"]), float(e["waiting"]), float(used), float(prefill_tokens(e, self._seen.jobs))),
+            )
         return self._looked[1]
 
     def progress(self) -> list[tuple["Answer", int]]:
@@ -178,7 +183,7 @@ class EngineServer:
 
     def _see(self, now_s: float) -> None:
         of, to = (self._then if self._finish.at_s <= now_s else self._now), self._seen
-        _look(*of.bytes, to.engine, to.jobs, *to.bytes, now_s, self._done, self._tokens)
+        _look(NO_CACHE, *of.bytes, to.engine, to.jobs, *to.bytes, now_s, self._done, self._tokens)
 
     # What comes and goes.
 
@@ -199,7 +204,7 @@ class EngineServer:
         jobs, now_s = self._now.jobs, self.loop.time()
         reset_jobs(jobs[slot : slot + 1])
         jobs[slot]["prompt"], jobs[slot]["output"] = answer.prompt, answer.output
-        submit(self._now.engine[0], jobs, slot, now_s)
+        submit(self._now.engine[0], NO_CACHE, jobs, slot, now_s)
         self._running[slot] = answer
         if answer.looked_at:
             self._streams += 1
@@ -214,8 +219,9 @@ class EngineServer:
         if self._running.get(answer.slot) is not answer:
             return
         engine, jobs = self._now.engine[0], self._now.jobs
-        self._end(self._done[: advance(engine, jobs, self.loop.time(), self._done, 0)].tolist())  # in the last bit
-        if abort(engine, jobs, answer.slot):
+        count = advance(engine, NO_CACHE, jobs, self.loop.time(), self._done, 0)
+        self._end(self._done[:count].tolist())  # in the last bit
+        if abort(engine, NO_CACHE, jobs, answer.slot):
             self.aborted += 1
             self._forget(answer)
         self._plan()
@@ -225,7 +231,7 @@ class EngineServer:
         self._catch_up()
         self.up = False
         for answer in list(self._running.values()):
-            abort(self._now.engine[0], self._now.jobs, answer.slot)
+            abort(self._now.engine[0], NO_CACHE, self._now.jobs, answer.slot)
             self._forget(answer)
             answer.fail(ConnectionResetError("the engine died"))
         self._plan()
@@ -251,7 +257,7 @@ class EngineServer:
         if self._running:
             now, then = self._now, self._then
             at_s, count = _find_finish(
-                now.engine, now.jobs, *now.bytes, then.engine, then.jobs, *then.bytes, self._done
+                NO_CACHE, now.engine, now.jobs, *now.bytes, then.engine, then.jobs, *then.bytes, self._done
             )
             if count == 0:
                 raise RuntimeError(f"none of {len(self._running)} requests ever finishes")

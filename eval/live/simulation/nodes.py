@@ -78,7 +78,10 @@ class Node:
             classes={each.name: ClassConfig(deadline_s=each.deadline_s) for each in scenario.slo.classes},
             limits=LimitsConfig(held=1 << 20),
             # The bank moves stakes as often as it is asked, which a market does at every tick.
-            market=MarketConfig(tick_s=tick_s, gossip_s=tick_s, rtt_s=rtt_s, stake_rule=_rule(scenario)),
+            market=MarketConfig(
+                tick_s=tick_s, gossip_s=tick_s, rtt_s=rtt_s, stake_rule=_rule(scenario),
+                prefix_cache=nodes.planned.shares_prefixes,
+            ),
         )  # fmt: skip
         self.dispatcher: Dispatcher
         self.provider: NodeProvider
@@ -188,9 +191,10 @@ class Nodes:
         row, klass, came_s = int(traffic.provider[k]), int(traffic.klass[k]), self.loop.time()
         node, output = self.nodes[row], int(traffic.output[k])
         longest = int(self.planned.known[row, klass, CLASS_MAX])
+        prompt = "x" * (BYTES_PER_TOKEN * int(traffic.prompt[k]))
         body = orjson.dumps(
             {
-                "model": node.plan.serves[0], "prompt": "x" * (BYTES_PER_TOKEN * int(traffic.prompt[k])),
+                "model": node.plan.serves[0], "prompt": prompt,
                 "max_tokens": longest, "min_tokens": output, "stream": True,
             }
         )  # fmt: skip

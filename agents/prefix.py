@@ -1,0 +1,11 @@
+"""Which prefix of a prompt a peer still has: what was served there, and how long it says that it keeps things."""
+
+from wwwserve.agents.kernel import Floats, kernel
+from wwwserve.agents.knowledge import AD_REUSE_S, AD_TIME_S
+
+
+@kernel
+def is_kept(advert: Floats, used_s: float) -> bool:
+    """Whether a peer with this advert [ADVERT_SIZE] is taken to have what it last used at `used_s`: it was used after
+    the advert, or was not older then than what goes next."""
+    return bool(advert[AD_TIME_S] - used_s <= advert[AD_REUSE_S])
