@@ -62,6 +62,12 @@ def most_cached(e, tree, leaf, tokens):
 
 
 @kernel
+def _cover(c, v, end):
+    """Blocks of node v among the first `end` of its path."""
+    return min(max(end - c.tree[v].start, np.int64(0)), np.int64(c.tree[v].blocks))
+
+
+@kernel
 def find(e, c, leaf, tokens):
     """Tokens of a prompt of `tokens` that are cached."""
     if e.cache_unit == 0 or leaf < 0:
@@ -103,7 +109,7 @@ def demand(e, c, leaf, tokens):
     need = blocks_for(tokens) - end
     v = leaf
     while v >= 0:
-        cover = min(max(end - c.tree[v].start, np.int64(0)), np.int64(c.tree[v].blocks))
+        cover = _cover(c, v, end)
         here = np.int64(c.cached[v].resident)
         need += max(cover, here) if c.cached[v].users == 0 else max(cover - here, np.int64(0))
         v = c.tree[v].parent
@@ -163,7 +169,7 @@ def pin(e, c, leaf, tokens):
                 e.cached_blocks -= here.resident
                 e.free_blocks -= here.resident
             here.users += 1
-            cover = min(max(end - c.tree[v].start, np.int64(0)), np.int64(c.tree[v].blocks))
+            cover = _cover(c, v, end)
             if cover > here.resident:
                 new += cover - here.resident
                 here.resident = cover
@@ -185,7 +191,7 @@ def unpin(e, c, leaf, admitted, held, computed):
     while v >= 0:
         here = c.cached[v]
         here.users -= 1
-        cover = min(max(end - c.tree[v].start, np.int64(0)), np.int64(c.tree[v].blocks))
+        cover = _cover(c, v, end)
         if cover > here.resident:
             private -= cover - here.resident
             here.resident = cover

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
+from wwwserve.serving.delegation import remember
 from wwwserve.serving.engine import prefix_index
 from wwwserve.serving.engine.prefix_index import NO_PREFIX, NOTHING, PrefixIndex, prefix_of
+from wwwserve.serving.http.sse import AnswerMeter, Usage
+from wwwserve.serving.metrics import Metrics
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -193,3 +196,15 @@ def test_a_prompt_that_no_engine_holds_changes_nothing() -> None:
     found.remember("", kept, prompt=500, output=10, answer_bytes=40)
     found.remember("", prefix_of(CHAT, chat("s", "y" * 9000)), prompt=1 << 24, told=False)
     assert found.cached(kept, 500).tokens > 400 and found.reuse_s() == float("inf")
+
+
+def test_a_peers_word_on_lengths_is_bounded_by_the_own_estimate() -> None:
+    """Else it would seem to have all of another chat that begins alike."""
+    found, _ = index()
+    meter = AnswerMeter()
+    meter.usage = Usage(1 << 30, 1 << 30)
+    remember(found, Metrics(), "peer", prefix_of(CHAT, chat("system", "x" * 400)), 150, meter, 0)
+    other = prefix_of(CHAT, chat("system", "y" * 8000))
+    assert found.cached(other, 2000, "peer").tokens < 300
+    again = prefix_of(CHAT, chat("system", "x" * 400))
+    assert 100 < found.cached(again, 2000, "peer").tokens <= 300
