@@ -27,7 +27,7 @@ from wwwserve.serving.duel.duels import Attestor, Declined, JudgePool
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
 from wwwserve.serving.engine.adapter import Engine, EngineError, Sent
 from wwwserve.serving.engine.prefix_index import HERE, MOST_ENTRIES, NOTHING, Prefix, PrefixIndex
-from wwwserve.serving.http.handover import salted
+from wwwserve.serving.http.handover import meter_of, salted, with_keys
 from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.http.peers import PeerClient, PeerError
 from wwwserve.serving.http.reply import (
@@ -45,7 +45,7 @@ from wwwserve.serving.http.reply import (
 from wwwserve.serving.http.resume import Resumed, resumable
 from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN, AnswerMeter, StreamError, Usage
 from wwwserve.serving.http.transport import Response, Transport
-from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Came, Delivery, NotTaken
+from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Came, Delivery, NotTaken, hung_up
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
 from wwwserve.serving.ledger.statements import digest
@@ -86,8 +86,7 @@ class RemoteRequest(NamedTuple):
     longest: int  # tokens of the longest answer that it may get
     tariff: Tariff
     promise: Promise
-    most: int | None  # tokens that its answer is agreed to have at most; None: as many as the model writes
-    salt: str  # under which its prefix is cached; "" for none
+    added: Mapping[str, object]  # to what the engine is asked
 
 
 class Dispatcher:
@@ -408,10 +407,10 @@ class Dispatcher:
 
     async def _run_here(
         self, completion: CompletionRequest, prompt: int, reply: Reply, request: int, meter: AnswerMeter | None = None,
-        most: int | None = None,
+        paid: Delivery | None = None,
     ) -> Usage | None:  # fmt: skip
-        """Run a request on the own engine, a peer's with a `meter`; an answer of more than `most` tokens is broken off.
-        Raises RetryableError if nothing came of it yet, Failed if something had."""
+        """Run a request on the own engine, a peer's with a `meter`, for which the peer pays. Raises RetryableError if
+        nothing came of it yet, Failed if something had."""
         own, meter = meter is None, meter or AnswerMeter()
         predicted = self.prefixes.cached(completion.prefix, prompt).tokens
         self.prefixes.remember(HERE, completion.prefix, prompt, told=False)  # whoever comes next finds it computed
@@ -426,13 +425,13 @@ class Dispatcher:
                     self.engine.answered()
                 kind = response.headers.get("content-type", "application/json")
                 if completion.stream and response.status == 200 and kind.startswith(EVENTS):
-                    await pass_stream_on(response, kind, reply, meter, most=most)
+                    await pass_stream_on(response, kind, reply, meter, check=paid.check if paid is not None else None)
                 else:
                     body = await response.read(MOST_ANSWER)
                     if response.status == 200:
                         meter.whole(body)
-                        if most is not None and meter.exceeds(most):
-                            raise TooMuch(f"it has more than {most} tokens, for which it is paid")
+                        if paid is not None:
+                            await paid.check(meter)
                     await send_timed(reply.whole(response.status, kind, body), meter)
         except (TimeoutError, OSError, StreamError, TooMuch) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -449,6 +448,8 @@ class Dispatcher:
         if output:
             found = usage.cached if usage is not None and usage.cached is not None else predicted
             self.provider.finished(usage.prompt if usage else prompt, found, output)
+            if usage is not None and self.accounts is not None:
+                self.accounts.rate.counted(usage.output, meter.text_bytes)
             remember(self.prefixes, self.metrics, HERE, completion.prefix, prompt, meter, predicted)
         return usage
 
@@ -496,16 +497,16 @@ class Dispatcher:
     async def run_for(self, remote: RemoteRequest, reply: Reply, paid: Delivery | None = None) -> bool:
         """Run a peer's request, just promised, whose answer begins with a line that says how the engine answers.
         Returns whether it came to its end; if not, the connection is to be broken off."""
-        origin, completion, prompt, longest, tariff, promise, most, salt = remote
-        line, meter, taken_s = HeadLineReply(reply), AnswerMeter(), self.clock()
+        origin, completion, prompt, longest, tariff, promise, added = remote
+        line, meter, taken_s = HeadLineReply(reply), meter_of(completion), self.clock()
         request = self.provider.serve(
             prompt, longest, tariff, promise, taken_s, self.cached_here(completion.prefix, prompt)
         )
         self.metrics.remote(1)
         outcome = "failed"
         try:
-            salted_ = completion._replace(body=salted(completion.body, salt)) if salt else completion
-            await self._run_here(salted_, prompt, line, request, meter, most if paid is not None else None)
+            asked = completion._replace(body=with_keys(completion.body, added))
+            await self._run_here(asked, prompt, line, request, meter, paid)
             outcome = "answered"
             if self.config.market.duel_probability:
                 self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest())
@@ -519,10 +520,13 @@ class Dispatcher:
             raise
         finally:
             if paid is not None:
-                served = line.status == 200 and line.size > 0
-                whole = outcome == "answered" and meter.complete
                 took_s = self.clock() - taken_s - meter.waited_s * self.speed
-                came = Came(meter.tokens, whole, took_s, meter.usage)
+                served = line.status == 200 and line.size > 0
+                if outcome == "cancelled" and line.status in (0, 200):
+                    came = hung_up(meter, completion.stream, promise, took_s)
+                else:
+                    whole = outcome == "answered" and meter.complete
+                    came = Came(meter.tokens if served else 0, whole, took_s, meter.usage)
                 paid.end(line.digest.hexdigest() if served else "", came)
             self.provider.served(request)
             self.metrics.remote(-1, outcome)

@@ -79,6 +79,7 @@ Lookup = Callable[[Any, int, str], tuple[int, float]]
 """Of a request, by its key and its prompt tokens: how many of them are cached at a peer, here for "", and when they
 were last used there, in seconds of the caller's clock."""
 
+LATER, LATER_S = 2.0, 0.1  # by which a promise may be later than the advert showed as far as is known
 ADVERTS_KEPT = 4  # own ones, by which peers may still make offers
 
 
@@ -308,6 +309,12 @@ class NodeProvider:
     def accepted(self, r: int, now_s: float, promise: Promise, cached: int = 0) -> None:
         """The peer takes the request that it was offered; `cached` of its prompt's tokens are taken to be paid so."""
         transitions.accepted(self._requests, r, now_s, *promise, cached)
+
+    def is_as_shown(self, r: int, promise: Promise) -> bool:
+        """Whether a peer promises about what its advert showed by which it was offered the request: a later one of the
+        same tariff may show more, and what is promised as late as one likes is never late."""
+        ttft_s, tpot_s = (float(self._requests[r][name]) for name in ("shown_ttft_s", "shown_tpot_s"))
+        return promise.ttft_s <= LATER * ttft_s + LATER_S and promise.tpot_s <= LATER * tpot_s + LATER_S
 
     def refused(self, r: int) -> None:
         """The peer does not take the request that it was offered, or does not answer."""

@@ -17,7 +17,8 @@ from wwwserve.serving.ledger import accounts as accounts_module
 from wwwserve.serving.ledger import channel, channel_ledger, stakes, statements
 from wwwserve.serving.ledger.accounts import Accounts, NotTaken
 from wwwserve.serving.ledger.channel import LedgerError
-from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Telling
+from wwwserve.serving.ledger.channel_ledger import ChannelLedger
+from wwwserve.serving.ledger.exchange import Telling
 from wwwserve.serving.ledger.journal import MemoryJournal
 from wwwserve.serving.ledger.statements import Receipt, Served, Signed, State, StatementError, Terms, Vouch, decode
 from wwwserve.serving.market import MOST_INT, Promise

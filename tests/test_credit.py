@@ -46,6 +46,7 @@ class Engine:
     waiting: int = 0  # so full that whoever can goes elsewhere
     words: int = WORDS
     claims: int | None = None  # tokens that it says it generated
+    prompt: int = 7  # tokens that it says the prompt has
     pause_s: float = 0.0
     mode: str = "well"
     per_event: int = 1  # words in an event of a stream
@@ -62,7 +63,10 @@ class Engine:
         if not body.get("stream"):
             await asyncio.sleep(self.pause_s * self.words)
             text = "w " * self.words
-            usage = {"prompt_tokens": 7, "completion_tokens": self.words if self.claims is None else self.claims}
+            usage = {
+                "prompt_tokens": self.prompt,
+                "completion_tokens": self.words if self.claims is None else self.claims,
+            }
             return web.json_response({"choices": [{"message": {"content": text}}], "usage": usage})
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
@@ -75,7 +79,7 @@ class Engine:
                 request.transport.abort()
             await asyncio.sleep(self.pause_s)
         if (body.get("stream_options") or {}).get("include_usage"):
-            last = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": self.words}}
+            last = {"choices": [], "usage": {"prompt_tokens": self.prompt, "completion_tokens": self.words}}
             await response.write(b"data: " + json.dumps(last).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
@@ -200,7 +204,7 @@ async def net(folder: Path, *engines: Engine, **more: Any) -> AsyncIterator[Net]
                 seen = [await made.see(k) for k in range(len(engines))]
                 return all(
                     each["engine"]["up"] and sum(p["there"] for p in each["peers"]) == len(engines) - 1
-                    and len(each["ledger"]["channels"]) == len(engines) - 1 for each in seen
+                    and sum(c["reconciled"] for c in each["ledger"]["channels"]) == len(engines) - 1 for each in seen
                 )  # fmt: skip
 
             await made.until(all_there)

@@ -25,12 +25,10 @@ from wwwserve.serving.ledger.channel_ledger import (
     PART,
     WHOLE,
     ChannelLedger,
-    Declined,
     Grant,
-    Held,
-    Vouching,
     most_of,
 )
+from wwwserve.serving.ledger.exchange import Declined, Held, Vouching
 from wwwserve.serving.ledger.journal import Balance, Full, Journal, JournalError, MemoryJournal, SqliteJournal
 from wwwserve.serving.ledger.stakes import Answer, Conflict, Stake, Staked, Stakes, Verdict, Vote, decode, duel_name
 from wwwserve.serving.ledger.statements import (
@@ -116,8 +114,13 @@ class Sides:
         self.b.take(A.name, id, terms or terms_of(), BODY, PROMISE)
         return id
 
+    def delivered(self, id: int, served: Served) -> None:
+        taken = self.b.books.channels[A.name].taken[id]
+        due = self.b.due_at_least(taken.terms, taken.promise, served, 1000, served.prompt)
+        self.b.delivered(A.name, id, served, due)
+
     def answered(self, id: int, tokens: int) -> int:
-        self.b.delivered(A.name, id, came(tokens))
+        self.delivered(id, came(tokens))
         return self.settle(id, came(tokens))
 
     def settle(self, id: int, served: Served, promise: Promise | None = PROMISE) -> int:
@@ -226,7 +229,9 @@ def test_a_cancelled_request_pays_for_what_was_generated(
     async def scene() -> None:
         sides = Sides("memory", tmp_path, payment)
         await sides.exchange()
-        assert sides.settle(sides.ask(), came(tokens, how)) == due
+        id = sides.ask()
+        sides.delivered(id, came(tokens, how))
+        assert sides.settle(id, came(tokens, how)) == due
         await sides.exchange()
         assert sides.b.balances()[0].free == CREDIT + due
         mirrored(sides)
@@ -245,7 +250,7 @@ def test_a_late_answer_pays_less_by_the_time_that_was_promised(took_ms: int, sha
         await sides.exchange()
         id = sides.ask(Terms((20_000, 5_000, MICRO), 100, 2 * MICRO))
         served = Served(ANSWER, 50, 40, 500, took_ms, WHOLE)
-        sides.b.delivered(A.name, id, served)
+        sides.delivered(id, served)
         price = (20_000 * 10 + 5_000 * 40 + MICRO * 500) // 1000
         assert sides.settle(id, served) == int(price * share)
         await sides.exchange()
@@ -262,7 +267,7 @@ def test_a_payer_whose_clock_takes_more_than_the_slack_is_noted(tmp_path: Path) 
         await sides.exchange()
         for claimed_ms, short in ((6_000 + SLACK_MS, 0), (12_000, MICRO // 2)):
             id = sides.ask()
-            sides.b.delivered(A.name, id, came(500, took_ms=6_000))
+            sides.delivered(id, came(500, took_ms=6_000))
             sides.settle(id, came(500, took_ms=claimed_ms))
             await sides.exchange()
             noted = sides.b.books.channels[A.name].short
@@ -288,6 +293,35 @@ def test_the_longest_answer_is_what_the_escrow_pays_after_the_prompt(payment: in
             for tokens in (most, most + 1)
         ]
         assert paid == [True, False]
+
+
+def test_a_long_answer_is_paid_in_instalments(sides: Sides) -> None:
+    async def scene() -> None:
+        id = sides.ask(terms_of(2 * MICRO))
+        for tokens in (100, 100, 50, 400):  # nothing is paid back
+            sides.a.advance(B.name, id, PROMISE, came(tokens, PART), 2000)
+            await sides.exchange()
+            a, b = sides.own()
+            paid = max(100, tokens) * MICRO // 1000
+            assert (a.free, a.escrow) == (b.peer_free, b.peer_escrow) == (98 * MICRO, 2 * MICRO - paid)
+            assert b.free == CREDIT + paid and sides.b.earned(A.name, id) == paid
+            assert sides.a.books.channels[B.name].exposed == 2 * MICRO - paid
+        sides.a.flush()
+        sides.b.flush()
+        assert sides.answered(id, 1500) == 1100 * MICRO // 1000  # the rest
+        await sides.exchange()
+        mirrored(sides)
+        channel = sides.b.books.channels[A.name]
+        assert sides.b.balances()[0].free == CREDIT + 1500 * MICRO // 1000 and channel.short == 0 == len(channel.earned)
+        short = sides.ask()
+        sides.a.advance(B.name, short, PROMISE, came(300, PART), 1000)
+        sides.delivered(short, came(1000))
+        sides.settle(short, NOTHING_CAME, None)
+        await sides.exchange()
+        assert channel.short == 700 * MICRO // 1000
+        mirrored(sides)
+
+    play(scene)
 
 
 def test_messages_that_come_twice_or_late_pay_once(sides: Sides) -> None:
@@ -347,10 +381,10 @@ def test_who_is_killed_comes_back_to_what_was_written_and_the_two_agree(sides: S
         sides.a.flush()
         sides.b.flush()
         sides.kill(A)
+        sides.delivered(under_way, came(0, NOTHING))
         await sides.exchange()
         mirrored(sides)  # what A had asked was not answered, as far as it knows
         assert sides.a.balances()[0].free == CREDIT - MICRO // 2
-        del under_way
         third = sides.ask()
         sides.b.flush()
         sides.kill(B)
@@ -387,12 +421,15 @@ def test_whatever_happens_in_whatever_order_credit_is_conserved_and_the_two_agre
                         if draw.random() < 0.9:
                             other.take(one.name, id, terms, BODY, PROMISE)
                     under_way.append((one, other, id))
+            elif act < 0.5 and under_way:
+                one, other, id = under_way[draw.randrange(len(under_way))]
+                one.advance(other.name, id, PROMISE, came(draw.randrange(2000), PART), 1000)
             elif act < 0.8 and under_way:
                 one, other, id = under_way.pop(draw.randrange(len(under_way)))
                 tokens, how = draw.randrange(2000), draw.choice((WHOLE, PART, NOTHING))
                 took_ms = draw.randrange(60_000)
-                if draw.random() < 0.7:
-                    other.delivered(one.name, id, came(tokens, WHOLE, took_ms))
+                if other.books.channels[one.name].taken.get(id) is not None:
+                    other.delivered(one.name, id, came(tokens, WHOLE, took_ms), draw.randrange(MICRO))
                 one.settle(other.name, id, PROMISE, came(tokens, how, took_ms), 1000)
             elif act < 0.95:
                 message = await written(one, one.message(other.name))
@@ -406,13 +443,16 @@ def test_whatever_happens_in_whatever_order_credit_is_conserved_and_the_two_agre
                 sides.kill(A if one is sides.a else B)
                 under_way = []
                 for each in (sides.a, sides.b):  # what the other had with it broke off
-                    channel = each.books.channels[(B if each is sides.a else A).name]
-                    for id in list(channel.open):
-                        each.settle((B if each is sides.a else A).name, id, None, NOTHING_CAME, 1)
+                    peer = (B if each is sides.a else A).name
+                    for id in list(each.books.channels[peer].open):
+                        each.settle(peer, id, None, NOTHING_CAME, 1)
+                    for id in each.books.channels[peer].taken.keys() - each.books.channels[peer].delivered.keys():
+                        each.delivered(peer, id, NOTHING_CAME, 0)
             for balance in sides.own():
                 assert sum(balance[2:]) == balance.opened and min(balance[2:]) >= 0
         for one, other, id in under_way:
             one.settle(other.name, id, None, NOTHING_CAME, 1000)
+            other.delivered(one.name, id, NOTHING_CAME, 0)
         await sides.exchange()
         mirrored(sides)
         assert sum(each.free for each in sides.own()) == 2 * CREDIT
@@ -473,19 +513,19 @@ def test_two_vouchers_of_one_number_are_evidence_that_costs_the_stake(sides: Sid
 
 def test_a_payer_who_says_that_less_came_than_was_delivered_is_noted_and_gets_no_more(sides: Sides) -> None:
     async def scene() -> None:
-        for k in range(11):
+        for k in range(10):  # the exposure
             id = sides.ask()
-            sides.b.delivered(A.name, id, came(1000))
+            sides.delivered(id, came(1000))
             sides.settle(id, NOTHING_CAME)
             await sides.exchange()
             assert sides.b.books.channels[A.name].short == (k + 1) * MICRO
         id = sides.a.lock(B.name, terms_of(), BODY)
-        with pytest.raises(LedgerError, match="paid 11000000 micro-credits less than it was delivered"):
+        with pytest.raises(LedgerError, match="paid 10000000 micro-credits less than it was delivered"):
             sides.b.take(A.name, id, terms_of(), BODY, PROMISE)
         notes = [
             msgspec.json.decode(e.body, type=Noted) for e in sides.journals[B.name].entries() if b'"note"' in e.body
         ]
-        assert len(notes) == 11 and all(note.kind == "short" and note.short == MICRO for note in notes)
+        assert len(notes) == 10 and all(note.kind == "short" and note.short == MICRO for note in notes)
 
     play(scene)
 
@@ -649,6 +689,8 @@ def test_what_is_staked_is_at_most_what_was_granted_and_numbers_go_on_after_a_re
         assert await written(sides.a, sides.a.restake(10 * MICRO)) == staked(A, 10 * MICRO)
         assert sides.a.stakes.stake(A.name) == 4 * MICRO
         sides.kill(A)
+        assert await sides.a.restake(MICRO) is None  # before a peer has told what it knows
+        await sides.exchange()
         again = await written(sides.a, sides.a.restake(MICRO))
         assert again == staked(A, MICRO, 2) and await sides.a.restake(MICRO) is None
 

@@ -98,7 +98,7 @@ def journalling(a: Identity, b: Identity, journal: SqliteJournal, kind: str) -> 
         for _ in range(TOGETHER):
             id = one.lock(b.name, terms, request)
             other.take(a.name, id, terms, request, promise)
-            other.delivered(a.name, id, served)
+            other.delivered(a.name, id, served, 0)
             one.settle(b.name, id, promise, served, 1000)
         (one if kind == "origin" else other).flush()
 
@@ -106,6 +106,12 @@ def journalling(a: Identity, b: Identity, journal: SqliteJournal, kind: str) -> 
 
 
 async def _open(one: ChannelLedger, other: ChannelLedger) -> None:
+    for _ in range(2):  # it is opened, and reconciled by the one that pays
+        await _exchange(one, other)
+    await _exchange(other, one)
+
+
+async def _exchange(one: ChannelLedger, other: ChannelLedger) -> None:
     message = await one.message(other.name)
     assert message is not None
     receiving = asyncio.ensure_future(other.received(one.name, message))
@@ -172,7 +178,7 @@ def configured(k: int, port: int, engine: int) -> dict[str, Any]:
 def _wait_for_channel(url: str) -> None:
     """Until a node can pay its peer. Raises NetworkError."""
     until_s = time.monotonic() + overhead.READY_S
-    while not look(url)["ledger"]["channels"]:
+    while not any(each["reconciled"] for each in look(url)["ledger"]["channels"]):
         if time.monotonic() > until_s:
             raise NetworkError(f"{url} opens no channel")
         time.sleep(0.1)

@@ -15,7 +15,7 @@ from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH
 from wwwserve.serving.http.keys import tagged
 from wwwserve.serving.http.messages import SIGNATURE, Messages
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
-from wwwserve.serving.ledger.channel_ledger import Open, Telling, Vouching
+from wwwserve.serving.ledger.exchange import Open, Telling, Vouching
 from wwwserve.serving.ledger.stakes import Answer, Stake, Staked
 from wwwserve.serving.ledger.statements import (
     Opening,

@@ -37,12 +37,12 @@ from wwwserve.eval.live.trial import MOST_SPEED, play, setting_of
 from wwwserve.eval.policies import PolicyError, load_policy
 from wwwserve.serving.config import MOST_CREDITS, ConfigError
 from wwwserve.serving.ledger.audit import Audit, audit, audit_entries, compare, settled
-from wwwserve.serving.ledger.channel_ledger import SHORT_SHARE
 from wwwserve.serving.ledger.journal import JournalError
 from wwwserve.serving.local_nodes import Accounts, NetworkError, look
 
 PROG = "wwwserve profits"
 SETTLE_S = 30.0  # after the last answer, until all that is owed is signed; on the virtual clock
+MOST_SHORT = 0.05  # of what is paid, by which the two sides of a channel may differ
 READY_S = 60.0  # for channels to be opened, and for all that is owed to be signed, by processes
 STOP_S = 15.0  # for a process to end
 LOOK_S, LOOK_TIMEOUT_S = 0.2, 5.0
@@ -99,7 +99,7 @@ def processes(planned: MarketPlan, setting: str | None, speed: float) -> Played:
     exposure = MOST_CREDITS if economy.exposure is None else economy.exposure
     accounts = Accounts(economy.initial_credit, economy.initial_stake, exposure)
     with own(planned, setting, speed, accounts=accounts) as network:
-        _wait(network, lambda channels: len(channels) == len(network.sites) - 1)
+        _wait(network, lambda channels: sum(each["reconciled"] for each in channels) == len(network.sites) - 1)
         measured = asyncio.run(play(network, planned, speed, stream=False, told=False))
         _wait(network, lambda channels: not any(each["exposed"] or each["unacknowledged"] for each in channels))
         handed_over = sum(int(look(site.url)["requests"]["handed_over"]) for site in network.sites)
@@ -116,7 +116,7 @@ def processes(planned: MarketPlan, setting: str | None, speed: float) -> Played:
     problems = [f"{measured.failed} requests failed"] if measured.failed else []
     print(f"sent at most {measured.lag_s:.2f} s late", file=sys.stderr)
     # Where processes wait for a core, the two sides differ on how long an answer took.
-    return _earned(planned, measured.latency_s, audits, compute, handed_over, problems, 1 / SHORT_SHARE)
+    return _earned(planned, measured.latency_s, audits, compute, handed_over, problems, MOST_SHORT)
 
 
 def _wait(network: Live, ready: Callable[[list[dict[str, Any]]], bool]) -> None:

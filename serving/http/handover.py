@@ -5,12 +5,13 @@ no more of them may be generated than there is credit in escrow.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from wwwserve.serving.http.reply import CHAT_PATH, COMPLETION_PATH, CompletionRequest, Reply
-from wwwserve.serving.http.sse import EventParser, choices_of, usage_of
+from wwwserve.serving.http.sse import AnswerMeter, EventParser, choices_of, usage_of
 
 LIMITS = {  # by path; the first that is there holds
     CHAT_PATH: ("max_completion_tokens", "max_tokens"), COMPLETION_PATH: ("max_tokens",)
@@ -73,17 +74,37 @@ def for_pay(completion: CompletionRequest, max_tokens: int | None) -> tuple[Comp
         return completion, False
 
 
+def meter_of(completion: CompletionRequest) -> AnswerMeter:
+    """Of an answer to a request."""
+    return AnswerMeter(completion.choices, b'"tools"' in completion.body or b'"functions"' in completion.body)
+
+
 def tells_usage(request: dict[str, Any]) -> bool:
     """Whether an answer says how many tokens it has."""
     options = request.get("stream_options")
     return not request.get("stream") or (isinstance(options, dict) and options.get("include_usage") is True)
 
 
-def salted(body: bytes, salt: str) -> bytes:
-    """A request, an object of JSON, whose prefix is cached apart from those of another salt. Of a key that is there
-    twice the last one counts."""
+def caps(path: str, request: dict[str, Any], limit: int | None) -> dict[str, int]:
+    """What is to be added to a peer's request so that no engine lets a choice have more tokens than `limit`, which is
+    in force: engines do not agree on which of two keys holds, nor on the limit where there is none."""
+    if limit is None:
+        return {}
+    names = [name for name in LIMITS[path] if name in request] or ["max_tokens"]
+    return {name: limit for name in names if request.get(name) != limit}
+
+
+def with_keys(body: bytes, keys: Mapping[str, object]) -> bytes:
+    """A request, an object of JSON, with more keys. Of a key that is there twice the last one counts."""
+    if not keys:
+        return body
     inner = body.rstrip()[:-1].rstrip()
-    return inner + (b"" if inner.endswith(b"{") else b",") + b'"cache_salt":' + orjson.dumps(salt) + b"}"
+    return inner + (b"" if inner.endswith(b"{") else b",") + orjson.dumps(keys)[1:]
+
+
+def salted(body: bytes, salt: str) -> bytes:
+    """A request whose prefix is cached apart from those of another salt."""
+    return with_keys(body, {"cache_salt": salt})
 
 
 class WithoutUsage(Reply):

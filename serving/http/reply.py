@@ -132,19 +132,19 @@ async def send_timed(sending: Awaitable[None], meter: AnswerMeter) -> None:
 
 async def pass_stream_on(
     response: Response, kind: str, reply: Reply, meter: AnswerMeter, watch: Callable[[bytes], None] | None = None,
-    most: int | None = None,
+    check: Callable[[AnswerMeter], Awaitable[None]] | None = None,
 ) -> None:  # fmt: skip
     """Pass the stream of an engine or a peer on, up to its last event, metered; `watch` is shown all that went out.
 
     Raises RetryableError for one that came to an end without being whole, as far as that can be told, StreamError, and
-    TooMuch before it passes on more than `most` tokens.
+    what `check` raises, which is awaited when the meter has seen more and before it is passed on.
     """
     async for chunk in response.iter_any():
         if not reply.started:
             await reply.start(200, kind)
         passed = meter.feed(chunk)
-        if most is not None and meter.exceeds(most):
-            raise TooMuch(f"it has more than {most} tokens, for which it is paid")
+        if check is not None:
+            await check(meter)
         if watch is not None:
             watch(passed)
         await send_timed(reply.pass_on(passed), meter)

@@ -11,16 +11,16 @@ import orjson
 
 from wwwserve.agents.protocol import TARIFF_SIZE
 from wwwserve.serving.config import NodeConfig
-from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF, TPOT, TTFT
+from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, REFUSED, TARIFF, TPOT, TTFT
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
 from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Declined
 from wwwserve.serving.engine.prefix_index import prefix_of
 from wwwserve.serving.http.drain import Drain
-from wwwserve.serving.http.handover import choices_in, limit_in_force, limit_of, tells_usage
+from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, limit_of, tells_usage
 from wwwserve.serving.http.messages import SIGNATURE, Refusals, Refused
 from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed, Reply
 from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN
-from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
+from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Delivery
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import Full
 from wwwserve.serving.ledger.statements import MOST_PRICE, StatementError
@@ -171,6 +171,32 @@ class App:
         claim = messages.open(scope["path"], scope["headers"])
         body = await _body(receive, headers, self.config.limits.body_bytes)
         claim.check(body)
+        try:
+            remote, paid = self._take(path, headers, body, claim.sender)
+        except Failed as failed:  # signed, as who asked takes what is in escrow back
+            seal = [(REFUSED.encode(), b"%d" % failed.status)]
+            seal.append((SIGNATURE.encode(), messages.sign_answer(claim, seal)))
+            await _fail(send, failed, seal)
+            return
+        reply = HttpReply(send)
+        head = [(name.encode(), said.encode()) for name, said in zip((TTFT, TPOT), remote.promise.text(), strict=True)]
+        head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
+        whole = False
+        try:
+            with suppress(Failed), self.drain.work():
+                await reply.start(200, "application/octet-stream", *head)
+                whole = await _unless_gone(receive, self.dispatcher.run_for(remote, reply, paid))
+        finally:
+            if paid is not None:
+                paid.close()
+        if whole:
+            await reply.end()
+        # Else the answer stays without its end, and the server breaks the connection off.
+
+    def _take(
+        self, path: str, headers: dict[bytes, bytes], body: bytes, sender: str
+    ) -> tuple[RemoteRequest, Delivery | None]:
+        """Take a peer's request, with a promise. Raises Failed."""
         request = _object(body)
         prompt, tariff = _prompt_tokens(headers, *_prompt_size(request)), _tariff(headers)
         limit, choices, model = limit_in_force(path, request), choices_in(request), request.get("model")
@@ -182,35 +208,29 @@ class App:
                 if not tells_usage(request):
                     raise LedgerError("a stream that is paid for is to tell its usage, stream_options.include_usage")
                 id, terms = accounts.offered(headers.get(ESCROW.encode(), b""), tariff, prompt, most)
-            salt = self.dispatcher.salt_of(claim.sender, request)
+            salt = self.dispatcher.salt_of(sender, request)
             prefix = prefix_of(path, request, salt)
             promise = None
             if model in self.dispatcher.serves and not self.drain.begun:
                 promise = self.dispatcher.consider(prompt, self.dispatcher.cached_here(prefix, prompt), longest, tariff)
             if promise is None:
                 self.dispatcher.metrics.offer_refused()
-                await _answer(send, 409, b'{"error": {"message": "not now", "type": "refused"}}')
-                return
+                raise Failed(409, "not now", "refused")
             if accounts is not None:
-                paid = accounts.take(claim.sender, id, terms, body, promise)
+                paid = accounts.take(sender, id, terms, body, promise, longest, most)
         except LedgerError as error:
             self.dispatcher.metrics.offer_refused()
             raise Failed(402, f"it is not taken: {error}", "payment_error") from None
         except Full:
             self.dispatcher.metrics.offer_refused()
             raise _not_writable() from None
-        reply = HttpReply(send)
-        head = [(name.encode(), said.encode()) for name, said in zip((TTFT, TPOT), promise.text(), strict=True)]
-        head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
-        completion = CompletionRequest(path, body, str(model), bool(request.get("stream")), prefix=prefix)
-        remote = RemoteRequest(claim.sender, completion, prompt, longest, tariff, promise, most, salt)
-        whole = False
-        with suppress(Failed), self.drain.work():
-            await reply.start(200, "application/octet-stream", *head)
-            whole = await _unless_gone(receive, self.dispatcher.run_for(remote, reply, paid))
-        if whole:
-            await reply.end()
-        # Else the answer stays without its end, and the server breaks the connection off.
+        added: dict[str, object] = {**caps(path, request, limit)} if paid is not None else {}
+        if salt:
+            added["cache_salt"] = salt
+        completion = CompletionRequest(
+            path, body, str(model), bool(request.get("stream")), prefix=prefix, choices=choices
+        )  # fmt: skip
+        return RemoteRequest(sender, completion, prompt, longest, tariff, promise, added), paid
 
     async def _on_duel(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """A peer asks to sign an answer, or to judge two."""
@@ -383,8 +403,8 @@ async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         watching.cancel()
 
 
-async def _fail(send: Send, failed: Failed) -> None:
-    extra = []
+async def _fail(send: Send, failed: Failed, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    extra = [*headers]
     if failed.retry_after_s is not None:
         extra.append((b"retry-after", str(failed.retry_after_s).encode()))
     await _answer(send, failed.status, failed.body(), b"application/json", extra)

@@ -17,13 +17,14 @@ LAST_EVENT = b"data: [DONE]\n\n"
 MOST_EVENT_BYTES = 4 * 2**20
 MOST_BYTES_PER_TOKEN = 16  # of text, on the average
 LONGEST_TOKEN_BYTES = 256  # of one; vocabularies have some of many spaces
-TEXTS = ("content", "text", "reasoning", "reasoning_content", "refusal")  # of a choice, its message or its delta
+TEXTS = ("content", "reasoning", "reasoning_content", "refusal")  # of a message or its delta
+PLAIN_TEXT = "text"  # of a choice without either
 CALLS = ("tool_calls", "function_call")
 
 _END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
 _LINE = re.compile(rb"\r\n|\r|\n")
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')  # JSON strings of these are their own text, if it is UTF-8
-_TEXT_KEYS = tuple(b'"%b":' % name.encode() for name in TEXTS)
+_TEXT_KEYS = tuple(b'"%b":' % name.encode() for name in (*TEXTS, PLAIN_TEXT))
 
 
 class StreamError(ValueError):
@@ -90,7 +91,10 @@ class Usage(NamedTuple):
 class AnswerMeter:
     """Meters one answer: `feed` and `end` for a stream, or `whole`."""
 
-    def __init__(self) -> None:
+    def __init__(self, choices: int = MOST_TOKENS, calls: bool = True) -> None:
+        """`choices` were asked for, and others do not count, nor do calls of tools unless `calls`: no client shows
+        them."""
+        self._choices, self._calls = choices, calls
         self.done = False  # the last event came
         self.complete = False  # nothing is missing: the last event came, or the end, after all choices were finished
         self.usage: Usage | None = None
@@ -128,10 +132,15 @@ class AnswerMeter:
         return min(self.usage.output, self._text_bytes + self._call_bytes)
 
     def _add(self, choice: dict[str, Any]) -> None:
-        text, calls = written_bytes(choice)
+        text, calls = written_bytes(choice) if self._counts(choice) else (0, 0)
+        calls = calls if self._calls else 0
         self._text_bytes += text
         self._call_bytes += calls
         self._pieces += text + calls > 0
+
+    def _counts(self, choice: dict[str, Any]) -> bool:
+        index = choice.get("index", 0)
+        return isinstance(index, int) and 0 <= index < self._choices
 
     def feed(self, chunk: bytes) -> bytes:
         """Count some of a stream; returns it up to the end of the last event. Raises StreamError."""
@@ -209,6 +218,8 @@ class AnswerMeter:
         part = choice.get("delta") or choice
         if choice.get("finish_reason") or not isinstance(part, dict) or any(part.get(name) for name in CALLS):
             return
+        if not self._counts(choice):
+            return
         keys = [key for key in _TEXT_KEYS if key in raw]
         one_line = raw.startswith(b"data:") and len(_LINE.findall(raw)) == 2
         if not one_line or len(keys) != 1 or raw.count(keys[0]) != 1:
@@ -233,7 +244,7 @@ def written_bytes(choice: dict[str, Any]) -> tuple[int, int]:
     if not isinstance(part, dict):
         return 0, 0
     size = calls = 0
-    for name in TEXTS:
+    for name in (PLAIN_TEXT,) if part is choice else TEXTS:
         said = part.get(name)
         if isinstance(said, str):
             size += len(said.encode())

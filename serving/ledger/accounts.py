@@ -7,6 +7,7 @@ they pass.
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -16,9 +17,21 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from wwwserve.agents.protocol import ACCOUNT_SIZE, FREE, MICRO, PER_REQUEST, STAKED, milliseconds, move_stake, price_of
-from wwwserve.serving.http.sse import Usage
-from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Full, LedgerError, Telling, most_of
+from wwwserve.agents.protocol import (
+    ACCOUNT_SIZE,
+    FREE,
+    MICRO,
+    OUTPUT,
+    PER_REQUEST,
+    STAKED,
+    milliseconds,
+    move_stake,
+    price_of,
+)
+from wwwserve.serving.http.reply import TooMuch
+from wwwserve.serving.http.sse import AnswerMeter, Usage
+from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Full, LedgerError, most_of
+from wwwserve.serving.ledger.exchange import Telling
 from wwwserve.serving.ledger.statements import (
     NOTHING,
     NOTHING_CAME,
@@ -30,7 +43,7 @@ from wwwserve.serving.ledger.statements import (
     Terms,
     digest,
 )
-from wwwserve.serving.market import Promise, Tariff
+from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 
 log = logging.getLogger("wwwserve.accounts")
 
@@ -38,9 +51,19 @@ LEDGER_PATH = "/peer/ledger"
 ESCROW = "x-wwwserve-escrow"  # vVERSION ID AMOUNT of a request that is handed over
 EXCHANGE_S = 0.2  # between two vouchers to a peer, unless its exposure runs out
 SOONEST_S = 0.02
+MOST_AT_ONCE = 3  # messages to a peer: a channel is opened, reconciled, and what is owed told
 DISAGREED_S = 2.0  # until a peer that declined is told again
 TARIFFS_KEPT = 4  # adverts back, of which the tariff still holds
 TOLERANCE_S = 0.25  # by which two sides may differ, beside the round trip, on how long an answer took
+
+# The peer may bill a quarter more tokens for its text than the own engine counts, and a few more.
+RATE_SLACK, RATE_TOKENS = 1.25, 64
+RATE_BYTES = 20_000  # of text of the own engine, before which peers are not compared with it
+RATE_AGEING = 0.999  # for each answer
+
+# A stream goes on while at most this part of the exposure is not paid; it is paid in so many instalments.
+UNPAID_SHARE, INSTALMENTS = 10, 4
+PATIENCE_S = 2.0  # for an instalment that is late
 
 MOST_TOLD = 1 << 17  # bytes of statements about stake in one message, which a peer verifies at one go
 
@@ -69,23 +92,75 @@ class Came(NamedTuple):
     whole: bool
     took_s: float  # from the acceptance on
     usage: Usage | None
+    prefilled: float = 0.0  # share of the prompt that was done, where nothing came as who asked hung up
+    text_bytes: int = 0  # 0 where calls of tools came
 
     def served(self, answer: str, terms: Terms, most: int) -> Served:
         """It as it is paid: an `answer` of at most `most` tokens, to a prompt of at most as many as was agreed."""
         tokens = min(self.tokens, most)
+        if tokens == 0 and self.prefilled > 0.0:
+            return Served(answer, int(terms.prompt * self.prefilled), 0, 0, self._took_ms(), PART)
         came = NOTHING if tokens == 0 else WHOLE if self.whole else PART
         prompt = min(self.usage.prompt, terms.prompt) if self.usage is not None and self.usage.prompt else terms.prompt
         cached = min(self.usage.cached or 0, prompt) if self.usage is not None else 0
-        return Served(answer, prompt, cached, tokens, int(milliseconds(max(0.0, self.took_s))), came)
+        return Served(answer, prompt, cached, tokens, self._took_ms(), came)
+
+    def _took_ms(self) -> int:
+        return int(milliseconds(max(0.0, self.took_s)))
+
+
+NOTHING_OF_IT = Came(0, False, 0.0, None)
+
+
+def hung_up(meter: AnswerMeter, stream: bool, promise: Promise, took_s: float) -> Came:
+    """What is due of an answer whose reader hung up `took_s` after it was promised: what came; of one that is not
+    streamed, and of the prompt before its first token, what was done by then as promised. Both sides count so."""
+    tokens, prefilled = meter.tokens, 0.0
+    if tokens == 0:
+        after_s = took_s - promise.ttft_s
+        prefilled = 1.0 if after_s >= 0.0 else max(0.0, took_s / promise.ttft_s)
+        if after_s >= 0.0 and not stream:
+            tokens = int(min(after_s / max(promise.tpot_s, 1e-9), MOST_TOKENS)) + 1
+    return Came(tokens, meter.complete, took_s, meter.usage, prefilled, meter.text_bytes)
+
+
+class TokenRate:
+    """Tokens of answers for the bytes of their text: as the own engine counts them, and as each peer bills them."""
+
+    def __init__(self) -> None:
+        self._own = [0.0, 0.0]  # tokens and bytes
+        self._billed: dict[str, list[float]] = {}  # tokens of each peer, those expected, and those too many so far
+
+    def counted(self, tokens: int, text_bytes: int) -> None:
+        """Of an answer of the own engine."""
+        if text_bytes:
+            self._own = [RATE_AGEING * old + new for old, new in zip(self._own, (tokens, text_bytes), strict=True)]
+
+    def billed(self, peer: str, tokens: int, text_bytes: int) -> int:
+        """Of an answer of a peer; returns by how many tokens more it has billed too many in all, beyond what differs
+        from text to text."""
+        if text_bytes == 0 or self._own[1] < RATE_BYTES:
+            return 0
+        billed = self._billed.setdefault(peer, [0.0, 0.0, 0.0])
+        billed[0] += tokens
+        billed[1] += text_bytes * self._own[0] / self._own[1]
+        more = max(0, math.ceil(billed[0] - RATE_SLACK * billed[1] - RATE_TOKENS - billed[2]))
+        billed[2] += more
+        return more
 
 
 class Payment:
     """Of one request that a peer may take; to be ended exactly once, by `end`."""
 
-    def __init__(self, ledger: ChannelLedger, peer: str, id: int, terms: Terms, most: int) -> None:
+    def __init__(
+        self, ledger: ChannelLedger, peer: str, id: int, terms: Terms, most: int, rate: TokenRate
+    ) -> None:  # fmt: skip
         self.peer, self.id, self.terms, self.most = peer, id, terms, most
         self.refused = False  # the peer said that it does not take it
-        self._ledger, self._digest, self._bytes = ledger, sha256(), 0
+        self._ledger, self._digest, self._bytes, self._rate = ledger, sha256(), 0, rate
+        per_token = terms.tariff[OUTPUT] if ledger.payment != PER_REQUEST else 0
+        self._step = 1000 * (ledger.exposure // UNPAID_SHARE // INSTALMENTS) // per_token + 1 if per_token else 1 << 62
+        self._next = self._step
 
     @property
     def header(self) -> str:
@@ -97,6 +172,17 @@ class Payment:
         self._digest.update(chunk)
         self._bytes += len(chunk)
 
+    def is_due(self, tokens: int) -> bool:
+        """Whether an instalment is to be paid once so many tokens have come."""
+        return tokens >= self._next
+
+    def advance(self, promise: Promise, came: Came) -> None:
+        """Pay for the tokens that have come so far."""
+        self._next = came.tokens + self._step
+        served = came.served(self._digest.hexdigest(), self.terms, self.most)
+        so_far = msgspec.structs.replace(served, prompt=0, cached=0)  # which the engine tells in the end
+        self._ledger.advance(self.peer, self.id, promise, so_far, self.most)
+
     def end(self, promise: Promise | None = None, came: Came | None = None) -> int:
         """It is over: pay for what came, by the peer's promise; None if it made none. Returns micro-credits."""
         if self.refused:
@@ -104,20 +190,65 @@ class Payment:
             return 0
         answer = self._digest.hexdigest() if self._bytes else ""
         served = came.served(answer, self.terms, self.most) if came is not None else NOTHING_CAME
+        if came is not None and served.came != NOTHING:
+            more = self._rate.billed(self.peer, served.tokens, came.text_bytes)
+            if more and self._ledger.payment != PER_REQUEST:
+                self._ledger.overbilled(self.peer, self.id, more, self.terms)
         return self._ledger.settle(self.peer, self.id, promise, served, self.most)
 
 
 class Delivery:
-    """Of one request of a peer that was taken; to be ended exactly once, by `end`."""
+    """Of one request of a peer that was taken; to be ended once, by `end`, or by `close` if it never began."""
 
-    def __init__(self, ledger: ChannelLedger, peer: str, id: int, terms: Terms) -> None:
+    def __init__(
+        self, ledger: ChannelLedger, peer: str, id: int, terms: Terms, promise: Promise, longest: int, agreed: int
+    ) -> None:  # fmt: skip
+        self.stopped = False  # the peer said that it has ended
+        self.agreed = agreed  # tokens that it has at most
+        self._ended = False
         self._ledger, self._peer, self._id, self._terms = ledger, peer, id, terms
-        self._most = most_of(ledger.payment, terms)
+        self._promise, self._longest, self._most = promise, longest, most_of(ledger.payment, terms)
+
+    def stop(self) -> None:
+        """The peer says that it has ended, so no more of it is paid."""
+        self.stopped = True
+
+    async def check(self, meter: AnswerMeter) -> None:
+        """Some of it came from the engine. Waits where too much of it is not paid yet; raises TooMuch where it is not
+        to go on: it is longer than agreed, the peer says that it has ended, or does not pay."""
+        await self._wait_for_pay(meter)
+        if self.stopped:
+            raise TooMuch("its origin says that it has ended")
+        if meter.exceeds(self.agreed):
+            raise TooMuch(f"it has more than {self.agreed} tokens, for which it is paid")
+
+    async def _wait_for_pay(self, meter: AnswerMeter) -> None:
+        per_token = self._terms.tariff[OUTPUT]
+        if meter.complete or self._ledger.payment == PER_REQUEST:
+            return
+        now_s = asyncio.get_running_loop().time
+        start_s = now_s()
+        while not self.stopped:
+            unpaid = per_token * meter.tokens // 1000 - self._ledger.earned(self._peer, self._id)
+            if unpaid <= self._ledger.exposure // UNPAID_SHARE:
+                break
+            if now_s() - start_s > PATIENCE_S:
+                raise TooMuch(f"{unpaid} micro-credits of it are not paid")
+            await asyncio.sleep(SOONEST_S)
+        meter.waited_s += now_s() - start_s
 
     def end(self, answer: str, came: Came) -> None:
         """It is over: `answer` is the digest of what was sent, "" for nothing."""
-        came = came if answer else came._replace(tokens=0)
-        self._ledger.delivered(self._peer, self._id, came.served(answer, self._terms, self._most))
+        self._ended = True
+        served = came.served(answer, self._terms, self._most)
+        prompt = came.usage.prompt if came.usage is not None else 0
+        due = self._ledger.due_at_least(self._terms, self._promise, served, self._longest, prompt)
+        self._ledger.delivered(self._peer, self._id, served, due)
+
+    def close(self) -> None:
+        """It is over, whether it began or not."""
+        if not self._ended:
+            self.end("", NOTHING_OF_IT)
 
 
 class Accounts:
@@ -126,6 +257,7 @@ class Accounts:
     def __init__(self, ledger: ChannelLedger, send: SendTo) -> None:
         self.ledger, self.send = ledger, send
         self.tariffs: deque[Tariff] = deque(maxlen=TARIFFS_KEPT)
+        self.rate = TokenRate()
         self.rejected = 0  # messages and requests that the ledger did not take
         self._urgent = asyncio.Event()
         self._busy: set[str] = set()
@@ -142,7 +274,7 @@ class Accounts:
         """Put credit in escrow for a request of `prompt` tokens and at most `most` of an answer, durably. Raises
         LedgerError or Full."""
         terms = Terms(tariff, prompt, int(price_of(self.ledger.payment, np.array(tariff), prompt, 0, most)))
-        payment = Payment(self.ledger, peer, self.ledger.lock(peer, terms, digest(body)), terms, most)
+        payment = Payment(self.ledger, peer, self.ledger.lock(peer, terms, digest(body)), terms, most, self.rate)
         if self.ledger.available(peer) < self.ledger.exposure // 2:
             self._urgent.set()
         try:
@@ -152,6 +284,10 @@ class Accounts:
             payment.end()
             raise
         return payment
+
+    def hurry(self) -> None:
+        """Tell peers soon what is owed."""
+        self._urgent.set()
 
     # Requests of peers.
 
@@ -178,10 +314,14 @@ class Accounts:
             raise LedgerError(f"{amount} micro-credits in escrow do not pay {wanted} tokens")
         return id, terms
 
-    def take(self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise) -> Delivery:
-        """Take a request that was `offered`, with a promise. Raises LedgerError or Full."""
-        self.ledger.take(peer, id, terms, digest(body), promise)
-        return Delivery(self.ledger, peer, id, terms)
+    def take(
+        self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise, longest: int, most: int | None
+    ) -> Delivery:  # fmt: skip
+        """Take a request that was `offered`, with a promise; its answer is expected to have at most `longest` tokens,
+        and agreed to have `most`. Raises LedgerError or Full."""
+        delivery = Delivery(self.ledger, peer, id, terms, promise, longest, MOST_TOKENS if most is None else most)
+        self.ledger.take(peer, id, terms, digest(body), promise, delivery.stop)
+        return delivery
 
     # Messages.
 
@@ -217,8 +357,10 @@ class Accounts:
                 await self._tell(peer, told)
                 if peer in self._untold:  # it may have gone, and come back
                     self._untold[peer] = [each for each in self._untold[peer] if each not in told]
-            message = await self.ledger.message(peer)
-            if message is not None:
+            for _ in range(MOST_AT_ONCE):
+                message = await self.ledger.message(peer)
+                if message is None:
+                    break
                 await self.ledger.replied(peer, await self.send(peer, message))
         except (TimeoutError, OSError, Full):
             pass  # it is told again
@@ -311,4 +453,5 @@ class Accounts:
             "peer_free": balance.peer_free / MICRO, "peer_escrow": balance.peer_escrow / MICRO,
             "exposed": channel.exposed / MICRO, "paid": channel.total / MICRO, "earned": channel.paid_total / MICRO,
             "unacknowledged": channel.number - channel.acked, "short": channel.short / MICRO,
+            "over": channel.over / MICRO, "reconciled": self.ledger.is_reconciled(balance.peer),
         }  # fmt: skip

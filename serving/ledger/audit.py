@@ -17,6 +17,7 @@ from wwwserve.serving.ledger.channel import (
     LedgerError,
     Noted,
     Opened,
+    Recovered,
     Stated,
     Vouched,
 )
@@ -83,6 +84,8 @@ def _check_signatures(books: Books, event: Event) -> None:
     elif isinstance(event, Vouched):
         state = State(books.channel(event.peer).digest, owner, event.peer, event.number, event.total, event.head)
         check(owner, "voucher", state, event.signature)
+    elif isinstance(event, Recovered):
+        check(owner, "voucher", event.voucher.state, event.voucher.signature)
     elif isinstance(event, Acked):
         state = State(books.channel(event.peer).digest, owner, event.peer, event.number, event.total, event.head)
         check(event.peer, "acknowledgement", state, event.signature)
@@ -98,6 +101,8 @@ def _keep(found: Audit, event: Event) -> None:
     if isinstance(event, Vouched):
         channel = found.books.channel(event.peer)
         found.vouched.setdefault(event.peer, {})[event.number] = channel.state(found.owner, event.peer)
+    elif isinstance(event, Recovered):
+        found.vouched.setdefault(event.peer, {})[event.voucher.state.number] = event.voucher.state
     elif isinstance(event, Acked):
         state = found.vouched.get(event.peer, {}).get(event.number)
         if state is None or (state.total, state.head) != (event.total, event.head):
@@ -112,8 +117,8 @@ def _check_sums(books: Books, kept: dict[str, Any]) -> Iterator[str]:
         balance = channel.balance(peer)
         if min(balance[2:]) < 0 or sum(balance[2:]) != balance.opened:
             yield f"channel with {peer}: credit is not conserved: {balance}"
-        locked = sum(each.terms.amount for each in channel.open.values())
-        taken = sum(each.terms.amount for each in channel.taken.values())
+        locked = sum(each.terms.amount for each in channel.open.values()) - sum(channel.advanced.values())
+        taken = sum(each.terms.amount for each in channel.taken.values()) - sum(channel.earned.values())
         if (locked, taken) != (channel.accounts[OWN, ESCROW], channel.accounts[PEER, ESCROW]):
             yield f"channel with {peer}: what is in escrow is not what is locked for its requests"
         own = channel.opening.amounts(books.owner)[0] - channel.total + channel.paid_total
@@ -144,7 +149,7 @@ def compare(one: Audit, other: Audit) -> list[str]:
             if vouched.get(number) != state:
                 problems.append(f"{payee.owner} holds a voucher {number} that {payer.owner} has not written so")
         for number in payer.acked.get(payee.owner, ()):
-            if number not in credited:
+            if number > max(credited, default=0):  # it may have forgotten one, and been told again with a later one
                 problems.append(f"{payer.owner} holds an acknowledgement {number} that {payee.owner} has not written")
     return problems
 

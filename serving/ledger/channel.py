@@ -14,6 +14,7 @@ from wwwserve.agents.kernel import Ints
 from wwwserve.agents.protocol import ACCOUNT_SIZE, ESCROW, FREE, lock, settle
 from wwwserve.serving.ledger.journal import Balance
 from wwwserve.serving.ledger.statements import (
+    GOING,
     MOST_AMOUNT,
     NOTHING,
     Opening,
@@ -29,6 +30,7 @@ from wwwserve.serving.ledger.statements import (
 from wwwserve.serving.market import Promise, Whole
 
 OWN, PEER = 0, 1  # rows of a channel's accounts
+CONFLICT = "conflict"  # kind of a note
 STAKE = '{"type":"stake"'  # begins what says what a node stakes, not who lost some
 VOUCHERS_KEPT = 64  # of a peer, to tell one that says otherwise from one that comes again
 
@@ -105,6 +107,7 @@ class Delivered(Struct, frozen=True, tag="deliver"):
     peer: str
     id: Whole
     served: Served
+    due: Whole = 0  # micro-credits by the own count
 
 
 class Credited(Struct, frozen=True, tag="credit"):
@@ -122,7 +125,33 @@ class Noted(Struct, frozen=True, tag="note"):
     peer: str
     kind: str
     content: str
-    short: Whole = 0  # micro-credits that the peer paid less than was delivered
+    short: Whole = 0  # micro-credits that the peer paid less than was delivered,
+    over: Whole = 0  # and that it was paid for tokens that its text cannot have
+
+
+class Recovered(Struct, frozen=True, tag="recover"):
+    """A voucher that was signed for the peer and forgotten, and its receipts."""
+
+    peer: str
+    voucher: Signed
+    receipts: tuple[Receipt, ...]
+
+
+class Reopened(Struct, frozen=True, tag="reopen"):
+    """A request that went to the peer and was forgotten, on terms, the amount in escrow."""
+
+    peer: str
+    id: Whole
+    request: str
+    terms: Terms
+    paid: Whole = 0  # of it in instalments
+
+
+class Skipped(Struct, frozen=True, tag="skip"):
+    """Ids of requests up to this one were used, and forgotten."""
+
+    peer: str
+    id: Whole
 
 
 class Stated(Struct, frozen=True, tag="state"):
@@ -133,7 +162,8 @@ class Stated(Struct, frozen=True, tag="state"):
 
 
 Event: TypeAlias = (
-    Opened | Locked | Freed | Settled | Vouched | Acked | Taken | Delivered | Credited | Noted | Stated
+    Opened | Locked | Freed | Settled | Vouched | Acked | Taken | Delivered | Credited | Noted | Recovered | Reopened
+    | Skipped | Stated
 )  # fmt: skip
 
 
@@ -151,8 +181,11 @@ class Channel(msgspec.Struct):
     voucher: Signed | None = None
     acked: int = 0
     open: dict[int, Locked] = {}
+    advanced: dict[int, int] = {}  # what was paid in instalments for those that are open
     unacked: list[Receipt] = []
-    unacked_locked: int = 0  # what was in escrow for them, which the peer cannot know to be free yet
+    unacked_amounts: list[int] = []  # what was in escrow for each of them
+    unacked_locked: int = 0  # for all of them, which the peer cannot know to be free yet
+    unseen: int = 0  # what was paid for work of which nothing came, as the user did not wait for it
     # What the peer pays.
     taken_id: int = 0  # highest id
     paid_number: int = 0
@@ -160,8 +193,11 @@ class Channel(msgspec.Struct):
     paid_head: str = ""
     vouchers: list[Signed] = []
     taken: dict[int, Taken] = {}
+    earned: dict[int, int] = {}  # what was paid in instalments for those that are taken
     delivered: dict[int, Delivered] = {}
     short: int = 0
+    over: int = 0
+    conflict: bool = False  # it signed two vouchers of one number
 
     @property
     def exposed(self) -> int:
@@ -194,7 +230,8 @@ class Books:
         self._rules: dict[type, Any] = {
             Opened: self._opened, Locked: self._locked, Freed: self._freed, Settled: self._settled,
             Vouched: self._vouched, Acked: self._acked, Taken: self._taken, Delivered: self._delivered,
-            Credited: self._credited, Noted: self._noted, Stated: self._stated,
+            Credited: self._credited, Noted: self._noted, Recovered: self._recovered, Reopened: self._reopened,
+            Skipped: self._skipped, Stated: self._stated,
         }  # fmt: skip
 
     def apply(self, event: Event) -> None:
@@ -249,23 +286,31 @@ class Books:
         locked = channel.open.pop(event.id, None)
         if locked is None:
             raise LedgerError(f"request {event.id} is not with {event.peer}")
-        settle(channel.accounts[OWN], channel.accounts[PEER], locked.terms.amount, 0)
+        amount = locked.terms.amount - channel.advanced.pop(event.id, 0)
+        settle(channel.accounts[OWN], channel.accounts[PEER], amount, 0)
 
     def _settled(self, event: Settled) -> None:
         channel, receipt = self.channel(event.peer), event.receipt
         locked = channel.open.get(receipt.id)
         if locked is None:
             raise LedgerError(f"request {receipt.id} is not with {event.peer}")
-        amount = locked.terms.amount
+        amount = locked.terms.amount - channel.advanced.get(receipt.id, 0)
         if (receipt.request, receipt.terms) != (locked.request, locked.terms) or not 0 <= receipt.due <= amount:
             raise LedgerError(f"the receipt of request {receipt.id} is not of what was asked, or pays more")
         _check_receipt(receipt)
-        del channel.open[receipt.id]
+        if receipt.served.came == GOING:
+            amount = receipt.due
+            channel.advanced[receipt.id] = channel.advanced.get(receipt.id, 0) + amount
+        else:
+            del channel.open[receipt.id]
+            channel.advanced.pop(receipt.id, None)
         settle(channel.accounts[OWN], channel.accounts[PEER], amount, receipt.due)
         channel.number, channel.total = channel.number + 1, channel.total + receipt.due
+        channel.unseen += receipt.due if receipt.served.answer == "" else 0
         channel.head = link(channel.head, receipt)
         channel.unacked.append(receipt)
         channel.unacked_locked += amount
+        channel.unacked_amounts.append(amount)
 
     def _vouched(self, event: Vouched) -> None:
         channel = self.channel(event.peer)
@@ -279,9 +324,45 @@ class Books:
         count = event.number - channel.acked
         if not 0 < count <= len(channel.unacked):
             raise LedgerError(f"{event.peer} acknowledges receipt {event.number} of {channel.number}")
-        acked, channel.unacked = channel.unacked[:count], channel.unacked[count:]
+        channel.unacked = channel.unacked[count:]
+        amounts, channel.unacked_amounts = channel.unacked_amounts[:count], channel.unacked_amounts[count:]
         channel.acked = event.number
-        channel.unacked_locked -= sum(receipt.terms.amount for receipt in acked)
+        channel.unacked_locked -= sum(amounts)
+
+    def _recovered(self, event: Recovered) -> None:
+        channel, state = self.channel(event.peer), event.voucher.state
+        head, total = channel.head, channel.total
+        own, peer = channel.accounts[OWN].copy(), channel.accounts[PEER].copy()
+        requests: dict[int, Locked | Taken] = {**channel.open}
+        paid = dict(channel.advanced)
+        for receipt in event.receipts:
+            _pay(own, peer, requests, paid, receipt)
+            head, total = link(head, receipt), total + receipt.due
+        number = channel.number + len(event.receipts)
+        if not event.receipts or state != State(channel.digest, self.owner, event.peer, number, total, head):
+            raise LedgerError(f"voucher {state.number} does not follow from what is known here and its receipts")
+        channel.accounts[OWN], channel.accounts[PEER] = own, peer
+        for receipt in event.receipts:
+            channel.asked = max(channel.asked, receipt.id)
+            channel.unseen += receipt.due if receipt.served.answer == "" else 0
+        channel.open = {id: each for id, each in channel.open.items() if id in requests}
+        channel.advanced = {id: each for id, each in paid.items() if id in requests}
+        channel.number, channel.total, channel.head, channel.voucher = number, total, head, event.voucher
+        # The peer has it.
+        channel.acked, channel.unacked, channel.unacked_amounts, channel.unacked_locked = number, [], [], 0
+
+    def _reopened(self, event: Reopened) -> None:
+        channel, left = self.channel(event.peer), event.terms.amount - event.paid
+        if event.id in channel.open or not event.terms.possible() or left < 0 or not lock(channel.accounts[OWN], left):
+            raise LedgerError(f"request {event.id} cannot have gone to {event.peer}")
+        channel.asked = max(channel.asked, event.id)
+        if event.paid:
+            channel.advanced[event.id] = event.paid
+        channel.open[event.id] = Locked(event.peer, event.id, event.request, event.terms)
+
+    def _skipped(self, event: Skipped) -> None:
+        channel = self.channel(event.peer)
+        channel.asked = max(channel.asked, event.id)
 
     def _taken(self, event: Taken) -> None:
         channel = self.channel(event.peer)
@@ -302,28 +383,29 @@ class Books:
         channel, state = self.channel(event.peer), event.voucher.state
         head, total = channel.paid_head, channel.paid_total
         own, peer = channel.accounts[OWN].copy(), channel.accounts[PEER].copy()
+        requests: dict[int, Locked | Taken] = {**channel.taken}
+        earned, ended = dict(channel.earned), set[int]()
         for receipt in event.receipts:
-            _check_receipt(receipt)
             taken = channel.taken.get(receipt.id)
-            locked = taken.terms.amount if taken is not None else receipt.due
-            if taken is None and not lock(peer, receipt.due):  # it was sent again after we had lost it
-                raise LedgerError(f"{receipt.due} micro-credits are more than {event.peer} has free")
             if taken is not None and not _is_of(receipt, taken):
                 raise LedgerError(f"the receipt of request {receipt.id} is not of what was taken")
-            if not 0 <= receipt.due <= locked:
-                raise LedgerError(f"the receipt of request {receipt.id} pays {receipt.due} of {locked}")
-            settle(peer, own, locked, receipt.due)
+            if receipt.id in ended:
+                raise LedgerError(f"voucher {state.number} of {event.peer} has request {receipt.id} twice")
+            if receipt.served.came != GOING:
+                ended.add(receipt.id)
+            _pay(peer, own, requests, earned, receipt)
             head, total = link(head, receipt), total + receipt.due
         number = channel.paid_number + len(event.receipts)
         if state != State(channel.digest, event.peer, self.owner, number, total, head):
             raise LedgerError(f"voucher {state.number} of {event.peer} does not follow from its receipts")
-        if len({receipt.id for receipt in event.receipts}) != len(event.receipts) or not event.receipts:
-            raise LedgerError(f"voucher {state.number} of {event.peer} has a request twice, or none")
+        if not event.receipts:
+            raise LedgerError(f"voucher {state.number} of {event.peer} has no receipt")
         channel.accounts[OWN], channel.accounts[PEER] = own, peer
-        for receipt in event.receipts:
-            channel.taken.pop(receipt.id, None)
-            channel.delivered.pop(receipt.id, None)
-            channel.taken_id = max(channel.taken_id, receipt.id)
+        channel.taken_id = max(channel.taken_id, *(receipt.id for receipt in event.receipts))
+        for id in ended:
+            channel.taken.pop(id, None)
+            channel.delivered.pop(id, None)
+        channel.earned = {id: each for id, each in earned.items() if id in channel.taken}
         channel.paid_number, channel.paid_total, channel.paid_head = number, total, head
         channel.vouchers = [*channel.vouchers[1 - VOUCHERS_KEPT :], event.voucher]
 
@@ -331,11 +413,37 @@ class Books:
         channel = self.channels.get(event.peer)
         if channel is not None:
             channel.short += event.short
+            channel.over += event.over
+            channel.conflict = channel.conflict or event.kind == CONFLICT
 
     def _stated(self, event: Stated) -> None:
         if event.statement.startswith(STAKE):
             self.statements = [each for each in self.statements if not each.startswith(STAKE)]
         self.statements.append(event.statement)
+
+
+def _pay(payer: Ints, payee: Ints, requests: dict[int, Locked | Taken], paid: dict[int, int], receipt: Receipt) -> None:
+    """Let a receipt move credit between two accounts: out of what is in escrow for one of `requests`, of which so much
+    is `paid`, or, of one that is not known any more, out of what is free. Takes out of both a request that has ended.
+    Raises LedgerError."""
+    _check_receipt(receipt)
+    request = requests.get(receipt.id)
+    if request is None:
+        if not lock(payer, receipt.due):
+            raise LedgerError(f"{receipt.due} micro-credits are more than is free")
+        settle(payer, payee, receipt.due, receipt.due)
+        return
+    before = paid.get(receipt.id, 0)
+    left = request.terms.amount - before
+    if receipt.due > left:
+        raise LedgerError(f"the receipt of request {receipt.id} pays {receipt.due} of {left}")
+    going = receipt.served.came == GOING
+    settle(payer, payee, receipt.due if going else left, receipt.due)
+    if going:
+        paid[receipt.id] = before + receipt.due
+    else:
+        del requests[receipt.id]
+        paid.pop(receipt.id, None)
 
 
 def _is_of(receipt: Receipt, taken: Taken) -> bool:

@@ -8,7 +8,7 @@ micro-credits.
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,7 +16,9 @@ import numpy as np
 from wwwserve.agents.protocol import (
     ESCROW,
     FREE,
+    INPUT,
     MICRO,
+    OUTPUT,
     PER_REQUEST,
     available_credit,
     due_after,
@@ -26,6 +28,7 @@ from wwwserve.agents.protocol import (
 )
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.channel import (
+    CONFLICT,
     OWN,
     PEER,
     Acked,
@@ -42,22 +45,33 @@ from wwwserve.serving.ledger.channel import (
     Taken,
     Vouched,
 )
+from wwwserve.serving.ledger.exchange import (
+    Acknowledged,
+    Answer,
+    Ask,
+    Declined,
+    Held,
+    Known,
+    Message,
+    Open,
+    Vouching,
+)
 from wwwserve.serving.ledger.journal import Balance, Full, Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
+from wwwserve.serving.ledger.reconcile import Reconciler
 from wwwserve.serving.ledger.stakes import Conflict, Slash, Stake, Staked, Stakes, Statement
 from wwwserve.serving.ledger.stakes import decode as decode_stake
 from wwwserve.serving.ledger.statements import (
+    GOING,
     NOTHING,
     NOTHING_CAME,
     PART,
-    VERSION,
     WHOLE,
     Opening,
     Receipt,
     Served,
     Signed,
     State,
-    Struct,
     Terms,
     Vouch,
     check,
@@ -65,13 +79,16 @@ from wwwserve.serving.ledger.statements import (
     decode,
     sign,
 )
-from wwwserve.serving.market import Promise, Whole
+from wwwserve.serving.market import Promise
 
 log = logging.getLogger("wwwserve.ledger")
 
 MOST_UNACKED = 20_000  # receipts that a peer has not acknowledged, beyond which it gets no more requests
-SHORT_SHARE = 20  # part of what a peer paid that it may be short of, beside the exposure: kills and lost links happen
+# Part of all that was paid by which the two sides may differ beside the exposure, as kills and lost links happen.
+DIFFER_SHARE = 50
 UNBOUNDED = 1 << 31  # tokens
+PROMPT_SLACK = 32  # tokens by which a prompt may be longer than was said, beside a quarter, as who asks estimates
+STILL_OPEN = "a request that is said to have ended is still open here"
 ENDED_KEPT = 1 << 16  # ids of requests that have ended, below which none is taken
 
 
@@ -81,51 +98,6 @@ class Grant(NamedTuple):
     own: int
     other: int
     source: str
-
-
-class Open(Struct, frozen=True, tag="open"):
-    """One of the two signs a channel."""
-
-    opening: Opening
-    signature: str
-    version: Whole = VERSION
-
-
-class Vouching(Struct, frozen=True, tag="vouch"):
-    """The payer's voucher."""
-
-    vouch: Vouch
-    version: Whole = VERSION
-
-
-class Telling(Struct, frozen=True, tag="stakes"):
-    """Statements about stake."""
-
-    statements: tuple[str, ...]
-    version: Whole = VERSION
-
-
-class Acknowledged(Struct, frozen=True, tag="ack"):
-    """The payee's signature under the state of a voucher."""
-
-    number: Whole
-    signature: str
-
-
-class Held(Struct, frozen=True, tag="held"):
-    """The payee holds another voucher than one that the payer could follow on from; none if None."""
-
-    voucher: Signed | None
-
-
-class Declined(Struct, frozen=True, tag="declined"):
-    """It is not taken."""
-
-    reason: str
-
-
-Message: TypeAlias = Open | Vouching | Telling
-Answer: TypeAlias = Open | Acknowledged | Held | Declined
 
 
 class ChannelLedger(JournaledBooks):
@@ -143,13 +115,16 @@ class ChannelLedger(JournaledBooks):
         self.stakes = Stakes(funds)
         self.news: Callable[[bytes], None] = lambda statement: None  # of evidence that was found here
         self._ended: dict[str, set[int]] = {}
+        self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
+        self._reconciler = Reconciler(self, self._add)
+        self._staked = 0  # number of the last own statement of stake that was signed in this run
         self._replay()
         self.changed.add(self.name)  # all is news
         self.changed.update(self.books.channels)
 
     def _replay(self) -> None:
-        """Come to what the journal says; what was under way when it ended was not answered."""
+        """Come to what the journal says."""
         self._read()
         for statement in self.books.statements:
             self.stakes.heard(decode_stake(statement))
@@ -157,27 +132,39 @@ class ChannelLedger(JournaledBooks):
             self._floor[peer] = channel.taken_id
             grant = self.grants.get(peer)
             if grant is not None and self._opening(peer, grant) != channel.opening:
-                raise LedgerError(f"the channel with {peer} was opened on other terms than those now configured")
-            for id in list(channel.open):
-                self.settle(peer, id, None, NOTHING_CAME, 1)
+                log.warning(
+                    "a channel stays as it was opened, on other terms than now configured", extra={"peer": peer}
+                )
+
+    def is_reconciled(self, peer: str) -> bool:
+        """Whether the peer has told in this run what it knows of the channel."""
+        return peer in self._reconciler.done
+
+    def _usable(self, peer: str) -> Channel:
+        """The channel with a peer. Raises LedgerError for none, or one that is not reconciled, and Full."""
+        self._check_writable()
+        channel = self.books.channel(peer)
+        if not self.is_reconciled(peer):
+            raise LedgerError(f"{peer} has not told yet what it knows of the channel")
+        return channel
 
     # What the node pays.
 
     def available(self, peer: str) -> int:
         """What may be put in escrow with a peer for one more request."""
         channel = self.books.channels.get(peer)
-        if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED:
+        if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED or not self.is_reconciled(peer):
             return 0
-        return available_credit(channel.accounts[OWN], channel.exposed, self.exposure)
+        bound = min(self.exposure, tolerated(self.exposure, channel.total) - channel.over)
+        return int(available_credit(channel.accounts[OWN], channel.exposed, bound))
 
     def lock(self, peer: str, terms: Terms, request: str) -> int:
         """Put in escrow what a request may cost whose body has the digest `request`. Returns its id.
 
         Raises LedgerError or Full.
         """
-        self._check_writable()
-        channel = self.books.channel(peer)
-        if terms.amount > available_credit(channel.accounts[OWN], channel.exposed, self.exposure):
+        channel = self._usable(peer)
+        if terms.amount > self.available(peer):
             raise LedgerError(f"{terms.amount} micro-credits are more than may be in escrow with {peer}")
         self._add(Locked(peer, channel.asked + 1, request, terms))
         return channel.asked
@@ -192,28 +179,71 @@ class ChannelLedger(JournaledBooks):
         locked = self.books.channel(peer).open.get(id)
         if locked is None:
             raise LedgerError(f"request {id} is not with {peer}")
-        due = due_of(self.payment, locked.terms, promise, served, most)
+        due = self._beside_instalments(peer, id, due_of(self.payment, locked.terms, promise, served, most))
+        if served.answer == "":  # on nothing but the peer's promise
+            channel = self.books.channel(peer)
+            due = min(due, max(0, tolerated(self.exposure, channel.total) - channel.unseen))
         self._add(Settled(peer, Receipt(id, locked.request, locked.terms, promise, served, due)))
         return due
 
+    def advance(self, peer: str, id: int, promise: Promise, served: Served, most: int) -> None:
+        """Pay for what has come so far of a request that goes on."""
+        locked = self.books.channel(peer).open[id]
+        due = self._beside_instalments(peer, id, due_of(self.payment, locked.terms, promise, served, most))
+        if due > 0:
+            so_far = msgspec.structs.replace(served, came=GOING)
+            self._add(Settled(peer, Receipt(id, locked.request, locked.terms, promise, so_far, due)))
+
+    def _beside_instalments(self, peer: str, id: int, due: int) -> int:
+        return max(0, due - self.books.channel(peer).advanced.get(id, 0))
+
+    def earned(self, peer: str, id: int) -> int:
+        """What was paid in instalments for a request of the peer."""
+        return self.books.channel(peer).earned.get(id, 0)
+
+    def overbilled(self, peer: str, id: int, tokens: int, terms: Terms) -> None:
+        """With a request the peer has billed so many tokens too many: it gets less credit in escrow from now on, and
+        none once that comes to the exposure."""
+        over = terms.tariff[OUTPUT] * tokens // 1000
+        log.warning("a peer bills more tokens than its text has", extra={"peer": peer, "micro": over})
+        self._add(Noted(peer, "over", f"request {id}: {tokens} tokens", over=over))
+
     # What the node earns.
 
-    def take(self, peer: str, id: int, terms: Terms, request: str, promise: Promise) -> None:
-        """Take a peer's request, with a promise. Raises LedgerError, or Full while nothing can be written."""
-        self._check_writable()
-        channel = self.books.channel(peer)
-        if channel.short > self.exposure + channel.paid_total // SHORT_SHARE:
+    def take(
+        self, peer: str, id: int, terms: Terms, request: str, promise: Promise, stop: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
+        """Take a peer's request, with a promise; `stop` is called if the peer says that it has ended while it is open
+        here. Raises LedgerError, or Full while nothing can be written."""
+        channel = self._usable(peer)
+        # What is short and what may become so, all of which is in escrow, are within the exposure together.
+        left = tolerated(self.exposure, channel.paid_total) - channel.short
+        if left <= 0:
             raise LedgerError(f"{peer} paid {channel.short} micro-credits less than it was delivered")
         if id <= self._floor.get(peer, 0) or id in self._ended.get(peer, ()):
             raise LedgerError(f"request {id} of {peer} has ended already")
-        if terms.amount > available_credit(channel.accounts[PEER], int(channel.accounts[PEER, ESCROW]), self.exposure):
+        bound = min(self.exposure, left)
+        if terms.amount > available_credit(channel.accounts[PEER], int(channel.accounts[PEER, ESCROW]), bound):
             raise LedgerError(f"{terms.amount} micro-credits are more than {peer} may have in escrow here")
         self._add(Taken(peer, id, request, terms, promise))
+        self._running[peer, id] = stop
 
-    def delivered(self, peer: str, id: int, served: Served) -> None:
-        """A peer's request has ended here. A request whose payment came before its end is left as it was paid."""
+    def delivered(self, peer: str, id: int, served: Served, due: int) -> None:
+        """A peer's request has ended here, and `due` micro-credits are to be paid for it by the own count."""
+        self._running.pop((peer, id), None)
         if id in self.books.channel(peer).taken:
-            self._add(Delivered(peer, id, served))
+            self._add(Delivered(peer, id, served, due))
+
+    def due_at_least(self, terms: Terms, promise: Promise, served: Served, most: int, prompt: int) -> int:
+        """What is due at least for a peer's request that was `served`, of at most `most` tokens and a prompt of
+        `prompt` as they were counted here, however the two clocks differ. A prompt that is much longer than was said is
+        to be paid as it is."""
+        latest = msgspec.structs.replace(served, took_ms=served.took_ms + self.slack_ms)
+        due = due_of(self.payment, terms, promise, latest, most)
+        more = prompt - terms.prompt - terms.prompt // 4 - PROMPT_SLACK
+        if self.payment != PER_REQUEST and served.came != NOTHING and more > 0:
+            due += terms.tariff[INPUT] * more // 1000
+        return due
 
     # Messages.
 
@@ -231,13 +261,16 @@ class ChannelLedger(JournaledBooks):
                 return None
             opening = self._opening(peer, grant)
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
-        if channel.acked == channel.number:
+        if not self.is_reconciled(peer):
+            return msgspec.json.encode(Ask(channel.number, channel.paid_number))
+        known, again = self._reconciler.again.get(peer, (channel.acked, ()))
+        if known == channel.number:
             return None
         if channel.voucher is None or channel.voucher.state.number < channel.number:
             state = channel.state(self.name, peer)
             signature = sign(self.identity, "voucher", state)
             self._add(Vouched(peer, state.number, state.total, state.head, signature))
-        vouch = Vouch(self._voucher(channel), channel.acked + 1, tuple(channel.unacked))
+        vouch = Vouch(self._voucher(channel), known + 1, (*again, *channel.unacked))
         await self.durable()
         return msgspec.json.encode(Vouching(vouch))
 
@@ -252,6 +285,8 @@ class ChannelLedger(JournaledBooks):
         message: Message = decode(body, Message)
         if isinstance(message, Open):
             answer = await self._on_open(peer, message)
+        elif isinstance(message, Ask):
+            answer = await self._on_ask(peer, message)
         elif isinstance(message, Vouching):
             answer = await self._on_voucher(peer, message.vouch)
         else:
@@ -274,6 +309,23 @@ class ChannelLedger(JournaledBooks):
         await self.durable()
         return Open(opening, own)
 
+    async def _on_ask(self, peer: str, ask: Ask) -> Answer:
+        """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
+        latest = self.stakes.latest.get(peer)
+        return await self._reconciler.tell(
+            peer, ask, msgspec.json.encode(latest).decode() if latest is not None else ""
+        )
+
+    def _on_known(self, peer: str, known: Known) -> None:
+        """What a peer knows of this node. What is under way with it was asked in another run, and is not answered any
+        more. Raises LedgerError and StatementError for what cannot be."""
+        if known.stake:
+            self.heard(peer, known.stake.encode())
+        self._reconciler.take_over(peer, known)
+        for id in sorted(self.books.channel(peer).open):
+            self.settle(peer, id, None, NOTHING_CAME, 1)
+        self.changed.add(peer)
+
     async def _on_voucher(self, peer: str, vouch: Vouch) -> Answer:
         channel, voucher = self.books.channel(peer), vouch.voucher
         state = voucher.state
@@ -286,14 +338,20 @@ class ChannelLedger(JournaledBooks):
         if skip < 0 or vouch.first + len(vouch.receipts) != state.number + 1:
             return Held(channel.vouchers[-1] if channel.vouchers else None)
         receipts = vouch.receipts[skip:]
+        ended = [each.id for each in receipts if each.served.came != GOING]
+        still = [self._running[peer, id] for id in ended if (peer, id) in self._running]
+        for stop in still:  # whoever asked has it no more
+            stop()
+        if still:
+            return Declined(STILL_OPEN)
         signature = sign(self.identity, "acknowledgement", state)
         short = self._compare(peer, channel, receipts)
         self._add(Credited(peer, voucher, receipts, signature))
-        ended = self._ended.setdefault(peer, set())
-        ended.update(receipt.id for receipt in receipts)
-        if len(ended) > 2 * ENDED_KEPT:
+        kept = self._ended.setdefault(peer, set())
+        kept.update(ended)
+        if len(kept) > 2 * ENDED_KEPT:
             floor = self._floor[peer] = max(self._floor.get(peer, 0), channel.taken_id - ENDED_KEPT)
-            self._ended[peer] = {id for id in ended if id > floor}
+            self._ended[peer] = {id for id in kept if id > floor}
         for note in short:
             log.warning("a peer paid less than was delivered", extra={"peer": peer, "micro": note.short})
             self._add(note)
@@ -307,10 +365,11 @@ class ChannelLedger(JournaledBooks):
                 await self.durable()
                 return Acknowledged(voucher.state.number, sign(self.identity, "acknowledgement", voucher.state))
             if held.state.number == voucher.state.number:
-                both = msgspec.json.encode((held, voucher)).decode()
-                log.error("a peer signed two vouchers of one number", extra={"peer": peer})
-                self._add(Noted(peer, "conflict", both))
-                self._accuse(peer, held, voucher)
+                if not channel.conflict:  # one is enough
+                    both = msgspec.json.encode((held, voucher)).decode()
+                    log.error("a peer signed two vouchers of one number", extra={"peer": peer})
+                    self._add(Noted(peer, CONFLICT, both))
+                    self._accuse(peer, held, voucher)
                 return Declined("two vouchers have one number")
         return Held(channel.vouchers[-1] if channel.vouchers else None)
 
@@ -322,17 +381,16 @@ class ChannelLedger(JournaledBooks):
             self.news(slash)
 
     def _compare(self, peer: str, channel: Channel, receipts: tuple[Receipt, ...]) -> list[Noted]:
-        """Evidence of receipts that pay less than what was delivered to the end, in the time that it took at most."""
+        """Evidence of receipts that pay less than what is due by the own count."""
         notes = []
+        paid = dict(channel.earned)
         for receipt in receipts:
-            delivered, taken = channel.delivered.get(receipt.id), channel.taken.get(receipt.id)
-            if delivered is None or taken is None or delivered.served.came != WHOLE:
+            paid[receipt.id] = paid.get(receipt.id, 0) + receipt.due
+            delivered = channel.delivered.get(receipt.id)
+            if delivered is None or receipt.served.came == GOING or paid[receipt.id] >= delivered.due:
                 continue
-            latest = msgspec.structs.replace(delivered.served, took_ms=delivered.served.took_ms + self.slack_ms)
-            due = due_of(self.payment, taken.terms, taken.promise, latest, latest.tokens)
-            if receipt.due < due:
-                both = msgspec.json.encode((delivered, receipt)).decode()
-                notes.append(Noted(peer, "short", both, due - receipt.due))
+            both = msgspec.json.encode((delivered, receipt)).decode()
+            notes.append(Noted(peer, "short", both, delivered.due - paid[receipt.id]))
         return notes
 
     async def replied(self, peer: str, body: bytes) -> None:
@@ -340,10 +398,16 @@ class ChannelLedger(JournaledBooks):
         answer: Answer = decode(body, Answer)
         if isinstance(answer, Open):
             self._on_opened(peer, answer)
+        elif isinstance(answer, Known):
+            if not self.is_reconciled(peer):
+                self._on_known(peer, answer)
         elif isinstance(answer, Acknowledged):
             self._on_ack(peer, answer)
         elif isinstance(answer, Held):
-            raise LedgerError(f"{peer} holds another voucher than what this ledger follows on from")
+            held = answer.voucher.state.number if answer.voucher is not None else 0
+            if held >= self.books.channel(peer).acked:
+                raise LedgerError(f"{peer} holds another voucher than what this ledger follows on from")
+            await self._reconciler.recall(peer, self.books.channel(peer).paid_number, held)
         elif answer.reason:
             raise LedgerError(f"{peer} declines: {answer.reason}")
         await self.durable()
@@ -360,7 +424,11 @@ class ChannelLedger(JournaledBooks):
     def _on_ack(self, peer: str, answer: Acknowledged) -> None:
         channel = self.books.channel(peer)
         voucher = channel.voucher
-        if voucher is None or answer.number <= channel.acked:
+        if voucher is None:
+            return
+        if answer.number == voucher.state.number:
+            self._reconciler.again.pop(peer, None)
+        if answer.number <= channel.acked:
             return  # it came again
         if answer.number != voucher.state.number:
             return  # of an earlier voucher; the one that replaced it will be acknowledged as well
@@ -373,16 +441,17 @@ class ChannelLedger(JournaledBooks):
     async def restake(self, amount: int) -> Staked | None:
         """State what the node stakes from now on; None where nothing changes. Raises Full."""
         latest = self.stakes.latest.get(self.name)
-        if self.name not in self.stakes.started:
-            return None
+        if self.name not in self.stakes.started or (self.grants and not self._reconciler.done):
+            return None  # peers know which number comes next
         if latest is not None and amount == self.stakes.stake(self.name):
             return None
         self._check_writable()
-        stake = Stake(self.name, self.stakes.next_number(self.name), amount)
+        self._staked = max(self._staked + 1, self.stakes.next_number(self.name))
+        stake = Stake(self.name, self._staked, amount)
         staked = Staked(stake, sign(self.identity, "stake", stake))
         self._add(Stated(self.name, msgspec.json.encode(staked).decode()))
-        self.stakes.heard(staked)
         await self.durable()
+        self.stakes.heard(staked)  # and told, as it can be forgotten no more
         return staked
 
     def heard(self, peer: str, statement: bytes) -> bool:
@@ -418,7 +487,7 @@ def due_of(payment: int, terms: Terms, promise: Promise | None, served: Served, 
         return 0
     what = payment, np.array(terms.tariff), served.prompt, served.cached, served.tokens
     price = int(price_of(*what) if served.came == WHOLE else price_of_part(*what, most))
-    promised_ms = int(milliseconds(promise.ttft_s + promise.tpot_s * (served.tokens - 1)))
+    promised_ms = int(milliseconds(promise.ttft_s + promise.tpot_s * max(0, served.tokens - 1)))
     return min(terms.amount, _due_after(payment, price, promised_ms, served.took_ms))
 
 
@@ -431,6 +500,11 @@ def most_of(payment: int, terms: Terms) -> int:
     if left < 0:
         return -1
     return left // output if output else UNBOUNDED
+
+
+def tolerated(exposure: int, paid: int) -> int:
+    """Up to how many micro-credits the two sides may differ in their counts, after `paid` were paid."""
+    return exposure + paid // DIFFER_SHARE
 
 
 def micro(credits: float) -> int:

@@ -79,6 +79,9 @@ class Journal(Protocol):
     def snapshot(self) -> Snapshot | None:
         """The last one that was written."""
 
+    def reader(self) -> "Journal":
+        """What is written so far, to read it in another thread; to be closed."""
+
     def close(self) -> None:
         """Use it no more."""
 
@@ -120,6 +123,10 @@ class MemoryJournal:
     def snapshot(self) -> Snapshot | None:
         """See `Journal`."""
         return self._snapshot
+
+    def reader(self) -> "MemoryJournal":
+        """See `Journal`."""
+        return self
 
     def close(self) -> None:
         """See `Journal`."""
@@ -196,6 +203,10 @@ class SqliteJournal:
         """See `Journal`."""
         row = self._db.execute("SELECT number, body FROM snapshot").fetchone()
         return Snapshot(*row) if row else None
+
+    def reader(self) -> "SqliteJournal":
+        """See `Journal`."""
+        return SqliteJournal(self.path, self.owner, read_only=True)
 
     def damage(self) -> list[str]:
         """What SQLite itself finds wrong with the file, and whether its tables are those of a journal."""

@@ -19,6 +19,7 @@ from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff, Whole
 
 VERSION = 2  # of what is stated; another one is not taken
 WHOLE, PART, NOTHING = "whole", "part", "nothing"  # how much of an answer came
+GOING = "going"  # more of it is to come: an instalment
 MOST_MS = 1 << 40
 MOST_AMOUNT = 10**18  # micro-credits
 MOST_PRICE = int(MAX_TARIFF) * MICRO
@@ -71,13 +72,13 @@ class Served(Struct, frozen=True):
     cached: Whole  # and of them those that the payee's engine had in its prefix cache
     tokens: Whole  # of the answer that came
     took_ms: Whole  # from the acceptance to the end of the answer
-    came: str  # WHOLE, PART or NOTHING
+    came: str  # WHOLE, PART, NOTHING or GOING
 
     def possible(self) -> bool:
         """Whether it can be what came."""
         counts = (self.prompt, self.cached, self.tokens)
         return (
-            self.came in (WHOLE, PART, NOTHING) and all(0 <= each <= MOST_TOKENS for each in counts)
+            self.came in (WHOLE, PART, NOTHING, GOING) and all(0 <= each <= MOST_TOKENS for each in counts)
             and self.cached <= self.prompt and 0 <= self.took_ms <= MOST_MS
         )  # fmt: skip
 
@@ -93,7 +94,7 @@ class Receipt(Struct, frozen=True):
     terms: Terms
     promise: Promise | None  # of the payee, from when the payer heard it; None if none came
     served: Served
-    due: Whole  # is paid, at most what was in escrow
+    due: Whole  # is paid, beside the instalments before; together at most what was in escrow
 
 
 class State(Struct, frozen=True):

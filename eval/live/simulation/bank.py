@@ -23,7 +23,8 @@ from wwwserve.agents.protocol import (
 )
 from wwwserve.envs.scenario import Scenario
 from wwwserve.eval.live.simulation.loop import VirtualLoop
-from wwwserve.serving.ledger.accounts import Came
+from wwwserve.serving.http.sse import AnswerMeter
+from wwwserve.serving.ledger.accounts import Came, TokenRate
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import due_of
 from wwwserve.serving.ledger.statements import Terms
@@ -62,6 +63,10 @@ class Payment:
     def feed(self, chunk: bytes) -> None:
         """See `serving.ledger.accounts.Payment`."""
 
+    def is_due(self, tokens: int) -> bool:
+        """See `serving.ledger.accounts.Payment`; all is paid in the end."""
+        return False
+
     def end(self, promise: Promise | None = None, came: Came | None = None) -> int:
         """See `serving.ledger.accounts.Payment`; what is not whole is not paid."""
         bank, payer, payee, amount, due = self._bank, self._payer, self._payee, self._terms.amount, 0
@@ -76,7 +81,13 @@ class Payment:
 class Delivery:
     """A `serving.ledger.accounts.Delivery`: the origin pays, whatever its executor says."""
 
+    async def check(self, meter: AnswerMeter) -> None:
+        """See `serving.ledger.accounts.Delivery`."""
+
     def end(self, answer: str, came: Came) -> None:
+        """See `serving.ledger.accounts.Delivery`."""
+
+    def close(self) -> None:
         """See `serving.ledger.accounts.Delivery`."""
 
 
@@ -117,6 +128,7 @@ class IdealAccounts:
     def __init__(self, bank: Bank, row: int) -> None:
         self.bank, self.row = bank, row
         self.ledger = _Ledger(bank, row)
+        self.rate = TokenRate()
         self.stakes_said: dict[str, float] = {}  # stake of each peer, credits, as it said last
         self._restaked_s: float | None = None
 
@@ -146,7 +158,9 @@ class IdealAccounts:
         """See `serving.ledger.accounts.Accounts`; the bank knows what is in escrow."""
         return 0, Terms(tariff, prompt, 0)
 
-    def take(self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise) -> Delivery:
+    def take(
+        self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise, longest: int, most: int | None
+    ) -> Delivery:  # fmt: skip
         """See `serving.ledger.accounts.Accounts`."""
         return Delivery()
 

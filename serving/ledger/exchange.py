@@ -1,0 +1,77 @@
+"""Messages between the ledgers of two nodes, and what they are answered with."""
+
+from typing import TypeAlias
+
+from wwwserve.serving.ledger.statements import VERSION, Opening, Signed, Struct, Terms, Vouch
+from wwwserve.serving.market import Whole
+
+
+class Open(Struct, frozen=True, tag="open"):
+    """One of the two signs a channel."""
+
+    opening: Opening
+    signature: str
+    version: Whole = VERSION
+
+
+class Vouching(Struct, frozen=True, tag="vouch"):
+    """The payer's voucher."""
+
+    vouch: Vouch
+    version: Whole = VERSION
+
+
+class Telling(Struct, frozen=True, tag="stakes"):
+    """Statements about stake."""
+
+    statements: tuple[str, ...]
+    version: Whole = VERSION
+
+
+class Acknowledged(Struct, frozen=True, tag="ack"):
+    """The payee's signature under the state of a voucher."""
+
+    number: Whole
+    signature: str
+
+
+class Held(Struct, frozen=True, tag="held"):
+    """The payee holds another voucher than one that the payer could follow on from; none if None."""
+
+    voucher: Signed | None
+
+
+class Declined(Struct, frozen=True, tag="declined"):
+    """It is not taken."""
+
+    reason: str
+
+
+class Ask(Struct, frozen=True, tag="ask"):
+    """A node has started, and knows so much of the channel."""
+
+    number: Whole  # of receipts in the chain by which it pays
+    paid_number: Whole  # and in that by which it is paid
+    version: Whole = VERSION
+
+
+class Unpaid(Struct, frozen=True):
+    """A request of the asker that has come, and of which no receipt has."""
+
+    id: Whole
+    request: str  # digest of its body
+    terms: Terms
+    paid: Whole  # of it in instalments
+
+
+class Known(Struct, frozen=True, tag="known"):
+    """What a peer has of the asker's."""
+
+    vouches: tuple[Vouch, ...]  # its vouchers after the number that it knows, in order, with their receipts
+    asked: Whole  # the highest id of its requests
+    unpaid: tuple[Unpaid, ...]
+    stake: str  # its last statement of stake, "" for none
+
+
+Message: TypeAlias = Open | Ask | Vouching | Telling
+Answer: TypeAlias = Open | Known | Acknowledged | Held | Declined

@@ -1,0 +1,119 @@
+"""What the two of a channel tell each other when one of them starts, before it signs anything for the other.
+
+A journal may be an old copy, as of a disk that was restored: what its node signed since is known to its peers alone.
+So each run of a node asks each peer once, and takes over what it has forgotten: the vouchers that it signed, the
+numbers of its requests, its last statement of stake. A node that signed a number again with other content would lose
+its stake.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+from wwwserve.serving.ledger.channel import Credited, Event, LedgerError, Recovered, Reopened, Settled, Skipped
+from wwwserve.serving.ledger.exchange import Ask, Known, Unpaid
+from wwwserve.serving.ledger.journal import Journal
+from wwwserve.serving.ledger.journaled_books import JournaledBooks
+from wwwserve.serving.ledger.statements import GOING, Receipt, Vouch, check, decode
+
+log = logging.getLogger("wwwserve.ledger")
+
+MOST_RECEIPTS = 50_000  # by which a peer may be behind that goes on from an old copy of its journal
+MOST_UNPAID = 4096  # of its requests of which it is told
+MOST_AHEAD = 1 << 32  # ids that a node may have forgotten
+RECALL_S = 30.0  # between two looks for what a peer forgot
+
+
+class Reconciler:
+    """Of one run of a node."""
+
+    def __init__(self, ledger: JournaledBooks, add: Callable[[Event], None]) -> None:
+        """`add` lets an entry take effect."""
+        self.done: set[str] = set()  # peers that have told in this run what they know
+        self.again: dict[str, tuple[int, tuple[Receipt, ...]]] = {}  # for peers that forgot: receipts after a number
+        self._ledger, self._add = ledger, add
+        self._recalled_s: dict[str, float] = {}  # when what a peer forgot was last looked for
+
+    async def tell(self, peer: str, ask: Ask, stake: str) -> Known:
+        """What is known here of a peer, which has started. Raises LedgerError where it forgot too much."""
+        channel = self._ledger.books.channel(peer)
+        vouches = await self.recall(peer, ask.number, ask.paid_number)
+        unpaid = [
+            Unpaid(id, taken.request, taken.terms, channel.earned.get(id, 0))
+            for id, taken in sorted(channel.taken.items())
+        ]
+        return Known(vouches, channel.taken_id, tuple(unpaid[:MOST_UNPAID]), stake)
+
+    async def recall(self, peer: str, number: int, paid_number: int) -> tuple[Vouch, ...]:
+        """Where a peer knows only `number` receipts of what it pays, and `paid_number` of what it is paid: its vouchers
+        since, from the journal; the others are to be told again. Raises LedgerError where that is not done now."""
+        channel = self._ledger.books.channel(peer)
+        acked = channel.acked if peer not in self.again else self.again[peer][0]
+        behind = max(channel.paid_number - number, acked - paid_number)
+        if behind <= 0:
+            return ()
+        now_s = asyncio.get_running_loop().time()
+        if behind > MOST_RECEIPTS or now_s < self._recalled_s.get(peer, -RECALL_S) + RECALL_S:
+            raise LedgerError(f"{behind} receipts that {peer} forgot are not looked for now")
+        self._recalled_s[peer] = now_s
+        log.warning("a peer goes on from an old copy of its journal", extra={"peer": peer, "receipts": behind})
+        await self._ledger.durable()
+        acked = channel.acked
+
+        def look() -> tuple[tuple[Vouch, ...], tuple[Receipt, ...]]:
+            with contextlib.closing(self._ledger.journal.reader()) as journal:
+                return vouched_since(journal, peer, number), receipts_since(journal, peer, paid_number, acked)
+
+        vouches, receipts = await asyncio.to_thread(look)
+        if receipts:
+            # Those that were acknowledged meanwhile are there no more, and the others come after them.
+            self.again[peer] = paid_number, receipts
+            self._ledger.changed.add(peer)
+        return vouches
+
+    def take_over(self, peer: str, known: Known) -> None:
+        """Take over what a peer knows of this node and was forgotten here. Raises LedgerError and StatementError for
+        what cannot be."""
+        channel = self._ledger.books.channel(peer)
+        for vouch in known.vouches:
+            check(self._ledger.name, "voucher", vouch.voucher.state, vouch.voucher.signature)
+            if vouch.voucher.state.number > channel.number:
+                log.error("the journal is an old copy: taking over what was signed since", extra={"peer": peer})
+                self._add(Recovered(peer, vouch.voucher, vouch.receipts))
+        if known.asked > channel.asked + MOST_AHEAD or len(known.unpaid) > MOST_UNPAID:
+            raise LedgerError(f"{peer} has request {known.asked}, and {channel.asked} were asked")
+        done = {receipt.id for receipt in channel.unacked if receipt.served.came != GOING}
+        for lost in known.unpaid:
+            if lost.id not in done and lost.id not in channel.open and lost.id <= known.asked:
+                self._add(Reopened(peer, lost.id, lost.request, lost.terms, lost.paid))
+        if known.asked > channel.asked:  # the receipt of the last one is with the peer
+            self._add(Skipped(peer, known.asked))
+        self.done.add(peer)
+
+
+def vouched_since(journal: Journal, peer: str, number: int) -> tuple[Vouch, ...]:
+    """The vouchers of a peer after that of `number`, with their receipts."""
+    return tuple(
+        Vouch(event.voucher, event.voucher.state.number + 1 - len(event.receipts), event.receipts)
+        for event in _events(journal, peer, "credit")
+        if isinstance(event, Credited) and event.voucher.state.number > number
+    )
+
+
+def receipts_since(journal: Journal, peer: str, number: int, last: int) -> tuple[Receipt, ...]:
+    """The own receipts for a peer, after that of `number` up to the `last`."""
+    found: list[Receipt] = []
+    for event in _events(journal, peer, "settle", "recover"):
+        if isinstance(event, Settled):
+            found.append(event.receipt)
+        elif isinstance(event, Recovered):
+            found += event.receipts
+    return tuple(found[number:last])
+
+
+def _events(journal: Journal, peer: str, *kinds: str) -> Iterator[Event]:
+    begins = tuple(f'{{"type":"{kind}","peer":"{peer}"'.encode() for kind in kinds)
+    for entry in journal.entries():
+        if bytes(entry.body).startswith(begins):
+            yield decode(entry.body, Event)

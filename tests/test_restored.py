@@ -1,0 +1,234 @@
+"""A journal that is put back from an old copy: its node finds out from its peers what it signed since, and goes on."""
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+from test_ledger import BODY, CREDIT, PROMISE, A, B, Sides, came, mirrored, play, terms_of, written
+
+from wwwserve.agents.protocol import MICRO
+from wwwserve.serving.ledger.audit import audit, compare, settled
+from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.exchange import Ask, Known
+from wwwserve.serving.ledger.journal import SqliteJournal
+from wwwserve.serving.ledger.statements import NOTHING_CAME, PART, StatementError
+
+
+class Copied(Sides):
+    """Two sides, of whom one can be put back to an old copy of its journal."""
+
+    def copy(self, who: object) -> None:
+        self.close(who)
+        for file in self.folder.glob("*.db*"):
+            if file.name.startswith(self.file(who).name):  # type: ignore[arg-type]
+                shutil.copy(file, self.folder / f"old-{file.name}")
+        self.open(who)
+
+    def put_back(self, who: object) -> None:
+        self.close(who)
+        name = self.file(who).name  # type: ignore[arg-type]
+        for file in self.folder.glob(f"{name}*"):
+            file.unlink()
+        for file in self.folder.glob(f"old-{name}*"):
+            shutil.copy(file, self.folder / file.name.removeprefix("old-"))
+        self.open(who)
+
+    def close(self, who: object) -> None:
+        ledger = self.a if who is A else self.b
+        ledger.flush()
+        self.journals[ledger.name].close()
+
+    def open(self, who: object) -> None:
+        if who is A:
+            self.a = self.start(A)
+        else:
+            self.b = self.start(B)
+
+    def agree(self) -> None:
+        for ledger in (self.a, self.b):
+            ledger.flush()
+            self.journals[ledger.name].close()
+        found = [audit(self.file(who)) for who in (A, B)]
+        assert not found[0].problems + found[1].problems + compare(*found) and settled(*found)
+
+
+def paid(sides: Sides, *tokens: int) -> None:
+    for each in tokens:
+        sides.answered(sides.ask(), each)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_payer_takes_over_what_it_signed_since_and_is_not_accused(tmp_path: Path, empty: bool) -> None:
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        if empty:
+            sides.copy(A)
+        await sides.exchange()
+        paid(sides, 100, 200)
+        await sides.exchange()
+        for one, other in ((sides.a, sides.b), (sides.b, sides.a)):
+            staked = await written(one, one.restake(3 * MICRO))
+            assert staked is not None and other.heard(one.name, msgspec.json.encode(staked))
+        if not empty:
+            sides.copy(A)
+            await sides.exchange()
+        paid(sides, 300)
+        await sides.exchange()
+        paid(sides, 400, 500)
+        await sides.exchange()
+        staked = await written(sides.a, sides.a.restake(2 * MICRO))
+        assert staked is not None and sides.b.heard(A.name, msgspec.json.encode(staked))
+        forgotten = sides.a.lock(B.name, terms_of(), BODY)  # B has it when A is put back
+        sides.b.take(A.name, forgotten, terms_of(), BODY, PROMISE)
+        sides.a.advance(B.name, forgotten, PROMISE, came(250, PART), 1000)
+        await sides.exchange()
+        sides.delivered(forgotten, NOTHING_CAME)
+        sides.b.flush()
+        sides.put_back(A)
+        assert sides.a.available(B.name) == 0
+        with pytest.raises(LedgerError, match=r"has not told yet|no channel"):
+            sides.a.lock(B.name, terms_of(), BODY)
+        assert await sides.a.restake(MICRO) is None
+        await sides.exchange()
+        mirrored(sides)
+        assert sides.a.balances()[0].free == CREDIT - 1750 * MICRO // 1000 == sides.b.balances()[0].peer_free
+        again = await written(sides.a, sides.a.restake(MICRO))
+        assert again is not None and again.stake.number == 3
+        assert sides.b.heard(A.name, msgspec.json.encode(again)) and sides.b.stakes.stake(A.name) == MICRO
+        assert sides.ask() > forgotten
+        sides.delivered(forgotten + 1, came(600))
+        sides.settle(forgotten + 1, came(600))
+        await sides.exchange()
+        mirrored(sides)
+        assert not sides.b.stakes.slashes and not sides.b.books.channels[A.name].conflict
+        sides.agree()
+
+    play(scene)
+
+
+def test_a_payee_is_told_again_what_it_earned(tmp_path: Path) -> None:
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        await sides.exchange()
+        paid(sides, 100)
+        await sides.exchange()
+        sides.copy(B)
+        await sides.exchange()
+        paid(sides, 200)
+        await sides.exchange()
+        paid(sides, 300)
+        await sides.exchange()
+        earned = sides.b.balances()[0].free
+        sides.put_back(B)
+        assert sides.b.balances()[0].free == earned - MICRO // 2
+        with pytest.raises(LedgerError, match="has not told yet"):
+            sides.ask()
+        for id in list(sides.a.books.channels[B.name].open):
+            sides.settle(id, NOTHING_CAME, None)
+        await sides.exchange()
+        assert sides.b.balances()[0].free == earned
+        mirrored(sides)
+        paid(sides, 400)
+        await sides.exchange()
+        mirrored(sides)
+        sides.agree()
+
+    play(scene)
+
+
+def test_each_forgets_a_part_and_both_come_to_the_same(tmp_path: Path) -> None:
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        await sides.exchange()
+        paid(sides, 100)
+        await sides.exchange()
+        sides.copy(A)
+        await sides.exchange()
+        paid(sides, 200)
+        await sides.exchange()
+        id = sides.b.lock(A.name, terms_of(), BODY)
+        sides.a.take(B.name, id, terms_of(), BODY, PROMISE)
+        sides.a.delivered(B.name, id, came(700), 0)
+        sides.b.settle(A.name, id, PROMISE, came(700), 1000)
+        await sides.exchange()
+        sides.put_back(A)
+        await sides.exchange()
+        mirrored(sides)
+        assert sides.a.balances()[0].free == CREDIT - 3 * MICRO // 10 + 7 * MICRO // 10
+        sides.agree()
+
+    play(scene)
+
+
+def test_what_a_peer_says_it_knows_is_believed_only_as_far_as_it_was_signed(tmp_path: Path) -> None:
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        await sides.exchange()
+        sides.copy(A)
+        await sides.exchange()
+        paid(sides, 100, 200)
+        await sides.exchange()
+        sides.put_back(A)
+        ask = await sides.a.message(B.name)
+        assert ask is not None and msgspec.json.decode(ask, type=Ask).number == 0
+        known = msgspec.json.decode(await written(sides.b, sides.b.received(A.name, ask)), type=Known)
+        with pytest.raises(LedgerError, match="not looked for now"):  # as all of a journal is read
+            await written(sides.b, sides.b.received(A.name, ask))
+        vouch = known.vouches[0]
+        dearer = msgspec.structs.replace(vouch.receipts[0], due=vouch.receipts[0].due + 1)
+        forged = msgspec.structs.replace(vouch.voucher.state, total=vouch.voucher.state.total + 1)
+        for bad, error in (
+            (msgspec.structs.replace(vouch, receipts=(dearer, *vouch.receipts[1:])), LedgerError),
+            (msgspec.structs.replace(vouch, receipts=vouch.receipts[1:]), LedgerError),
+            (
+                msgspec.structs.replace(vouch, voucher=msgspec.structs.replace(vouch.voucher, state=forged)),
+                StatementError,
+            ),
+        ):
+            told = msgspec.json.encode(msgspec.structs.replace(known, vouches=(bad,)))
+            with pytest.raises(error):
+                await written(sides.a, sides.a.replied(B.name, told))
+        with pytest.raises(LedgerError, match="were asked"):
+            told = msgspec.json.encode(msgspec.structs.replace(known, vouches=(), asked=1 << 62))
+            await written(sides.a, sides.a.replied(B.name, told))
+        assert not sides.a.is_reconciled(B.name)
+        await written(sides.a, sides.a.replied(B.name, msgspec.json.encode(known)))
+        assert sides.a.is_reconciled(B.name)
+        await sides.exchange()
+        mirrored(sides)
+        sides.agree()
+
+    play(scene)
+
+
+def test_a_conflict_is_noted_once_however_often_it_comes(tmp_path: Path) -> None:
+    """As where a node goes on from a copy beside the one that it is of."""
+
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        await sides.exchange()
+        sides.copy(A)
+        await sides.exchange()
+        paid(sides, 100)
+        first = await written(sides.a, sides.a.message(B.name))
+        twin = SqliteJournal(sides.file(A).with_name("old-a.db"), A.name)
+        sides.journals["twin"] = twin
+        other = type(sides.a)(A, twin, sides.a.grants, {}, exposure=sides.exposure, payment=sides.payment)
+        other._reconciler.done.add(B.name)
+        id = other.lock(B.name, terms_of(), BODY)
+        other.settle(B.name, id, PROMISE, came(1), 1000)
+        second = await written(other, other.message(B.name))
+        assert first is not None and second is not None
+        await written(sides.b, sides.b.received(A.name, first))
+        entries = []
+        for _ in range(20):
+            await written(sides.b, sides.b.received(A.name, second))
+            entries.append(sides.journals[B.name].last)
+        assert entries[0] == entries[-1] and sides.b.books.channels[A.name].conflict
+        await asyncio.sleep(0)
+        for journal in sides.journals.values():
+            journal.close()
+
+    play(scene)
