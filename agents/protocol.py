@@ -177,15 +177,24 @@ def duel_outcome(votes: Ints) -> int:
 
 @kernel
 def settle_duel(accounts: Ints, a: int, b: int, judges: Ints, votes: Ints) -> int:
-    """Move stakes by the judges' verdict on executors a and b; a tie moves nothing. Returns the outcome.
+    """Move stakes by the judges' majority on executors a and b; a tie moves nothing. Returns the outcome.
 
-    `accounts` [N, ACCOUNT_SIZE]; `judges` and `votes` of equal length. The loser's whole stake goes to the winner's.
-    Judges in the minority lose a fifth of their stake, silent ones a twentieth, shared evenly by the majority; what
-    does not divide goes to the first of them.
+    `accounts` [N, ACCOUNT_SIZE]; `judges` and `votes` of equal length. See `move_stakes`.
     """
     outcome = duel_outcome(votes)
+    move_stakes(accounts, a, b, judges, votes, outcome)
+    return outcome
+
+
+@kernel
+def move_stakes(accounts: Ints, a: int, b: int, judges: Ints, votes: Ints, outcome: int) -> None:
+    """Move stakes by the outcome of a duel, for which at least one judge voted unless it is a tie.
+
+    The loser's whole stake goes to the winner's. Judges in the minority lose a fifth of their stake, silent ones a
+    twentieth, shared evenly by those who voted for the outcome; what does not divide goes to the first of them.
+    """
     if outcome == TIE:
-        return outcome
+        return
     winner, loser = (a, b) if outcome == A_WINS else (b, a)
     accounts[winner, STAKED] += accounts[loser, STAKED]
     accounts[loser, STAKED] = 0
@@ -211,16 +220,6 @@ def settle_duel(accounts: Ints, a: int, b: int, judges: Ints, votes: Ints) -> in
         if votes[k] == outcome:
             accounts[judges[k], STAKED] += each + extra
             extra = 0
-    return outcome
-
-
-@kernel
-def forfeit(accounts: Ints, cheat: int, victim: int) -> int:
-    """The whole stake of one who cheated goes to the victim's. `accounts` [N, ACCOUNT_SIZE]; returns the stake."""
-    stake = int(accounts[cheat, STAKED])
-    accounts[cheat, STAKED] = 0
-    accounts[victim, STAKED] += stake
-    return stake
 
 
 @kernel

@@ -20,7 +20,7 @@ from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import RULES
 from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.http.keys import SignatureError, public_key
-from wwwserve.serving.ledger.stakes import MOST_JUDGES
+from wwwserve.serving.ledger.verdicts import MOST_JUDGES
 from wwwserve.serving.market import MOST_INT, Market
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
 

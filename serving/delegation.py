@@ -9,16 +9,19 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 import orjson
 
-from wwwserve.agents.knowledge import AD_STAKE
-from wwwserve.agents.protocol import PER_REQUEST
+from wwwserve.agents.knowledge import AD_STAKE, AD_TARIFF
+from wwwserve.agents.protocol import PER_REQUEST, TARIFF_SIZE
+from wwwserve.agents.tariff import in_micro
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.duel.duels import JUDGE_S, Attempt, Duels
 from wwwserve.serving.duel.judge import judgeable
+from wwwserve.serving.duel.messages import COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Pair
 from wwwserve.serving.engine.prefix_index import HERE, Prefix, PrefixIndex
 from wwwserve.serving.http.handover import WithoutUsage, for_pay, meter_of
 from wwwserve.serving.http.messages import Refused
@@ -39,7 +42,7 @@ from wwwserve.serving.ledger.accounts import ESCROW, Accounts, Came, Payment, hu
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import micro
 from wwwserve.serving.ledger.journal import Full
-from wwwserve.serving.ledger.stakes import Staked, Verdict
+from wwwserve.serving.ledger.verdicts import Verdict
 from wwwserve.serving.market import Promise, Tariff
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
@@ -53,6 +56,7 @@ REFUSED = "x-wwwserve-refused"  # the status of an answer by which a peer does n
 OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 MOST_LINE = 4096  # bytes of the line before a peer's answer
 MOST_PROMISED_S = 1e6
+MOST_VOTE = 4096  # bytes
 
 _KIND = re.compile(r"[ -~]{1,200}")  # a content type
 
@@ -106,7 +110,10 @@ class Delegation:
         self.accounts, self.clock, self.prefixes = accounts, clock, prefixes
         self.under_way: set[int] = set()  # requests that are being offered to a peer, or with one
         self.handed: dict[int, Handed] = {}  # by the provider's number of the request
-        self.duels = Duels(client.messages.identity, _DuelPeers(self), metrics, judges=config.market.judges)
+        self.duels = Duels(
+            client.messages.identity, _DuelPeers(self), metrics, judges=config.market.judges,
+            stakes=accounts.ledger.stakes if accounts is not None else None,
+        )  # fmt: skip
 
     def look(self, now_s: float) -> None:
         """The provider learns how much of each answer has come."""
@@ -195,6 +202,8 @@ class Delegation:
                 promise = _promise(response)
                 if not self.provider.is_as_shown(request, promise):
                     raise RetryableError(f"it promises {promise}, which is later than it advertised")
+                if isinstance(reply, Attempt):
+                    reply.commitment = response.headers.get(COMMITMENT, "")
                 patience.reschedule(None)
                 handed = Handed(name, self.clock(), promise, completion.stream, response, meter_of(completion))
                 self.handed[request] = handed
@@ -219,10 +228,14 @@ class Delegation:
             if answered and handed is not None:
                 remember(self.prefixes, self.metrics, name, completion.prefix, offer.prompt, handed.meter, predicted)
             if payment is not None:
-                if handed is not None:
-                    payment.end(handed.promise, handed.came(self.clock(), self.config.market.speed))
-                else:
+                if handed is None:
                     payment.end()
+                else:
+                    came = handed.came(self.clock(), self.config.market.speed)
+                    if isinstance(reply, Attempt) and reply.complete:
+                        reply.owed = partial(_pay, payment, handed.promise, came)
+                    else:
+                        payment.end(handed.promise, came)
         return handed.meter.usage
 
     def _is_refusal(self, peer: str, sealed: str, response: Response) -> bool:
@@ -301,23 +314,46 @@ class _DuelPeers:
         """See `serving.duel.duels.Peers`."""
         return await self._of.client.post(peer, path, body, timeout_s=JUDGE_S)
 
+    async def vote(self, judge: str, pair: Pair) -> bytes:
+        """See `serving.duel.duels.Peers`."""
+        of, client, body = self._of, self._of.client, msgspec.json.encode(pair)
+        if of.accounts is None:
+            return await self.request(judge, JUDGE_PATH, body)
+        advert = client.adverts.get(judge)
+        if advert is None:
+            raise OSError("it is gone")
+        given, cached, output = (in_micro(price) for price in advert.load[AD_TARIFF : AD_TARIFF + TARIFF_SIZE])
+        tariff, began_s, came = (given, cached, output), of.clock(), None
+        try:
+            payment = await of.accounts.escrow(judge, tariff, pair.prompt(), JUDGED_TOKENS, body)
+        except (LedgerError, Full) as error:
+            raise OSError(f"judging cannot be paid: {error}") from None
+        headers = {TARIFF: " ".join(map(str, tariff)), ESCROW: payment.header}
+        try:
+            async with client.request(judge, JUDGE_PATH, body, headers, timeout_s=JUDGE_S, read_timeout_s=JUDGE_S) as (
+                response,
+                _,
+            ):
+                if response.status != 200:
+                    raise await refusal(response)
+                vote = await response.read(MOST_VOTE)
+            payment.feed(vote)
+            came = Came(JUDGED_TOKENS, True, of.clock() - began_s, None)
+            return vote
+        finally:
+            payment.end(JUDGED_IN, came)
+
     def duelled(self, peer: str, won: bool) -> None:
         """See `serving.duel.duels.Peers`."""
         self._of.provider.duelled(peer, won)
         self._of.metrics.duelled(peer, won)
 
-    def staked(self, peer: str) -> Staked | None:
-        """See `serving.duel.duels.Peers`."""
-        accounts = self._of.accounts
-        return accounts.ledger.stakes.latest.get(peer) if accounts is not None else None
-
     def settle(self, verdict: Verdict) -> None:
         """See `serving.duel.duels.Peers`."""
         accounts = self._of.accounts
         if accounts is not None:
-            stated = msgspec.json.encode(verdict)
-            if accounts.ledger.heard(verdict.a.executor, stated):
-                accounts.tell_all(stated)
+            accounts.ledger.heard(verdict.case.opening.origin, msgspec.json.encode(verdict))
+            accounts.spread()
 
 
 def remember(
@@ -347,6 +383,11 @@ def head_line(line: bytes) -> tuple[int, str]:
     if not (isinstance(kind, str) and _KIND.fullmatch(kind)):
         raise ValueError(f"its answer has the type {kind!r}")
     return status, kind
+
+
+def _pay(payment: Payment, promise: Promise, came: Came, signed: bool) -> None:
+    """Pay for an answer of a duel; nothing if its executor does not put its name to it."""
+    payment.end(promise, came if signed else None)
 
 
 def _promise(response: Response) -> Promise:

@@ -23,8 +23,10 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.delegation import Delegation, remember
-from wwwserve.serving.duel.duels import Attestor, Declined, JudgePool
+from wwwserve.serving.duel.attestor import Attestor
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
+from wwwserve.serving.duel.judge_pool import JudgePool
+from wwwserve.serving.duel.messages import Declined
 from wwwserve.serving.engine.adapter import Engine, EngineError, Sent
 from wwwserve.serving.engine.prefix_index import HERE, MOST_ENTRIES, NOTHING, Prefix, PrefixIndex
 from wwwserve.serving.http.handover import meter_of, salted, with_keys
@@ -87,6 +89,7 @@ class RemoteRequest(NamedTuple):
     tariff: Tariff
     promise: Promise
     added: Mapping[str, object]  # to what the engine is asked
+    secret: str  # to which this node committed itself, should it be asked to sign the answer
 
 
 class Dispatcher:
@@ -119,8 +122,9 @@ class Dispatcher:
         self._ticked_s: float | None = None  # when the last tick was
         self._round_due = False  # of decisions
         self._marked_up = False  # whether the markup of an advert that is due has been decided
-        self.attestor = Attestor(messages.identity)
-        self.judge_pool = JudgePool(messages.identity, self._judge, metrics)
+        stakes = ledger.stakes if ledger is not None else None
+        self.attestor = Attestor(messages.identity, stakes)
+        self.judge_pool = JudgePool(messages.identity, self._judge, metrics, stakes)
         if ledger is not None:
             provider.pay(ledger.free_credit())
 
@@ -497,7 +501,7 @@ class Dispatcher:
     async def run_for(self, remote: RemoteRequest, reply: Reply, paid: Delivery | None = None) -> bool:
         """Run a peer's request, just promised, whose answer begins with a line that says how the engine answers.
         Returns whether it came to its end; if not, the connection is to be broken off."""
-        origin, completion, prompt, longest, tariff, promise, added = remote
+        origin, completion, prompt, longest, tariff, promise, added, secret = remote
         line, meter, taken_s = HeadLineReply(reply), meter_of(completion), self.clock()
         request = self.provider.serve(
             prompt, longest, tariff, promise, taken_s, self.cached_here(completion.prefix, prompt)
@@ -508,8 +512,8 @@ class Dispatcher:
             asked = completion._replace(body=with_keys(completion.body, added))
             await self._run_here(asked, prompt, line, request, meter, paid)
             outcome = "answered"
-            if self.config.market.duel_probability:
-                self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest())
+            if secret:
+                self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest(), secret)
         except RetryableError as reason:
             await line.whole(503, "application/json", b"")
             log.debug("cannot run a peer's request", extra={"reason": str(reason)})

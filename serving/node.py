@@ -94,7 +94,14 @@ def ledger_of(config: NodeConfig, identity: Identity, payment: int, stack: Async
     journal = SqliteJournal(Path(settings.file), identity.name)
     slack_ms = int(milliseconds(config.market.rtt_s + TOLERANCE_S * config.market.speed))
     ledger = ChannelLedger(
-        identity, journal, grants, funds, exposure=micro(settings.exposure), payment=payment, slack_ms=slack_ms
+        identity,
+        journal,
+        grants,
+        funds,
+        exposure=micro(settings.exposure),
+        payment=payment,
+        slack_ms=slack_ms,
+        agreed=settings.genesis is not None,
     )
     stack.callback(ledger.close)
     return ledger

@@ -34,7 +34,8 @@ async def engine(babbles: bool) -> AsyncIterator[str]:
             "usage": {"prompt_tokens": len(prompt), "completion_tokens": len(words)},
         }
         if "prompt_logprobs" in asked:
-            scores = [{"1": {"logprob": -9.0 if word.startswith("zq") else -0.5}} for word in prompt]
+            known = -0.5 if asked["messages"][0]["content"] else -3.0  # which a question makes likelier
+            scores = [{"1": {"logprob": -9.0 if word.startswith("zq") else known}} for word in prompt]
             answer |= {"prompt_logprobs": [None, *scores[1:]]}
         return web.json_response(answer)
 

@@ -9,12 +9,12 @@ from test_node import GOOD
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.serving import config
-from wwwserve.serving.duel.duels import Pair
+from wwwserve.serving.duel.messages import Attest, Pair
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.ledger import accounts as accounts_module
-from wwwserve.serving.ledger import channel, channel_ledger, stakes, statements
+from wwwserve.serving.ledger import channel, channel_ledger, statements, verdicts
 from wwwserve.serving.ledger.accounts import Accounts, NotTaken
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger
@@ -71,7 +71,8 @@ def structs(module: Any) -> list[type[msgspec.Struct]]:
 
 @pytest.mark.parametrize(
     "struct",
-    [each for module in (statements, stakes, channel, channel_ledger, heartbeat) for each in structs(module)] + [Pair],
+    [each for module in (statements, verdicts, channel, channel_ledger, heartbeat) for each in structs(module)]
+    + [Attest, Pair],
 )
 def test_no_whole_number_of_what_comes_from_outside_is_without_a_bound(struct: type[msgspec.Struct]) -> None:
     """Where the type of a field has an integer, its schema has a bound."""

@@ -10,16 +10,35 @@ import numpy as np
 import orjson
 import pytest
 
-from wwwserve.agents.protocol import MICRO, MINORITY_SHARE, SILENT_SHARE, VOTE_A, VOTE_B, VOTE_UNDECIDED
+from wwwserve.agents.protocol import MICRO, MINORITY_SHARE, VOTE_A, VOTE_B, VOTE_UNDECIDED
+from wwwserve.serving.duel import attestor as attestor_module
 from wwwserve.serving.duel import duels as duel
-from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Attempt, Attestor, Declined, Duels, JudgePool, Pair
-from wwwserve.serving.duel.evidence import as_shown, b_first, chance_of_bias, draw, in_order, record_of
-from wwwserve.serving.duel.judge import JudgeError
+from wwwserve.serving.duel import judge_pool
+from wwwserve.serving.duel.attestor import Attestor
+from wwwserve.serving.duel.duels import Attempt, Duels
+from wwwserve.serving.duel.evidence import as_shown, b_first, chance_of_bias, record_of
+from wwwserve.serving.duel.judge import WORTHLESS, JudgeError, vote_by
+from wwwserve.serving.duel.judge_pool import JudgePool
+from wwwserve.serving.duel.messages import ATTEST_PATH, JUDGE_PATH, JUDGED_TOKENS, Attest, Declined, Pair
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.reply import CompletionRequest, Failed, Reply, RetryableError
 from wwwserve.serving.http.sse import LAST_EVENT
-from wwwserve.serving.ledger.stakes import Answer, Stake, Staked, Stakes, Verdict, decode
+from wwwserve.serving.ledger.accounts import Came
+from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import digest, sign
+from wwwserve.serving.ledger.verdicts import (
+    Answer,
+    Case,
+    DuelOpening,
+    Party,
+    Stake,
+    Staked,
+    Verdict,
+    committed,
+    decode,
+    jury,
+    verify_answer,
+)
 from wwwserve.serving.metrics import Metrics
 
 PATH = "/v1/chat/completions"
@@ -59,10 +78,14 @@ class Node:
     def __init__(self) -> None:
         self.identity = Identity.generate()
         self.name = self.identity.name
-        self.attestor = Attestor(self.identity)
-        self.judge_pool = JudgePool(self.identity, self.judge, Metrics())
+        self.join(None)
         self.opinion: Callable[[str, str], int] = lambda first, second: VOTE_A if len(first) > len(second) else VOTE_B
         self.signs = True
+
+    def join(self, stakes: Stakes | None) -> None:
+        """It knows what all have at stake."""
+        self.attestor = Attestor(self.identity, stakes)
+        self.judge_pool = JudgePool(self.identity, self.judge, Metrics(), stakes)
 
     async def judge(self, path: str, request: dict[str, Any], answers: tuple[str, str]) -> int:
         assert (path, request) == (PATH, orjson.loads(BODY))
@@ -70,20 +93,22 @@ class Node:
 
 
 class Net:
-    """An origin, which stakes nothing, two executors and some judges, all with 4 credits at stake."""
+    """An origin, two executors and some judges, all of one epoch and with 4 credits at stake."""
 
-    def __init__(self, judges: int = 3) -> None:
+    def __init__(self, judges: int = 3, panel: int = 3, agreed: bool = True) -> None:
         self.origin, self.good, self.bad = Node(), Node(), Node()
         self.judges = [Node() for _ in range(judges)]
         self.nodes = {node.name: node for node in (self.good, self.bad, *self.judges)}
-        self.stakes = Stakes({name: 100 * MICRO for name in self.nodes})
-        for name, node in self.nodes.items():
+        self.stakes = Stakes({name: 100 * MICRO for name in (self.origin.name, *self.nodes)}, agreed=agreed)
+        for node in (self.origin, *self.nodes.values()):
             self.stakes.heard(staked(node, 1, 4 * MICRO))
-            assert self.stakes.stake(name) == 4 * MICRO
+            assert self.stakes.stake(node.name) == 4 * MICRO
+            node.join(self.stakes)
         self.verdicts: list[Verdict] = []
         self.results: list[tuple[str, bool]] = []
+        self.paid: list[tuple[str, bool]] = []
         self.metrics = Metrics()
-        self.duels = Duels(self.origin.identity, self, self.metrics, judges=3)
+        self.duels = Duels(self.origin.identity, self, self.metrics, judges=panel, stakes=self.stakes)
         self.answers = {self.good.name: "it is long and good", self.bad.name: "bad"}
 
     def electors(self, model: str) -> dict[str, int]:
@@ -100,11 +125,11 @@ class Net:
             raise OSError(str(refused)) from None
         raise OSError("no answer")
 
+    async def vote(self, judge: str, pair: Pair) -> bytes:
+        return await self.request(judge, JUDGE_PATH, msgspec.json.encode(pair))
+
     def duelled(self, peer: str, won: bool) -> None:
         self.results.append((peer, won))
-
-    def staked(self, peer: str) -> Staked | None:
-        return self.stakes.latest.get(peer)
 
     def settle(self, verdict: Verdict) -> None:
         stated = decode(msgspec.json.encode(verdict))  # as whoever hears of it checks it
@@ -116,8 +141,15 @@ class Net:
         for chunk in stream(self.answers[name]):
             await asyncio.sleep(0)
             await attempt.pass_on(chunk)
-        self.nodes[name].attestor.answered(self.origin.name, digest(BODY), digest(attempt.body))
+        self.take(name, attempt)
         return name
+
+    def take(self, name: str, attempt: Attempt) -> None:
+        """An executor has answered all, which is not paid yet."""
+        secret = f"secret of {name} {len(self.paid)} {digest(bytes(attempt.body))}"
+        attempt.commitment = committed(secret)
+        attempt.owed = lambda signed: self.paid.append((name, signed))
+        self.nodes[name].attestor.answered(self.origin.name, digest(BODY), digest(bytes(attempt.body)), secret)
 
     async def run(self, hand: Hand | None = None, completion: CompletionRequest = COMPLETION) -> User:
         """One duel to its end."""
@@ -180,8 +212,8 @@ def test_a_whole_answer_is_judged_as_well() -> None:
 
         async def hand(name: str, attempt: Attempt) -> None:
             body = orjson.dumps({"choices": [{"index": 0, "message": {"content": net.answers[name]}}]})
-            net.nodes[name].attestor.answered(net.origin.name, digest(BODY), digest(body))
             await attempt.whole(200, "application/json", body)
+            net.take(name, attempt)
 
         user = await net.run(hand, completion)
         assert b"it is long" in user.body and net.stake(net.bad) == 0
@@ -206,7 +238,7 @@ def test_one_answer_is_no_duel(what: str, monkeypatch: pytest.MonkeyPatch) -> No
                 chunks = [b"data: \xff\n\n", LAST_EVENT]
             for chunk in chunks[:-1] if what == "is cut off" else chunks:
                 await attempt.pass_on(chunk)
-            net.bad.attestor.answered(net.origin.name, digest(BODY), digest(attempt.body))
+            net.take(net.bad.name, attempt)
             return name
 
         if what == "is too long":
@@ -286,41 +318,96 @@ def test_a_user_who_has_the_whole_answer_may_hang_up() -> None:
     asyncio.run(run())
 
 
-def test_a_silent_judge_is_fined() -> None:
+def test_a_silent_judge_loses_nothing_as_who_says_so_may_have_left_its_vote_out() -> None:
     async def run() -> None:
-        net = Net()
-        del net.nodes[net.judges[0].name].judge_pool
+        net = Net(judges=5, panel=5)
         request = net.request
 
         async def without(peer: str, path: str, body: bytes) -> bytes:
-            if peer == net.judges[0].name:
+            if peer == net.judges[0].name and path == JUDGE_PATH:
                 raise OSError("nobody there")
             return await request(peer, path, body)
 
         net.request = without  # type: ignore[method-assign]
         await net.run()
-        fine = 4 * MICRO // SILENT_SHARE
-        assert net.stake(net.judges[0]) == 4 * MICRO - fine
-        assert sorted(net.stake(judge) for judge in net.judges[1:]) == [4 * MICRO + fine // 2] * 2
+        assert [net.stake(judge) for judge in net.judges] == [4 * MICRO] * 5 and len(net.verdicts[0].votes) == 4
         assert net.stake(net.bad) == 0 and net.duels.records[net.judges[0].name].silent == 1
 
     asyncio.run(run())
 
 
 def test_a_judge_who_is_outvoted_is_fined() -> None:
-    net = Net()
+    net = Net(judges=5, panel=5)
     net.judges[1].opinion = lambda first, second: VOTE_B if len(first) > len(second) else VOTE_A
     asyncio.run(net.run())
-    assert net.stake(net.judges[1]) == 4 * MICRO - 4 * MICRO // MINORITY_SHARE
+    fine = 4 * MICRO // MINORITY_SHARE  # of as much as the loser had at stake
+    funds = [net.stakes.funds[judge.name] - 100 * MICRO for judge in net.judges]
+    assert funds == [fine // 4, -fine, fine // 4, fine // 4, fine // 4]
     assert net.duels.records[net.judges[1].name].outvoted == 1 and net.stake(net.good) == 8 * MICRO
 
 
+def test_stake_moves_only_if_judges_with_more_than_a_third_of_all_stake_say_so() -> None:
+    """Two of three are a majority, which is enough for what the origin thinks of its peers; they have two of six."""
+    net = Net()
+    net.judges[1].opinion = lambda first, second: VOTE_B if len(first) > len(second) else VOTE_A
+    asyncio.run(net.run())
+    assert not net.verdicts and net.stake(net.bad) == 4 * MICRO
+    assert net.results == [(net.good.name, True), (net.bad.name, False)] and net.count("won") == 1
+
+
+def test_all_are_asked_only_if_the_first_know_a_winner() -> None:
+    async def run(opinion: int | None) -> tuple[Net, int]:
+        net, asked = Net(judges=9), set()
+        request = net.request
+
+        async def counted(peer: str, path: str, body: bytes) -> bytes:
+            if path == JUDGE_PATH:
+                asked.add(peer)
+            return await request(peer, path, body)
+
+        net.request = counted  # type: ignore[method-assign]
+        for judge in net.judges:
+            judge.opinion = judge.opinion if opinion is None else lambda first, second: opinion
+        await net.run()
+        return net, len(asked)
+
+    net, asked = asyncio.run(run(None))
+    assert asked == 9 and len(net.verdicts[0].votes) == 9 and net.stake(net.bad) == 0
+    net, asked = asyncio.run(run(VOTE_UNDECIDED))
+    assert asked == 3 and not net.verdicts and net.count("tie") == 1
+
+
+def test_where_no_epoch_is_agreed_a_duel_moves_the_origins_record_alone() -> None:
+    net = Net(agreed=False)
+    asyncio.run(net.run())
+    assert net.results == [(net.good.name, True), (net.bad.name, False)] and net.count("won") == 1
+    assert not net.verdicts and net.stake(net.bad) == 4 * MICRO
+
+
+def test_an_origin_without_a_bond_moves_no_stake() -> None:
+    net = Net()
+    net.stakes.heard(staked(net.origin, 2, MICRO - 1))
+    asyncio.run(net.run())
+    assert net.results == [(net.good.name, True), (net.bad.name, False)] and not net.verdicts
+
+
+def test_an_answer_is_paid_once_and_only_if_its_executor_signs_it() -> None:
+    net = Net()
+    asyncio.run(net.run())
+    assert sorted(net.paid) == sorted([(net.good.name, True), (net.bad.name, True)])
+    net = Net()
+    net.bad.signs = False
+    asyncio.run(net.run())
+    assert sorted(net.paid) == sorted([(net.good.name, True), (net.bad.name, False)])
+
+
 def test_a_tie_moves_nothing() -> None:
-    net = Net(judges=2)
-    net.judges[0].opinion = lambda first, second: VOTE_A if len(first) < len(second) else VOTE_B
+    net = Net(judges=4, panel=4)
+    for judge in net.judges[:2]:
+        judge.opinion = lambda first, second: VOTE_A if len(first) < len(second) else VOTE_B
     asyncio.run(net.run())
     assert net.count("tie") == 1 and net.results == []
-    assert [net.stake(node) for node in net.nodes.values()] == [4 * MICRO] * 4
+    assert [net.stake(node) for node in net.nodes.values()] == [4 * MICRO] * 6
 
 
 def test_judges_whose_engines_cannot_say_are_undecided_and_not_fined() -> None:
@@ -331,8 +418,8 @@ def test_judges_whose_engines_cannot_say_are_undecided_and_not_fined() -> None:
     for judge in net.judges:
         judge.opinion = cannot
     asyncio.run(net.run())
-    [verdict] = net.verdicts
-    assert [vote.vote for vote in verdict.votes] == [VOTE_UNDECIDED] * 3 and net.count("tie") == 1
+    assert not net.verdicts and net.count("tie") == 1
+    assert all(record.undecided == 1 for record in net.duels.records.values())
     assert [net.stake(judge) for judge in net.judges] == [4 * MICRO] * 3
 
 
@@ -349,71 +436,203 @@ def test_an_executor_that_does_not_stand_by_its_answer_has_lost_here() -> None:
     assert net.results == [(net.bad.name, False)] and net.count("void") == 1 and not net.verdicts
 
 
-def test_an_executor_signs_only_what_it_answered_and_remembers_no_more_than_it_should(
+def test_an_executor_signs_once_what_it_answered_and_remembers_no_more_than_it_should(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(duel, "ANSWERS_KEPT", 10)
-    node = Node()
+    monkeypatch.setattr(attestor_module, "ANSWERS_KEPT", 10)
+    node, origin, rival = Node(), Identity.generate(), Identity.generate()
     for k in range(50):
-        node.attestor.answered("o", "r", str(k))
+        node.attestor.answered(origin.name, "r", str(k), f"secret {k}")
     assert len(node.attestor._answered) == 10
 
-    def asked(origin: str, answer: str) -> bytes:
-        return node.attestor.attest(origin, msgspec.json.encode(duel.Attest("r", answer)))
+    def opening(secret: str, request: str = "r", who: Identity = origin, nonce: str = "n") -> DuelOpening:
+        parties = sorted([Party(node.name, committed(secret)), Party(rival.name, "c")], key=lambda each: each.name)
+        return DuelOpening(who.name, "", request, *parties, committed(nonce), None).signed(who)
 
-    signed = msgspec.json.decode(asked("o", "49"), type=Answer)
-    duel._check_answer(signed)
-    assert (signed.executor, signed.request, signed.answer) == (node.name, "r", "49")
-    for origin, answer in (("o", "3"), ("p", "49"), ("o", "x")):
-        with pytest.raises(Declined, match="not answered here"):
-            asked(origin, answer)
+    def asked(opening: DuelOpening, answer: str, sender: str = origin.name) -> bytes:
+        return node.attestor.attest(sender, msgspec.json.encode(Attest(opening, answer)))
+
+    good = opening("secret 49")
+    signed = msgspec.json.decode(asked(good, "49"), type=Answer)
+    verify_answer(signed, good, Party(node.name, committed("secret 49")))
+    assert (signed.executor, signed.duel, signed.answer, signed.secret) == (node.name, good.name(), "49", "secret 49")
+    assert asked(good, "49") == asked(good, "49")  # it may come again
+    for bad, answer, sender, message in (
+        (opening("secret 49", nonce="other"), "49", origin.name, "signed for another duel"),
+        (opening("secret 3"), "3", origin.name, "not answered here"),
+        (opening("secret 48"), "47", origin.name, "not answered here"),
+        (opening("secret 48", request="s"), "48", origin.name, "not answered here"),
+        (opening("secret 48"), "48", rival.name, "not a duel of its sender"),
+        (opening("secret 48", who=rival), "48", rival.name, "not answered here"),
+        (msgspec.structs.replace(opening("secret 48"), signature=good.signature), "48", origin.name, "signed"),
+        (msgspec.structs.replace(opening("secret 48"), epoch="e").signed(origin), "48", origin.name, "epoch"),
+    ):
+        with pytest.raises(Declined, match=message):
+            asked(bad, answer, sender)
+    assert b"secret 48" in asked(opening("secret 48"), "48")  # what was refused did not use it up
 
 
 # The origin chooses neither the judges nor the order.
 
 
-def pair(net: Net, **changed: Any) -> tuple[Pair, str]:
+def pair(net: Net, height: int = 1, nonce: str = "n", **changed: Any) -> tuple[Pair, str]:
     """A pair that is in order, and a judge on whom the draw falls."""
-    texts = {node.name: b"".join(stream(net.answers[node.name])).decode() for node in (net.good, net.bad)}
-    signed = [
-        Answer(node.name, digest(BODY), digest(texts[node.name].encode())).signed(node.identity)
-        for node in (net.good, net.bad)
+    executors = sorted((net.good, net.bad), key=lambda node: node.name)
+    texts = [b"".join(stream(net.answers[node.name])).decode() for node in executors]
+    parties = [Party(node.name, committed(f"secret {node.name}")) for node in executors]
+    opening = DuelOpening(
+        net.origin.name, net.stakes.epoch, digest(BODY), *parties, committed(nonce), net.stakes.latest[net.origin.name]
+    ).signed(net.origin.identity)
+    answers = [
+        Answer(
+            node.name, opening.name(), digest(text.encode()), f"secret {node.name}", net.stakes.latest[node.name]
+        ).signed(node.identity)
+        for node, text in zip(executors, texts, strict=True)
     ]
-    a, b = in_order(*signed)
-    electors = {judge.name: 4 * MICRO for judge in net.judges}
-    whole = Pair(
-        PATH, True, BODY.decode(), a, b, texts[a.executor], texts[b.executor], tuple(sorted(electors.items())), 3
-    )
-    return msgspec.structs.replace(whole, **changed), draw(a, b, electors, 3).judges[0]
+    case = Case(opening, nonce, height, *answers)
+    whole = Pair(case, PATH, True, BODY.decode(), *texts)
+    changed = {"case": msgspec.structs.replace(case, **changed.pop("in_case", {})), **changed}
+    return msgspec.structs.replace(whole, **changed), next(iter(net.stakes.jury(case).weights))
 
 
 def test_a_judge_sees_that_the_origin_cheats() -> None:
     net = Net(judges=5)
     whole, judge = pair(net)
-    pool = net.nodes[judge].judge_pool
-    swapped = {"a": whole.b, "b": whole.a, "answer_a": whole.answer_b, "answer_b": whole.answer_a}
-    drawn = draw(whole.a, whole.b, dict(whole.electors), 3).judges
-    left_out = next(node for node in net.judges if node.name not in drawn)
-    cases = [
-        (swapped, pool, "not for the origin to say"),
-        ({"answer_a": whole.answer_b}, pool, "not the one that its executor signed"),
-        ({"request": '{"model": "m", "messages": []}'}, pool, "not the one that its executor signed"),
-        ({"a": msgspec.structs.replace(whole.a, signature=whole.b.signature)}, pool, "signed|for the origin"),
-        ({"electors": (*whole.electors, whole.electors[0])}, pool, "twice"),
-        ({"electors": (*whole.electors, (net.good.name, 1))}, pool, "none of them"),
-        ({}, left_out.judge_pool, "does not fall on this node"),
-        ({"path": "/v1/load_lora_adapter"}, pool, "path is"),
-        ({"path": PATH + " HTTP/1.1\r\n\r\nDELETE /x"}, pool, "path is"),
-        ({"electors": tuple(each for each in whole.electors if each[0] != judge)}, pool, "does not fall"),
+    case, pool = whole.case, net.nodes[judge].judge_pool
+    a, b, opening = case.a, case.b, case.opening
+
+    def opened(**changes: Any) -> dict[str, Any]:
+        return {"opening": msgspec.structs.replace(opening, **changes).signed(net.origin.identity)}
+
+    other_stake = staked(net.good, 1, MICRO)
+    signed_b = msgspec.structs.replace(b, stake=other_stake, signature="")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"a": b, "b": a}, "not the one that its executor|not of this duel"),
+        ({"a": msgspec.structs.replace(a, signature=b.signature)}, "signed"),
+        ({"a": msgspec.structs.replace(a, secret="guessed")}, "does not fall|committed itself"),
+        ({"a": msgspec.structs.replace(a, stake=None)}, "at stake"),
+        ({"b": signed_b.signed(net.bad.identity)}, "its own stake|signed"),
+        ({"secret": "guessed"}, "does not fall|committed itself"),
+        (opened(a=opening.b, b=opening.a), "order of their names|not of this duel"),
+        (opened(request=digest(b"other")), "not the one that was asked"),
+        (opened(commitment=committed("other")), "committed itself"),
+        (opened(epoch="another"), "another epoch"),
+        (opened(bond=None), "bond"),
+        (opened(bond=staked(net.origin, 1, MICRO - 1)), "bond"),
+        (opened(bond=staked(net.good, 1, MICRO)), "bond"),
+        (opened(a=Party(judge, committed("x"))), "none of them"),
+        ({"height": 0}, "height"),
+        ({"height": 1 + judge_pool.MOST_AHEAD}, "height"),
     ]  # fmt: skip
-    for changed, who, message in cases:
-        body = msgspec.json.encode(msgspec.structs.replace(whole, **changed))
+    for in_case, message in cases:
+        body = msgspec.json.encode(msgspec.structs.replace(whole, case=msgspec.structs.replace(case, **in_case)))
         with pytest.raises(Declined, match=message):
-            asyncio.run(who.vote(net.origin.name, body))
+            asyncio.run(pool.vote(net.origin.name, body))
+    for changed, message in (
+        ({"answer_a": whole.answer_b}, "not the one that its executor signed"),
+        ({"request": '{"model": "m", "messages": []}'}, "not the one that was asked"),
+        ({"path": "/v1/load_lora_adapter"}, "path is"),
+        ({"path": PATH + " HTTP/1.1\r\n\r\nDELETE /x"}, "path is"),
+    ):
+        with pytest.raises(Declined, match=message):
+            asyncio.run(pool.vote(net.origin.name, msgspec.json.encode(msgspec.structs.replace(whole, **changed))))
     with pytest.raises(Declined, match="not a pair"):
         asyncio.run(pool.vote(net.origin.name, b'{"path": "\xff"}'))
-    vote = asyncio.run(pool.vote(net.origin.name, msgspec.json.encode(whole)))
-    assert b"signature" in vote
+    with pytest.raises(Declined, match="who asks"):
+        asyncio.run(pool.vote(net.good.name, msgspec.json.encode(whole)))
+    stranger = Node()
+    stranger.join(net.stakes)
+    with pytest.raises(Declined, match="does not fall on this node"):
+        asyncio.run(stranger.judge_pool.vote(net.origin.name, msgspec.json.encode(whole)))
+    assert b"signature" in asyncio.run(pool.vote(net.origin.name, msgspec.json.encode(whole)))
+    net.stakes.heard(staked(net.origin, 2, 0))  # which has withdrawn its bond meanwhile
+    late, judge = pair(net, nonce="late")
+    body = msgspec.json.encode(late)
+    with pytest.raises(Declined, match="too little at stake"):
+        asyncio.run(net.nodes[judge].judge_pool.vote(net.origin.name, body))
+
+
+def test_a_judge_votes_once_on_a_duel() -> None:
+    net = Net()
+    whole, judge = pair(net)
+    pool = net.nodes[judge].judge_pool
+    body = msgspec.json.encode(whole)
+    assert asyncio.run(pool.vote(net.origin.name, body)) == asyncio.run(pool.vote(net.origin.name, body))
+    later = msgspec.structs.replace(whole, case=msgspec.structs.replace(whole.case, height=2))
+    with pytest.raises(Declined, match="judged that duel already"):
+        asyncio.run(pool.vote(net.origin.name, msgspec.json.encode(later)))
+
+
+class Fee:
+    """What a vote is paid with."""
+
+    def __init__(self) -> None:
+        self.tokens, self.ended = [], []
+
+    def charge(self, tokens: int) -> "Fee":
+        self.tokens.append(tokens)
+        return self
+
+    def end(self, answer: str, came: Came) -> None:
+        self.ended.append((answer, came.tokens, came.whole))
+
+
+def test_a_vote_is_paid_once_before_anything_is_computed_and_none_is_if_there_is_no_vote() -> None:
+    async def run() -> None:
+        net, fee = Net(), Fee()
+        whole, judge = pair(net)
+        pool, body, asked = net.nodes[judge].judge_pool, msgspec.json.encode(whole), []
+
+        def unpaid(tokens: int) -> Fee:
+            raise Declined("it is not paid")
+
+        async def counted(*what: Any) -> int:
+            asked.append(what)
+            await asyncio.sleep(0.01)
+            return VOTE_A
+
+        pool.judge = counted
+        with pytest.raises(Declined, match="not paid"):
+            await pool.vote(net.origin.name, body, unpaid)
+        assert not asked and not fee.ended
+        voting = asyncio.create_task(pool.vote(net.origin.name, body, fee.charge))
+        await asyncio.sleep(0)
+        voting.cancel()
+        await asyncio.gather(voting, return_exceptions=True)
+        assert fee.ended == [(digest(b""), 0, False)]
+        vote = await pool.vote(net.origin.name, body, fee.charge)
+        assert fee.ended[1:] == [(digest(vote), JUDGED_TOKENS, True)] and fee.tokens == [whole.prompt()] * 2
+        assert await pool.vote(net.origin.name, body, fee.charge) == vote and len(fee.ended) == 2
+        with pytest.raises(Declined):  # what is not this one's to judge costs nothing
+            await pool.vote(net.good.name, msgspec.json.encode(pair(net, nonce="m")[0]), fee.charge)
+        assert len(fee.tokens) == 2 and whole.prompt() * 2 >= len(BODY) + len(whole.answer_a) + len(whole.answer_b)
+
+    asyncio.run(run())
+
+
+def test_an_origin_has_a_share_of_a_judges_time_and_others_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_pool, "JUDGED_BURST_S", 0.05)
+
+    async def run() -> None:
+        net, other = Net(), Net()
+
+        async def slow(path: str, request: dict[str, Any], answers: tuple[str, str]) -> int:
+            await asyncio.sleep(0.1)
+            return VOTE_A
+
+        pool = net.judges[0].judge_pool
+        pool.judge = slow
+        await pool.vote(net.origin.name, msgspec.json.encode(pair(net)[0]))
+        with pytest.raises(Declined, match="come again later"):
+            await pool.vote(net.origin.name, msgspec.json.encode(pair(net, nonce="m")[0]))
+        pool.stakes = other.stakes
+        with pytest.raises(Declined, match="does not fall"):
+            await pool.vote(other.origin.name, msgspec.json.encode(pair(other)[0]))
+        quotas = judge_pool._Quotas()
+        quotas.use("o", 40.0, 0.0)
+        assert quotas.used_s("o", 100.0) == 40.0 - 100.0 * judge_pool.JUDGED_SHARE and quotas.used_s("o", 1e9) == 0.0
+
+    asyncio.run(run())
 
 
 def test_a_judge_judges_a_few_at_once() -> None:
@@ -429,7 +648,10 @@ def test_a_judge_judges_a_few_at_once() -> None:
         pool = net.nodes[judge].judge_pool
         pool.judge = slow
         body = msgspec.json.encode(whole)
-        votes = [asyncio.create_task(pool.vote(net.origin.name, body)) for _ in range(duel.MOST_JUDGING)]
+        votes = [
+            asyncio.create_task(pool.vote(net.origin.name, msgspec.json.encode(pair(net, nonce=str(k))[0])))
+            for k in range(judge_pool.MOST_JUDGING)
+        ]
         await asyncio.sleep(0)
         with pytest.raises(Declined, match="enough"):
             await pool.vote(net.origin.name, body)
@@ -443,22 +665,43 @@ def test_a_judge_judges_a_few_at_once() -> None:
 
 
 def test_judges_are_drawn_by_stake_and_answers_are_shown_in_random_order() -> None:
-    net = Net(judges=0)
     electors = {f"j{k}": (k + 1) * MICRO for k in range(4)}
-    times, first, shown_first = dict.fromkeys(electors, 0), 0, 0
+    times, shown_first = dict.fromkeys(electors, 0), 0
     for k in range(2000):
-        answers = [Answer(name, "r", digest(b"%d%b" % (k, name.encode())), "s") for name in ("x", "y")]
-        a, b = in_order(*answers)
-        assert in_order(b, a) == (a, b)
-        drawn = draw(a, b, electors, 1)
-        times[drawn.judges[0]] += 1
-        first += a.executor == "x"
-        shown_first += not b_first(drawn.duel, drawn.judges[0])
+        seed = digest(b"%d" % k)
+        drawn = jury(electors | {"x": 50 * MICRO, "none": 0}, ("x",), seed).weights
+        assert drawn.keys() == electors.keys() and drawn == electors  # all of so few, by their stake
+        first = next(iter(drawn))
+        times[first] += 1
+        shown_first += not b_first(seed, first)
         for vote in (VOTE_A, VOTE_B, VOTE_UNDECIDED):
-            assert as_shown(as_shown(vote, drawn.duel, "j"), drawn.duel, "j") == vote
+            assert as_shown(as_shown(vote, seed, "j"), seed, "j") == vote
     np.testing.assert_allclose([count / 2000 for count in times.values()], [0.1, 0.2, 0.3, 0.4], atol=0.05)
-    assert abs(first - 1000) < 4 * 22.4 and abs(shown_first - 1000) < 4 * 22.4
-    assert net.duels.open == 0
+    assert abs(shown_first - 1000) < 4 * 22.4
+
+
+def test_of_many_who_may_judge_seats_are_drawn_by_stake() -> None:
+    electors = {f"j{k:03d}": MICRO for k in range(200)} | {"large": 100 * MICRO}
+    drawn = [jury(electors, (), digest(b"%d" % k)) for k in range(50)]
+    assert all(each.needed == 42 for each in drawn)
+    assert jury(electors, ("large",), digest(b"")).needed == 64  # those who are left have too little of the stake
+    seats = [each.weights for each in drawn]
+    assert all(sum(each.values()) == 64 for each in seats)
+    assert abs(sum(each["large"] for each in seats) / (50 * 64) - 1 / 3) < 4 * (2 / 9 / 3200) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "vote"),
+    [
+        (WORTHLESS + 0.01, WORTHLESS, VOTE_A),
+        (-0.5, 1.0, VOTE_B),
+        (0.3, 1.4, VOTE_UNDECIDED),  # both answer the question
+        (-0.3, -2.0, VOTE_UNDECIDED),
+        (1.0, float("-inf"), VOTE_A),
+    ],
+)
+def test_a_judge_votes_against_a_worthless_answer_alone(a: float, b: float, vote: int) -> None:
+    assert vote_by(a, b) == vote
 
 
 # Judges that cheat.
@@ -468,11 +711,12 @@ def test_a_judge_that_always_votes_for_the_first_is_found_and_pays() -> None:
     """In random order its vote is a coin, so it ends outvoted half of the time, and the votes it signed show it."""
 
     async def run() -> None:
-        net = Net()
+        net = Net(judges=5, panel=5)
         lazy = net.judges[0]
         lazy.opinion = lambda first, second: VOTE_A
         for k in range(60):
             net.answers = {net.good.name: f"it is long and good {k}", net.bad.name: f"bad {k}"}
+            net.stakes.heard(staked(net.bad, k + 2, MICRO))
             await net.run()
         evidence = [decode(msgspec.json.encode(verdict)) for verdict in net.verdicts]
         records = {judge: record_of(evidence, judge.name) for judge in net.judges}  # type: ignore[arg-type]
@@ -481,8 +725,8 @@ def test_a_judge_that_always_votes_for_the_first_is_found_and_pays() -> None:
         assert 15 < records[lazy].outvoted < 45
         for honest in net.judges[1:]:
             assert records[honest].outvoted == 0 and chance_of_bias(records[honest].said_first, 60) > 1e-4
-            assert net.stake(honest) > 4 * MICRO
-        assert net.stake(lazy) < 4 * MICRO
+            assert net.stakes.funds[honest.name] > 100 * MICRO
+        assert net.stakes.funds[lazy.name] == 100 * MICRO - records[lazy].outvoted * (MICRO // MINORITY_SHARE)
         assert net.count("won") == 60 and net.stake(net.bad) == 0
 
     asyncio.run(run())
@@ -521,7 +765,7 @@ def test_nothing_is_left_of_duels_that_end_anyhow(monkeypatch: pytest.MonkeyPatc
             for chunk in stream(f"{net.answers[name]} {generator.random()}"):
                 await asyncio.sleep(0)
                 await attempt.pass_on(chunk)
-            net.nodes[name].attestor.answered(net.origin.name, digest(BODY), digest(attempt.body))
+            net.take(name, attempt)
             return name
 
         async def one() -> None:

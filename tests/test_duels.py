@@ -14,12 +14,14 @@ def test_a_worthless_provider_loses_its_stake_and_nobody_else_does() -> None:
     async def run() -> None:
         async with AsyncExitStack() as stack:
             good, bad = [await stack.enter_async_context(engine(babbles)) for babbles in (False, True)]
-            result = await duels.fight(good, bad, most=10_000, at_once=2)
+            result = await duels.fight(good, bad, most=400, at_once=2)
         assert result["failed"] == 0 and result["funds_left"] == 0.0
         assert 3 <= result["verdicts_until_nothing_is_left"] <= result["verdicts"]
         against = result["with_the_worthless"]
         assert against["verdicts"] == against["lost"] >= 3 and against["wrong_votes"] == 0
         assert result["worthless"]["duels_won"] == 0 and result["worthless"]["duels_lost"] >= 3
+
+        assert result["votes_paid"] >= against["votes"] and result["paid_for_votes"] > 0
 
     asyncio.run(run())
 

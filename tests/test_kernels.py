@@ -153,7 +153,7 @@ def protocol_case(rng: np.random.Generator) -> Results:
         paid.append([locked, cost, protocol.settle(accounts[0], accounts[1], amount if locked else 0, cost)])
         part = protocol.price_of_part(int(rng.integers(3)), tariff_, *tokens, int(rng.integers(4000)))
         available = protocol.available_credit(accounts[3], int(rng.integers(0, 10**7)), int(rng.integers(0, 10**7)))
-        bounds.append([part, available, protocol.forfeit(accounts, 7, 8)])
+        bounds.append([part, available])
         target = protocol.stake_target(rng.uniform(0, 0.8), int(rng.random() < 0.2), int(rng.random() < 0.5))
         protocol.move_stake(accounts[2], target, rng.uniform(0, 3))
         votes = rng.integers(0, 4, 5)

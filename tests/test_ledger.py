@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from duel_cases import case_of, side_of, staked, verdict_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +32,7 @@ from wwwserve.serving.ledger.channel_ledger import (
 )
 from wwwserve.serving.ledger.exchange import Declined, Held, Vouching
 from wwwserve.serving.ledger.journal import Balance, Full, Journal, JournalError, MemoryJournal, SqliteJournal
-from wwwserve.serving.ledger.stakes import Answer, Conflict, Stake, Staked, Stakes, Verdict, Vote, decode, duel_name
+from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import (
     NOTHING_CAME,
     Served,
@@ -43,6 +45,7 @@ from wwwserve.serving.ledger.statements import (
     link,
     sign,
 )
+from wwwserve.serving.ledger.verdicts import Conflict, Stake, Staked, Twice, Verdict, decode
 from wwwserve.serving.market import Promise
 
 KINDS = ("memory", "sqlite")
@@ -481,10 +484,8 @@ async def cheated(sides: Sides, **changes: object) -> bytes:
 def test_two_vouchers_of_one_number_are_evidence_that_costs_the_stake(sides: Sides) -> None:
     async def scene() -> None:
         for one, other in ((sides.a, sides.b), (sides.b, sides.a)):
-            staked = await written(one, one.restake(3 * MICRO))
-            assert staked is not None and other.heard(one.name, msgspec.json.encode(staked))
-        accused: list[bytes] = []
-        sides.b.news = accused.append
+            stake = await written(one, one.restake(3 * MICRO))
+            assert stake is not None and other.heard(one.name, msgspec.json.encode(stake))
         sides.answered(sides.ask(), 1000)
         other = await cheated(sides, due=0)
         honest = await written(sides.a, sides.a.message(B.name))
@@ -493,15 +494,19 @@ def test_two_vouchers_of_one_number_are_evidence_that_costs_the_stake(sides: Sid
         answer = await written(sides.b, sides.b.received(A.name, other))
         assert "two vouchers" in msgspec.json.decode(answer, type=Declined).reason
         assert sides.b.balances()[0].free == CREDIT + MICRO  # the first counts
-        assert (sides.b.stakes.stake(A.name), sides.b.stakes.stake(B.name)) == (0, 6 * MICRO)
-        assert len(accused) == 1
+        assert (sides.b.stakes.stake(A.name), sides.b.stakes.stake(B.name)) == (0, 3 * MICRO)  # and nobody has it
+        [stated] = sides.b.news
+        assert isinstance(stated, Conflict)
         stranger = Stakes({A.name: 4 * MICRO, B.name: 4 * MICRO, C.name: MICRO})
-        assert stranger.heard(decode(accused[0])) and stranger.stake(A.name) == 0  # whoever sees it can tell
-        stated = msgspec.json.decode(accused[0], type=Conflict)
+        stranger.heard(staked(A, MICRO))
+        assert stranger.stake(A.name) == MICRO
+        accused = decode(msgspec.json.encode(stated))
+        assert stranger.heard(accused) and stranger.stake(A.name) == 0  # whoever sees it can tell
+        assert not stranger.heard(accused) and not stranger.is_news(accused)
         for forged in (
             msgspec.structs.replace(stated, other=stated.one),
             msgspec.structs.replace(stated, other=Signed(stated.other.state, sign(B, "voucher", stated.other.state))),
-            msgspec.structs.replace(stated, stakes=stated.stakes[::-1]),
+            msgspec.structs.replace(stated, one=Signed(stated.one.state, stated.other.signature)),
         ):
             with pytest.raises(StatementError):
                 decode(msgspec.json.encode(forged))
@@ -608,72 +613,70 @@ def test_a_thousand_new_names_buy_no_place_among_candidates() -> None:
 # Stake.
 
 
-def staked(who: Identity, amount: int, number: int = 1) -> Staked:
-    stake = Stake(who.name, number, amount)
-    return Staked(stake, sign(who, "stake", stake))
-
-
-def verdict(votes: dict[Identity, int | None], request: bytes = b"r", amount: int = 2 * MICRO) -> Verdict:
-    """A duel of A and B that C asked for."""
-    a, b = (Answer(who.name, digest(request), digest(who.name.encode())).signed(who) for who in (A, B))
-    cast = [Vote(duel_name(a, b), judge.name, vote).signed(judge) for judge, vote in votes.items() if vote is not None]
-    stakes = tuple(staked(who, amount) for who in (A, B, *votes))
-    return Verdict(C.name, a, b, tuple(judge.name for judge in votes), tuple(cast), stakes).signed(C)
-
-
 def test_a_verdict_moves_stake_as_the_rules_say_in_whatever_order_it_is_heard() -> None:
-    judges = [Identity.generate() for _ in range(3)]
-    funds = {who.name: 4 * MICRO for who in (A, B, *judges)}
-    duels = [
-        verdict(dict(zip(judges, votes, strict=True)), bytes([k]))
-        for k, votes in enumerate([(VOTE_A, VOTE_A, VOTE_B), (VOTE_B, VOTE_B, None), (VOTE_A, VOTE_B, None)])
+    judges = sorted((Identity.generate() for _ in range(4)), key=lambda each: each.name)
+    funds = {who.name: 4 * MICRO for who in (A, B, C, *judges)}
+    alone = Stakes(funds, agreed=True)
+    cases = [case_of(alone, C, A, B, nonce=str(k), height=1 + k) for k in range(3)]
+    heard = [
+        verdict_on(cases[0], dict.fromkeys(judges[:3], side_of(cases[0], A)) | {judges[3]: side_of(cases[0], B)}),
+        verdict_on(cases[1], dict.fromkeys(judges[:3], side_of(cases[1], B))),
+        verdict_on(cases[2], {judge: side_of(cases[2], A if k % 2 else B) for k, judge in enumerate(judges)}),
     ]
-    heard = [decode(msgspec.json.encode(each)) for each in duels]
-    alone = Stakes(funds)
+    heard = [decode(msgspec.json.encode(each)) for each in heard]
     assert alone.heard(heard[0]) and not alone.heard(heard[0])
-    assert [alone.stake(who.name) for who in (A, B, *judges)] == [
-        4 * MICRO, 0, 2 * MICRO + MICRO // 5, 2 * MICRO + MICRO // 5, 2 * MICRO - 2 * MICRO // 5
-    ]  # fmt: skip
+    assert [alone.stake(who.name) for who in (A, B)] == [4 * MICRO, 0]
+    fine = 2 * MICRO // 5
+    assert [alone.funds[who.name] - 4 * MICRO for who in judges] == [
+        fine - 2 * (fine // 3),
+        fine // 3,
+        fine // 3,
+        -fine,
+    ]
+    assert alone.height(A.name) == 1 and not alone.heard(heard[2])  # a tie
     results = set()
-    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
-        stakes = Stakes(funds)
+    for order in itertools.permutations(range(3)):
+        stakes = Stakes(funds, agreed=True)
         for k in order:
             stakes.heard(heard[k])
         assert sum(stakes.funds.values()) == sum(funds.values()) and min(stakes.funds.values()) >= 0
-        results.add(tuple(stakes.stake(who.name) for who in (A, B, *judges)))
-    assert len(results) == 1
-    winner = A if alone.stake(A.name) else B
-    loser = B if winner is A else A
-    alone.heard(staked(loser, MICRO, 2))
-    assert alone.stake(loser.name) == MICRO  # it stakes anew out of what it has left
+        results.add(tuple(stakes.funds.items()))
+    moved = {A.name: 2 * MICRO, B.name: 6 * MICRO, C.name: 4 * MICRO}
+    assert results == {tuple((alone.funds | moved).items())}
+    alone.heard(staked(B, MICRO, 2))
+    assert alone.stake(B.name) == MICRO  # it stakes anew out of what it has left
 
 
 def test_verdicts_without_evidence_are_refused() -> None:
     judge, other = Identity.generate(), Identity.generate()
-    good = verdict({judge: VOTE_A})
+    stakes = Stakes({who.name: 4 * MICRO for who in (A, B, C, judge, other)}, agreed=True)
+    case = case_of(stakes, C, A, B)
+    good = verdict_on(case, {judge: VOTE_A, other: VOTE_A})
     decode(msgspec.json.encode(good))
+    one, two = good.votes
+    a, b, opening = case.a, case.b, case.opening
 
     def changed(**changes: object) -> Verdict:
-        return msgspec.structs.replace(good, signature="", **changes).signed(C)
+        return verdict_on(msgspec.structs.replace(case, **changes), {judge: VOTE_A})
 
-    vote = good.votes[0]
     for bad in (
-        msgspec.structs.replace(good, origin=A.name).signed(C),
-        msgspec.structs.replace(good, votes=()),
-        changed(votes=(msgspec.structs.replace(vote, vote=VOTE_B),)),
-        changed(votes=(Vote(digest(b"another duel"), judge.name, VOTE_A).signed(judge),)),
-        changed(votes=(vote, vote)),
-        changed(votes=(Vote(vote.duel, other.name, VOTE_A).signed(other),)),
-        changed(judges=(A.name,), stakes=(*good.stakes[:2], staked(A, 1)), votes=()),
-        changed(judges=(judge.name,) * 2, stakes=(*good.stakes, good.stakes[2])),
-        changed(a=msgspec.structs.replace(good.a, answer=digest(b"other"))),
-        changed(b=good.a),
-        changed(stakes=good.stakes[:2]),
+        changed(a=msgspec.structs.replace(a, answer=digest(b"other"))),
+        changed(a=b),
+        changed(a=b, b=a),
+        changed(secret="another"),
+        changed(opening=msgspec.structs.replace(opening, request=digest(b"other"))),
+        changed(opening=msgspec.structs.replace(opening, origin=A.name).signed(A)),
+        changed(opening=msgspec.structs.replace(opening, bond=None).signed(C)),
+        changed(opening=msgspec.structs.replace(opening, bond=staked(C, 1)).signed(C)),
+        changed(a=msgspec.structs.replace(a, stake=staked(other, MICRO)).signed(A if a.executor == A.name else B)),
+        msgspec.structs.replace(good, votes=(msgspec.structs.replace(one, vote=VOTE_B), two)),
+        msgspec.structs.replace(good, votes=(one, one)),
+        msgspec.structs.replace(good, votes=(msgspec.structs.replace(one, judge=other.name),)),
+        msgspec.structs.replace(good, votes=(msgspec.structs.replace(one, vote=7).signed(judge),)),
+        Verdict(case_of(stakes, C, A, B, nonce="m"), good.votes),
     ):
         with pytest.raises(StatementError):
             decode(msgspec.json.encode(bad))
-    without = Stakes({A.name: MICRO, B.name: MICRO})
-    assert not without.heard(good) and without.slashes == {}  # a judge without stake is nobody
 
 
 def test_who_signs_two_stakes_of_one_number_has_none() -> None:
@@ -682,6 +685,17 @@ def test_who_signs_two_stakes_of_one_number_has_none() -> None:
     assert stakes.stake(A.name) == MICRO
     stakes.heard(staked(A, 2 * MICRO))
     assert stakes.stake(A.name) == 0
+    [proof] = stakes.fresh
+    other = Stakes({A.name: 4 * MICRO})
+    other.heard(staked(A, MICRO, 2))
+    assert other.heard(decode(msgspec.json.encode(proof))) and other.stake(A.name) == 0  # whoever hears of it can tell
+    for forged in (
+        Twice(staked(A, 1), staked(A, 1)),
+        Twice(staked(A, 1), staked(A, 2, 2)),
+        Twice(staked(A, 1), staked(B, 2)),
+    ):
+        with pytest.raises(StatementError):
+            decode(msgspec.json.encode(forged))
 
 
 def test_what_is_staked_is_at_most_what_was_granted_and_numbers_go_on_after_a_restart(sides: Sides) -> None:
@@ -693,6 +707,8 @@ def test_what_is_staked_is_at_most_what_was_granted_and_numbers_go_on_after_a_re
         await sides.exchange()
         again = await written(sides.a, sides.a.restake(MICRO))
         assert again == staked(A, MICRO, 2) and await sides.a.restake(MICRO) is None
+        sides.a.heard(B.name, msgspec.json.encode(staked(A, 2 * MICRO, 2)))
+        assert await sides.a.restake(2 * MICRO) is None  # it would count for nothing
 
     play(scene)
 

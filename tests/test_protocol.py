@@ -32,7 +32,6 @@ from wwwserve.agents.protocol import (
     delivered_value,
     draw_by_stake,
     duel_outcome,
-    forfeit,
     lock,
     move_stake,
     price_of,
@@ -177,12 +176,6 @@ def test_available_credit_is_within_the_credit_and_the_limit(free: int, exposed:
     account = np.zeros(ACCOUNT_SIZE, np.int64)
     account[FREE] = free
     assert available_credit(account, exposed, limit) == left
-
-
-def test_who_cheats_loses_its_stake_to_the_victim() -> None:
-    accounts = np.array([[5, 7, 3], [1, 2, 0], [4, 4, 4]])
-    assert forfeit(accounts, 0, 1) == 7
-    assert accounts.tolist() == [[5, 0, 3], [1, 9, 0], [4, 4, 4]]
 
 
 def test_lock_and_settle_by_hand() -> None:

@@ -278,7 +278,7 @@ def test_random_words_lose_their_stake_by_the_votes_of_a_real_model(vllm_network
 
     async def run() -> dict[str, Any]:
         async with engine(babbles=True) as bad:
-            return await duels.fight(vllm_network.engine_urls[0], bad, most=10_000, tokens=12, funds=2.0)
+            return await duels.fight(vllm_network.engine_urls[0], bad, most=400, tokens=12, funds=2.0)
 
     result = asyncio.run(run())  # ends when nothing is left to the worthless one
     assert result["failed"] == 0 and result["funds_left"] == 0.0

@@ -23,11 +23,13 @@ from wwwserve.agents.protocol import MICRO, VOTE_A, VOTE_UNDECIDED
 from wwwserve.eval.compare import write_json
 from wwwserve.eval.live.judges import CHAT, question
 from wwwserve.serving.duel.evidence import chance_of_bias, record_of
+from wwwserve.serving.duel.messages import JUDGED_IN, JUDGED_TOKENS
 from wwwserve.serving.engine.local_vllm import PROFILES, RANDOM, SMOLLM2, PrepareError
-from wwwserve.serving.ledger.channel import Event, Stated
+from wwwserve.serving.ledger.channel import Event, Settled, Stated
 from wwwserve.serving.ledger.journal import SqliteJournal
-from wwwserve.serving.ledger.stakes import Stakes, Verdict
-from wwwserve.serving.ledger.stakes import decode as decode_stake
+from wwwserve.serving.ledger.stakes import Stakes
+from wwwserve.serving.ledger.verdicts import Verdict
+from wwwserve.serving.ledger.verdicts import decode as decode_stake
 from wwwserve.serving.local_nodes import Accounts, NetworkError, free_ports, started, vllm
 
 STAKE, FUNDS = 2.0, 8.0  # credits at stake, and what one has to stake in all
@@ -127,10 +129,11 @@ async def fight(
         took_s = time.monotonic() - began_s
         outcomes = await duels_of(session, made.url)
         seen = {peer["key"]: peer for peer in (await look(session, made.url))["peers"]}
-        verdicts = evidence(made.journal)
+        verdicts, paid = evidence(made.journal), fees(made.journal)
     return {
         "duels": sum(outcomes.values()), "outcomes": outcomes, "requests": number, "failed": failed,
         "s": round(took_s, 1), "funds_left": funds_after(verdicts, made, funds),
+        "votes_paid": len(paid), "paid_for_votes": round(sum(paid), 6),
         "worthless": {key: seen[made.worthless][key] for key in ("stake", "duels_won", "duels_lost")},
         **judged(verdicts, made, funds),
     }  # fmt: skip
@@ -148,20 +151,30 @@ async def _until(session: aiohttp.ClientSession, made: Nodes, peers: int) -> Non
         await asyncio.sleep(0.1)
 
 
-def evidence(journal: Path) -> list[Verdict]:
-    """The verdicts that a node's journal keeps, each verified again, in their order."""
+def events(journal: Path) -> list[Event]:
+    """All that a node's journal keeps."""
     opened = SqliteJournal(journal, read_only=True)
     try:
-        events = [msgspec.json.decode(entry.body, type=Event) for entry in opened.entries()]
+        return [msgspec.json.decode(entry.body, type=Event) for entry in opened.entries()]
     finally:
         opened.close()
-    stated = [decode_stake(event.statement) for event in events if isinstance(event, Stated)]
+
+
+def evidence(journal: Path) -> list[Verdict]:
+    """The verdicts that a node's journal keeps, each verified again, in their order."""
+    stated = [decode_stake(event.statement) for event in events(journal) if isinstance(event, Stated)]
     return [each for each in stated if isinstance(each, Verdict)]
+
+
+def fees(journal: Path) -> list[float]:
+    """What a node paid for votes, credits."""
+    receipts = [event.receipt for event in events(journal) if isinstance(event, Settled)]
+    return [each.due / MICRO for each in receipts if each.promise == JUDGED_IN and each.served.tokens == JUDGED_TOKENS]
 
 
 def funds_after(verdicts: Sequence[Verdict], made: Nodes, funds: float) -> float:
     """What verdicts leave the worthless provider to stake, credits."""
-    stakes = Stakes({key: round(funds * MICRO) for key in made.keys})
+    stakes = Stakes({key: round(funds * MICRO) for key in made.keys}, agreed=True)
     for verdict in verdicts:
         stakes.heard(verdict)
     return stakes.funds[made.worthless] / MICRO
@@ -172,7 +185,7 @@ def judged(verdicts: list[Verdict], made: Nodes, funds: float) -> dict[str, Any]
     gone_after = None
     against = lost = votes = wrong = undecided = 0
     for k, verdict in enumerate(verdicts):
-        executors = (verdict.a.executor, verdict.b.executor)
+        executors = (verdict.case.a.executor, verdict.case.b.executor)
         if made.worthless in executors:
             against += 1
             good = VOTE_A + (executors[0] == made.worthless)

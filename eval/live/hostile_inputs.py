@@ -11,12 +11,11 @@ import orjson
 from wwwserve.agents.knowledge import AD_TARIFF, ADVERT_SIZE
 from wwwserve.agents.protocol import MICRO, TARIFF_SIZE
 from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF
-from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH
-from wwwserve.serving.http.keys import tagged
+from wwwserve.serving.duel.messages import ATTEST_PATH, JUDGE_PATH, Attest, Pair
+from wwwserve.serving.http.keys import Identity, tagged
 from wwwserve.serving.http.messages import SIGNATURE, Messages
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.exchange import Open, Telling, Vouching
-from wwwserve.serving.ledger.stakes import Answer, Stake, Staked
 from wwwserve.serving.ledger.statements import (
     Opening,
     Receipt,
@@ -29,12 +28,14 @@ from wwwserve.serving.ledger.statements import (
     link,
     sign,
 )
+from wwwserve.serving.ledger.verdicts import Answer, Case, DuelOpening, Party, Stake, Staked, committed
 from wwwserve.serving.market import Promise
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, Advert, signed
 
 MODEL = "qwen3-8b"
 LIMIT = 10.0  # credits that the node and its peer give each other
 CHAT = "/v1/chat/completions"
+DUELISTS = Identity.generate(), Identity.generate()  # executors of duels that never were
 
 
 class Made(NamedTuple):
@@ -237,15 +238,20 @@ def payment(m: Made) -> Any:
 def duel(m: Made, path: str) -> Any:
     """What a peer may ask an executor to sign, or a judge to judge."""
     r = m.random
-    if path == ATTEST_PATH:
-        return {"request": digest(b""), "answer": digest(b"")}
     request = r.choice(["{}", "[" * 9000, '{"a":' * 9000, "\x00"])
-    answer = Answer(m.messages.name, digest(request.encode()), digest(b"{}")).signed(m.messages.identity)
-    plain = msgspec.to_builtins(answer)
-    return {
-        "path": CHAT, "stream": False, "request": request, "a": plain, "b": dict(plain), "answer_a": "{}",
-        "answer_b": "[" * 9000, "electors": [[m.node, 1]], "judges": 3,
-    }  # fmt: skip
+    executors = sorted(DUELISTS, key=lambda each: each.name)
+    a, b = (Party(each.name, committed(each.name)) for each in executors)
+    secret, origin = text(r), m.messages.identity
+    opening = DuelOpening(origin.name, "", digest(request.encode()), a, b, committed(secret), None).signed(origin)
+    if path == ATTEST_PATH:
+        return msgspec.to_builtins(Attest(opening, digest(b"{}")))
+    answers = {each.name: body for each, body in zip(executors, ("{}", "[" * 9000), strict=True)}
+    one, other = (
+        Answer(each.name, opening.name(), digest(answers[each.name].encode()), each.name, None).signed(each)
+        for each in executors
+    )
+    case = Case(opening, secret, r.choice([1, 0, 2**62]), one, other)
+    return msgspec.to_builtins(Pair(case, CHAT, r.random() < 0.5, request, *answers.values()))
 
 
 def spoil(r: random.Random, tree: Any) -> None:

@@ -53,7 +53,8 @@ def question(number: int, tokens: int) -> dict[str, Any]:
 
 async def by_likelihood(post: Post, asked: dict[str, Any], a: str, b: str) -> int:
     """By the likelihood of an answer to the question."""
-    return vote_by(*await likelihood(post, CHAT, asked, (a, b)))
+    one, other = await likelihood(post, CHAT, asked, (a, b))
+    return VOTE_UNDECIDED if one == other else VOTE_A if one > other else VOTE_B
 
 
 async def by_gain(post: Post, asked: dict[str, Any], a: str, b: str) -> int:

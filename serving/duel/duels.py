@@ -1,14 +1,12 @@
 """Duels on live answers: a request goes to two executors, the user gets the first answer, judges compare the two.
 
-Both executors sign the digest of what they answered. From these signatures follows, by `agents.protocol`, who judges,
-and in which order each judge sees the answers, so that the origin, who asks the judges, can choose neither. A judge
-checks that before it votes through its own engine, and signs its vote; the votes and both answers are the evidence of
-the verdict by which stake moves.
+The protocol, and what each side checks, is in docs/duels.md; the statements are those of `serving.ledger.verdicts`.
+Here is an origin's side; an executor's is `serving.duel.attestor`, a judge's `serving.duel.judge_pool`.
 """
 
 import asyncio
 import logging
-from collections import OrderedDict
+import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,41 +14,36 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from wwwserve.agents.protocol import (
-    A_WINS,
-    TIE,
-    VOTE_A,
-    VOTE_UNDECIDED,
-    duel_outcome,
-)
-from wwwserve.serving.duel.evidence import Drawn, Record, as_shown, b_first, count_vote, draw, in_order, votes_by
-from wwwserve.serving.duel.judge import JudgeError, text_of
+from wwwserve.agents.protocol import A_WINS, TIE, duel_outcome
+from wwwserve.serving.duel.evidence import Record, count_vote, votes_by
+from wwwserve.serving.duel.messages import ATTEST_PATH, Attest, Pair
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.http.reply import COMPLETIONS, CompletionRequest, Reply
+from wwwserve.serving.http.reply import CompletionRequest, Reply
 from wwwserve.serving.http.sse import AnswerMeter, StreamError
-from wwwserve.serving.ledger.stakes import Answer, Staked, Verdict, Vote
-from wwwserve.serving.ledger.statements import StatementError, check, digest
-from wwwserve.serving.market import Whole
+from wwwserve.serving.ledger.stakes import Stakes
+from wwwserve.serving.ledger.statements import StatementError, digest
+from wwwserve.serving.ledger.verdicts import (
+    Answer,
+    Case,
+    DuelOpening,
+    Party,
+    Verdict,
+    Vote,
+    committed,
+    jury,
+    verify_answer,
+    verify_votes,
+)
 from wwwserve.serving.metrics import Metrics
 
 log = logging.getLogger("wwwserve.duel")
 
-ATTEST_PATH, JUDGE_PATH = "/peer/attest", "/peer/judge"
 MOST_OPEN = 32  # duels of a node that are not settled, beyond which none is begun
 MOST_ANSWER_BYTES = 1 << 20  # of an answer that is judged
 SECOND_S = 120.0  # for the other answer, once the user has one
 ATTEST_S = 5.0
+ATTEST_TRIES = 3
 JUDGE_S = 60.0  # for a vote
-AT_ONCE = 4  # pairs that a judge's engine compares at once, of others' duels
-MOST_JUDGING = 64  # pairs that a judge has, beyond which it declines
-ANSWERS_KEPT = 4096  # that an executor can still be asked to sign
-MOST_ELECTORS = 1024
-
-Judge = Callable[[str, dict[str, Any], tuple[str, str]], Awaitable[int]]
-
-
-class Declined(Exception):
-    """What a peer asks of a judge or an executor is not done; the message says why."""
 
 
 class Peers(Protocol):
@@ -62,39 +55,22 @@ class Peers(Protocol):
     async def request(self, peer: str, path: str, body: bytes) -> bytes:
         """What a peer answers to a signed request. Raises OSError, also for an answer that is not a success."""
 
+    async def vote(self, judge: str, pair: Pair) -> bytes:
+        """What a judge answers, paid. Raises OSError, also for an answer that is not a success."""
+
     def duelled(self, peer: str, won: bool) -> None:
         """A peer's answer won or lost."""
 
-    def staked(self, peer: str) -> Staked | None:
-        """What a peer last stated to have at stake."""
-
     def settle(self, verdict: Verdict) -> None:
-        """A signed verdict moves stake."""
-
-
-class Attest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """To an executor: sign what you answered."""
-
-    request: str  # digest
-    answer: str  # digest
-
-
-class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """To a judge: what was asked, and two answers."""
-
-    path: str
-    stream: bool
-    request: str
-    a: Answer
-    b: Answer
-    answer_a: str
-    answer_b: str
-    electors: tuple[tuple[str, Whole], ...]  # of whom the judges were drawn, and what each has at stake, by name
-    judges: Whole  # to be drawn
+        """A verdict moves stake."""
 
 
 class Attempt(Reply):
-    """The answer of one executor: passed on to the user if it is the first, and kept."""
+    """The answer of one executor: passed on to the user if it is the first, and kept.
+
+    Whoever hands the request over sets `commitment`, and `owed`, to be called once with whether the executor put its
+    name to the answer: else it is not paid.
+    """
 
     def __init__(self, executor: str, race: "_Race") -> None:
         super().__init__()
@@ -102,6 +78,8 @@ class Attempt(Reply):
         self.status = 0
         self.body = bytearray()
         self.too_long = False
+        self.commitment = ""
+        self.owed: Callable[[bool], object] | None = None
         self._meter = AnswerMeter()
 
     async def start(self, status: int, content_type: str) -> None:
@@ -138,6 +116,12 @@ class Attempt(Reply):
         """Whether it is an answer that can be judged."""
         return self.ended and self.status == 200 and not self.too_long
 
+    def pay(self, signed: bool) -> None:
+        """Pay what is owed, if it is not paid already."""
+        owed, self.owed = self.owed, None
+        if owed is not None:
+            owed(signed)
+
     def _keep(self, chunk: bytes) -> None:
         self.too_long = self.too_long or len(self.body) + len(chunk) > MOST_ANSWER_BYTES
         if self.too_long:
@@ -159,103 +143,26 @@ class _Race:
         return self.first is attempt
 
 
-def _check_answer(answer: Answer) -> None:
-    check(answer.executor, "answer", msgspec.structs.replace(answer, signature=""), answer.signature)
+@dataclass(eq=False)
+class _Opened:
+    """A duel whose executors are known, and to what all three committed themselves."""
 
-
-class Attestor:
-    """An executor's side: what it answered to whom, for which it puts its name when asked."""
-
-    def __init__(self, identity: Identity) -> None:
-        self.identity = identity
-        self._answered: OrderedDict[tuple[str, str, str], None] = OrderedDict()
-
-    def answered(self, origin: str, request: str, answer: str) -> None:
-        """An origin has the whole answer with this digest to its request with that."""
-        self._answered[origin, request, answer] = None
-        while len(self._answered) > ANSWERS_KEPT:
-            self._answered.popitem(last=False)
-
-    def attest(self, origin: str, body: bytes) -> bytes:
-        """The signed answer. Raises Declined."""
-        try:
-            attest = msgspec.json.decode(body, type=Attest)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Declined(f"not a request to sign: {error}") from None
-        if (origin, attest.request, attest.answer) not in self._answered:
-            raise Declined("that was not answered here, or long ago")
-        return msgspec.json.encode(Answer(self.identity.name, attest.request, attest.answer).signed(self.identity))
-
-
-class JudgePool:
-    """A judge's side."""
-
-    def __init__(self, identity: Identity, judge: Judge, metrics: Metrics) -> None:
-        self.identity, self.judge, self.metrics = identity, judge, metrics
-        self.judging = 0
-        self._turn = asyncio.Semaphore(AT_ONCE)
-
-    async def vote(self, origin: str, body: bytes) -> bytes:
-        """The signed vote on a pair. Raises Declined."""
-        if self.judging >= MOST_JUDGING:
-            raise Declined("it judges enough already")
-        try:
-            pair = msgspec.json.decode(body, type=Pair)
-            request = msgspec.json.decode(pair.request, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Declined(f"not a pair to judge: {error}") from None
-        duel = self._check(origin, pair)
-        texts = [text_of(pair.path, pair.stream, each.encode()) for each in (pair.answer_a, pair.answer_b)]
-        if b_first(duel, self.identity.name):
-            texts.reverse()
-        self.judging += 1
-        try:
-            async with self._turn:
-                shown = await self.judge(pair.path, request, (texts[0], texts[1]))
-            self.metrics.judged("voted")
-        except JudgeError as error:
-            log.info("cannot judge", extra={"reason": str(error)})
-            shown = VOTE_UNDECIDED
-            self.metrics.judged("undecided")
-        finally:
-            self.judging -= 1
-        vote = Vote(duel, self.identity.name, as_shown(shown, duel, self.identity.name))
-        return msgspec.json.encode(vote.signed(self.identity))
-
-    def _check(self, origin: str, pair: Pair) -> str:
-        """The name of a duel that is this one's to judge. Raises Declined."""
-        if pair.path not in COMPLETIONS:
-            raise Declined(f"path is {pair.path[:80]!r}, expected one of {', '.join(COMPLETIONS)}")
-        a, b, own = pair.a, pair.b, self.identity.name
-        electors = dict(pair.electors)
-        parties = {origin, a.executor, b.executor}
-        if len(parties) != 3 or len(pair.electors) > MOST_ELECTORS or parties & electors.keys():
-            raise Declined("a duel has an origin, two executors, and judges that are none of them")
-        if len(electors) != len(pair.electors) or min(electors.values(), default=0) < 0:
-            raise Declined("an elector is there twice, or has less than nothing at stake")
-        if in_order(a, b) != (a, b):
-            raise Declined("which answer is A is not for the origin to say")
-        for answer, body in ((a, pair.answer_a), (b, pair.answer_b)):
-            try:
-                _check_answer(answer)
-            except StatementError as error:
-                raise Declined(str(error)) from None
-            if digest(body.encode()) != answer.answer or digest(pair.request.encode()) != answer.request:
-                raise Declined("an answer is not the one that its executor signed")
-        drawn = draw(a, b, electors, min(max(pair.judges, 1), len(electors) or 1))
-        if own not in drawn.judges:
-            raise Declined("the draw does not fall on this node")
-        return drawn.duel
+    opening: DuelOpening
+    secret: str
 
 
 class Duels:
     """An origin's side."""
 
-    def __init__(self, identity: Identity, peers: Peers, metrics: Metrics, *, judges: int) -> None:
-        self.identity, self.peers, self.metrics, self.judges = identity, peers, metrics, judges
+    def __init__(
+        self, identity: Identity, peers: Peers, metrics: Metrics, *, judges: int, stakes: Stakes | None = None
+    ) -> None:
+        """`judges` are asked first; the others only if these know a winner, and stake may move."""
+        self.identity, self.peers, self.metrics, self.judges, self.stakes = identity, peers, metrics, judges, stakes
         self.records: dict[str, Record] = {}  # of judges
         self._closing: dict[asyncio.Task[None], dict[asyncio.Future[Any], Attempt]] = {}
         self._running = 0
+        self._turn = asyncio.Lock()  # of what is judged, so that each case comes after the verdict before
 
     @property
     def open(self) -> int:
@@ -291,6 +198,8 @@ class Duels:
                 result = await _first(attempts, race)
         except BaseException:
             await _cancel(attempts)
+            for attempt in attempts.values():
+                attempt.pay(True)
             self.metrics.duel("void")
             raise
         finally:
@@ -302,9 +211,12 @@ class Duels:
 
     async def stop(self) -> None:
         """End what is open."""
-        attempts = [attempt for each in self._closing.values() for attempt in each]
+        closing = list(self._closing.values())
         await _cancel(self._closing)
-        await _cancel(attempts)  # of those whose end had not begun
+        for attempts in closing:
+            await _cancel(attempts)  # of those whose end had not begun
+            for attempt in attempts.values():
+                attempt.pay(True)
 
     async def _close(self, completion: CompletionRequest, attempts: "dict[asyncio.Future[Any], Attempt]") -> None:
         """Once the user has an answer: get the other one, and have both judged."""
@@ -318,81 +230,114 @@ class Duels:
             log.exception("a duel met an error")
         finally:
             await _cancel(attempts)
+            for attempt in attempts.values():
+                attempt.pay(True)
             self.metrics.duel(outcome)
 
     async def _judge(self, completion: CompletionRequest, attempts: list[Attempt]) -> str:
-        request = digest(completion.body)
-        signed = await asyncio.gather(*(self._attested(attempt, request) for attempt in attempts))
-        if signed[0] is None or signed[1] is None:
+        a, b = sorted(attempts, key=lambda attempt: attempt.executor)
+        if not (a.commitment and b.commitment):
             return "void"
-        texts = {each.executor: bytes(each.body) for each in attempts}
-        a, b = in_order(signed[0], signed[1])
-        electors = self.peers.electors(completion.model)
-        for name in (self.identity.name, a.executor, b.executor):
-            electors.pop(name, None)
-        electors = dict(sorted(electors.items(), key=lambda each: (-each[1], each[0]))[:MOST_ELECTORS])
-        drawn = draw(a, b, electors, min(self.judges, len(electors)))
-        if not drawn.judges:
+        opened = self._open(completion, a, b)
+        one, other = await asyncio.gather(self._attested(opened, a), self._attested(opened, b))
+        if one is None or other is None:
             return "void"
-        try:
-            pair = Pair(
-                completion.path, completion.stream, completion.body.decode(), a, b,
-                texts[a.executor].decode(), texts[b.executor].decode(),
-                tuple(sorted(electors.items())), self.judges,
-            )  # fmt: skip
-        except UnicodeDecodeError:
-            return "void"
-        body = msgspec.json.encode(pair)
-        votes = await asyncio.gather(*(self._vote(judge, drawn.duel, body) for judge in drawn.judges))
-        return self._settle(a, b, drawn, [vote for vote in votes if vote is not None])
+        async with self._turn:
+            height = 1 + self.stakes.height(a.executor, b.executor) if self.stakes is not None else 1
+            case = Case(opened.opening, opened.secret, height, one, other)
+            try:
+                pair = Pair(
+                    case, completion.path, completion.stream, completion.body.decode(), a.body.decode(),
+                    b.body.decode(),
+                )  # fmt: skip
+            except UnicodeDecodeError:
+                return "void"
+            return await self._vote_on(pair, self._judges(case, completion.model))
 
-    async def _attested(self, attempt: Attempt, request: str) -> Answer | None:
-        """What an executor puts its name to; one that does not stand by its answer has lost, as far as is seen here."""
-        attest = Attest(request, digest(bytes(attempt.body)))
-        try:
-            async with asyncio.timeout(ATTEST_S):
-                answer = msgspec.json.decode(
-                    await self.peers.request(attempt.executor, ATTEST_PATH, msgspec.json.encode(attest)), type=Answer
-                )
-            _check_answer(answer)
-            if (answer.executor, answer.request, answer.answer) != (attempt.executor, attest.request, attest.answer):
-                raise StatementError("it signs another answer")
-        except (OSError, TimeoutError, msgspec.DecodeError, StatementError) as error:
-            log.warning("an executor does not sign its answer", extra={"peer": attempt.executor, "reason": str(error)})
-            self.peers.duelled(attempt.executor, False)
-            return None
-        return answer
+    def _open(self, completion: CompletionRequest, a: Attempt, b: Attempt) -> _Opened:
+        """A duel of two that have answered; stake may move if all three are of the epoch, and there is a bond."""
+        secret, own = secrets.token_hex(32), self.identity.name
+        stakes, bond = self.stakes, self.stakes.bond(own) if self.stakes is not None else None
+        epoch = stakes.epoch if stakes is not None and bond is not None else ""
+        if stakes is None or not all(stakes.started.get(name) for name in (own, a.executor, b.executor)):
+            epoch = ""
+        opening = DuelOpening(
+            own, epoch, digest(completion.body), Party(a.executor, a.commitment), Party(b.executor, b.commitment),
+            committed(secret), bond if epoch else None,
+        )  # fmt: skip
+        return _Opened(opening.signed(self.identity), secret)
 
-    async def _vote(self, judge: str, duel: str, body: bytes) -> Vote | None:
+    def _judges(self, case: Case, model: str) -> list[str]:
+        """Who can be asked, in the order drawn."""
+        there = self.peers.electors(model)
+        if case.opening.epoch and self.stakes is not None:
+            drawn = self.stakes.jury(case)
+        else:
+            drawn = jury({name: max(stake, 1) for name, stake in there.items()}, case.opening.parties(), case.seed())
+        return [name for name in drawn.weights if name in there]
+
+    async def _attested(self, opened: _Opened, attempt: Attempt) -> Answer | None:
+        """What an executor puts its name to, and is paid for; one that does not stand by its answer is not paid, and
+        has lost, as far as is seen here."""
+        opening, name = opened.opening, attempt.executor
+        attest, reason = Attest(opening, digest(bytes(attempt.body))), ""
+        party = opening.a if opening.a.name == name else opening.b
+        for _ in range(ATTEST_TRIES):
+            try:
+                async with asyncio.timeout(ATTEST_S):
+                    answer = msgspec.json.decode(
+                        await self.peers.request(name, ATTEST_PATH, msgspec.json.encode(attest)), type=Answer
+                    )
+                if answer.answer != attest.answer:
+                    raise StatementError("it signs another answer")
+                verify_answer(answer, opening, party)
+                attempt.pay(True)
+                return answer
+            except (OSError, TimeoutError, msgspec.DecodeError, StatementError) as error:
+                reason = str(error) or type(error).__name__
+        log.warning("an executor does not sign its answer", extra={"peer": name, "reason": reason})
+        attempt.pay(False)
+        self.peers.duelled(name, False)
+        return None
+
+    async def _vote_on(self, pair: Pair, judges: list[str]) -> str:
+        """Have a pair judged: by the first, and by all where these know a winner and stake may move."""
+        if not judges:
+            return "void"
+        case, panel = pair.case, judges[: self.judges]
+        votes = await self._votes(panel, pair)
+        said = votes_by(panel, votes)
+        for judge in panel:
+            count_vote(self.records.setdefault(judge, Record()), judge, case.seed(), said)
+        outcome = duel_outcome(np.array(list(said.values()), np.int64))
+        if outcome == TIE:
+            return "tie"
+        winner, loser = (case.a, case.b) if outcome == A_WINS else (case.b, case.a)
+        self.peers.duelled(winner.executor, True)
+        self.peers.duelled(loser.executor, False)
+        if case.opening.epoch and self.stakes is not None:
+            votes += await self._votes(judges[self.judges :], pair)
+            verdict = Verdict(case, tuple(votes))
+            if self.stakes.is_news(verdict):
+                self.peers.settle(verdict)
+        return "won"
+
+    async def _votes(self, judges: list[str], pair: Pair) -> list[Vote]:
+        votes = await asyncio.gather(*(self._vote(judge, pair) for judge in judges))
+        return [vote for vote in votes if vote is not None]
+
+    async def _vote(self, judge: str, pair: Pair) -> Vote | None:
         """A judge's vote; None if it stays silent."""
         try:
             async with asyncio.timeout(JUDGE_S):
-                vote = msgspec.json.decode(await self.peers.request(judge, JUDGE_PATH, body), type=Vote)
-            if (vote.duel, vote.judge) != (duel, judge) or not VOTE_A <= vote.vote <= VOTE_UNDECIDED:
-                raise StatementError("it votes on something else")
-            check(judge, "vote", msgspec.structs.replace(vote, signature=""), vote.signature)
+                vote = msgspec.json.decode(await self.peers.vote(judge, pair), type=Vote)
+            if vote.judge != judge:
+                raise StatementError("it passes on another's vote")
+            verify_votes(pair.case, [vote])
         except (OSError, TimeoutError, msgspec.DecodeError, StatementError) as error:
             log.info("a judge is silent", extra={"peer": judge, "reason": str(error) or type(error).__name__})
             return None
         return vote
-
-    def _settle(self, a: Answer, b: Answer, drawn: Drawn, votes: list[Vote]) -> str:
-        """Have the verdict move stakes, and remember who won."""
-        said = votes_by(drawn.judges, votes)
-        for judge in drawn.judges:
-            count_vote(self.records.setdefault(judge, Record()), judge, drawn.duel, said)
-        outcome = duel_outcome(np.array(list(said.values()), np.int64))
-        stakes = [self.peers.staked(name) for name in (a.executor, b.executor, *drawn.judges)]
-        known = tuple(each for each in stakes if each is not None)
-        if len(known) == len(stakes):
-            verdict = Verdict(self.identity.name, a, b, drawn.judges, tuple(votes), known)
-            self.peers.settle(verdict.signed(self.identity))
-        if outcome == TIE:
-            return "tie"
-        winner, loser = (a, b) if outcome == A_WINS else (b, a)
-        self.peers.duelled(winner.executor, True)
-        self.peers.duelled(loser.executor, False)
-        return "won"
 
 
 async def _first(attempts: "dict[asyncio.Future[Any], Attempt]", race: _Race) -> Any:

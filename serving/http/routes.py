@@ -3,8 +3,10 @@
 import asyncio
 import hmac
 import logging
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -13,7 +15,7 @@ from wwwserve.agents.protocol import TARIFF_SIZE
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, REFUSED, TARIFF, TPOT, TTFT
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
-from wwwserve.serving.duel.duels import ATTEST_PATH, JUDGE_PATH, Declined
+from wwwserve.serving.duel.messages import ATTEST_PATH, COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Declined
 from wwwserve.serving.engine.prefix_index import prefix_of
 from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, limit_of, tells_usage
@@ -24,6 +26,7 @@ from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Delivery
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import Full
 from wwwserve.serving.ledger.statements import MOST_PRICE, StatementError
+from wwwserve.serving.ledger.verdicts import committed
 from wwwserve.serving.market import MOST_TOKENS, Tariff
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES
 from wwwserve.serving.overview import overview
@@ -180,6 +183,8 @@ class App:
             return
         reply = HttpReply(send)
         head = [(name.encode(), said.encode()) for name, said in zip((TTFT, TPOT), remote.promise.text(), strict=True)]
+        if remote.secret:
+            head.append((COMMITMENT.encode(), committed(remote.secret).encode()))
         head.append((SIGNATURE.encode(), messages.sign_answer(claim, head)))
         whole = False
         try:
@@ -230,7 +235,8 @@ class App:
         completion = CompletionRequest(
             path, body, str(model), bool(request.get("stream")), prefix=prefix, choices=choices
         )  # fmt: skip
-        return RemoteRequest(sender, completion, prompt, longest, tariff, promise, added), paid
+        secret = secrets.token_hex(32) if self.config.market.duel_probability else ""
+        return RemoteRequest(sender, completion, prompt, longest, tariff, promise, added, secret), paid
 
     async def _on_duel(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """A peer asks to sign an answer, or to judge two."""
@@ -242,10 +248,22 @@ class App:
                 answer = self.dispatcher.attestor.attest(claim.sender, body)
             else:
                 with self.drain.work():
-                    answer = await _unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body))
+                    charge = partial(self._charge, claim.sender, headers, body)
+                    answer = await _unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body, charge))
         except Declined as error:
             raise Failed(409, str(error), "declined") from None
         await _answer(send, 200, answer)
+
+    def _charge(self, sender: str, headers: dict[bytes, bytes], body: bytes, tokens: int) -> Delivery | None:
+        """Agree to what a peer pays for a vote; None where nothing is paid. Raises Declined."""
+        accounts = self.dispatcher.accounts
+        if accounts is None:
+            return None
+        try:
+            id, terms = accounts.offered(headers.get(ESCROW.encode(), b""), _tariff(headers), tokens, JUDGED_TOKENS)
+            return accounts.take(sender, id, terms, body, JUDGED_IN, JUDGED_TOKENS, JUDGED_TOKENS)
+        except (LedgerError, Full) as error:
+            raise Declined(f"judging is not paid: {error}") from None
 
     async def _on_ledger(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """A peer tells of payment or stake."""

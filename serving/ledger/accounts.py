@@ -266,7 +266,6 @@ class Accounts:
         self._there: set[str] = set()
         self._again_s: dict[str, float] = {}  # when a peer that declined is told again
         self._reasons: dict[str, str] = {}  # why it did
-        ledger.news = self.tell_all
 
     # Requests of own users.
 
@@ -388,15 +387,13 @@ class Accounts:
 
     async def received(self, peer: str, body: bytes) -> bytes:
         """A message of a peer. Raises LedgerError, StatementError or Full."""
-        news = self.ledger.stakes.slashes.keys() - ()
         try:
             return await self.ledger.received(peer, body)
         except (LedgerError, StatementError):
             self.rejected += 1
             raise
         finally:
-            for name in self.ledger.stakes.slashes.keys() - news:
-                self.tell_all(msgspec.json.encode(self.ledger.stakes.slashes[name]))
+            self.spread()
 
     def heard(self, peer: str) -> None:
         """A peer is there."""
@@ -410,6 +407,12 @@ class Accounts:
         """A peer fell silent."""
         self._there.discard(peer)
         self._untold.pop(peer, None)
+
+    def spread(self) -> None:
+        """Pass on by what evidence somebody lost stake, as far as that is news."""
+        news, self.ledger.news = self.ledger.news, []
+        for slash in news:
+            self.tell_all(msgspec.json.encode(slash))
 
     def tell_all(self, statement: bytes) -> None:
         """Pass a statement about stake on."""

@@ -22,8 +22,8 @@ from wwwserve.serving.ledger.channel import (
     Vouched,
 )
 from wwwserve.serving.ledger.journal import GENESIS, Journal, SqliteJournal, chained
-from wwwserve.serving.ledger.stakes import decode as decode_stake
 from wwwserve.serving.ledger.statements import State, StatementError, check, decode
+from wwwserve.serving.ledger.verdicts import decode as decode_stake
 
 
 class Audit(NamedTuple):

@@ -59,8 +59,7 @@ from wwwserve.serving.ledger.exchange import (
 from wwwserve.serving.ledger.journal import Balance, Full, Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
 from wwwserve.serving.ledger.reconcile import Reconciler
-from wwwserve.serving.ledger.stakes import Conflict, Slash, Stake, Staked, Stakes, Statement
-from wwwserve.serving.ledger.stakes import decode as decode_stake
+from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import (
     GOING,
     NOTHING,
@@ -79,6 +78,8 @@ from wwwserve.serving.ledger.statements import (
     decode,
     sign,
 )
+from wwwserve.serving.ledger.verdicts import Conflict, Slash, Stake, Staked, parse, verify
+from wwwserve.serving.ledger.verdicts import decode as decode_stake
 from wwwserve.serving.market import Promise
 
 log = logging.getLogger("wwwserve.ledger")
@@ -105,15 +106,16 @@ class ChannelLedger(JournaledBooks):
 
     def __init__(
         self, identity: Identity, journal: Journal, grants: Mapping[str, Grant], funds: Mapping[str, int], *,
-        exposure: int, payment: int, slack_ms: int = 0,
+        exposure: int, payment: int, slack_ms: int = 0, agreed: bool = False,
     ) -> None:  # fmt: skip
         """`exposure` bounds what may be in escrow with a peer, and a peer's here; `slack_ms`: by how much the two sides
-        may differ on how long an answer took. Raises StatementError or LedgerError for a journal that cannot be."""
+        may differ on how long an answer took; `agreed`: all nodes have the same `funds`, so that verdicts move stake.
+        Raises StatementError or LedgerError for a journal that cannot be."""
         super().__init__(identity.name, journal)
         self.identity = identity
         self.grants, self.exposure, self.payment, self.slack_ms = dict(grants), exposure, payment, slack_ms
-        self.stakes = Stakes(funds)
-        self.news: Callable[[bytes], None] = lambda statement: None  # of evidence that was found here
+        self.stakes = Stakes(funds, agreed=agreed)
+        self.news: list[Slash] = []  # by what evidence somebody lost stake, for whoever passes it on and takes it out
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
@@ -128,6 +130,7 @@ class ChannelLedger(JournaledBooks):
         self._read()
         for statement in self.books.statements:
             self.stakes.heard(decode_stake(statement))
+        self.stakes.fresh.clear()
         for peer, channel in self.books.channels.items():
             self._floor[peer] = channel.taken_id
             grant = self.grants.get(peer)
@@ -374,11 +377,7 @@ class ChannelLedger(JournaledBooks):
         return Held(channel.vouchers[-1] if channel.vouchers else None)
 
     def _accuse(self, peer: str, one: Signed, other: Signed) -> None:
-        stakes = self.stakes.latest
-        if peer in stakes and self.name in stakes:
-            slash = msgspec.json.encode(Conflict((stakes[peer], stakes[self.name]), one, other))
-            self.heard(self.name, slash)
-            self.news(slash)
+        self.heard(self.name, msgspec.json.encode(Conflict(one, other)))
 
     def _compare(self, peer: str, channel: Channel, receipts: tuple[Receipt, ...]) -> list[Noted]:
         """Evidence of receipts that pay less than what is due by the own count."""
@@ -439,9 +438,11 @@ class ChannelLedger(JournaledBooks):
     # Stake.
 
     async def restake(self, amount: int) -> Staked | None:
-        """State what the node stakes from now on; None where nothing changes. Raises Full."""
+        """State what the node stakes from now on; None where nothing changes, or nothing can. Raises Full."""
         latest = self.stakes.latest.get(self.name)
-        if self.name not in self.stakes.started or (self.grants and not self._reconciler.done):
+        if self.name not in self.stakes.started or self.name in self.stakes.slashes:
+            return None
+        if self.grants and not self._reconciler.done:
             return None  # peers know which number comes next
         if latest is not None and amount == self.stakes.stake(self.name):
             return None
@@ -459,12 +460,16 @@ class ChannelLedger(JournaledBooks):
 
         What others stake is not written, as they say it again; who lost stake is.
         """
-        stated: Statement = decode_stake(statement)
-        if not self.stakes.heard(stated):
-            return False
-        if isinstance(stated, Slash):
-            self._add(Stated(peer, statement.decode()))
-        return True
+        stated = parse(statement)
+        if not self.stakes.is_news(stated):
+            return False  # before its signatures are checked
+        verify(stated)
+        news = self.stakes.heard(stated)
+        for slash in self.stakes.fresh:
+            self._add(Stated(peer, msgspec.json.encode(slash).decode()))
+        self.news += self.stakes.fresh
+        self.stakes.fresh.clear()
+        return news
 
     # To look at.
 

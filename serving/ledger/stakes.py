@@ -2,240 +2,220 @@
 
 Statements are signed and passed on by gossip. What they come to depends on the set of them alone, not on the order in
 which a node heard them: everyone who has the same statements knows the same stakes. Whoever stakes numbers its
-statements; one who signs two of the same number has no stake. What loses stake names the statement by which it was
-staked: each takes what is left of that, at most of the fund that the staker began with.
+statements; one who signs two of the same number, or two vouchers of one number, has nothing at stake from then on.
+
+Verdicts move stake only between keys on which all agree, those of a genesis file: they are the epoch, whose judges
+weigh what they may stake by that file. A verdict counts if judges of more than three fifths of the weight that may
+judge say the same, and of more than a third of all stake: no third of the stake can make one.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from wwwserve.agents.protocol import (
+    A_WINS,
     ACCOUNT_SIZE,
     STAKED,
+    TIE,
     VOTE_A,
-    VOTE_SILENT,
+    VOTE_B,
     VOTE_UNDECIDED,
-    forfeit,
-    settle_duel,
+    move_stakes,
 )
-from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.ledger.statements import Signed, StatementError, Struct, check, digest, sign
-from wwwserve.serving.market import Whole
+from wwwserve.serving.ledger.statements import digest
+from wwwserve.serving.ledger.verdicts import (
+    BOND,
+    Case,
+    Conflict,
+    Jury,
+    Slash,
+    Stake,
+    Staked,
+    Statement,
+    Twice,
+    Verdict,
+    Vote,
+    jury,
+    outcome_of,
+)
 
-MOST_JUDGES = 64
-
-
-class Stake(Struct, frozen=True):
-    """What a node stakes from now on."""
-
-    name: str
-    number: Whole  # of its statements, ascending
-    amount: Whole  # micro-credits
-
-
-class Staked(Struct, frozen=True, tag="stake"):
-    """Signed by the one who stakes."""
-
-    stake: Stake
-    signature: str
+NUMBERS_KEPT = 64  # statements of a name, back from the last, among which one that says otherwise is found
 
 
-class Answer(Struct, frozen=True):
-    """What an executor of a duel answered."""
+class _Judged(NamedTuple):
+    """A verdict that counts; in the order in which verdicts move stake."""
 
-    executor: str
-    request: str  # digest
-    answer: str  # digest
-    signature: str = ""  # of the executor, under this without it
-
-    def signed(self, identity: Identity) -> "Answer":
-        """With the executor's signature."""
-        return msgspec.structs.replace(self, signature=sign(identity, "answer", self))
-
-
-class Vote(Struct, frozen=True):
-    """What a judge thinks."""
-
-    duel: str
-    judge: str
-    vote: Whole  # as agents.protocol numbers them
-    signature: str = ""  # of the judge, under this without it
-
-    def signed(self, identity: Identity) -> "Vote":
-        """With the judge's signature."""
-        return msgspec.structs.replace(self, signature=sign(identity, "vote", self))
-
-
-class Verdict(Struct, frozen=True, tag="verdict"):
-    """A duel that was judged; what moves is by `agents.protocol.settle_duel`."""
-
-    origin: str  # who asked both
-    a: Answer
-    b: Answer
-    judges: tuple[str, ...]
-    votes: tuple[Vote, ...]  # of those who voted
-    stakes: tuple[Staked, ...]  # of a, b and the judges, in this order
-    signature: str = ""  # of the origin, under this without it
-
-    def signed(self, identity: Identity) -> "Verdict":
-        """With the origin's signature."""
-        return msgspec.structs.replace(self, signature=sign(identity, "verdict", self))
-
-
-class Conflict(Struct, frozen=True, tag="conflict"):
-    """A payer signed two vouchers of one number: its whole stake goes to the payee."""
-
-    stakes: tuple[Staked, ...]  # of the payer and the payee
-    one: Signed
-    other: Signed
-
-
-Slash: TypeAlias = Verdict | Conflict
-Statement: TypeAlias = Staked | Verdict | Conflict
-
-
-def duel_name(a: Answer, b: Answer) -> str:
-    """Of a duel; nobody can choose it alone."""
-    return digest(msgspec.json.encode((a, b)))
-
-
-def decode(content: str | bytes) -> Statement:
-    """Read a statement about stake. Raises StatementError, also if it is not signed as it has to be, or its evidence
-    does not show what it says."""
-    try:
-        stated: Statement = msgspec.json.decode(content, type=Staked | Verdict | Conflict)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise StatementError(f"not a statement about stake: {error}") from None
-    verify(stated)
-    return stated
-
-
-def verify(stated: Statement) -> None:
-    """Raises StatementError unless all signatures fit, and the evidence shows what is said."""
-    if isinstance(stated, Staked):
-        check(stated.stake.name, "stake", stated.stake, stated.signature)
-        if stated.stake.number < 1 or stated.stake.amount < 0:
-            raise StatementError("a stake has a number from 1 and an amount from 0")
-        return
-    for each in stated.stakes:
-        verify(each)
-    named = tuple(each.stake.name for each in stated.stakes)
-    if isinstance(stated, Conflict):
-        _verify_conflict(stated, named)
-    else:
-        _verify_verdict(stated, named)
-
-
-def _verify_conflict(stated: Conflict, named: tuple[str, ...]) -> None:
-    one, other = stated.one.state, stated.other.state
-    if (one.channel, one.payer, one.payee, one.number) != (other.channel, other.payer, other.payee, other.number):
-        raise StatementError("two vouchers of different numbers or channels are no conflict")
-    if one == other:
-        raise StatementError("two vouchers that say the same are no conflict")
-    if named != (one.payer, one.payee):
-        raise StatementError("the stakes are not of the payer and the payee")
-    for each in (stated.one, stated.other):
-        check(each.state.payer, "voucher", each.state, each.signature)
-
-
-def _verify_verdict(stated: Verdict, named: tuple[str, ...]) -> None:
-    a, b = stated.a, stated.b
-    parties = {stated.origin, a.executor, b.executor}
-    if len(parties) != 3 or a.request != b.request:
-        raise StatementError("a duel has an origin, two executors, and one request")
-    if not 1 <= len(stated.judges) <= MOST_JUDGES or len({*stated.judges, *parties}) != len(stated.judges) + 3:
-        raise StatementError("a judge is party to the duel, or judges twice")
-    if named != (a.executor, b.executor, *stated.judges):
-        raise StatementError("the stakes are not of the executors and the judges")
-    check(stated.origin, "verdict", msgspec.structs.replace(stated, signature=""), stated.signature)
-    for answer in (a, b):
-        check(answer.executor, "answer", msgspec.structs.replace(answer, signature=""), answer.signature)
-    duel = duel_name(a, b)
-    for vote in stated.votes:
-        if vote.duel != duel or vote.judge not in stated.judges or not VOTE_A <= vote.vote <= VOTE_UNDECIDED:
-            raise StatementError("a vote is not one of this duel")
-        check(vote.judge, "vote", msgspec.structs.replace(vote, signature=""), vote.signature)
-    if len({vote.judge for vote in stated.votes}) != len(stated.votes):
-        raise StatementError("a judge votes twice")
+    height: int
+    case: str
+    verdict: Verdict
+    outcome: int
 
 
 class Stakes:
     """What all statements come to. `funds` is what each name can stake at most, micro-credits; a name without has
     nothing at stake, whatever it signs."""
 
-    def __init__(self, funds: Mapping[str, int]) -> None:
+    def __init__(self, funds: Mapping[str, int], *, agreed: bool = False) -> None:
+        """`agreed`: all nodes have these `funds`, so that verdicts move stake."""
         self.started = dict(funds)
         self.funds = dict(funds)
-        self.slashes: dict[str, Slash] = {}  # by digest
+        self.epoch = digest(msgspec.json.encode(sorted(self.started.items()))) if agreed else ""
         self.latest: dict[str, Staked] = {}
-        self.broken: set[str] = set()  # who signed two statements of one number
+        self.slashes: dict[str, Slash] = {}  # by the name of the duel, or of who signed twice
+        self.fresh: list[Slash] = []  # news of them, for whoever keeps and passes them on, and takes them out
+        self._judged: dict[str, _Judged] = {}  # by the name of the duel
+        self._last = (-1, "")  # height and case of the last verdict in order
+        self._heights: dict[str, int] = {}  # of the last verdict on an executor
+        self._stated: dict[str, dict[int, Staked]] = {}
         self._left: dict[tuple[str, int], int] = {}  # of what was staked by a statement that lost or won
 
+    def is_news(self, stated: Statement) -> bool:
+        """Whether `heard` would take a statement into account if it is signed as it says; costs no signature."""
+        if isinstance(stated, Staked):
+            known = self._stated.get(stated.stake.name, {}).get(stated.stake.number)
+            return stated.stake.name in self.started and (known is None or known.stake != stated.stake)
+        if isinstance(stated, Verdict):
+            return self._merged(stated) is not None
+        return stated.culprit in self.started and stated.culprit not in self.slashes
+
     def heard(self, stated: Statement) -> bool:
-        """Take a statement into account that `decode` has verified; returns whether it is news."""
+        """Take a statement into account that `verdicts.verify` has found good; returns whether it is news."""
         if isinstance(stated, Staked):
             return self._staked(stated)
-        name = digest(msgspec.json.encode(stated))
-        if name in self.slashes or any(each.stake.name not in self.started for each in stated.stakes):
-            return False
-        self.slashes[name] = stated
-        for each in stated.stakes:
-            self._staked(each)
-        self._fold()
-        return True
+        if isinstance(stated, Verdict):
+            return self._verdict(stated)
+        return self._convict(stated)
 
     def stake(self, name: str) -> int:
         """What a name has at stake, micro-credits."""
         latest = self.latest.get(name)
-        if latest is None or name in self.broken:
-            return 0
-        return self._at_stake(latest.stake)
+        return self._at_stake(latest.stake) if latest is not None and name not in self.slashes else 0
 
     def next_number(self, name: str) -> int:
         """Of the next statement of a name."""
         return self.latest[name].stake.number + 1 if name in self.latest else 1
 
+    def height(self, *executors: str) -> int:
+        """Of the last verdict on one of them; 0 for none."""
+        return max((self._heights.get(name, 0) for name in executors), default=0)
+
+    def jury(self, case: Case) -> Jury:
+        """Who of the epoch judges a case. Nobody where no stake moves."""
+        parties = case.opening.parties()
+        if not self.epoch or case.opening.epoch != self.epoch or not all(map(self.started.get, parties)):
+            return Jury({}, 0)
+        return jury(self.started, parties, case.seed())
+
+    def bond(self, name: str) -> Staked | None:
+        """By which an origin's duels move stake; None if it has too little at stake."""
+        latest = self.latest.get(name)
+        enough = latest is not None and min(self.stake(name), latest.stake.amount) >= BOND
+        return latest if self.epoch and enough else None
+
+    # Statements.
+
     def _staked(self, stated: Staked) -> bool:
         stake = stated.stake
         if stake.name not in self.started:
             return False  # nothing of worth: it is not kept, so that names cannot fill the memory
-        latest = self.latest.get(stake.name)
-        if latest is not None and latest.stake.number == stake.number and latest.stake != stake:
-            self.broken.add(stake.name)
-        if latest is not None and latest.stake.number >= stake.number:
+        numbers = self._stated.setdefault(stake.name, {})
+        known = numbers.get(stake.number)
+        if known is not None:
+            return known.stake != stake and self._convict(Twice(known, stated))
+        if len(numbers) >= NUMBERS_KEPT and stake.number < min(numbers):
+            return False
+        numbers[stake.number] = stated
+        if len(numbers) > NUMBERS_KEPT:
+            del numbers[min(numbers)]
+        if stake.name in self.latest and self.latest[stake.name].stake.number > stake.number:
             return False
         self.latest[stake.name] = stated
         return True
+
+    def _convict(self, proof: Conflict | Twice) -> bool:
+        if proof.culprit not in self.started or proof.culprit in self.slashes:
+            return False
+        self.slashes[proof.culprit] = proof
+        self.fresh.append(proof)
+        return True
+
+    def _merged(self, verdict: Verdict) -> _Judged | None:
+        """A verdict with the votes on it that are known already; None if it is no news, or does not count."""
+        case, name = verdict.case, verdict.case.name()
+        known = self._judged.get(case.opening.name())
+        if known is not None and (known.height, known.case) < (case.height, name):
+            return None  # of one duel, the first verdict counts
+        votes = {(vote.judge, vote.vote): vote for vote in verdict.votes}
+        if known is not None and known.case == name:
+            before = {(vote.judge, vote.vote): vote for vote in known.verdict.votes}
+            if votes.keys() <= before.keys():
+                return None
+            votes |= before
+        jury = self.jury(case)
+        if any(judge not in jury.weights for judge, _ in votes):
+            return None
+        merged = Verdict(case, tuple(votes[key] for key in sorted(votes)))
+        outcome = outcome_of(merged.votes, jury)
+        return _Judged(case.height, name, merged, outcome) if outcome != TIE else None
+
+    def _verdict(self, verdict: Verdict) -> bool:
+        judged = self._merged(verdict)
+        if judged is None:
+            return False
+        case = judged.verdict.case
+        duel = case.opening.name()
+        new, self._judged[duel], self.slashes[duel] = duel not in self._judged, judged, judged.verdict
+        self.fresh.append(judged.verdict)
+        for each in (case.opening.bond, case.a.stake, case.b.stake):
+            if each is not None:
+                self._staked(each)
+        if new and judged[:2] > self._last:
+            self._move(judged)
+        else:
+            self._fold()
+        return True
+
+    # What they come to.
 
     def _at_stake(self, stake: Stake) -> int:
         left = self._left.get((stake.name, stake.number), stake.amount)
         return max(0, min(left, self.funds.get(stake.name, 0)))
 
     def _fold(self) -> None:
-        """Everything that lost stake, in the one order that all know: by digest."""
-        self.funds, self._left = dict(self.started), {}
-        for name in sorted(self.slashes):
-            slash = self.slashes[name]
-            stakes = [each.stake for each in slash.stakes]
-            before = [self._at_stake(stake) for stake in stakes]
-            after = _after(slash, before)
-            for stake, was, now in zip(stakes, before, after, strict=True):
-                self._left[stake.name, stake.number] = now
-                if stake.name in self.funds:
-                    self.funds[stake.name] += now - was
+        """All verdicts, in the one order that all know: by height, and where that is the same by case."""
+        self.funds, self._left, self._heights, self._last = dict(self.started), {}, {}, (-1, "")
+        for judged in sorted(self._judged.values(), key=lambda each: each[:2]):
+            self._move(judged)
+
+    def _move(self, judged: _Judged) -> None:
+        """Move what a verdict says: the loser's stake, as far as it is left, to the winner, and fines of judges, who
+        are fined as if they had as much at stake as the loser."""
+        case, self._last = judged.verdict.case, judged[:2]
+        stakes = [each.stake.stake for each in (case.a, case.b) if each.stake is not None]
+        before = [self._at_stake(stake) for stake in stakes]
+        loser = before[1] if judged.outcome == A_WINS else before[0]
+        cast = _said(judged.verdict.votes, judged.outcome)
+        before += [min(loser, self.funds[judge]) for judge in cast]
+        accounts = np.zeros((len(before), ACCOUNT_SIZE), np.int64)
+        accounts[:, STAKED] = before
+        judges = np.arange(2, len(before), dtype=np.int64)
+        move_stakes(accounts, 0, 1, judges, np.array([*cast.values()], np.int64), judged.outcome)
+        after = accounts[:, STAKED].tolist()
+        for name, was, now in zip((case.a.executor, case.b.executor, *cast), before, after, strict=True):
+            self.funds[name] += now - was
+        for stake, now in zip(stakes, after, strict=False):
+            self._left[stake.name, stake.number] = now
+            self._heights[stake.name] = judged.height
 
 
-def _after(slash: Slash, stakes: Sequence[int]) -> list[int]:
-    """What a slash leaves of the stakes that it names."""
-    accounts = np.zeros((len(stakes), ACCOUNT_SIZE), np.int64)
-    accounts[:, STAKED] = stakes
-    if isinstance(slash, Conflict):
-        forfeit(accounts, 0, 1)
-    else:
-        said = {vote.judge: vote.vote for vote in slash.votes}
-        votes = np.array([said.get(judge, VOTE_SILENT) for judge in slash.judges], np.int64)
-        settle_duel(accounts, 0, 1, np.arange(2, 2 + len(votes), dtype=np.int64), votes)
-    return [int(each) for each in accounts[:, STAKED]]
+def _said(votes: tuple[Vote, ...], outcome: int) -> dict[str, int]:
+    """The vote of each judge; of one that signed several, the one against the outcome."""
+    said: dict[str, int] = {}
+    for vote in votes:
+        against = vote.vote in (VOTE_A, VOTE_B) and vote.vote != outcome
+        if vote.judge not in said or against or said[vote.judge] == VOTE_UNDECIDED:
+            said[vote.judge] = vote.vote
+    return said

@@ -154,9 +154,13 @@ def sign(identity: Identity, kind: str, stated: msgspec.Struct) -> str:
 
 
 def check(name: str, kind: str, stated: msgspec.Struct, signature: str) -> None:
-    """Raises StatementError unless `name` signed a statement of that kind."""
+    """Raises StatementError unless `name` signed a statement of that kind. A signature is spelled in one way, or who
+    passes a statement on could make others of it."""
     try:
-        verify(name, tagged(kind, msgspec.json.encode(stated)), urlsafe_b64decode(signature))
+        signed = urlsafe_b64decode(signature)
+        if urlsafe_b64encode(signed).decode() != signature:
+            raise StatementError("the signature is not how base64url writes it")
+        verify(name, tagged(kind, msgspec.json.encode(stated)), signed)
     except (SignatureError, ValueError) as error:
         raise StatementError(f"a {kind} that {name} is said to have signed: {error}") from None
 
