@@ -149,7 +149,8 @@ HELD_FIELDS = [
     ("next", np.int32),  # in the queue, -1 at its end
     ("prompt", np.int64),  # tokens
     ("prefix", np.int64, NODES),  # of them, those in the prefix cache here and, as is believed, at each candidate
-    ("prefix_age_s", np.float64, NODES),  # since it was last served there, s; what is behind 0 tokens is not read
+    # Since it was last served there, of the own node since the answer before, s; not read where there are 0 tokens.
+    ("prefix_age_s", np.float64, NODES),
     ("turn", np.int64),  # of its session, from 1
     ("last_s", np.float64),  # when its user had the answer before
     ("longest", np.int64),  # tokens of the longest answer that it may get

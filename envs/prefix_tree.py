@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from wwwserve.agents import kernel
-from wwwserve.envs.prefix_cache import CACHED, NODE, Cache
+from wwwserve.agents.hardware import BLOCK_TOKENS
+from wwwserve.envs.prefix_cache import CACHED, NODE, Cache, find
 
 FIRST_NODES = 256
 
@@ -50,6 +51,14 @@ class PrefixTree:
         """A request is no longer in the engine."""
         if leaf >= 0:
             self._asked[leaf] -= 1
+
+    def find(self, engine: Any, cache: Cache, hashes: Sequence[bytes], tokens: int) -> int:
+        """Tokens of a prompt of `tokens`, which need not be in the tree, that an engine with this tree has cached."""
+        known = self._known(hashes)
+        if not known:
+            return 0
+        leaf = self._where[hashes[known - 1]]
+        return int(find(engine, cache, leaf, min(tokens, known * BLOCK_TOKENS + 1)))
 
     def _known(self, hashes: Sequence[bytes]) -> int:
         """How many of the first blocks are in the tree; whoever is there has all before it there."""

@@ -289,6 +289,8 @@ class Scenario:
 
         Raises ScenarioError where a trace has not so many, and for arrivals at given times.
         """
+        if factor == 1.0:
+            return self
         providers = [
             replace(
                 each, traffic=_at_load(each.traffic, factor, At(self.name, f"providers[{i}].traffic", each.traffic))

@@ -17,10 +17,22 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from wwwserve.agents.arguments import Count, File, Folder, Policies, Seed, UsageError, flat, parse_args, refuse
+from wwwserve.agents.arguments import (
+    Count,
+    File,
+    Folder,
+    Policies,
+    Positive,
+    Seed,
+    UsageError,
+    flat,
+    parse_args,
+    refuse,
+)
 from wwwserve.agents.rules import Policy
 from wwwserve.envs.oracle import ORACLES, Oracle
 from wwwserve.envs.scenario import Scenario, ScenarioError, load
+from wwwserve.eval.deviations import copied
 from wwwserve.eval.metrics import mean_ci, measure, or_none, paired_ci, score, time_quantiles
 from wwwserve.eval.play import Run, rollout
 from wwwserve.eval.policies import DEFAULT_POLICIES, PolicyError, load_policies
@@ -242,6 +254,10 @@ class Args:
     """runs of each policy in each scenario"""
     first_seed: Seed = FIRST_TEST_SEED
     """the seeds are this one and those that follow; training has its own below a million"""
+    copies: Count = 1
+    """of every provider, each with users of its own: 2 make eight providers of four"""
+    load: Positive = 1.0
+    """times as many requests or sessions"""
     threads: Count = os.cpu_count() or 1
     """CPU threads"""
     baseline: Annotated[str, tyro.conf.arg(metavar="NAME|BUNDLE")] = DEFAULT_BASELINE
@@ -274,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
     try:
         args = parse_args(Args, PROG, argv)
-        scenarios = [load(name) for name in args.scenarios]
+        scenarios = [copied(load(name).at_load(args.load), args.copies) for name in args.scenarios]
         names = flat(args.policy) or list(DEFAULT_POLICIES)
         names = names if args.baseline in names else [args.baseline, *names]
         policies = load_policies(names)

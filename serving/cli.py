@@ -314,6 +314,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "delegated": Tool("eval.live.delegated", "Measure what it costs to hand a request over."),
     "judges": Tool("eval.live.judges", "Measure how often judges err, on real vLLM."),
     "duels": Tool("eval.live.duels", "Hold duels on real vLLM."),
+    "coalition": Tool("eval.live.coalition", "See what a coalition can buy by duels."),
     "hostile": Tool("eval.live.hostile", "Send hostile input to a live node."),
     "soak": Tool("eval.live.soak", "Kill nodes under load, see that all is accounted for."),
 }

@@ -208,7 +208,6 @@ class Delegation:
                 handed = Handed(name, self.clock(), promise, completion.stream, response, meter_of(completion))
                 self.handed[request] = handed
                 self.provider.accepted(request, handed.taken_s, promise, predicted)
-                self.prefixes.remember(name, completion.prefix, offer.prompt, told=False)
                 await self._fetch(completion, handed, payment, reply)
                 answered = handed.meter.tokens > 0
         except Refused as error:

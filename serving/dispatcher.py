@@ -18,9 +18,7 @@ import numpy as np
 import orjson
 
 from wwwserve.agents.decision import HOLD, LOCAL
-from wwwserve.agents.knowledge import (
-    AD_STAKE,
-)
+from wwwserve.agents.knowledge import AD_REUSE_S, AD_STAKE, LONGEST_REUSE_S
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.delegation import Delegation, remember
 from wwwserve.serving.duel.attestor import Attestor
@@ -249,6 +247,7 @@ class Dispatcher:
             log.info("a peer is there", extra={"peer": advert.name, "label": advert.label, "url": advert.url})
         self.peers[advert.name] = advert
         load = np.array(advert.load)
+        self.prefixes.shared |= advert.load[AD_REUSE_S] < LONGEST_REUSE_S
         if self.accounts is not None:  # a stake is what is signed, and granted
             self.accounts.heard(advert.name)
             load[AD_STAKE] = self.accounts.stake(advert.name)
@@ -327,7 +326,7 @@ class Dispatcher:
 
     async def answer(self, completion: CompletionRequest, reply: Reply) -> None:
         """Answer a user's request. Raises Failed when that cannot be, and what `reply` raises."""
-        provider, arrival_s = self.provider, self.clock()
+        provider, arrival_s, prefix = self.provider, self.clock(), completion.prefix
         if provider.held >= self.config.limits.held:
             provider.missed(completion.klass)
             self.metrics.turned_away()
@@ -335,8 +334,8 @@ class Dispatcher:
         prompt = max(1, completion.prompt_ids + round(completion.prompt_bytes / self.bytes_per_token))
         most = min((completion.max_tokens or self.config.output.max) * completion.choices, MOST_TOKENS)
         request = provider.new(
-            None, completion.klass, prompt, most, arrival_s, completion.model, completion.prefix.turn,
-            self._answered_s(completion.prefix, prompt, arrival_s),
+            None, completion.klass, prompt, most, arrival_s, completion.model, prefix.turn,
+            self.prefixes.answered_s(prefix, arrival_s),
         )  # fmt: skip
         job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
         provider.keys[request] = job
@@ -367,6 +366,7 @@ class Dispatcher:
                     self._take_back(job, decision, reason)
             outcome = "answered"
             self._learn(completion, usage)
+            self.prefixes.answered(prefix)
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
@@ -417,7 +417,8 @@ class Dispatcher:
         nothing came of it yet, Failed if something had."""
         own, meter = meter is None, meter or AnswerMeter()
         predicted = self.prefixes.cached(completion.prefix, prompt).tokens
-        self.prefixes.remember(HERE, completion.prefix, prompt, told=False)  # whoever comes next finds it computed
+        # Whoever comes next finds it computed.
+        added = self.prefixes.remember(HERE, completion.prefix, prompt, told=False)
         exchange, expected = self.engine.post(completion.path, completion.body), self.provider.expect(prompt, predicted)
         self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange)
         self.engine.sent(prompt)
@@ -449,6 +450,8 @@ class Dispatcher:
             usage = meter.usage
             output = usage.output if usage else meter.tokens
             self.engine.returned(prompt, output)
+            if not output:
+                self.prefixes.retract(HERE, added)
         if output:
             found = usage.cached if usage is not None and usage.cached is not None else predicted
             self.provider.finished(usage.prompt if usage else prompt, found, output)
@@ -479,14 +482,8 @@ class Dispatcher:
         """Tokens of a prompt that the own engine is taken to have in its prefix cache."""
         return self.prefixes.cached(prefix, prompt).tokens
 
-    def _answered_s(self, prefix: Prefix, prompt: int, arrival_s: float) -> float:
-        """When the answer before this turn was there, wherever it came from; `arrival_s` if that is not known."""
-        places = (HERE, *self.peers) if prefix.turn > 1 else ()
-        last_s = max((self.prefixes.cached(prefix, prompt, place) for place in places), default=NOTHING).used_s
-        return last_s if math.isfinite(last_s) else arrival_s
-
-    def _look_up(self, job: Job | None, prompt: int, place: str) -> tuple[int, float]:
-        return self.prefixes.cached(job.completion.prefix, prompt, place) if job is not None else NOTHING
+    def _look_up(self, job: Job | None, prompt: int, place: str, since_s: float) -> tuple[int, float]:
+        return self.prefixes.cached(job.completion.prefix, prompt, place, since_s) if job is not None else NOTHING
 
     def consider(self, prompt: int, cached: int, longest: int, tariff: Tariff) -> Promise | None:
         """Whether a peer's request of `prompt` tokens, `cached` of them here, to be answered with at most `longest`, is

@@ -38,7 +38,7 @@ from wwwserve.agents.knowledge import (
     on_scrape,
     write_profile,
 )
-from wwwserve.agents.prefix import is_kept
+from wwwserve.agents.prefix import kept_since_s
 from wwwserve.agents.protocol import (
     ACCOUNT_SIZE,
     FREE,
@@ -75,9 +75,9 @@ def _appraise(
     end_appraisal(p, a, found, now_s)
 
 
-Lookup = Callable[[Any, int, str], tuple[int, float]]
-"""Of a request, by its key and its prompt tokens: how many of them are cached at a peer, here for "", and when they
-were last used there, in seconds of the caller's clock."""
+Lookup = Callable[[Any, int, str, float], tuple[int, float]]
+"""Of a request, by its key and its prompt tokens: how many of them are cached at a peer, here for "", by what was used
+there since a time, and when they were last used there, in seconds of the caller's clock."""
 
 LATER, LATER_S = 2.0, 0.1  # by which a promise may be later than the advert showed as far as is known
 ADVERTS_KEPT = 4  # own ones, by which peers may still make offers
@@ -161,17 +161,19 @@ class NodeProvider:
 
     def __init__(
         self, policy: Policy, profile: Profile, market: Market, *, seed: int = 0, credit: float = 0.0,
-        stake: float = 0.0, mean_prompt: float = 256.0, mean_output: float = 512.0, compute_per_ktok: float = 0.09,
+        stake: float = 0.0, mean_prompt: float = 256.0, mean_uncached: float | None = None, mean_output: float = 512.0,
+        compute_per_ktok: float = 0.09,
     ) -> None:  # fmt: skip
-        """`compute_per_ktok`: what computing 1000 output tokens costs here, credits. Raises ValueError as
-        `Market.agreement` does."""
+        """`mean_uncached`: tokens of a usual prompt that are to be computed, by default all. `compute_per_ktok`: what
+        computing 1000 output tokens costs here, credits. Raises ValueError as `Market.agreement` does."""
         self.policy, self.market = policy, market
         self._agreement = market.agreement()
         self._provider = records(1, PROVIDER)
         transitions.reset_provider(self._provider)
         record = self._provider[0]
         record["known"][: len(market.known)] = market.known
-        record["own"][[AD_MEAN_PROMPT, AD_MEAN_UNCACHED, AD_MEAN_OUTPUT]] = mean_prompt, mean_prompt, mean_output
+        uncached = mean_prompt if mean_uncached is None else mean_uncached
+        record["own"][[AD_MEAN_PROMPT, AD_MEAN_UNCACHED, AD_MEAN_OUTPUT]] = mean_prompt, uncached, mean_output
         record["own"][AD_REUSE_S] = LONGEST_REUSE_S
         write_profile(record["own"], profile.row(), 1.0)
         record["own"][AD_CONTEXT] = transitions.usual_context(record, self.agreement)
@@ -596,13 +598,12 @@ class NodeProvider:
         """What is cached of the request at the head, here and at each candidate that is taken to have it still."""
         request, key = self._requests[r], self.keys[r]
         prompt = int(request["prompt"])
-        tokens, used_s = lookup(key, prompt, "")
-        request["prefix"][0], request["prefix_age_s"][0] = tokens, max(0.0, now_s - used_s)
+        request["prefix"][0], _ = lookup(key, prompt, "", -math.inf)
+        request["prefix_age_s"][0] = now_s - request["last_s"] if request["turn"] > 1 else 0.0
         for k in range(int(request["n_candidates"])):
             row = int(request["candidates"][k])
-            tokens, used_s = lookup(key, prompt, self.names[row])
-            kept = tokens > 0 and is_kept(self._peers.adverts[row], used_s)
-            request["prefix"][1 + k] = tokens if kept else 0
+            tokens, used_s = lookup(key, prompt, self.names[row], kept_since_s(self._peers.adverts[row]))
+            request["prefix"][1 + k] = tokens
             request["prefix_age_s"][1 + k] = max(0.0, now_s - used_s)
 
     def warm_up(self) -> None:
@@ -617,10 +618,10 @@ class NodeProvider:
             self.scraped(0.0, 0.0, 0.0, 0.0)
             first, second = (self.new(None, 0, 1, 1, 0.0, "") for _ in range(2))
             self.arrived(first)
-            self.lookup = lambda key, prompt, place: (0, -math.inf)
+            self.lookup = lambda key, prompt, place, since_s: (0, -math.inf)
             self.decide(0.0)
             self.lookup = None
-            is_kept(self._peers.adverts[0], 0.0)
+            kept_since_s(self._peers.adverts[0])
             self.offer(second, "peer")
             self.accepted(second, 0.0, Promise(1.0, 1.0))
             self.streamed(second, 1)

@@ -278,6 +278,29 @@ def test_command_shows_regret_over_scenarios_against_policies_that_see_no_more(
     assert len(omniscient) == 2
 
 
+def test_command_plays_more_providers_and_more_load(
+    small_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = {}
+    for name, more in (("once", []), ("twice", ["--copies", "2"]), ("busy", ["--load", "3"])):
+        out = tmp_path / f"{name}.json"
+        assert (
+            run(small_file, "--policy", "single", "--baseline", "single", "--seeds", "8", *more, "--json", str(out))
+            == 0
+        )
+        [(scenario, found)] = json.loads(out.read_text())["scenarios"].items()
+        cells[name] = found["single"]
+        assert scenario == ("small x2" if name == "twice" else "small")
+    assert len(cells["twice"]["profit"]) == 2 * len(cells["once"]["profit"])
+    assert cells["twice"]["requests"] == pytest.approx(2 * cells["once"]["requests"], rel=0.3)
+    assert cells["busy"]["requests"] == pytest.approx(3 * cells["once"]["requests"], rel=0.3)
+    times = tmp_path / "times.yaml"
+    given = [{"name": "n", "traffic": {"kind": "times", "times_s": [1.0]}}]
+    times.write_text(yaml.safe_dump(MAPPING | {"name": "times", "providers": given}))
+    assert run(str(times), "--load", "2") == 2
+    assert "2 times as much" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, expected",
     [

@@ -139,6 +139,7 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path, capsys: pytest.Capture
         (["--json", str(tmp_path / "no" / "where.json")], "not a folder"),
         (["--network", str(file)], "takes one --policy"),
         (["--engine", "vllm", "--speed", "2"], "goes with --speed 1"),
+        (["--client", "curl"], "--client"),
     ):
         assert command.main(["paper/alternating", *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -166,6 +167,30 @@ def test_sessions_are_played_turn_by_turn_and_hit_what_simulated_ones_do(
     assert abs(mine["requests"] - theirs["requests"]) <= 0.2 * theirs["requests"]  # by when the last ones think
     assert mine["prefix_hit"][0] == pytest.approx(theirs["prefix_hit"][0], abs=0.05) and mine["prefix_hit"][0] > 0.3
     assert "cached" in capsys.readouterr().out
+
+
+def test_agents_of_the_openai_client_hit_what_simulated_ones_do(tmp_path: Path) -> None:
+    """A short form of `python -m eval.live sessions/agents --client openai`; all sessions come to their end."""
+    agents = {
+        "kind": "sessions", "system_tokens": 600, "turns": {"median": 5, "sigma": 0.4, "max": 8},
+        "turn": {"median": 150, "sigma": 0.8, "max": 1000}, "think_s": {"median": 1.5, "sigma": 0.5, "max": 5},
+    }  # fmt: skip
+    mapping = MAPPING | {
+        "defaults": {"lengths": {"output": {"median": 60, "sigma": 0.5, "max": 200}}, "serves": ["qwen3"]},
+        "providers": [
+            {"name": n, "gpu": "rtx-3090", "traffic": agents | {"phases": [{"until_s": 8, "rate_per_s": rate}]}}
+            for n, rate in (("a", 2.0), ("b", 0.8), ("c", 0.4), ("d", 0.3))
+        ],
+    }
+    scenario, out = tmp_path / "agents.yaml", tmp_path / "out.json"
+    scenario.write_text(yaml.safe_dump(mapping))
+    arguments = [str(scenario), "--policy", "cooperative", "--runs", "1", "--speed", "2", "--client", "openai"]
+    assert command.main([*arguments, "--stream", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    mine, theirs = result["scenarios"]["short"]["cooperative"], result["predicted"]["short"]["cooperative"]
+    assert mine["failed"] == 0 and mine["requests"] == theirs["requests"] > 60
+    assert 0 < mine["first_token_s"]["mean"][0] < mine["latency_s"]["mean"][0]
+    assert mine["prefix_hit"][0] == pytest.approx(theirs["prefix_hit"][0], abs=0.03) and mine["prefix_hit"][0] > 0.6
 
 
 def test_engines_have_one_measured_profile_with_what_their_kv_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:

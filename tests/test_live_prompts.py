@@ -70,6 +70,21 @@ def test_another_turn_asks_otherwise_and_real_engines_get_tokens_of_their_vocabu
         assert all(LOWEST_TOKEN <= token < HIGHEST_TOKEN for token in real.tokens(r))
 
 
+def test_prompts_go_on_with_what_a_real_engine_answered() -> None:
+    made = planned(SESSIONS)
+    traffic, prompts = made.traffic, Prompts(made, emulated=False)
+    checked = 0
+    for r in sorted(range(traffic.time_s.size), key=lambda r: (int(traffic.turn[r]), r)):
+        asked, u = prompts.tokens(r), int(traffic.follows[r])
+        if u >= 0:
+            whole = int(traffic.prompt[u] + traffic.output[u]) // BLOCK_TOKENS * BLOCK_TOKENS
+            said = asked[int(traffic.prompt[u]) : whole]
+            assert said == [40_000 + u] * len(said)
+            checked += len(said)
+        prompts.answered(r, [40_000 + r] * int(traffic.output[r]))
+    assert checked > 500
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_requests_that_share_nothing_have_nothing_in_common(seed: int) -> None:
     made = planned(POISSON, seed)

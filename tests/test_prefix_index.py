@@ -208,3 +208,49 @@ def test_a_peers_word_on_lengths_is_bounded_by_the_own_estimate() -> None:
     assert found.cached(other, 2000, "peer").tokens < 300
     again = prefix_of(CHAT, chat("system", "x" * 400))
     assert 100 < found.cached(again, 2000, "peer").tokens <= 300
+
+
+def test_what_a_place_did_not_compute_is_taken_back() -> None:
+    found, clock = index()
+    system, first, other = "s" * 4000, prefix_of(CHAT, chat("s" * 4000, "x" * 400)), chat("s" * 4000, "y" * 400)
+    clock.now_s = 1.0
+    added = found.remember("", first, prompt=1100, told=False)
+    assert found.cached(first, 1100).tokens == 1088
+    found.retract("", added)
+    assert found.cached(first, 1100) == NOTHING and len(found) == 0
+    added = found.remember("", first, prompt=1100, told=False)
+    clock.now_s = 2.0
+    found.remember("", prefix_of(CHAT, other), prompt=1100)  # has the system prompt in common with it
+    found.retract("", added)
+    assert found.cached(first, 1100).tokens == pytest.approx(1000, rel=0.02)
+    assert found.cached(prefix_of(CHAT, chat(system, "y" * 400)), 1100).tokens == 1088
+
+
+def test_of_a_peer_counts_what_it_used_since_it_evicts() -> None:
+    found, clock = index()
+    long, system = prefix_of(CHAT, chat("s" * 4000, "x" * 400)), prefix_of(CHAT, chat("s" * 4000))
+    found.remember("p", long, prompt=1100)
+    clock.now_s = 5.0
+    found.remember("p", system, prompt=1000)
+    assert found.cached(long, 1200, "p") == (1088, 0.0)
+    assert found.cached(long, 1200, "p", since_s=3.0) == (992, 5.0)
+    assert found.cached(long, 1200, "p", since_s=6.0) == NOTHING
+
+
+def test_when_the_turn_before_was_answered_is_known_wherever_that_was() -> None:
+    found, clock = index()
+    clock.now_s = 4.0
+    found.answered(prefix_of(CHAT, chat("sys", "one")))
+    assert found.answered_s(prefix_of(CHAT, chat("sys", "one", "said", "two")), 9.0) == 4.0
+    assert found.answered_s(prefix_of(CHAT, chat("sys", "one")), 9.0) == 9.0  # a first turn
+    assert found.answered_s(prefix_of(CHAT, chat("sys", "other", "said", "two")), 9.0) == 9.0
+
+
+def test_a_node_says_how_long_it_keeps_things_once_somebody_asks_for_one() -> None:
+    found, clock = index(kv_tokens=2000)
+    for k in range(5):
+        clock.now_s += 1.0
+        found.remember("", prefix_of(CHAT, chat(f"{k}" * 3000)), prompt=750)
+    assert found.reuse_s() == float("inf")
+    assert found.cached(prefix_of(CHAT, chat("4" * 3000, "more")), 900).tokens > 0
+    assert 1.0 <= found.reuse_s() <= 3.0

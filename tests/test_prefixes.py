@@ -46,7 +46,9 @@ class Caching(Stub):
         sizes = [len(text) // 5 for text in texts[1:]]
         known = [k for k in range(1, len(texts)) if texts[: k + 1] in self.seen and not self.forgets]
         prompt = sum(sizes)
-        cached = min(sum(sizes[: max(known, default=0)]), prompt - 1) // 16 * 16
+        last = max(known, default=0)  # of an answer, the last token was not computed
+        kept = sum(sizes[:last]) - (last > 0 and asked["messages"][last - 1]["role"] == "assistant")
+        cached = min(kept, prompt - 1) // 16 * 16
         answer = WORD * 20
         for k in range(1, len(texts)):
             self.seen.add(texts[: k + 1])

@@ -738,3 +738,32 @@ def test_the_engine_dies_with_nothing_of_a_node_that_crashes() -> None:
         assert server.load()[:3] == (0, 0, 0) and server.aborted == 1 and server.up
 
     play(main)
+
+
+def test_an_engine_keeps_what_it_computed_until_it_dies() -> None:
+    async def main(loop: VirtualLoop) -> list[int]:
+        server = EngineServer(loop, PROFILE, ["m"], block_tokens=32)
+        said: list[dict[str, str]] = []
+        found = []
+
+        async def say(text: str, salt: str = "") -> None:
+            said.append({"role": "user", "content": text})
+            body = {"messages": said, "max_tokens": 20, "ignore_eos": True} | ({"cache_salt": salt} if salt else {})
+            async with server.post("/v1/chat/completions", orjson.dumps(body)) as answer:
+                whole = orjson.loads(await answer.read(1 << 20))
+            found.append(whole["usage"]["prompt_tokens_details"]["cached_tokens"])
+            said.append(whole["choices"][0]["message"])
+
+        await say("one " * 100)
+        await say("two " * 50)  # after 100 + 20 tokens, of which 119 were computed: three blocks of 32
+        said[:] = said[:2]
+        await say("six " * 50, salt="another's")
+        assert server.reuse_s() == np.inf
+        server.crash()
+        server.restart()
+        said[:] = said[:2]
+        await say("two " * 50)
+        assert server.cached_tokens == sum(found) and server.finished == 4
+        return found
+
+    assert play(main) == [0, 96, 0, 0]

@@ -1,5 +1,7 @@
 """What users of a live network ask: prompts of made-up tokens, that share what the scenario's requests share."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +19,7 @@ class Prompts:
     """The prompts of a plan's requests, to be asked for in the order in which the requests come.
 
     Each node of the tree of prefixes has tokens of its own. Where a prompt goes on with the answer to another, it has
-    the words that an emulated engine answers; what a real one will have said is not known, and random.
+    the words that an emulated engine answers, or what a real one `answered`.
     """
 
     def __init__(self, planned: MarketPlan, turn: int = 0, emulated: bool = True) -> None:
@@ -42,6 +44,16 @@ class Prompts:
         known: Tokens = np.concatenate(parts) if parts else np.zeros(0, np.uint32)
         made: list[int] = np.concatenate([known, self._made(len(known), prompt, prompt, output)])[:prompt].tolist()
         return made
+
+    def answered(self, r: int, said: Sequence[int]) -> None:
+        """Request r, whose prompt was asked for, was answered with these tokens."""
+        tree, prompt, v = self.traffic.tree, int(self.traffic.prompt[r]), int(self.traffic.leaf[r])
+        while v >= 0 and BLOCK_TOKENS * int(tree.start[v] + tree.blocks[v]) > prompt:
+            first = BLOCK_TOKENS * int(tree.start[v])
+            low, high = max(first, prompt), min(first + len(self._nodes[v]), prompt + len(said))
+            if low < high:
+                self._nodes[v][low - first : high - first] = said[low - prompt : high - prompt]
+            v = int(tree.parent[v])
 
     def _made(self, start: int, end: int, prompt: int, output: int) -> Tokens:
         """Tokens from `start` to before `end` of a request whose answer of `output` begins after `prompt`."""

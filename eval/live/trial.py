@@ -9,12 +9,11 @@ A node has uniforms of its own, where a simulated market has one set for all, so
 """
 
 import asyncio
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,7 +24,6 @@ import tyro
 from numpy.typing import NDArray
 
 from wwwserve.agents.arguments import Count, File, Policies, Range, Seed, UsageError, flat, parse_args, refuse
-from wwwserve.agents.classes import CLASS_MAX
 from wwwserve.agents.hardware import Profile
 from wwwserve.agents.policy.bundle import SHIPPED
 from wwwserve.agents.rules import RULES, Policy
@@ -43,7 +41,7 @@ from wwwserve.eval.live.networks import (
     remote,
     vllm_servers,
 )
-from wwwserve.eval.live.prompts import Prompts
+from wwwserve.eval.live.users import Talk, Tokens, Users
 from wwwserve.eval.metrics import threshold_key
 from wwwserve.eval.play import Run, run
 from wwwserve.eval.policies import LEARNED, PolicyError, load_policy
@@ -55,7 +53,7 @@ from wwwserve.serving.local_nodes import NetworkError, cpu_s
 
 DEFAULT_POLICIES = ("single", "www_serve", LEARNED)
 PROG = "wwwserve trial"
-_CACHED = re.compile(rb'"cached_tokens":\s*(\d+)')
+Client = Literal["tokens", "openai"]
 KV_TOKENS = 2560  # of a real engine: a full batch of `live/pair` nearly fills it, as is usual on a GPU
 SETTLE_S = 2.0  # between a network's being ready and the first arrival
 MOST_SPEED = 100.0
@@ -73,10 +71,11 @@ class Measured(NamedTuple):
 
 
 async def play(
-    network: Live, planned: MarketPlan, speed: float, stream: bool, turn: int = 0, told: bool = True
-) -> Measured:
+    network: Live, planned: MarketPlan, speed: float, stream: bool, turn: int = 0, told: bool = True,
+    client: Client = "tokens",
+) -> Measured:  # fmt: skip
     """Send every request at its time, turns of a session after the answer before; measure until all are answered, or
-    the scenario's drain is over.
+    the scenario's drain is over. See `eval.live.users` for who sends them.
 
     With another `turn`, prompts are other ones of the same lengths, so that no engine has them cached. Nodes are told
     the length of an answer, or else only how long it can be, which takes engines that end it at `min_tokens`.
@@ -86,21 +85,8 @@ async def play(
     arrival_s, latency_s, first_s = traffic.time_s.copy(), np.full(count, np.inf), np.full(count, np.inf)
     cached = np.zeros(count, np.int64)
     lag_s, failed = 0.0, 0
-    prompts = Prompts(planned, turn, network.emulated)
     follower = {int(u): r for r, u in enumerate(traffic.follows.tolist()) if u >= 0}
-    classes = [each.name for each in scenario.slo.classes]
     prices: list[list[float]] = []
-
-    def asked_for(r: int) -> bytes:
-        output = int(traffic.output[r])
-        if told:
-            lengths = {"max_tokens": output, "ignore_eos": True}
-        else:
-            longest = int(planned.known[traffic.provider[r], traffic.klass[r], CLASS_MAX])
-            lengths = {"max_tokens": longest, "min_tokens": output}
-        options = {"stream_options": {"include_usage": True}} if stream and follower else {}
-        model = network.sites[int(traffic.provider[r])].model
-        return orjson.dumps({"model": model, "prompt": prompts.tokens(r), "stream": stream, **lengths, **options})
 
     async def come(first: int) -> None:
         """A request, and those that follow its answer."""
@@ -108,7 +94,7 @@ async def play(
         while r is not None:
             due_s = start_s + float(arrival_s[r]) / speed
             await asyncio.sleep(due_s - time.monotonic())
-            await one(r, asked_for(r), due_s)
+            await one(r, due_s)
             u, r = r, follower.get(r)
             if r is not None:
                 at_s = float(arrival_s[u] + latency_s[u] + traffic.think_s[r])
@@ -116,32 +102,16 @@ async def play(
                     return
                 arrival_s[r] = at_s
 
-    async def one(r: int, body: bytes, due_s: float) -> None:
+    async def one(r: int, due_s: float) -> None:
         nonlocal lag_s, failed
-        site = network.sites[int(traffic.provider[r])]
-        headers = {"content-type": "application/json"}
-        if classes:
-            headers["x-slo-class"] = classes[int(traffic.klass[r])]
         lag_s = max(lag_s, (time.monotonic() - due_s) * speed)
-        try:
-            async with session.post(f"{site.url}/v1/completions", data=body, headers=headers) as response:
-                last = b""
-                async for part in response.content.iter_any():
-                    if stream and not last:
-                        first_s[r] = (time.monotonic() - due_s) * speed
-                    last = (last + part)[-4096:]
-                ended_s = time.monotonic()
-        except (aiohttp.ClientError, OSError):
+        answer = await users.ask(r)
+        if answer is None or not answer.whole:
             failed += 1
             return
-        whole = response.status == 200 and (not stream or last.rstrip().endswith(b"data: [DONE]"))
-        failed += not whole
-        if whole:
-            latency_s[r] = (ended_s - due_s) * speed
-            reported = _CACHED.search(last)
-            cached[r] = int(reported[1]) if reported else 0
-        else:
-            first_s[r] = np.inf
+        latency_s[r] = (answer.ended_s - due_s) * speed
+        first_s[r] = (answer.first_s - due_s) * speed if stream else np.inf
+        cached[r] = answer.cached
 
     async def watch_prices() -> None:
         while True:
@@ -156,6 +126,11 @@ async def play(
     own_s = time.process_time()
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        users: Users = (
+            Talk(network, planned, stream, turn, told)
+            if client == "openai"
+            else Tokens(network, planned, session, stream, turn, told)
+        )
         watching = asyncio.create_task(watch_prices())
         start_s = time.monotonic()
         asked = {asyncio.create_task(come(r)) for r in np.flatnonzero(traffic.follows < 0).tolist()}
@@ -191,6 +166,7 @@ def live(
     stream: bool,
     opened: Callable[[MarketPlan, str | None], Any],
     report: Callable[[str], None] = lambda line: None,
+    client: Client = "tokens",
 ) -> Tree:
     """Run every policy with every seed, live and simulated; the mapping that `--json` writes.
 
@@ -209,7 +185,7 @@ def live(
                 profiles = [site.profile for site in network.sites]
                 check_lengths(drawn, profiles)
                 time.sleep(SETTLE_S)
-                seen[name].append(asyncio.run(play(network, drawn, speed, stream, turn)))
+                seen[name].append(asyncio.run(play(network, drawn, speed, stream, turn, client=client)))
             plans[name].append(drawn._replace(profiles=tuple(profiles)))
             last = seen[name][-1]
             report(
@@ -238,7 +214,9 @@ def live(
         },
         "predicted": {scenario.name: predicted},
         "gap": {scenario.name: gap},
-        "network": {"speed": speed, "stream": stream, "profiles": [asdict(profile) for profile in profiles]},
+        "network": {
+            "speed": speed, "stream": stream, "client": client, "profiles": [asdict(profile) for profile in profiles]
+        },
     }  # fmt: skip
 
 
@@ -301,10 +279,14 @@ class Args:
     """of each policy"""
     first_seed: Seed = FIRST_TEST_SEED
     """the seeds are this one and those that follow"""
+    load: Annotated[tuple[float, ...], Range(0, above=True), tyro.conf.arg(metavar="LOAD...")] = (1.0,)
+    """times as many requests or sessions; several are run one after the other"""
     speed: Annotated[float, Range(0.01, MOST_SPEED)] = 1.0
     """market seconds in a second"""
     stream: bool = False
     """ask for streams, so that times to first token are seen"""
+    client: Client = "tokens"
+    """openai: users talk by that client; tokens: they send tokens, of exactly the lengths drawn"""
     engine: Literal["emulated", "vllm"] = "emulated"
     """vllm: real vLLM with a small model in every place, measured first"""
     kv_tokens: Annotated[int, Range(local_vllm.MAX_MODEL_LEN)] = KV_TOKENS
@@ -320,8 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(Args, PROG, argv)
         policies = flat(args.policy) or list(DEFAULT_POLICIES)
-        scenario = load(args.scenario)
-        check(scenario)
+        scenarios = [_at_load(load(args.scenario), each, len(args.load) > 1) for each in args.load]
+        check(scenarios[0])
         settings = {argument: setting_of(argument) for argument in policies}
         if len(settings) < len(policies):
             raise UsageError("a policy is given twice")
@@ -333,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.network is not None:
             if len(loaded) != 1:
                 raise UsageError("--network takes one --policy, the one that its nodes run")
-            running = remote(args.network, scenario, loaded[0], args.speed)
+            running = remote(args.network, scenarios[0], loaded[0], args.speed)
     except (UsageError, ScenarioError, PolicyError) as error:
         return refuse(PROG, error)
 
@@ -349,19 +331,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             servers = None
             if args.engine == "vllm":
-                longest = max(LONGEST, *(longest_request(plan(scenario, seed)) for seed in seeds))
-                servers = stack.enter_context(vllm_servers(len(scenario.providers), longest, args.kv_tokens))
-            result = live(
-                scenario, settings, loaded, seeds, args.speed, args.stream, opened,
-                report=lambda line: print(line, file=sys.stderr, flush=True),
-            )  # fmt: skip
+                longest = max(LONGEST, *(longest_request(plan(each, seed)) for each in scenarios for seed in seeds))
+                servers = stack.enter_context(vllm_servers(len(scenarios[0].providers), longest, args.kv_tokens))
+            results = [
+                live(
+                    each, settings, loaded, seeds, args.speed, args.stream, opened,
+                    report=lambda line: print(line, file=sys.stderr, flush=True), client=args.client,
+                )
+                for each in scenarios
+            ]  # fmt: skip
     except (NetworkError, ConfigError, UsageError, CalibrationError, PrepareError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 1
-    print(table(result, scenario))
+    print("\n\n".join(table(each, scenario) for each, scenario in zip(results, scenarios, strict=True)))
     if args.json is not None:
+        result = results[0]
+        for each in results[1:]:
+            for part in ("scenarios", "predicted", "gap"):
+                result[part] |= each[part]
+            result["paired"]["scenarios"] |= each["paired"]["scenarios"]
         write_json(args.json, result)
     return 0
+
+
+def _at_load(scenario: Scenario, factor: float, among_others: bool) -> Scenario:
+    at_load = scenario.at_load(factor)
+    return replace(at_load, name=f"{scenario.name} at {factor:g}") if among_others else at_load
 
 
 if __name__ == "__main__":

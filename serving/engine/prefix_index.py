@@ -7,6 +7,7 @@ request finds the last of its own among them. How many tokens lie before a hash 
 prompts, and in between it is taken to grow with the bytes of text.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
@@ -19,6 +20,7 @@ from wwwserve.agents.hardware import BLOCK_TOKENS
 MESSAGE_BYTES, PROMPT_BYTES = 1024, 256  # of a piece of a message, and of a plain prompt, which may go on anywhere
 MOST_PIECES = 4096  # of a request; what follows is not looked at
 MOST_ENTRIES = 1 << 16  # over all places, about 0.3 kB each
+MOST_TURNS = 1 << 14  # of which it is known when they were answered
 KEPT_S = 3600.0  # without use
 DRIFT_WEIGHT = 0.02  # of one answer in the mean
 REPORTS, MOST_DRIFT = 20, 0.2  # answers before there is an alarm, and the mean share of a prompt from which on
@@ -47,6 +49,13 @@ class Cached(NamedTuple):
     used_s: float  # when it was last used, by the index's clock; -inf for nothing
 
 
+class Added(NamedTuple):
+    """What was not known before a request was remembered."""
+
+    names: tuple[bytes, ...]
+    at_s: float
+
+
 class _Entry:
     """What is known of the chain up to a hash, at one place."""
 
@@ -61,7 +70,7 @@ class _Entry:
 
 
 NO_PREFIX = Prefix((), (), {})
-NOTHING = Cached(0, -float("inf"))
+NOTHING = Cached(0, -math.inf)
 
 
 def prefix_of(path: str, request: Mapping[str, Any], salt: str = "") -> Prefix:
@@ -148,43 +157,64 @@ class PrefixIndex:
         self._here: OrderedDict[bytes, int] = OrderedDict()  # tokens of those of the own engine, in the same order
         self._here_tokens = 0
         self._full = False  # something of the own engine had to go
+        self._turns: OrderedDict[bytes, float] = OrderedDict()  # when own users' requests were answered, the last last
+        self.shared = False  # whether anybody asked for what was kept, here or at a peer
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def cached(self, prefix: Prefix, prompt: int, peer: str = HERE) -> Cached:
-        """How many of a request's `prompt` tokens are cached at a place, in whole blocks and without the last token,
-        which is computed in any case; and when they were last used."""
-        found = self._deepest(prefix, peer)
+    def cached(self, prefix: Prefix, prompt: int, peer: str = HERE, since_s: float = -math.inf) -> Cached:
+        """How many of a request's `prompt` tokens are cached at a place that has what it used since a time, in whole
+        blocks and without the last token, which is computed in any case; and when they were last used."""
+        found = self._deepest(prefix, peer, since_s)
         if found is None:
             return NOTHING
         k, entry = found
-        tokens = entry.tokens + _answered(entry, prefix, k)
+        answered = _answered(entry, prefix, k)
+        tokens = entry.tokens + answered - (answered > 0)  # the last token of an answer is not computed
         whole = max(0, min(tokens, prompt - 1)) // self.block_tokens * self.block_tokens
-        return Cached(whole, entry.used_s) if whole else NOTHING
+        if not whole:
+            return NOTHING
+        self.shared = True
+        return Cached(whole, entry.used_s)
+
+    def answered(self, prefix: Prefix) -> None:
+        """An own user has the answer to a request."""
+        if prefix.hashes:
+            self._turns[prefix.hashes[-1]] = self.clock()
+            self._turns.move_to_end(prefix.hashes[-1])
+            if len(self._turns) > MOST_TURNS:
+                self._turns.popitem(last=False)
+
+    def answered_s(self, prefix: Prefix, otherwise_s: float) -> float:
+        """When the user had the answer before this turn, wherever it came from; `otherwise_s` if that is not known."""
+        before = max(prefix.answers, default=0)
+        return self._turns.get(prefix.hashes[before - 1], otherwise_s) if before else otherwise_s
 
     def remember(
         self, peer: str, prefix: Prefix, prompt: int, output: int = 0, answer_bytes: int = 0, told: bool = True
-    ) -> None:
+    ) -> Added:
         """A place has computed a request of `prompt` tokens, and answered with `output` of them that are `answer_bytes`
-        of text. The engine `told` how many they are, or else they are an estimate."""
+        of text. The engine `told` how many they are, or else they are an estimate. Returns what was not known before,
+        for `retract`."""
         now_s, count = self.clock(), len(prefix.hashes)
         if not count or prompt <= 0 or not self._most:
-            return
+            return Added((), now_s)
         if peer == HERE and prompt > self.kv_tokens:  # no engine computes that
-            return
+            return Added((), now_s)
         known, size = 0, 0  # tokens and bytes up to the last hash whose tokens are known
         before = 0
-        touched = []
+        touched, new = [], []
         for k, (name, end) in enumerate(zip(prefix.hashes, prefix.sizes, strict=True)):
             entry = self._entries.get((peer, name))
             if entry is None:
                 entry = self._entries[peer, name] = _Entry()
+                new.append(name)
             if k == count - 1 and count < MOST_PIECES and (told or not entry.exact):
                 entry.tokens, entry.exact, entry.output, entry.answer_bytes = prompt, told, output, answer_bytes
             elif not entry.exact or entry.tokens > prompt:
                 share = (end - size) / max(1, prefix.sizes[-1] - size)
-                entry.tokens, entry.exact = known + int(share * (prompt - known)), False
+                entry.tokens, entry.exact = known + round(share * (prompt - known)), False
             if entry.exact:
                 known, size = entry.tokens, end
             entry.own, entry.used_s = max(0, entry.tokens - before) + entry.output, now_s
@@ -201,13 +231,21 @@ class PrefixIndex:
             self._drop(HERE, next(iter(self._here)))
         while len(self._entries) > self._most or self._is_old(now_s):
             self._drop(*next(iter(self._entries)))
+        return Added(tuple(new), now_s)
+
+    def retract(self, peer: str, added: Added) -> None:
+        """A place did not compute a request that was remembered, as was thought; what another has used since stays."""
+        for name in added.names:
+            entry = self._entries.get((peer, name))
+            if entry is not None and entry.used_s == added.at_s:
+                self._drop(peer, name)
 
     def reuse_s(self) -> float:
         """How long the own engine keeps what is not used, s: the age of what goes next; infinity if nothing has had to
-        go."""
+        go, or nobody asked for what was kept: of such a network a market has no caches either."""
         first = next(iter(self._here), None)
-        if not self._full:
-            return float("inf")
+        if not (self._full and self.shared):
+            return math.inf
         if first is None:
             return 0.0
         return self.clock() - self._entries[HERE, first].used_s
@@ -226,20 +264,20 @@ class PrefixIndex:
         if peer == HERE:
             self._here_tokens -= self._here.pop(name)
 
-    def _deepest(self, prefix: Prefix, peer: str) -> tuple[int, _Entry] | None:
-        """The last hash of a request that a place has, and what is known of it. It has all before it as well, as those
-        are used whenever it is, and go later."""
+    def _deepest(self, prefix: Prefix, peer: str, since_s: float) -> tuple[int, _Entry] | None:
+        """The last hash of a request that a place has used since a time, and what is known of it. It has all before it
+        as well, as those are used whenever it is, and go later."""
+        since_s = max(since_s, self.clock() - self.kept_s)
+        found = None
         low, high = 0, len(prefix.hashes)  # it has those before `low`, and none from `high` on
         while low < high:
             middle = (low + high) // 2
-            if (peer, prefix.hashes[middle]) in self._entries:
-                low = middle + 1
+            entry = self._entries.get((peer, prefix.hashes[middle]))
+            if entry is not None and entry.used_s >= since_s:
+                low, found = middle + 1, (middle, entry)
             else:
                 high = middle
-        if not low:
-            return None
-        entry = self._entries[peer, prefix.hashes[low - 1]]
-        return None if self.clock() - entry.used_s > self.kept_s else (low - 1, entry)
+        return found
 
 
 class Drift:

@@ -3,6 +3,7 @@
 An `EngineServer` outlives the nodes that use it. It sets one timer, for the moment at which its next request finishes,
 and one more for the next look at its streams while there are any; nothing is done for a token. A request says how long
 its answer will be, `min_tokens` or, with `ignore_eos`, `max_tokens`, and its prompt has a token for every four bytes.
+Prefixes are cached by the text that comes, as by the emulator, see `envs.prompt_blocks`.
 """
 
 import asyncio
@@ -31,7 +32,9 @@ from wwwserve.envs.engine import (
     submit,
     tokens_out,
 )
-from wwwserve.envs.prefix_cache import NO_CACHE, Cache
+from wwwserve.envs.prefix_cache import CACHED, NO_CACHE, Cache, clear, reuse_s
+from wwwserve.envs.prefix_tree import PrefixTree
+from wwwserve.envs.prompt_blocks import block_hashes
 from wwwserve.eval.live.simulation.loop import VirtualLoop, current
 from wwwserve.eval.live.simulation.response import Incoming
 from wwwserve.serving.engine.adapter import DOWN_WAITING, Availability, EngineError, Load, Sent
@@ -45,6 +48,14 @@ JSON = b"application/json"
 Octets = NDArray[np.uint8]
 
 
+class Held(NamedTuple):
+    """An engine, its requests and its cache as bytes, to be copied."""
+
+    engine: Octets
+    jobs: Octets
+    cached: Octets
+
+
 @kernel
 def _copy(to: Octets, of: Octets) -> None:
     for k in range(of.size):
@@ -52,9 +63,15 @@ def _copy(to: Octets, of: Octets) -> None:
 
 
 @kernel
+def _copy_all(to: Held, of: Held) -> None:
+    _copy(to.engine, of.engine)
+    _copy(to.jobs, of.jobs)
+    _copy(to.cached, of.cached)
+
+
+@kernel
 def _find_finish(
-    cache: Cache, e: Records, q: Records, e_bytes: Octets, q_bytes: Octets, then: Records, then_q: Records,
-    then_bytes: Octets, then_q_bytes: Octets, done: Ints,
+    e: Records, now: Held, then: Records, then_q: Records, then_cache: Cache, then_bytes: Held, done: Ints
 ) -> tuple[float, int]:  # fmt: skip
     """Bring `then`, a copy of the engine, to the moment at which its next request finishes.
 
@@ -64,16 +81,14 @@ def _find_finish(
     """
     span_s = 1.0
     while span_s < 1e9:
-        _copy(then_bytes, e_bytes)
-        _copy(then_q_bytes, q_bytes)
-        count = advance(then[0], cache, then_q, e[0].clock_s + span_s, done, 0)
+        _copy_all(then_bytes, now)
+        count = advance(then[0], then_cache, then_q, e[0].clock_s + span_s, done, 0)
         if count > 0:
             at_s = np.inf
             for k in range(count):
                 at_s = min(at_s, then_q[done[k]].finish_s)
-            _copy(then_bytes, e_bytes)
-            _copy(then_q_bytes, q_bytes)
-            count = advance(then[0], cache, then_q, at_s + SLACK_S, done, 0)
+            _copy_all(then_bytes, now)
+            count = advance(then[0], then_cache, then_q, at_s + SLACK_S, done, 0)
             if then[0].running == 0 and then[0].clock_s > at_s:  # an idle engine waits until it is told
                 then[0].clock_s = at_s
             return at_s, count
@@ -83,27 +98,31 @@ def _find_finish(
 
 @kernel
 def _look(
-    cache: Cache, e_bytes: Octets, q_bytes: Octets, then: Records, then_q: Records, then_bytes: Octets,
-    then_q_bytes: Octets, now_s: float, done: Ints, tokens: Ints,
+    now: Held, then: Records, then_q: Records, then_cache: Cache, then_bytes: Held, now_s: float, done: Ints,
+    tokens: Ints,
 ) -> None:  # fmt: skip
     """Bring `then`, a copy of the engine, to `now_s`, and put into `tokens` what each request has generated."""
-    _copy(then_bytes, e_bytes)
-    _copy(then_q_bytes, q_bytes)
-    advance(then[0], cache, then_q, now_s, done, 0)
+    _copy_all(then_bytes, now)
+    advance(then[0], then_cache, then_q, now_s, done, 0)
     for r in range(tokens.size):
         tokens[r] = tokens_out(then[0], then_q, r)
 
 
 class _State:
-    """An engine and its requests."""
+    """An engine, its requests, and what it has cached of a tree of prefixes."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, cache: Cache) -> None:
         self.engine, self.jobs = records(1, ENGINE), records(capacity, JOB)
         reset_jobs(self.jobs)
-        self.bytes = (_bytes(self.engine), _bytes(self.jobs))
+        self.keep(cache)
+
+    def keep(self, cache: Cache) -> None:
+        """Have this record of what is cached."""
+        self.cache = cache
+        self.bytes = Held(_bytes(self.engine), _bytes(self.jobs), _bytes(cache.cached))
 
     def take(self, other: "_State") -> None:
-        """Be as the other one is, which may have less capacity."""
+        """Be as the other one is, which may have room for fewer requests."""
         for mine, theirs in zip(self.bytes, other.bytes, strict=True):
             mine[: theirs.size] = theirs
 
@@ -124,11 +143,12 @@ class EngineServer:
 
     def __init__(
         self, loop: VirtualLoop, profile: Profile, models: Sequence[str], *, look_s: float = 1.0, lag_s: float = 0.0,
-        ahead_s: float = 0.0, max_queued: int | None = None, look_at_all: bool = True,
+        ahead_s: float = 0.0, max_queued: int | None = None, look_at_all: bool = True, block_tokens: int = 0,
     ) -> None:  # fmt: skip
         """A stream's events come with its end and at looks. The kth look shows what is out at `k look_s - lag_s`, and
         is sent `ahead_s` before that; unless `look_at_all`, only a stream that asks for usage, as one that is handed
-        over for pay does, is looked at. Beyond `max_queued` waiting requests the engine answers 503."""
+        over for pay does, is looked at. Beyond `max_queued` waiting requests the engine answers 503. Prefixes are
+        cached in blocks of `block_tokens`, a multiple of BLOCK_TOKENS; 0 for not at all."""
         self.loop, self.profile, self.models = loop, profile, list(models)
         self.look_s, self.lag_s, self.ahead_s, self.max_queued = look_s, lag_s, ahead_s, max_queued
         self.look_at_all = look_at_all
@@ -136,10 +156,15 @@ class EngineServer:
         self.up = True
         self.answers = 200  # the status of every response; one that is no 200 is an engine's error
         self.finished = self.aborted = 0
-        self.prompt_tokens = self.output_tokens = 0  # of those finished
+        self.prompt_tokens = self.cached_tokens = self.output_tokens = 0  # of those finished
+        self.caches = block_tokens > 0
         self._capacity = 64
-        self._make(self._capacity)
-        reset_engine(self._now.engine[0], profile.row())
+        self._now, self._then, self._seen = (_State(self._capacity, NO_CACHE) for _ in range(3))
+        reset_engine(self._now.engine[0], profile.row(), block_tokens // BLOCK_TOKENS)
+        self._prefixes = PrefixTree(self._now.engine[0])
+        self._hold(self._capacity)
+        if self.caches:
+            self._share_tree()
         self._running: dict[int, Answer] = {}
         self._streams = 0  # of them
         self._finish = Finish(math.inf, ())
@@ -148,11 +173,17 @@ class EngineServer:
         self._looks = 0  # number of the last one
         self._looked: tuple[float, Load] | None = None  # at what time, and what was seen
 
-    def _make(self, capacity: int) -> None:
-        self._now, self._then, self._seen = (_State(capacity) for _ in range(3))
+    def _hold(self, capacity: int) -> None:
         self._free = list(range(capacity - 1, -1, -1))
         self._tokens, self._done = np.zeros(capacity, np.int64), np.zeros(capacity + MAX_SLOTS, np.int64)
         self._shown = np.full(capacity, NEVER)  # tokens of each stream; of all else, more than there will be
+
+    def _share_tree(self) -> None:
+        """Let all three states have the tree of prefixes as it is now, the present one with what is cached."""
+        cache = self._prefixes.cache
+        self._now.keep(cache)
+        for state in (self._then, self._seen):
+            state.keep(Cache(cache.tree, records(cache.cached.size, CACHED)))
 
     # What it is at.
 
@@ -183,7 +214,21 @@ class EngineServer:
 
     def _see(self, now_s: float) -> None:
         of, to = (self._then if self._finish.at_s <= now_s else self._now), self._seen
-        _look(NO_CACHE, *of.bytes, to.engine, to.jobs, *to.bytes, now_s, self._done, self._tokens)
+        _look(of.bytes, to.engine, to.jobs, to.cache, to.bytes, now_s, self._done, self._tokens)
+
+    def cached(self, hashes: Sequence[bytes], prompt: int) -> int:
+        """Tokens that are cached at this instant of a prompt of `prompt` tokens, whose blocks have these hashes."""
+        self.load()
+        return self._prefixes.find(self._seen.engine[0], self._seen.cache, hashes, prompt) if self.caches else 0
+
+    def reuse_s(self) -> float:
+        """How long a block that is not used is kept, s."""
+        self.load()
+        return float(reuse_s(self._seen.engine[0], self._seen.cache, self.loop.time()))
+
+    def hit(self, slot: int) -> int:
+        """Tokens of a prompt that were found in the cache."""
+        return max(0, int(self._now.jobs[slot]["hit"]))
 
     # What comes and goes.
 
@@ -196,15 +241,26 @@ class EngineServer:
         self._catch_up()
         if not self._free:
             old, shown, self._capacity = self._now, self._shown, 2 * self._capacity
-            self._make(self._capacity)
+            self._now, self._then, self._seen = (
+                _State(self._capacity, each.cache) for each in (old, self._then, self._seen)
+            )
+            self._hold(self._capacity)
             self._now.take(old)
+            self._prefixes.engine = self._now.engine[0]
             self._shown[: shown.size] = shown
             self._free = list(range(self._capacity - 1, self._capacity // 2 - 1, -1))
         slot = answer.slot = self._free.pop()
         jobs, now_s = self._now.jobs, self.loop.time()
         reset_jobs(jobs[slot : slot + 1])
         jobs[slot]["prompt"], jobs[slot]["output"] = answer.prompt, answer.output
-        submit(self._now.engine[0], NO_CACHE, jobs, slot, now_s)
+        if self.caches:
+            # What of it is cached, as it comes, is counted by the cache as it is now.
+            count = advance(self._now.engine[0], self._now.cache, jobs, now_s, self._done, 0)
+            self._end(self._done[:count].tolist())  # in the last bit
+            jobs[slot]["leaf"] = self._prefixes.hang(answer.hashes)
+            if self._prefixes.cache is not self._now.cache:
+                self._share_tree()
+        submit(self._now.engine[0], self._now.cache, jobs, slot, now_s)
         self._running[slot] = answer
         if answer.looked_at:
             self._streams += 1
@@ -218,10 +274,10 @@ class EngineServer:
         self._catch_up()
         if self._running.get(answer.slot) is not answer:
             return
-        engine, jobs = self._now.engine[0], self._now.jobs
-        count = advance(engine, NO_CACHE, jobs, self.loop.time(), self._done, 0)
+        engine, cache, jobs = self._now.engine[0], self._now.cache, self._now.jobs
+        count = advance(engine, cache, jobs, self.loop.time(), self._done, 0)
         self._end(self._done[:count].tolist())  # in the last bit
-        if abort(engine, NO_CACHE, jobs, answer.slot):
+        if abort(engine, cache, jobs, answer.slot):
             self.aborted += 1
             self._forget(answer)
         self._plan()
@@ -231,9 +287,10 @@ class EngineServer:
         self._catch_up()
         self.up = False
         for answer in list(self._running.values()):
-            abort(self._now.engine[0], NO_CACHE, self._now.jobs, answer.slot)
+            abort(self._now.engine[0], self._now.cache, self._now.jobs, answer.slot)
             self._forget(answer)
             answer.fail(ConnectionResetError("the engine died"))
+        clear(self._now.engine[0], self._now.cache)
         self._plan()
 
     def restart(self) -> None:
@@ -242,6 +299,8 @@ class EngineServer:
 
     def _forget(self, answer: "Answer") -> None:
         del self._running[answer.slot]
+        answer.cached = self.hit(answer.slot)
+        self._prefixes.leave(int(self._now.jobs[answer.slot]["leaf"]))
         if answer.looked_at:
             self._streams -= 1
             self._shown[answer.slot] = NEVER
@@ -257,7 +316,7 @@ class EngineServer:
         if self._running:
             now, then = self._now, self._then
             at_s, count = _find_finish(
-                NO_CACHE, now.engine, now.jobs, *now.bytes, then.engine, then.jobs, *then.bytes, self._done
+                now.engine, now.bytes, then.engine, then.jobs, then.cache, then.bytes, self._done
             )
             if count == 0:
                 raise RuntimeError(f"none of {len(self._running)} requests ever finishes")
@@ -269,6 +328,9 @@ class EngineServer:
         while self._finish.at_s <= self.loop.time():
             finish = self._finish
             self._now, self._then = self._then, self._now
+            self._prefixes.engine = self._now.engine[0]
+            if self.caches:
+                self._prefixes.cache = self._now.cache
             self._end(finish.slots)
             self._plan()
 
@@ -279,6 +341,7 @@ class EngineServer:
             self._forget(answer)
             self.finished += 1
             self.prompt_tokens += answer.prompt
+            self.cached_tokens += answer.cached
             self.output_tokens += answer.output
             answer.show(answer.output, last=True)
 
@@ -311,6 +374,8 @@ class Answer(Incoming):
         self.server, self.path, self.body = server, path, body
         self.slot = -1
         self.prompt = self.output = 0
+        self.cached = 0  # of the prompt, once it is done
+        self.hashes: Sequence[bytes] = ()  # of the blocks of prompt and answer
         self.streams = self.looked_at = False
         self._shown = 0  # tokens
 
@@ -340,6 +405,9 @@ class Answer(Incoming):
         except (ValueError, KeyError, TypeError) as error:
             self._whole(400, _error(f"{type(error).__name__}: {error}", 400))
             return
+        if server.caches:
+            chat = self.path.endswith("/chat/completions")
+            self.hashes = block_hashes(request, chat, TEXT * self.output, BLOCK_TOKENS)
         if self.streams:
             options = request.get("stream_options") or {}
             self.looked_at = server.look_at_all or bool(options.get("include_usage"))
@@ -380,8 +448,9 @@ class Answer(Incoming):
             content = {"message": {"role": "assistant", "content": text}}
         return {"id": "simulated", "choices": [content | {"index": 0, "finish_reason": reason}]}
 
-    def _usage(self, tokens: int) -> dict[str, int]:
-        return {"prompt_tokens": self.prompt, "completion_tokens": tokens, "total_tokens": self.prompt + tokens}
+    def _usage(self, tokens: int) -> dict[str, Any]:
+        counts = {"prompt_tokens": self.prompt, "completion_tokens": tokens, "total_tokens": self.prompt + tokens}
+        return counts | ({"prompt_tokens_details": {"cached_tokens": self.cached}} if self.server.caches else {})
 
     def _whole(self, status: int, body: bytes) -> None:
         self.begin(status, [(b"content-type", JSON), (b"content-length", b"%d" % len(body))])
