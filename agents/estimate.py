@@ -19,6 +19,7 @@ from wwwserve.agents.knowledge import (
     AD_PREFILL,
     AD_PREFILL_BASE_S,
     AD_RUNNING,
+    AD_UNSHARED,
     AD_WAITING,
     AD_WEIGHT_S,
 )
@@ -37,13 +38,14 @@ def context_of(prompt: float, mean_output: float, generated: float) -> float:
 
 @kernel
 def _occupancy(advert: Floats, sent: float) -> tuple[float, float, float]:
-    """Context a request takes, in tokens; requests at once; requests ahead.
+    """Context of a request, in tokens; requests at once; requests ahead.
 
-    A node runs as many at once as its slots and its KV cache hold at that context; `sent` requests went there since its
-    advert.
+    A node runs as many at once as its slots and its KV cache hold, where a prefix that several of them share is once;
+    `sent` requests went there since its advert.
     """
     context = max(1.0, advert[AD_CONTEXT])
-    at_once = max(1.0, min(advert[AD_MAX_NUM_SEQS], advert[AD_KV_CAPACITY] / context))
+    taken = max(1.0, advert[AD_UNSHARED] * context)
+    at_once = max(1.0, min(advert[AD_MAX_NUM_SEQS], advert[AD_KV_CAPACITY] / taken))
     return context, at_once, advert[AD_RUNNING] + advert[AD_WAITING] + sent
 
 
@@ -69,11 +71,9 @@ def expect(advert: Floats, sent: float, prompt: float, cached: float) -> tuple[f
     whose prefill holds up everyone.
     """
     output = max(1.0, advert[AD_MEAN_OUTPUT])
-    capacity = advert[AD_KV_CAPACITY]
     context, at_once, ahead = _occupancy(advert, sent)
     decoding = min(ahead + 1.0, at_once)
-    kv_tokens = min(decoding * context, capacity)
-    decode_s = advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S] * decoding + advert[AD_PER_KV_TOKEN_S] * kv_tokens
+    decode_s = advert[AD_WEIGHT_S] + (advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context) * decoding
     usual = advert[AD_MEAN_UNCACHED]
     before = max(0.0, advert[AD_MEAN_PROMPT] - usual)
     token_s = decode_s + decoding / output * prefill_delay_s(advert, usual, before, usual)
@@ -81,7 +81,8 @@ def expect(advert: Floats, sent: float, prompt: float, cached: float) -> tuple[f
     own_prefill_s = advert[AD_WEIGHT_S] + prefill_delay_s(advert, prompt - cached, cached, prompt - cached)
     behind = max(0.0, advert[AD_WAITING] + sent)
     queued = max(0.0, ahead + 1.0 - at_once)
-    full = advert[AD_RUNNING] + 0.5 >= advert[AD_MAX_NUM_SEQS] or advert[AD_KV_TOKENS] + context >= capacity
+    taken = advert[AD_UNSHARED] * context
+    full = advert[AD_RUNNING] + 0.5 >= advert[AD_MAX_NUM_SEQS] or advert[AD_KV_TOKENS] + taken >= advert[AD_KV_CAPACITY]
     if full and advert[AD_WAITING] >= 0.5:  # the queue itself shows that the node can take no more
         queued = max(queued, behind + 1.0)
     queued_prefill_s = prefill_delay_s(advert, advert[AD_PREFILL] + sent * usual, before, usual)
@@ -93,18 +94,20 @@ def expect(advert: Floats, sent: float, prompt: float, cached: float) -> tuple[f
 def full_batch(advert: Floats) -> tuple[float, float]:
     """Requests of usual lengths that a node runs at once when it is full, and the seconds of an iteration then."""
     context, at_once, _ = _occupancy(advert, 0.0)
-    kv_tokens = min(at_once * context, advert[AD_KV_CAPACITY])
-    return at_once, advert[AD_WEIGHT_S] + advert[AD_PER_SEQ_S] * at_once + advert[AD_PER_KV_TOKEN_S] * kv_tokens
+    each_s = advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context
+    return at_once, advert[AD_WEIGHT_S] + each_s * at_once
 
 
 @kernel
-def marginal_delay(advert: Floats) -> tuple[float, float]:
-    """Delay, s, that a token of the prompt, not cached, and a token of the answer of one more request bring to each
-    that decodes beside it. Of a usual prompt, what takes longer than the iteration that it joins would have anyway."""
-    context, _, _ = _occupancy(advert, 0.0)
-    prompt = max(1.0, advert[AD_MEAN_PROMPT])
-    input_s = prefill_delay_s(advert, prompt, 0.0, prompt) / prompt
-    return input_s, float(advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context)
+def marginal_delay(advert: Floats) -> tuple[float, float, float]:
+    """Delay, s, that one more request brings to each that decodes beside it: by a token of its prompt that is computed,
+    by any token of its prompt, which is read for every token of a usual answer, and by a token of its answer.
+
+    Of a usual prompt, what takes longer to compute than the iteration that it joins would have anyway."""
+    prompt, output = max(1.0, advert[AD_MEAN_PROMPT]), max(1.0, advert[AD_MEAN_OUTPUT])
+    computed_s = prefill_delay_s(advert, prompt, 0.0, prompt) / prompt
+    token_s = advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * CONTEXT_SHARE * output
+    return computed_s, float(output * advert[AD_PER_KV_TOKEN_S]), float(token_s)
 
 
 @kernel
@@ -115,8 +118,8 @@ def slowdown(advert: Floats, sent: float, prompt: float, cached: float) -> float
     Each waits for its prefill, then decodes for CONTEXT_SHARE of a mean output more, and every iteration takes the
     newcomer's share longer.
     """
-    _, at_once, ahead = _occupancy(advert, sent)
-    _, slower_s = marginal_delay(advert)
+    context, at_once, ahead = _occupancy(advert, sent)
+    slower_s = advert[AD_PER_SEQ_S] + advert[AD_PER_KV_TOKEN_S] * context
     prefill_s = prefill_delay_s(advert, prompt - cached, cached, prompt - cached)
     return float(min(ahead, at_once) * (prefill_s + CONTEXT_SHARE * max(1.0, advert[AD_MEAN_OUTPUT]) * slower_s))
 

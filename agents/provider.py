@@ -47,6 +47,7 @@ from wwwserve.agents.knowledge import (
     AD_STAKE,
     AD_TARIFF,
     AD_TIME_S,
+    AD_UNSHARED,
     AD_WAITING,
     ADVERT_SIZE,
     RATE_WINDOW_S,
@@ -109,9 +110,9 @@ PROVIDER_FIELDS = [
     ("known", np.float64, (MAX_CLASSES, CLASS_SIZE)),  # of its own users' requests
     ("own", np.float64, ADVERT_SIZE),  # its state, fresh and honest
     ("admission", np.float64, ADMISSION_SIZE),  # when it takes peers' requests
-    ("compute", np.float64, 2),  # credits a token of input and of output
-    ("cost", np.float64, 2),  # marginal cost of a token of input and of output, credits, as of `cost_s`
-    ("future", np.float64),  # of it, what a request takes from own users yet to come, credits
+    ("compute", np.float64, TARIFF_SIZE),  # credits a token of input, cached input and output
+    ("cost", np.float64, TARIFF_SIZE),  # marginal cost of a token of each, credits, as of `cost_s`
+    ("future", np.float64),  # of it, what a request takes from those yet to come, credits
     ("cost_s", np.float64),
     ("markup", np.float64),  # in force
     ("tariff", np.float64, TARIFF_SIZE),  # in force, credits per 1000 tokens
@@ -121,6 +122,7 @@ PROVIDER_FIELDS = [
     ("credit", np.int64),  # free micro-credits when it last looked
     ("next_gossip_s", np.float64),
     ("arrival_rate", np.float64, MAX_CLASSES),  # of its own users' requests, 1/s
+    ("placed_rate", np.float64, MAX_CLASSES),  # of requests placed here, peers' by likeness, 1/s
     ("remote", np.int64),  # peers' requests that it has
     ("held_head", np.int32, MAX_CLASSES),  # its queues, one a class; -1 where there is none
     ("held_tail", np.int32, MAX_CLASSES),
@@ -169,6 +171,7 @@ REQUEST_FIELDS: list[Any] = [*OUT_FIELDS, *HELD_FIELDS]
 REQUEST = np.dtype(REQUEST_FIELDS, align=True)
 
 
+LEAST_UNSHARED = 0.01  # of the context of a running request
 CONTEXT_PRIOR = 4.0  # requests' worth of belief in the usual context, against what runs
 
 
@@ -176,7 +179,8 @@ class Appraisal(NamedTuple):
     """Sums over what runs on the own engine."""
 
     requests: float
-    context: float  # tokens
+    context: float  # tokens that they attend to, over their stay
+    tokens: float  # the same now
     at_once: float  # what a second's delay takes, credits/s
     spread: float  # the same if it comes over the stay of a request of usual length, part of which some are gone
     token_s: float  # time per token now
@@ -365,6 +369,7 @@ def decide(p: Record, a: Record, q: Records, peers: Peers, route: int, now_s: fl
             return HOLD
         route = LOCAL
     if route == LOCAL:
+        p.placed_rate[c] += 1.0 / RATE_WINDOW_S
         p.cost_s = -np.inf
     dequeue(p, q, c)
     return route
@@ -529,7 +534,8 @@ def consider(
     clock of a promise starts when the origin hears it, half a round trip after the engine has the request and as long
     before the first token's way back."""
     first_s, token_s = expect(p.own, 0.0, prompt, cached)
-    output = p.known[class_like(p, a, longest), CLASS_MEAN]
+    klass = class_like(p, a, longest)
+    output = p.known[klass, CLASS_MEAN]
     price = 1.0
     if a.payment != PER_REQUEST:
         price = price_by(tariff, prompt, cached, output) / MICRO
@@ -539,6 +545,7 @@ def consider(
     taken = accept(p.admission, first_s, use, p.held, profit, uniform(p.generator))
     if taken:
         p.sold += 1.0 / RATE_WINDOW_S
+        p.placed_rate[klass] += 1.0 / RATE_WINDOW_S
         p.cost_s = -np.inf  # with this one, the next costs more
     return taken, first_s, token_s
 
@@ -567,7 +574,7 @@ def class_like(p: Record, a: Record, longest: int) -> int:
 def begin_appraisal(p: Record, a: Record) -> Appraisal:
     """Nothing runs here."""
     _, token_s = expect(p.own, 0.0, p.own[AD_MEAN_PROMPT], 0.0)
-    return Appraisal(0.0, 0.0, 0.0, 0.0, token_s)
+    return Appraisal(0.0, 0.0, 0.0, 0.0, 0.0, token_s)
 
 
 @kernel
@@ -594,6 +601,7 @@ def count_running(
     return Appraisal(
         so_far.requests + 1.0,
         so_far.context + context_of(request.prompt, p.known[c, CLASS_MEAN], generated),
+        so_far.tokens + request.prompt + generated,
         so_far.at_once + lost,
         so_far.spread + lost * min(1.0, (total - generated) / usual),
         token_s,
@@ -614,10 +622,15 @@ def usual_context(p: Record, a: Record) -> float:
 
 @kernel
 def end_appraisal(p: Record, a: Record, found: Appraisal, now_s: float) -> None:
-    """The marginal cost as of now, and the context that a request is expected to have, by all that runs here."""
+    """The marginal cost as of now, and the context that a request is expected to have, by all that runs here.
+
+    How much of it they share is seen where some run, and kept where none does.
+    """
     context = found.context + CONTEXT_PRIOR * usual_context(p, a)
     p.own[AD_CONTEXT] = context / (found.requests + CONTEXT_PRIOR)
-    rates, known = p.arrival_rate[: a.n_classes], p.known[: a.n_classes]
+    if found.tokens > 0.0:
+        p.own[AD_UNSHARED] = min(max(p.own[AD_KV_TOKENS] / found.tokens, LEAST_UNSHARED), 1.0)
+    rates, known = p.placed_rate[: a.n_classes], p.known[: a.n_classes]
     p.future = future_loss(p.own, rates, known, a.deadlines, a.n_deadlines)
     write_cost(p.cost, p.compute, found.at_once, found.spread, p.future, p.own)
     p.cost_s = now_s
@@ -644,6 +657,7 @@ def tick(p: Record, elapsed_s: float) -> None:
     """A tick went by, `elapsed_s` after the one before."""
     for c in range(MAX_CLASSES):
         p.arrival_rate[c] = aged_rate(p.arrival_rate[c], elapsed_s)
+        p.placed_rate[c] = aged_rate(p.placed_rate[c], elapsed_s)
     p.sold = aged_rate(p.sold, elapsed_s)
     reopen(p)
 
@@ -693,7 +707,7 @@ def leave(p: Record) -> None:
     p.advert_due = 0
     p.sold = 0.0
     for c in range(MAX_CLASSES):
-        p.arrival_rate[c] = 0.0
+        p.arrival_rate[c] = p.placed_rate[c] = 0.0
 
 
 @kernel

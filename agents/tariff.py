@@ -1,10 +1,10 @@
 """What a request costs the provider that runs it, and the tariff made of that.
 
 A provider's *marginal cost* of one more request has three parts, in credits: *compute*; *present*, what the delay that
-it brings takes from those that run there; *future*, what it takes from the own users who arrive during its stay. It is
-kept per token of input and of output, for a request of the lengths that are usual there. The *tariff* is the cost times
-a markup, in credits per 1000 tokens, with a lower price for input that the engine still has in its prefix cache. Own
-users' requests lose their value when they are late; of peers' requests the lateness clause takes the payment.
+it brings takes from those that run there; *future*, what it takes from those who come there during its stay. It is
+kept per token of input, of input that the engine still has in its prefix cache and of output, for a request of the
+lengths that are usual there. The *tariff* is the cost times a markup, in credits per 1000 tokens. Own users' requests
+lose their value when they are late; of peers' requests the lateness clause takes the payment.
 """
 
 import math
@@ -22,11 +22,12 @@ from wwwserve.agents.knowledge import (
     AD_RUNNING,
     AD_WAITING,
 )
-from wwwserve.agents.protocol import CACHED_INPUT, INPUT, MICRO, OUTPUT
+from wwwserve.agents.protocol import CACHED_INPUT, INPUT, MICRO, OUTPUT, TARIFF_SIZE
 
 MARKUPS = np.array([0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0])
 MAX_TARIFF = 1000.0  # credits per 1000 tokens
-CACHED_SHARE = 0.25  # of what other input costs; by GPU time 0.15 to 0.45, by delay to others 0.04 to 0.34
+CACHED_SHARE = 0.25  # of the compute of other input; by GPU time 0.15 to 0.45
+FOLLOWING = 2.0  # who is delayed is in the way of who comes after: times what those who run now lose
 AHEAD = 1.0 - math.exp(-0.5)  # how far a load has gone to where it is going, half a service time from now
 
 
@@ -38,14 +39,15 @@ def in_micro(price: float) -> int:
 
 @kernel
 def write_compute(compute: Floats, own: Floats, per_ktok: float) -> None:
-    """Write what a token of input and of output costs in compute, credits [2]; 1000 of output cost `per_ktok` credits.
+    """Write what a token of each kind costs in compute, credits [TARIFF_SIZE]; 1000 of output cost `per_ktok` credits.
 
     One of input costs as much less as it takes the engine less time than one of output does in a full batch of requests
     of the lengths that are usual in the own advert [ADVERT_SIZE].
     """
     at_once, iteration_s = full_batch(own)
-    compute[1] = per_ktok / 1000.0
-    compute[0] = compute[1] * min(1.0, own[AD_PER_TOKEN_S] * at_once / iteration_s)
+    compute[OUTPUT] = per_ktok / 1000.0
+    compute[INPUT] = compute[OUTPUT] * min(1.0, own[AD_PER_TOKEN_S] * at_once / iteration_s)
+    compute[CACHED_INPUT] = CACHED_SHARE * compute[INPUT]
 
 
 @kernel
@@ -108,12 +110,13 @@ def payment_lost_per_s(price: float, promised_s: float, expected_s: float) -> fl
 
 @kernel
 def future_loss(own: Floats, rates: Floats, known: Floats, deadlines: Floats, n_deadlines: int) -> float:
-    """What one more request of usual lengths takes from own users who arrive during its stay, credits.
+    """What one more request of usual lengths takes from those who come during its stay, credits; peers' requests count
+    as own users' of the class that they are most like.
 
-    own [ADVERT_SIZE]: the fresh own state; rates [C]: own arrivals, 1/s; known [C, CLASS_SIZE]; deadlines [>= C, >=
-    T], s, of which the first T = `n_deadlines` are read. The loss of their chance to be on time is the mean of that at
-    three loads: the one expected half a service time from now, and its standard deviation, as of a Poisson count, less
-    or more.
+    own [ADVERT_SIZE]: the fresh own state; rates [C]: requests that are placed here, 1/s; known [C, CLASS_SIZE];
+    deadlines [>= C, >= T], s, of which the first T = `n_deadlines` are read. The loss of their chance to be on time is
+    the mean of that at three loads: the one expected half a service time from now, and its standard deviation, as of a
+    Poisson count, less or more.
     """
     prompt, output = own[AD_MEAN_PROMPT], max(1.0, own[AD_MEAN_OUTPUT])
     cached = max(0.0, prompt - own[AD_MEAN_UNCACHED])
@@ -142,29 +145,30 @@ def future_loss(own: Floats, rates: Floats, known: Floats, deadlines: Floats, n_
 
 @kernel
 def write_cost(cost: Floats, compute: Floats, at_once: float, spread: float, future: float, own: Floats) -> None:
-    """Write the marginal cost of a token of input and of output, credits [2].
+    """Write the marginal cost of a token of input, of cached input and of output, credits [TARIFF_SIZE].
 
-    compute [2]: credits a token; `at_once`, `spread`: what a second's delay takes from all that runs there, credits/s,
-    if it comes at once, as from a prefill, and if it comes over the stay of a request of usual length; future: see
-    `future_loss`.
+    compute [TARIFF_SIZE]: credits a token; `at_once`, `spread`: what a second's delay takes from all that runs there,
+    credits/s, if it comes at once, as from a prefill, and if it comes over the stay of a request of usual length;
+    future: see `future_loss`.
     """
-    input_s, output_s = marginal_delay(own)
-    cost[0] = compute[0] + at_once * input_s
-    cost[1] = compute[1] + spread * output_s + future / max(1.0, own[AD_MEAN_OUTPUT])
+    computed_s, read_s, output_s = marginal_delay(own)
+    reading = FOLLOWING * spread * read_s
+    cost[INPUT] = compute[INPUT] + FOLLOWING * at_once * computed_s + reading
+    cost[CACHED_INPUT] = compute[CACHED_INPUT] + reading
+    cost[OUTPUT] = compute[OUTPUT] + FOLLOWING * spread * output_s + future / max(1.0, own[AD_MEAN_OUTPUT])
 
 
 @kernel
 def cost_of(cost: Floats, prompt: float, cached: float, output: float) -> float:
     """Marginal cost of a request, `cached` tokens of whose prompt are in the prefix cache, credits."""
-    return float(cost[0] * (prompt - cached + CACHED_SHARE * cached) + cost[1] * output)
+    return float(cost[INPUT] * (prompt - cached) + cost[CACHED_INPUT] * cached + cost[OUTPUT] * output)
 
 
 @kernel
 def write_tariff(tariff: Floats, cost: Floats, markup: float) -> None:
     """Write the tariff [TARIFF_SIZE], credits per 1000 tokens."""
-    tariff[INPUT] = min(1000.0 * markup * cost[0], MAX_TARIFF)
-    tariff[CACHED_INPUT] = CACHED_SHARE * tariff[INPUT]
-    tariff[OUTPUT] = min(1000.0 * markup * cost[1], MAX_TARIFF)
+    for k in range(TARIFF_SIZE):
+        tariff[k] = min(1000.0 * markup * cost[k], MAX_TARIFF)
 
 
 @kernel

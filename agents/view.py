@@ -48,7 +48,7 @@ from wwwserve.agents.knowledge import (
 from wwwserve.agents.protocol import MICRO, PER_REQUEST, TARIFF_SIZE
 from wwwserve.agents.tariff import cost_of, price_by
 
-VIEW_VERSION = 6
+VIEW_VERSION = 7
 
 
 class Feature(NamedTuple):
@@ -241,8 +241,8 @@ def write_node(
 ) -> None:
     """One node's features, ranks aside. `cached` of the prompt's tokens are there, last used `cached_age_s` ago.
 
-    `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class; `cost` [2] is the own marginal cost, which is
-    read on the own node alone.
+    `known` [CLASS_SIZE] and `deadlines` [T] are of the request's class; `cost` [TARIFF_SIZE] is the own marginal cost,
+    which is read on the own node alone.
 
     `looser_than` [MAX_CLASSES] is 1 for the classes with a looser deadline than the request's. On the own node
     `peer_stats` are not read, and the request travels nowhere.

@@ -22,6 +22,7 @@ from wwwserve.agents.knowledge import (
     AD_MEAN_UNCACHED,
     AD_REUSE_S,
     AD_TIME_S,
+    AD_UNSHARED,
     ADVERT_SIZE,
     LONGEST_REUSE_S,
     NO_TIME,
@@ -431,7 +432,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
         markets.accounts[b, i, FREE], markets.accounts[b, i, STAKED] = round(credit * MICRO), round(stake * MICRO)
         p["max_len"] = min(planned_profile.max_model_len, planned_profile.kv_tokens)
         write_profile(p["own"][0], planned_profile.row(), 1.0)
-        p["own"][0, AD_CONTEXT] = usual_context(p[0], m[0])
+        p["own"][0, AD_CONTEXT], p["own"][0, AD_UNSHARED] = usual_context(p[0], m[0]), 1.0
         write_compute(p["compute"][0], p["own"][0], economy.compute_cost_per_ktok)
         reset_engine(engines[i], planned_profile.row(), cache_unit)
 

@@ -27,6 +27,7 @@ from wwwserve.agents.knowledge import (
     AD_REUSE_S,
     AD_TARIFF,
     AD_TIME_S,
+    AD_UNSHARED,
     ADVERT_SIZE,
     DUELS_LOST,
     DUELS_WON,
@@ -176,7 +177,7 @@ class NodeProvider:
         record["own"][[AD_MEAN_PROMPT, AD_MEAN_UNCACHED, AD_MEAN_OUTPUT]] = mean_prompt, uncached, mean_output
         record["own"][AD_REUSE_S] = LONGEST_REUSE_S
         write_profile(record["own"], profile.row(), 1.0)
-        record["own"][AD_CONTEXT] = transitions.usual_context(record, self.agreement)
+        record["own"][AD_CONTEXT], record["own"][AD_UNSHARED] = transitions.usual_context(record, self.agreement), 1.0
         write_compute(record["compute"], record["own"], compute_per_ktok)
         record["credit"] = round(credit * MICRO)
         record["generator"] = make_generators(seed)[0]
@@ -542,7 +543,7 @@ class NodeProvider:
 
     @property
     def cost(self) -> list[float]:
-        """Marginal cost of 1000 tokens of input and of output, credits."""
+        """Marginal cost of 1000 tokens of input, of cached input and of output, credits."""
         per_token: list[float] = self.record["cost"].tolist()
         return [1000.0 * each for each in per_token]
 

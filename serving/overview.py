@@ -52,7 +52,7 @@ def overview(node: Dispatcher) -> dict[str, Any]:
         },
         "held": provider.held, "remote": node.metrics.remote_now, "speed": node.speed,
         "payment": PAYMENTS[provider.market.payment], "tariff": _tariff(provider.tariff),
-        "cost": {"input": provider.cost[0], "output": provider.cost[1]}, "markup": provider.markup,
+        "cost": _tariff(provider.cost), "markup": provider.markup,
         "margin": provider.margin,
         "prefix": {
             "entries": len(node.prefixes),

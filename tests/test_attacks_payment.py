@@ -101,7 +101,7 @@ class Cheat:
         self.id += 1
         response = await self.post(
             PATH, body, prompt=str(terms.prompt), tariff=" ".join(map(str, terms.tariff)),
-            escrow=f"v2 {self.id} {terms.amount}",
+            escrow=f"v3 {self.id} {terms.amount}",
         )  # fmt: skip
         async with response:
             yield response

@@ -191,7 +191,7 @@ async def net(folder: Path, *engines: Engine, **more: Any) -> AsyncIterator[Net]
                 "name": f"n{k}", "key": str(folder / f"n{k}.pem"), "port": ports[k], "policy": "earliest_finish",
                 "peers": [{"key": keys[i], "url": f"http://127.0.0.1:{ports[i]}"} for i in range(len(keys)) if i != k],
                 "engine": {"url": engines[k].url, "profile": PROFILE, "timeout_s": 1.0},
-                "market": MARKET, "compute_cost_per_ktok": PRICE,
+                "market": MARKET, "compute_cost_per_ktok": PRICE, "deadlines_s": [1e4],
                 "ledger": {"file": str(folder / f"n{k}.db"), "genesis": str(folder / "genesis.yaml"), **ledger},
             } | more for k in range(len(engines))
         ]  # fmt: skip
@@ -363,7 +363,7 @@ def test_a_stream_that_does_not_tell_its_usage_is_not_taken_for_pay(tmp_path: Pa
                 tariff = [round(MICRO * seen["tariff"][each]) for each in ("input", "cached_input", "output")]
                 terms = {
                     "x-wwwserve-prompt": "1", "x-wwwserve-tariff": " ".join(map(str, tariff)),
-                    "x-wwwserve-escrow": f"v2 1 {MICRO}",
+                    "x-wwwserve-escrow": f"v3 1 {MICRO}",
                 }  # fmt: skip
                 path = "/peer/v1/chat/completions"
                 terms["x-wwwserve-signature"] = peer.sign(n.keys[1], seen["run"], path, terms, content)
@@ -513,18 +513,18 @@ def test_a_peer_that_advertises_load_it_does_not_have_is_found_out_by_what_it_de
 @pytest.mark.parametrize(
     ("payment", "header", "tariff", "most", "reason"),
     [
-        (QUOTED, b"v2 1 1000000", (0, 0, 2 * MICRO), 500, ""),
-        (QUOTED, b"v2 1 1000000", (0, 0, 2 * MICRO), 501, "do not pay 501 tokens"),
-        (LATENESS, b"v2 1 1000000", (0, 0, 2 * MICRO), None, "do not pay any number of tokens"),
-        (LATENESS, b"v2 1 1000000", (10_000, 0, 2 * MICRO), 500, "do not pay 500 tokens"),
-        (LATENESS, b"v2 1 1000000", (10_000, 0, 2 * MICRO), 499, ""),
-        (LATENESS, b"v2 1 1000000", (0, 0, MICRO), 5, "none that was advertised lately"),
-        (PER_REQUEST, b"v2 1 1000000", (0, 0, 0), None, ""),
-        (PER_REQUEST, b"v2 1 999999", (0, 0, 0), None, "do not pay"),
-        (QUOTED, b"1 1000000 2000000", (0, 0, 2 * MICRO), 1, "version v1 of the ledger's statements, expected v2"),
-        (QUOTED, b"v3 1 1000000", (0, 0, 2 * MICRO), 1, "version v3 of the ledger's statements, expected v2"),
-        (QUOTED, b"v2 -1 1", (0, 0, 2 * MICRO), 1, "is not v2 ID AMOUNT"),
-        (QUOTED, b"", (0, 0, 2 * MICRO), 1, "is not v2 ID AMOUNT"),
+        (QUOTED, b"v3 1 1000000", (0, 0, 2 * MICRO), 500, ""),
+        (QUOTED, b"v3 1 1000000", (0, 0, 2 * MICRO), 501, "do not pay 501 tokens"),
+        (LATENESS, b"v3 1 1000000", (0, 0, 2 * MICRO), None, "do not pay any number of tokens"),
+        (LATENESS, b"v3 1 1000000", (10_000, 0, 2 * MICRO), 500, "do not pay 500 tokens"),
+        (LATENESS, b"v3 1 1000000", (10_000, 0, 2 * MICRO), 499, ""),
+        (LATENESS, b"v3 1 1000000", (0, 0, MICRO), 5, "none that was advertised lately"),
+        (PER_REQUEST, b"v3 1 1000000", (0, 0, 0), None, ""),
+        (PER_REQUEST, b"v3 1 999999", (0, 0, 0), None, "do not pay"),
+        (QUOTED, b"1 1000000 2000000", (0, 0, 2 * MICRO), 1, "version v1 of the ledger's statements, expected v3"),
+        (QUOTED, b"v4 1 1000000", (0, 0, 2 * MICRO), 1, "version v4 of the ledger's statements, expected v3"),
+        (QUOTED, b"v3 -1 1", (0, 0, 2 * MICRO), 1, "is not v3 ID AMOUNT"),
+        (QUOTED, b"", (0, 0, 2 * MICRO), 1, "is not v3 ID AMOUNT"),
     ],
 )
 def test_offers_are_taken_at_tariffs_of_late_for_no_more_tokens_than_the_escrow_pays(

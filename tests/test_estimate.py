@@ -30,6 +30,7 @@ def node(running: float = 0, waiting: float = 0, kv_tokens: float | None = None,
     advert[k.AD_KV_TOKENS] = running * TYPICAL if kv_tokens is None else kv_tokens
     advert[k.AD_MEAN_PROMPT], advert[k.AD_MEAN_OUTPUT], advert[k.AD_CONTEXT] = 100.0, 200.0, TYPICAL
     advert[k.AD_WEIGHT_S : k.ADVERT_SIZE] = 0.010, 1e-4, 1e-7, 0.004, 1e-4, 0.0, 20_000, 8
+    advert[k.AD_UNSHARED] = 1.0
     advert[k.AD_MEAN_UNCACHED], advert[k.AD_PREFILL] = 100.0, waiting * 100.0
     for name, value in columns.items():
         advert[getattr(k, name)] = value
@@ -194,9 +195,11 @@ def test_a_full_batch_is_as_many_as_slots_and_kv_cache_hold() -> None:
 
 def test_a_token_of_a_newcomer_delays_the_others() -> None:
     """By what its prefill takes beyond the iteration that it joins, and what it adds to every one while it decodes."""
-    input_s, output_s = marginal_delay(node())
-    assert input_s == pytest.approx((0.004 + 100 * 1e-4 - 0.010) / 100, rel=1e-12)
-    assert output_s == pytest.approx(1e-4 + 224 * 1e-7, rel=1e-12)
+    computed_s, read_s, output_s = marginal_delay(node())
+    assert computed_s == pytest.approx((0.004 + 100 * 1e-4 - 0.010) / 100, rel=1e-12)
+    assert read_s == pytest.approx(200 * 1e-7, rel=1e-12)  # by every token of a usual answer
+    assert output_s == pytest.approx(1e-4 + 124 * 1e-7, rel=1e-12)
+    assert 100 * read_s + 200 * output_s == pytest.approx(200 * (1e-4 + TYPICAL * 1e-7))
     assert marginal_delay(node(AD_MEAN_PROMPT=60.0))[0] == 0.0  # it hides under the weight read
     assert marginal_delay(node(AD_MEAN_PROMPT=0.0))[0] == 0.0
 

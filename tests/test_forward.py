@@ -204,6 +204,7 @@ def node_of(**features: float) -> NDArray[np.float32]:
         (node_of(FINISH_S=10, SLOWDOWN_S=5), 13.0),
         (node_of(FINISH_S=10, LOAD_S=5), 11.5),
         (node_of(FINISH_S=0, OWN=1), float(SHORTEST_S)),
+        (node_of(FINISH_S=10, RECORD=500), 10 * np.exp(50.0)),  # no overflow
     ],
 )
 def test_the_priors_time_is_that_of_trust_cap(actor: Actor, node: NDArray[np.float32], time_s: float) -> None:
@@ -213,6 +214,13 @@ def test_the_priors_time_is_that_of_trust_cap(actor: Actor, node: NDArray[np.flo
     with torch.no_grad():
         found = actor.log_time(evidence, torch.from_numpy(weights)[None])
     assert float(found[0, 0]) == pytest.approx(np.log(time_s), rel=1e-5)
+
+
+def test_a_hopeless_peer_leaves_gradients_numbers(actor: Actor) -> None:
+    evidence = torch.from_numpy(node_of(FINISH_S=10, PACE=90, RECORD=90)[list(EVIDENCE)][None, None])
+    weights = torch.full((1, 5), 3.0, requires_grad=True)
+    actor.log_time(evidence, weights).sum().backward()
+    assert weights.grad is not None and bool(torch.isfinite(weights.grad).all())
 
 
 def test_settings_depend_on_the_view_and_are_never_negative(actor: Actor) -> None:

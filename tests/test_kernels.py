@@ -64,7 +64,7 @@ def adverts_of(rng: np.random.Generator, count: int) -> Any:
         knowledge.on_length(row, rng.uniform(1, 3000), rng.uniform(0, 1), rng.uniform(1, 3000))
         knowledge.misreport_load(row, rng.uniform(0.3, 1.2))
         row[knowledge.AD_TARIFF : knowledge.AD_HELD] = rng.uniform(0, 5, 4)
-        row[knowledge.AD_CONTEXT] = rng.uniform(1, 3000)
+        row[knowledge.AD_CONTEXT], row[knowledge.AD_UNSHARED] = rng.uniform(1, 3000), rng.uniform(0.1, 1)
         row[knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = rng.integers(0, 9, classes.MAX_CLASSES)
     return made
 
@@ -189,7 +189,7 @@ def provider_of(rng: np.random.Generator, requests: int) -> tuple[Any, Any, Any]
     p["own"][0, knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = 0
     a["tick_s"], a["gossip_s"], a["rtt_s"] = 1.0, 3.0, 0.05
     a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
-    a["payment"], p["compute"], p["cost"] = rng.integers(3), rng.uniform(0, 1e-4, 2), rng.uniform(0, 1e-3, 2)
+    a["payment"], p["compute"], p["cost"] = rng.integers(3), rng.uniform(0, 1e-4, 3), rng.uniform(0, 1e-3, 3)
     a["exposure"] = rng.choice([protocol.NO_BOUND, 8 * protocol.MICRO])
     q["klass"], q["prompt"], q["arrival_s"] = (rng.integers(high, size=requests) + low for low, high in
                                                ((0, 3), (1, 3000), (-100, 105)))  # fmt: skip
@@ -384,7 +384,7 @@ def tariff_case(rng: np.random.Generator) -> Results:
     """What a request costs and pays, beyond what a provider's life has of it."""
     written, prices, lost = np.zeros(protocol.TARIFF_SIZE), [], []
     for own in adverts_of(rng, DRAWS):
-        compute, cost = np.zeros(2), np.zeros(2)
+        compute, cost = np.zeros(protocol.TARIFF_SIZE), np.zeros(protocol.TARIFF_SIZE)
         tariff.write_compute(compute, own, rng.uniform(0, 1))
         future = tariff.future_loss(own, rng.random(3), KNOWN, DEADLINES, 2)
         tariff.write_cost(cost, compute, rng.random(), rng.random(), future, own)

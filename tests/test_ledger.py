@@ -35,6 +35,7 @@ from wwwserve.serving.ledger.journal import Balance, Full, Journal, JournalError
 from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import (
     NOTHING_CAME,
+    VERSION,
     Served,
     Signed,
     State,
@@ -579,8 +580,8 @@ def test_vouchers_of_others_for_others_and_without_their_receipts_are_refused(si
         for body, expected in (
             (vouch(state, B), "said to have signed"), (vouch(elsewhere, A), "another channel"),
             (vouch(higher, A), "does not follow from its receipts"), (b"{", "not what it should be"),
-            (b'{"type":"vouch","version":2}', "not what it should be"),
-            (b'{"type":"vouch"}', "version 1 of the ledger's statements, expected 2"),
+            (b'{"type":"vouch","version":%d}' % VERSION, "not what it should be"),
+            (b'{"type":"vouch"}', f"version 1 of the ledger's statements, expected {VERSION}"),
         ):  # fmt: skip
             with pytest.raises((StatementError, LedgerError), match=expected):
                 await written(sides.b, sides.b.received(A.name, body))

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, load
+from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, SHIPPED, load
+from wwwserve.agents.policy.network import weights_of
 from wwwserve.agents.rules import Rule
 from wwwserve.envs.distribution import KINDS
 from wwwserve.eval import regret
@@ -393,10 +394,26 @@ def test_a_markup_is_learned_only_where_it_is_advertised() -> None:
     assert all(torch.equal(old, now) for old, now in zip(before, markup_weights(learner), strict=True))
 
 
-def test_experts_are_the_kinds_best_for_a_team_and_best_value_for_competitors(tmp_path: Path) -> None:
+def test_what_was_all_but_impossible_and_is_likely_now_leaves_weights_numbers() -> None:
+    """The ratio of the chances is more than a float holds."""
+    learner, rollout = small(imitation=0.0, entropy=0.0, learning_rate=1e-3)
+    batch, _ = learner.batch(rollout)
+    batch = batch._replace(log_prob=torch.full_like(batch.log_prob, -200.0), advantage=torch.ones_like(batch.advantage))
+    learner.descend(batch, len(batch.expert), False)
+    assert all(bool(torch.isfinite(p).all()) for p in learner.actor.parameters())
+
+
+def test_experts_are_best_value_and_where_to_hold_is_better_the_rule_tuned_for_that(tmp_path: Path) -> None:
     team, own = (mappo.Run(Args(out=tmp_path, team_weight=x, wandb=False)).experts for x in (1.0, 0.0))
-    assert {kind: each.name for kind, each in team.items()} == {kind: best_for(kind).name for kind in KINDS}
-    assert {each.name for each in own.values()} == {Rule("best_value").name} and set(own) == set(KINDS)
+    held = {kind: each.name for kind, each in team.items() if each.name != "best_value"}
+    assert held == {kind: best_for(kind).name for kind in ("bursts", "deadlines")} and set(team) == set(KINDS)
+    assert {each.name for each in own.values()} == {"best_value"} and set(own) == set(KINDS)
+
+
+def test_training_can_begin_with_a_policy(tmp_path: Path) -> None:
+    run = mappo.Run(Args(out=tmp_path, warm_start=SHIPPED["cooperative"], wandb=False))
+    weights = load(SHIPPED["cooperative"]).weights
+    assert all(np.array_equal(weights[name], weight) for name, weight in weights_of(run.learner.actor).items())
 
 
 def test_a_deviator_begins_as_the_others_and_plays_alone_among_them(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_tariff_holds_until_the_next_advert() -> None:
         for i in range(2):
             if due[i]:
                 assert p["markup"][i] == MARKUPS[actions.markup[0, i]]
-                np.testing.assert_allclose(p["tariff"][i, OUTPUT] / p["markup"][i], 1000 * p["cost"][i, 1])
+                np.testing.assert_allclose(p["tariff"][i, OUTPUT] / p["markup"][i], 1000 * p["cost"][i, OUTPUT])
                 changes += p["markup"][i] != before[i]
             else:
                 assert p["markup"][i] == before[i] and p["tariff"][i].tolist() == tariff[i].tolist()
@@ -151,7 +151,7 @@ def test_what_is_paid_is_for_the_tokens_that_came() -> None:
     assert batch.markets.accounts[0, :, FREE].tolist() == [1000 * MICRO - paid, 1000 * MICRO + paid]
     p = batch.markets.providers[0]
     delivered = 3 * p["known"][0, 0, CLASS_VALUE]
-    compute = 150 * p["compute"][1, 0] + sum(tokens) * p["compute"][1, 1]
+    compute = 150 * p["compute"][1, INPUT] + sum(tokens) * p["compute"][1, OUTPUT]
     assert p["profit"].tolist() == pytest.approx([delivered - paid / MICRO, paid / MICRO - compute])
 
 

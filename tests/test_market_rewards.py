@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from markets import by_rule, here, lengths, market, randomly, run, times
 
+from wwwserve.agents.protocol import INPUT, OUTPUT
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.state import (
     Reward,
@@ -65,7 +66,7 @@ def test_the_dense_reward_comes_with_the_arrival_and_is_known_apart(team_weight:
     seen = [(float(sparse.reward[0, 0]), float(sparse.given[0, 0])) for _ in run(sparse, here)]
     assert seen[0] == seen[1] == (0, 0)
     compute = sparse.markets.providers["compute"][0, 0]
-    assert max(seen) == (pytest.approx((3 - 100 * compute[0] - 900 * compute[1]) * share), 0)
+    assert max(seen) == (pytest.approx((3 - 100 * compute[INPUT] - 900 * compute[OUTPUT]) * share), 0)
 
 
 def test_team_weight_mixes_own_profit_with_the_mean() -> None:

@@ -100,7 +100,7 @@ def test_without_a_prefix_cache_all_is_computed() -> None:
 
 def test_a_session_is_believed_where_it_was_served() -> None:
     """The origin remembers which prefix a peer answered; the view says how much of it and how long ago."""
-    batch = MarketBatch([market(sessions(0.03), {})], [3])
+    batch = MarketBatch([market(sessions(0.03), {})], [0])
     checker = Checker(batch, 0)
     seen = 0
     for _ in run(batch, always(FIRST_CANDIDATE)):
@@ -124,7 +124,7 @@ def test_a_session_is_believed_where_it_was_served() -> None:
 
 
 def test_what_a_peer_says_it_keeps_no_longer_is_not_believed() -> None:
-    batch = MarketBatch([market(sessions(0.03), {})], [3])
+    batch = MarketBatch([market(sessions(0.03), {})], [0])
     decide = always(FIRST_CANDIDATE)
     for _ in run(batch, decide):
         batch.markets.adverts[0, 1, AD_REUSE_S] = 1.0  # shorter than the think time

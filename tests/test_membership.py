@@ -16,7 +16,7 @@ import pytest
 import trustme
 from aiohttp import web
 
-from wwwserve.agents.knowledge import AD_TARIFF, ADVERT_SIZE
+from wwwserve.agents.knowledge import AD_TARIFF, AD_UNSHARED, ADVERT_SIZE
 from wwwserve.agents.protocol import CACHED_INPUT, TARIFF_SIZE
 from wwwserve.serving.config import TlsConfig, ZenohConfig
 from wwwserve.serving.http.keys import Identity, tagged
@@ -207,9 +207,10 @@ def test_each_advert_is_told_once_though_it_is_sent_again_and_again(kind: str) -
             await until(lambda: b.numbers("a") == [1])
             first_s = b.last_s("a")
             await until(lambda: b.last_s("a") > first_s + BEAT_S * 1.5)
-            a.membership.publish(advert("a", 2, n.urls["a"], load=5.0), time.monotonic())
+            load = (5.0,) * AD_UNSHARED + (1.0,) * (ADVERT_SIZE - AD_UNSHARED)
+            a.membership.publish(advert("a", 2, n.urls["a"], load=load), time.monotonic())
             await until(lambda: b.numbers("a") == [1, 2])
-            assert b.heard[-1].load == (5.0,) * ADVERT_SIZE
+            assert b.heard[-1].load == load
 
     play(scene)
 

@@ -290,7 +290,7 @@ def sessions(name: str, duration_s: float) -> MarketPlan:
 
 SHARING = [
     *((name, "sessions/chat", 150.0) for name in ("best_value", "sticky", "lmetric", "www_serve", *SHIPPED)),
-    ("best_value", "sessions/agents", 100.0), ("competitive", "sessions/agents", 75.0),
+    ("best_value", "sessions/agents", 100.0), ("competitive", "sessions/agents", 100.0),
 ]  # fmt: skip
 
 

@@ -328,7 +328,7 @@ def test_a_node_stands_hostile_input(tmp_path: Path, capsys: pytest.CaptureFixtu
     seen = json.loads(out.read_text())
     assert seen["inputs"] == 1200 and seen["faults"] == []
     statuses = seen["statuses"]
-    assert statuses["signed_requests"]["402"] > 1 and statuses["bodies_of_users"]["200"] > 2
+    assert statuses["signed_requests"]["402"] >= 1 and statuses["bodies_of_users"]["200"] > 2
     assert statuses["payment_and_duels"]["409"] > 100
     assert statuses["signatures_that_nearly_are"]["403"] > 100 and statuses["adverts"]["403"] > 100
     assert statuses["bytes_that_are_no_http"]["400"] > 20

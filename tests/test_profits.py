@@ -39,7 +39,9 @@ def scenario(duration_s: float) -> dict[str, Any]:
 def test_eight_nodes_with_ledgers_earn_what_the_market_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "eight.yaml", tmp_path / "out.json"
     file.write_text(yaml.safe_dump(scenario(60.0)))
-    assert profits.main([str(file), "--policy", "best_value", "--json", str(out)]) == 0, capsys.readouterr()
+    # The mean of four: one request decided otherwise soon moves a tenth of the smallest provider's profit.
+    arguments = ["--policy", "best_value", "--runs", "4"]
+    assert profits.main([str(file), *arguments, "--json", str(out)]) == 0, capsys.readouterr()
     found = json.loads(out.read_text())
     providers = found["providers"].values()
     assert len(providers) == 8 and found["problems"] == [] and all(each["gap"] <= 0.1 for each in providers)

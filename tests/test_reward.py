@@ -88,7 +88,7 @@ class Watched:
         """What the request of the last step takes on node i beside its own loss of value: compute, and the chance of
         users who are yet to come there."""
         compute = self.batch.markets.providers["compute"][0, i]
-        return float(100 * compute[0] + 600 * compute[1] + self.future[i] * 600 / self.own[i][AD_MEAN_OUTPUT])
+        return float(100 * compute[INPUT] + 600 * compute[OUTPUT] + self.future[i] * 600 / self.own[i][AD_MEAN_OUTPUT])
 
     def price(self, r: int) -> float:
         """What request r, with a peer, is to cost."""

@@ -18,6 +18,7 @@ from wwwserve.agents.classes import (
     CLASS_SIGMA,
     CLASS_SIZE,
     CLASS_VALUE,
+    MAX_CLASSES,
     class_row,
 )
 from wwwserve.agents.decision import WHAT_PAYS
@@ -180,15 +181,14 @@ def test_an_answer_is_expected_to_go_on() -> None:
 @pytest.mark.parametrize("markup", MARKUPS)
 def test_a_tariff_is_the_cost_times_the_markup(markup: float) -> None:
     written = np.zeros(TARIFF_SIZE)
-    tariff.write_tariff(written, np.array([2e-5, 4e-4]), markup)
+    tariff.write_tariff(written, np.array([2e-5, 5e-6, 4e-4]), markup)
     np.testing.assert_allclose(written, [0.02 * markup, 0.005 * markup, 0.4 * markup], rtol=1e-12)
-    assert written[CACHED_INPUT] < written[INPUT]
 
 
 def test_a_tariff_is_capped() -> None:
     written = np.zeros(TARIFF_SIZE)
-    tariff.write_tariff(written, np.array([0.5, np.inf]), 8.0)
-    assert written.tolist() == [MAX_TARIFF, tariff.CACHED_SHARE * MAX_TARIFF, MAX_TARIFF]
+    tariff.write_tariff(written, np.array([0.5, 0.1, np.inf]), 8.0)
+    assert written.tolist() == [MAX_TARIFF, 800.0, MAX_TARIFF]
     assert in_micro(written[OUTPUT]) == 10**9
 
 
@@ -201,9 +201,9 @@ def test_credits_are_rounded_to_micro_credits(credits: float, micro: int) -> Non
 
 def test_a_price_by_credits_is_that_by_micro_credits() -> None:
     written = np.zeros(TARIFF_SIZE)
-    tariff.write_tariff(written, np.array([2e-5, 4e-4]), 1.5)
-    assert tariff.price_by(written, 700.0, 0.0, 300.0) == pytest.approx(
-        tariff.cost_of(np.array([3e-5, 6e-4]), 700.0, 0.0, 300.0)
+    tariff.write_tariff(written, np.array([2e-5, 4e-6, 4e-4]), 1.5)
+    assert tariff.price_by(written, 700.0, 100.0, 300.0) == pytest.approx(
+        tariff.cost_of(np.array([3e-5, 6e-6, 6e-4]), 700.0, 100.0, 300.0)
     )
 
 
@@ -212,17 +212,18 @@ def node(gpu: str = "rtx-4090", running: float = 0.0) -> Floats:
     card = profile(gpu, "qwen3-8b", 64)
     k.write_profile(own, card.row(), 1.0)
     own[k.AD_MEAN_PROMPT], own[k.AD_MEAN_OUTPUT], own[k.AD_CONTEXT] = 200.0, 400.0, 450.0
+    own[k.AD_UNSHARED] = 1.0
     k.on_scrape(own, 0.0, running, 0.0, 450.0 * running, 0.0, np.inf)
     return own
 
 
 def test_compute_of_input_is_cheaper_than_of_output() -> None:
-    compute = np.zeros(2)
+    compute = np.zeros(TARIFF_SIZE)
     tariff.write_compute(compute, node(), 0.09)
-    assert 1000 * compute[1] == pytest.approx(0.09)
+    assert 1000 * compute[OUTPUT] == pytest.approx(0.09)
     at_once, iteration_s = full_batch(node())
-    assert compute[0] == pytest.approx(compute[1] * node()[k.AD_PER_TOKEN_S] * at_once / iteration_s)
-    assert 0.0 < compute[0] < 0.5 * compute[1]
+    assert compute[INPUT] == pytest.approx(compute[OUTPUT] * node()[k.AD_PER_TOKEN_S] * at_once / iteration_s)
+    assert 0.0 < compute[CACHED_INPUT] < compute[INPUT] < 0.5 * compute[OUTPUT]
 
 
 # A provider's marginal cost.
@@ -246,7 +247,7 @@ class Host:
         tariff.write_compute(self.p["compute"][0], self.p["own"][0], 0.09)
 
     def appraise(self, *running: tuple[bool, dict[str, Any], float], now_s: float = 10.0) -> Floats:
-        """The marginal cost [2] with requests that run there: whether it is an own user's, its record, its tokens."""
+        """The marginal cost [TARIFF_SIZE] with requests that run there: whether an own user's, record, tokens."""
         p, a = self.p[0], self.a[0]
         k.on_scrape(p["own"], now_s, float(len(running)), 0.0, 450.0 * len(running), 0.0, np.inf)
         found = provider.begin_appraisal(p, a)
@@ -268,27 +269,77 @@ PEERS = {
 REMOTE = (False, PEERS, 100.0)
 
 
-def test_an_idle_node_without_own_users_costs_its_compute_alone() -> None:
+def test_an_idle_node_to_which_nobody_comes_costs_its_compute_alone() -> None:
     host = Host()
     np.testing.assert_array_equal(host.appraise(), host.p["compute"][0])
     assert host.p["future"][0] == 0.0 and host.p["cost_s"][0] == 10.0
 
 
-def test_cost_rises_with_own_users_who_are_yet_to_come() -> None:
+def test_cost_rises_with_those_who_are_yet_to_come() -> None:
     host = Host()
     costs = []
     for per_s in (0.0, 0.3, 1.0, 2.0):
-        host.p["arrival_rate"][0, 0] = per_s
+        host.p["placed_rate"][0, 0] = per_s
         costs.append(host.appraise())
-    assert (np.diff([cost[1] for cost in costs]) > 0).all()
-    assert {cost[0] for cost in costs} == {costs[0][0]}
-    assert costs[-1][1] - host.p["compute"][0, 1] == pytest.approx(host.p["future"][0] / 400.0)
+    assert (np.diff([cost[OUTPUT] for cost in costs]) > 0).all()
+    assert {cost[INPUT] for cost in costs} == {costs[0][INPUT]}
+    assert costs[-1][OUTPUT] - host.p["compute"][0, OUTPUT] == pytest.approx(host.p["future"][0] / 400.0)
+
+
+def test_those_who_come_are_all_that_run_there() -> None:
+    """Own users' requests that run elsewhere are in nobody's way here, and peers' that run here are."""
+    host = Host()
+    host.p["arrival_rate"][0, :2] = 5.0
+    np.testing.assert_array_equal(host.appraise(), host.p["compute"][0])
+    host.p["admission"] = WHAT_PAYS
+    for longest in (4096, *[1024] * 60):
+        assert provider.consider(host.p[0], host.a[0], 200.0, 0.0, longest, np.array([MICRO, MICRO, MICRO]))[0]
+    each = 1 / k.RATE_WINDOW_S
+    assert host.p["placed_rate"][0].tolist() == pytest.approx([60 * each, each, *[0.0] * (MAX_CLASSES - 2)])
+    provider.tick(host.p[0], 6.0)
+    assert host.p["placed_rate"][0, 1] == pytest.approx(0.9 * each)
+    host.appraise()
+    assert host.p["future"][0] > 0.0
+
+
+def test_cached_input_costs_its_compute_and_that_it_is_read_for_every_token() -> None:
+    """What is not computed does not hold up others at once; each token of a usual answer reads it."""
+    host = Host()
+    own, compute = host.p["own"][0], host.p["compute"][0]
+    for runs in ([CHAT], [CHAT] * 8):
+        cost = host.appraise(*runs)
+        delay = cost - compute
+        read_s = 400.0 * own[k.AD_PER_KV_TOKEN_S]
+        output_s = own[k.AD_PER_SEQ_S] + 0.62 * read_s  # of which a token of output is read for the rest of it
+        assert delay[CACHED_INPUT] / delay[OUTPUT] == pytest.approx(read_s / output_s)
+        assert 0.0 < delay[CACHED_INPUT] < delay[INPUT]
+
+
+def test_what_running_requests_share_is_in_the_cache_once() -> None:
+    host = Host()
+    host.appraise(CHAT, CHAT)  # 300 tokens each, and 900 in the cache
+    assert host.p["own"][0, k.AD_UNSHARED] == 1.0
+    apart, _ = full_batch(host.p["own"][0])
+    own, a = host.p["own"][0], host.a[0]
+    for tokens, share in ((150.0, 0.25), (1e-9, provider.LEAST_UNSHARED)):
+        host.appraise(CHAT, CHAT)
+        k.on_scrape(own, 10.0, 2.0, 0.0, tokens, 0.0, np.inf)
+        found = provider.Appraisal(2.0, 900.0, 600.0, 0.0, 0.0, 0.02)
+        provider.end_appraisal(host.p[0], a, found, 10.0)
+        assert own[k.AD_UNSHARED] == pytest.approx(share)
+    host.appraise()
+    assert own[k.AD_UNSHARED] == provider.LEAST_UNSHARED  # nothing runs: as before
+    own[k.AD_UNSHARED], own[k.AD_MAX_NUM_SEQS] = 0.5, 1e6
+    shared, _ = full_batch(own)
+    own[k.AD_UNSHARED] = 1.0
+    apart, _ = full_batch(own)
+    assert shared == pytest.approx(2 * apart)
 
 
 @pytest.mark.parametrize("runs", [CHAT, REMOTE])
 def test_cost_rises_with_what_runs_and_has_something_to_lose(runs: tuple[bool, dict[str, Any], float]) -> None:
     costs = [Host().appraise(*[runs] * count) for count in (0, 1, 4, 16)]
-    for column in range(2):
+    for column in range(TARIFF_SIZE):
         assert (np.diff([cost[column] for cost in costs]) > 0).all()
 
 
@@ -306,7 +357,7 @@ def test_what_has_time_enough_costs_little() -> None:
     """Of a batch with minutes to go hardly anything is at stake, of what is late already nothing."""
     host = Host()
     chat, batch, late = (
-        host.appraise(runs)[1] - host.p["compute"][0, 1]
+        host.appraise(runs)[OUTPUT] - host.p["compute"][0, OUTPUT]
         for runs in (CHAT, BATCH, (True, CHAT[1] | {"arrival_s": -20.0}, 100.0))
     )
     assert 0.0 <= batch < 0.1 * chat and late == 0.0
@@ -326,9 +377,11 @@ def test_peers_work_costs_by_what_the_clause_takes() -> None:
     mean = host.p["known"][0, 0, CLASS_MEAN]
     price = (200 * 10_000 + mean * 300_000) / 1000 / MICRO
     lost = payment_lost_per_s(price, 0.2 + 0.03 * (mean - 1), 4.0 + (mean - 100) * token_s)
-    delay_s = host.p["own"][0, k.AD_PER_SEQ_S] + host.p["own"][0, k.AD_PER_KV_TOKEN_S] * host.p["own"][0, k.AD_CONTEXT]
+    delay_s = host.p["own"][0, k.AD_PER_SEQ_S] + host.p["own"][0, k.AD_PER_KV_TOKEN_S] * 0.62 * 400.0
     share = (mean - 100) / 400  # of a usual stay it sees
-    assert cost[1] - host.p["compute"][0, 1] == pytest.approx(lost * share * delay_s, rel=1e-9)
+    assert cost[OUTPUT] - host.p["compute"][0, OUTPUT] == pytest.approx(
+        tariff.FOLLOWING * lost * share * delay_s, rel=1e-9
+    )
 
 
 def test_the_expected_context_is_usual_until_something_runs() -> None:
@@ -417,7 +470,7 @@ def test_a_credit_a_request_pays_up_to_a_credit_of_cost() -> None:
     nothing = np.zeros(TARIFF_SIZE, np.int64)
     taken = []
     for output in (0.9, 1.1):
-        host.p["cost"][0] = 0.0, output / host.p["known"][0, 0, CLASS_MEAN]
+        host.p["cost"][0] = 0.0, 0.0, output / host.p["known"][0, 0, CLASS_MEAN]
         taken.append(bool(provider.consider(host.p[0], host.a[0], 300.0, 0.0, 1024, nothing)[0]))
     assert taken == [True, False]
 
@@ -469,7 +522,7 @@ def test_a_markup_holds_from_the_advert_that_it_was_chosen_for() -> None:
         provider.set_admission(host.p[0], WHAT_PAYS, index)
         provider.advertise(host.p[0], 2 * MICRO, 12.0, advert)
         assert host.p["markup"][0] == markup and host.p["advert_due"][0] == 0
-        np.testing.assert_allclose(advert[k.AD_TARIFF + OUTPUT], 1000 * markup * host.p["cost"][0, 1])
+        np.testing.assert_allclose(advert[k.AD_TARIFF + OUTPUT], 1000 * markup * host.p["cost"][0, OUTPUT])
         np.testing.assert_array_equal(advert[k.AD_TARIFF : k.AD_TARIFF + TARIFF_SIZE], host.p["tariff"][0])
         assert advert[k.AD_CONTEXT] == host.p["own"][0, k.AD_CONTEXT] and advert[k.AD_TIME_S] == 12.0
 

@@ -84,7 +84,7 @@ def see(**changes: Any) -> v.Views:
     return views
 
 
-COST = 1e-4, 5e-4  # own marginal cost of a token of input and of output, credits
+COST = 1e-4, 2e-5, 5e-4  # own marginal cost of a token of input, cached input and output, credits
 SCRATCH = v.ViewScratch(np.empty(NODES), np.empty(MAX_CLASSES, np.int64))
 
 
@@ -97,7 +97,7 @@ def test_columns_are_in_the_order_of_the_spec() -> None:
 
 def test_the_spec_is_the_version_that_policies_were_trained_on() -> None:
     """A change here changes what trained policies see: raise VIEW_VERSION with it."""
-    assert v.VIEW_VERSION == 6
+    assert v.VIEW_VERSION == 7
     assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [31, 12, 11]
 
 
@@ -111,7 +111,7 @@ def test_the_own_node() -> None:
     row = see(own=own, peer_stats=peer_stats, prefix=[96], prefix_age_s=[7]).nodes[0]
     first_s, token_s = expect(own, 0.0, 150.0, 96.0)
     chance = chance_on_time(DEADLINES[2], 5.0, first_s, token_s, 200.0, 0.6, 1000.0)
-    cost = ((54 + 96 / 4) * 1e-4 + 240 * 5e-4) / 2  # of an answer worth 2
+    cost = (54 * 1e-4 + 96 * 2e-5 + 240 * 5e-4) / 2  # of an answer worth 2
     expected = {
         v.OWN: 1, v.FIRST_TOKEN_S: first_s, v.TOKEN_S: token_s, v.FINISH_S: first_s + 240 * token_s, v.CHANCE: chance,
         v.SLOWDOWN_S: slowdown(own, 0.0, 150.0, 96.0), v.LOAD_S: 5 * token_s,

@@ -63,7 +63,7 @@ class Args:
     agent_steps: int = 12_000_000
     """length of training; one step is one provider in one step of its market in which time passes"""
     imitate_steps: int = 1_500_000
-    """of these, the first to imitate: a team the best rule for each kind of market, others `best_value`; 0 for none"""
+    """of these, the first to imitate `best_value`; a team, where to hold is better, the rule tuned for that; 0: none"""
     critic_steps: int = 800_000
     """of the imitation's steps, the last ones in which the critic learns as well; before, nothing is rewarded"""
     imitation: float = 0.3
@@ -75,6 +75,8 @@ class Args:
     against: Path | None = None
     """bundle that all providers but one play in every market, frozen; the one begins as they are, without
     imitation, and learns to do better: a learned deviator, for `eval.game`"""
+    warm_start: Path | None = None
+    """bundle whose policy training begins with, for `--imitate-steps 0`"""
     scenario: tuple[str, ...] = ()
     """scenarios to train on, packaged names or files, instead of random markets"""
     kinds: tuple[Kind, ...] = KINDS
@@ -204,6 +206,8 @@ class Args:
 TRAINING_SEEDS = FIRST_TEST_SEED // 4
 TEAM_MARKUP = 3  # 1.5, at which a team sells: above a cost that moves between adverts, or peers would refuse
 MOST_RATHER, MOST_AGAINST = 1.0, 3.0  # nats by which another markup is preferred, or avoided, by pairs of markets
+TO_HOLD: tuple[Kind, ...] = ("bursts", "deadlines")  # where tuned rules that hold were ahead of `best_value`
+MOST_LOG_RATIO = 20.0  # far beyond the clip; where the ratio overflows, its gradient is no number
 VALIDATION_SEED = FIRST_TEST_SEED // 2
 
 
@@ -377,7 +381,7 @@ class Learner:
         else:
             chosen = torch.stack([p.gather(-1, d.choice[:, k : k + 1]).squeeze(-1) for k, p in enumerate(heads)], -1)
             log_ratio = (chosen - d.log_prob) * d.loss_mask
-            ratio = log_ratio.exp()
+            ratio = log_ratio.clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO).exp()
             clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
             advantage = d.advantage.unsqueeze(-1)
             gained = torch.min(ratio * advantage, clipped * advantage) * d.loss_mask
@@ -504,12 +508,14 @@ class Run:
             args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS, scenarios
         )
         self.experts: dict[Kind, Policy] = {
-            kind: best_for(kind) if args.team_weight == 1 else Rule("best_value") for kind in KINDS
+            kind: best_for(kind) if args.team_weight == 1 and kind in TO_HOLD else Rule("best_value") for kind in KINDS
         }
         self.pool: list[Weights] = []
         if args.against is not None:
             self.pool = [load_bundle(args.against).weights]
             self.learner.start_from(self.pool[0])
+        if args.warm_start is not None:
+            self.learner.start_from(load_bundle(args.warm_start).weights)
         self.collector = Collector(source, reward, args.markets, rank=self.processes.rank,
                                    world=self.processes.world, share=args.share,
                                    alone=1.0 if args.against else 0.5)  # fmt: skip

@@ -45,6 +45,7 @@ SETTING_UNITS = (1.0, 1.0, 1.0, 1.0, 10.0, 1.0, 1.0, 1.0, 10.0, 10.0)
 SETTINGS = len(SETTING_UNITS)
 FULL_WIDTH = np.float32(0.05)  # of KV use, from hardly full to nearly full
 SHORTEST_S = np.float32(1e-3)  # times to finish below this are taken for it
+MOST_LATENESS = np.float32(50.0)  # in log time; beyond, its exponential overflows, and so do gradients
 
 T = TypeVar("T")
 Weights = dict[str, NDArray[np.float32]]

@@ -17,6 +17,7 @@ from wwwserve.agents.policy.architecture import (
     FORBIDDEN,
     FULL_WIDTH,
     LOGITS,
+    MOST_LATENESS,
     SETTING_UNITS,
     SETTINGS,
     SHORTEST_S,
@@ -160,7 +161,8 @@ def log_time(
 ) -> np.float32:
     """Log of the expected time to finish on a node, s, discounted as `agents.rules.trust_cap` does with these
     weights."""
-    trust = math.exp(pace * max(node[PACE], np.float32(0.0)) + record * max(node[RECORD], np.float32(0.0)))
+    lateness = pace * max(node[PACE], np.float32(0.0)) + record * max(node[RECORD], np.float32(0.0))
+    trust = math.exp(min(lateness, MOST_LATENESS))
     others_s = slowdown * node[SLOWDOWN_S] + load * node[LOAD_S]
     time_s = node[FINISH_S] * np.float32(trust) + overdue * node[OVERDUE] + others_s
     return np.float32(math.log(max(time_s, SHORTEST_S)))

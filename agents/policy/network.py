@@ -21,6 +21,7 @@ from wwwserve.agents.policy.architecture import (
     FORBIDDEN,
     FULL_WIDTH,
     HEADS,
+    MOST_LATENESS,
     SETTING_UNITS,
     SHORTEST_S,
     Layers,
@@ -140,7 +141,7 @@ class Actor(nn.Module):
         """Log of the expected times to finish [M, NODES], discounted with weights [M, 5]."""
         finish_s, pace, record, overdue_s, slowdown_s, load_s, *_ = evidence.unbind(-1)
         a, b, c, d, e = weights.unsqueeze(-1).unbind(-2)
-        trust = torch.exp(a * pace.clamp_min(0.0) + b * record.clamp_min(0.0))
+        trust = torch.exp((a * pace.clamp_min(0.0) + b * record.clamp_min(0.0)).clamp_max(float(MOST_LATENESS)))
         return torch.log((finish_s * trust + c * overdue_s + d * slowdown_s + e * load_s).clamp_min(float(SHORTEST_S)))
 
     def fullness(self, evidence: Tensor, caps: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def split(repeats: int) -> dict[str, float]:
     a, b = Identity.generate(), Identity.generate()
     one, other = Messages(a, lambda name: True), Messages(b, lambda name: True)
     body = overhead.request(1, False).split(b"\r\n\r\n", 1)[1]
-    terms = {"x-wwwserve-prompt": "20", "x-wwwserve-tariff": "100000 25000 1000000", "x-wwwserve-escrow": "v2 1 50000"}
+    terms = {"x-wwwserve-prompt": "20", "x-wwwserve-tariff": "100000 25000 1000000", "x-wwwserve-escrow": "v3 1 50000"}
     found = {"sign": timed(repeats, lambda: one.sign(b.name, other.run, PATH, terms, body))}
     signatures = iter([one.sign(b.name, other.run, PATH, terms, body) for _ in range(repeats + 1)])
 

@@ -193,7 +193,7 @@ def signed_requests(m: Made) -> bytes:
     terms = {PROMPT: r.choice(["1", "0", "-1", "12", "1e3", "9" * 400, "x", "", str(2**24)])}
     terms[TARIFF] = r.choice(["1 1 1", "1 1 1", "1 1 1", "", "1", "-1 1 1", "1 1 " + "9" * 20, "x 1 1", "1 1 1 1"])
     if r.random() < 0.5:
-        terms[ESCROW] = r.choice(["v2 1 1", "1 1 1", "v2 0 -1", "v9 1 1", "v2 " + "9" * 17 + " 1", "x"])
+        terms[ESCROW] = r.choice(["v3 1 1", "1 1 1", "v3 0 -1", "v9 1 1", "v3 " + "9" * 17 + " 1", "x"])
     if r.random() < 0.3:
         terms["x-wwwserve-" + "".join(r.choices("abc-", k=5))] = "".join(r.choices("abc =;", k=9)).strip()
     sealed = m.messages.sign(m.node, m.run, path, terms, content)

@@ -21,7 +21,7 @@ from wwwserve.agents.arguments import Count, File, Positive, Range, Seed, UsageE
 from wwwserve.agents.classes import CLASS_VALUE
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.knowledge import AD_MEAN_OUTPUT, AD_MEAN_PROMPT, ADVERT_SIZE, write_profile
-from wwwserve.agents.protocol import MICRO, delivered_value
+from wwwserve.agents.protocol import MICRO, TARIFF_SIZE, delivered_value
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.tariff import cost_of, write_compute
 from wwwserve.envs.batch import MarketBatch
@@ -137,7 +137,7 @@ def _computed(engine_url: str, site: Site, per_ktok: float, mean_prompt: float, 
         sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(f"vllm:{name}_total"))
         for name in ("prompt_tokens", "prefix_cache_hits", "generation_tokens")
     )
-    own_advert, compute = np.zeros(ADVERT_SIZE), np.zeros(2)
+    own_advert, compute = np.zeros(ADVERT_SIZE), np.zeros(TARIFF_SIZE)
     own_advert[[AD_MEAN_PROMPT, AD_MEAN_OUTPUT]] = mean_prompt, mean_output
     write_profile(own_advert, site.profile.row(), 1.0)
     write_compute(compute, own_advert, per_ktok)

@@ -17,7 +17,7 @@ from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.http.keys import Identity, SignatureError, tagged, verify
 from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff, Whole
 
-VERSION = 2  # of what is stated; another one is not taken
+VERSION = 3  # of what is stated; another one is not taken
 WHOLE, PART, NOTHING = "whole", "part", "nothing"  # how much of an answer came
 GOING = "going"  # more of it is to come: an instalment
 MOST_MS = 1 << 40

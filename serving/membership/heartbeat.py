@@ -35,6 +35,7 @@ from wwwserve.agents.knowledge import (
     AD_STAKE,
     AD_TARIFF,
     AD_TIME_S,
+    AD_UNSHARED,
     AD_WAITING,
     AD_WEIGHT_S,
     ADVERT_SIZE,
@@ -76,7 +77,7 @@ _URL = re.compile(r"https?://[!-~]+")
 _COUNT, _TOKENS, _MEAN, _CREDITS, _DURATION = (0.0, 1e6), (0.0, 1e10), (0.1, 1e7), (0.0, 1e9), (1e-14, 1e4)
 _RANGES: dict[int, tuple[float, float]] = {  # of each column, see agents.knowledge
     AD_TIME_S: (-1e12, 1e12), AD_RUNNING: _COUNT, AD_WAITING: _COUNT, AD_KV_TOKENS: _TOKENS,
-    AD_MEAN_PROMPT: _MEAN, AD_MEAN_OUTPUT: _MEAN, AD_CONTEXT: _TOKENS,
+    AD_MEAN_PROMPT: _MEAN, AD_MEAN_OUTPUT: _MEAN, AD_CONTEXT: _TOKENS, AD_UNSHARED: (1e-3, 1.0),
     AD_MEAN_UNCACHED: (0.0, 1e7), AD_PREFILL: _TOKENS, AD_REUSE_S: (0.0, LONGEST_REUSE_S), AD_STAKE: _CREDITS,
     **{AD_TARIFF + k: (0.0, MAX_TARIFF) for k in range(TARIFF_SIZE)},
     **{AD_HELD + k: _COUNT for k in range(MAX_CLASSES)},
