@@ -131,12 +131,14 @@ class Status:
     """Show how a node is and what it sees of its peers."""
 
     url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = "http://127.0.0.1:9000"
-    """of the node"""
+    """of the node, or of its `admin` listener"""
+    key: str | None = None
+    """`admin.key` of the node, if it has one"""
     json: bool = False
     """print what the node says as it is"""
 
     def run(self) -> int:
-        seen = look(self.url)
+        seen = look(self.url, self.key)
         if self.json:
             print(json.dumps(seen, indent=2))
         else:

@@ -19,6 +19,7 @@ from wwwserve.agents.policy.bundle import SHIPPED
 from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import RULES
 from wwwserve.agents.tariff import MAX_TARIFF
+from wwwserve.serving.boundary import BoundaryError, check_url
 from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.verdicts import MOST_JUDGES
 from wwwserve.serving.market import MOST_INT, Market
@@ -91,6 +92,21 @@ class TlsConfig(Struct):
     key: str  # the own
 
 
+class ServerTlsConfig(Struct):
+    """TLS of the data plane: between nodes by their keys, with users by an ordinary certificate, if there is one."""
+
+    certificate: str | None = None  # file, PEM, with those above it
+    key: str | None = None  # its private key
+
+
+class AdminConfig(Struct):
+    """Where the operator looks at the node, apart from users and peers."""
+
+    port: int = 9100
+    host: str = "127.0.0.1"
+    key: str | None = None  # to be shown as an API key is; needed where others could reach it
+
+
 class ZenohConfig(Struct, tag_field="kind", tag="zenoh"):
     """Membership on Eclipse Zenoh; endpoints are `tcp/HOST:PORT`, with TLS `tls/HOST:PORT`."""
 
@@ -114,6 +130,7 @@ class ClassConfig(Struct):
     deadline_s: float
     value: float = 1.0  # of 1000 tokens of an answer in time, credits
     output: LengthsConfig | None = None  # default: the node's
+    local_only: bool = False  # its requests stay on the own engine
 
 
 class MarketConfig(Struct):
@@ -136,7 +153,11 @@ class LimitsConfig(Struct):
     body_bytes: int = 8 * 2**20
     header_bytes: int = 64 * 2**10
     held: int = 512  # users' requests that are not decided; beyond, 503
-    connections: int = 4096  # open at once; beyond, 503
+    connections: int = 4096  # open at once; beyond, one that is idle is closed, or the new one gets 503
+    connections_per_address: int = 1024  # the same, from one IPv4 address or one /64 of IPv6
+    peer_connections: int = 256  # of `connections`, at most a quarter, that only peers may have
+    peer_messages_per_s: float = 2500.0  # of one peer that are looked at; beyond, 429
+    receiving_bytes: int = 256 * 2**20  # of bodies that are coming, a quarter of them from one address or peer
     receive_s: float = 30.0  # for a request to come, from its first byte to its last
     drain_s: float = 20.0  # for what is open to end, once the node is told to
 
@@ -175,6 +196,9 @@ class NodeConfig(Struct):
     keys: tuple[str, ...] = ()  # API keys of users; none: everyone is a user
     membership: StaticConfig | ZenohConfig = msgspec.field(default_factory=StaticConfig)
     peers: tuple[PeerConfig, ...] = ()  # with static membership
+    tls: ServerTlsConfig | None = None  # none: HTTP
+    admin: AdminConfig | None = None  # none: on the data plane, for clients of the same machine
+    trust: tuple[str, ...] | None = None  # keys of the peers that may see prompts; None: all peers may
     prompt_tokens: float = 256.0  # mean of what users ask, until it is known better
     output: LengthsConfig = msgspec.field(default_factory=lambda: LengthsConfig(median=200.0, sigma=0.8, max=4096))
     deadlines_s: tuple[float, ...] = (10.0, 20.0, 30.0, 60.0, 120.0)
@@ -189,6 +213,10 @@ class NodeConfig(Struct):
     def class_names(self) -> tuple[str, ...]:
         """The classes of its users' requests; the first is what a request belongs to that names none."""
         return tuple(self.classes) or ("default",)
+
+    def trusts(self, peer: str) -> bool:
+        """Whether a peer may see prompts of own users."""
+        return self.trust is None or peer in self.trust
 
     def agreed(self) -> Market:
         """The market as a provider takes it. Raises ValueError for more classes than a view shows."""
@@ -260,10 +288,41 @@ def _membership_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
+def _wire_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
+    checks = []
+    if c.tls is not None:
+        urls = [*(peer.url for peer in c.peers), *([c.url] if c.url else [])]
+        files = [each for each in (c.tls.certificate, c.tls.key) if each is not None]
+        checks = [
+            ("every node's url", all(u.startswith("https://") for u in urls), f"https:// with tls, got {urls}"),
+            ("tls", len(files) != 1, "with both or neither of certificate and key"),
+            *[("tls", Path(file).is_file(), f"of files, got {file!r}") for file in files],
+        ]  # fmt: skip
+    if c.admin is not None:
+        checks += [
+            ("admin.port", 0 <= c.admin.port < 65536, f"0 to 65535, got {c.admin.port}"),
+            ("admin.key", c.admin.key != "" and (_is_loopback(c.admin.host) or c.admin.key is not None),
+             f"given where admin.host is {c.admin.host}, which others reach"),
+        ]  # fmt: skip
+    return checks
+
+
 def _is_key(name: str) -> bool:
     try:
         public_key(name)
     except SignatureError:
+        return False
+    return True
+
+
+def _is_url(url: str) -> bool:
+    try:
+        check_url(url)
+    except BoundaryError:
         return False
     return True
 
@@ -305,8 +364,12 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("policy", c.policy is None or c.policy in (*SHIPPED, *RULES) or Path(c.policy).is_dir(),
          f"{', '.join(SHIPPED)}, a rule ({', '.join(RULES)}) or the folder of a bundle, got {c.policy!r}"),
         ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
+        *[("every node's url", _is_url(u.rstrip("/")), f"a host, a port and a path at most, got {u!r}")
+          for u in urls[1:]],
+        *[("trust", _is_key(each), f"public keys, got {each!r}") for each in c.trust or ()],
         ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
         *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],
+        *_wire_checks(c),
         *_membership_checks(c),
         *_ledger_checks(c),
         ("deadlines_s", list(c.deadlines_s) == sorted(c.deadlines_s) and min(c.deadlines_s, default=0) > 0,

@@ -6,7 +6,6 @@ and says before its answer is checked here; whether it did as it promised is wha
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ import orjson
 from wwwserve.agents.knowledge import AD_STAKE, AD_TARIFF
 from wwwserve.agents.protocol import PER_REQUEST, TARIFF_SIZE
 from wwwserve.agents.tariff import in_micro
+from wwwserve.serving.boundary import head_line, promise_of
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.duel.duels import JUDGE_S, Attempt, Duels
 from wwwserve.serving.duel.judge import judgeable
@@ -55,10 +55,7 @@ TTFT, TPOT = "x-wwwserve-ttft", "x-wwwserve-tpot"
 REFUSED = "x-wwwserve-refused"  # the status of an answer by which a peer does not take a request
 OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 MOST_LINE = 4096  # bytes of the line before a peer's answer
-MOST_PROMISED_S = 1e6
 MOST_VOTE = 4096  # bytes
-
-_KIND = re.compile(r"[ -~]{1,200}")  # a content type
 
 
 class Offer(NamedTuple):
@@ -199,7 +196,7 @@ class Delegation:
                         log.warning("a peer refuses a message", extra={"peer": name, "answer": refused.reason})
                     raise RetryableError(f"it answers {response.status}", response.status)
                 self.client.messages.check_answer(name, sealed, response.raw_headers)
-                promise = _promise(response)
+                promise = promise_of(response.headers[TTFT], response.headers[TPOT])
                 if not self.provider.is_as_shown(request, promise):
                     raise RetryableError(f"it promises {promise}, which is later than it advertised")
                 if isinstance(reply, Attempt):
@@ -304,7 +301,7 @@ class _DuelPeers:
         """See `serving.duel.duels.Peers`. Without a ledger, the stakes are those that peers advertise."""
         accounts, found = self._of.accounts, {}
         for name, advert in self._of.client.adverts.items():
-            if model in advert.serves:
+            if model in advert.serves and self._of.config.trusts(name):  # judges see the prompt
                 stake = micro(advert.load[AD_STAKE]) if accounts is None else accounts.ledger.stakes.stake(name)
                 found[name] = max(0, stake)
         return found
@@ -371,27 +368,6 @@ def remember(
     prefixes.remember(peer, prefix, prompt, output, meter.text_bytes, told)
 
 
-def head_line(line: bytes) -> tuple[int, str]:
-    """Status and type of a peer's answer, which go on to the user. Raises ValueError."""
-    head = orjson.loads(line)
-    if not isinstance(head, dict):
-        raise ValueError("the line before its answer is no object")
-    status, kind = head.get("status"), head.get("type")
-    if type(status) is not int or not 200 <= status < 600:
-        raise ValueError(f"its answer has the status {status!r}")
-    if not (isinstance(kind, str) and _KIND.fullmatch(kind)):
-        raise ValueError(f"its answer has the type {kind!r}")
-    return status, kind
-
-
 def _pay(payment: Payment, promise: Promise, came: Came, signed: bool) -> None:
     """Pay for an answer of a duel; nothing if its executor does not put its name to it."""
     payment.end(promise, came if signed else None)
-
-
-def _promise(response: Response) -> Promise:
-    """What a peer promises in the head of its answer. Raises KeyError and ValueError."""
-    promise = Promise(float(response.headers[TTFT]), float(response.headers[TPOT]))
-    if not all(0 <= each <= MOST_PROMISED_S for each in promise):  # and no NaN
-        raise ValueError(f"a promise of {promise.ttft_s} s and {promise.tpot_s} s a token")
-    return promise

@@ -59,6 +59,7 @@ log = logging.getLogger("wwwserve.dispatcher")
 LEDGER_TIMEOUT_S = 5.0
 MODELS_S = 2.0  # between two looks at which models the engine serves
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
+NOWHERE = ""  # the model of requests that no peer gets; none is named so
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
 LEARN = 0.02  # weight of one answer in that
@@ -252,7 +253,8 @@ class Dispatcher:
             self.accounts.heard(advert.name)
             load[AD_STAKE] = self.accounts.stake(advert.name)
         true_at_s = self.clock() - advert.age_s * self.speed
-        self.provider.heard(advert.name, load, true_at_s, frozenset(advert.serves))
+        serves = frozenset(advert.serves) if self.config.trusts(advert.name) else frozenset[str]()
+        self.provider.heard(advert.name, load, true_at_s, serves)
 
     def gone(self, name: str) -> None:
         """A peer fell silent: it gets nothing more, and what it has is asked for elsewhere."""
@@ -262,6 +264,16 @@ class Dispatcher:
         if self.accounts is not None:
             self.accounts.gone(name)
         self.delegation.gone(name)
+
+    def forget(self, name: str) -> None:
+        """A peer that is gone made place for another: nothing is kept of it but what the ledger has."""
+        self.provider.forget(name)
+        self.prefixes.forget(name)
+        self.messages.forget(name)
+        self.metrics.forget(name)
+        self.delegation.duels.records.pop(name, None)
+        if self.accounts is not None:
+            self.accounts.forget(name)
 
     def dispatch(self) -> None:
         """Decide, at the end of this instant, on all that can be decided on: what else happens now comes first."""
@@ -334,7 +346,8 @@ class Dispatcher:
         prompt = max(1, completion.prompt_ids + round(completion.prompt_bytes / self.bytes_per_token))
         most = min((completion.max_tokens or self.config.output.max) * completion.choices, MOST_TOKENS)
         request = provider.new(
-            None, completion.klass, prompt, most, arrival_s, completion.model, prefix.turn,
+            None, completion.klass, prompt, most, arrival_s,
+            NOWHERE if completion.local_only else completion.model, prefix.turn,
             self.prefixes.answered_s(prefix, arrival_s),
         )  # fmt: skip
         job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
@@ -398,7 +411,9 @@ class Dispatcher:
             status = reason.status if reason.full and reason.status else 503
             raise Failed(status, f"the engine is full: {reason}", "overloaded", reason.retry_after_s or 1)
         self.provider.come_back(job.request)
-        if not self.peers or job.turned_away or job.failures > 1:  # nothing has changed before the next tick
+        if (
+            not self.peers or job.completion.local_only or job.turned_away or job.failures > 1
+        ):  # nothing has changed before the next tick
             self.provider.close(job.completion.klass)
         job.turned_away = job.turned_away or reason.full
 

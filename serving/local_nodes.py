@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,7 @@ from wwwserve.serving.http.keys import Identity
 
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
 LOG_LINES = 10  # shown of a program that ends
+MOST_SAID = 4096  # bytes of an error that are read
 LOOK_S = 0.05  # between two looks at whether a program is ready
 
 Process = subprocess.Popen[bytes]
@@ -366,16 +368,29 @@ def sees(url: str, peers: int) -> bool:
     return bool(seen["engine"]["up"]) and sum(peer["there"] for peer in seen["peers"]) == peers
 
 
-def look(url: str) -> dict[str, Any]:
-    """What a node says of itself and its peers. Raises NetworkError."""
+def look(url: str, key: str | None = None) -> dict[str, Any]:
+    """What a node says of itself and its peers, to who has the key of its operator. Raises NetworkError."""
     if not url.startswith(("http://", "https://")):
         raise NetworkError(f"{url} is no URL of a node, expected http://HOST:PORT")
     try:
-        with urllib.request.urlopen(url.rstrip("/") + "/network", timeout=2.0) as response:
+        headers = {"authorization": f"Bearer {key}"} if key is not None else {}
+        asked = urllib.request.Request(url.rstrip("/") + "/network", headers=headers)
+        with urllib.request.urlopen(asked, timeout=2.0) as response:
             seen: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        raise NetworkError(f"{url} answers with {error.code}: {_said(error.read(MOST_SAID))}") from None
     except (OSError, ValueError) as error:
         raise NetworkError(f"{url} does not answer as a node: {error}") from None
     return seen
+
+
+def _said(body: bytes) -> str:
+    """What an error of a node says, or another server's, as a terminal may show it."""
+    try:
+        said = str(json.loads(body)["error"]["message"])
+    except (ValueError, TypeError, LookupError):
+        said = body.decode(errors="replace")
+    return "".join(c if c.isprintable() else " " for c in said[:200])
 
 
 # Networks of nodes that are all alike.

@@ -7,10 +7,12 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.classes import CLASS_SIZE, MAX_CLASSES
 from wwwserve.agents.kernel import Floats, records
-from wwwserve.agents.protocol import LATENESS, NO_BOUND
+from wwwserve.agents.protocol import LATENESS, MICRO, NO_BOUND
 from wwwserve.agents.provider import AGREEMENT, MAX_DEADLINES
+from wwwserve.agents.tariff import MAX_TARIFF
 
 MOST_INT = 2**63 - 1  # of whole numbers from outside, as kernels and databases take no larger ones
+MOST_PRICE = int(MAX_TARIFF) * MICRO  # micro-credits per 1000 tokens
 MOST_TOKENS = 1 << 30  # of one request, so that prices stay in 64 bits
 
 Whole = Annotated[int, Meta(ge=0, le=MOST_INT)]  # one from outside

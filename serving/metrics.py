@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -136,6 +137,12 @@ class Metrics:
     def duelled(self, peer: str, won: bool) -> None:
         """A peer's answer won or lost."""
         self._duelled.labels(peer, "won" if won else "lost").inc()
+
+    def forget(self, peer: str) -> None:
+        """Drop what was counted of a peer by its name."""
+        for result in ("won", "lost"):
+            with suppress(KeyError):
+                self._duelled.remove(peer, result)
 
     def judged(self, outcome: str) -> None:
         """A peer's duel was judged here: "voted" or "undecided"."""

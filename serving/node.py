@@ -6,9 +6,10 @@ import json
 import logging
 import signal
 import socket
+import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,16 @@ from wwwserve.agents.policy.bundle import folder_of
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.protocol import milliseconds
 from wwwserve.agents.rules import RULES, Policy, Rule
-from wwwserve.serving.config import ConfigError, NodeConfig, StaticConfig
+from wwwserve.serving import boundary
+from wwwserve.serving.config import ConfigError, LimitsConfig, NodeConfig, StaticConfig
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine, EngineError
 from wwwserve.serving.fallback import WithFallback
+from wwwserve.serving.http.certificates import server_context
 from wwwserve.serving.http.connection import Connection
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages, Refusals
+from wwwserve.serving.http.pages import Admin
 from wwwserve.serving.http.routes import App
 from wwwserve.serving.http.transport import AiohttpTransport, Transport
 from wwwserve.serving.http.upstream import DirectTransport
@@ -40,6 +44,8 @@ from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import NodeProvider
 
 log = logging.getLogger("wwwserve.node")
+
+ADMIN_CONNECTIONS = 64
 
 _PLAIN = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
@@ -71,10 +77,10 @@ def policy_of(named: str | None) -> Policy:
 
 def membership_of(
     config: NodeConfig, identity: Identity, transport: Transport, stack: AsyncExitStack, refusals: Refusals,
-    wall_clock: Callable[[], float],
+    wall_clock: Callable[[], float], configured: Iterable[str] = (),
 ) -> Membership:  # fmt: skip
-    """The membership that is configured, until `stack` is closed. Raises OSError if it cannot be opened, ConfigError
-    for a list of peers that has the node itself."""
+    """The membership of a configuration, until `stack` is closed; `configured`: other keys that this or a genesis has.
+    Raises OSError if it cannot be opened, ConfigError for a list of peers that has the node itself."""
     settings, clock = config.membership, asyncio.get_running_loop().time
     if isinstance(settings, StaticConfig):
         peers = {peer.key: peer.url.rstrip("/") for peer in config.peers}
@@ -82,7 +88,7 @@ def membership_of(
             raise ConfigError(f"peers must be others, got {identity.name}, which is the key of this node")
         return StaticMembership(peers, identity, transport, clock, wall_clock)
     zenoh = stack.enter_context(open_session(settings))
-    return ZenohMembership(identity, settings.network, zenoh, clock, refusals, wall_clock)
+    return ZenohMembership(identity, settings.network, zenoh, clock, refusals, wall_clock, configured)
 
 
 def ledger_of(config: NodeConfig, identity: Identity, payment: int, stack: AsyncExitStack) -> ChannelLedger | None:
@@ -116,6 +122,38 @@ class _Server(uvicorn.Server):
         yield
 
 
+def tls_of(config: NodeConfig, identity: Identity) -> ssl.SSLContext | None:
+    """What the data plane's server has for TLS. Raises OSError for files that cannot be used."""
+    if config.tls is None:
+        return None
+    files = (Path(each) if each is not None else None for each in (config.tls.certificate, config.tls.key))
+    return server_context(identity, *files)
+
+
+def _server(app: Any, limits: LimitsConfig, tls: ssl.SSLContext | None = None) -> _Server:
+    return _Server(uvicorn.Config(
+        app, http=Connection.limited(limits, tls), lifespan="off", ws="none",
+        log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=5,
+        timeout_keep_alive=60, server_header=False, date_header=False, proxy_headers=False,
+    ))  # fmt: skip
+
+
+async def admin_of(config: NodeConfig, app: Admin, stack: AsyncExitStack) -> str | None:
+    """Open the listener for the operator, if there is one, until `stack` is closed; returns its URL. Raises OSError."""
+    if config.admin is None:
+        return None
+    listener = stack.enter_context(socket.create_server((config.admin.host, config.admin.port)))
+    server = _server(app, LimitsConfig(connections=ADMIN_CONNECTIONS))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+
+    async def end() -> None:
+        server.should_exit = True
+        await asyncio.gather(serving, return_exceptions=True)
+
+    stack.push_async_callback(end)
+    return f"http://{config.admin.host}:{listener.getsockname()[1]}"
+
+
 async def serve(
     config: NodeConfig, ready: Callable[[str, str], None], wall_clock: Callable[[], float] = time.time,
     stop: asyncio.Event | None = None,
@@ -137,27 +175,29 @@ async def serve(
         for _ in range(2)
     )  # fmt: skip
     rehearsal.warm_up()
+    boundary.warm_up()
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(socket.create_server((config.host, config.port), backlog=1024))
-        url = (config.url or f"http://{config.host}:{listener.getsockname()[1]}").rstrip("/")
-        direct, peers = DirectTransport(), AiohttpTransport()
+        scheme = "http" if config.tls is None else "https"
+        url = (config.url or f"{scheme}://{config.host}:{listener.getsockname()[1]}").rstrip("/")
+        direct, peers = DirectTransport(), AiohttpTransport(identity=None if config.tls is None else identity)
         stack.callback(direct.close)
         stack.push_async_callback(peers.close)
         metrics = Metrics()
         refusals = Refusals(metrics.message_refused, asyncio.get_running_loop().time)
-        membership = membership_of(config, identity, peers, stack, refusals, wall_clock)
+        ledger = ledger_of(config, identity, provider.market.payment, stack)
+        known = (*(ledger.grants if ledger is not None else ()), *(config.trust or ()))
+        membership = membership_of(config, identity, peers, stack, refusals, wall_clock, known)
         messages = Messages(identity, membership.knows, wall_clock)
         settings = config.engine
         engine = Engine(settings.kind, settings.url, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
-        ledger = ledger_of(config, identity, provider.market.payment, stack)
         dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
+        if isinstance(membership, ZenohMembership):
+            membership.forgotten, membership.reached_by = dispatcher.forget, url
+            membership.only_tls = config.tls is not None
         app = App(dispatcher, config, refusals)
-        web = uvicorn.Config(
-            app, http=Connection.limited(config.limits), lifespan="off", ws="none",
-            log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=5,
-            timeout_keep_alive=60, server_header=False, date_header=False, proxy_headers=False,
-        )  # fmt: skip
-        server = _Server(web)
+        server = _server(app, config.limits, tls_of(config, identity))
+        admin = await admin_of(config, Admin(app.pages, config.admin.key if config.admin else None), stack)
         try:
             await engine.scrape()
             await dispatcher.list_models()
@@ -170,8 +210,12 @@ async def serve(
             while not server.started and not serving.done():
                 await asyncio.sleep(0.005)
             log.info(
-                "ready", extra={"key": identity.name, "url": url, "policy": policy.name, "serves": dispatcher.serves}
-            )
+                "ready",
+                extra={
+                    "key": identity.name, "url": url, "admin": admin, "policy": policy.name,
+                    "serves": dispatcher.serves,
+                },
+            )  # fmt: skip
             ready(identity.name, url)
             await asyncio.wait({serving, acting, told}, return_when=asyncio.FIRST_COMPLETED)
             if told.done():

@@ -157,7 +157,8 @@ class NodeProvider:
     """One provider's side of the market.
 
     Times are seconds of one clock, the caller's. A request is known by its number, from `new` to `release`; `keys` has
-    what the caller knows it by. Peers are known by name, and have a row for good once they were heard of.
+    what the caller knows it by. Peers are known by name, and have a row from when they were heard of until they are
+    forgotten.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class NodeProvider:
         self.names: list[str] = []
         self.serves: list[frozenset[str]] = []  # model names of each peer
         self._row: dict[str, int] = {}
+        self._vacant: set[str] = set()  # of peers that were forgotten, whose rows others may have
         self._peers = Peers(np.zeros((0, ADVERT_SIZE)), make_peer_stats(1), np.zeros(0, np.int64))
         self._scratch = Scratch(np.zeros(0), np.zeros(0, np.bool_))
         self._serving = np.zeros(0, np.bool_)
@@ -386,6 +388,12 @@ class NodeProvider:
         """A peer left or fell silent."""
         row = self._row_of(name)
         self._peers.adverts[row, AD_TIME_S] = NO_TIME
+
+    def forget(self, name: str) -> None:
+        """A peer is not worth remembering: what was seen of it makes room for the next one that is heard of."""
+        if name in self._row:
+            self.gone(name)
+            self._vacant.add(name)
 
     def pay(self, free: int) -> None:
         """What is handed over is paid from now on: `free` micro-credits are, with each peer as `may_escrow` says."""
@@ -649,13 +657,21 @@ class NodeProvider:
 
     def _row_of(self, name: str) -> int:
         row = self._row.get(name)
-        if row is None:
-            row = self._row[name] = len(self.names)
+        if row is not None:
+            self._vacant.discard(name)
+            return row
+        advert = np.zeros((1, ADVERT_SIZE))
+        advert[0, AD_TIME_S] = NO_TIME
+        credit: Ints = np.array([0 if self.pays else NO_BOUND])
+        row = self._vacated()
+        if row is not None:
+            self.names[row], self.serves[row] = name, frozenset()
+            self._peers.adverts[row], self._peers.credit[row] = advert[0], credit[0]
+            self._peers.peer_stats[row] = make_peer_stats(1)[0]
+        else:
+            row = len(self.names)
             self.names.append(name)
             self.serves.append(frozenset())
-            advert = np.zeros((1, ADVERT_SIZE))
-            advert[0, AD_TIME_S] = NO_TIME
-            credit: Ints = np.array([0 if self.pays else NO_BOUND])
             adverts, peer_stats, credits = self._peers
             self._peers = Peers(
                 np.concatenate([adverts, advert]), np.concatenate([peer_stats, make_peer_stats(1)]),
@@ -663,4 +679,19 @@ class NodeProvider:
             )  # fmt: skip
             self._scratch = Scratch(np.zeros(row + 1), np.zeros(row + 1, np.bool_))
             self._serving = np.zeros(row + 1, np.bool_)
+        self._row[name] = row
         return row
+
+    def _vacated(self) -> int | None:
+        """The row of a peer that was forgotten and that no request may go to, if there is one."""
+        if not self._vacant:
+            return None
+        free, named = set(self._free), set[int]()
+        for r in range(len(self._requests)):
+            if r not in free:
+                named.update(self._requests[r]["candidates"][: self._requests[r]["n_candidates"]].tolist())
+        for name in sorted(self._vacant):
+            if self._row[name] not in named:
+                self._vacant.remove(name)
+                return self._row.pop(name)
+        return None

@@ -193,8 +193,11 @@ async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
         for stub in stubs:
             await stack.enter_async_context(stub.served())
         ports = free_ports(len(stubs))
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        session = await stack.enter_async_context(aiohttp.ClientSession())
+        scheme = "https" if "tls" in more else "http"
+        urls = [f"{scheme}://127.0.0.1:{port}" for port in ports]
+        session = await stack.enter_async_context(
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl="tls" not in more))
+        )
         made = Net(session, urls, list(stubs))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for k in range(len(stubs)):

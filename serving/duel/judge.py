@@ -4,6 +4,7 @@ The engine must tell the log-probabilities of a prompt (`prompt_logprobs` of vLL
 how often a judge errs on pairs of known quality, by this rule, by the likelihood alone and by asking the model.
 """
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import orjson
 
 from wwwserve.agents.protocol import VOTE_A, VOTE_B, VOTE_UNDECIDED
+from wwwserve.serving.boundary import answer_of, loads
 from wwwserve.serving.http.resume import continued
-from wwwserve.serving.http.sse import DONE, EventParser, StreamError
+from wwwserve.serving.http.sse import EventParser, StreamError
 
 # What a judge leaves out of a question: it would change what the engine answers, not what it thinks of an answer.
 NOT_JUDGED = (
@@ -24,6 +26,8 @@ NOT_JUDGED = (
 # of its own gained 0.28 to 1.42, of 24 by random weights one more than 0.1, and of 24 to other questions none.
 WORTHLESS = 0.1
 
+READ_BYTES = 1 << 14  # of a stream in one turn of the event loop
+
 Post = Callable[[str, bytes], Awaitable[Any]]  # path and body of a request to the engine, to what it answers, from JSON
 
 
@@ -31,19 +35,36 @@ class JudgeError(Exception):
     """The engine cannot judge this; the message says why."""
 
 
-def text_of(path: str, stream: bool, body: bytes) -> str:
-    """The text of an answer, as far as it has one."""
+async def text_of(path: str, stream: bool, body: bytes) -> str:
+    """The text of an answer, as far as it has one; others have the event loop between its parts."""
     chat = path.endswith("/chat/completions")
-    parts = []
-    for content in _events(body) if stream else [body]:
-        try:
-            for choice in orjson.loads(content).get("choices") or []:
-                said = (choice.get("delta") or choice.get("message") or {}).get("content") if chat else choice["text"]
-                if choice.get("index", 0) == 0 and isinstance(said, str):
-                    parts.append(said)
-        except (ValueError, AttributeError, KeyError, TypeError):
-            continue
+    if not stream:
+        return "".join(_said(chat, body, answer_of))
+    parser, parts = EventParser(), list[str]()
+    try:
+        for start in range(0, len(body), READ_BYTES):
+            for event in parser.feed(body[start : start + READ_BYTES]):
+                if event.data:
+                    parts += _said(chat, event.data, loads)
+            await asyncio.sleep(0)
+        for event in parser.end():
+            parts += _said(chat, event.data, loads)
+    except StreamError:
+        return ""
     return "".join(parts)
+
+
+def _said(chat: bool, content: bytes, read: Callable[[bytes], Any]) -> list[str]:
+    """What the first choice says in an answer or an event."""
+    parts = []
+    try:
+        for choice in read(content).get("choices") or []:
+            said = (choice.get("delta") or choice.get("message") or {}).get("content") if chat else choice["text"]
+            if choice.get("index", 0) == 0 and isinstance(said, str):
+                parts.append(said)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        pass
+    return parts
 
 
 def judgeable(path: str, request: dict[str, Any]) -> bool:
@@ -90,15 +111,6 @@ def vote_by(a: float, b: float) -> int:
     if (a > WORTHLESS) == (b > WORTHLESS):
         return VOTE_UNDECIDED
     return VOTE_A if a > WORTHLESS else VOTE_B
-
-
-def _events(body: bytes) -> list[bytes]:
-    parser = EventParser()
-    try:
-        events = parser.feed(body) + parser.end()
-    except StreamError:
-        return []
-    return [event.data for event in events if event.data and event.data.strip() != DONE]
 
 
 def _usage(answer: Any) -> int:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import msgspec
 
 from wwwserve.agents.protocol import VOTE_UNDECIDED
+from wwwserve.serving import boundary
+from wwwserve.serving.boundary import BoundaryError
 from wwwserve.serving.duel.evidence import as_shown, b_first
 from wwwserve.serving.duel.judge import JudgeError, text_of
 from wwwserve.serving.duel.messages import JUDGED_TOKENS, Declined, Pair
@@ -79,8 +81,9 @@ class JudgePool:
             raise Declined("it has judged enough for you, come again later")
         try:
             pair = msgspec.json.decode(body, type=Pair)
-            request = msgspec.json.decode(pair.request, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            request = boundary.object_of(pair.request.encode())
+            boundary.check_shareable(request)
+        except (msgspec.DecodeError, UnicodeError, RecursionError, BoundaryError) as error:
             raise Declined(f"not a pair to judge: {error}") from None
         duel, case, own = pair.case.opening.name(), pair.case.name(), self.identity.name
         voted_on, vote = self._votes.get(duel, (case, b""))
@@ -91,14 +94,14 @@ class JudgePool:
         self._check(origin, pair)
         if duel in self._votes:
             raise Declined("it is judging that duel")
-        texts = [text_of(pair.path, pair.stream, each.encode()) for each in (pair.answer_a, pair.answer_b)]
         seed = pair.case.seed()
-        if b_first(seed, own):
-            texts.reverse()
         fee, began_s, vote = charge(pair.prompt()), clock(), b""
         self.judging += 1
         self._votes[duel] = case, b""
         try:
+            texts = [await text_of(pair.path, pair.stream, each.encode()) for each in (pair.answer_a, pair.answer_b)]
+            if b_first(seed, own):
+                texts.reverse()
             shown = await self._compare(origin, pair, request, (texts[0], texts[1]))
             vote = msgspec.json.encode(Vote(case, own, as_shown(shown, seed, own)).signed(self.identity))
         except BaseException:

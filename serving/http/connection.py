@@ -4,23 +4,36 @@ What HTTP itself refuses is answered here, in the same JSON as all other errors.
 """
 
 import asyncio
+import ssl
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from wwwserve.serving.config import LimitsConfig
+from wwwserve.serving.http.certificates import certified
+from wwwserve.serving.http.messages import Refused
+from wwwserve.serving.http.places import Places, address_of
 from wwwserve.serving.http.reply import Failed
 
 MOST_READ = 256 * 1024  # bytes that come at once
+HANDSHAKE_S = 5.0  # for TLS to be agreed on
+CONNECTION = "wwwserve.connection"  # in the scope of a request, the connection that it came by
+PEER_PATHS = b"/peer/"  # what their paths begin with
+
+_CROWDED = "too many connections are open here"
+_CROWDED_ADDRESS = "too many connections are open here from this address"
 
 
 class Connection(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, limits: LimitsConfig, **options: Any) -> None:
+    def __init__(self, limits: LimitsConfig, places: "Places[Connection | Gate]", **options: Any) -> None:
         super().__init__(**options)
-        self.limits = limits
+        self.limits, self.places, self.address = limits, places, ""
+        self.peer: str | None = None  # whose signature was good on a request that came by it
+        self.certified: str | None = None  # who is at its other end, by TLS
         self._begun_s: float | None = None  # when the request began that is not all there yet
         self._unread = 0  # bytes of a head that has not come to its end
         self._head = 0  # bytes of names and values of headers
@@ -29,15 +42,20 @@ class Connection(HttpToolsProtocol):
         self._due_s = 0.0  # when it goes off
 
     @classmethod
-    def limited(cls, limits: LimitsConfig) -> type[asyncio.Protocol]:
-        """What makes connections of a server."""
-        return cast(type[asyncio.Protocol], partial(cls, limits))
+    def limited(cls, limits: LimitsConfig, tls: ssl.SSLContext | None = None) -> type[asyncio.Protocol]:
+        """What makes connections of a server, over TLS with a context for that."""
+        places = Places[Connection | Gate](limits.connections, limits.connections_per_address, limits.peer_connections)
+        made = partial(cls, limits, places)
+        return cast(type[asyncio.Protocol], made if tls is None else partial(Gate, made, places, tls))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
-            self._refuse(Failed(503, "too many connections are open here", "overloaded", retry_after_s=1))
+        self.address = address_of(self.client[0] if self.client else "")
+        self.certified = certified(transport)
+        if not self.places.enter(self, self.address):
+            crowded = _CROWDED_ADDRESS if self.places.is_crowded(self.address) else _CROWDED
+            self._refuse(Failed(503, crowded, "overloaded", retry_after_s=1))
             return
         self._begun_s = self._due_s = self.loop.time()
         self._watch()
@@ -46,7 +64,23 @@ class Connection(HttpToolsProtocol):
         """See `asyncio.Protocol`."""
         if self._timer is not None:
             self._timer.cancel()
+        self.places.leave(self)
         super().connection_lost(exc)
+
+    def proved(self, peer: str) -> None:
+        """A request came by it that a peer signed. Raises Refused where it has no place and the peer has its share of
+        those for peers."""
+        if self.peer is None:
+            if not self.places.keep_for(self, peer):
+                raise Refused("crowded", f"{peer} has its share of the connections that are kept for peers")
+            self.peer = peer
+
+    def make_room(self) -> None:
+        """Close it, on which nothing is under way, as another one needs its place."""
+        if self._unread:
+            self._refuse(Failed(503, _CROWDED, "overloaded", retry_after_s=1))
+        else:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
@@ -60,6 +94,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """See `httptools`."""
         super().on_message_begin()
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]
         self._begun_s, self._head = self.loop.time(), 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -73,6 +108,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """See `httptools`."""
         self._unread = 0
+        if self.places.is_for_peers(self) and not self.url.startswith(PEER_PATHS):
+            self._refused = Failed(503, _CROWDED, "overloaded", retry_after_s=1)
+            raise self._refused
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -83,7 +121,15 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """See `httptools`."""
         self._begun_s, self._unread = None, 0
+        if not self.cycle.response_complete:
+            self.places.busy(self)
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """See `HttpToolsProtocol`."""
+        if not self.pipeline and self._begun_s is None:
+            self.places.idle(self)
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """What comes is not HTTP."""
@@ -109,6 +155,60 @@ class Connection(HttpToolsProtocol):
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[failed.status] + head + body)
         self.transport.close()
+
+
+class Gate(asyncio.Protocol):
+    """A connection until TLS is agreed on, which has a place like any other on which nothing is under way."""
+
+    def __init__(
+        self, make: Callable[..., Connection], places: "Places[Connection | Gate]", tls: ssl.SSLContext, **options: Any
+    ) -> None:  # fmt: skip
+        self.make, self.places, self.tls, self.options = make, places, tls, options
+        self.transport: asyncio.Transport
+        self._agreeing: asyncio.Task[None] | None = None
+        self._early = bytearray()  # what came right after TLS was agreed on
+        self._lost = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        self.transport = transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        peer = transport.get_extra_info("peername")
+        if not self.places.enter(self, address_of(peer[0] if peer else "")):
+            transport.abort()
+            return
+        transport.pause_reading()
+        self._agreeing = asyncio.get_running_loop().create_task(self._agree())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._lost = True
+        self.places.leave(self)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._early += data
+
+    def make_room(self) -> None:
+        """See `Connection`."""
+        self.transport.abort()
+
+    async def _agree(self) -> None:
+        try:
+            secured = await asyncio.get_running_loop().start_tls(
+                self.transport, self, self.tls, server_side=True, ssl_handshake_timeout=HANDSHAKE_S
+            )
+        except (OSError, TimeoutError):  # of what is no TLS, SSLError
+            secured = None
+        finally:
+            self.places.leave(self)
+        if secured is None or self._lost:
+            self.transport.abort()
+            return
+        connection = self.make(**self.options)
+        secured.set_protocol(connection)
+        connection.connection_made(secured)
+        if self._early:
+            connection.data_received(bytes(self._early))
 
 
 def _too_large() -> Failed:

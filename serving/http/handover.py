@@ -10,13 +10,13 @@ from typing import Any
 
 import orjson
 
+from wwwserve.serving.boundary import MOST_CHOICES, loads
 from wwwserve.serving.http.reply import CHAT_PATH, COMPLETION_PATH, CompletionRequest, Reply
 from wwwserve.serving.http.sse import AnswerMeter, EventParser, choices_of, usage_of
 
 LIMITS = {  # by path; the first that is there holds
     CHAT_PATH: ("max_completion_tokens", "max_tokens"), COMPLETION_PATH: ("max_tokens",)
 }  # fmt: skip
-MOST_CHOICES = 128  # for one prompt
 DEFAULT_COMPLETION_TOKENS = 16  # of `/v1/completions`, by the OpenAI API
 
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
@@ -146,7 +146,7 @@ def _only_usage(data: bytes) -> bool:
     if not _NO_CHOICES.search(data):
         return False
     try:
-        content = orjson.loads(data)
+        content = loads(data)
     except ValueError:
         return False
     return isinstance(content, dict) and not choices_of(content) and usage_of(content) is not None

@@ -77,9 +77,18 @@ class Identity:
             raise IdentityError(f"{path}: is a key of another kind, expected Ed25519")
         return cls(private)
 
+    @property
+    def public(self) -> Ed25519PublicKey:
+        """Its public half."""
+        return self._private.public_key()
+
+    def pem(self) -> bytes:
+        """The private half, PKCS #8 in PEM."""
+        return self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
     def save(self, path: Path) -> None:
         """To a new file, whole or not at all, with mode 0600. Raises IdentityError, also if there is one."""
-        content = self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        content = self.pem()
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -121,6 +130,18 @@ def verify(name: str, message: bytes, signature: bytes) -> None:
         raise SignatureError("the signature does not fit what is signed and the key") from None
 
 
+def signature_of(text: str | bytes) -> bytes:
+    """The signature that base64url says, with padding. Raises SignatureError for any but its one spelling."""
+    said = text.encode() if isinstance(text, str) else text
+    try:
+        signature = urlsafe_b64decode(said)
+    except ValueError:  # binascii's as well
+        raise SignatureError("the signature is not base64") from None
+    if urlsafe_b64encode(signature) != said:
+        raise SignatureError("the signature is not how it is written")
+    return signature
+
+
 @lru_cache(maxsize=KEYS_KEPT)
 def public_key(name: str) -> Ed25519PublicKey:
     """The key that is a name. Raises SignatureError for what is no name."""
@@ -136,6 +157,13 @@ def public_key(name: str) -> Ed25519PublicKey:
     if y in _WEAK:
         raise SignatureError(f"{name!r} is a weak public key")
     return Ed25519PublicKey.from_public_bytes(raw)
+
+
+def name_of(key: Ed25519PublicKey) -> str:
+    """The name of who has a key. Raises SignatureError for one that is none."""
+    name = _text(key.public_bytes_raw())
+    public_key(name)
+    return name
 
 
 def tagged(kind: str, content: bytes) -> bytes:

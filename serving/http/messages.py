@@ -14,13 +14,13 @@ import hmac
 import logging
 import re
 import time
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
-from wwwserve.serving.http.keys import KEYS_KEPT, Identity, tagged, verify
+from wwwserve.serving.http.keys import KEYS_KEPT, Identity, signature_of, tagged, verify
 
 log = logging.getLogger("wwwserve.signed")
 
@@ -117,20 +117,37 @@ class Messages:
     ) -> None:
         self.identity, self.name, self.knows, self.clock = identity, identity.name, knows, clock
         self.run = round(clock() * 1e6)
-        self._numbers: dict[str, int] = {}  # of the next message to each
+        self._numbers: dict[str, int] = {}  # of the next message to each,
+        self._first = 0  # and of the first one to others: above all that were forgotten
         self._windows: dict[str, _Window] = {}
+        self._forgotten: set[str] = set()  # whose windows are still needed
 
     def sign(self, to: str, to_run: int, path: str, terms: Mapping[str, str], body: bytes) -> str:
         """The header SIGNATURE of a request with the other headers `terms`, all in lower case."""
-        number = self._numbers.get(to, 0)
+        number = self._numbers.get(to, self._first)
         self._numbers[to] = number + 1
         claim = f"{self.name} {to} {to_run} {round(self.clock() * 1e3)} {self.run} {number} {digest(body).decode()}"
         terms_ = [(name.encode(), value.encode()) for name, value in terms.items() if name.startswith("x-wwwserve-")]
         signature = self.identity.sign(tagged("request", _content(claim.encode(), path, terms_)))
         return f"{claim} {urlsafe_b64encode(signature).decode()}"
 
-    def open(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Claim:
-        """A request that came, once its signature is found good. Raises Refused."""
+    def forget(self, name: str) -> None:
+        """A name is no peer's any more; its numbers are kept as long as what it signed could be sent again."""
+        self._first = max(self._first, self._numbers.pop(name, 0))
+        self._forgotten.add(name)
+        now_s = self.clock()
+        for each in list(self._forgotten):
+            window = self._windows.get(each)
+            if self.knows(each) or window is None or now_s - window.last_s > 2 * SKEW_S:
+                self._forgotten.remove(each)
+                if not self.knows(each):
+                    self._windows.pop(each, None)
+
+    def open(
+        self, path: str, headers: Iterable[tuple[bytes, bytes]], admit: Callable[[str], None] = lambda sender: None
+    ) -> Claim:  # fmt: skip
+        """A request that came, once its signature is found good; `admit` may refuse before to check one of a sender.
+        Raises Refused."""
         terms = [(name, value) for name, value in headers if name.startswith(PREFIX)]
         sealed = [value for name, value in terms if name == _SIGNATURE]
         if len(sealed) != 1:
@@ -150,13 +167,14 @@ class Messages:
         if to_run != self.run:
             raise Refused("misaddressed", "it is addressed to an earlier run of this node")
         window = self._window(sender, run, number, now_s)
+        admit(sender)
         try:
             verify(
                 sender,
                 tagged("request", _content(claim, path, [each for each in terms if each[0] != _SIGNATURE])),
-                urlsafe_b64decode(signature),
+                signature_of(signature),
             )
-        except ValueError as error:  # base64 as well
+        except ValueError as error:
             raise Refused("forged", str(error)) from None
         window.see(number, sent_s)
         self._windows[sender] = window

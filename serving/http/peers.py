@@ -45,7 +45,13 @@ class PeerClient:
         sent = {"content-type": "application/json", **headers}
         sealed = sent[SIGNATURE] = self.messages.sign(peer, advert.run, path, sent, body)
         async with self.transport.request(
-            "POST", advert.url + path, body=body, headers=sent, timeout_s=timeout_s, read_timeout_s=read_timeout_s
+            "POST",
+            advert.url + path,
+            body=body,
+            headers=sent,
+            timeout_s=timeout_s,
+            read_timeout_s=read_timeout_s,
+            peer=peer,
         ) as response:
             yield PeerAnswer(response, sealed)
 

@@ -30,6 +30,7 @@ class CompletionRequest(NamedTuple):
     prefix: Prefix = NO_PREFIX
     max_tokens: int = 0  # of one choice, as the user limits it; 0 without a limit
     choices: int = 1  # answers in all: choices for each prompt, times prompts
+    local_only: bool = False  # whether it stays on the own engine
 
 
 class Reply(ABC):

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+from wwwserve.serving.boundary import loads
 from wwwserve.serving.http.handover import limit_of
 from wwwserve.serving.http.reply import CHAT_PATH, CompletionRequest, Failed, Reply, RetryableError
 from wwwserve.serving.http.sse import DONE, LAST_EVENT, Event, EventParser, StreamError, choices_of, usage_of
@@ -103,7 +104,7 @@ class Resumed(Reply):
         if not event.data:
             return event.raw
         try:
-            content = orjson.loads(event.data)
+            content = loads(event.data)
             choices = choices_of(content)
         except (ValueError, AttributeError):
             raise RetryableError("its stream is not what an engine streams") from None

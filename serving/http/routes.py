@@ -1,46 +1,51 @@
 """The node's API: OpenAI's for users, the peers' beside it, and pages to look at. Plain ASGI, bytes passed through."""
 
 import asyncio
-import hmac
 import logging
+import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import orjson
 
-from wwwserve.agents.protocol import TARIFF_SIZE
+from wwwserve.serving import boundary
+from wwwserve.serving.boundary import BoundaryError
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, REFUSED, TARIFF, TPOT, TTFT
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
 from wwwserve.serving.duel.messages import ATTEST_PATH, COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Declined
 from wwwserve.serving.engine.prefix_index import prefix_of
+from wwwserve.serving.http.connection import CONNECTION, Connection
 from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, limit_of, tells_usage
-from wwwserve.serving.http.messages import SIGNATURE, Refusals, Refused
+from wwwserve.serving.http.keys import NAME_CHARS
+from wwwserve.serving.http.messages import SIGNATURE, Claim, Refusals, Refused
+from wwwserve.serving.http.pages import PAGES, Pages, Receive, Scope, Send, answer, check_key, expect, fail
+from wwwserve.serving.http.places import address_of, is_loopback
+from wwwserve.serving.http.quotas import Quotas
 from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed, Reply
 from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Delivery
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import Full
-from wwwserve.serving.ledger.statements import MOST_PRICE, StatementError
+from wwwserve.serving.ledger.statements import StatementError
 from wwwserve.serving.ledger.verdicts import committed
 from wwwserve.serving.market import MOST_TOKENS, Tariff
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES
-from wwwserve.serving.overview import overview
 
 log = logging.getLogger("wwwserve.app")
 
-CLASS_HEADER = b"x-slo-class"
-MOST_PROMPT = 1 << 24  # tokens that a peer may say a prompt has
+CLASS_HEADER, LOCAL_ONLY = b"x-slo-class", b"x-wwwserve-local-only"
+
+PEERS = PEER_PREFIX + "/"
+MOST_STATED = 2 << 20  # bytes of a message about payment or stake of who was granted nothing
+
+_STATED = re.compile(rb'signature\\?"')  # a field in a statement, or in one that is in a string
 
 T = TypeVar("T")
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 class HttpReply(Reply):
@@ -63,7 +68,7 @@ class HttpReply(Reply):
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
         """See `Reply`."""
         self.started = self._ended = True
-        await _answer(self._send, status, body, content_type.encode("latin-1"))
+        await answer(self._send, status, body, content_type.encode("latin-1"))
 
     async def end(self) -> None:
         """All of it is out."""
@@ -77,12 +82,14 @@ class App:
 
     def __init__(self, dispatcher: Dispatcher, config: NodeConfig, refusals: Refusals) -> None:
         self.dispatcher, self.config, self.refusals = dispatcher, config, refusals
+        self.quotas = Quotas(
+            config.limits.peer_messages_per_s, config.limits.receiving_bytes, lambda: asyncio.get_running_loop().time()
+        )
         self.drain = Drain()
         self.keys = [key.encode() for key in config.keys]
         self.classes = {name.encode(): k for k, name in enumerate(config.class_names)}
-        self.pages: dict[str, Callable[[], tuple[int, bytes, bytes]]] = {
-            "/health": self._health, "/metrics": self._metrics, "/network": self._network, "/v1/models": self._models
-        }  # fmt: skip
+        self.local_only = [each.local_only for each in config.classes.values()] or [False]
+        self.pages = Pages(dispatcher, self.drain)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -90,53 +97,53 @@ class App:
             raise ValueError(f"scope is of type {scope['type']}, expected http")
         path, method = scope["path"], scope["method"]
         try:
+            await (self.quotas.peers if path.startswith(PEERS) else self.quotas.users).take()
             headers: dict[bytes, bytes] = dict(scope["headers"])
             if path in COMPLETIONS:
-                _expect(method, "POST")
+                expect(method, "POST")
                 self._check_key(headers)
-                await self._complete(path, headers, receive, send)
+                await self._complete(scope, headers, receive, send)
             elif path == BEAT_PATH:
-                _expect(method, "POST")
-                await self._beat(receive, send)
+                expect(method, "POST")
+                await self._beat(scope, receive, send)
             elif path.startswith(PEER_PREFIX) and path[len(PEER_PREFIX) :] in COMPLETIONS:
-                _expect(method, "POST")
+                expect(method, "POST")
                 await self._complete_for_peer(scope, headers, receive, send)
             elif path in (ATTEST_PATH, JUDGE_PATH):
-                _expect(method, "POST")
+                expect(method, "POST")
                 await self._on_duel(scope, headers, receive, send)
             elif path == LEDGER_PATH:
-                _expect(method, "POST")
+                expect(method, "POST")
                 await self._on_ledger(scope, headers, receive, send)
-            elif path in self.pages:
-                _expect(method, "GET")
-                if path == "/v1/models":
-                    self._check_key(headers)
-                await _answer(send, *self.pages[path]())
+            elif path == "/v1/models":
+                expect(method, "GET")
+                self._check_key(headers)
+                await answer(send, *self._models())
+            elif path in PAGES and self.config.admin is None:
+                expect(method, "GET")
+                await answer(send, *self.pages.page(path, is_here=_is_here(scope)))
             else:
                 raise Failed(404, f"there is no {path}", "not_found_error")
         except ClientDisconnect:
             pass
         except Failed as failed:
-            await _fail(send, failed)
+            await fail(send, failed)
         except Refused as refused:
             self.refusals(refused)
-            await _fail(send, Failed(403, str(refused), refused.kind))
+            status, again_s = (429, 1) if refused.kind == "crowded" else (403, None)
+            await fail(send, Failed(status, str(refused), refused.kind, again_s))
         except Exception:  # the user sees no more of it than that it happened
             log.exception("a request met an error", extra={"path": path})
-            await _fail(send, Failed(500, "an error inside the node", "internal_error"))
+            await fail(send, Failed(500, "an error inside the node", "internal_error"))
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
-        if not self.keys:
-            return
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not any([hmac.compare_digest(key, each) for each in self.keys]):
-            raise Failed(401, "this API key is not known here", "authentication_error")
+        check_key(headers, self.keys)
 
     # The OpenAI API.
 
-    async def _complete(self, path: str, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
-        body = await _body(receive, headers, self.config.limits.body_bytes)
-        completion = self._asked(path, headers, body)
+    async def _complete(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        body = await self._receive(receive, headers, _address(scope))
+        completion = self._asked(scope["path"], headers, body)
         reply = HttpReply(send)
         try:
             with self.drain.work():
@@ -162,24 +169,27 @@ class App:
         if klass is None:
             known = ", ".join(self.config.class_names)
             raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
-        prompt_bytes, prompt_ids = _prompt_size(request)
+        try:
+            local_only = boundary.flag_of(headers.get(LOCAL_ONLY, b""))
+        except BoundaryError as error:
+            raise Failed(400, f"header {LOCAL_ONLY.decode()}: {error}", "invalid_request_error") from None
+        prompt_bytes, prompt_ids = boundary.prompt_size(request)
         return CompletionRequest(
             path, body, model, bool(stream), klass, prompt_bytes, prompt_ids, prefix_of(path, request),
             limit_of(path, request) or 0, choices_in(request),
+            local_only or self.local_only[klass] or not _is_shareable(request),
         )  # fmt: skip
 
     async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Run a peer's request, or refuse it at once."""
         messages, path = self.dispatcher.messages, scope["path"][len(PEER_PREFIX) :]
-        claim = messages.open(scope["path"], scope["headers"])
-        body = await _body(receive, headers, self.config.limits.body_bytes)
-        claim.check(body)
+        claim, body = await self._open(scope, headers, receive)
         try:
             remote, paid = self._take(path, headers, body, claim.sender)
         except Failed as failed:  # signed, as who asked takes what is in escrow back
             seal = [(REFUSED.encode(), b"%d" % failed.status)]
             seal.append((SIGNATURE.encode(), messages.sign_answer(claim, seal)))
-            await _fail(send, failed, seal)
+            await fail(send, failed, seal)
             return
         reply = HttpReply(send)
         head = [(name.encode(), said.encode()) for name, said in zip((TTFT, TPOT), remote.promise.text(), strict=True)]
@@ -203,7 +213,7 @@ class App:
     ) -> tuple[RemoteRequest, Delivery | None]:
         """Take a peer's request, with a promise. Raises Failed."""
         request = _object(body)
-        prompt, tariff = _prompt_tokens(headers, *_prompt_size(request)), _tariff(headers)
+        prompt, tariff = _prompt_and_tariff(headers, request)
         limit, choices, model = limit_in_force(path, request), choices_in(request), request.get("model")
         most = limit * choices if limit is not None else None
         longest = min(most or self.config.output.max * choices, MOST_TOKENS)
@@ -240,19 +250,17 @@ class App:
 
     async def _on_duel(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """A peer asks to sign an answer, or to judge two."""
-        claim = self.dispatcher.messages.open(scope["path"], scope["headers"])
-        body = await _body(receive, headers, self.config.limits.body_bytes)
-        claim.check(body)
+        claim, body = await self._open(scope, headers, receive)
         try:
             if scope["path"] == ATTEST_PATH:
-                answer = self.dispatcher.attestor.attest(claim.sender, body)
+                said = self.dispatcher.attestor.attest(claim.sender, body)
             else:
                 with self.drain.work():
                     charge = partial(self._charge, claim.sender, headers, body)
-                    answer = await _unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body, charge))
+                    said = await _unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body, charge))
         except Declined as error:
             raise Failed(409, str(error), "declined") from None
-        await _answer(send, 200, answer)
+        await answer(send, 200, said)
 
     def _charge(self, sender: str, headers: dict[bytes, bytes], body: bytes, tokens: int) -> Delivery | None:
         """Agree to what a peer pays for a vote; None where nothing is paid. Raises Declined."""
@@ -270,41 +278,98 @@ class App:
         accounts = self.dispatcher.accounts
         if accounts is None:
             raise Failed(404, "this node keeps no ledger", "not_found_error")
-        claim = self.dispatcher.messages.open(scope["path"], scope["headers"])
-        body = await _body(receive, headers, self.config.limits.body_bytes)
-        claim.check(body)
+        claim, body = await self._open(scope, headers, receive)
         try:
-            answer = await accounts.received(claim.sender, body)
+            said = await accounts.received(claim.sender, body)
         except (LedgerError, StatementError) as error:
             raise Failed(409, str(error), "ledger_error") from None
         except Full:
             raise _not_writable() from None
-        await _answer(send, 200, answer)
+        await answer(send, 200, said)
 
-    async def _beat(self, receive: Receive, send: Send) -> None:
-        self.dispatcher.membership.received(await _body(receive, {}, MOST_BYTES))
-        await _answer(send, 204, b"")
+    async def _beat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        address = _address(scope)
+        if self.quotas.forged.left(address) < 1:
+            raise Refused("crowded", "too much that was forged came from this address")
+        body = await self._receive(receive, {}, address, MOST_BYTES)
+        with self._counted(address):
+            self._check_certified(scope, body[:NAME_CHARS].decode("latin-1"))
+            peer = self.dispatcher.membership.received(body)
+        _proved(scope, peer)
+        await answer(send, 204, b"")
+
+    async def _open(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> tuple[Claim, bytes]:
+        """A peer's message and its body, once both are known to be its own. Raises Refused."""
+        address = _address(scope)
+        with self._counted(address):
+            claim = self.dispatcher.messages.open(
+                scope["path"], scope["headers"], lambda sender: self._admit(scope, sender, address)
+            )
+        self.quotas.signed.spend(claim.sender)
+        _proved(scope, claim.sender)
+        body = await self._receive(receive, headers, claim.sender, self._most_of(scope["path"], claim.sender))
+        claim.check(body)
+        if scope["path"] in (LEDGER_PATH, JUDGE_PATH):  # what it states is signed as well
+            self.quotas.signed.spend(claim.sender, len(_STATED.findall(body)))
+        return claim, body
+
+    def _most_of(self, path: str, peer: str) -> int:
+        """Bytes of a message. Who was granted credit here may have to tell all again that this node forgot."""
+        most, accounts = self.config.limits.body_bytes, self.dispatcher.accounts
+        if path == LEDGER_PATH and accounts is not None and peer not in accounts.ledger.grants:
+            return min(most, MOST_STATED)
+        return most
+
+    def _admit(self, scope: Scope, peer: str, address: str) -> None:
+        """Raises Refused for a message of who is said to be `peer` that is not to be looked at."""
+        self._check_certified(scope, peer)
+        self.quotas.admit(peer, address)
+
+    def _check_certified(self, scope: Scope, peer: str) -> None:
+        if self.config.tls is not None and scope[CONNECTION].certified != peer:
+            raise Refused("uncertified", f"its connection is not one of {peer}")
+
+    @contextmanager
+    def _counted(self, address: str) -> Iterator[None]:
+        """What is forged in it counts for an address."""
+        try:
+            yield
+        except Refused as refused:
+            if refused.kind == "forged":
+                self.quotas.forged.spend(address)
+            raise
+
+    async def _receive(
+        self, receive: Receive, headers: dict[bytes, bytes], who: str, limit: int | None = None
+    ) -> bytes:  # fmt: skip
+        """The body of a request. Raises Failed for one that is too large, and while too many others are coming."""
+        limit = self.config.limits.body_bytes if limit is None else limit
+        too_large = Failed(413, f"the body is larger than {limit} bytes", "invalid_request_error")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and (len(length) > 18 or int(length) > limit):
+            raise too_large
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if not message.get("more_body", False) and message["type"] != "http.disconnect" and len(body) <= limit:
+            return body
+        parts, size, kept = [body], len(body), 0
+        try:
+            while message.get("more_body", False) and size <= limit:
+                if not self.quotas.came(who, size - kept):
+                    raise Failed(503, "too many large requests come at once", "overloaded", retry_after_s=1)
+                kept = size
+                message = await receive()
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+        finally:
+            self.quotas.gone(who, kept)
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        if size > limit:
+            raise too_large
+        return b"".join(parts)
 
     # Pages.
-
-    def _health(self) -> tuple[int, bytes, bytes]:
-        up, ends = self.dispatcher.engine.healthy, self.drain.begun
-        said = "this node is shutting down" if ends else "ok" if up else "the engine is down"
-        status = {"status": said, "reason": self.dispatcher.engine.reason}
-        return 200 if up and not ends else 503, orjson.dumps(status), b"application/json"
-
-    def _metrics(self) -> tuple[int, bytes, bytes]:
-        d = self.dispatcher
-        balances = d.accounts.ledger.balances() if d.accounts is not None else []
-        page = d.metrics.page(
-            held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers), balances=balances,
-            ledger_full=d.accounts is not None and bool(d.accounts.ledger.full), tariff=d.provider.tariff,
-            markup=d.provider.markup, margin=d.provider.margin,
-        )  # fmt: skip
-        return 200, page, b"text/plain; version=0.0.4; charset=utf-8"
-
-    def _network(self) -> tuple[int, bytes, bytes]:
-        return 200, orjson.dumps(overview(self.dispatcher), option=orjson.OPT_SERIALIZE_NUMPY), b"application/json"
 
     def _models(self) -> tuple[int, bytes, bytes]:
         models = [
@@ -314,87 +379,65 @@ class App:
         return 200, orjson.dumps({"object": "list", "data": models}), b"application/json"
 
 
-def _prompt_tokens(headers: dict[bytes, bytes], prompt_bytes: int, prompt_ids: int) -> int:
-    """Tokens of a peer's prompt as it says. Raises Failed for fewer than it can have, as what is computed would not be
-    paid."""
-    header = headers.get(PROMPT.encode(), b"")
-    least = max(1, prompt_ids + prompt_bytes // MOST_BYTES_PER_TOKEN)
-    if not (header.isdigit() and len(header) < 10 and least <= int(header) < MOST_PROMPT):
-        expected = f"expected a header {PROMPT}, {least} tokens or more"
-        raise Failed(400, expected, "invalid_request_error")
-    return int(header)
+def _proved(scope: Scope, peer: str) -> None:
+    """Its connection is a peer's. In a network that is simulated there is none. Raises Refused."""
+    connection: Connection | None = scope.get(CONNECTION)
+    if connection is not None:
+        connection.proved(peer)
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return address_of(client[0]) if client else ""
+
+
+def _is_here(scope: Scope) -> bool:
+    """Whether a client is on this machine."""
+    client = scope.get("client")
+    return not client or is_loopback(client[0])
+
+
+def _is_shareable(request: dict[str, Any]) -> bool:
+    try:
+        boundary.check_shareable(request)
+    except BoundaryError:
+        return False
+    return choices_in(request) <= boundary.MOST_CHOICES
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        return boundary.object_of(body)
+    except BoundaryError as error:
+        raise Failed(400, str(error), "invalid_request_error") from None
+
+
+def _prompt_and_tariff(headers: dict[bytes, bytes], request: dict[str, Any]) -> tuple[int, Tariff]:
+    """Prompt tokens and tariff of a peer's request, which is one that is run for others. Raises Failed."""
+    name, (prompt_bytes, prompt_ids) = "", boundary.prompt_size(request)
+    try:
+        boundary.check_shareable(request)
+        if choices_in(request) > boundary.MOST_CHOICES:
+            raise BoundaryError(f"it asks for more than {boundary.MOST_CHOICES} answers")
+        name = f"header {PROMPT}: "
+        least = prompt_ids + prompt_bytes // MOST_BYTES_PER_TOKEN  # fewer would not pay what is computed
+        prompt = boundary.prompt_tokens(headers.get(PROMPT.encode(), b""), least)
+    except BoundaryError as error:
+        raise Failed(400, f"{name}{error}", "invalid_request_error") from None
+    return prompt, _tariff(headers)
 
 
 def _tariff(headers: dict[bytes, bytes]) -> Tariff:
     """The tariff that a peer goes by. Raises Failed."""
-    prices = headers.get(TARIFF.encode(), b"").split()
-    if len(prices) != TARIFF_SIZE or not all(p.isdigit() and len(p) < 11 and int(p) <= MOST_PRICE for p in prices):
-        expected = f"expected a header {TARIFF}, {TARIFF_SIZE} prices in micro-credits"
-        raise Failed(400, expected, "invalid_request_error")
-    given, cached, output = map(int, prices)
-    return given, cached, output
+    try:
+        return boundary.tariff_of(headers.get(TARIFF.encode(), b""))
+    except BoundaryError as error:
+        raise Failed(400, f"header {TARIFF}: {error}", "invalid_request_error") from None
 
 
 def _not_writable() -> Failed:
     """Said to peers, whom files here do not concern."""
     return Failed(507, "the ledger cannot be written", "overloaded")
-
-
-def _expect(method: str, expected: str) -> None:
-    if method != expected:
-        raise Failed(405, f"method {method} is not allowed, expected {expected}", "invalid_request_error")
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        request = orjson.loads(body)
-    except ValueError:
-        raise Failed(400, "the body is not JSON", "invalid_request_error") from None
-    if not isinstance(request, dict):
-        raise Failed(400, f"the body is a {type(request).__name__}, expected an object", "invalid_request_error")
-    return request
-
-
-def _prompt_size(request: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of the texts that a model reads, as far as they can be seen, and tokens that it is given as such."""
-    prompt, messages = request.get("prompt"), request.get("messages")
-    if isinstance(prompt, str):
-        return len(prompt.encode(errors="replace")), 0
-    if isinstance(prompt, list):  # of tokens, or of texts or lists of tokens, each a prompt
-        texts = sum(len(each.encode(errors="replace")) for each in prompt if isinstance(each, str))
-        return texts, sum(len(each) if isinstance(each, list) else 1 for each in prompt if not isinstance(each, str))
-    if not isinstance(messages, list):
-        return 0, 0
-    size = 0
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        parts: Sequence[Any] = content if isinstance(content, list) else [content]
-        for part in parts:
-            text = part.get("text") if isinstance(part, dict) else part
-            size += len(text.encode(errors="replace")) if isinstance(text, str) else 0
-    return size, 0
-
-
-async def _body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
-    too_large = Failed(413, f"the body is larger than {limit} bytes", "invalid_request_error")
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and (len(length) > 18 or int(length) > limit):
-        raise too_large
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    parts = [body]
-    size = len(body)
-    while message.get("more_body", False):
-        if size > limit:
-            raise too_large
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    if size > limit:
-        raise too_large
-    return b"".join(parts) if len(parts) > 1 else body
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
@@ -419,19 +462,3 @@ async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         raise
     finally:
         watching.cancel()
-
-
-async def _fail(send: Send, failed: Failed, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    extra = [*headers]
-    if failed.retry_after_s is not None:
-        extra.append((b"retry-after", str(failed.retry_after_s).encode()))
-    await _answer(send, failed.status, failed.body(), b"application/json", extra)
-
-
-async def _answer(
-    send: Send, status: int, body: bytes, kind: bytes = b"application/json",
-    headers: Sequence[tuple[bytes, bytes]] = (),
-) -> None:  # fmt: skip
-    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})

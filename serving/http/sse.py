@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from wwwserve.serving.boundary import answer_of, loads
 from wwwserve.serving.market import MOST_TOKENS
 
 DONE = b"[DONE]"  # data of the last event
@@ -163,9 +164,10 @@ class AnswerMeter:
 
     def whole(self, body: bytes) -> None:
         """Count an answer that is not streamed. Raises StreamError for what is no object of JSON."""
-        answer = _object(body)
-        if answer is None:
-            raise StreamError("the answer is no object of JSON")
+        try:
+            answer = answer_of(body)
+        except ValueError as error:
+            raise StreamError(f"the answer is no object of JSON: {error}") from None
         self.usage, self._answer, self.complete = usage_of(answer), answer, True  # its usage alone tells of tokens
 
     def _count(self, event: Event) -> bool:
@@ -275,7 +277,7 @@ def usage_of(told: dict[str, Any]) -> Usage | None:
 
 def _object(told: bytes) -> dict[str, Any] | None:
     try:
-        found = orjson.loads(told)
+        found = loads(told)
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

@@ -5,7 +5,10 @@ Redirects are never followed, cookies not kept, bodies not decompressed, proxies
 goes wrong is an OSError or a TimeoutError.
 """
 
+import asyncio
 import re
+import ssl
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
@@ -13,7 +16,12 @@ from typing import Protocol
 import aiohttp
 from yarl import URL
 
+from wwwserve.serving.http.certificates import NODE_HOST, KeyCheck, PeerContext
+from wwwserve.serving.http.keys import Identity
+
 CONNECT_TIMEOUT_S = 5.0
+MOST_CONTEXTS = 1024  # of peers, for TLS
+MOST_PIECE = 1 << 14  # bytes of an answer in one turn of the event loop, as they may be thousands of events
 
 _METHOD = re.compile(r"[A-Z]{1,16}")
 _URL = re.compile(r"https?://[!-~]+")
@@ -50,9 +58,10 @@ class Transport(Protocol):
 
     def request(
         self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
-        read_timeout_s: float,
+        read_timeout_s: float, peer: str = "",
     ) -> AbstractAsyncContextManager[Response]:  # fmt: skip
-        """Send a request; the context begins once the head of the response is there.
+        """Send a request; the context begins once the head of the response is there. To a `peer`, named by its key,
+        nothing goes out before the other side has shown that key, where nodes have TLS.
 
         Leaving it before the response's end breaks the connection off. `timeout_s` bounds all of it (None: no bound),
         `read_timeout_s` the time without a byte. Raises OSError and TimeoutError.
@@ -95,8 +104,11 @@ class AiohttpResponse:
     async def iter_any(self) -> AsyncIterator[bytes]:
         """See `Response`."""
         try:
-            async for piece in self._response.content.iter_any():
-                yield piece
+            async for came in self._response.content.iter_any():
+                yield came[:MOST_PIECE]
+                for start in range(MOST_PIECE, len(came), MOST_PIECE):
+                    await asyncio.sleep(0)
+                    yield came[start : start + MOST_PIECE]
         except aiohttp.ClientError as error:
             raise _os_error(error) from None
 
@@ -124,23 +136,35 @@ class AiohttpResponse:
 class AiohttpTransport:
     """A `Transport` over one session of aiohttp; to be used and closed in one event loop."""
 
-    def __init__(self, keepalive_s: float = 30.0) -> None:
+    def __init__(self, keepalive_s: float = 30.0, identity: Identity | None = None) -> None:
+        """With an `identity` it has TLS with peers, and sends nothing to them without."""
+        self._identity = identity
+        self._contexts: OrderedDict[str, PeerContext] = OrderedDict()
+        self._verified: ssl.SSLContext | bool = True if identity is None else ssl.create_default_context()
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_s), cookie_jar=aiohttp.DummyCookieJar(),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=keepalive_s, ssl=True if identity is None else KeyCheck()
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False, trust_env=False, skip_auto_headers=("accept", "accept-encoding", "user-agent"),
         )  # fmt: skip
 
     @asynccontextmanager
     async def request(
         self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
-        read_timeout_s: float,
+        read_timeout_s: float, peer: str = "",
     ) -> AsyncIterator[Response]:  # fmt: skip
         """See `Transport`."""
         check_request(method, url, headers)
+        secured, host = self._verified, None
+        if peer and self._identity is not None:
+            if not url.startswith("https://"):
+                raise ConnectionError(f"{url} is no address for TLS")
+            secured, host = self._context(self._identity, peer), NODE_HOST
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S, sock_read=read_timeout_s)
         asked = self._session.request(
             method, URL(url, encoded=True), data=body or None, headers=headers, timeout=timeout,
-            allow_redirects=False,
+            allow_redirects=False, ssl=secured, server_hostname=host,
         )  # fmt: skip
         try:
             response = await asked
@@ -148,6 +172,15 @@ class AiohttpTransport:
             raise _os_error(error) from None
         async with response:
             yield AiohttpResponse(response)
+
+    def _context(self, identity: Identity, peer: str) -> PeerContext:
+        context = self._contexts.get(peer)
+        if context is None:
+            context = self._contexts[peer] = PeerContext.to(identity, peer)
+            if len(self._contexts) > MOST_CONTEXTS:
+                self._contexts.popitem(last=False)
+        self._contexts.move_to_end(peer)
+        return context
 
     async def close(self) -> None:
         """Close all connections."""

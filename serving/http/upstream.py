@@ -307,9 +307,9 @@ class DirectTransport:
 
     def request(
         self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
-        read_timeout_s: float,
+        read_timeout_s: float, peer: str = "",
     ) -> AbstractAsyncContextManager[DirectResponse]:  # fmt: skip
-        """See `serving.http.transport.Transport`."""
+        """See `serving.http.transport.Transport`; it has no TLS with peers."""
         site, head = _head(method, url, tuple(headers.items()))
         now_s = asyncio.get_running_loop().time()
         wire = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)

@@ -252,7 +252,7 @@ class Delivery:
 
 
 class Accounts:
-    """A node's peer_stats in credit."""
+    """What a node pays, and is paid."""
 
     def __init__(self, ledger: ChannelLedger, send: SendTo) -> None:
         self.ledger, self.send = ledger, send
@@ -407,6 +407,11 @@ class Accounts:
         """A peer fell silent."""
         self._there.discard(peer)
         self._untold.pop(peer, None)
+
+    def forget(self, peer: str) -> None:
+        """A peer that is gone is not worth remembering: the ledger has what it owes and is owed."""
+        self._again_s.pop(peer, None)
+        self._reasons.pop(peer, None)
 
     def spread(self) -> None:
         """Pass on by what evidence somebody lost stake, as far as that is news."""

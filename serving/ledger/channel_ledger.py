@@ -6,6 +6,7 @@ what has to be durable before a message goes out is awaited. Requests are known 
 micro-credits.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -84,7 +85,7 @@ from wwwserve.serving.market import Promise
 
 log = logging.getLogger("wwwserve.ledger")
 
-MOST_UNACKED = 20_000  # receipts that a peer has not acknowledged, beyond which it gets no more requests
+MOST_UNACKED = 2_000  # receipts that a peer has not acknowledged, beyond which it gets no more requests
 # Part of all that was paid by which the two sides may differ beside the exposure, as kills and lost links happen.
 DIFFER_SHARE = 50
 UNBOUNDED = 1 << 31  # tokens
@@ -294,7 +295,8 @@ class ChannelLedger(JournaledBooks):
             answer = await self._on_voucher(peer, message.vouch)
         else:
             for each in message.statements:
-                self.heard(peer, each.encode())
+                if self.heard(peer, each.encode()):
+                    await asyncio.sleep(0)  # its signatures took long enough
             answer = Declined("")
         return msgspec.json.encode(answer)
 
@@ -458,7 +460,8 @@ class ChannelLedger(JournaledBooks):
     def heard(self, peer: str, statement: bytes) -> bool:
         """A statement about stake came by a peer; returns whether it is news. Raises StatementError.
 
-        What others stake is not written, as they say it again; who lost stake is.
+        What others stake is not written, as they say it again; who lost stake is. What is known already is told so
+        before its signatures are checked.
         """
         stated = parse(statement)
         if not self.stakes.is_news(stated):

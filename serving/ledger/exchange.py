@@ -1,9 +1,13 @@
 """Messages between the ledgers of two nodes, and what they are answered with."""
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
+
+from msgspec import Meta
 
 from wwwserve.serving.ledger.statements import VERSION, Opening, Signed, Struct, Terms, Vouch
 from wwwserve.serving.market import Whole
+
+MOST_STATEMENTS = 1_000  # about stake in one message
 
 
 class Open(Struct, frozen=True, tag="open"):
@@ -24,7 +28,7 @@ class Vouching(Struct, frozen=True, tag="vouch"):
 class Telling(Struct, frozen=True, tag="stakes"):
     """Statements about stake."""
 
-    statements: tuple[str, ...]
+    statements: Annotated[tuple[str, ...], Meta(max_length=MOST_STATEMENTS)]
     version: Whole = VERSION
 
 

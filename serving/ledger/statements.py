@@ -7,22 +7,19 @@ every receipt under the head. Digests are SHA-256 in hexadecimal, signatures bas
 """
 
 import hashlib
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import urlsafe_b64encode
 from typing import Any
 
 import msgspec
 
-from wwwserve.agents.protocol import MICRO
-from wwwserve.agents.tariff import MAX_TARIFF
-from wwwserve.serving.http.keys import Identity, SignatureError, tagged, verify
-from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff, Whole
+from wwwserve.serving.http.keys import Identity, SignatureError, signature_of, tagged, verify
+from wwwserve.serving.market import MOST_PRICE, MOST_TOKENS, Promise, Tariff, Whole
 
 VERSION = 3  # of what is stated; another one is not taken
 WHOLE, PART, NOTHING = "whole", "part", "nothing"  # how much of an answer came
 GOING = "going"  # more of it is to come: an instalment
 MOST_MS = 1 << 40
 MOST_AMOUNT = 10**18  # micro-credits
-MOST_PRICE = int(MAX_TARIFF) * MICRO
 
 
 class StatementError(ValueError):
@@ -157,10 +154,7 @@ def check(name: str, kind: str, stated: msgspec.Struct, signature: str) -> None:
     """Raises StatementError unless `name` signed a statement of that kind. A signature is spelled in one way, or who
     passes a statement on could make others of it."""
     try:
-        signed = urlsafe_b64decode(signature)
-        if urlsafe_b64encode(signed).decode() != signature:
-            raise StatementError("the signature is not how base64url writes it")
-        verify(name, tagged(kind, msgspec.json.encode(stated)), signed)
+        verify(name, tagged(kind, msgspec.json.encode(stated)), signature_of(signature))
     except (SignatureError, ValueError) as error:
         raise StatementError(f"a {kind} that {name} is said to have signed: {error}") from None
 

@@ -9,14 +9,14 @@ list of keys, `serving.membership.zenoh` finds them.
 
 import asyncio
 import logging
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from wwwserve.agents.classes import MAX_CLASSES
 from wwwserve.agents.knowledge import (
@@ -43,8 +43,10 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.agents.protocol import CACHED_INPUT, INPUT, TARIFF_SIZE
 from wwwserve.agents.tariff import MAX_TARIFF
+from wwwserve.serving.boundary import BoundaryError, ModelName, check_url, read
 from wwwserve.serving.http.keys import NAME_CHARS, SIGNATURE_BYTES, Identity, tagged, verify
 from wwwserve.serving.http.messages import Refused, check_time
+from wwwserve.serving.http.quotas import Quota
 from wwwserve.serving.http.transport import Transport
 from wwwserve.serving.market import Whole
 
@@ -54,8 +56,10 @@ BEAT_S = 0.4  # between two signs of life
 SILENT_S = 1.4  # without one, after which a peer is gone
 BEAT_PATH = "/peer/beat"
 MOST_BYTES = 16384  # of an advert
+MOST_PER_S = 50.0  # adverts of one peer that are looked at, and as many at once
+LOCAL_URL = "http://localhost"
 MOST_LABEL = 64  # characters
-MOST_URL = 512  # characters
+MOST_MODELS = 256  # of one node
 HEAD_BYTES = NAME_CHARS + SIGNATURE_BYTES  # before the JSON of an advert
 
 
@@ -65,7 +69,7 @@ class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str  # its public key
     label: str  # what it calls itself, for people; anyone may choose any
     url: str  # of its data plane
-    serves: tuple[str, ...]  # model names
+    serves: Annotated[tuple[ModelName, ...], Meta(max_length=MOST_MODELS)]
     run: Whole  # when it started, by its own clock, µs
     number: Whole  # of its adverts in this run, ascending
     load: tuple[float, ...]  # [ADVERT_SIZE], see agents.knowledge
@@ -73,7 +77,6 @@ class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sent_us: Whole = 0  # when this was sent, by the sender's clock; ascending
 
 
-_URL = re.compile(r"https?://[!-~]+")
 _COUNT, _TOKENS, _MEAN, _CREDITS, _DURATION = (0.0, 1e6), (0.0, 1e10), (0.1, 1e7), (0.0, 1e9), (1e-14, 1e4)
 _RANGES: dict[int, tuple[float, float]] = {  # of each column, see agents.knowledge
     AD_TIME_S: (-1e12, 1e12), AD_RUNNING: _COUNT, AD_WAITING: _COUNT, AD_KV_TOKENS: _TOKENS,
@@ -101,15 +104,15 @@ class Membership(Protocol):
     def knows(self, name: str) -> bool:
         """Whether it is the key of a peer, there or not; true of a bounded number of keys."""
 
-    def received(self, body: bytes) -> None:
-        """A beat came over the data plane. Raises Refused for what is none."""
+    def received(self, body: bytes) -> str:
+        """A beat came over the data plane; returns whose. Raises Refused for what is none."""
 
 
-def decode(body: bytes) -> Advert:
-    """Read an advert; raises Refused."""
+def decode(body: bytes, by: str = LOCAL_URL) -> Advert:
+    """Read an advert; raises Refused. `by` is the address of the node that heard it, see `boundary.check_url`."""
     try:
-        advert = msgspec.json.decode(body, type=Advert)
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        advert: Advert = read(body, Advert)
+    except BoundaryError as error:
         raise Refused("malformed", f"it is no advert: {error}") from None
     if len(advert.load) != ADVERT_SIZE:
         raise Refused("malformed", f"load has {len(advert.load)} numbers, expected {ADVERT_SIZE}")
@@ -121,8 +124,10 @@ def decode(body: bytes) -> Advert:
     cached, given = advert.load[AD_TARIFF + CACHED_INPUT], advert.load[AD_TARIFF + INPUT]
     if cached > given:  # what is in escrow, at the price of input, would not pay it
         raise Refused("malformed", f"cached input is at {cached}, expected at most {given}, the price of input")
-    if not (_URL.fullmatch(advert.url) and len(advert.url) <= MOST_URL):
-        raise Refused("malformed", f"url is {advert.url[:80]!r}, expected http:// or https:// and printable ASCII")
+    try:
+        check_url(advert.url, by)
+    except BoundaryError as error:
+        raise Refused("malformed", str(error)) from None
     if not (advert.label.isprintable() and len(advert.label) <= MOST_LABEL):
         raise Refused("malformed", f"label is not at most {MOST_LABEL} printable characters")
     return advert
@@ -145,12 +150,15 @@ class Heartbeat(ABC):
         self.true_at_s = 0.0
         self.beaten_s: dict[str, float] = {}  # when each peer that is there was last heard
         self.numbers: dict[str, tuple[int, int]] = {}  # run and number of its last advert
+        self._quota = Quota(MOST_PER_S, MOST_PER_S, clock)
         self._last: dict[str, tuple[int, bytes]] = {}  # of each that was ever heard: when it sent that, and signed how
         self._beat: tuple[float, bytes] | None = None  # when it was made
         self._sent_us = 0
         self._heard: Heard = lambda advert: None
         self._news = asyncio.Event()  # there is another advert
         self._gone: Gone = lambda name: None
+        self.only_tls = False  # whether peers have to be at https://
+        self.reached_by = LOCAL_URL  # the address of this node, see `boundary.check_url`
 
     def publish(self, advert: Advert, now_s: float) -> None:
         """See `Membership`."""
@@ -185,13 +193,18 @@ class Heartbeat(ABC):
         last_us, last = self._last.get(name, (0, b""))
         if signature == last:
             raise Refused("replayed", "it was heard already")
+        if self._quota.left(name) < 1:
+            raise Refused("crowded", f"{name} sends more adverts than are looked at")
         try:
             verify(name, tagged("advert", content), signature)
         except ValueError as error:
             raise Refused("forged", str(error)) from None
-        advert = decode(content)
+        self._quota.spend(name)
+        advert = decode(content, self.reached_by)
         if advert.name != name:
             raise Refused("forged", f"it speaks for {advert.name!r}, but {name} signed it")
+        if self.only_tls and not advert.url.startswith("https://"):
+            raise Refused("malformed", f"it is at {advert.url!r}, expected https://")
         check_time(advert.sent_us / 1e6, self.wall_clock())
         if advert.sent_us <= last_us:
             raise Refused("replayed", "it is older than what was heard already")
@@ -238,22 +251,23 @@ class StaticMembership(Heartbeat):
         """See `Heartbeat`."""
         return name in self.peers
 
-    def received(self, body: bytes) -> None:
+    def received(self, body: bytes) -> str:
         """See `Membership`. A beat of someone who is not on the list is refused as well."""
         advert = self.take(body)
         if self.peers[advert.name] != advert.url:
             raise Refused("stranger", f"it is at {advert.url!r}, the list of peers says {self.peers[advert.name]!r}")
         self.alive(advert)
+        return advert.name
 
     async def run(self, heard: Heard, gone: Gone) -> None:
         """See `Membership`."""
         self._heard, self._gone = heard, gone
         async with asyncio.TaskGroup() as group:
             group.create_task(self.watch())
-            for url in self.peers.values():
-                group.create_task(self._send(url))
+            for name, url in self.peers.items():
+                group.create_task(self._send(name, url))
 
-    async def _send(self, url: str) -> None:
+    async def _send(self, name: str, url: str) -> None:
         headers = {"content-type": "application/octet-stream"}
         taken = 204
         while True:
@@ -262,7 +276,13 @@ class StaticMembership(Heartbeat):
             if body is not None:
                 try:
                     async with self.transport.request(
-                        "POST", url + BEAT_PATH, body=body, headers=headers, timeout_s=BEAT_S, read_timeout_s=BEAT_S
+                        "POST",
+                        url + BEAT_PATH,
+                        body=body,
+                        headers=headers,
+                        timeout_s=BEAT_S,
+                        read_timeout_s=BEAT_S,
+                        peer=name,
                     ) as response:
                         answer = await response.read(MOST_BYTES)
                         if response.status != taken:

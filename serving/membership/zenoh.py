@@ -4,12 +4,17 @@ In peer mode every node has a session with every other. Under `wwwserve/NETWORK`
 `alive/KEY`, and publishes its advert as `advert/KEY`. Who is killed loses the token as its connections break, within
 milliseconds; who hangs keeps it and shows by silence. A token is not signed, and anyone can take one back in the name
 of another: a peer that lost its token is gone only if it takes no connection either, or falls silent.
+
+Names cost nothing. A node remembers so many, those in its configuration always, and forgets the one that has been
+silent for longest when there is another. What comes waits in a queue in which every key has the same few places.
 """
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from urllib.parse import quote, urlsplit
 
@@ -17,10 +22,14 @@ import zenoh
 
 from wwwserve.serving.config import ZenohConfig
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.http.messages import Refused
+from wwwserve.serving.http.messages import SKEW_S, Refused
 from wwwserve.serving.membership.heartbeat import BEAT_S, SILENT_S, Gone, Heard, Heartbeat
 
-MOST_PEERS = 1024  # names that are ever heard, as a node keeps what it knows of each
+MOST_PEERS = 1024  # names that are known, beside those in the configuration
+FORGET_S = 2 * SKEW_S  # of silence, after which a name may be forgotten: nothing that it signed before is taken then
+MOST_WAITING = 2  # messages of one key
+MOST_KEYS = 2 * MOST_PEERS  # that have messages waiting
+AT_ONCE, PAUSE_S = 32, 0.005  # messages that are looked at in one go, and the time until the next ones
 MOST_MESSAGE_BYTES = 2**20  # larger ones are dropped by Zenoh
 
 
@@ -54,43 +63,98 @@ def open_session(options: ZenohConfig) -> zenoh.Session:
         raise OSError(f"membership: {str(error).partition(' at /')[0]}") from None  # without where in its source
 
 
+class Inbox:
+    """What came on threads of Zenoh's and waits for the event loop: little of each key, a little at a time."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, take: Callable[[str, bytes | None], None],
+        dropped: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """On the loop, `take` is called with a key and what came under it, None for a token that was taken back, and
+        `dropped` with how many messages found no place since it was called last."""
+        self._loop, self._take, self._tell_dropped = loop, take, dropped
+        self._dropped = 0
+        self._lock = threading.Lock()
+        self._waiting: dict[str, deque[bytes | None]] = {}
+        self._due = False  # whether the loop is going to look
+
+    def put(self, key: str, body: bytes | None) -> None:
+        """Something came; called on any thread."""
+        with self._lock:
+            waiting = self._waiting.get(key)
+            if waiting is None and len(self._waiting) < MOST_KEYS:
+                waiting = self._waiting[key] = deque()
+            if waiting is None or len(waiting) >= MOST_WAITING:
+                self._dropped += 1
+                return
+            waiting.append(body)
+            due, self._due = self._due, True
+        if not due:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._look)
+
+    def _look(self) -> None:
+        with self._lock:
+            dropped, self._dropped = self._dropped, 0
+        if dropped:
+            self._tell_dropped(dropped)
+        for _ in range(AT_ONCE):
+            with self._lock:
+                key = next(iter(self._waiting), None)
+                if key is None:
+                    self._due = False
+                    return
+                waiting = self._waiting.pop(key)
+                body = waiting.popleft()
+                if waiting:
+                    self._waiting[key] = waiting  # after all others
+            self._take(key, body)
+        self._loop.call_later(PAUSE_S, self._look)
+
+
 class ZenohMembership(Heartbeat):
     """Peers that are found by a Zenoh session."""
 
     def __init__(
         self, identity: Identity, network: str, session: zenoh.Session, clock: Callable[[], float],
-        refused: Callable[[Refused], None], wall_clock: Callable[[], float] = time.time,
+        refused: Callable[[Refused], None], wall_clock: Callable[[], float] = time.time, configured: Iterable[str] = (),
     ) -> None:  # fmt: skip
+        """`configured`: keys in the node's configuration, which always have a place."""
         super().__init__(identity, clock, wall_clock)
         self.network, self.session, self.refused = network, session, refused
-        self.names: set[str] = set()  # of all peers that were ever heard
+        self.configured = frozenset(configured)
+        self.names: dict[str, float] = {}  # others that are known, and when they were last heard; that first first
+        self.forgotten: Gone = lambda name: None  # called with a name that makes place for another
         self._urls: dict[str, str] = {}
         self._doubted: dict[str, asyncio.Task[None]] = {}
 
     def knows(self, name: str) -> bool:
         """See `Membership`."""
-        return name in self.names
+        return name in self.names or name in self.configured
 
     def may_be(self, name: str) -> bool:
         """See `Heartbeat`."""
-        return name in self.names or len(self.names) < MOST_PEERS
+        return self.knows(name) or len(self.names) < MOST_PEERS or self._silent() is not None
 
-    def received(self, body: bytes) -> None:
+    def received(self, body: bytes) -> str:
         """See `Membership`. All that comes this way is refused."""
         raise Refused("malformed", "the membership of this node is zenoh, no beats are sent to it")
 
     async def run(self, heard: Heard, gone: Gone) -> None:
         """See `Membership`."""
         self._heard, self._gone = heard, gone
-        loop = asyncio.get_running_loop()
+        inbox = Inbox(
+            asyncio.get_running_loop(), self._take,
+            lambda count: self.refused(Refused("crowded", f"{count} messages came by Zenoh faster than they are read")),
+        )  # fmt: skip
 
         # Zenoh calls these two on its own threads.
         def on_advert(sample: zenoh.Sample) -> None:
-            loop.call_soon_threadsafe(self._take, str(sample.key_expr), sample.payload.to_bytes())
+            inbox.put(str(sample.key_expr), sample.payload.to_bytes())
 
         def on_token(sample: zenoh.Sample) -> None:
             if sample.kind == zenoh.SampleKind.DELETE:
-                loop.call_soon_threadsafe(self._doubt, str(sample.key_expr).rpartition("/")[2])
+                inbox.put(str(sample.key_expr), None)
 
         call = zenoh.handlers.Callback
         liveliness = self.session.liveliness()
@@ -113,7 +177,10 @@ class ZenohMembership(Heartbeat):
         """A node's key, or all nodes'. The network's name is quoted, as some characters mean something in a key."""
         return f"wwwserve/{quote(self.network, safe='')}/{what}/{name}"
 
-    def _take(self, key: str, body: bytes) -> None:
+    def _take(self, key: str, body: bytes | None) -> None:
+        if body is None:
+            self._doubt(key.rpartition("/")[2])
+            return
         try:
             advert = self.take(body)
             if key != self._key("advert", advert.name):
@@ -121,9 +188,26 @@ class ZenohMembership(Heartbeat):
         except Refused as refused:
             self.refused(refused)
             return
-        self.names.add(advert.name)
+        if advert.name not in self.configured:
+            if advert.name not in self.names and len(self.names) >= MOST_PEERS:
+                self._forget(self._silent())
+            self.names.pop(advert.name, None)
+            self.names[advert.name] = self.clock()
         self._urls[advert.name] = advert.url
         self.alive(advert)
+
+    def _silent(self) -> str | None:
+        """The name that was not heard for longest, if for so long that it may be forgotten."""
+        name = next(iter(self.names), None)
+        return name if name is not None and self.clock() - self.names[name] > FORGET_S else None
+
+    def _forget(self, name: str | None) -> None:
+        if name is not None:
+            self.left(name)
+            del self.names[name]
+            self._urls.pop(name, None)
+            self._last.pop(name, None)
+            self.forgotten(name)
 
     def _doubt(self, name: str) -> None:
         """A peer lost its token: see whether it is still there."""

@@ -74,7 +74,7 @@ class MemoryMembership:
         """See `Membership`."""
         return name != self.name and name in self.members.hosts
 
-    def received(self, body: bytes) -> None:
+    def received(self, body: bytes) -> str:
         """See `Membership`."""
         raise Refused("malformed", "adverts do not come over the data plane here")
 

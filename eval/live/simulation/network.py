@@ -241,7 +241,7 @@ class MemoryTransport:
 
     def request(
         self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
-        read_timeout_s: float,
+        read_timeout_s: float, peer: str = "",
     ) -> AbstractAsyncContextManager["Exchange"]:  # fmt: skip
         """See `serving.http.transport.Transport`."""
         return Exchange(self, method, url, body, headers, timeout_s, read_timeout_s)
