@@ -7,7 +7,7 @@ import pytest
 from wwwserve.serving import local_nodes as network
 from wwwserve.serving.engine.local_vllm import SMOLLM2
 
-pytest.register_assert_rewrite("market_checker")
+pytest.register_assert_rewrite("market_checker", "stub_nodes")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from duel_cases import case_of, staked
-from test_node import GOOD, MODEL, Net, Stub, busy, net, play
+from stub_nodes import GOOD, MODEL, Net, Stub, busy, net, play
 from test_peers import BODY, CHAT, again, error_of, peer_of, raw
 
 from wwwserve.agents.decision import HOLD

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from test_node import GOOD
+from stub_nodes import GOOD
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.serving import config

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from test_node import MODEL, Net, Stub, busy, net, play
+from stub_nodes import MODEL, Net, Stub, busy, net, play
 
 from wwwserve.serving import config, node
 

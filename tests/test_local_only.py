@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from test_node import GOOD, Stub, busy, net, play
+from stub_nodes import GOOD, Stub, busy, net, play
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.serving.config import parse

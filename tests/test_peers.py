@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from test_node import MODEL, PROFILE, Net, Stub, busy, net, play
+from stub_nodes import MODEL, PROFILE, Net, Stub, busy, net, play
 
 from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL
 from wwwserve.agents.hardware import profile as engine_profile

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 from aiohttp import web
-from test_node import MODEL, Net, Stub, net, play
+from stub_nodes import MODEL, Net, Stub, net, play
 
 from wwwserve.serving.engine.prefix_index import MOST_DRIFT, REPORTS, Drift, prefix_of
 from wwwserve.serving.local_nodes import Plan, look, running

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 import trustme
 import uvloop
-from test_node import GOOD, MODEL, Stub, busy, net, play
+from stub_nodes import GOOD, MODEL, Stub, busy, net, play
 from test_peers import BODY, CHAT, refusals
 
 from wwwserve.serving import config
