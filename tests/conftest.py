@@ -1,13 +1,30 @@
 """What several tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from wwwserve.serving import local_nodes as network
 from wwwserve.serving.engine.local_vllm import SMOLLM2
 
-pytest.register_assert_rewrite("market_checker", "stub_nodes")
+if TYPE_CHECKING:
+    from ledger_sides import Sides
+
+pytest.register_assert_rewrite("market_checker", "stub_nodes", "ledger_sides")
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def sides(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[Sides]":
+    """The two sides of a channel, once with journals in memory and once with journals in files."""
+    from ledger_sides import Sides, play  # once its asserts are to be rewritten
+
+    made = Sides(request.param, tmp_path)
+    play(made.exchange)
+    yield made
+    for journal in made.journals.values():
+        journal.close()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ledger import B, Sides, play
+from ledger_sides import B, Sides, play
 
 from wwwserve.agents.protocol import LATENESS, MICRO, QUOTED
 from wwwserve.agents.rules import Rule

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from test_ledger import BODY, CREDIT, PROMISE, A, B, Sides, came, mirrored, play, terms_of, written
+from ledger_sides import BODY, CREDIT, PROMISE, A, B, Sides, came, mirrored, play, terms_of, written
 
 from wwwserve.agents.protocol import MICRO
 from wwwserve.serving.ledger.audit import audit, compare, settled

@@ -1,0 +1,113 @@
+"""The two sides of a channel, which exchange what they have to say without a network between them."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from wwwserve.agents.protocol import MICRO, QUOTED
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.ledger.channel_ledger import WHOLE, ChannelLedger, Grant
+from wwwserve.serving.ledger.journal import Balance, Journal, MemoryJournal, SqliteJournal
+from wwwserve.serving.ledger.statements import Served, Terms, digest
+from wwwserve.serving.market import Promise
+
+A, B, C = (Identity.generate() for _ in range(3))
+CREDIT = 100 * MICRO
+BODY, ANSWER = digest(b"what is asked"), digest(b"what is answered")
+PROMISE = Promise(1.0, 0.01)
+SLACK_MS = 300
+
+
+def terms_of(amount: int = MICRO, price: int = MICRO) -> Terms:
+    """Of an answer at a price for 1000 tokens, after a prompt that costs nothing."""
+    return Terms((0, 0, price), 10, amount)
+
+
+def came(tokens: int, how: str = WHOLE, took_ms: int = 1) -> Served:
+    return Served(ANSWER, 10, 0, tokens, took_ms, how)
+
+
+class Sides:
+    """The two sides of a channel, A's and B's; each can be killed and comes back from its journal."""
+
+    def __init__(self, kind: str, folder: Path, payment: int = QUOTED, exposure: int = 10 * MICRO) -> None:
+        self.kind, self.folder, self.payment, self.exposure = kind, folder, payment, exposure
+        self.journals: dict[str, Journal] = {}
+        self.a, self.b = self.start(A), self.start(B)
+
+    def start(self, who: Identity, max_pages: int = 0) -> ChannelLedger:
+        if self.kind == "sqlite":
+            self.journals[who.name] = SqliteJournal(self.file(who), who.name, max_pages=max_pages)
+        journal = self.journals.setdefault(who.name, MemoryJournal())
+        other = B if who is A else A
+        grants = {other.name: Grant(CREDIT, CREDIT, "limits")}
+        funds = {A.name: 4 * MICRO, B.name: 4 * MICRO}
+        return ChannelLedger(
+            who, journal, grants, funds, exposure=self.exposure, payment=self.payment, slack_ms=SLACK_MS
+        )
+
+    def file(self, who: Identity) -> Path:
+        return self.folder / ("a.db" if who is A else "b.db")
+
+    def kill(self, who: Identity) -> None:
+        """What was not written is lost."""
+        self.journals[who.name].close()
+        if who is A:
+            self.a = self.start(A)
+        else:
+            self.b = self.start(B)
+
+    async def exchange(self) -> None:
+        """Until neither has anything to send."""
+        for _ in range(10):
+            sent = False
+            for one, other in ((self.a, self.b), (self.b, self.a)):
+                message = await written(one, one.message(other.name))
+                if message is not None:
+                    sent = True
+                    answer = await written(other, other.received(one.name, message))
+                    await written(one, one.replied(other.name, answer))
+            if not sent:
+                return
+        raise AssertionError("the two do not come to an end")
+
+    def ask(self, terms: Terms | None = None) -> int:
+        """A request from A to B; its id."""
+        id = self.a.lock(B.name, terms or terms_of(), BODY)
+        self.b.take(A.name, id, terms or terms_of(), BODY, PROMISE)
+        return id
+
+    def delivered(self, id: int, served: Served) -> None:
+        taken = self.b.books.channels[A.name].taken[id]
+        due = self.b.due_at_least(taken.terms, taken.promise, served, 1000, served.prompt)
+        self.b.delivered(A.name, id, served, due)
+
+    def answered(self, id: int, tokens: int) -> int:
+        self.delivered(id, came(tokens))
+        return self.settle(id, came(tokens))
+
+    def settle(self, id: int, served: Served, promise: Promise | None = PROMISE) -> int:
+        return self.a.settle(B.name, id, promise, served, 1000)
+
+    def own(self) -> tuple[Balance, Balance]:
+        return self.a.balances()[0], self.b.balances()[0]
+
+
+async def written(ledger: ChannelLedger, work: Awaitable[Any]) -> Any:
+    """The result of work that waits until it is written."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        await asyncio.sleep(0)
+        ledger.flush()
+    return await task
+
+
+def play(scene: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scene(), 180.0))  # type: ignore[arg-type]
+
+
+def mirrored(sides: Sides) -> None:
+    """Both own the same by either's account, and nothing is under way."""
+    a, b = sides.own()
+    assert a[2:] == (b.peer_free, b.peer_escrow, b.free, b.escrow) and a.escrow == b.escrow == 0
