@@ -12,7 +12,7 @@ from wwwserve.serving.engine.local_vllm import SMOLLM2
 if TYPE_CHECKING:
     from ledger_sides import Sides
 
-pytest.register_assert_rewrite("market_checker", "stub_nodes", "ledger_sides")
+pytest.register_assert_rewrite("market_checker", "stub_nodes", "ledger_sides", "duel_net")
 
 
 @pytest.fixture(params=["memory", "sqlite"])
