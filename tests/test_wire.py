@@ -3,8 +3,12 @@
 import asyncio
 import contextlib
 import json
+import os
+import socket
 import ssl
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,11 @@ from test_peers import BODY, CHAT, refusals
 
 from wwwserve.serving import config
 from wwwserve.serving.delegation import PROMPT, TARIFF
-from wwwserve.serving.http import routes
+from wwwserve.serving.http import connection, routes
 from wwwserve.serving.http.certificates import NODE_HOST, PeerContext, server_context
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SIGNATURE, Messages
+from wwwserve.serving.http.places import Places
 from wwwserve.serving.http.transport import AiohttpTransport
 from wwwserve.serving.local_nodes import NetworkError, free_ports, look
 from wwwserve.serving.membership.heartbeat import BEAT_PATH
@@ -177,6 +182,85 @@ def test_what_is_no_tls_and_what_is_slow_to_agree_shuts_nobody_out(monkeypatch: 
     play(scene)
 
 
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_all_are_answered_that_come_over_tls_at_once(
+    loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those whose first bytes are there before the node, which is busy, knows of the connection."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    hosts: list[str] = []
+    monkeypatch.setattr(routes, "_is_here", lambda scope: hosts.append(scope["client"][0]) or True)
+
+    def answer(port: int) -> bytes:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=30.0) as raw,
+            context.wrap_socket(raw) as secured,
+        ):
+            secured.sendall(b"GET /health HTTP/1.1\r\nhost: n\r\nconnection: close\r\n\r\n")
+            return secured.recv(12)
+
+    async def scene() -> None:
+        async with net(Stub(), tls={}) as n:
+            port = int(n.urls[0].rpartition(":")[2])
+            with ThreadPoolExecutor(100) as pool:
+                asked = [asyncio.get_running_loop().run_in_executor(pool, answer, port) for _ in range(100)]
+                for _ in range(5):
+                    time.sleep(0.2)  # the loop is blocked
+                    await asyncio.sleep(0.02)
+                assert await asyncio.gather(*asked) == [b"HTTP/1.1 200"] * 100
+            assert set(hosts) == {"127.0.0.1"}
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(asyncio.wait_for(scene(), 120.0))
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_who_never_agrees_on_tls_leaves_no_place_and_no_file_behind(
+    loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who says nothing, who speaks no TLS, who hangs up at once, and who has to make room for others."""
+    monkeypatch.setattr(connection, "HANDSHAKE_S", 0.5)
+
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def scene() -> None:
+        places = Places[Any](8, 100, 0)
+        context = server_context(Identity.generate())
+        make: Any = lambda before: asyncio.Protocol()  # noqa: E731
+        gates: list[connection.Gate] = []
+
+        def gate() -> connection.Gate:
+            gates.append(connection.Gate(make, places, context))
+            return gates[-1]
+
+        server = await asyncio.get_running_loop().create_server(gate, "127.0.0.1", 0)
+        port, before = server.sockets[0].getsockname()[1], files()
+        clients = []
+        for k in range(30):
+            clients.append(socket.create_connection(("127.0.0.1", port), timeout=5.0))
+            if k % 3 == 1:
+                clients[-1].sendall(b"GET / HTTP/1.1\r\n\r\n")
+            if k % 3 == 2:
+                clients[-1].close()
+            if k % 4 == 0:
+                await asyncio.sleep(0.01)
+        silent = clients[-3]
+        silent.setblocking(False)
+        assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(silent, 1), 20.0) == b""
+        for client in clients:
+            client.close()
+        until_s = time.monotonic() + 20.0
+        while len(gates) < 30 or files() > before or places._address:
+            assert time.monotonic() < until_s
+            await asyncio.sleep(0.02)
+        server.close()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(asyncio.wait_for(scene(), 60.0))
+
+
 def test_certificates_do_not_say_who_may_be_a_node_but_who_it_is() -> None:
     identity = Identity.generate()
     one, other = (PeerContext.to(identity, "x" * 43) for _ in range(2))
@@ -190,7 +274,9 @@ def test_certificates_do_not_say_who_may_be_a_node_but_who_it_is() -> None:
 
 
 @pytest.mark.parametrize("key", [None, "secret"])
-def test_with_a_listener_of_its_own_the_operators_pages_are_there_alone(key: str | None) -> None:
+def test_with_a_listener_of_its_own_the_operators_pages_are_there_alone(
+    key: str | None,
+) -> None:
     port = free_ports(1)[0]
 
     async def scene() -> None:

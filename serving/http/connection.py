@@ -4,8 +4,11 @@ What HTTP itself refuses is answered here, in the same JSON as all other errors.
 """
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -29,8 +32,12 @@ _CROWDED_ADDRESS = "too many connections are open here from this address"
 class Connection(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, limits: LimitsConfig, places: "Places[Connection | Gate]", **options: Any) -> None:
+    def __init__(
+        self, limits: LimitsConfig, places: "Places[Connection | Gate]", before: "Gate | None" = None, **options: Any
+    ) -> None:  # fmt: skip
+        """It takes over the place of `before`."""
         super().__init__(**options)
+        self._before = before
         self.limits, self.places, self.address = limits, places, ""
         self.peer: str | None = None  # whose signature was good on a request that came by it
         self.certified: str | None = None  # who is at its other end, by TLS
@@ -53,6 +60,8 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.address = address_of(self.client[0] if self.client else "")
         self.certified = certified(transport)
+        if self._before is not None:
+            self.places.leave(self._before)
         if not self.places.enter(self, self.address):
             crowded = _CROWDED_ADDRESS if self.places.is_crowded(self.address) else _CROWDED
             self._refuse(Failed(503, crowded, "overloaded", retry_after_s=1))
@@ -158,57 +167,48 @@ class Connection(HttpToolsProtocol):
 
 
 class Gate(asyncio.Protocol):
-    """A connection until TLS is agreed on, which has a place like any other on which nothing is under way."""
+    """A connection until TLS is agreed on, which has a place like any other on which nothing is under way.
+
+    TLS is agreed on over a duplicate of its socket: uvloop reads from the one that it accepted right after
+    `connection_made`, whatever is asked of it there, and what it had read would be missing.
+    """
 
     def __init__(
         self, make: Callable[..., Connection], places: "Places[Connection | Gate]", tls: ssl.SSLContext, **options: Any
     ) -> None:  # fmt: skip
         self.make, self.places, self.tls, self.options = make, places, tls, options
-        self.transport: asyncio.Transport
+        self._socket: socket.socket | None = None
         self._agreeing: asyncio.Task[None] | None = None
-        self._early = bytearray()  # what came right after TLS was agreed on
-        self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
-        self.transport = transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
-        peer = transport.get_extra_info("peername")
-        if not self.places.enter(self, address_of(peer[0] if peer else "")):
-            transport.abort()
-            return
-        transport.pause_reading()
-        self._agreeing = asyncio.get_running_loop().create_task(self._agree())
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """See `asyncio.Protocol`."""
-        self._lost = True
-        self.places.leave(self)
-
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
-        self._early += data
+        accepted = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        peer, raw = accepted.get_extra_info("peername"), accepted.get_extra_info("socket")
+        if self.places.enter(self, address_of(peer[0] if peer else "")):
+            try:
+                self._socket = socket.socket(raw.family, raw.type, raw.proto, fileno=os.dup(raw.fileno()))
+                self._socket.setblocking(False)
+                self._agreeing = asyncio.get_running_loop().create_task(self._agree(self._socket))
+            except OSError:  # the client is gone already, or this process has too many files open
+                self.places.leave(self)
+        accepted.abort()
 
     def make_room(self) -> None:
         """See `Connection`."""
-        self.transport.abort()
+        if self._socket is not None:
+            with suppress(OSError):  # it is closed already
+                self._socket.shutdown(socket.SHUT_RDWR)  # which ends the handshake
 
-    async def _agree(self) -> None:
+    async def _agree(self, sock: socket.socket) -> None:
+        make = partial(self.make, before=self, **self.options)
         try:
-            secured = await asyncio.get_running_loop().start_tls(
-                self.transport, self, self.tls, server_side=True, ssl_handshake_timeout=HANDSHAKE_S
+            await asyncio.get_running_loop().connect_accepted_socket(
+                make, sock, ssl=self.tls, ssl_handshake_timeout=HANDSHAKE_S
             )
-        except (OSError, TimeoutError):  # of what is no TLS, SSLError
-            secured = None
+        except OSError:  # of what is no TLS, SSLError; of what takes too long, ConnectionAbortedError
+            pass
         finally:
             self.places.leave(self)
-        if secured is None or self._lost:
-            self.transport.abort()
-            return
-        connection = self.make(**self.options)
-        secured.set_protocol(connection)
-        connection.connection_made(secured)
-        if self._early:
-            connection.data_received(bytes(self._early))
 
 
 def _too_large() -> Failed:
