@@ -24,9 +24,11 @@ from wwwserve.envs.emulator import LOOK_S
 from wwwserve.serving import cli
 from wwwserve.serving.config import parse
 from wwwserve.serving.engine import calibrate as calibration
+from wwwserve.serving.engine import probe
+from wwwserve.serving.engine.adapter import NAMES
 from wwwserve.serving.engine.calibrate import Calibration, Measurement, calibrate
 from wwwserve.serving.engine.fit import CalibrationError, Fit, Sample, errors, fit, nonnegative
-from wwwserve.serving.engine.probe import Limits, Settings, kv_tokens_of
+from wwwserve.serving.engine.probe import Limits, Prober, Settings, Stream, find_max_num_seqs, kv_tokens_of
 from wwwserve.serving.local_nodes import emulator, free_ports, served
 
 TRUTH = Profile(0.04, 1.5e-3, 2e-6, 0.02, 4e-4, 512, 4, 1024, 1024, "made up", seq_tokens=0.4, per_pair_s=3e-7)
@@ -225,6 +227,39 @@ def test_a_running_engine_is_measured_by_the_command(
     assert shortest < longest  # 10 and 900 tokens: 45 ms and 0.5 s
 
 
+class Counted(Prober):
+    """Of an engine that runs six requests, each for so long; the share of its KV cache is never twice the same."""
+
+    def __init__(self, answer_s: float) -> None:
+        super().__init__("http://engine", "m", Settings(), None)  # type: ignore[arg-type]
+        self.answer_s, self.asked, self.share = answer_s, 0, 0.0
+
+    async def complete(self, prompt: str | list[int], tokens: int, stream: Stream | None = None) -> Stream:
+        self.asked += 1
+        await asyncio.sleep(self.answer_s)
+        self.asked -= 1
+        return Stream()
+
+    async def page(self, session: object, url: str) -> str:
+        self.share += 1e-3
+        values = min(6, self.asked), max(0, self.asked - 6), self.share
+        return "\n".join(f"{name} {value}" for name, value in zip(NAMES["vllm"], values, strict=True))
+
+
+@pytest.mark.parametrize("answer_s", [10.0, 0.1])
+def test_how_many_run_at_once_is_found_by_those_that_run_and_wait(
+    answer_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prober = Counted(answer_s)
+    monkeypatch.setattr(probe, "get", prober.page)
+    found = asyncio.wait_for(find_max_num_seqs(prober, 1024), 60.0)
+    if answer_s > 1:
+        assert virtually(found) == 6
+    else:
+        with pytest.raises(CalibrationError, match=r"has answered 8 requests before .* say --max-num-seqs"):
+            virtually(found)
+
+
 def complete(n: int) -> bytes:
     events: list[dict[str, Any]] = [{"choices": [{"text": " a", "finish_reason": None}]} for _ in range(n)]
     events.append({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": n}})
@@ -246,6 +281,7 @@ REFUSED = b'{"error": {"message": "unknown field ignore_eos"}}'
     [
         (b"<html>", METRICS, 200, complete(1), "does not list models"),
         (b'{"data": []}', METRICS, 200, complete(1), "does not list models"),
+        (b'{"data": [{"id": "m"}]}', METRICS, 200, complete(1), "says of 'm' no max_model_len.*not that of a node"),
         (MODELS, b"", 200, complete(1), "say --kv-tokens"),
         (MODELS, b'vllm:cache_config_info{num_gpu_blocks="None"} 1.0', 200, complete(1), "without num_gpu_blocks"),
         (MODELS, METRICS, 400, REFUSED, "answers 400 to a probe with ignore_eos.*unknown field ignore_eos"),

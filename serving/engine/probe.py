@@ -283,11 +283,17 @@ async def find_model(session: aiohttp.ClientSession, url: str, name: str | None)
     try:
         listed = {str(each["id"]): each for each in orjson.loads(page)["data"]}
         found = name or next(iter(listed))
-        if found not in listed:
-            raise CalibrationError(f"{url} has no model {found!r}, it has {', '.join(listed)}")
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise CalibrationError(f"{url}/v1/models does not list models: expected the URL of an engine") from None
+    if found not in listed:
+        raise CalibrationError(f"{url} has no model {found!r}, it has {', '.join(listed)}")
+    try:
         return found, int(listed[found]["max_model_len"])
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise CalibrationError(f"{url}/v1/models does not list models with max_model_len: {error!r}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CalibrationError(
+            f"{url}/v1/models says of {found!r} no max_model_len, as vLLM and SGLang do: expected the URL of an engine "
+            "itself, not that of a node or a router"
+        ) from None
 
 
 def kv_tokens_of(page: str, url: str) -> int:
@@ -334,16 +340,22 @@ async def find_max_num_seqs(prober: Prober, max_model_len: int) -> int:
         tokens = min(1024, max_model_len - 32)
         tasks = [asyncio.create_task(prober.complete(prober.words(8), tokens)) for _ in range(count)]
         try:
-            seen = None
+            seen: tuple[float, float] | None = None
             while True:
                 await asyncio.sleep(0.25)
                 for task in tasks:
                     if task.done():
                         task.result()
                 load = await _load(prober)
-                if load.running + load.waiting >= count and load == seen:
+                # The share of its KV cache differs from one iteration to the next.
+                if load.running + load.waiting >= count and (load.running, load.waiting) == seen:
                     break
-                seen = load
+                if all(task.done() for task in tasks):
+                    raise CalibrationError(
+                        f"{prober.url} has answered {count} requests before {prober.url}/metrics showed twice that it "
+                        "had them all; say --max-num-seqs"
+                    )
+                seen = load.running, load.waiting
         finally:
             for task in tasks:
                 task.cancel()
