@@ -23,7 +23,7 @@ from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, limit_of, tells_usage
 from wwwserve.serving.http.keys import NAME_CHARS
 from wwwserve.serving.http.messages import SIGNATURE, Claim, Refusals, Refused
-from wwwserve.serving.http.pages import PAGES, Pages, Receive, Scope, Send, answer, check_key, expect, fail
+from wwwserve.serving.http.pages import HEALTH, PAGES, Pages, Receive, Scope, Send, answer, check_key, expect, fail
 from wwwserve.serving.http.places import address_of, is_loopback
 from wwwserve.serving.http.quotas import Quotas
 from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed, Reply
@@ -119,7 +119,7 @@ class App:
                 expect(method, "GET")
                 self._check_key(headers)
                 await answer(send, *self._models())
-            elif path in PAGES and self.config.admin is None:
+            elif path == HEALTH or (path in PAGES and self.config.admin is None):
                 expect(method, "GET")
                 await answer(send, *self.pages.page(path, is_here=_is_here(scope)))
             else:
