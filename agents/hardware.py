@@ -20,7 +20,7 @@ coefficients are fitted to them; elsewhere they are a roofline of published band
 efficiencies that the fitted pairs show. Neither has a floor for kernel launches or the host, so a model under 1B
 parameters on a fast GPU comes out optimistic.
 
-`python -m agents.hardware` prints the catalogue; `python -m eval.hardware_fit` fits again, to half of each table, and
+`wwwserve hardware` prints the catalogue; `wwwserve hardware-fit` fits again, to half of each table, and
 prints the errors on the other half.
 """
 
@@ -207,7 +207,7 @@ class Model:
 
 # Parameters are counted from the shapes in config.json (tied embeddings once). Strengths of qwen3-8b, 4b and 0.6b are
 # those with which a round robin of the three, three judges a duel, comes to the win rates 0.57, 0.53 and 0.39 that
-# WWW.Serve (arXiv 2603.20661) reports: `python -m eval.strength`. The rest are guesses: qwen3-14b continues the line
+# WWW.Serve (arXiv 2603.20661) reports: `wwwserve strength`. The rest are guesses: qwen3-14b continues the line
 # from 4b to 8b over log parameters, llama-3-8b lies halfway between 0.6b and 4b, llama-2-7b is level with 0.6b.
 MODELS: dict[str, Model] = {
     "qwen3-0.6b": Model(596_049_920, 155_582_464, 28, 16, 8, 128, 40960, -0.192, "Qwen/Qwen3-0.6B config.json"),
@@ -234,7 +234,7 @@ class Quantization:
 
 
 # A group of int4 weights has a scale and a zero point in bf16: 4 bytes. That fp8 costs no quality is a guess; the other
-# two strengths follow from it by the win rates 0.54, 0.49 and 0.47 that WWW.Serve reports: `python -m eval.strength`.
+# two strengths follow from it by the win rates 0.54, 0.49 and 0.47 that WWW.Serve reports: `wwwserve strength`.
 QUANTIZATIONS: dict[str, Quantization] = {
     "bf16": Quantization(2.0, 0.0, "weights as released"),
     "fp8wo": Quantization(1.0, 0.0, "torchao Float8WeightOnlyConfig: a scale a channel"),

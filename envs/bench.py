@@ -1,4 +1,4 @@
-"""How fast the market runs: `python -m envs.bench --json FILE [--seconds S]`.
+"""How fast the market runs: `wwwserve bench --json FILE [--seconds S]`.
 
 An agent-step is one provider's view built, its decision applied and its reward paid. Only steps in which a market's
 clock moves count, one for each of its providers, all of whose views are then built; further rounds at the same instant

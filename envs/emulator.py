@@ -1,4 +1,4 @@
-"""An engine to try a network with, without a GPU: `python -m envs.emulator --gpu rtx-4090 --port 8000`.
+"""An engine to try a network with, without a GPU: `wwwserve emulator --gpu rtx-4090 --port 8000`.
 
 The scheduler of `envs.engine` behind the OpenAI API and vLLM's `/metrics`, in real or scaled time. Answers are filler,
 a word a token, as long as an engine's would be; a prompt counts a token for every four bytes, at least one a message.
@@ -386,10 +386,10 @@ class Args:
     """of the lengths of answers"""
     block_tokens: Annotated[int, Range(BLOCK_TOKENS, 1024)] = BLOCK_TOKENS
     """of a block of the prefix cache, a multiple of 16"""
-    prefix_caching: bool = True
-    """keep what was computed of prompts for others that begin alike"""
-    prompt_tokens_details: bool = True
-    """say in each answer how many tokens of its prompt were cached"""
+    no_prefix_caching: bool = False
+    """do not keep what was computed of prompts for others that begin alike"""
+    no_prompt_tokens_details: bool = False
+    """do not say in each answer how many tokens of its prompt were cached"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -406,8 +406,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         emulator, rehearsal = (
             Emulator(
                 chosen, args.served_model_name or (args.model,), speed=args.speed, lengths=lengths, seed=args.seed,
-                max_queued=args.max_num_queued_reqs, block_tokens=args.block_tokens, caches=args.prefix_caching,
-                reports=args.prompt_tokens_details,
+                max_queued=args.max_num_queued_reqs, block_tokens=args.block_tokens, caches=not args.no_prefix_caching,
+                reports=not args.no_prompt_tokens_details,
             )
             for _ in range(2)
         )  # fmt: skip

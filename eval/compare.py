@@ -1,4 +1,4 @@
-"""Compares policies on the same arrivals: `python -m eval.compare SCENARIO... --policy NAME|BUNDLE... --seeds N`.
+"""Compares policies on the same arrivals: `wwwserve compare SCENARIO... --policy NAME|BUNDLE... --seeds N`.
 
 Every policy runs every scenario with the same seeds, so differences between policies are paired by seed. The seeds
 start at a million: training draws its own below that, and nothing is measured on what it was trained on.

@@ -1,4 +1,4 @@
-"""How far the simulated engine is from a real one, on the same arrivals: `python -m eval.fidelity --json FILE`.
+"""How far the simulated engine is from a real one, on the same arrivals: `wwwserve fidelity --json FILE`.
 
 The engine is calibrated by set loads, as `wwwserve calibrate` does it. Then it gets many requests at once,
 which tells its capacity in requests/s; then, at shares of that, come Poisson arrivals with lognormal lengths that

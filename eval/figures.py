@@ -1,4 +1,4 @@
-"""Draws results: `python -m eval.figures RESULT.json --out DIR [--training LOG]`, each figure as PNG and SVG.
+"""Draws results: `wwwserve figures RESULT.json --out DIR [--training LOG]`, each figure as PNG and SVG.
 
 `slo` and `latency` (quantiles, and a summary by policy) from what `eval.compare --json` writes, `learning` from the
 log of a training run. From what `eval.game --json` writes: `markups` and `prices` over time, `profit` beside that of

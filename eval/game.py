@@ -1,4 +1,4 @@
-"""What a provider gains by itself: `python -m eval.game SCENARIO... --policy NAME|BUNDLE --seeds N --json FILE`.
+"""What a provider gains by itself: `wwwserve game SCENARIO... --policy NAME|BUNDLE --seeds N --json FILE`.
 
 All providers play one policy: that is the profile, with its welfare (the sum of profits) and each provider's profit,
 beside what it has alone. Then one provider at a time does something else while the others keep to the policy, in the

@@ -1,4 +1,4 @@
-"""The catalogue's coefficients fitted to measured iterations, and how far such fits err: `python -m eval.hardware_fit`.
+"""The catalogue's coefficients fitted to measured iterations, and how far such fits err: `wwwserve hardware-fit`.
 
 The tables are in `agents/data/gpu_iteration_times.csv`; `agents.hardware.FITTED` holds what `fit` makes of each. SciPy
 comes with `wwwserve[train]`.

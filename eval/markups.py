@@ -1,4 +1,4 @@
-"""What markups a learned policy posts at what load: `python -m eval.markups SCENARIO... --policy NAME|BUNDLE`.
+"""What markups a learned policy posts at what load: `wwwserve markups SCENARIO... --policy NAME|BUNDLE`.
 
 The policy posts the most probable markup; how probable the others are shows whether training settled on it.
 """

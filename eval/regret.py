@@ -1,4 +1,4 @@
-"""How far is a policy from the best rule, everywhere: `python -m eval.regret --policy NAME|BUNDLE... --json FILE`.
+"""How far is a policy from the best rule, everywhere: `wwwserve regret --policy NAME|BUNDLE... --json FILE`.
 
 A family is a kind of random market or a packaged scenario. A policy's regret in a family is the best rule's score there
 less its own, paired by market; it is judged by its worst regret over all families. Beside every rule with its

@@ -1,4 +1,4 @@
-"""Replays the Azure conversation trace on one engine: `python -m eval.replay --rates 1 3 5`.
+"""Replays the Azure conversation trace on one engine: `wwwserve replay --rates 1 3 5`.
 
 The trace keeps its order, its lengths and the shape of its load; its times are scaled to reach each mean rate. Nothing
 is routed and nothing decided, so the latencies are those of the engine and its queue alone. Latency and TTFT count from

@@ -1,4 +1,4 @@
-"""What one provider earns by another policy: `python -m eval.rivals SCENARIO... --group NAME POLICY... --json FILE`.
+"""What one provider earns by another policy: `wwwserve rivals SCENARIO... --group NAME POLICY... --json FILE`.
 
 All providers but one play the policy `--among`; the one plays another, and its gain is what that changes of its own
 profit in the same market. Every provider is the one in turn. Policies of a group come from the same training with other

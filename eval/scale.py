@@ -1,4 +1,4 @@
-"""One policy on markets of every size: `python -m eval.scale --policy NAME|BUNDLE... --json FILE`.
+"""One policy on markets of every size: `wwwserve scale --policy NAME|BUNDLE... --json FILE`.
 
 The same mixture of hardware and load with 4, 16, 64 and 256 providers; SLO AUC of each policy, and the time of a
 decision. A decision sees eight candidates however many providers there are, so its time must not grow.

@@ -1,4 +1,4 @@
-"""Answer quality as Bradley-Terry strengths, fitted to published win rates: `python -m eval.strength`.
+"""Answer quality as Bradley-Terry strengths, fitted to published win rates: `wwwserve strength`.
 
 A duel is decided by the majority of its judges, each of whom prefers an answer with the chance that the two strengths
 give. A published win rate is taken as that of a round robin in which everyone meets each of the others equally often.

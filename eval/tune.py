@@ -1,4 +1,4 @@
-"""Tunes the rules on training markets: `python -m eval.tune --json eval/tuned_rules.json`.
+"""Tunes the rules on training markets: `wwwserve tune --json eval/tuned_rules.json`.
 
 Every rule that has settings is tried with many, drawn at random within `agents.rules.Setting.search`, on random markets
 of each kind; those that look best, overall or for a kind, are measured again on more markets, and varied there. What is
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.again:
         options = found["options"] | {"again": options}
         rules = {rule: rules[rule] for rule in before}
-    content = {"command": "python -m eval.tune", "options": options, "seed": SEED, "rules": rules, "best": best}
+    content = {"command": "wwwserve tune", "options": options, "seed": SEED, "rules": rules, "best": best}
     write_json(args.json, content)
     return 0
 

@@ -170,7 +170,7 @@ def test_sessions_are_played_turn_by_turn_and_hit_what_simulated_ones_do(
 
 
 def test_agents_of_the_openai_client_hit_what_simulated_ones_do(tmp_path: Path) -> None:
-    """A short form of `python -m eval.live sessions/agents --client openai`; all sessions come to their end."""
+    """A short form of `wwwserve trial sessions/agents --client openai`; all sessions come to their end."""
     agents = {
         "kind": "sessions", "system_tokens": 600, "turns": {"median": 5, "sigma": 0.4, "max": 8},
         "turn": {"median": 150, "sigma": 0.8, "max": 1000}, "think_s": {"median": 1.5, "sigma": 0.5, "max": 5},

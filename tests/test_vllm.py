@@ -93,7 +93,7 @@ def test_overflow_goes_to_the_other_node(vllm_network: Network) -> None:
 
 
 def test_a_scenario_is_played_live_and_simulated(vllm_network: Network) -> None:
-    """A short form of `python -m eval.live live/pair --engine vllm`; how long requests take, and how far off the
+    """A short form of `wwwserve trial live/pair --engine vllm`; how long requests take, and how far off the
     prediction is, depends on what else runs here."""
     mapping = yaml.safe_load((SCENARIOS_DIR / "live" / "pair.yaml").read_text())
     for provider in mapping["providers"]:
@@ -117,7 +117,7 @@ def test_a_scenario_is_played_live_and_simulated(vllm_network: Network) -> None:
 
 
 def test_arrivals_are_played_on_an_engine_and_simulated(vllm_network: Network, tmp_path: Path) -> None:
-    """A short form of `python -m eval.fidelity`, on the known profile; the error itself depends on what runs beside."""
+    """A short form of `wwwserve fidelity`, on the known profile; the error itself depends on what runs beside."""
     calibration, out = tmp_path / "calibration.json", tmp_path / "out.json"
     profile = Profile(**local_vllm.PROFILES[SMOLLM2], source="known")
     calibration.write_text(json.dumps({"profile": vars(profile), "overhead_s": 0.001}))
@@ -274,7 +274,7 @@ def test_the_serving_benchmark_of_vllm_runs_against_a_node(vllm_network: Network
 
 
 def test_random_words_lose_their_stake_by_the_votes_of_a_real_model(vllm_network: Network) -> None:
-    """A short form of `python -m eval.live.duels`, the random model replaced by random words."""
+    """A short form of `wwwserve duels`, the random model replaced by random words."""
 
     async def run() -> dict[str, Any]:
         async with engine(babbles=True) as bad:

@@ -111,7 +111,7 @@ score for each node, so that the order of the candidates does not matter.
 
 ```sh
 wwwserve policy verify FOLDER
-python -m eval.compare paper/mixed-hardware --policy FOLDER www_serve earliest_finish_trust
+wwwserve compare paper/mixed-hardware --policy FOLDER www_serve earliest_finish_trust
 ```
 
 `wwwserve.agents.policy.bundle.load(FOLDER)` gives the policy in Python; it needs NumPy, numba and safetensors.

@@ -1,4 +1,4 @@
-"""Whether a coalition can buy verdicts: `python -m wwwserve.eval.live.coalition --tries 10000`.
+"""Whether a coalition can buy verdicts: `wwwserve coalition --tries 10000`.
 
 In each try, members of a network have random stakes, and some of them, with as much of the stake as `--share` allows,
 stand together. They are the origin and one executor of a duel, redraw it as often as they may, vote against the honest

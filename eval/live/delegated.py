@@ -1,4 +1,4 @@
-"""What it costs to hand a request over, signed and paid: `python -m eval.live.delegated --json FILE`.
+"""What it costs to hand a request over, signed and paid: `wwwserve delegated --json FILE`.
 
 A node whose own engine is full hands every request to a second one, whose bare engine answers at once. The node that
 is asked has a core to itself; the second node, both engines and the client share the other, so how fast requests go is

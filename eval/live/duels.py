@@ -1,4 +1,4 @@
-"""Random answers lose: duels on real vLLM until a worthless provider has nothing at stake: `python -m eval.live.duels`.
+"""Random answers lose: duels on real vLLM until a worthless provider has nothing at stake: `wwwserve duels`.
 
 Nodes before SmolLM2, and one before a model of random weights that passes for it, with identities and ledgers as they
 are in service. Users of the first node ask; what it hands to a peer goes to two, and three others judge. The run ends

@@ -1,4 +1,4 @@
-"""Hostile input to a live node: `python -m eval.live.hostile --inputs 50000`.
+"""Hostile input to a live node: `wwwserve hostile --inputs 50000`.
 
 A node process with an emulated engine gets inputs of seven kinds over its HTTP port: bytes that are no HTTP, requests
 that nearly are, bodies of users, peers' requests with signatures that are nearly right, requests that a peer did sign

@@ -1,4 +1,4 @@
-"""How often a judge errs on pairs of answers of known quality, on real vLLM: `python -m eval.live.judges --json FILE`.
+"""How often a judge errs on pairs of answers of known quality, on real vLLM: `wwwserve judges --json FILE`.
 
 SmolLM2 answers questions, and so does a model of random weights; SmolLM2 then judges pairs of an answer of its own and
 a worse one: of the random model, to another question, or with its words in random order. Each pair is shown once as

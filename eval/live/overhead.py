@@ -1,4 +1,4 @@
-"""What a node adds to a request, against calling the engine directly: `python -m eval.live.overhead --json FILE`.
+"""What a node adds to a request, against calling the engine directly: `wwwserve overhead --json FILE`.
 
 A bare engine answers at once, on one core, which it shares with the client; what is measured stands between them on
 another: a node with its policy, and beside it, in the same run, a plain FastAPI application that passes requests on

@@ -1,4 +1,4 @@
-"""What providers earn on real nodes and in the simulated market: `python -m eval.live.profits SCENARIO --policy NAME`.
+"""What providers earn on real nodes and in the simulated market: `wwwserve profits SCENARIO --policy NAME`.
 
 The nodes are the real ones, with dispatchers, signed messages and ledgers: on a virtual clock before simulated engines,
 or with `--speed` as processes before emulated ones. The requests are the same. In the end all journals are audited, and

@@ -1,4 +1,4 @@
-"""Five nodes under load that are killed, cut off and filled up: `python -m eval.live.soak --kills 100 --json FILE`.
+"""Five nodes under load that are killed, cut off and filled up: `wwwserve soak --kills 100 --json FILE`.
 
 The nodes stand before emulated engines, hand most requests over, sign all they say and pay for all they get. Meanwhile
 nodes are killed (SIGKILL) at random moments and started again, one at a time in turn with three other faults: no space

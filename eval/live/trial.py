@@ -1,4 +1,4 @@
-"""Plays a scenario's arrivals through a live network: `python -m eval.live SCENARIO --policy NAME|BUNDLE...`.
+"""Plays a scenario's arrivals through a live network: `wwwserve trial SCENARIO --policy NAME|BUNDLE...`.
 
 Each run starts a network of its own, a node and an engine for every provider, with one policy on all nodes; or it uses
 one that runs already, whose nodes `--network FILE` lists. Arrivals and lengths are those of `eval.compare` with the

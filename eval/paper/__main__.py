@@ -1,4 +1,4 @@
-"""`python -m eval.paper`; what it does is in a module that the processes it starts can import."""
+"""`wwwserve paper`; what it does is in a module that the processes it starts can import."""
 
 import sys
 

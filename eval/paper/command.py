@@ -1,4 +1,4 @@
-"""The command `python -m eval.paper [FIGURE...]`: run and draw the paper's experiments."""
+"""The command `wwwserve paper [FIGURE...]`: run and draw the paper's experiments."""
 
 import hashlib
 import sys

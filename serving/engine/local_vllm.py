@@ -4,7 +4,7 @@ vLLM pins what it needs to exact versions, so it gets a virtual environment of i
 alone. The environment and the models are made once, under `vllm` in `agents.kernel.cache_root`, from pinned packages; a
 file `recipe` in each, written last, says what it was made from. What lacks it, or was made from another, is made anew.
 
-`python -m serving.engine.local_vllm` prepares them.
+`python -m wwwserve.serving.engine.local_vllm` prepares them.
 """
 
 import fcntl
