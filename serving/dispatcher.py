@@ -106,6 +106,7 @@ class Dispatcher:
         self.leaving = False  # it takes nothing more, and says that it serves nothing
         self._listed_s = -math.inf  # when the engine last said which models it serves, by the event loop's clock
         self.peers: dict[str, Advert] = {}  # by name, those that are there
+        self.labels: dict[str, str] = {}  # by name, also of those that are gone
         self.client = PeerClient(messages, transport, self.peers)
         accounts = Accounts(ledger, self._tell_ledger) if ledger is not None else None
         entries = MOST_ENTRIES if config.market.prefix_cache else 0
@@ -247,6 +248,7 @@ class Dispatcher:
         if known is None:
             log.info("a peer is there", extra={"peer": advert.name, "label": advert.label, "url": advert.url})
         self.peers[advert.name] = advert
+        self.labels[advert.name] = advert.label
         load = np.array(advert.load)
         self.prefixes.shared |= advert.load[AD_REUSE_S] < LONGEST_REUSE_S
         if self.accounts is not None:  # a stake is what is signed, and granted
@@ -258,7 +260,7 @@ class Dispatcher:
 
     def gone(self, name: str) -> None:
         """A peer fell silent: it gets nothing more, and what it has is asked for elsewhere."""
-        log.info("a peer is gone", extra={"peer": name})
+        log.info("a peer is gone", extra={"peer": name, "label": self.labels.get(name)})
         self.peers.pop(name, None)
         self.provider.gone(name)
         if self.accounts is not None:
@@ -267,6 +269,7 @@ class Dispatcher:
 
     def forget(self, name: str) -> None:
         """A peer that is gone made place for another: nothing is kept of it but what the ledger has."""
+        self.labels.pop(name, None)
         self.provider.forget(name)
         self.prefixes.forget(name)
         self.messages.forget(name)

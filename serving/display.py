@@ -16,25 +16,43 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REFRESH_S = 1.0
 
 
-def table(seen: list[dict[str, Any]]) -> Table:
-    """Nodes as rows: load, tariff, decisions, SLO."""
-    view = Table(title="wwwserve", expand=False)
-    for name in ("node", "API", "engine", "running", "waiting", "KV", "held", "remote", "tariff", "markup", "margin",
-                 "asked", "answered", "handed over", "in time", "mean s", "last decisions"):  # fmt: skip
-        view.add_column(name, justify="left" if name in ("node", "API", "engine", "last decisions") else "right")
-    for each in seen:
-        engine, requests = each["engine"], each["requests"]
-        answered = requests["answered"]
-        labels = {peer["key"]: _who(peer) for peer in each["peers"]}
-        view.add_row(
-            each["name"], each["url"], "up" if engine["up"] else "down", f"{engine['running']:.0f}",
-            f"{engine['waiting']:.0f}", f"{engine['kv_use']:.0%}", str(each["held"]), str(each["remote"]),
-            _tariff(each["tariff"]), f"{each['markup']:g}", "-" if each["margin"] is None else f"{each['margin']:+.0%}",
-            str(requests["accepted"]), str(answered), str(requests["handed_over"]),
-            f"{requests['on_time'] / answered:.0%}" if answered else "-", f"{requests['mean_latency_s']:.2f}",
-            " ".join(labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]),
-        )  # fmt: skip
+LEFT = ("node", "API", "engine", "last decisions")  # as text is; numbers are at the right
+# Columns that a network's table does without where the terminal is too narrow, the first one first.
+SPARED = ("last decisions", "API", "margin", "markup", "remote", "held", "tariff", "engine", "answered", "waiting")
+WIDE = 1000  # characters, more than a table has
+
+
+def table(seen: list[dict[str, Any]], width: int | None = None) -> Table:
+    """Nodes as rows: load, tariff, decisions, SLO; as many columns as `width` characters have place for."""
+    rows = [_row(each) for each in seen]
+    console = Console(width=WIDE)
+    for spared in range(len(SPARED) + 1):
+        names = [name for name in (rows[0] if rows else ()) if name not in SPARED[:spared]]
+        view = Table(title="wwwserve", caption="a wider terminal shows more" if spared else None, expand=False)
+        for name in names:
+            view.add_column(name, justify="left" if name in LEFT else "right")
+        for row in rows:
+            view.add_row(*(row[name] for name in names))
+        if width is None or console.measure(view).maximum <= width:
+            break
     return view
+
+
+def _row(each: dict[str, Any]) -> dict[str, str]:
+    """What a node's table shows, by the names of the columns."""
+    engine, requests = each["engine"], each["requests"]
+    answered = requests["answered"]
+    labels = {peer["key"]: _who(peer) for peer in each["peers"]}
+    decisions = [labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]]
+    return {
+        "node": each["name"], "API": each["url"], "engine": "up" if engine["up"] else "down",
+        "running": f"{engine['running']:.0f}", "waiting": f"{engine['waiting']:.0f}", "KV": f"{engine['kv_use']:.0%}",
+        "held": str(each["held"]), "remote": str(each["remote"]), "tariff": _tariff(each["tariff"]),
+        "markup": f"{each['markup']:g}", "margin": "-" if each["margin"] is None else f"{each['margin']:+.0%}",
+        "asked": str(requests["accepted"]), "answered": str(answered), "handed over": str(requests["handed_over"]),
+        "in time": f"{requests['on_time'] / answered:.0%}" if answered else "-",
+        "mean s": f"{requests['mean_latency_s']:.2f}", "last decisions": " ".join(decisions),
+    }  # fmt: skip
 
 
 def _tariff(tariff: Mapping[str, float]) -> str:
@@ -51,8 +69,10 @@ def show(seen: dict[str, Any]) -> None:
     """Print a node and what it sees of its peers, in lines that fit a narrow terminal."""
     console = Console()
     own = Table(title="wwwserve", show_header=False)
-    for column in table([seen]).columns:  # one node, so names stand before their values
-        own.add_row(column.header, *column.cells)
+    for name, shown in _row(seen).items():
+        own.add_row(name, shown)
+        if name == "API":
+            own.add_row("policy", seen["policy"])
     console.print(own)
     peers = Table(title=f"peers as {seen['name']} sees them")
     peers.add_column("peer", overflow="fold")
@@ -95,7 +115,7 @@ def up(plan: Plan) -> None:
                             seen.append(look(url))
                         except NetworkError:
                             continue
-                    live.update(table(seen), refresh=True)
+                    live.update(table(seen, console.width), refresh=True)
                     time.sleep(REFRESH_S)
     except KeyboardInterrupt:
         pass

@@ -219,6 +219,7 @@ async def serve(
             ready(identity.name, url)
             await asyncio.wait({serving, acting, told}, return_when=asyncio.FIRST_COMPLETED)
             if told.done():
+                log.info("nothing more is taken", extra={"reason": "told to end", "drain_s": config.limits.drain_s})
                 dispatcher.leave()
                 await app.drain.end(config.limits.drain_s)
                 server.should_exit = True
@@ -226,6 +227,7 @@ async def serve(
                 server.should_exit = True
                 acting.result()
             await serving
+            log.info("ended")
         finally:
             server.should_exit = True
             acting.cancel()

@@ -28,7 +28,7 @@ def overview(node: Dispatcher) -> dict[str, Any]:
         there = advert is not None
         peers.append(
             {
-                "key": name, "label": advert.label if advert else None,
+                "key": name, "label": node.labels.get(name),
                 "url": advert.url if advert else None, "there": there,
                 "serves": list(advert.serves) if advert else [],
                 "age_s": round(now_s - vector[AD_TIME_S], 3) if there else None,

@@ -37,7 +37,9 @@ def stream(n: Net, k: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_what_is_open_ends_and_nothing_new_is_taken(streamed: bool) -> None:
+def test_what_is_open_ends_and_nothing_new_is_taken(streamed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "wwwserve.node")
+
     async def scene() -> None:
         async with net(Stub(pause_s=0.1, tokens=12)) as n, ending(n) as stop:
             asked = asyncio.create_task(n.ask(stream=streamed))
@@ -53,6 +55,7 @@ def test_what_is_open_ends_and_nothing_new_is_taken(streamed: bool) -> None:
             assert body.rstrip().endswith(b"data: [DONE]") if streamed else b'"completion_tokens"' in body
             await asyncio.wait_for(n.running[0], 30)
             assert n.stubs[0].begun == 1 and n.stubs[0].aborted == 0
+            assert [each.message for each in caplog.records][-2:] == ["nothing more is taken", "ended"]
 
     play(scene)
 

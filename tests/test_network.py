@@ -1,6 +1,7 @@
 """Whole networks of processes on emulated engines, and what is left of them when nodes die."""
 
 import asyncio
+import io
 import itertools
 import json
 import os
@@ -17,9 +18,10 @@ from typing import Any, Literal
 import aiohttp
 import openai
 import pytest
+from rich.console import Console
 
 from wwwserve.serving.config import ConfigError
-from wwwserve.serving.display import show
+from wwwserve.serving.display import show, table
 from wwwserve.serving.local_nodes import NetworkError, Plan, configurations, look, running
 
 MODEL = "qwen3-8b"
@@ -154,12 +156,13 @@ def test_a_node_is_shown_in_a_narrow_terminal(
             "name": "north", "url": "http://10.0.0.1:9000", "held": 6, "remote": 7, "requests": requests,
             "tariff": {"input": 0.25, "cached_input": 0.1, "output": 1.5}, "markup": 1.25, "margin": -0.1,
             "engine": {"up": False, "running": 3.0, "waiting": 5.0, "kv_use": 0.25}, "peers": [there, gone],
-            "decisions": [{"to": "local"}, {"to": "south"}],
+            "decisions": [{"to": "local"}, {"to": "south"}], "policy": "www_serve",
         }
     )  # fmt: skip
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
     shown = {row[0]: row[1] for row in rows if len(row) == 2}
     assert (shown["API"], shown["engine"], shown["KV"]) == ("http://10.0.0.1:9000", "down", "25%")
+    assert shown["policy"] == "www_serve"
     assert (shown["tariff"], shown["markup"], shown["margin"]) == ("0.25/1.5", "1.25", "-10%")
     assert (shown["asked"], shown["in time"], shown["last decisions"]) == ("10", "100%", "local south")
     assert next(row for row in rows if row[:1] == ["peer"])[1:-1] == [
@@ -171,6 +174,24 @@ def test_a_node_is_shown_in_a_narrow_terminal(
     assert [row for row in rows if row[:1] == ["west"]] == [
         ["west", "no", "-", "2", "1", "-", "0.012/1", "1.23", "4", "-"]
     ]
+
+
+@pytest.mark.parametrize("width", [80, 120, 300])
+def test_a_network_is_shown_as_far_as_a_terminal_has_place(width: int) -> None:
+    requests = {"accepted": 12345, "answered": 12340, "handed_over": 3000, "on_time": 12340, "mean_latency_s": 101.25}
+    seen = {
+        "url": "http://127.0.0.1:27011", "held": 6, "remote": 7, "requests": requests, "markup": 1.25, "margin": -0.1,
+        "tariff": {"input": 0.25, "cached_input": 0.1, "output": 1.5}, "peers": [], "decisions": [{"to": "local"}] * 6,
+        "engine": {"up": True, "running": 64.0, "waiting": 512.0, "kv_use": 1.0},
+    }  # fmt: skip
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table([seen | {"name": f"n{k}"} for k in range(8)], width))
+    shown = console.export_text()
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in shown.splitlines()]
+    head = next(row for row in rows if row[:1] == ["node"])
+    assert "…" not in shown and sum(row[:1] == ["n7"] for row in rows) == 1
+    assert {"node", "running", "KV", "asked", "handed over", "in time", "mean s"} <= set(head)
+    assert ("last decisions" in head) is (width == 300) is ("a wider terminal shows more" not in shown)
 
 
 def test_what_cannot_come_up_says_why(tmp_path: Path) -> None:

@@ -202,7 +202,9 @@ def test_a_peer_that_leaves_gets_nothing_more_and_one_that_comes_back_does() -> 
             await asyncio.gather(n.running[1], return_exceptions=True)
 
             async def gone() -> bool:
-                return not (await n.see())["peers"][0]["there"]
+                peer = (await n.see())["peers"][0]
+                assert peer["label"] == "n1"  # also when it is gone
+                return not peer["there"]
 
             await n.until(gone)
             n.stubs[0].waiting = 0
