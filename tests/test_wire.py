@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -255,6 +256,16 @@ def test_who_never_agrees_on_tls_leaves_no_place_and_no_file_behind(
         while len(gates) < 30 or files() > before or places._address:
             assert time.monotonic() < until_s
             await asyncio.sleep(0.02)
+
+        def refuse(number: int) -> int:
+            raise OSError(errno.EMFILE, "too many open files")
+
+        monkeypatch.setattr(connection.os, "dup", refuse)
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.setblocking(False)
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 1), 20.0) == b""
+        assert len(gates) == 31 and not places._address
         server.close()
 
     with asyncio.Runner(loop_factory=loop) as runner:

@@ -21,7 +21,7 @@ from wwwserve.serving.http.places import Places, address_of
 from wwwserve.serving.http.reply import Failed
 
 MOST_READ = 256 * 1024  # bytes that come at once
-HANDSHAKE_S = 5.0  # for TLS to be agreed on
+HANDSHAKE_S = 5.0  # for TLS to be agreed on, and for its end
 CONNECTION = "wwwserve.connection"  # in the scope of a request, the connection that it came by
 PEER_PATHS = b"/peer/"  # what their paths begin with
 
@@ -203,7 +203,7 @@ class Gate(asyncio.Protocol):
         make = partial(self.make, before=self, **self.options)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                make, sock, ssl=self.tls, ssl_handshake_timeout=HANDSHAKE_S
+                make, sock, ssl=self.tls, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=HANDSHAKE_S
             )
         except OSError:  # of what is no TLS, SSLError; of what takes too long, ConnectionAbortedError
             pass
