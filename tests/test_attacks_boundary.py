@@ -220,17 +220,18 @@ def test_what_is_shown_of_names_that_were_forgotten_does_not_grow() -> None:
     accounts, duels = Accounts(ledger, ledger), SimpleNamespace(records={})
     node: Any = SimpleNamespace(
         provider=parts, prefixes=parts, messages=parts, metrics=metrics, accounts=accounts,
-        delegation=SimpleNamespace(duels=duels),
+        delegation=SimpleNamespace(duels=duels), labels={},
     )  # fmt: skip
     sizes = []
     for k in range(20):
         name = f"peer {k}"
+        node.labels[name] = "label"
         metrics.duelled(name, k % 2 == 0)
         duels.records[name] = Record()
         accounts._again_s[name], accounts._reasons[name] = 1.0, "no"
         Dispatcher.forget(node, name)
-        sizes.append((len(duels.records), len(accounts._again_s), len(accounts._reasons)))
-    assert sizes == [(0, 0, 0)] * 20
+        sizes.append((len(duels.records), len(accounts._again_s), len(accounts._reasons), len(node.labels)))
+    assert sizes == [(0, 0, 0, 0)] * 20
     page = metrics.page(held=0, engine_up=True, peers=0)
     assert b"peer 1" not in page and b"wwwserve_duel_answers" in page
 
