@@ -322,8 +322,8 @@ class Dispatcher:
         """A peer with whom nothing more may be in escrow is no candidate."""
         if ledger.changed:
             self.provider.pay(ledger.free_credit())
-        while ledger.changed:
-            peer = ledger.changed.pop()
+        changed, ledger.changed = sorted(ledger.changed), set()
+        for peer in changed:
             if peer in ledger.books.channels:
                 self.provider.may_escrow(peer, ledger.available(peer))
 

@@ -203,6 +203,29 @@ def test_what_a_peer_says_it_knows_is_believed_only_as_far_as_it_was_signed(tmp_
     play(scene)
 
 
+def test_a_payer_that_starts_anew_pays_nothing_again_that_its_peer_forgot(tmp_path: Path) -> None:
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        await sides.exchange()
+        id = sides.ask()
+        sides.delivered(id, came(100))
+        sides.copy(B)
+        await sides.exchange()
+        sides.settle(id, came(100))
+        paid(sides, 200)
+        await sides.exchange()
+        sides.put_back(B)
+        sides.close(A)
+        sides.open(A)
+        for _ in range(2):
+            await sides.exchange()
+        mirrored(sides)
+        assert not sides.b.books.channels[A.name].taken and sides.b.balances()[0].free == CREDIT + 300 * MICRO // 1000
+        sides.agree()
+
+    play(scene)
+
+
 def test_a_conflict_is_noted_once_however_often_it_comes(tmp_path: Path) -> None:
     """As where a node goes on from a copy beside the one that it is of."""
 

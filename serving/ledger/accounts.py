@@ -337,7 +337,7 @@ class Accounts:
     async def _keep_telling(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            for peer in self._there - self._busy:
+            for peer in sorted(self._there - self._busy):
                 if loop.time() < self._again_s.get(peer, 0.0):
                     continue
                 self._busy.add(peer)

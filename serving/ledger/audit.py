@@ -18,6 +18,7 @@ from wwwserve.serving.ledger.channel import (
     Noted,
     Opened,
     Recovered,
+    Settled,
     Stated,
     Vouched,
 )
@@ -33,7 +34,7 @@ class Audit(NamedTuple):
     entries: int
     books: Books
     problems: list[str]
-    vouched: dict[str, dict[int, State]]  # by peer and number, what the owner signed as payer, ...
+    vouched: dict[str, dict[int, State]]  # by peer and number, what the owner paid: each state it may have signed, ...
     acked: dict[str, set[int]]  # which of it the peer signed, ...
     credited: dict[str, dict[int, State]]  # and what both signed with the peer as payer
 
@@ -98,9 +99,9 @@ def _check_signatures(books: Books, event: Event) -> None:
 
 def _keep(found: Audit, event: Event) -> None:
     """Remember what was signed. Raises LedgerError for an acknowledgement of what was no voucher."""
-    if isinstance(event, Vouched):
+    if isinstance(event, Settled):  # that it was signed may be forgotten, as entries are lost from the end
         channel = found.books.channel(event.peer)
-        found.vouched.setdefault(event.peer, {})[event.number] = channel.state(found.owner, event.peer)
+        found.vouched.setdefault(event.peer, {})[channel.number] = channel.state(found.owner, event.peer)
     elif isinstance(event, Recovered):
         found.vouched.setdefault(event.peer, {})[event.voucher.state.number] = event.voucher.state
     elif isinstance(event, Acked):

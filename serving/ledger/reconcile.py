@@ -15,7 +15,7 @@ from wwwserve.serving.ledger.channel import Credited, Event, LedgerError, Recove
 from wwwserve.serving.ledger.exchange import Ask, Known, Unpaid
 from wwwserve.serving.ledger.journal import Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
-from wwwserve.serving.ledger.statements import GOING, Receipt, Vouch, check, decode
+from wwwserve.serving.ledger.statements import Receipt, Vouch, check, decode
 
 log = logging.getLogger("wwwserve.ledger")
 
@@ -76,16 +76,18 @@ class Reconciler:
         """Take over what a peer knows of this node and was forgotten here. Raises LedgerError and StatementError for
         what cannot be."""
         channel = self._ledger.books.channel(peer)
+        asked = channel.asked
         for vouch in known.vouches:
             check(self._ledger.name, "voucher", vouch.voucher.state, vouch.voucher.signature)
             if vouch.voucher.state.number > channel.number:
                 log.error("the journal is an old copy: taking over what was signed since", extra={"peer": peer})
-                self._add(Recovered(peer, vouch.voucher, vouch.receipts))
+                known_already = max(0, channel.number + 1 - vouch.first)  # which may not have been vouched for
+                self._add(Recovered(peer, vouch.voucher, vouch.receipts[known_already:]))
         if known.asked > channel.asked + MOST_AHEAD or len(known.unpaid) > MOST_UNPAID:
             raise LedgerError(f"{peer} has request {known.asked}, and {channel.asked} were asked")
-        done = {receipt.id for receipt in channel.unacked if receipt.served.came != GOING}
         for lost in known.unpaid:
-            if lost.id not in done and lost.id not in channel.open and lost.id <= known.asked:
+            # What was asked by the own journal and is not open has ended, and the peer has forgotten its receipt.
+            if asked < lost.id <= known.asked:
                 self._add(Reopened(peer, lost.id, lost.request, lost.terms, lost.paid))
         if known.asked > channel.asked:  # the receipt of the last one is with the peer
             self._add(Skipped(peer, known.asked))
