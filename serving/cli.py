@@ -317,6 +317,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "judges": Tool("eval.live.judges", "Measure how often judges err, on real vLLM."),
     "duels": Tool("eval.live.duels", "Hold duels on real vLLM."),
     "coalition": Tool("eval.live.coalition", "See what a coalition can buy by duels."),
+    "world": Tool("eval.live.world.command", "Play nodes among faults and adversaries on virtual time."),
     "hostile": Tool("eval.live.hostile", "Send hostile input to a live node."),
     "soak": Tool("eval.live.soak", "Kill nodes under load, see that all is accounted for."),
 }

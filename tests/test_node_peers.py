@@ -270,7 +270,7 @@ def test_every_request_ends_once_while_a_node_leaves_and_another_joins() -> None
     async def scene() -> None:
         async with net(busy(), busy(), Stub(pause_s=0.02), Stub(pause_s=0.02), Stub(pause_s=0.02)) as n:
             enough = asyncio.Event()
-            loading = asyncio.create_task(loaded(n, [0, 1], 60.0, lambda k: not enough.is_set()))
+            loading = asyncio.create_task(loaded(n, [0, 1], 60.0, lambda k: k < 300 or not enough.is_set()))
 
             async def begun() -> bool:
                 return n.stubs[4].begun > 5

@@ -1,0 +1,249 @@
+"""Real nodes of a world: dispatchers and ledgers on virtual time, before engines that show whose answer it is."""
+
+import hashlib
+import random
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from wwwserve.agents.protocol import MICRO, PAYMENTS, milliseconds
+from wwwserve.agents.rules import Rule
+from wwwserve.eval.live.simulation.loop import VirtualLoop
+from wwwserve.eval.live.simulation.membership import Members, MemoryMembership
+from wwwserve.eval.live.simulation.network import Exchange, Host, MemoryNetwork, MemoryTransport
+from wwwserve.eval.live.world.engine import WordEngine, WordServer
+from wwwserve.eval.live.world.truth import Got, Truth, most_tokens, text_tokens
+from wwwserve.serving.config import CatalogueProfile, EngineConfig, LengthsConfig, MarketConfig, NodeConfig
+from wwwserve.serving.delegation import PROMPT, TARIFF
+from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
+from wwwserve.serving.engine.adapter import Engine
+from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.messages import Messages, Refusals
+from wwwserve.serving.http.reply import Reply
+from wwwserve.serving.http.routes import App
+from wwwserve.serving.http.sse import LAST_EVENT
+from wwwserve.serving.ledger.accounts import ESCROW, TOLERANCE_S, Delivery
+from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Grant
+from wwwserve.serving.metrics import Metrics
+from wwwserve.serving.node_provider import NodeProvider
+
+MODEL = "m"
+RTT_S = 0.05  # that nodes agree to reckon with; what the network takes is another matter
+ENGINE_TIMEOUT_S = 15.0
+OUTPUT = LengthsConfig(median=60.0, sigma=0.5, max=200)
+
+
+class Agreed(NamedTuple):
+    """What all nodes of a world have agreed on; amounts in micro-credits."""
+
+    payment: int  # as `agents.protocol` numbers it
+    exposure: int
+    grant: int  # to each of the two of a channel
+    stake: int  # that each may have at stake
+
+
+@cache
+def identity(row: int) -> Identity:
+    """That of a node, the same in all worlds."""
+    return Identity(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"world %d" % row).digest()))
+
+
+class Strategy:
+    """What a node does otherwise than an honest one: nothing."""
+
+    name = "honest"
+    honest = True
+    granted = True  # others have a channel with it
+
+    def prepare(self, node: "Node") -> None:
+        """Once, before it starts for the first time."""
+
+    def begin(self, node: "Node") -> None:
+        """Change what was just made for a run of the node."""
+
+    async def act(self, node: "Node") -> None:
+        """Beside what the node does."""
+
+
+class Node:
+    """One node: a host and an engine, and, while it runs, a dispatcher and a ledger."""
+
+    def __init__(self, world: "Network", row: int, strategy: Strategy) -> None:
+        self.world, self.row, self.strategy = world, row, strategy
+        self.identity = identity(row)
+        self.name = self.identity.name
+        self.random = random.Random(f"node {world.seed} {row}")
+        self.host: Host = world.network.host(f"n{row}", f"http://n{row}.simulated")
+        self.server = WordServer(world.loop, places=world.places[row], model=MODEL)
+        self.policy = world.policies[row]
+        self.config = NodeConfig(
+            name=f"n{row}", key="", serves=(MODEL,), stake=world.agreed.stake / MICRO, output=OUTPUT,
+            engine=EngineConfig(
+                url="http://engine.simulated", timeout_s=ENGINE_TIMEOUT_S,
+                profile=CatalogueProfile(gpu="rtx-4090", model="llama-2-7b", max_num_seqs=world.places[row]),
+            ),
+            market=MarketConfig(
+                payment=cast(Any, PAYMENTS[world.agreed.payment]), rtt_s=RTT_S, gossip_s=2.0, prefix_cache=False
+            ),
+        )  # fmt: skip
+        self.dispatcher: WatchedDispatcher
+        self.ledger: ChannelLedger
+        self.app: App
+        self.runs: list[Dispatcher] = []
+        self.errors: list[BaseException] = []  # that ended its tasks, in all of its runs
+        self.forgot = False  # whether its disk ever lost entries that it had called durable
+        self._booted_s = 0.0
+
+    @property
+    def honest(self) -> bool:
+        """Whether it does as it should."""
+        return self.strategy.honest
+
+    def restarted_since(self, at_s: float) -> bool:
+        """Whether it was not there all the time since."""
+        return not self.host.up or self._booted_s > at_s
+
+    def crash(self, *, silent: bool, keep: int) -> None:
+        """It dies; of writes that its disk called durable and were not, the first `keep` are there."""
+        disk = self.host.disk
+        self.forgot |= disk.durable + keep < len(disk.batches)
+        self.host.crash(silent=silent, keep=keep)
+
+    def boot(self) -> None:
+        """Start it, or start it anew after a crash."""
+        world, host = self.world, self.host
+        process = host.boot()
+        process.errors = self.errors
+        self._booted_s = world.loop.time()
+        config = self.config
+        provider = NodeProvider(
+            Rule(self.policy), config.engine_profile(), config.agreed(), seed=world.seed * 64 + self.row,
+            mean_prompt=40.0, mean_output=OUTPUT.median,
+        )  # fmt: skip
+        ledger = self.ledger = ChannelLedger(
+            self.identity, host.disk.journal(self.name), world.grants(self), world.funds(), agreed=True,
+            exposure=world.agreed.exposure, payment=world.agreed.payment,
+            slack_ms=int(milliseconds(RTT_S + TOLERANCE_S)),
+        )  # fmt: skip
+        membership = MemoryMembership(world.members, self.name, process)
+        messages, metrics = Messages(self.identity, membership.knows, host.wall_s), Metrics()
+        transport = CountingTransport(world.network, host.name, process, self)
+        dispatcher = self.dispatcher = WatchedDispatcher(
+            config, provider, cast(Engine, WordEngine(self.server, config.engine_profile())), membership, messages,
+            transport, metrics, host.url, ledger,
+        )  # fmt: skip
+        dispatcher.node = self
+        self.runs.append(dispatcher)
+        self.app = App(dispatcher, config, Refusals(metrics.message_refused, world.loop.time))
+        self.strategy.begin(self)
+        host.serve(self.app)
+        process.spawn(dispatcher.run())
+        if not self.honest:
+            process.spawn(self.strategy.act(self))
+
+
+class Network:
+    """All nodes of a world, and what they have agreed on."""
+
+    def __init__(
+        self, loop: VirtualLoop, network: MemoryNetwork, seed: int, agreed: Agreed, strategies: list[Strategy],
+        places: list[int], policies: list[str],
+    ) -> None:  # fmt: skip
+        """`places`: requests at once in the engine of each node; `policies`: names of their rules."""
+        self.loop, self.network, self.seed, self.agreed = loop, network, seed, agreed
+        self.places, self.policies = places, policies
+        self.truth = Truth(agreed.payment, RTT_S + TOLERANCE_S)
+        self.names = [identity(row).name for row in range(len(strategies))]
+        self.members = Members(network, {name: f"n{row}" for row, name in enumerate(self.names)})
+        self.strategies = strategies
+        self.nodes = [Node(self, row, strategy) for row, strategy in enumerate(strategies)]
+        self.by_url = {node.host.url: node for node in self.nodes}
+        self.by_name = {node.name: node for node in self.nodes}
+
+    def granted(self) -> list[str]:
+        """Who has channels."""
+        return [name for name, each in zip(self.names, self.strategies, strict=True) if each.granted]
+
+    def grants(self, node: Node) -> dict[str, Grant]:
+        """What the channels of a node begin with."""
+        amount, granted = self.agreed.grant, self.granted()
+        if node.name not in granted:
+            return {}
+        return {name: Grant(amount, amount, "world") for name in granted if name != node.name}
+
+    def funds(self) -> dict[str, int]:
+        """What each may have at stake."""
+        return dict.fromkeys(self.granted(), self.agreed.stake)
+
+
+class WatchedDispatcher(Dispatcher):
+    """One that tells the truth of what it ran for peers."""
+
+    node: Node
+
+    async def run_for(self, remote: RemoteRequest, reply: Reply, paid: Delivery | None = None) -> bool:
+        """See `Dispatcher`."""
+        counted, taken_s, whole = _Counted(reply), self.clock(), False
+        try:
+            whole = await super().run_for(remote, counted, paid)
+        finally:
+            self.node.world.truth.deliver(
+                self.messages.name, remote.origin, remote.tariff, remote.prompt, text_tokens(remote.completion.body),
+                counted.tokens, remote.longest, remote.promise, self.clock() - taken_s, whole,
+            )  # fmt: skip
+        return whole
+
+
+class _Counted(Reply):
+    def __init__(self, reply: Reply) -> None:
+        super().__init__()
+        self.tokens = 0
+        self._reply = reply
+
+    async def start(self, status: int, content_type: str) -> None:
+        await self._reply.start(status, content_type)
+
+    async def pass_on(self, chunk: bytes) -> None:
+        self.tokens += text_tokens(chunk)
+        await self._reply.pass_on(chunk)
+
+    async def whole(self, status: int, content_type: str, body: bytes) -> None:
+        await self._reply.whole(status, content_type, body)
+
+
+class CountingTransport(MemoryTransport):
+    """That of a node, which tells the truth of what came to it."""
+
+    def __init__(self, network: MemoryNetwork, name: str, process: object, node: Node) -> None:
+        super().__init__(network, name, process)  # type: ignore[arg-type]
+        self.node = node
+
+    def request(
+        self, method: str, url: str, *, body: bytes = b"", headers: Mapping[str, str], timeout_s: float | None,
+        read_timeout_s: float, peer: str = "",
+    ) -> AbstractAsyncContextManager[Exchange]:  # fmt: skip
+        """See `serving.http.transport.Transport`."""
+        exchange = _CountedExchange(self, method, url, body, headers, timeout_s, read_timeout_s)
+        if ESCROW in headers and peer:
+            given, cached, output = map(int, headers[TARIFF].split())
+            exchange.got = Got((given, cached, output), int(headers.get(PROMPT, 0)), most_tokens(body))
+            self.node.world.truth.got[self.node.name, peer].append(exchange.got)
+        return exchange
+
+
+class _CountedExchange(Exchange):
+    got: Got | None = None
+
+    def began(self, status: int, headers: object) -> None:
+        if self.got is not None and self.error is None and status == 200:
+            self.got.taken = True
+        super().began(status, headers)  # type: ignore[arg-type]
+
+    def came(self, piece: bytes, last: bool) -> None:
+        if self.got is not None and self.error is None:
+            self.got.tokens += text_tokens(piece)
+            self.got.whole |= last or LAST_EVENT in piece
+        super().came(piece, last)
