@@ -10,7 +10,6 @@ import asyncio
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -413,12 +412,6 @@ class Answer(Incoming):
             self.looked_at = server.look_at_all or bool(options.get("include_usage"))
             self.begin(200, [(b"content-type", EVENTS)])
         server.put(self)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """See the class."""
-        self.close()
 
     def close(self) -> None:
         """Hang up."""

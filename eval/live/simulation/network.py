@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
-from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -296,12 +295,6 @@ class Exchange(Incoming):
             self.close()
             raise
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """See the class."""
-        self.close()
 
     def close(self) -> None:
         """Hang up. Who reads gets an error."""

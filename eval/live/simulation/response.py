@@ -1,7 +1,9 @@
 """A response as its reader sees it, whoever answers: a `serving.http.transport.Response`."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
 
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 
@@ -12,8 +14,8 @@ class TooLarge(OSError):
     """A body, or a line of it, has more bytes than the reader takes."""
 
 
-class Incoming:
-    """What has come of a response, and what comes. Reading raises OSError if it breaks off."""
+class Incoming(ABC):
+    """What has come of a response, and what comes; a context that hangs up. Reading raises OSError if it breaks off."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         self.loop = loop
@@ -24,6 +26,16 @@ class Incoming:
         self.ended = False
         self.error: OSError | None = None  # with which it broke off
         self._waiter: asyncio.Future[None] | None = None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Hang up."""
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Hang up."""
 
     async def iter_any(self) -> AsyncIterator[bytes]:
         """The body, in pieces as they come."""

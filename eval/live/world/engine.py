@@ -8,7 +8,6 @@ import asyncio
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import AbstractAsyncContextManager
-from types import TracebackType
 from typing import Any
 
 import orjson
@@ -110,12 +109,6 @@ class Answer(Incoming):
             self.close()
             raise
         return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """See the class."""
-        self.close()
 
     def close(self) -> None:
         """Hang up."""
