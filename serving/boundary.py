@@ -44,7 +44,9 @@ SETTINGS = frozenset((
     "bad_words", "logit_bias", "logprobs", "top_logprobs", "prompt_logprobs", "echo", "ignore_eos",
     "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "tools", "tool_choice",
     "parallel_tool_calls", "functions", "function_call", "response_format", "reasoning_effort", "include_reasoning",
-    "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "cache_salt",
+    "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "cache_salt", "add_special_tokens",
+    "allowed_token_ids", "return_token_ids", "return_tokens_as_token_ids", "verbosity", "service_tier",
+    "prompt_cache_key", "safety_identifier",
 ))  # fmt: skip
 FORMATS = ("text", "json_object", "json_schema")  # of an answer
 COUNTED = ("logprobs", "top_logprobs", "prompt_logprobs")
@@ -167,7 +169,7 @@ def prompt_size(request: Mapping[str, Any]) -> tuple[int, int]:
 def check_shareable(request: Mapping[str, Any]) -> None:
     """Raises BoundaryError for a request that is not to be run for another node: an engine would do more for it than
     read a prompt and answer."""
-    other = request.keys() - SETTINGS
+    other = {name for name, said in request.items() if said is not None} - SETTINGS
     if other:
         raise BoundaryError(f"{min(other)[:80]!r} is no setting of requests between nodes")
     for name in COUNTED:

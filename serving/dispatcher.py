@@ -356,6 +356,8 @@ class Dispatcher:
         job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
         provider.keys[request] = job
         self.metrics.accepted()
+        if completion.local_only:
+            self.metrics.kept()
         outcome, where = "failed", "nowhere"
         again = Resumed(completion, reply) if self.config.resume and resumable(completion) else None
         provider.arrived(request)

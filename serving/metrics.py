@@ -26,6 +26,7 @@ class Metrics:
         self._turned_away = self._counter("requests_turned_away", "users' requests that found too many waiting")
         self._ended = self._counter("requests_ended", "users' requests by how and where they ended", "outcome", "where")
         self._on_time = self._counter("requests_on_time", "users' requests answered by their last deadline")
+        self._kept = self._counter("requests_kept", "users' requests that stay here by their class or what they ask")
         self._decisions = self._counter("decisions", "what was decided", "route")
         self._remote = self._counter("remote_ended", "peers' requests by how they ended", "outcome")
         self._offers_refused = self._counter("offers_refused", "peers' requests that were not taken")
@@ -86,6 +87,10 @@ class Metrics:
         """A user's request found too many waiting."""
         self._turned_away.inc()
         self._counts["turned_away"] += 1
+
+    def kept(self) -> None:
+        """A user's request may not leave."""
+        self._kept.inc()
 
     def decided(self, route: int) -> None:
         """A decision was made."""

@@ -119,7 +119,8 @@ def test_what_is_more_than_a_prompt_and_how_to_answer_it_stays_at_home(change: d
     {}, {"temperature": 0.7, "top_p": 1, "seed": 3, "stop": ["a"], "max_tokens": 9, "stream": True},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]},
     {"response_format": {"type": "json_schema", "json_schema": {}}},
-    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"chat_template_kwargs": {"enable_thinking": False}}, {"return_token_ids": True}, {"priority": None},
+    {"prompt_cache_key": "x", "safety_identifier": "x", "service_tier": "auto", "verbosity": "low"},
     {"logprobs": True, "top_logprobs": 20}, {"prompt": [7] * 1000}, {"prompt": [[7]] * 128},
     *[{"messages": [{"role": "user", "content": [part]}]} for part in (
         "x", {"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},

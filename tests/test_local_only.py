@@ -3,7 +3,7 @@
 import asyncio
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -11,6 +11,11 @@ import pytest
 from stub_nodes import GOOD, Stub, busy, net, play
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
+from wwwserve.envs.scenario import load
+from wwwserve.envs.state import plan
+from wwwserve.eval.live.networks import Live
+from wwwserve.eval.live.users import Tokens
+from wwwserve.serving.boundary import check_shareable
 from wwwserve.serving.config import parse
 from wwwserve.serving.delegation import _DuelPeers
 
@@ -35,8 +40,18 @@ def test_a_request_stays_at_home_by_its_header_or_its_class() -> None:
             n.stubs[0].mode = "full"
             assert (await n.ask(headers={"x-slo-class": "secret"}, max_tokens=1))[0] == 503
             assert len(n.stubs[1].bodies) == 2
+            async with n.session.get(n.urls[0] + "/metrics") as response:
+                assert "wwwserve_requests_kept_total 4.0" in await response.text()
 
     play(scene)
+
+
+def test_users_of_a_trial_send_nothing_that_keeps_their_requests_at_home() -> None:
+    """Once they asked for the tokens of answers, and no session on real vLLM was handed over."""
+    planned = plan(load("live/sessions"), 0)
+    users = Tokens(Live([], {}, emulated=False), planned, cast(Any, None), stream=True, turn=0, told=False)
+    assert users.options["return_token_ids"]
+    check_shareable({"model": "m", "prompt": [1], "stream": True} | users.lengths.of(0) | users.options)
 
 
 @pytest.mark.parametrize(
