@@ -20,13 +20,14 @@ from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import RULES
 from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.boundary import BoundaryError, check_url
-from wwwserve.serving.http.addresses import engine_base, host_of, is_loopback, is_unspecified
+from wwwserve.serving.http.addresses import engine_base, host_of, is_loopback, is_unspecified, netloc
 from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.verdicts import MOST_JUDGES
 from wwwserve.serving.market import MOST_INT, Market
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
 
 MOST_AT_ONCE = 1 << 16  # requests in an engine
+SPARE_FILES = 64  # file descriptors, beside connections
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
 
@@ -163,6 +164,11 @@ class LimitsConfig(Struct):
     receive_s: float = 30.0  # for a request to come, from its first byte to its last
     drain_s: float = 20.0  # for what is open to end, once the node is told to
 
+    @property
+    def files(self) -> int:
+        """File descriptors that it may need: a connection may have another one behind it, to the engine or a peer."""
+        return 2 * self.connections + SPARE_FILES
+
 
 class LimitConfig(Struct):
     """What two set for each other, credits; the peer has the same two the other way round."""
@@ -215,6 +221,11 @@ class NodeConfig(Struct):
     def class_names(self) -> tuple[str, ...]:
         """The classes of its users' requests; the first is what a request belongs to that names none."""
         return tuple(self.classes) or ("default",)
+
+    def url_at(self, port: int) -> str:
+        """Where peers reach it, which listens at `port`."""
+        scheme = "http" if self.tls is None else "https"
+        return self.url or f"{scheme}://{netloc(self.host, port)}"
 
     def trusts(self, peer: str) -> bool:
         """Whether a peer may see prompts of own users."""

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import logging
+import resource
 import signal
 import ssl
 import sys
@@ -182,8 +183,7 @@ async def serve(
     boundary.warm_up()
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(listen(config.host, config.port))
-        scheme = "http" if config.tls is None else "https"
-        url = config.url or f"{scheme}://{netloc(config.host, listener.getsockname()[1])}"
+        url = config.url_at(listener.getsockname()[1])
         direct, peers = DirectTransport(), AiohttpTransport(identity=None if config.tls is None else identity)
         stack.callback(direct.close)
         stack.push_async_callback(peers.close)
@@ -264,6 +264,10 @@ def run(config: NodeConfig) -> None:
         if not running.cancelled():
             running.result()
 
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= files < config.limits.files:  # what a shell gives is not enough for all connections
+        wanted = config.limits.files if most == resource.RLIM_INFINITY else min(config.limits.files, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     # What there is now stays, and requests leave little garbage in cycles: to look for it at every 700 objects costs
     # more than it finds.
     gc.collect()
