@@ -166,6 +166,15 @@ def test_a_measured_profile_is_written(
     assert found.weight_s == pytest.approx(measured.weight_s, rel=1e-4)
 
 
+def test_an_engine_that_cannot_be_measured_leaves_nothing(
+    no_terminal: None, tmp_path: Path, beside_an_engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(tmp_path / "node.yaml"), "--name", "n", "--calibrate", "--engine"]
+    assert beside_an_engine(Stub(), lambda url: run(*argv, url)) == 1
+    assert "no max_model_len" in (said := capsys.readouterr().err) and "by --gpu, see `wwwserve hardware`" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_served_names_tell_models_of_the_catalogue() -> None:
     assert [catalogue_model(each) for each in ("Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "gpt")] == [
         "qwen3-8b", "llama-3-8b", None,

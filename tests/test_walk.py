@@ -2,12 +2,14 @@
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from wwwserve.serving.local_nodes import (
@@ -23,6 +25,7 @@ from wwwserve.serving.local_nodes import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+FEW_FILES = 256  # a shell lets a program have
 CLI = [sys.executable, "-m", "wwwserve.serving.cli"]
 
 
@@ -56,7 +59,9 @@ def run(folder: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
 @contextmanager
 def started(made: Programs, folder: Path, argv: list[str]) -> Iterator[Process]:
     """A node, which has to end well when it is told to."""
-    node = made.start(folder.name, Command(["sh", "-c", f'cd "{folder}" && exec "$@"', "sh", *CLI, *argv]))
+    node = made.start(
+        folder.name, Command(["sh", "-c", f'ulimit -Sn {FEW_FILES} && cd "{folder}" && exec "$@"', "sh", *CLI, *argv])
+    )
     try:
         yield node
     finally:
@@ -64,12 +69,19 @@ def started(made: Programs, folder: Path, argv: list[str]) -> Iterator[Process]:
     assert node.wait(60.0) == 0
 
 
-def until_well(folder: Path, doctor: list[str]) -> None:
-    """Until doctor finds nothing wrong. Raises AssertionError with what it finds after a while."""
+def until(folder: Path, argv: list[str], well: Callable[[str], bool] = lambda said: True) -> None:
+    """Until a command ends with 0 and says what is `well`. Raises AssertionError with what it says after a while."""
     until_s = time.monotonic() + READY_S["emulated"]
-    while (done := run(folder, doctor)).returncode != 0:
+    while (done := run(folder, argv)).returncode != 0 or not well(done.stdout):
         assert time.monotonic() < until_s, done.stdout + done.stderr
-    assert done.stdout.endswith(" ok\n") and "\nfailed" not in done.stdout
+
+
+def joined(name: str, peer: str, said: str) -> bool:
+    """Whether the node of that name is up and sees the one peer."""
+    seen = json.loads(said)
+    assert (seen["name"], seen["policy"]) == (name, "competitive")
+    assert [each["label"] for each in seen["peers"]] == [peer]
+    return bool(seen["engine"]["up"] and seen["peers"][0]["there"])
 
 
 def test_two_operators_who_follow_the_readme_are_joined(tmp_path: Path) -> None:
@@ -98,12 +110,11 @@ def test_two_operators_who_follow_the_readme_are_joined(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
         alone = run(north, nodes[0][1][3])  # nobody runs yet
         assert alone.returncode == 1 and "does it run?" in alone.stdout
-        with started(made, north, nodes[0][1][2]), started(made, south, nodes[1][1][2]):
-            for folder, asked in nodes:
-                until_well(folder, asked[3])
-            for folder, _ in nodes:
-                done = run(folder, ["status", "--json", "--config", "node.yaml"])
-                seen = json.loads(done.stdout)
-                assert seen["name"] == folder.name and seen["policy"] == "competitive"
-                assert [peer["there"] for peer in seen["peers"]] == [True]
-                assert [peer["label"] for peer in seen["peers"]] == [{"north": "south", "south": "north"}[folder.name]]
+        with started(made, north, nodes[0][1][2]) as first, started(made, south, nodes[1][1][2]):
+            for (folder, asked), peer in zip(nodes, ("south", "north"), strict=True):
+                until(folder, asked[3])
+                status = ["status", "--json", "--config", "node.yaml"]
+                until(folder, status, partial(joined, folder.name, peer))
+            assert resource.prlimit(first.pid, resource.RLIMIT_NOFILE)[0] > FEW_FILES  # it takes what it may have
+        started_here = list(made.running.values())
+    assert all(each.poll() is not None for each in started_here)

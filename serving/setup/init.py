@@ -16,6 +16,7 @@ from wwwserve.serving import config
 from wwwserve.serving.config import ConfigError, NodeConfig
 from wwwserve.serving.engine import calibrate
 from wwwserve.serving.engine.adapter import EngineError
+from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.addresses import engine_base, host_of, is_free, is_loopback, netloc
 from wwwserve.serving.http.keys import Identity
@@ -87,7 +88,12 @@ def init(file: Path, wanted: Wanted, ask: Ask | None, say: Say) -> Made:
     if wanted.gpu is None:
         say(f"measuring {wanted.engine}, which takes about {wanted.repeats} minutes")
         how = Settings(key=wanted.engine_key, kind=wanted.kind, repeats=wanted.repeats)
-        found = asyncio.run(calibrate.calibrate(wanted.engine, how, say))
+        try:
+            found = asyncio.run(calibrate.calibrate(wanted.engine, how, say))
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{error}\nNothing was written: try again, or take a known profile by --gpu, see `wwwserve hardware`"
+            ) from None
         engine["profile"] = {"kind": "measured", **calibrate.measured(found.profile)}
     settings["engine"] = engine
     made = config.parse(settings, str(file), file.parent)
