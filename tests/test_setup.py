@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trustme
 import yaml
-from stub_nodes import PROFILE, Stub, net, play
+from stub_nodes import PROFILE, ZENOH, Stub, net, play
 
 from wwwserve.agents.hardware import profile
 from wwwserve.serving import cli, config
@@ -148,19 +148,21 @@ def test_on_a_terminal_it_asks_for_what_is_missing(tmp_path: Path, beside_an_eng
 def test_a_measured_profile_is_written(
     no_terminal: None, tmp_path: Path, beside_an_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[str, int]] = []
+    seen: list[tuple[Any, ...]] = []
     measured = profile("rtx-3090", "qwen3-8b", 8)
 
     async def measure(url: str, settings: Any, say: Any) -> calibrate.Calibration:
-        seen.append((url, settings.repeats))
+        seen.append((url, settings.repeats, settings.kv_tokens, settings.max_batched_tokens, settings.key))
         return calibrate.Calibration(url, "stub", measured, 0.0, {}, [])
 
     monkeypatch.setattr(calibrate, "calibrate", measure)
     file = tmp_path / "node.yaml"
     stub = Stub()
-    argv = ["--name", "n", "--calibrate", "--repeats", "2"]
+    argv = ["--name", "n", "--calibrate", "--repeats", "2", "--kv-tokens", "4096", "--max-batched-tokens", "512"]
+    argv += ["--engine-key", "secret"]
     assert beside_an_engine(stub, lambda url: run(str(file), *argv, "--engine", url)) == 0
-    assert seen == [(stub.url, 2)]
+    assert seen == [(stub.url, 2, 4096, 512, "secret")]
+    assert config.load(file).engine.key == "secret" and stat.S_IMODE(file.stat().st_mode) == 0o600
     found = config.load(file).engine_profile()
     assert (found.kv_blocks, found.max_num_seqs) == (measured.kv_blocks, 8)
     assert found.weight_s == pytest.approx(measured.weight_s, rel=1e-4)
@@ -310,6 +312,13 @@ def test_doctor_names_what_is_wrong_with_files(tmp_path: Path, capsys: pytest.Ca
     assert found(file)["ledger"].state == FAILED and "n.db" in found(file)["ledger"].found
     (tmp_path / "n.db").unlink()
     assert found(file)["ledger"].state == OK
+    write(file, membership=ZENOH)
+    assert found(file)["peers"] == Finding("peers", OK, "are found by zenoh, once the node runs")
+    peer = {"key": Identity.generate().name, "url": NOWHERE, "name": "south"}
+    write(file, peers=[peer], ledger={"file": "n.db", "limits": {peer["key"]: {"ours": 1, "theirs": 1}}})
+    assert found(file)["ledger"].state == OK
+    write(file, peers=[peer], ledger={"file": "n.db", "genesis": "genesis.yaml"})
+    assert found(file)["ledger"].found == "south was granted nothing, so nothing is traded with it"
 
 
 def test_doctor_compares_engine_and_profile(tmp_path: Path, beside_an_engine: Any) -> None:

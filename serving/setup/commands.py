@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from wwwserve.agents.arguments import Count, Name
+from wwwserve.agents.hardware import CHUNK_TOKENS
 from wwwserve.serving import config
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.setup import doctor, init, join
@@ -37,6 +38,10 @@ class Init:
     """measure the engine, which should have nothing else to do"""
     repeats: Count = 3
     """measurements of each load, each takes about a minute"""
+    kv_tokens: Count | None = None
+    """tokens that its KV cache holds; needed to measure SGLang, vLLM says it"""
+    max_batched_tokens: Count = CHUNK_TOKENS
+    """tokens that it computes in one iteration at most, which it does not say"""
     gpu: Name = None
     """take the engine's profile from the catalogue instead, see `wwwserve hardware`"""
     model: Name = None
@@ -53,10 +58,7 @@ class Init:
     """nodes speak TLS with each other; all of a network need it"""
 
     def run(self) -> int:
-        wanted = init.Wanted(
-            self.name, self.engine, self.kind, self.engine_key, self.gpu, self.model, self.max_num_seqs,
-            self.calibrate, self.repeats, self.url, self.host, self.port, self.tls,
-        )  # fmt: skip
+        wanted = init.Wanted(**{name: getattr(self, name) for name in init.Wanted._fields})
         asked = init.on_terminal if init.is_terminal() else None
         made = init.init(self.file, wanted, asked, lambda line: print(line, file=sys.stderr))
         print(f"{made.key}  its key, {'new' if made.key_is_new else 'which was there'}; show it to nobody")

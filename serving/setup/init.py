@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from wwwserve.agents.arguments import UsageError
-from wwwserve.agents.hardware import GPUS, MODELS, profile
+from wwwserve.agents.hardware import CHUNK_TOKENS, GPUS, MODELS, profile
 from wwwserve.serving import config
 from wwwserve.serving.config import ConfigError, NodeConfig
 from wwwserve.serving.engine import calibrate
@@ -44,6 +44,8 @@ class Wanted(NamedTuple):
     max_num_seqs: int = 256
     calibrate: bool = False
     repeats: int = 3
+    kv_tokens: int | None = None
+    max_batched_tokens: int = CHUNK_TOKENS
     url: str | None = None
     host: str | None = None
     port: int | None = None
@@ -87,7 +89,10 @@ def init(file: Path, wanted: Wanted, ask: Ask | None, say: Say) -> Made:
     config.parse(settings | {"engine": engine}, str(file), file.parent)
     if wanted.gpu is None:
         say(f"measuring {wanted.engine}, which takes about {wanted.repeats} minutes")
-        how = Settings(key=wanted.engine_key, kind=wanted.kind, repeats=wanted.repeats)
+        how = Settings(
+            key=wanted.engine_key, kind=wanted.kind, repeats=wanted.repeats, kv_tokens=wanted.kv_tokens,
+            max_batched_tokens=wanted.max_batched_tokens,
+        )  # fmt: skip
         try:
             found = asyncio.run(calibrate.calibrate(wanted.engine, how, say))
         except CalibrationError as error:
@@ -102,8 +107,8 @@ def init(file: Path, wanted: Wanted, ask: Ask | None, say: Say) -> Made:
         Identity.generate().save(key)
     identity = Identity.load(key)
     card = card_of(made, identity)
-    with file.open("x", encoding="utf-8") as out:
-        out.write(_text(settings))
+    file.touch(0o600 if wanted.engine_key else 0o666, exist_ok=False)
+    file.write_text(_text(settings), encoding="utf-8")
     card_file = file.parent / file_name(wanted.name)
     card_file.write_text(card.text(), encoding="utf-8")
     return Made(key, key_is_new, card_file, card, config.load(file))
