@@ -222,14 +222,14 @@ class NodeConfig(Struct):
         """The classes of its users' requests; the first is what a request belongs to that names none."""
         return tuple(self.classes) or ("default",)
 
+    def trusts(self, peer: str) -> bool:
+        """Whether a peer may see prompts of own users."""
+        return self.trust is None or peer in self.trust
+
     def url_at(self, port: int) -> str:
         """Where peers reach it, which listens at `port`."""
         scheme = "http" if self.tls is None else "https"
         return self.url or f"{scheme}://{netloc(self.host, port)}"
-
-    def trusts(self, peer: str) -> bool:
-        """Whether a peer may see prompts of own users."""
-        return self.trust is None or peer in self.trust
 
     def agreed(self) -> Market:
         """The market as a provider takes it. Raises ValueError for more classes than a view shows."""

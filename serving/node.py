@@ -169,6 +169,7 @@ async def serve(
     Raises ValueError for a configuration or a key that cannot be, OSError for an address that cannot be used.
     """
     identity = Identity.load(Path(config.key))
+    listen(config.host, config.port).close()  # a port that is taken is told before a minute of compiling, not after it
     policy = policy_of(config.policy)
     profile = config.engine_profile()
     provider, rehearsal = (

@@ -366,6 +366,8 @@ def test_doctor_knows_certificates_that_end_and_proxies_and_addresses(
     assert found(write(file, port=1, peers=[peer]))["url"].state == FAILED
     assert found(write(file, url="http://10.0.0.1:9000"))["url"].state == WARNING
     assert found(write(file, host="0.0.0.0", url="http://10.0.0.1:9000"))["url"].state == OK
+    assert found(file)["users"].state == WARNING
+    assert "users" not in found(write(file, host="0.0.0.0", url="http://10.0.0.1:9000", keys=["k"]))
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     assert found(file)["proxy"].state == OK

@@ -11,6 +11,7 @@ import tyro
 from wwwserve.agents.arguments import Count, Name
 from wwwserve.agents.hardware import CHUNK_TOKENS
 from wwwserve.serving import config
+from wwwserve.serving.http.addresses import is_loopback
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.setup import doctor, init, join
 from wwwserve.serving.setup.card import card_of
@@ -65,6 +66,8 @@ class Init:
         print(f"{self.file}  the configuration")
         print(f"{made.card_file}  the card, to be sent to your peers:\n")
         print(made.card.text())
+        if not is_loopback(made.config.host):
+            print("Whoever reaches this node may use it as your users do, until `keys` lists API keys.")
         print("Next, with what your peers send you:")
         print(f"  wwwserve join PEER.card.yaml{_option(self.file)}")
         print(f"  wwwserve node {self.file}")

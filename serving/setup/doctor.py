@@ -222,6 +222,11 @@ def _address(node: NodeConfig) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding("url", OK, f"peers reach this node at {url}")
+    if not node.keys and not is_loopback(node.host):
+        yield Finding(
+            "users", WARNING, f"without `keys`, whoever reaches {netloc(node.host, node.port)} is a user",
+            "list API keys of your users in `keys`, unless the network lets nobody else in",
+        )  # fmt: skip
 
 
 def _ledger(node: NodeConfig, identity: Identity) -> Iterator[Finding]:
