@@ -325,7 +325,7 @@ class Emulator:
 
 async def serve(emulator: Emulator, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; prints one line of JSON when ready."""
-    listener = socket.create_server((host, port))
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     config = uvicorn.Config(
         emulator, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
     )

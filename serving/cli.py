@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from wwwserve.agents import hardware
-from wwwserve.agents.arguments import Name, UsageError, parse_args, refuse
+from wwwserve.agents.arguments import File, Name, UsageError, parse_args, refuse
 from wwwserve.agents.decision import make_actions
 from wwwserve.agents.policy.bundle import (
     MANIFEST,
@@ -50,13 +50,17 @@ from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import JournalError
 from wwwserve.serving.ledger.statements import StatementError
 from wwwserve.serving.local_nodes import NetworkError, Plan, look
+from wwwserve.serving.setup.card import CardError
+from wwwserve.serving.setup.commands import Doctor, Init, Join, ShowCard
+from wwwserve.serving.setup.look import own_network
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
+DEFAULT_URL = "http://127.0.0.1:9000"
 DECISIONS = 2000  # that `policy verify` times
 
 REFUSED = (
-    BundleError, CalibrationError, ConfigError, IdentityError, JournalError, LedgerError, NetworkError, PrepareError,
-    StatementError, OSError,
+    BundleError, CalibrationError, CardError, ConfigError, IdentityError, JournalError, LedgerError, NetworkError,
+    PrepareError, StatementError, OSError,
 )  # fmt: skip
 
 Policy = Annotated[str | None, tyro.conf.arg(metavar="NAME|BUNDLE")]
@@ -130,15 +134,22 @@ class Up:
 class Status:
     """Show how a node is and what it sees of its peers."""
 
-    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")] = "http://127.0.0.1:9000"
-    """of the node, or of its `admin` listener"""
+    url: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[URL]")] = None
+    """of the node, or of its `admin` listener; default: http://127.0.0.1:9000"""
+    config: File = None
+    """its node.yaml, which says where it is; needed with `tls` and no `admin`"""
     key: str | None = None
-    """`admin.key` of the node, if it has one"""
+    """`admin.key` of the node, if it has one; with --config it is known"""
     json: bool = False
     """print what the node says as it is"""
 
     def run(self) -> int:
-        seen = look(self.url, self.key)
+        if self.config is not None:
+            if self.url is not None or self.key is not None:
+                raise UsageError("--config says URL and key, give it alone")
+            seen = own_network(config.load(self.config))
+        else:
+            seen = look(self.url or DEFAULT_URL, self.key)
         if self.json:
             print(json.dumps(seen, indent=2))
         else:
@@ -282,7 +293,11 @@ class PolicyVerify:
 
 
 COMMANDS: dict[str, type[Command] | Tool] = {
+    "init": Init,
+    "join": Join,
     "node": Node,
+    "doctor": Doctor,
+    "card": ShowCard,
     "up": Up,
     "status": Status,
     "calibrate": Calibrate,

@@ -20,12 +20,14 @@ from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import RULES
 from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.boundary import BoundaryError, check_url
+from wwwserve.serving.http.addresses import engine_base, host_of, is_loopback, is_unspecified, netloc
 from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.verdicts import MOST_JUDGES
 from wwwserve.serving.market import MOST_INT, Market
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
 
 MOST_AT_ONCE = 1 << 16  # requests in an engine
+SPARE_FILES = 64  # file descriptors, beside connections
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
 
@@ -78,6 +80,7 @@ class PeerConfig(Struct):
 
     key: str  # public
     url: str
+    name: str | None = None  # for people; `wwwserve join` takes no other key under a name that is known
 
 
 class StaticConfig(Struct, tag_field="kind", tag="static"):
@@ -161,6 +164,11 @@ class LimitsConfig(Struct):
     receive_s: float = 30.0  # for a request to come, from its first byte to its last
     drain_s: float = 20.0  # for what is open to end, once the node is told to
 
+    @property
+    def files(self) -> int:
+        """File descriptors that it may need: a connection may have another one behind it, to the engine or a peer."""
+        return 2 * self.connections + SPARE_FILES
+
 
 class LimitConfig(Struct):
     """What two set for each other, credits; the peer has the same two the other way round."""
@@ -218,6 +226,11 @@ class NodeConfig(Struct):
         """Whether a peer may see prompts of own users."""
         return self.trust is None or peer in self.trust
 
+    def url_at(self, port: int) -> str:
+        """Where peers reach it, which listens at `port`."""
+        scheme = "http" if self.tls is None else "https"
+        return self.url or f"{scheme}://{netloc(self.host, port)}"
+
     def agreed(self) -> Market:
         """The market as a provider takes it. Raises ValueError for more classes than a view shows."""
         rows = [self._row(self.classes.get(name)) for name in self.class_names]
@@ -251,10 +264,11 @@ class NodeConfig(Struct):
         return Profile(**msgspec.structs.asdict(settings))
 
 
-def parse(content: object, where: str) -> NodeConfig:
-    """A node from a mapping, `where` for messages. Raises ConfigError, with the field that is wrong."""
+def parse(content: object, where: str, folder: Path | None = None) -> NodeConfig:
+    """A node from a mapping, `where` for messages. Files that it names are looked up from `folder`, by default the
+    working directory; URLs lose slashes at their ends. Raises ConfigError, with the field that is wrong."""
     try:
-        config = msgspec.convert(content, NodeConfig)
+        config = _tidied(msgspec.convert(content, NodeConfig), folder or Path())
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}") from None
     for field, good, expected in _checks(config):
@@ -266,6 +280,25 @@ def parse(content: object, where: str) -> NodeConfig:
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
+
+
+def _tidied(c: NodeConfig, folder: Path) -> NodeConfig:
+    """The configuration with paths that count from `folder`, and with URLs as they are compared and put together."""
+
+    def at(file: str | None) -> str | None:
+        return str(folder / file) if file else file
+
+    settings, membership, replace = c.ledger, c.membership, msgspec.structs.replace
+    if isinstance(membership, ZenohConfig) and membership.tls is not None:
+        files = {name: at(file) for name, file in msgspec.structs.asdict(membership.tls).items()}
+        membership = replace(membership, tls=replace(membership.tls, **files))
+    return replace(
+        c, key=at(c.key), membership=membership, policy=c.policy if c.policy in (*SHIPPED, *RULES) else at(c.policy),
+        url=c.url.rstrip("/") if c.url else c.url, engine=replace(c.engine, url=engine_base(c.engine.url)),
+        peers=tuple(replace(each, url=each.url.rstrip("/")) for each in c.peers),
+        tls=c.tls and replace(c.tls, certificate=at(c.tls.certificate), key=at(c.tls.key)),
+        ledger=settings and replace(settings, file=at(settings.file), genesis=at(settings.genesis)),
+    )  # fmt: skip
 
 
 def _membership_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
@@ -288,10 +321,6 @@ def _membership_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.") or host == "::1"
-
-
 def _wire_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     checks = []
     if c.tls is not None:
@@ -305,7 +334,7 @@ def _wire_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     if c.admin is not None:
         checks += [
             ("admin.port", 0 <= c.admin.port < 65536, f"0 to 65535, got {c.admin.port}"),
-            ("admin.key", c.admin.key != "" and (_is_loopback(c.admin.host) or c.admin.key is not None),
+            ("admin.key", c.admin.key != "" and (is_loopback(c.admin.host) or c.admin.key is not None),
              f"given where admin.host is {c.admin.host}, which others reach"),
         ]  # fmt: skip
     return checks
@@ -364,8 +393,11 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("policy", c.policy is None or c.policy in (*SHIPPED, *RULES) or Path(c.policy).is_dir(),
          f"{', '.join(SHIPPED)}, a rule ({', '.join(RULES)}) or the folder of a bundle, got {c.policy!r}"),
         ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
-        *[("every node's url", _is_url(u.rstrip("/")), f"a host, a port and a path at most, got {u!r}")
+        *[("every node's url", _is_url(u), f"a host, a port and a path at most, got {u!r}") for u in urls[1:]],
+        *[("every node's url", not is_unspecified(host_of(u)), f"an address at which others reach it, got {u!r}")
           for u in urls[1:]],
+        ("url", c.url is not None or not is_unspecified(c.host) or not (c.peers or c.membership != StaticConfig()),
+         f"given where there are peers and host is {c.host}: the address of this machine at which they reach it"),
         *[("trust", _is_key(each), f"public keys, got {each!r}") for each in c.trust or ()],
         ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
         *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],
@@ -404,4 +436,4 @@ def load(path: Path) -> NodeConfig:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return parse(content, str(path))
+    return parse(content, str(path), path.parent)

@@ -73,6 +73,8 @@ def show(seen: dict[str, Any]) -> None:
         own.add_row(name, shown)
         if name == "API":
             own.add_row("policy", seen["policy"])
+        if name == "engine" and seen["engine"].get("reason"):
+            own.add_row("reason", seen["engine"]["reason"])
     console.print(own)
     peers = Table(title=f"peers as {seen['name']} sees them")
     peers.add_column("peer", overflow="fold")

@@ -26,10 +26,13 @@ import yaml
 from wwwserve.agents.hardware import BLOCK_TOKENS
 from wwwserve.agents.kernel import compiled_before, say_compiling
 from wwwserve.agents.lengths import Lognormal
+from wwwserve.agents.policy.bundle import SHIPPED
+from wwwserve.agents.rules import RULES
 from wwwserve.serving import guard
 from wwwserve.serving.config import parse
 from wwwserve.serving.engine import calibrate, local_vllm
 from wwwserve.serving.engine.probe import Settings
+from wwwserve.serving.http.addresses import is_free
 from wwwserve.serving.http.keys import Identity
 
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
@@ -38,6 +41,9 @@ MOST_SAID = 4096  # bytes of an error that are read
 LOOK_S = 0.05  # between two looks at whether a program is ready
 
 Process = subprocess.Popen[bytes]
+
+# Nodes and engines are asked without a proxy, whatever the environment says: nodes speak to each other so as well.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class NetworkError(RuntimeError):
@@ -257,7 +263,7 @@ def vllm(models: Sequence[str], name: str | None = None, kv_tokens: int | None =
 def answers(url: str) -> bool:
     """Whether an engine answers."""
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=2.0) as response:
+        with DIRECT.open(f"{url}/v1/models", timeout=2.0) as response:
             return bool(response.status == 200)
     except OSError:
         return False
@@ -303,6 +309,9 @@ def write_nodes(
         identity.save(key)
         limits = {"drain_s": 0.0} | node.get("limits", {})  # a network for trials ends at once
         settings = node | {"key": str(key), "limits": limits}
+        policy = node.get("policy")
+        if policy is not None and policy not in (*SHIPPED, *RULES):
+            settings["policy"] = str(Path(policy).resolve())  # paths in a file count from its folder
         if "membership" not in node and "peers" not in node:
             settings["peers"] = [{"key": identities[i].name, "url": url} for i, url in enumerate(urls) if i != k]
         if accounts:
@@ -345,7 +354,8 @@ def started(
         urls = [each.url for each in files]
         nodes = [made.start(f"node {k + 1}", each.command(cores[k] if cores else None)) for k, each in enumerate(files)]
         try:
-            made.wait(urls, lambda url: sees(url, len(urls) - 1), ready_s)
+            keys = {each.url: each.key for each in files}
+            made.wait(urls, lambda url: sees(url, len(urls) - 1, keys[url]), ready_s)
             yield Network(urls, [each.key for each in files], engine_urls, engines, nodes, files)
         finally:
             made.stop(*nodes)  # before their engines
@@ -359,13 +369,14 @@ def _measure(configured: Sequence[dict[str, Any]]) -> None:
         node["engine"]["profile"] = {"kind": "measured", **calibrate.measured(found.profile)}
 
 
-def sees(url: str, peers: int) -> bool:
-    """Whether a node has its engine and sees so many peers."""
+def sees(url: str, peers: int, key: str) -> bool:
+    """Whether the node of that public key is there, has its engine and sees so many peers."""
     try:
         seen = look(url)
     except NetworkError:
         return False
-    return bool(seen["engine"]["up"]) and sum(peer["there"] for peer in seen["peers"]) == peers
+    there = sum(peer["there"] for peer in seen["peers"])
+    return bool(seen["engine"]["up"]) and there == peers and seen["key"] == key
 
 
 def look(url: str, key: str | None = None) -> dict[str, Any]:
@@ -375,7 +386,7 @@ def look(url: str, key: str | None = None) -> dict[str, Any]:
     try:
         headers = {"authorization": f"Bearer {key}"} if key is not None else {}
         asked = urllib.request.Request(url.rstrip("/") + "/network", headers=headers)
-        with urllib.request.urlopen(asked, timeout=2.0) as response:
+        with DIRECT.open(asked, timeout=2.0) as response:
             seen: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
         raise NetworkError(f"{url} answers with {error.code}: {_said(error.read(MOST_SAID))}") from None
@@ -423,6 +434,13 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
     engine_ports, ports, endpoints = free[::3], free[1::3], [f"tcp/127.0.0.1:{port}" for port in free[2::3]]
     if plan.base_port:
         ports = [plan.base_port + i for i in range(plan.nodes)]
+        taken = [port for port in ports if not is_free("127.0.0.1", port)]
+        if taken:
+            raise NetworkError(
+                f"--base-port is {plan.base_port}, and {', '.join(map(str, taken))} "
+                f"{'is' if len(taken) == 1 else 'are'} in use, perhaps by another `wwwserve up`: end that, choose "
+                "another --base-port, or 0 for any ports that are free"
+            )
     names = [f"n{i + 1}" for i in range(plan.nodes)]
     profile, engines = (_vllm if plan.engine == "vllm" else _emulated)(plan, engine_ports)
     nodes = []

@@ -4,8 +4,8 @@ import asyncio
 import gc
 import json
 import logging
+import resource
 import signal
-import socket
 import ssl
 import sys
 import time
@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from wwwserve.agents.policy.bundle import folder_of
+from wwwserve.agents.policy.bundle import SHIPPED, folder_of
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.protocol import milliseconds
 from wwwserve.agents.rules import RULES, Policy, Rule
@@ -26,6 +26,7 @@ from wwwserve.serving.config import ConfigError, LimitsConfig, NodeConfig, Stati
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine, EngineError
 from wwwserve.serving.fallback import WithFallback
+from wwwserve.serving.http.addresses import listen, netloc
 from wwwserve.serving.http.certificates import server_context
 from wwwserve.serving.http.connection import Connection
 from wwwserve.serving.http.keys import Identity
@@ -68,11 +69,15 @@ class JsonLines(logging.Formatter):
 def policy_of(named: str | None) -> Policy:
     """A rule or a shipped policy by its name, a bundle by its folder, or the default; with a rule to fall back on.
 
-    Raises agents.policy.bundle.BundleError for a bundle that cannot be used.
+    A shipped policy has the name that it is shipped under. Raises agents.policy.bundle.BundleError for a bundle that
+    cannot be used.
     """
     if named in RULES:
         return WithFallback(Rule(named))
-    return WithFallback(load_bundle(folder_of(named)))
+    folder = folder_of(named)
+    policy = WithFallback(load_bundle(folder))
+    policy.name = next((name for name, shipped in SHIPPED.items() if shipped == folder), policy.name)
+    return policy
 
 
 def membership_of(
@@ -83,7 +88,7 @@ def membership_of(
     Raises OSError if it cannot be opened, ConfigError for a list of peers that has the node itself."""
     settings, clock = config.membership, asyncio.get_running_loop().time
     if isinstance(settings, StaticConfig):
-        peers = {peer.key: peer.url.rstrip("/") for peer in config.peers}
+        peers = {peer.key: peer.url for peer in config.peers}
         if identity.name in peers:
             raise ConfigError(f"peers must be others, got {identity.name}, which is the key of this node")
         return StaticMembership(peers, identity, transport, clock, wall_clock)
@@ -142,7 +147,7 @@ async def admin_of(config: NodeConfig, app: Admin, stack: AsyncExitStack) -> str
     """Open the listener for the operator, if there is one, until `stack` is closed; returns its URL. Raises OSError."""
     if config.admin is None:
         return None
-    listener = stack.enter_context(socket.create_server((config.admin.host, config.admin.port)))
+    listener = stack.enter_context(listen(config.admin.host, config.admin.port, "admin.port"))
     server = _server(app, LimitsConfig(connections=ADMIN_CONNECTIONS))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
 
@@ -151,7 +156,7 @@ async def admin_of(config: NodeConfig, app: Admin, stack: AsyncExitStack) -> str
         await asyncio.gather(serving, return_exceptions=True)
 
     stack.push_async_callback(end)
-    return f"http://{config.admin.host}:{listener.getsockname()[1]}"
+    return f"http://{netloc(config.admin.host, listener.getsockname()[1])}"
 
 
 async def serve(
@@ -164,6 +169,7 @@ async def serve(
     Raises ValueError for a configuration or a key that cannot be, OSError for an address that cannot be used.
     """
     identity = Identity.load(Path(config.key))
+    listen(config.host, config.port).close()  # a port that is taken is told before a minute of compiling, not after it
     policy = policy_of(config.policy)
     profile = config.engine_profile()
     provider, rehearsal = (
@@ -177,9 +183,8 @@ async def serve(
     rehearsal.warm_up()
     boundary.warm_up()
     async with AsyncExitStack() as stack:
-        listener = stack.enter_context(socket.create_server((config.host, config.port), backlog=1024))
-        scheme = "http" if config.tls is None else "https"
-        url = (config.url or f"{scheme}://{config.host}:{listener.getsockname()[1]}").rstrip("/")
+        listener = stack.enter_context(listen(config.host, config.port))
+        url = config.url_at(listener.getsockname()[1])
         direct, peers = DirectTransport(), AiohttpTransport(identity=None if config.tls is None else identity)
         stack.callback(direct.close)
         stack.push_async_callback(peers.close)
@@ -260,6 +265,10 @@ def run(config: NodeConfig) -> None:
         if not running.cancelled():
             running.result()
 
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= files < config.limits.files:  # what a shell gives is not enough for all connections
+        wanted = config.limits.files if most == resource.RLIM_INFINITY else min(config.limits.files, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     # What there is now stays, and requests leave little garbage in cycles: to look for it at every 700 objects costs
     # more than it finds.
     gc.collect()

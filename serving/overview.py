@@ -23,12 +23,13 @@ def overview(node: Dispatcher) -> dict[str, Any]:
     """The node as it is, for people and programs."""
     now_s, load, provider = node.clock(), node.engine.load(), node.provider
     peers, records = [], node.delegation.duels.records
+    named = {peer.key: peer.name for peer in node.config.peers}
     for row, name in enumerate(provider.names):
         advert, vector = node.peers.get(name), provider.peers.adverts[row]
         there = advert is not None
         peers.append(
             {
-                "key": name, "label": node.labels.get(name),
+                "key": name, "label": node.labels.get(name) or named.get(name),
                 "url": advert.url if advert else None, "there": there,
                 "serves": list(advert.serves) if advert else [],
                 "age_s": round(now_s - vector[AD_TIME_S], 3) if there else None,

@@ -155,13 +155,15 @@ def test_a_node_is_shown_in_a_narrow_terminal(
         {
             "name": "north", "url": "http://10.0.0.1:9000", "held": 6, "remote": 7, "requests": requests,
             "tariff": {"input": 0.25, "cached_input": 0.1, "output": 1.5}, "markup": 1.25, "margin": -0.1,
-            "engine": {"up": False, "running": 3.0, "waiting": 5.0, "kv_use": 0.25}, "peers": [there, gone],
+            "engine": {"up": False, "reason": "it is not there", "running": 3.0, "waiting": 5.0, "kv_use": 0.25},
+            "peers": [there, gone],
             "decisions": [{"to": "local"}, {"to": "south"}], "policy": "www_serve",
         }
     )  # fmt: skip
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
     shown = {row[0]: row[1] for row in rows if len(row) == 2}
     assert (shown["API"], shown["engine"], shown["KV"]) == ("http://10.0.0.1:9000", "down", "25%")
+    assert shown["reason"] == "it is not there"
     assert shown["policy"] == "www_serve"
     assert (shown["tariff"], shown["markup"], shown["margin"]) == ("0.25/1.5", "1.25", "-10%")
     assert (shown["asked"], shown["in time"], shown["last decisions"]) == ("10", "100%", "local south")

@@ -77,7 +77,7 @@ def node(peer: str) -> Iterator[Node]:
         config["ledger"] = {"file": str(made.folder / "ledger.db"), "limits": limits}
         [files] = write_nodes(made.folder, [config])
         process = made.start("node", files.command())
-        made.wait([files.url], lambda url: sees(url, 0), READY_S)
+        made.wait([files.url], lambda url: sees(url, 0, files.key), READY_S)
         try:
             yield Node(process, files.url, files.key, made.log("node"))
         finally:

@@ -16,10 +16,12 @@ from wwwserve.agents import strict_yaml
 from wwwserve.agents.arguments import UsageError
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
 from wwwserve.agents.lengths import Lognormal
+from wwwserve.agents.policy.bundle import SHIPPED
 from wwwserve.agents.rules import Policy
 from wwwserve.envs.scenario import Scenario
 from wwwserve.envs.state import MarketPlan
 from wwwserve.envs.traffic import expected_output
+from wwwserve.eval.policies import LEARNED
 from wwwserve.serving.config import parse
 from wwwserve.serving.engine import local_vllm
 from wwwserve.serving.engine.calibrate import calibrate
@@ -195,7 +197,7 @@ def remote(file: Path, scenario: Scenario, policy: Policy, speed: float) -> Live
             seen = look(url)
         except NetworkError as error:
             raise UsageError(f"--network {file}: {error}") from None
-        if seen["policy"] != policy.name:
+        if seen["policy"] not in {policy.name, *(SHIPPED if policy.name == LEARNED else ())}:
             raise UsageError(f"--network {file}: {url} runs the policy {seen['policy']}, expected {policy.name}")
         if seen["speed"] != speed:
             raise UsageError(f"--network {file}: {url} runs at speed {seen['speed']:g}, --speed is {speed:g}")

@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -38,7 +37,7 @@ from wwwserve.eval.policies import PolicyError, load_policy
 from wwwserve.serving.config import MOST_CREDITS, ConfigError
 from wwwserve.serving.ledger.audit import Audit, audit, audit_entries, compare, settled
 from wwwserve.serving.ledger.journal import JournalError
-from wwwserve.serving.local_nodes import Accounts, NetworkError, look
+from wwwserve.serving.local_nodes import DIRECT, Accounts, NetworkError, look
 
 PROG = "wwwserve profits"
 SETTLE_S = 30.0  # after the last answer, until all that is owed is signed; on the virtual clock
@@ -131,7 +130,7 @@ def _wait(network: Live, ready: Callable[[list[dict[str, Any]]], bool]) -> None:
 
 def _computed(engine_url: str, site: Site, per_ktok: float, mean_prompt: float, mean_output: float) -> float:
     """What the answers of an emulated engine cost in compute, credits."""
-    with urllib.request.urlopen(f"{engine_url}/metrics", timeout=LOOK_TIMEOUT_S) as response:
+    with DIRECT.open(f"{engine_url}/metrics", timeout=LOOK_TIMEOUT_S) as response:
         page = response.read().decode()
     prompt, cached, output = (
         sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(f"vllm:{name}_total"))

@@ -37,6 +37,7 @@ from wwwserve.serving.engine.probe import (
     kv_tokens_of,
     settle,
 )
+from wwwserve.serving.http.addresses import engine_base
 
 ALONE_S, MOST_ALONE = 0.5, 8  # in a turn, for a prompt alone: the time of a short one is easily disturbed
 TRIES = 3  # of a load whose time comes out as none
@@ -116,14 +117,14 @@ def cached_loads(limits: Limits, max_batched_tokens: int) -> list[tuple[int, int
 async def calibrate(url: str, settings: Settings, say: Say = lambda line: None) -> Calibration:
     """Measure the engine at `url`, which should have nothing else to do. Raises CalibrationError."""
     async with connected(settings) as session:
-        url = url.rstrip("/")
+        url = engine_base(url)
         model, max_model_len = await find_model(session, url, settings.model)
         prober = Prober(url, model, settings, session)
         busy = []
         try:
             for each in settings.beside:
-                named, _ = await find_model(session, each.rstrip("/"), None)
-                neighbour = Prober(each, named, settings, session)
+                named, _ = await find_model(session, engine_base(each), None)
+                neighbour = Prober(engine_base(each), named, settings, session)
                 busy.append(asyncio.create_task(neighbour.load(settings.beside_requests, 256)))
             measuring = asyncio.create_task(_measure(prober, max_model_len, say))
             await asyncio.wait({measuring, *busy}, return_when=asyncio.FIRST_COMPLETED)

@@ -18,10 +18,11 @@ from typing import Any
 import aiohttp
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from wwwserve.serving.http.keys import Identity, SignatureError, name_of
+from wwwserve.serving.http.keys import Identity, SignatureError, name_of, public_key
 
 NODE_HOST = "node.wwwserve"  # that nodes ask each other for
 
@@ -48,6 +49,13 @@ def _certificate(subject: str, key: Ed25519PublicKey, authority: bool) -> bytes:
     if not authority:
         made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName(NODE_HOST)]), critical=False)
     return made.sign(_ANYBODY, None).public_bytes(Encoding.PEM)
+
+
+def fingerprint(name: str) -> str:
+    """SHA-256 of the certificate that the node of a key shows to nodes, in hexadecimal: the same at each start. Raises
+    SignatureError for what is no key."""
+    shown = x509.load_pem_x509_certificate(_certificate(name, public_key(name), False))
+    return shown.fingerprint(SHA256()).hex()
 
 
 @contextmanager

@@ -139,6 +139,15 @@ def signed(identity: Identity, advert: Advert) -> bytes:
     return identity.name.encode() + identity.sign(tagged("advert", content)) + content
 
 
+def knock(identity: Identity, label: str, url: str) -> bytes:
+    """An advert of 1970, which nobody takes: a peer that lists its sender there, and to whom the signature is good,
+    refuses it as stale, and says by that what time it has."""
+    load = [0.0] * ADVERT_SIZE
+    for column, (least, _) in _RANGES.items():
+        load[column] = least
+    return signed(identity, Advert(identity.name, label, url, (), 0, 0, tuple(load), 0.0, sent_us=1))
+
+
 class Heartbeat(ABC):
     """What every membership has: the own advert as it is sent, and the peers by their signs of life."""
 
@@ -205,11 +214,15 @@ class Heartbeat(ABC):
             raise Refused("forged", f"it speaks for {advert.name!r}, but {name} signed it")
         if self.only_tls and not advert.url.startswith("https://"):
             raise Refused("malformed", f"it is at {advert.url!r}, expected https://")
+        self.check_address(advert)
         check_time(advert.sent_us / 1e6, self.wall_clock())
         if advert.sent_us <= last_us:
             raise Refused("replayed", "it is older than what was heard already")
         self._last[name] = advert.sent_us, signature
         return advert
+
+    def check_address(self, advert: Advert) -> None:  # noqa: B027 - most have nothing to compare it with
+        """Raises Refused for a peer that is not where it is expected."""
 
     def alive(self, advert: Advert) -> None:
         """A peer gave a sign of life."""
@@ -251,11 +264,14 @@ class StaticMembership(Heartbeat):
         """See `Heartbeat`."""
         return name in self.peers
 
+    def check_address(self, advert: Advert) -> None:
+        """See `Heartbeat`."""
+        if self.peers[advert.name] != advert.url:
+            raise Refused("stranger", f"it is at {advert.url!r}, the list of peers says {self.peers[advert.name]!r}")
+
     def received(self, body: bytes) -> str:
         """See `Membership`. A beat of someone who is not on the list is refused as well."""
         advert = self.take(body)
-        if self.peers[advert.name] != advert.url:
-            raise Refused("stranger", f"it is at {advert.url!r}, the list of peers says {self.peers[advert.name]!r}")
         self.alive(advert)
         return advert.name
 
