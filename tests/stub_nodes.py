@@ -35,6 +35,8 @@ class Stub:
     breaks: int = 99  # of its first answers break off, where that is its mode
     linger_s: float = 0.0  # after the last event of a stream, before its end
     bodies: list[bytes] = field(default_factory=list)
+    heads: list[dict[str, str]] = field(default_factory=list)  # headers of what it was asked, names in lower case
+    says: dict[str, str] = field(default_factory=dict)  # headers of its answers
     begun: int = 0
     aborted: int = 0
     says_load: bool = True
@@ -44,11 +46,12 @@ class Stub:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         self.bodies.append(body)
+        self.heads.append({name.lower(): value for name, value in request.headers.items()})
         self.begun += 1
         if self.mode == "full":
             return web.json_response({"error": "full"}, status=503)
         if self.mode.isdigit():
-            return web.json_response({"error": "no"}, status=int(self.mode), headers={"retry-after": "7"})
+            return web.json_response({"error": "no"}, status=int(self.mode), headers={"retry-after": "7"} | self.says)
         if self.mode == "garbage":
             return web.Response(body=b"\x00\xffgarbage", content_type="application/json")
         if self.mode == "hangs up":
@@ -64,10 +67,10 @@ class Stub:
     async def whole(self) -> web.Response:
         await asyncio.sleep(self.pause_s * self.tokens)
         usage = {"prompt_tokens": 7, "completion_tokens": self.tokens, "total_tokens": 7 + self.tokens}
-        return web.json_response({"from": self.url, "choices": [], "usage": usage})
+        return web.json_response({"from": self.url, "choices": [], "usage": usage}, headers=self.says)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"} | self.says)
         await response.prepare(request)
         asked = json.loads(await request.read())
         said = asked["messages"][-1]["content"].count("w") if asked.get("continue_final_message") else 0

@@ -139,7 +139,7 @@ def test_what_an_engine_answers_reaches_the_user_where_nobody_else_can_serve(cod
         async with net(Stub(mode=str(code)), deadlines_s=[1.0]) as n:
             found, _, headers = await n.ask()
             assert found == status
-            assert headers.get("Retry-After") == ("7" if code in (429, 503) else None)
+            assert headers.get("Retry-After") == ("7" if code in (429, 503, 400) else None)
             totals = (await n.see())["requests"]
             assert (totals["answered"], totals["failed"]) == ((1, 0) if code == 400 else (0, 1))
             assert n.stubs[0].begun == {500: 3, 502: 3, 400: 1}.get(code, n.stubs[0].begun)

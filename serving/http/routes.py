@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from wwwserve.serving.http.places import address_of, is_loopback
 from wwwserve.serving.http.quotas import Quotas
 from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed, Reply
 from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN
+from wwwserve.serving.http.trace import Trace, trace_of, trace_of_peer
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Delivery
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import Full
@@ -51,14 +52,20 @@ T = TypeVar("T")
 class HttpReply(Reply):
     """An answer on its way to the client."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """`headers` go out with it."""
         super().__init__()
-        self._ended, self._send = False, send
+        self._ended, self._send, self._headers = False, send, headers
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Of the answer, beside its type."""
+        return [*self._headers, *self.limits]
 
     async def start(self, status: int, content_type: str, *headers: tuple[bytes, bytes]) -> None:
         """See `Reply`."""
         self.started = True
-        head = [(b"content-type", content_type.encode("latin-1")), *headers]
+        head = [(b"content-type", content_type.encode("latin-1")), *headers, *self.headers]
         await self._send({"type": "http.response.start", "status": status, "headers": head})
 
     async def pass_on(self, chunk: bytes) -> None:
@@ -68,7 +75,7 @@ class HttpReply(Reply):
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
         """See `Reply`."""
         self.started = self._ended = True
-        await answer(self._send, status, body, content_type.encode("latin-1"))
+        await answer(self._send, status, body, content_type.encode("latin-1"), self.headers)
 
     async def end(self) -> None:
         """All of it is out."""
@@ -143,18 +150,20 @@ class App:
 
     async def _complete(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         body = await self._receive(receive, headers, _address(scope))
-        completion = self._asked(scope["path"], headers, body)
-        reply = HttpReply(send)
+        trace = trace_of(headers)
+        reply = HttpReply(send, trace.for_user())
         try:
+            completion = self._asked(scope["path"], headers, body, trace)
             with self.drain.work():
                 await _unless_gone(receive, self.dispatcher.answer(completion, reply))
         except Failed as failed:
             if not reply.started:
-                raise
+                await fail(send, failed, reply.headers)
+                return
             await reply.pass_on(b"data: " + failed.body() + b"\n\n")
         await reply.end()
 
-    def _asked(self, path: str, headers: dict[bytes, bytes], body: bytes) -> CompletionRequest:
+    def _asked(self, path: str, headers: dict[bytes, bytes], body: bytes, trace: Trace) -> CompletionRequest:
         request = _object(body)
         model, stream = request.get("model"), request.get("stream", False)
         if not isinstance(model, str):
@@ -177,7 +186,7 @@ class App:
         return CompletionRequest(
             path, body, model, bool(stream), klass, prompt_bytes, prompt_ids, prefix_of(path, request),
             limit_of(path, request) or 0, choices_in(request),
-            local_only or self.local_only[klass] or not _is_shareable(request),
+            local_only or self.local_only[klass] or not _is_shareable(request), trace,
         )  # fmt: skip
 
     async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
@@ -243,7 +252,8 @@ class App:
         if salt:
             added["cache_salt"] = salt
         completion = CompletionRequest(
-            path, body, str(model), bool(request.get("stream")), prefix=prefix, choices=choices
+            path, body, str(model), bool(request.get("stream")), prefix=prefix, choices=choices,
+            trace=trace_of_peer(headers),
         )  # fmt: skip
         secret = secrets.token_hex(32) if self.config.market.duel_probability else ""
         return RemoteRequest(sender, completion, prompt, longest, tariff, promise, added, secret), paid
