@@ -343,9 +343,10 @@ class Dispatcher:
 
     # Users' requests.
 
-    async def answer(self, completion: CompletionRequest, reply: Reply) -> None:
-        """Answer a user's request. Raises Failed when that cannot be, and what `reply` raises."""
-        provider, arrival_s, prefix = self.provider, self.clock(), completion.prefix
+    async def answer(self, completion: CompletionRequest, reply: Reply) -> Usage | None:
+        """Answer a user's request; returns what it used, if that was said. Raises Failed when that cannot be, and what
+        `reply` raises."""
+        provider, arrival_s, prefix, user = self.provider, self.clock(), completion.prefix, reply
         if provider.held >= self.config.limits.held:
             provider.missed(completion.klass)
             self.metrics.turned_away()
@@ -368,6 +369,7 @@ class Dispatcher:
                 self.dispatch()
                 decision = await job.placed
                 where = "local" if decision.route == LOCAL else "peer"
+                user.asked = decision.peer or "local"
                 if again is not None:
                     job.completion, reply = again.rest(), again
                 try:
@@ -388,6 +390,7 @@ class Dispatcher:
             outcome = "answered"
             self._learn(completion, usage)
             self.prefixes.answered(prefix)
+            return usage
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise

@@ -11,14 +11,14 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response, Transport
-from wwwserve.serving.market import Promise
+from wwwserve.serving.market import MOST_INT, Promise
 
 log = logging.getLogger("wwwserve.engine")
 
@@ -168,6 +168,7 @@ class Engine(Availability):
         self._requests, self._tokens = 0.0, 0.0  # sent less returned since it was scraped
         self._prompts = 0  # tokens of the prompts that it has of this node
         self._says_load = True
+        self.described: dict[str, dict[str, Any]] = {}  # by the names that it serves, what else it says of each
 
     async def scrape(self) -> None:
         """Read its load; raises EngineError for an engine that does not answer. One that does not say its load, though
@@ -203,9 +204,11 @@ class Engine(Availability):
     async def models(self) -> list[str]:
         """The names that it serves. Raises EngineError when it does not say."""
         try:
-            return [str(each["id"]) for each in orjson.loads(await self._get("/v1/models"))["data"]]
+            listed = orjson.loads(await self._get("/v1/models"))["data"]
+            self.described = {str(each["id"]): _described(each) for each in listed}
         except (TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"{self.url}/v1/models: {error or type(error).__name__}") from None
+        return [*self.described]
 
     def load(self) -> Load:
         """Its load as far as it is known: as scraped, with what was sent and what returned since.
@@ -267,6 +270,14 @@ class Engine(Availability):
             "POST", self.url + path, body=body, headers={**headers, **self.headers}, timeout_s=None,
             read_timeout_s=self.timeout_s,
         )  # fmt: skip
+
+
+def _described(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What users may know of a model, of what an engine says of it: not the folder that it was loaded from."""
+    longest, base = model.get("max_model_len"), model.get("parent")
+    return ({"max_model_len": longest} if type(longest) is int and 0 < longest <= MOST_INT else {}) | (
+        {"parent": base} if isinstance(base, str) and base[:1] != "/" else {}
+    )
 
 
 def blocks(tokens: int) -> int:

@@ -46,6 +46,7 @@ class Reply(ABC):
     def __init__(self) -> None:
         self.started = False  # something of it is out
         self.resumable = False  # if it broke off now, another could go on
+        self.asked: str | None = None  # who was, last: "local", or a peer by its name
         # What the own engine says of its limits, if it was the last that was asked.
         self.limits: list[tuple[bytes, bytes]] = []
 
