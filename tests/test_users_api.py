@@ -115,9 +115,10 @@ def test_what_the_engine_answers_of_itself_is_told(mode: str, status: int, again
     play(scene)
 
 
-def test_a_stream_that_breaks_off_ends_with_an_error_and_another_answer_without_its_end() -> None:
+@pytest.mark.parametrize("rest", [b"", b'event: response.delta\ndata: {"type":"resp'])
+def test_a_stream_that_breaks_off_ends_with_an_error_on_a_line_of_its_own(rest: bytes) -> None:
     async def scene() -> None:
-        async with net(Stub(others={"/v1/responses": [OTHERS["/v1/responses"][0], None]})) as n:
+        async with net(Stub(others={"/v1/responses": [OTHERS["/v1/responses"][0], rest, None]})) as n:
             status, got, _ = await post(n, "/v1/responses", {"model": MODEL, "input": "x", "stream": True})
             last = got.split(b"\n\n")[-2]
             assert status == 200 and last.startswith(b"event: error\ndata: ")

@@ -19,12 +19,16 @@ T = TypeVar("T")
 class HttpReply(Reply):
     """An answer on its way to the client."""
 
-    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """`headers` go out with it."""
+    def __init__(
+        self, send: Send, headers: Sequence[tuple[bytes, bytes]] = (), counting: bool = False
+    ) -> None:  # fmt: skip
+        """`headers` go out with it; what goes out is counted where `counting`."""
         super().__init__()
+        self._counting = counting
         self.ended, self._send, self._headers = False, send, headers
-        self.status, self.kind, self.sent = 0, "", 0  # of what is out: status, type, and bytes of the body
-        self.events = 0  # of a stream that are out
+        self.status, self.kind = 0, ""  # of what is out
+        self.sent, self.events = 0, 0  # bytes of the body, and events of a stream, that are out
+        self._last = b"\n\n"  # chunk of a stream that went out
         self.first_s: float | None = None  # when its first byte went out, by the event loop's clock
 
     @property
@@ -43,10 +47,11 @@ class HttpReply(Reply):
 
     async def pass_on(self, chunk: bytes) -> None:
         """See `Reply`."""
-        if self.first_s is None:
-            self.first_s = asyncio.get_running_loop().time()
-        self.sent += len(chunk)
-        self.events += chunk.count(b"\ndata:") + chunk.startswith(b"data:")
+        if self._counting:
+            self.first_s = self.first_s or asyncio.get_running_loop().time()
+            self.sent += len(chunk)
+            self.events += chunk.count(b"\ndata:") + chunk.startswith(b"data:")
+        self._last = chunk
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
@@ -54,6 +59,11 @@ class HttpReply(Reply):
         self.started = self.ended = True
         self.status, self.sent, self.first_s = status, len(body), asyncio.get_running_loop().time()
         await answer(self._send, status, body, content_type.encode("latin-1"), self.headers)
+
+    async def break_off(self, event: bytes) -> None:
+        """End a stream with an event, which begins on a line of its own wherever the stream stopped."""
+        await self.pass_on(event if self._last.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n" + event)
+        await self.end()
 
     async def end(self) -> None:
         """All of it is out."""

@@ -54,6 +54,7 @@ class UserApi:
         self.classes = {name.encode(): k for k, name in enumerate(config.class_names)}
         self.local_only = [each.local_only for each in config.classes.values()] or [False]
         self.cors = Cors(config.cors.origins) if config.cors is not None else None
+        self._counting = bool(config.keys) or config.access_log
         self.held = Room(config.limits.held_bytes)
         self.passthrough = Passthrough(dispatcher, config.limits.held)
         counts = KeyCounts(dispatcher.metrics.registry) if config.keys else None
@@ -76,7 +77,7 @@ class UserApi:
         address = address_of(client[0]) if client else ""
         call = Call(scope, scope["path"], headers, trace, receive, address)
         said, begun_s, note = trace.for_user(), asyncio.get_running_loop().time(), dict[str, Any]()
-        user, reply, status = None, HttpReply(send, said), 500
+        user, reply, status = None, HttpReply(send, said, self._counting), 500
         try:
             user = self.users.user_of(headers)
             if call.path == MODELS or call.path.startswith(MODELS + "/"):
@@ -102,10 +103,8 @@ class UserApi:
             if not reply.started:
                 await fail(send, failed, reply.headers)
             elif reply.kind.startswith(EVENTS):
-                await reply.pass_on(
-                    b"data: " + failed.body() + b"\n\n" if call.path in COMPLETIONS else error_event(failed)
-                )
-                await reply.end()
+                said_so = b"data: " + failed.body() + b"\n\n" if call.path in COMPLETIONS else error_event(failed)
+                await reply.break_off(said_so)
             # Else the answer stays without its end, and the server breaks the connection off.
         finally:
             if user is not None:
