@@ -32,6 +32,7 @@ FAILED = 2  # requests, each of another body, that it answers with an error befo
 SPARED = 2  # times that it is tried again as soon as its page was read, though it fails requests
 FULL_S = 2.0  # for which an engine that says that it is full counts as that, if it does not say for how long
 MOST_FULL_S = 30.0
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class EngineError(Exception):
@@ -114,6 +115,7 @@ class Availability:
         self.failures = FAILURES  # down until it is heard of
         self.reason = "not yet scraped"
         self.out = 0  # requests of this node that it has
+        self.described: dict[str, dict[str, Any]] = {}  # by the names that it serves, what else it says of each
         self._full_until_s = 0.0  # by the event loop's clock
         self._requests_failed: set[int] = set()  # hashes of the requests that it failed since it answered one
         self._suspected = 0  # times for such failures since then
@@ -168,7 +170,6 @@ class Engine(Availability):
         self._requests, self._tokens = 0.0, 0.0  # sent less returned since it was scraped
         self._prompts = 0  # tokens of the prompts that it has of this node
         self._says_load = True
-        self.described: dict[str, dict[str, Any]] = {}  # by the names that it serves, what else it says of each
 
     async def scrape(self) -> None:
         """Read its load; raises EngineError for an engine that does not answer. One that does not say its load, though
@@ -263,7 +264,7 @@ class Engine(Availability):
         return page
 
     def post(
-        self, path: str, body: bytes, headers: Mapping[str, str] = MappingProxyType({})
+        self, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS
     ) -> AbstractAsyncContextManager[Response]:
         """Send a request; leaving the context before its end aborts it."""
         return self.transport.request(
