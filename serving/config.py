@@ -1,6 +1,7 @@
 """What an operator says of a node, in `node.yaml`: validated, every key with its default here."""
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,40 @@ class LengthsConfig(Struct):
     max: int
 
 
+class KeyConfig(Struct):
+    """An API key of users, which is written here, in a file or in a variable of the environment."""
+
+    name: str  # in metrics and logs, where the key itself is not
+    key: str | None = None
+    file: str | None = None
+    env: str | None = None
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None  # of prompts and answers
+    concurrent: int | None = None  # requests at once
+
+    def secret(self) -> str:
+        """The key. Raises ConfigError."""
+        if self.key is not None:
+            found: str | None = self.key
+        elif self.file is not None:
+            try:
+                found = Path(self.file).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"the file of key {self.name} cannot be read: {error}") from None
+        else:
+            found = os.environ.get(self.env or "")
+        found = (found or "").strip()
+        if not re.fullmatch(r"[!-~]{1,512}", found):
+            raise ConfigError(f"key {self.name} must be 1 to 512 printable ASCII characters without spaces")
+        return found
+
+
+class CorsConfig(Struct):
+    """Pages in browsers that may ask the users' API."""
+
+    origins: tuple[str, ...]  # http://HOST[:PORT], https://HOST[:PORT], or * for all
+
+
 class ClassConfig(Struct):
     """An SLO class of the users' requests, which they name in the header `x-slo-class`."""
 
@@ -153,7 +188,7 @@ class MarketConfig(Struct):
 class LimitsConfig(Struct):
     """What a node takes at most."""
 
-    body_bytes: int = 8 * 2**20
+    body_bytes: int = 32 * 2**20
     header_bytes: int = 64 * 2**10
     held: int = 512  # users' requests that are not decided; beyond, 503
     connections: int = 4096  # open at once; beyond, one that is idle is closed, or the new one gets 503
@@ -161,6 +196,7 @@ class LimitsConfig(Struct):
     peer_connections: int = 256  # of `connections`, at most a quarter, that only peers may have
     peer_messages_per_s: float = 2500.0  # of one peer that are looked at; beyond, 429
     receiving_bytes: int = 256 * 2**20  # of bodies that are coming, a quarter of them from one address or peer
+    held_bytes: int = 2**30  # of users' bodies whose answers are open, a quarter of them from one address
     receive_s: float = 30.0  # for a request to come, from its first byte to its last
     drain_s: float = 20.0  # for what is open to end, once the node is told to
 
@@ -201,7 +237,10 @@ class NodeConfig(Struct):
     stake: float = 1.0  # credits
     credit: float = 1000.0  # credits
     compute_cost_per_ktok: float = 0.09  # of 1000 output tokens, credits
-    keys: tuple[str, ...] = ()  # API keys of users; none: everyone is a user
+    aliases: dict[str, str] = {}  # other names that users may call models by
+    keys: tuple[str | KeyConfig, ...] = ()  # API keys of users; none: everyone is a user
+    cors: CorsConfig | None = None  # none: no page of another origin
+    access_log: bool = False  # a line for each request of a user
     membership: StaticConfig | ZenohConfig = msgspec.field(default_factory=StaticConfig)
     peers: tuple[PeerConfig, ...] = ()  # with static membership
     tls: ServerTlsConfig | None = None  # none: HTTP
@@ -221,6 +260,14 @@ class NodeConfig(Struct):
     def class_names(self) -> tuple[str, ...]:
         """The classes of its users' requests; the first is what a request belongs to that names none."""
         return tuple(self.classes) or ("default",)
+
+    @property
+    def user_keys(self) -> tuple[KeyConfig, ...]:
+        """The API keys of users; those without a name are called by their place in the list."""
+        return tuple(
+            KeyConfig(name=f"key-{k}", key=each) if isinstance(each, str) else each
+            for k, each in enumerate(self.keys, 1)
+        )
 
     def trusts(self, peer: str) -> bool:
         """Whether a peer may see prompts of own users."""
@@ -382,6 +429,24 @@ def _impossible(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _impossible(item, f"{path}.{key}" if path else str(key))
 
 
+def _user_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
+    names = [each.name for each in c.user_keys]
+    bounds = ("requests_per_minute", "tokens_per_minute", "concurrent")
+    given = [(f"{bound} of key {each.name}", getattr(each, bound)) for each in c.user_keys for bound in bounds]
+    return [
+        ("keys", len(set(names)) == len(names), f"of different names, got {names}"),
+        *[("every key's name", re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) is not None,
+           f"1 to 64 letters, digits, dots, dashes and underscores, got {name!r}") for name in names],
+        *[(f"key {each.name}", [each.key, each.file, each.env].count(None) == 2, "given by one of key, file and env")
+          for each in c.user_keys],
+        *[(field, limit is None or limit > 0, f"above 0, got {limit}") for field, limit in given],
+        ("aliases", all(0 < len(each) <= 256 and each.isprintable() for each in c.aliases), "printable"),
+        *[("cors.origins", each == "*" or re.fullmatch(r"https?://[!-.0-~]+", each) is not None,
+           f"* or http:// or https:// with a host and a port at most, got {each!r}")
+          for each in (c.cors.origins if c.cors is not None else ())],
+    ]  # fmt: skip
+
+
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
     keys = [peer.key for peer in c.peers]
@@ -401,6 +466,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         *[("trust", _is_key(each), f"public keys, got {each!r}") for each in c.trust or ()],
         ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
         *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],
+        *_user_checks(c),
         *_wire_checks(c),
         *_membership_checks(c),
         *_ledger_checks(c),

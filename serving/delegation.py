@@ -19,6 +19,7 @@ from wwwserve.agents.protocol import PER_REQUEST, TARIFF_SIZE
 from wwwserve.agents.tariff import in_micro
 from wwwserve.serving.boundary import head_line, promise_of
 from wwwserve.serving.config import NodeConfig
+from wwwserve.serving.cooling import Cooling
 from wwwserve.serving.duel.duels import JUDGE_S, Attempt, Duels
 from wwwserve.serving.duel.judge import judgeable
 from wwwserve.serving.duel.messages import COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Pair
@@ -34,6 +35,7 @@ from wwwserve.serving.http.reply import (
     Reply,
     RetryableError,
     pass_stream_on,
+    retry_after,
     send_timed,
 )
 from wwwserve.serving.http.sse import AnswerMeter, Usage
@@ -56,6 +58,7 @@ REFUSED = "x-wwwserve-refused"  # the status of an answer by which a peer does n
 OFFER_TIMEOUT_S = 2.0  # for a peer to take a request or not
 MOST_LINE = 4096  # bytes of the line before a peer's answer
 MOST_VOTE = 4096  # bytes
+EXECUTORS_FAULT = (401, 403, 404, 405, 407, 408, 425, 429)  # and from 500 on: of a peer's engine, not of the request
 
 
 class Offer(NamedTuple):
@@ -105,6 +108,7 @@ class Delegation:
     ) -> None:  # fmt: skip
         self.config, self.provider, self.client, self.metrics = config, provider, client, metrics
         self.accounts, self.clock, self.prefixes = accounts, clock, prefixes
+        self.cooling = Cooling(clock)
         self.under_way: set[int] = set()  # requests that are being offered to a peer, or with one
         self.handed: dict[int, Handed] = {}  # by the provider's number of the request
         self.duels = Duels(
@@ -170,7 +174,7 @@ class Delegation:
         request, name, completion = offer.request, offer.peer, offer.completion
         path = PEER_PREFIX + completion.path
         tariff = self.provider.tariff_of(request)
-        headers = {PROMPT: str(offer.prompt), TARIFF: " ".join(map(str, tariff))}
+        headers = {PROMPT: str(offer.prompt), TARIFF: " ".join(map(str, tariff)), **completion.trace.for_peer()}
         self.under_way.add(request)
         predicted = self.prefixes.cached(completion.prefix, offer.prompt, name).tokens
         handed: Handed | None = None
@@ -194,6 +198,8 @@ class Delegation:
                     if response.status == 403:
                         refused = await refusal(response)
                         log.warning("a peer refuses a message", extra={"peer": name, "answer": refused.reason})
+                    if response.status != 409:  # which says that it does not want this one now
+                        self._failed(name, retry_after(response))
                     raise RetryableError(f"it answers {response.status}", response.status)
                 self.client.messages.check_answer(name, sealed, response.raw_headers)
                 promise = promise_of(response.headers[TTFT], response.headers[TPOT])
@@ -209,6 +215,7 @@ class Delegation:
                 answered = handed.meter.tokens > 0
         except Refused as error:
             self.metrics.message_refused(error.kind)
+            self._failed(name)
             raise RetryableError(str(error)) from None
         except asyncio.CancelledError:
             if handed is not None:
@@ -216,6 +223,7 @@ class Delegation:
             raise
         except (TimeoutError, OSError, KeyError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
+            self._failed(name)
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
             raise RetryableError(reason) from None
@@ -234,6 +242,16 @@ class Delegation:
                         payment.end(handed.promise, came)
         return handed.meter.usage
 
+    def _failed(self, peer: str, retry_after_s: int | None = None) -> None:
+        """A peer did not do as it should; if that goes on, it is asked for nothing for a while."""
+        if peer not in self.client.adverts:  # it is gone, and another one when it comes back
+            return
+        until_s = self.cooling.failed(peer, retry_after_s)
+        if until_s is not None:
+            self.provider.leave_alone(peer, until_s)
+            self.metrics.peer_left_alone()
+            log.warning("a peer fails and is left alone", extra={"peer": peer, "for_s": round(until_s - self.clock())})
+
     def _is_refusal(self, peer: str, sealed: str, response: Response) -> bool:
         """Whether it is the peer itself that does not take what it was asked."""
         try:
@@ -251,6 +269,9 @@ class Delegation:
         del self.handed[request]
         if answered:
             self.provider.answered(request, self.clock(), handed.meter.tokens)
+            if handed.meter.complete:
+                self.cooling.answered(handed.peer)
+                self.provider.leave_alone(handed.peer, None)
         else:
             self.provider.lost(request)
 
@@ -270,7 +291,8 @@ class Delegation:
         """The answer of a peer: a line that says how its engine answered, and what it answered."""
         response, meter = handed.response, handed.meter
         status, kind = head_line(await response.readline(MOST_LINE))
-        if status == 429 or status >= 500:
+        if status >= 500 or status in EXECUTORS_FAULT:
+            self._failed(handed.peer)
             raise RetryableError(f"its engine answers {status}", status)
 
         def watch(passed: bytes) -> None:

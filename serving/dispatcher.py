@@ -39,7 +39,9 @@ from wwwserve.serving.http.reply import (
     Reply,
     RetryableError,
     TooMuch,
+    limits_said,
     pass_stream_on,
+    retry_after,
     send_timed,
 )
 from wwwserve.serving.http.resume import Resumed, resumable
@@ -58,6 +60,7 @@ log = logging.getLogger("wwwserve.dispatcher")
 
 LEDGER_TIMEOUT_S = 5.0
 MODELS_S = 2.0  # between two looks at which models the engine serves
+ENGINES_FAULT = (401, 407, 429)  # and from 500 on: of the engine or its key, not of the request
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 NOWHERE = ""  # the model of requests that no peer gets; none is named so
 RECENT = 50  # decisions that are kept to look at
@@ -275,6 +278,7 @@ class Dispatcher:
         self.messages.forget(name)
         self.metrics.forget(name)
         self.delegation.duels.records.pop(name, None)
+        self.delegation.cooling.forget(name)
         if self.accounts is not None:
             self.accounts.forget(name)
 
@@ -339,9 +343,10 @@ class Dispatcher:
 
     # Users' requests.
 
-    async def answer(self, completion: CompletionRequest, reply: Reply) -> None:
-        """Answer a user's request. Raises Failed when that cannot be, and what `reply` raises."""
-        provider, arrival_s, prefix = self.provider, self.clock(), completion.prefix
+    async def answer(self, completion: CompletionRequest, reply: Reply) -> Usage | None:
+        """Answer a user's request; returns what it used, if that was said. Raises Failed when that cannot be, and what
+        `reply` raises."""
+        provider, arrival_s, prefix, user = self.provider, self.clock(), completion.prefix, reply
         if provider.held >= self.config.limits.held:
             provider.missed(completion.klass)
             self.metrics.turned_away()
@@ -366,12 +371,14 @@ class Dispatcher:
                 self.dispatch()
                 decision = await job.placed
                 where = "local" if decision.route == LOCAL else "peer"
+                user.asked = decision.peer or "local"
                 if again is not None:
                     job.completion, reply = again.rest(), again
                 try:
                     if decision.route == LOCAL:
                         usage = await self._run_here(job.completion, job.prompt, reply, request)
                     else:
+                        reply.limits.clear()
                         usage = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
                     break
                 except RetryableError as reason:
@@ -385,6 +392,7 @@ class Dispatcher:
             outcome = "answered"
             self._learn(completion, usage)
             self.prefixes.answered(prefix)
+            return usage
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
@@ -439,12 +447,14 @@ class Dispatcher:
         predicted = self.prefixes.cached(completion.prefix, prompt).tokens
         # Whoever comes next finds it computed.
         added = self.prefixes.remember(HERE, completion.prefix, prompt, told=False)
-        exchange, expected = self.engine.post(completion.path, completion.body), self.provider.expect(prompt, predicted)
+        exchange = self.engine.post(completion.path, completion.body, completion.trace.for_engine())
+        expected = self.provider.expect(prompt, predicted)
         self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange)
         self.engine.sent(prompt)
         try:
             async with exchange as response:
-                if response.status == 429 or response.status >= 500:
+                reply.limits[:] = limits_said(response)
+                if response.status in ENGINES_FAULT or response.status >= 500:
                     raise self._turned_away(completion, response)
                 if response.status == 200:
                     self.engine.answered()
@@ -482,11 +492,9 @@ class Dispatcher:
 
     def _turned_away(self, completion: CompletionRequest, response: Response) -> RetryableError:
         """The own engine does not answer: it is full, or something is wrong with it. Another is to be asked."""
-        header = response.headers.get("retry-after", "")
-        retry_after_s = int(header) if header.isascii() and header.isdigit() and len(header) < 6 else None
-        error = RetryableError(f"it answers {response.status}", response.status, retry_after_s)
+        error = RetryableError(f"it answers {response.status}", response.status, retry_after(response))
         if error.full:
-            self.engine.full(retry_after_s)
+            self.engine.full(error.retry_after_s)
         else:
             self.engine.failed(completion.body, str(error))
         return error

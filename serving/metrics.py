@@ -33,6 +33,7 @@ class Metrics:
         self._refused = self._counter("messages_refused", "peers' messages that were not taken as theirs", "kind")
         self._duels = self._counter("duels", "requests that went to two, by what came of the comparison", "outcome")
         self._duelled = self._counter("duel_answers", "peers' answers that were judged", "peer", "result")
+        self._left_alone = self._counter("peers_left_alone", "times that a failing peer was asked nothing for a while")
         self._judged = self._counter("duels_judged", "peers' duels that were judged here", "outcome")
         self._latency = Histogram(
             "wwwserve_latency_seconds", "from arrival to the end of the answer", registry=self.registry,
@@ -142,6 +143,10 @@ class Metrics:
     def duelled(self, peer: str, won: bool) -> None:
         """A peer's answer won or lost."""
         self._duelled.labels(peer, "won" if won else "lost").inc()
+
+    def peer_left_alone(self) -> None:
+        """A peer that fails is asked nothing for a while."""
+        self._left_alone.inc()
 
     def forget(self, peer: str) -> None:
         """Drop what was counted of a peer by its name."""

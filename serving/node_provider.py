@@ -186,6 +186,7 @@ class NodeProvider:
         self.account = np.zeros(ACCOUNT_SIZE, np.int64)
         self.account[FREE], self.account[STAKED] = round(credit * MICRO), round(stake * MICRO)
         self.lookup: Lookup | None = None  # where prefixes are known
+        self._left_alone: dict[str, float] = {}  # peers that are no candidates, until a time
         self.pays = False  # whether credit that may be in escrow bounds what is handed over
         self._advertised: deque[Floats] = deque(maxlen=ADVERTS_KEPT)
         self.names: list[str] = []
@@ -394,6 +395,13 @@ class NodeProvider:
         if name in self._row:
             self.gone(name)
             self._vacant.add(name)
+            self._left_alone.pop(name, None)
+
+    def leave_alone(self, name: str, until_s: float | None) -> None:
+        """A peer is no candidate until a time; None: it is one."""
+        self._left_alone.pop(name, None)
+        if until_s is not None and name in self._row:
+            self._left_alone[name] = until_s
 
     def pay(self, free: int) -> None:
         """What is handed over is paid from now on: `free` micro-credits are, with each peer as `may_escrow` says."""
@@ -585,6 +593,8 @@ class NodeProvider:
         if chosen == NEW_DRAW:
             for row, serves in enumerate(self.serves):
                 self._serving[row] = self._models[r] in serves
+            for name, until_s in self._left_alone.items():
+                self._serving[self._row[name]] &= now_s >= until_s
         if chosen != KEPT:
             _draw(own, agreement, requests, peers, chosen, self._serving, now_s, self._scratch, self.uniforms[0])
         if r >= 0 and self.lookup is not None:

@@ -36,6 +36,7 @@ def overview(node: Dispatcher) -> dict[str, Any]:
                 "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
                 "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,
                 "tariff": _tariff(vector[AD_TARIFF : AD_TARIFF + TARIFF_SIZE].tolist()), "stake": vector[AD_STAKE],
+                "left_alone_s": round(node.delegation.cooling.left_s(name), 3),
                 "out": sum(each.peer == name for each in node.delegation.handed.values()),
                 "duels_won": int(provider.peers.peer_stats[row, DUELS_WON]),
                 "duels_lost": int(provider.peers.peer_stats[row, DUELS_LOST]),

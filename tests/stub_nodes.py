@@ -35,8 +35,11 @@ class Stub:
     breaks: int = 99  # of its first answers break off, where that is its mode
     linger_s: float = 0.0  # after the last event of a stream, before its end
     bodies: list[bytes] = field(default_factory=list)
+    heads: list[dict[str, str]] = field(default_factory=list)  # headers of what it was asked, names in lower case
+    says: dict[str, str] = field(default_factory=dict)  # headers of its answers
     begun: int = 0
     aborted: int = 0
+    others: dict[str, Any] = field(default_factory=dict)
     says_load: bool = True
     models_served: list[str] = field(default_factory=lambda: [MODEL])
     url: str = ""
@@ -44,11 +47,12 @@ class Stub:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         self.bodies.append(body)
+        self.heads.append({name.lower(): value for name, value in request.headers.items()})
         self.begun += 1
         if self.mode == "full":
             return web.json_response({"error": "full"}, status=503)
         if self.mode.isdigit():
-            return web.json_response({"error": "no"}, status=int(self.mode), headers={"retry-after": "7"})
+            return web.json_response({"error": "no"}, status=int(self.mode), headers={"retry-after": "7"} | self.says)
         if self.mode == "garbage":
             return web.Response(body=b"\x00\xffgarbage", content_type="application/json")
         if self.mode == "hangs up":
@@ -64,10 +68,10 @@ class Stub:
     async def whole(self) -> web.Response:
         await asyncio.sleep(self.pause_s * self.tokens)
         usage = {"prompt_tokens": 7, "completion_tokens": self.tokens, "total_tokens": 7 + self.tokens}
-        return web.json_response({"from": self.url, "choices": [], "usage": usage})
+        return web.json_response({"from": self.url, "choices": [], "usage": usage}, headers=self.says)
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"} | self.says)
         await response.prepare(request)
         asked = json.loads(await request.read())
         said = asked["messages"][-1]["content"].count("w") if asked.get("continue_final_message") else 0
@@ -98,6 +102,30 @@ class Stub:
         await asyncio.sleep(self.linger_s)
         return response
 
+    async def other(self, request: web.Request) -> web.StreamResponse:
+        """What is in `others` at its path: an answer, or the events of a stream, which breaks off after None."""
+        self.bodies.append(await request.read())
+        self.heads.append({name.lower(): value for name, value in request.headers.items()})
+        said = self.others.get(request.path)
+        if said is None:
+            return web.Response(status=404, text="404: Not Found")
+        self.begun += 1
+        if self.mode.isdigit():
+            return web.json_response({"error": "no"}, status=int(self.mode), headers={"retry-after": "7"})
+        if not isinstance(said, list):
+            await asyncio.sleep(self.pause_s)
+            return web.json_response(said, headers=self.says)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for event in said:
+            if event is None:
+                assert request.transport is not None
+                request.transport.abort()
+                break
+            await response.write(event)
+            await asyncio.sleep(self.pause_s)
+        return response
+
     async def event(
         self, response: web.StreamResponse, names: dict[str, str], delta: dict[str, str], reason: str | None = None
     ) -> None:
@@ -121,6 +149,7 @@ class Stub:
         app.router.add_post("/v1/chat/completions", self.complete)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_get("/v1/models", self.models)
+        app.router.add_post("/{path:.*}", self.other)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

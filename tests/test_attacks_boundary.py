@@ -32,6 +32,7 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.agents.rules import Rule
 from wwwserve.serving import config, node
+from wwwserve.serving.cooling import Cooling
 from wwwserve.serving.delegation import PROMPT, TARIFF, TPOT, TTFT
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.duel.evidence import Record
@@ -218,9 +219,10 @@ def test_what_is_shown_of_names_that_were_forgotten_does_not_grow() -> None:
     metrics, parts = Metrics(), SimpleNamespace(forget=lambda name: None)
     ledger: Any = SimpleNamespace()
     accounts, duels = Accounts(ledger, ledger), SimpleNamespace(records={})
+    cooling = Cooling(lambda: 0.0)
     node: Any = SimpleNamespace(
         provider=parts, prefixes=parts, messages=parts, metrics=metrics, accounts=accounts,
-        delegation=SimpleNamespace(duels=duels), labels={},
+        delegation=SimpleNamespace(duels=duels, cooling=cooling), labels={},
     )  # fmt: skip
     sizes = []
     for k in range(20):
@@ -228,10 +230,11 @@ def test_what_is_shown_of_names_that_were_forgotten_does_not_grow() -> None:
         node.labels[name] = "label"
         metrics.duelled(name, k % 2 == 0)
         duels.records[name] = Record()
+        cooling.failed(name)
         accounts._again_s[name], accounts._reasons[name] = 1.0, "no"
         Dispatcher.forget(node, name)
         sizes.append((len(duels.records), len(accounts._again_s), len(accounts._reasons), len(node.labels)))
-    assert sizes == [(0, 0, 0, 0)] * 20
+    assert sizes == [(0, 0, 0, 0)] * 20 and not cooling._records
     page = metrics.page(held=0, engine_up=True, peers=0)
     assert b"peer 1" not in page and b"wwwserve_duel_answers" in page
 

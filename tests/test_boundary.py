@@ -280,14 +280,14 @@ def test_quotas_remember_a_bounded_number_of_names() -> None:
 
 
 def test_bytes_that_are_coming_are_bounded_in_all_and_for_each() -> None:
-    quotas = Quotas(1.0, 400, time.monotonic)
+    quotas = Quotas(1.0, 400, time.monotonic).coming
     assert quotas.came("a", 100) and not quotas.came("a", 1)
     assert all(quotas.came(who, 100) for who in "bcd") and not quotas.came("e", 1)
     quotas.gone("a", 60)
     assert quotas.came("e", 60) and not quotas.came("b", 1)
     for who, size in (("a", 40), ("b", 100), ("c", 100), ("d", 100), ("e", 60)):
         quotas.gone(who, size)
-    assert quotas.receiving == 0 and not quotas._receiving
+    assert quotas.used == 0 and not quotas._used
 
 
 def test_one_turn_of_the_loop_takes_so_many_in_the_order_in_which_they_came() -> None:

@@ -133,16 +133,16 @@ def test_an_engine_that_fails_ends_a_request_with_an_error(mode: str) -> None:
     play(scene)
 
 
-@pytest.mark.parametrize(("code", "status"), [(500, 502), (502, 502), (429, 429), (503, 503), (400, 400)])
+@pytest.mark.parametrize(("code", "status"), [(500, 502), (502, 502), (401, 502), (429, 429), (503, 503), (400, 400)])
 def test_what_an_engine_answers_reaches_the_user_where_nobody_else_can_serve(code: int, status: int) -> None:
     async def scene() -> None:
         async with net(Stub(mode=str(code)), deadlines_s=[1.0]) as n:
             found, _, headers = await n.ask()
             assert found == status
-            assert headers.get("Retry-After") == ("7" if code in (429, 503) else None)
+            assert headers.get("Retry-After") == ("7" if code in (429, 503, 400) else None)
             totals = (await n.see())["requests"]
             assert (totals["answered"], totals["failed"]) == ((1, 0) if code == 400 else (0, 1))
-            assert n.stubs[0].begun == {500: 3, 502: 3, 400: 1}.get(code, n.stubs[0].begun)
+            assert n.stubs[0].begun == {500: 3, 502: 3, 401: 3, 400: 1}.get(code, n.stubs[0].begun)
 
     play(scene)
 

@@ -27,11 +27,12 @@ def test_every_key_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs/node.md").read_text()
     inner = {
         "engine": config.EngineConfig, "market": config.MarketConfig, "limits": config.LimitsConfig,
-        "membership": config.ZenohConfig, "membership.tls": config.TlsConfig,
+        "membership": config.ZenohConfig, "membership.tls": config.TlsConfig, "keys": config.KeyConfig,
+        "cors": config.CorsConfig,
     }  # fmt: skip
     names = set(config.NodeConfig.__struct_fields__)
     names |= {f"{part}.{name}" for part, struct in inner.items() for name in struct.__struct_fields__}
-    names = names - set(inner) | {"membership.kind"}
+    names = names - set(inner) | {"membership.kind", "keys"}
     assert {name for name in names if f"`{name}`" not in page} == set()
     shown = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     assert config.parse(shown, "docs").peers[0].url == "http://10.0.0.2:9000"
@@ -54,6 +55,9 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
         ({"engine": {"url": "http://h:1", "profile": PROFILE | {"gpu": "abacus"}}}, "abacus"),
         ({"engine": {"url": "http://h:1", "kind": "llm", "profile": PROFILE}}, r"at `\$.engine.kind`"),
         ({"key": ""}, "key must be a file"),
+        ({"cors": {"origins": ["app.example"]}}, r"cors.origins must be \* or http:// or https://.* got 'app.example'"),
+        ({"cors": {"origins": ["https://app.example/"]}}, "cors.origins must be"),
+        ({"aliases": {"": "m"}}, "aliases must be printable"),
         ({"name": "x" * 65}, "name must be 1 to 64"),
         ({"peers": [{"key": KEY, "url": "http://h:2"}] * 2}, "peers must be of different keys"),
         ({"peers": [{"key": "north", "url": "http://h:2"}]}, "every peer's key must be a public key, got 'north'"),

@@ -7,17 +7,18 @@ tick; in between, what was sent there and what came back is counted, as the page
 import asyncio
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import orjson
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response, Transport
-from wwwserve.serving.market import Promise
+from wwwserve.serving.market import MOST_INT, Promise
 
 log = logging.getLogger("wwwserve.engine")
 
@@ -28,8 +29,10 @@ DOWN_WAITING = 1000.0  # requests said to wait at an engine that is down
 OF_ONE_PRIORITY = re.compile(r'[{,]priority="[^"]')
 FAILURES = 2  # scrapes in a row that fail before an engine counts as down
 FAILED = 2  # requests, each of another body, that it answers with an error before it counts as down
+SPARED = 2  # times that it is tried again as soon as its page was read, though it fails requests
 FULL_S = 2.0  # for which an engine that says that it is full counts as that, if it does not say for how long
 MOST_FULL_S = 30.0
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class EngineError(Exception):
@@ -112,8 +115,10 @@ class Availability:
         self.failures = FAILURES  # down until it is heard of
         self.reason = "not yet scraped"
         self.out = 0  # requests of this node that it has
+        self.described: dict[str, dict[str, Any]] = {}  # by the names that it serves, what else it says of each
         self._full_until_s = 0.0  # by the event loop's clock
         self._requests_failed: set[int] = set()  # hashes of the requests that it failed since it answered one
+        self._suspected = 0  # times for such failures since then
 
     @property
     def healthy(self) -> bool:
@@ -134,11 +139,16 @@ class Availability:
         if len(self._requests_failed) < FAILED:
             self._requests_failed.add(hash(request))
         if len(self._requests_failed) >= FAILED:
+            # Its page of metrics may be fine all the while: it is tried again once that was read, later and later.
+            if self.healthy and self._suspected >= SPARED:
+                self.full(FULL_S * 2.0 ** min(self._suspected - SPARED, 10))
+            self._suspected += self.healthy
             self.suspect(reason)
 
     def answered(self) -> None:
         """It answered a request as it should."""
         self._requests_failed.clear()
+        self._suspected = 0
 
     def full(self, for_s: float | None) -> None:
         """It turned a request away for lack of capacity, and says for how long, or not."""
@@ -195,9 +205,11 @@ class Engine(Availability):
     async def models(self) -> list[str]:
         """The names that it serves. Raises EngineError when it does not say."""
         try:
-            return [str(each["id"]) for each in orjson.loads(await self._get("/v1/models"))["data"]]
+            listed = orjson.loads(await self._get("/v1/models"))["data"]
+            self.described = {str(each["id"]): _described(each) for each in listed}
         except (TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"{self.url}/v1/models: {error or type(error).__name__}") from None
+        return [*self.described]
 
     def load(self) -> Load:
         """Its load as far as it is known: as scraped, with what was sent and what returned since.
@@ -251,11 +263,22 @@ class Engine(Availability):
             raise EngineError(f"{self.url}{path} answers {response.status}")
         return page
 
-    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[Response]:
+    def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS
+    ) -> AbstractAsyncContextManager[Response]:
         """Send a request; leaving the context before its end aborts it."""
         return self.transport.request(
-            "POST", self.url + path, body=body, headers=self.headers, timeout_s=None, read_timeout_s=self.timeout_s
-        )
+            "POST", self.url + path, body=body, headers={**headers, **self.headers}, timeout_s=None,
+            read_timeout_s=self.timeout_s,
+        )  # fmt: skip
+
+
+def _described(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What users may know of a model, of what an engine says of it: not the folder that it was loaded from."""
+    longest, base = model.get("max_model_len"), model.get("parent")
+    return ({"max_model_len": longest} if type(longest) is int and 0 < longest <= MOST_INT else {}) | (
+        {"parent": base} if isinstance(base, str) and base[:1] != "/" else {}
+    )
 
 
 def blocks(tokens: int) -> int:

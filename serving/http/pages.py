@@ -1,7 +1,7 @@
 """The pages of a node for its operator: health, metrics, what it sees of the network. And how all answers go out."""
 
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import orjson
@@ -63,7 +63,7 @@ class Admin:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         try:
-            expect(scope["method"], "GET")
+            expect(scope["method"], "GET", "HEAD")
             check_key(dict(scope["headers"]), self.keys)
             if scope["path"] not in PAGES:
                 raise Failed(404, f"there is no {scope['path']}", "not_found_error")
@@ -76,20 +76,27 @@ def check_key(headers: dict[bytes, bytes], keys: Sequence[bytes]) -> None:
     """Raises Failed for a request without one of the keys, if there are any."""
     if not keys:
         return
-    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() != b"bearer" or not any([hmac.compare_digest(key, each) for each in keys]):
+    key = bearer(headers)
+    if not any([hmac.compare_digest(key, each) for each in keys]):
         raise Failed(401, "this API key is not known here", "authentication_error")
 
 
-def expect(method: str, expected: str) -> None:
+def bearer(headers: Mapping[bytes, bytes]) -> bytes:
+    """The API key that a request shows; empty for none."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return key.strip(b" ") if scheme.lower() == b"bearer" else b""
+
+
+def expect(method: str, *expected: str) -> None:
     """Raises Failed for another method."""
-    if method != expected:
-        raise Failed(405, f"method {method} is not allowed, expected {expected}", "invalid_request_error")
+    if method not in expected:
+        wanted = " or ".join(expected)
+        raise Failed(405, f"method {method} is not allowed, expected {wanted}", "invalid_request_error")
 
 
 async def fail(send: Send, failed: Failed, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
     """Answer with an error."""
-    extra = [*headers]
+    extra = [each for each in headers if not each[0].startswith(b"retry-after")]  # an engine's, which may be wrong here
     if failed.retry_after_s is not None:
         extra.append((b"retry-after", str(failed.retry_after_s).encode()))
     await answer(send, failed.status, failed.body(), b"application/json", extra)

@@ -72,6 +72,35 @@ class Turns:
             asyncio.get_running_loop().call_soon(self._next)
 
 
+class Room:
+    """So many bytes of bodies in all, and a part of them for each name."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.used = 0
+        self._used: dict[str, int] = {}
+
+    def came(self, who: str, size: int) -> bool:
+        """Bytes came, to be kept until `gone`; returns whether there is room for them."""
+        kept = self._used.get(who, 0) + size
+        if self.used + size > self.most or kept > self.most // SHARE:
+            return False
+        if size:
+            self._used[who] = kept
+            self.used += size
+        return True
+
+    def gone(self, who: str, size: int) -> None:
+        """So many of the bytes that `came` are not kept any more."""
+        if size:
+            self.used -= size
+            left = self._used[who] - size
+            if left:
+                self._used[who] = left
+            else:
+                del self._used[who]
+
+
 class Quotas:
     """Those of one node."""
 
@@ -79,9 +108,7 @@ class Quotas:
         self.signed = Quota(peer_messages_per_s, BURST, clock)
         self.peers, self.users = Turns(AT_ONCE), Turns(AT_ONCE)
         self.forged = Quota(FORGED_PER_S, FORGED_PER_S, clock)
-        self.receiving_bytes = receiving_bytes
-        self.receiving = 0
-        self._receiving: dict[str, int] = {}
+        self.coming = Room(receiving_bytes)
 
     def admit(self, peer: str, address: str) -> None:
         """Raises Refused for a message that is not to be looked at now, of who is said to be `peer`."""
@@ -89,22 +116,3 @@ class Quotas:
             raise Refused("crowded", "too much that was forged came from this address")
         if self.signed.left(peer) < 1:
             raise Refused("crowded", f"{peer} sends more than this node looks at")
-
-    def came(self, who: str, size: int) -> bool:
-        """Bytes of a body came, to be kept until `gone`; returns whether there is room for them."""
-        kept = self._receiving.get(who, 0) + size
-        if self.receiving + size > self.receiving_bytes or kept > self.receiving_bytes // SHARE:
-            return False
-        self._receiving[who] = kept
-        self.receiving += size
-        return True
-
-    def gone(self, who: str, size: int) -> None:
-        """So many of the bytes that `came` are somebody else's now."""
-        if size:
-            self.receiving -= size
-            left = self._receiving[who] - size
-            if left:
-                self._receiving[who] = left
-            else:
-                del self._receiving[who]

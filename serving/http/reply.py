@@ -1,6 +1,7 @@
 """What is asked, where the answer goes, and how an attempt at it can end."""
 
 import asyncio
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
@@ -10,11 +11,16 @@ import orjson
 
 from wwwserve.serving.engine.prefix_index import NO_PREFIX, Prefix
 from wwwserve.serving.http.sse import AnswerMeter
+from wwwserve.serving.http.trace import NO_TRACE, Trace
 from wwwserve.serving.http.transport import Response
 
 EVENTS = "text/event-stream"
 MOST_ANSWER = 64 * 2**20  # bytes of an answer that is not streamed
+MOST_LIMITS = 16  # headers
 CHAT_PATH, COMPLETION_PATH = COMPLETIONS = ("/v1/chat/completions", "/v1/completions")  # of the OpenAI API
+
+_LIMIT = re.compile(rb"retry-after(-ms)?|(x-)?ratelimit(-[a-z]{1,20}){0,3}")
+_VALUE = re.compile(rb"[ -~]{1,256}")
 
 
 class CompletionRequest(NamedTuple):
@@ -31,6 +37,7 @@ class CompletionRequest(NamedTuple):
     max_tokens: int = 0  # of one choice, as the user limits it; 0 without a limit
     choices: int = 1  # answers in all: choices for each prompt, times prompts
     local_only: bool = False  # whether it stays on the own engine
+    trace: Trace = NO_TRACE
 
 
 class Reply(ABC):
@@ -39,6 +46,9 @@ class Reply(ABC):
     def __init__(self) -> None:
         self.started = False  # something of it is out
         self.resumable = False  # if it broke off now, another could go on
+        self.asked: str | None = None  # who was, last: "local", or a peer by its name
+        # What the own engine says of its limits, if it was the last that was asked.
+        self.limits: list[tuple[bytes, bytes]] = []
 
     @abstractmethod
     async def start(self, status: int, content_type: str) -> None:
@@ -51,6 +61,18 @@ class Reply(ABC):
     @abstractmethod
     async def whole(self, status: int, content_type: str, body: bytes) -> None:
         """All of an answer at once."""
+
+
+def retry_after(response: Response) -> int | None:
+    """Seconds after which an answer says to come again; None if it does not say it in seconds."""
+    header = response.headers.get("retry-after", "")
+    return int(header) if header.isascii() and header.isdigit() and len(header) < 6 else None
+
+
+def limits_said(response: Response) -> list[tuple[bytes, bytes]]:
+    """What an engine's answer says of its limits: when to come again, and how much there is."""
+    said = ((name.lower(), value) for name, value in response.raw_headers)
+    return [(name, value) for name, value in said if _LIMIT.fullmatch(name) and _VALUE.fullmatch(value)][:MOST_LIMITS]
 
 
 class Failed(Exception):

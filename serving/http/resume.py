@@ -38,6 +38,7 @@ class Resumed(Reply):
     def __init__(self, completion: CompletionRequest, reply: Reply) -> None:
         """For a completion that is `resumable`."""
         super().__init__()  # `started` by whoever has it now
+        self.limits = reply.limits
         self.resumable = True
         self.tokens = 0  # that the user has, by events with text
         self._completion, self._reply = completion, reply

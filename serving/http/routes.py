@@ -1,15 +1,13 @@
-"""The node's API: OpenAI's for users, the peers' beside it, and pages to look at. Plain ASGI, bytes passed through."""
+"""What a node answers: its users, peers, and pages to look at. Plain ASGI, bytes passed through."""
 
 import asyncio
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
-
-import orjson
+from typing import Any
 
 from wwwserve.serving import boundary
 from wwwserve.serving.boundary import BoundaryError
@@ -18,16 +16,19 @@ from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, REFUSED, TARIFF, TP
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
 from wwwserve.serving.duel.messages import ATTEST_PATH, COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Declined
 from wwwserve.serving.engine.prefix_index import prefix_of
+from wwwserve.serving.http.clients import HttpReply, object_in, receive_body, unless_gone
 from wwwserve.serving.http.connection import CONNECTION, Connection
 from wwwserve.serving.http.drain import Drain
-from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, limit_of, tells_usage
+from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, tells_usage
 from wwwserve.serving.http.keys import NAME_CHARS
 from wwwserve.serving.http.messages import SIGNATURE, Claim, Refusals, Refused
-from wwwserve.serving.http.pages import HEALTH, PAGES, Pages, Receive, Scope, Send, answer, check_key, expect, fail
+from wwwserve.serving.http.pages import HEALTH, PAGES, Pages, Receive, Scope, Send, answer, expect, fail
 from wwwserve.serving.http.places import address_of, is_loopback
 from wwwserve.serving.http.quotas import Quotas
-from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed, Reply
+from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed
 from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN
+from wwwserve.serving.http.trace import trace_of_peer
+from wwwserve.serving.http.users import UserApi
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH, Delivery
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import Full
@@ -38,43 +39,10 @@ from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES
 
 log = logging.getLogger("wwwserve.app")
 
-CLASS_HEADER, LOCAL_ONLY = b"x-slo-class", b"x-wwwserve-local-only"
-
 PEERS = PEER_PREFIX + "/"
 MOST_STATED = 2 << 20  # bytes of a message about payment or stake of who was granted nothing
 
 _STATED = re.compile(rb'signature\\?"')  # a field in a statement, or in one that is in a string
-
-T = TypeVar("T")
-
-
-class HttpReply(Reply):
-    """An answer on its way to the client."""
-
-    def __init__(self, send: Send) -> None:
-        super().__init__()
-        self._ended, self._send = False, send
-
-    async def start(self, status: int, content_type: str, *headers: tuple[bytes, bytes]) -> None:
-        """See `Reply`."""
-        self.started = True
-        head = [(b"content-type", content_type.encode("latin-1")), *headers]
-        await self._send({"type": "http.response.start", "status": status, "headers": head})
-
-    async def pass_on(self, chunk: bytes) -> None:
-        """See `Reply`."""
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-
-    async def whole(self, status: int, content_type: str, body: bytes) -> None:
-        """See `Reply`."""
-        self.started = self._ended = True
-        await answer(self._send, status, body, content_type.encode("latin-1"))
-
-    async def end(self) -> None:
-        """All of it is out."""
-        if not self._ended:
-            self._ended = True
-            await self._send({"type": "http.response.body", "body": b""})
 
 
 class App:
@@ -86,10 +54,8 @@ class App:
             config.limits.peer_messages_per_s, config.limits.receiving_bytes, lambda: asyncio.get_running_loop().time()
         )
         self.drain = Drain()
-        self.keys = [key.encode() for key in config.keys]
-        self.classes = {name.encode(): k for k, name in enumerate(config.class_names)}
-        self.local_only = [each.local_only for each in config.classes.values()] or [False]
         self.pages = Pages(dispatcher, self.drain)
+        self.users = UserApi(dispatcher, config, self.drain, partial(self._receive, encodings=True))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -98,12 +64,11 @@ class App:
         path, method = scope["path"], scope["method"]
         try:
             await (self.quotas.peers if path.startswith(PEERS) else self.quotas.users).take()
+            if self.users.has(path):
+                await self.users.handle(scope, receive, send)
+                return
             headers: dict[bytes, bytes] = dict(scope["headers"])
-            if path in COMPLETIONS:
-                expect(method, "POST")
-                self._check_key(headers)
-                await self._complete(scope, headers, receive, send)
-            elif path == BEAT_PATH:
+            if path == BEAT_PATH:
                 expect(method, "POST")
                 await self._beat(scope, receive, send)
             elif path.startswith(PEER_PREFIX) and path[len(PEER_PREFIX) :] in COMPLETIONS:
@@ -115,12 +80,8 @@ class App:
             elif path == LEDGER_PATH:
                 expect(method, "POST")
                 await self._on_ledger(scope, headers, receive, send)
-            elif path == "/v1/models":
-                expect(method, "GET")
-                self._check_key(headers)
-                await answer(send, *self._models())
             elif path == HEALTH or (path in PAGES and self.config.admin is None):
-                expect(method, "GET")
+                expect(method, "GET", "HEAD")
                 await answer(send, *self.pages.page(path, is_here=_is_here(scope)))
             else:
                 raise Failed(404, f"there is no {path}", "not_found_error")
@@ -135,50 +96,6 @@ class App:
         except Exception:  # the user sees no more of it than that it happened
             log.exception("a request met an error", extra={"path": path})
             await fail(send, Failed(500, "an error inside the node", "internal_error"))
-
-    def _check_key(self, headers: dict[bytes, bytes]) -> None:
-        check_key(headers, self.keys)
-
-    # The OpenAI API.
-
-    async def _complete(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
-        body = await self._receive(receive, headers, _address(scope))
-        completion = self._asked(scope["path"], headers, body)
-        reply = HttpReply(send)
-        try:
-            with self.drain.work():
-                await _unless_gone(receive, self.dispatcher.answer(completion, reply))
-        except Failed as failed:
-            if not reply.started:
-                raise
-            await reply.pass_on(b"data: " + failed.body() + b"\n\n")
-        await reply.end()
-
-    def _asked(self, path: str, headers: dict[bytes, bytes], body: bytes) -> CompletionRequest:
-        request = _object(body)
-        model, stream = request.get("model"), request.get("stream", False)
-        if not isinstance(model, str):
-            raise Failed(400, "model is missing, expected a string", "invalid_request_error")
-        if not self.dispatcher.serves:
-            raise Failed(503, "the engine has not said yet which models it serves", "overloaded", retry_after_s=1)
-        if model not in self.dispatcher.serves:
-            raise Failed(404, f"there is no model {model!r} here", "not_found_error")
-        if not isinstance(stream, bool | None):
-            raise Failed(400, "stream is not true or false", "invalid_request_error")
-        klass = self.classes.get(headers.get(CLASS_HEADER, self.config.class_names[0].encode()))
-        if klass is None:
-            known = ", ".join(self.config.class_names)
-            raise Failed(400, f"there is no such x-slo-class here, expected one of {known}", "invalid_request_error")
-        try:
-            local_only = boundary.flag_of(headers.get(LOCAL_ONLY, b""))
-        except BoundaryError as error:
-            raise Failed(400, f"header {LOCAL_ONLY.decode()}: {error}", "invalid_request_error") from None
-        prompt_bytes, prompt_ids = boundary.prompt_size(request)
-        return CompletionRequest(
-            path, body, model, bool(stream), klass, prompt_bytes, prompt_ids, prefix_of(path, request),
-            limit_of(path, request) or 0, choices_in(request),
-            local_only or self.local_only[klass] or not _is_shareable(request),
-        )  # fmt: skip
 
     async def _complete_for_peer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
         """Run a peer's request, or refuse it at once."""
@@ -200,7 +117,7 @@ class App:
         try:
             with suppress(Failed), self.drain.work():
                 await reply.start(200, "application/octet-stream", *head)
-                whole = await _unless_gone(receive, self.dispatcher.run_for(remote, reply, paid))
+                whole = await unless_gone(receive, self.dispatcher.run_for(remote, reply, paid))
         finally:
             if paid is not None:
                 paid.close()
@@ -212,7 +129,7 @@ class App:
         self, path: str, headers: dict[bytes, bytes], body: bytes, sender: str
     ) -> tuple[RemoteRequest, Delivery | None]:
         """Take a peer's request, with a promise. Raises Failed."""
-        request = _object(body)
+        request = object_in(body)
         prompt, tariff = _prompt_and_tariff(headers, request)
         limit, choices, model = limit_in_force(path, request), choices_in(request), request.get("model")
         most = limit * choices if limit is not None else None
@@ -243,7 +160,8 @@ class App:
         if salt:
             added["cache_salt"] = salt
         completion = CompletionRequest(
-            path, body, str(model), bool(request.get("stream")), prefix=prefix, choices=choices
+            path, body, str(model), bool(request.get("stream")), prefix=prefix, choices=choices,
+            trace=trace_of_peer(headers),
         )  # fmt: skip
         secret = secrets.token_hex(32) if self.config.market.duel_probability else ""
         return RemoteRequest(sender, completion, prompt, longest, tariff, promise, added, secret), paid
@@ -257,7 +175,7 @@ class App:
             else:
                 with self.drain.work():
                     charge = partial(self._charge, claim.sender, headers, body)
-                    said = await _unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body, charge))
+                    said = await unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body, charge))
         except Declined as error:
             raise Failed(409, str(error), "declined") from None
         await answer(send, 200, said)
@@ -340,43 +258,10 @@ class App:
             raise
 
     async def _receive(
-        self, receive: Receive, headers: dict[bytes, bytes], who: str, limit: int | None = None
+        self, receive: Receive, headers: dict[bytes, bytes], who: str, limit: int | None = None, encodings: bool = False
     ) -> bytes:  # fmt: skip
-        """The body of a request. Raises Failed for one that is too large, and while too many others are coming."""
         limit = self.config.limits.body_bytes if limit is None else limit
-        too_large = Failed(413, f"the body is larger than {limit} bytes", "invalid_request_error")
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and (len(length) > 18 or int(length) > limit):
-            raise too_large
-        message = await receive()
-        body: bytes = message.get("body", b"")
-        if not message.get("more_body", False) and message["type"] != "http.disconnect" and len(body) <= limit:
-            return body
-        parts, size, kept = [body], len(body), 0
-        try:
-            while message.get("more_body", False) and size <= limit:
-                if not self.quotas.came(who, size - kept):
-                    raise Failed(503, "too many large requests come at once", "overloaded", retry_after_s=1)
-                kept = size
-                message = await receive()
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-        finally:
-            self.quotas.gone(who, kept)
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        if size > limit:
-            raise too_large
-        return b"".join(parts)
-
-    # Pages.
-
-    def _models(self) -> tuple[int, bytes, bytes]:
-        models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": self.config.name}
-            for name in self.dispatcher.serves
-        ]
-        return 200, orjson.dumps({"object": "list", "data": models}), b"application/json"
+        return await receive_body(receive, headers, who, limit, self.quotas.coming, encodings)
 
 
 def _proved(scope: Scope, peer: str) -> None:
@@ -395,21 +280,6 @@ def _is_here(scope: Scope) -> bool:
     """Whether a client is on this machine."""
     client = scope.get("client")
     return not client or is_loopback(client[0])
-
-
-def _is_shareable(request: dict[str, Any]) -> bool:
-    try:
-        boundary.check_shareable(request)
-    except BoundaryError:
-        return False
-    return choices_in(request) <= boundary.MOST_CHOICES
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        return boundary.object_of(body)
-    except BoundaryError as error:
-        raise Failed(400, str(error), "invalid_request_error") from None
 
 
 def _prompt_and_tariff(headers: dict[bytes, bytes], request: dict[str, Any]) -> tuple[int, Tariff]:
@@ -438,27 +308,3 @@ def _tariff(headers: dict[bytes, bytes]) -> Tariff:
 def _not_writable() -> Failed:
     """Said to peers, whom files here do not concern."""
     return Failed(507, "the ledger cannot be written", "overloaded")
-
-
-async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up; then raises ClientDisconnect."""
-    worker = asyncio.current_task()
-    assert worker is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        worker.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if gone and worker.uncancel() == 0:
-            raise ClientDisconnect from None
-        raise
-    finally:
-        watching.cancel()

@@ -310,9 +310,11 @@ class DirectTransport:
         read_timeout_s: float, peer: str = "",
     ) -> AbstractAsyncContextManager[DirectResponse]:  # fmt: skip
         """See `serving.http.transport.Transport`; it has no TLS with peers."""
-        site, head = _head(method, url, tuple(headers.items()))
+        check_request(method, url, headers)
+        site, head = _head(method, url)
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         now_s = asyncio.get_running_loop().time()
-        wire = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+        wire = b"%b%bcontent-length: %d\r\n\r\n%b" % (head, lines.encode(), len(body), body)
         return Exchange(self, site, wire, read_timeout_s, now_s + (_NEVER_S if timeout_s is None else timeout_s))
 
     def idle_at(self, site: Site) -> list[_Connection]:
@@ -338,9 +340,8 @@ class DirectTransport:
 
 
 @lru_cache(maxsize=64)
-def _head(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> tuple[Site, bytes]:
-    """Where a request goes, and its head. Raises OSError for characters that could end a line or a header."""
-    check_request(method, url, dict(headers))
+def _head(method: str, url: str) -> tuple[Site, bytes]:
+    """Where a request goes, and its head up to the headers that are its own. Raises OSError for what is no URL."""
     try:
         parts = urlsplit(url)
         tls = parts.scheme == "https"
@@ -348,6 +349,4 @@ def _head(method: str, url: str, headers: tuple[tuple[str, str], ...]) -> tuple[
     except ValueError as error:
         raise OSError(f"{url!r} is no URL: {error}") from None
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    lines = [f"{method} {target} HTTP/1.1", f"host: {parts.netloc.rpartition('@')[2]}"]
-    lines += [f"{name}: {value}" for name, value in headers]
-    return site, "".join(f"{line}\r\n" for line in lines).encode()
+    return site, f"{method} {target} HTTP/1.1\r\nhost: {parts.netloc.rpartition('@')[2]}\r\n".encode()

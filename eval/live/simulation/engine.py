@@ -36,7 +36,7 @@ from wwwserve.envs.prefix_tree import PrefixTree
 from wwwserve.envs.prompt_blocks import block_hashes
 from wwwserve.eval.live.simulation.loop import VirtualLoop, current
 from wwwserve.eval.live.simulation.response import Incoming
-from wwwserve.serving.engine.adapter import DOWN_WAITING, Availability, EngineError, Load, Sent
+from wwwserve.serving.engine.adapter import DOWN_WAITING, NO_HEADERS, Availability, EngineError, Load, Sent
 
 BYTES_PER_TOKEN = 4
 TEXT = "tok "  # of one token
@@ -496,7 +496,9 @@ class SimulatedEngine(Availability):
         """See `serving.engine.adapter.Engine`."""
         self.out -= 1
 
-    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[Answer]:
+    def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS
+    ) -> AbstractAsyncContextManager[Answer]:
         """See `serving.engine.adapter.Engine`."""
         return self.server.post(path, body)
 

@@ -6,7 +6,7 @@ So whoever reads an answer sees whether it is another's, and how many tokens the
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -15,7 +15,7 @@ import orjson
 from wwwserve.agents.hardware import Profile
 from wwwserve.eval.live.simulation.loop import VirtualLoop, current
 from wwwserve.eval.live.simulation.response import Incoming
-from wwwserve.serving.engine.adapter import DOWN_WAITING, Availability, EngineError, Load, Sent
+from wwwserve.serving.engine.adapter import DOWN_WAITING, NO_HEADERS, Availability, EngineError, Load, Sent
 
 WORD_BYTES = 4
 MARK = b"~"  # begins a word, and is nowhere else in an answer
@@ -208,6 +208,8 @@ class WordEngine(Availability):
         """See `serving.engine.adapter.Engine`."""
         self.out -= 1
 
-    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[Answer]:
+    def post(
+        self, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS
+    ) -> AbstractAsyncContextManager[Answer]:
         """See `serving.engine.adapter.Engine`."""
         return Answer(self.server, body)
