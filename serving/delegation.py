@@ -205,6 +205,7 @@ class Delegation:
                 handed = Handed(name, self.clock(), promise, completion.stream, response, meter_of(completion))
                 self.handed[request] = handed
                 self.provider.accepted(request, handed.taken_s, promise, predicted)
+                self.metrics.handed(name)
                 await self._fetch(completion, handed, payment, reply)
                 answered = handed.meter.tokens > 0
         except Refused as error:
@@ -250,6 +251,7 @@ class Delegation:
             return
         del self.handed[request]
         if answered:
+            self.metrics.brought(handed.peer)
             self.provider.answered(request, self.clock(), handed.meter.tokens)
         else:
             self.provider.lost(request)

@@ -355,7 +355,7 @@ class Dispatcher:
         )  # fmt: skip
         job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
         provider.keys[request] = job
-        self.metrics.accepted()
+        self.metrics.accepted(prefix.turn)
         outcome, where = "failed", "nowhere"
         again = Resumed(completion, reply) if self.config.resume and resumable(completion) else None
         provider.arrived(request)
@@ -521,7 +521,7 @@ class Dispatcher:
         request = self.provider.serve(
             prompt, longest, tariff, promise, taken_s, self.cached_here(completion.prefix, prompt)
         )
-        self.metrics.remote(1)
+        self.metrics.remote(origin, 1)
         outcome = "failed"
         try:
             asked = completion._replace(body=with_keys(completion.body, added))
@@ -548,7 +548,7 @@ class Dispatcher:
                     came = Came(meter.tokens if served else 0, whole, took_s, meter.usage)
                 paid.end(line.digest.hexdigest() if served else "", came)
             self.provider.served(request)
-            self.metrics.remote(-1, outcome)
+            self.metrics.remote(origin, -1, outcome)
             self._reopen()
         return True
 
