@@ -53,6 +53,7 @@ from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
+from wwwserve.serving.reasons import Reasons
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -114,6 +115,7 @@ class Dispatcher:
         provider.lookup = self._look_up
         self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock, self.prefixes)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self.reasons = Reasons()
         self.here: dict[int, Sent] = {}  # in the own engine, by the provider's number of the request
         self.bytes_per_token = BYTES_PER_TOKEN
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
@@ -315,6 +317,7 @@ class Dispatcher:
         self.metrics.decided(decision.route)
         klass = self.config.class_names[job.completion.klass]
         self.decisions.append({"at_s": round(now_s, 3), "class": klass, "to": where})
+        self.reasons.keep(provider, decision, klass)
         if decision.route != HOLD and not job.placed.done():
             job.placed.set_result(decision)
 
