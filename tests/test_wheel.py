@@ -27,6 +27,7 @@ def packaged_data() -> set[str]:
     files = [*(ROOT / "agents/data").rglob("*"), *(ROOT / "envs/data").rglob("*")]
     files += (ROOT / "envs/scenarios").rglob("*.yaml")
     files += (ROOT / "eval").glob("*.json")
+    files += (ROOT / "serving/console/static").rglob("*")
     return {f"wwwserve/{file.relative_to(ROOT).as_posix()}" for file in files if file.is_file()}
 
 
