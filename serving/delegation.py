@@ -211,6 +211,7 @@ class Delegation:
                 handed = Handed(name, self.clock(), promise, completion.stream, response, meter_of(completion))
                 self.handed[request] = handed
                 self.provider.accepted(request, handed.taken_s, promise, predicted)
+                self.metrics.handed(name)
                 await self._fetch(completion, handed, payment, reply)
                 answered = handed.meter.tokens > 0
         except Refused as error:
@@ -268,6 +269,7 @@ class Delegation:
             return
         del self.handed[request]
         if answered:
+            self.metrics.brought(handed.peer)
             self.provider.answered(request, self.clock(), handed.meter.tokens)
             if handed.meter.complete:
                 self.cooling.answered(handed.peer)

@@ -55,6 +55,7 @@ from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
+from wwwserve.serving.reasons import Reasons
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -117,6 +118,7 @@ class Dispatcher:
         provider.lookup = self._look_up
         self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock, self.prefixes)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self.reasons = Reasons()
         self.here: dict[int, Sent] = {}  # in the own engine, by the provider's number of the request
         self.bytes_per_token = BYTES_PER_TOKEN
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
@@ -319,6 +321,7 @@ class Dispatcher:
         self.metrics.decided(decision.route)
         klass = self.config.class_names[job.completion.klass]
         self.decisions.append({"at_s": round(now_s, 3), "class": klass, "to": where})
+        self.reasons.keep(provider, decision, klass)
         if decision.route != HOLD and not job.placed.done():
             job.placed.set_result(decision)
 
@@ -360,7 +363,7 @@ class Dispatcher:
         )  # fmt: skip
         job = Job(completion, request, most, prompt, asyncio.get_running_loop().create_future())
         provider.keys[request] = job
-        self.metrics.accepted()
+        self.metrics.accepted(prefix.turn)
         if completion.local_only:
             self.metrics.kept()
         outcome, where = "failed", "nowhere"
@@ -531,7 +534,7 @@ class Dispatcher:
         request = self.provider.serve(
             prompt, longest, tariff, promise, taken_s, self.cached_here(completion.prefix, prompt)
         )
-        self.metrics.remote(1)
+        self.metrics.remote(origin, 1)
         outcome = "failed"
         try:
             asked = completion._replace(body=with_keys(completion.body, added))
@@ -558,7 +561,7 @@ class Dispatcher:
                     came = Came(meter.tokens if served else 0, whole, took_s, meter.usage)
                 paid.end(line.digest.hexdigest() if served else "", came)
             self.provider.served(request)
-            self.metrics.remote(-1, outcome)
+            self.metrics.remote(origin, -1, outcome)
             self._reopen()
         return True
 

@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from wwwserve.serving.console.network import PORT, network_console
 from wwwserve.serving.local_nodes import NetworkError, Plan, look, running
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -92,8 +93,8 @@ def show(seen: dict[str, Any]) -> None:
 
 
 def up(plan: Plan) -> None:
-    """Run a network until SIGINT or SIGTERM, with a live table on a terminal; else a line of JSON says when it is
-    ready. Raises as `running`."""
+    """Run a network until SIGINT or SIGTERM, with a console in the browser, and a live table on a terminal; else a line
+    of JSON says when it is ready. Raises as `running`."""
 
     def stop(number: int, frame: object) -> None:
         for each in STOPPING:  # a second one would leave processes behind
@@ -104,9 +105,9 @@ def up(plan: Plan) -> None:
         signal.signal(each, stop)
     console = Console()
     try:
-        with running(plan) as network:
+        with running(plan) as network, network_console(network.urls, PORT if plan.base_port else 0) as url:
             if not console.is_terminal:
-                print(json.dumps({"nodes": network.urls, "model": plan.model}), flush=True)
+                print(json.dumps({"nodes": network.urls, "model": plan.model, "console": url}), flush=True)
                 while True:
                     signal.pause()
             with Live(console=console, auto_refresh=False) as live:
@@ -117,7 +118,7 @@ def up(plan: Plan) -> None:
                             seen.append(look(url))
                         except NetworkError:
                             continue
-                    live.update(table(seen, console.width), refresh=True)
+                    live.update(Group(table(seen, console.width), f"console: {url}"), refresh=True)
                     time.sleep(REFRESH_S)
     except KeyboardInterrupt:
         pass

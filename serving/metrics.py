@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,6 +16,25 @@ from wwwserve.serving.ledger.journal import Balance
 log = logging.getLogger("wwwserve.metrics")
 
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Requests between this node and one peer."""
+
+    handed: int = 0  # that the peer took
+    answered: int = 0  # of them, whole
+    served: int = 0  # of the peer, taken here
+    here: int = 0  # of those, in the engine now
+
+
+@dataclass(slots=True)
+class PromptTokens:
+    """Tokens of prompts whose engine said how many it had in its prefix cache."""
+
+    prompt: int = 0
+    predicted: int = 0  # to be cached
+    reported: int = 0
 
 
 class Metrics:
@@ -65,13 +85,17 @@ class Metrics:
         )  # fmt: skip
         self._prefix_alarm = Gauge("wwwserve_prefix_alarm", "whether the two part", ("where",), registry=self.registry)
         self.drifts = {where: Drift() for where in ("local", "peer")}
+        self.prompts = {where: PromptTokens() for where in self.drifts}
+        self.traffic: dict[str, Traffic] = {}  # by peer
         self._routes = {HOLD: self._decisions.labels("hold"), LOCAL: self._decisions.labels("local")}
         self._to_peer = self._decisions.labels("peer")
         self._counts = {
-            "accepted": 0, "answered": 0, "failed": 0, "cancelled": 0, "on_time": 0, "turned_away": 0, "handed_over": 0
+            "accepted": 0, "answered": 0, "failed": 0, "cancelled": 0, "on_time": 0, "turned_away": 0, "handed_over": 0,
+            "continued": 0,
         }  # fmt: skip
+        self.duels = {"won": 0, "tie": 0, "void": 0}  # by what came of the comparison
         self.remote_now = 0
-        self._total_s = 0.0
+        self.total_s = 0.0
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"wwwserve_{name}", text, labels, registry=self.registry)
@@ -79,10 +103,11 @@ class Metrics:
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"wwwserve_{name}", text, registry=self.registry)
 
-    def accepted(self) -> None:
-        """A user's request was taken."""
+    def accepted(self, turn: int = 1) -> None:
+        """A user's request was taken, which is this `turn` of its session, from 1."""
         self._accepted.inc()
         self._counts["accepted"] += 1
+        self._counts["continued"] += turn > 1
 
     def turned_away(self) -> None:
         """A user's request found too many waiting."""
@@ -103,7 +128,7 @@ class Metrics:
         self._counts[outcome] += 1
         if outcome == "answered":
             self._latency.observe(took_s)
-            self._total_s += took_s
+            self.total_s += took_s
             self._counts["handed_over"] += where == "peer"
         if on_time:
             self._on_time.inc()
@@ -114,6 +139,10 @@ class Metrics:
         where = "peer" if remote else "local"
         self._prefix_tokens.labels(where, "prediction").inc(predicted)
         self._prefix_tokens.labels(where, "report").inc(reported)
+        tokens = self.prompts[where]
+        tokens.prompt += prompt
+        tokens.predicted += predicted
+        tokens.reported += reported
         drift = self.drifts[where]
         before = drift.alarm
         drift.observe(predicted, reported, prompt)
@@ -122,11 +151,24 @@ class Metrics:
         if drift.alarm and not before:
             log.warning("prefixes are cached otherwise than predicted", extra={"where": where, "drift": drift.share})
 
-    def remote(self, change: int, outcome: str = "") -> None:
-        """A peer's request came or ended."""
+    def handed(self, peer: str) -> None:
+        """A peer took a request."""
+        self.traffic.setdefault(peer, Traffic()).handed += 1
+
+    def brought(self, peer: str) -> None:
+        """A peer's answer came whole."""
+        if peer in self.traffic:  # else it was forgotten meanwhile
+            self.traffic[peer].answered += 1
+
+    def remote(self, peer: str, change: int, outcome: str = "") -> None:
+        """A peer's request came, or ended with an outcome."""
         self.remote_now += change
         if outcome:
             self._remote.labels(outcome).inc()
+        else:
+            self.traffic.setdefault(peer, Traffic()).served += 1
+        if peer in self.traffic:
+            self.traffic[peer].here = max(0, self.traffic[peer].here + change)
 
     def offer_refused(self) -> None:
         """A peer's request was not taken."""
@@ -139,6 +181,7 @@ class Metrics:
     def duel(self, outcome: str) -> None:
         """A duel of the own ended: "won" by one of the two, a "tie", or "void"."""
         self._duels.labels(outcome).inc()
+        self.duels[outcome] += 1
 
     def duelled(self, peer: str, won: bool) -> None:
         """A peer's answer won or lost."""
@@ -150,6 +193,7 @@ class Metrics:
 
     def forget(self, peer: str) -> None:
         """Drop what was counted of a peer by its name."""
+        self.traffic.pop(peer, None)
         for result in ("won", "lost"):
             with suppress(KeyError):
                 self._duelled.remove(peer, result)
@@ -161,7 +205,7 @@ class Metrics:
     def totals(self) -> dict[str, float]:
         """Counts of users' requests, and the mean latency of those answered, s."""
         answered = self._counts["answered"]
-        return self._counts | {"mean_latency_s": round(self._total_s / answered, 4) if answered else 0.0}
+        return self._counts | {"mean_latency_s": round(self.total_s / answered, 4) if answered else 0.0}
 
     def page(
         self, *, held: int, engine_up: bool, peers: int, balances: Sequence[Balance] = (), ledger_full: bool = False,

@@ -9,30 +9,29 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import uvloop
 
 from wwwserve.agents.policy.bundle import SHIPPED, folder_of
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.protocol import milliseconds
 from wwwserve.agents.rules import RULES, Policy, Rule
-from wwwserve.serving import boundary
+from wwwserve.serving import boundary, overview
 from wwwserve.serving.config import ConfigError, LimitsConfig, NodeConfig, StaticConfig
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine, EngineError
 from wwwserve.serving.fallback import WithFallback
 from wwwserve.serving.http.addresses import listen, netloc
 from wwwserve.serving.http.certificates import server_context
-from wwwserve.serving.http.connection import Connection
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages, Refusals
 from wwwserve.serving.http.pages import Admin
 from wwwserve.serving.http.routes import App
+from wwwserve.serving.http.server import server_of
 from wwwserve.serving.http.transport import AiohttpTransport, Transport
 from wwwserve.serving.http.upstream import DirectTransport
 from wwwserve.serving.ledger.accounts import TOLERANCE_S
@@ -118,15 +117,6 @@ def ledger_of(config: NodeConfig, identity: Identity, payment: int, stack: Async
     return ledger
 
 
-class _Server(uvicorn.Server):
-    """A server that leaves signals to its process."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
-
-
 def tls_of(config: NodeConfig, identity: Identity) -> ssl.SSLContext | None:
     """What the data plane's server has for TLS. Raises OSError for files that cannot be used."""
     if config.tls is None:
@@ -135,20 +125,12 @@ def tls_of(config: NodeConfig, identity: Identity) -> ssl.SSLContext | None:
     return server_context(identity, *files)
 
 
-def _server(app: Any, limits: LimitsConfig, tls: ssl.SSLContext | None = None) -> _Server:
-    return _Server(uvicorn.Config(
-        app, http=Connection.limited(limits, tls), lifespan="off", ws="none",
-        log_config=None, log_level="critical", access_log=False, timeout_graceful_shutdown=5,
-        timeout_keep_alive=60, server_header=False, date_header=False, proxy_headers=False,
-    ))  # fmt: skip
-
-
 async def admin_of(config: NodeConfig, app: Admin, stack: AsyncExitStack) -> str | None:
     """Open the listener for the operator, if there is one, until `stack` is closed; returns its URL. Raises OSError."""
     if config.admin is None:
         return None
     listener = stack.enter_context(listen(config.admin.host, config.admin.port, "admin.port"))
-    server = _server(app, LimitsConfig(connections=ADMIN_CONNECTIONS))
+    server = server_of(app, LimitsConfig(connections=ADMIN_CONNECTIONS))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
 
     async def end() -> None:
@@ -182,6 +164,7 @@ async def serve(
     )  # fmt: skip
     rehearsal.warm_up()
     boundary.warm_up()
+    overview.warm_up()
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(listen(config.host, config.port))
         url = config.url_at(listener.getsockname()[1])
@@ -201,7 +184,7 @@ async def serve(
             membership.forgotten, membership.reached_by = dispatcher.forget, url
             membership.only_tls = config.tls is not None
         app = App(dispatcher, config, refusals)
-        server = _server(app, config.limits, tls_of(config, identity))
+        server = server_of(app, config.limits, tls_of(config, identity))
         admin = await admin_of(config, Admin(app.pages, config.admin.key if config.admin else None), stack)
         try:
             await engine.scrape()
@@ -210,6 +193,7 @@ async def serve(
             log.warning("the engine is not there yet", extra={"reason": str(error)})
         acting = asyncio.create_task(dispatcher.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
+        watching = asyncio.create_task(app.pages.history.run())
         told = asyncio.create_task((stop or asyncio.Event()).wait())
         try:
             while not server.started and not serving.done():
@@ -227,17 +211,20 @@ async def serve(
                 log.info("nothing more is taken", extra={"reason": "told to end", "drain_s": config.limits.drain_s})
                 dispatcher.leave()
                 await app.drain.end(config.limits.drain_s)
+                app.pages.console.close()
                 server.should_exit = True
             if acting.done():
+                app.pages.console.close()
                 server.should_exit = True
                 acting.result()
             await serving
             log.info("ended")
         finally:
+            app.pages.console.close()
             server.should_exit = True
-            acting.cancel()
-            told.cancel()
-            await asyncio.gather(acting, serving, told, return_exceptions=True)
+            for task in (acting, told, watching):
+                task.cancel()
+            await asyncio.gather(acting, serving, told, watching, return_exceptions=True)
 
 
 def run(config: NodeConfig) -> None:

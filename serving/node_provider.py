@@ -354,6 +354,11 @@ class NodeProvider:
         """What peers have streamed is compared with what they promised."""
         transitions.look_at_evidence(self.record, self._requests, self._peers.peer_stats, now_s)
 
+    def candidates(self, r: int) -> list[str]:
+        """The peers that could have a request, in the order drawn, as the view has them."""
+        request = self._requests[r]
+        return [self.names[j] for j in request["candidates"][: int(request["n_candidates"])].tolist()]
+
     def rivals(self, decision: Decision) -> list[str]:
         """The other candidates of a decision to whom the request may be offered, in the order drawn."""
         request, chosen = self._requests[decision.request], decision.route - FIRST_CANDIDATE

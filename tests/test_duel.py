@@ -31,6 +31,11 @@ def test_the_better_answer_wins_the_other_ones_stake() -> None:
     [verdict] = net.verdicts
     assert len(verdict.votes) == 3 and net.count("won") == 1
     assert all((record.votes, record.outvoted, record.silent) == (1, 0, 0) for record in net.duels.records.values())
+    [ended] = net.duels.recent
+    assert (ended.outcome, ended.winner) == ("won", net.good.name)
+    assert ended.executors == sorted([net.good.name, net.bad.name]) and len(ended.votes) == 3
+    assert net.metrics.duels == {"won": 1, "tie": 0, "void": 0}
+    assert net.stakes.losses() == [(net.bad.name, "verdict")]
 
 
 def test_the_user_waits_for_the_first_answer_alone() -> None:

@@ -90,6 +90,7 @@ def test_who_signs_two_stakes_of_one_number_has_none() -> None:
     other = Stakes({A.name: 4 * MICRO})
     other.heard(staked(A, MICRO, 2))
     assert other.heard(decode(msgspec.json.encode(proof))) and other.stake(A.name) == 0  # whoever hears of it can tell
+    assert other.losses() == [(A.name, "twice")]
     for forged in (
         Twice(staked(A, 1), staked(A, 1)),
         Twice(staked(A, 1), staked(A, 2, 2)),

@@ -27,6 +27,7 @@ def packaged_data() -> set[str]:
     files = [*(ROOT / "agents/data").rglob("*"), *(ROOT / "envs/data").rglob("*")]
     files += (ROOT / "envs/scenarios").rglob("*.yaml")
     files += (ROOT / "eval").glob("*.json")
+    files += (ROOT / "serving/console/static").rglob("*")
     return {f"wwwserve/{file.relative_to(ROOT).as_posix()}" for file in files if file.is_file()}
 
 
@@ -66,7 +67,8 @@ def test_wheel_holds_the_packages_their_data_and_the_license(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert packaged_data() <= names
-    assert {f"wwwserve/{package}/__init__.py" for package in PACKAGES} <= names
+    made = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert {f"wwwserve/{name}" for name in made} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"wwwserve"}
     assert {name.split("/")[1] for name in names if ".dist-info/" not in name} == set(PACKAGES)

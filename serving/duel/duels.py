@@ -7,8 +7,9 @@ Here is an origin's side; an executor's is `serving.duel.attestor`, a judge's `s
 import asyncio
 import logging
 import secrets
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
@@ -44,6 +45,7 @@ SECOND_S = 120.0  # for the other answer, once the user has one
 ATTEST_S = 5.0
 ATTEST_TRIES = 3
 JUDGE_S = 60.0  # for a vote
+RECENT = 16  # duels that ended, kept to look at
 
 
 class Peers(Protocol):
@@ -144,6 +146,17 @@ class _Race:
 
 
 @dataclass(eq=False)
+class Ended:
+    """A duel that is over, to look at."""
+
+    at_s: float  # by the event loop's clock
+    executors: list[str]
+    outcome: str = "void"  # as `serving.metrics.Metrics.duel` counts it
+    winner: str = ""
+    votes: dict[str, int] = field(default_factory=dict)  # by judge, of those asked first
+
+
+@dataclass(eq=False)
 class _Opened:
     """A duel whose executors are known, and to what all three committed themselves."""
 
@@ -160,6 +173,7 @@ class Duels:
         """`judges` are asked first; the others only if these know a winner, and stake may move."""
         self.identity, self.peers, self.metrics, self.judges, self.stakes = identity, peers, metrics, judges, stakes
         self.records: dict[str, Record] = {}  # of judges
+        self.recent: deque[Ended] = deque(maxlen=RECENT)
         self._closing: dict[asyncio.Task[None], dict[asyncio.Future[Any], Attempt]] = {}
         self._running = 0
         self._turn = asyncio.Lock()  # of what is judged, so that each case comes after the verdict before
@@ -220,21 +234,23 @@ class Duels:
 
     async def _close(self, completion: CompletionRequest, attempts: "dict[asyncio.Future[Any], Attempt]") -> None:
         """Once the user has an answer: get the other one, and have both judged."""
-        outcome = "void"
+        ended = Ended(0.0, sorted(attempt.executor for attempt in attempts.values()))
         try:
             await asyncio.wait(attempts, timeout=SECOND_S)
             await _cancel(attempts)
             if all(_came(task) and attempt.complete for task, attempt in attempts.items()):
-                outcome = await self._judge(completion, list(attempts.values()))
+                ended.outcome = await self._judge(completion, list(attempts.values()), ended)
         except Exception:
             log.exception("a duel met an error")
         finally:
             await _cancel(attempts)
             for attempt in attempts.values():
                 attempt.pay(True)
-            self.metrics.duel(outcome)
+            self.metrics.duel(ended.outcome)
+            ended.at_s = asyncio.get_running_loop().time()
+            self.recent.append(ended)
 
-    async def _judge(self, completion: CompletionRequest, attempts: list[Attempt]) -> str:
+    async def _judge(self, completion: CompletionRequest, attempts: list[Attempt], ended: Ended) -> str:
         a, b = sorted(attempts, key=lambda attempt: attempt.executor)
         if not (a.commitment and b.commitment):
             return "void"
@@ -252,7 +268,7 @@ class Duels:
                 )  # fmt: skip
             except UnicodeDecodeError:
                 return "void"
-            return await self._vote_on(pair, self._judges(case, completion.model))
+            return await self._vote_on(pair, self._judges(case, completion.model), ended)
 
     def _open(self, completion: CompletionRequest, a: Attempt, b: Attempt) -> _Opened:
         """A duel of two that have answered; stake may move if all three are of the epoch, and there is a bond."""
@@ -300,19 +316,20 @@ class Duels:
         self.peers.duelled(name, False)
         return None
 
-    async def _vote_on(self, pair: Pair, judges: list[str]) -> str:
+    async def _vote_on(self, pair: Pair, judges: list[str], ended: Ended) -> str:
         """Have a pair judged: by the first, and by all where these know a winner and stake may move."""
         if not judges:
             return "void"
         case, panel = pair.case, judges[: self.judges]
         votes = await self._votes(panel, pair)
-        said = votes_by(panel, votes)
+        said = ended.votes = votes_by(panel, votes)
         for judge in panel:
             count_vote(self.records.setdefault(judge, Record()), judge, case.seed(), said)
         outcome = duel_outcome(np.array(list(said.values()), np.int64))
         if outcome == TIE:
             return "tie"
         winner, loser = (case.a, case.b) if outcome == A_WINS else (case.b, case.a)
+        ended.winner = winner.executor
         self.peers.duelled(winner.executor, True)
         self.peers.duelled(loser.executor, False)
         if case.opening.epoch and self.stakes is not None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from wwwserve.serving.boundary import BoundaryError, object_of
-from wwwserve.serving.http.pages import Receive, Send, answer
+from wwwserve.serving.http.asgi import Receive, Send, answer
 from wwwserve.serving.http.quotas import Room
 from wwwserve.serving.http.reply import ClientDisconnect, Failed, Reply
 

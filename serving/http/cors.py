@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from wwwserve.serving.http.pages import Message, Send
+from wwwserve.serving.http.asgi import Message, Send
 
 ALL = b"*"
 _METHODS = b"GET, HEAD, POST, OPTIONS"

@@ -11,7 +11,7 @@ from hashlib import sha256
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from wwwserve.serving.config import KeyConfig
-from wwwserve.serving.http.pages import bearer
+from wwwserve.serving.http.asgi import bearer
 from wwwserve.serving.http.reply import Failed
 
 MINUTE_S = 60.0

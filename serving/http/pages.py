@@ -1,38 +1,46 @@
-"""The pages of a node for its operator: health, metrics, what it sees of the network. And how all answers go out."""
-
-import hmac
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+"""The pages of a node for its operator: health, metrics, what it sees of the network, and the console."""
 
 import orjson
 
+from wwwserve.serving.console.app import Console
+from wwwserve.serving.console.history import History
+from wwwserve.serving.console.node import NodeSource
 from wwwserve.serving.dispatcher import Dispatcher
+from wwwserve.serving.http.asgi import Receive, Scope, Send, answer, check_host, check_key, expect, fail
 from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.reply import Failed
 from wwwserve.serving.overview import overview
 
 PAGES = HEALTH, METRICS, NETWORK = ("/health", "/metrics", "/network")
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 
 class Pages:
     """Those of one node."""
 
     def __init__(self, dispatcher: Dispatcher, drain: Drain) -> None:
-        self.dispatcher, self.drain = dispatcher, drain
+        self.dispatcher, self.drain, self.history = dispatcher, drain, History(dispatcher)
+        self.console = Console(NodeSource(dispatcher, self.history, drain))
 
-    def page(self, path: str, is_here: bool) -> tuple[int, bytes, bytes]:
-        """Status, body and type of one of `PAGES`, for who is on this machine or may look anyway. Others get to know
-        whether the node is well, and Failed is raised for all else."""
+    def has(self, path: str) -> bool:
+        """Whether there is a page at a path."""
+        return path in PAGES or self.console.has(path)
+
+    async def show(self, scope: Scope, receive: Receive, send: Send, is_here: bool, keyed: bool = False) -> None:
+        """Answer a GET of a page, for who is on this machine or may look anyway. Others get to know whether the node is
+        well, and Failed is raised for all else. Where no key was asked for (`keyed`), it has to be asked for at an
+        address: a name could be that of another site, which a browser on this machine is made to take for this one."""
+        path = scope["path"]
         if path == HEALTH:
-            return self._health(is_here)
+            await answer(send, *self._health(is_here))
+            return
         if not is_here:
             raise Failed(403, "this is shown on the node's own machine alone, unless it has `admin`", "forbidden")
-        return self._metrics() if path == METRICS else self._network()
+        if not keyed:
+            check_host(dict(scope["headers"]).get(b"host", b""))
+        if path in PAGES:
+            await answer(send, *(self._metrics() if path == METRICS else self._network()))
+        else:
+            await self.console(scope, receive, send)
 
     def _health(self, is_here: bool) -> tuple[int, bytes, bytes]:
         up, ends = self.dispatcher.engine.healthy, self.drain.begun
@@ -64,49 +72,10 @@ class Admin:
         """Handle one request."""
         try:
             expect(scope["method"], "GET", "HEAD")
-            check_key(dict(scope["headers"]), self.keys)
-            if scope["path"] not in PAGES:
+            if not self.pages.console.is_file(scope["path"]):  # the page itself asks for the key
+                check_key(dict(scope["headers"]), self.keys)
+            if not self.pages.has(scope["path"]):
                 raise Failed(404, f"there is no {scope['path']}", "not_found_error")
-            await answer(send, *self.pages.page(scope["path"], is_here=True))
+            await self.pages.show(scope, receive, send, is_here=True, keyed=bool(self.keys))
         except Failed as failed:
             await fail(send, failed)
-
-
-def check_key(headers: dict[bytes, bytes], keys: Sequence[bytes]) -> None:
-    """Raises Failed for a request without one of the keys, if there are any."""
-    if not keys:
-        return
-    key = bearer(headers)
-    if not any([hmac.compare_digest(key, each) for each in keys]):
-        raise Failed(401, "this API key is not known here", "authentication_error")
-
-
-def bearer(headers: Mapping[bytes, bytes]) -> bytes:
-    """The API key that a request shows; empty for none."""
-    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-    return key.strip(b" ") if scheme.lower() == b"bearer" else b""
-
-
-def expect(method: str, *expected: str) -> None:
-    """Raises Failed for another method."""
-    if method not in expected:
-        wanted = " or ".join(expected)
-        raise Failed(405, f"method {method} is not allowed, expected {wanted}", "invalid_request_error")
-
-
-async def fail(send: Send, failed: Failed, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-    """Answer with an error."""
-    extra = [each for each in headers if not each[0].startswith(b"retry-after")]  # an engine's, which may be wrong here
-    if failed.retry_after_s is not None:
-        extra.append((b"retry-after", str(failed.retry_after_s).encode()))
-    await answer(send, failed.status, failed.body(), b"application/json", extra)
-
-
-async def answer(
-    send: Send, status: int, body: bytes, kind: bytes = b"application/json",
-    headers: Sequence[tuple[bytes, bytes]] = (),
-) -> None:  # fmt: skip
-    """Answer at once."""
-    head = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})

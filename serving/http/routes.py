@@ -16,13 +16,14 @@ from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, REFUSED, TARIFF, TP
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
 from wwwserve.serving.duel.messages import ATTEST_PATH, COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Declined
 from wwwserve.serving.engine.prefix_index import prefix_of
+from wwwserve.serving.http.asgi import Receive, Scope, Send, answer, expect, fail
 from wwwserve.serving.http.clients import HttpReply, object_in, receive_body, unless_gone
 from wwwserve.serving.http.connection import CONNECTION, Connection
 from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, tells_usage
 from wwwserve.serving.http.keys import NAME_CHARS
 from wwwserve.serving.http.messages import SIGNATURE, Claim, Refusals, Refused
-from wwwserve.serving.http.pages import HEALTH, PAGES, Pages, Receive, Scope, Send, answer, expect, fail
+from wwwserve.serving.http.pages import HEALTH, Pages
 from wwwserve.serving.http.places import address_of, is_loopback
 from wwwserve.serving.http.quotas import Quotas
 from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed
@@ -80,9 +81,9 @@ class App:
             elif path == LEDGER_PATH:
                 expect(method, "POST")
                 await self._on_ledger(scope, headers, receive, send)
-            elif path == HEALTH or (path in PAGES and self.config.admin is None):
+            elif path == HEALTH or (self.config.admin is None and self.pages.has(path)):
                 expect(method, "GET", "HEAD")
-                await answer(send, *self.pages.page(path, is_here=_is_here(scope)))
+                await self.pages.show(scope, receive, send, is_here=_is_here(scope))
             else:
                 raise Failed(404, f"there is no {path}", "not_found_error")
         except ClientDisconnect:

@@ -12,12 +12,12 @@ from wwwserve.serving.boundary import BoundaryError
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.prefix_index import prefix_of
+from wwwserve.serving.http.asgi import Receive, Scope, Send, answer, expect, fail
 from wwwserve.serving.http.clients import HttpReply, object_in, unless_gone
 from wwwserve.serving.http.cors import Cors, with_headers
 from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.handover import choices_in, limit_of, with_keys
 from wwwserve.serving.http.limits import KeyCounts, User, Users
-from wwwserve.serving.http.pages import Receive, Scope, Send, answer, expect, fail
 from wwwserve.serving.http.passthrough import PASSED, RESPONSES, Passthrough, error_event
 from wwwserve.serving.http.places import address_of
 from wwwserve.serving.http.quotas import Room

@@ -53,6 +53,7 @@ EXCHANGE_S = 0.2  # between two vouchers to a peer, unless its exposure runs out
 SOONEST_S = 0.02
 MOST_AT_ONCE = 3  # messages to a peer: a channel is opened, reconciled, and what is owed told
 DISAGREED_S = 2.0  # until a peer that declined is told again
+SHOWN_S = 10.0  # for which it is shown that it did
 TARIFFS_KEPT = 4  # adverts back, of which the tariff still holds
 TOLERANCE_S = 0.25  # by which two sides may differ, beside the round trip, on how long an answer took
 
@@ -452,7 +453,12 @@ class Accounts:
         return {
             "full": self.ledger.full, "rejected": self.rejected,
             "channels": [self._channel(balance) for balance in self.ledger.balances()],
+            "stake_lost": [{"peer": name, "by": kind} for name, kind in self.ledger.stakes.losses()],
         }  # fmt: skip
+
+    def _disagrees(self, peer: str) -> bool:
+        """Whether a peer has lately declined what it was told."""
+        return asyncio.get_running_loop().time() < self._again_s.get(peer, -math.inf) + SHOWN_S
 
     def _channel(self, balance: Any) -> dict[str, Any]:
         channel = self.ledger.books.channels[balance.peer]
@@ -462,4 +468,5 @@ class Accounts:
             "exposed": channel.exposed / MICRO, "paid": channel.total / MICRO, "earned": channel.paid_total / MICRO,
             "unacknowledged": channel.number - channel.acked, "short": channel.short / MICRO,
             "over": channel.over / MICRO, "reconciled": self.ledger.is_reconciled(balance.peer),
+            "disagreement": self._reasons.get(balance.peer, "") if self._disagrees(balance.peer) else "",
         }  # fmt: skip

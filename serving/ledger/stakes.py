@@ -180,6 +180,17 @@ class Stakes:
 
     # What they come to.
 
+    def losses(self) -> list[tuple[str, str]]:
+        """Who lost stake by evidence that counts, and by which: "verdict", "conflict" or "twice"."""
+        found = []
+        for name, slash in self.slashes.items():
+            if isinstance(slash, Verdict):
+                loser = slash.case.b if self._judged[name].outcome == A_WINS else slash.case.a
+                found.append((loser.executor, "verdict"))
+            else:
+                found.append((slash.culprit, type(slash).__name__.lower()))
+        return found
+
     def _at_stake(self, stake: Stake) -> int:
         left = self._left.get((stake.name, stake.number), stake.amount)
         return max(0, min(left, self.funds.get(stake.name, 0)))
