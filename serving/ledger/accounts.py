@@ -356,11 +356,11 @@ class Accounts:
                 await self._tell(peer, told)
                 if peer in self._untold:  # it may have gone, and come back
                     self._untold[peer] = [each for each in self._untold[peer] if each not in told]
-            for _ in range(MOST_AT_ONCE):
-                message = await self.ledger.message(peer)
-                if message is None:
-                    break
+            left = MOST_AT_ONCE
+            while left and (message := await self.ledger.message(peer)) is not None:
+                again = self.ledger.forgotten(peer)
                 await self.ledger.replied(peer, await self.send(peer, message))
+                left -= self.ledger.forgotten(peer) >= again  # what a peer forgot is told it at one go
         except (TimeoutError, OSError, Full):
             pass  # it is told again
         except (LedgerError, StatementError) as error:

@@ -267,16 +267,22 @@ class ChannelLedger(JournaledBooks):
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
         if not self.is_reconciled(peer):
             return msgspec.json.encode(Ask(channel.number, channel.paid_number))
-        known, again = self._reconciler.again.get(peer, (channel.acked, ()))
-        if known == channel.number:
+        again = self._reconciler.again.get(peer)
+        if again:
+            return msgspec.json.encode(Vouching(again[0]))
+        if channel.acked == channel.number and (channel.number == 0 or peer in self._reconciler.confirmed):
             return None
         if channel.voucher is None or channel.voucher.state.number < channel.number:
             state = channel.state(self.name, peer)
             signature = sign(self.identity, "voucher", state)
             self._add(Vouched(peer, state.number, state.total, state.head, signature))
-        vouch = Vouch(self._voucher(channel), known + 1, (*again, *channel.unacked))
+        vouch = Vouch(self._voucher(channel), channel.acked + 1, tuple(channel.unacked))
         await self.durable()
         return msgspec.json.encode(Vouching(vouch))
+
+    def forgotten(self, peer: str) -> int:
+        """Vouchers that a peer had acknowledged, and is to be told again."""
+        return len(self._reconciler.again.get(peer, ()))
 
     @staticmethod
     def _voucher(channel: Channel) -> Signed:
@@ -424,18 +430,15 @@ class ChannelLedger(JournaledBooks):
 
     def _on_ack(self, peer: str, answer: Acknowledged) -> None:
         channel = self.books.channel(peer)
-        voucher = channel.voucher
-        if voucher is None:
-            return
-        if answer.number == voucher.state.number:
-            self._reconciler.again.pop(peer, None)
-        if answer.number <= channel.acked:
-            return  # it came again
-        if answer.number != voucher.state.number:
+        again = self._reconciler.again.get(peer)
+        voucher = again[0].voucher if again else channel.voucher
+        if voucher is None or answer.number != voucher.state.number:
             return  # of an earlier voucher; the one that replaced it will be acknowledged as well
-        check(peer, "acknowledgement", voucher.state, answer.signature)
         state = voucher.state
-        self._add(Acked(peer, state.number, state.total, state.head, answer.signature))
+        if state.number > channel.acked:
+            check(peer, "acknowledgement", state, answer.signature)
+            self._add(Acked(peer, state.number, state.total, state.head, answer.signature))
+        self._reconciler.acknowledged(peer, state.number)
 
     # Stake.
 

@@ -175,6 +175,8 @@ class Judge:
                 counts["taken"] = counts.get("taken", 0) + len(channel.taken)
                 counts["not acknowledged"] = counts.get("not acknowledged", 0) + len(channel.unacked)
                 counts["not reconciled"] = counts.get("not reconciled", 0) + (not ledger.is_reconciled(peer))
+                unconfirmed = bool(channel.number) and peer not in ledger._reconciler.confirmed
+                counts["not confirmed"] = counts.get("not confirmed", 0) + unconfirmed
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
     def end(self) -> None:
