@@ -117,6 +117,7 @@ class ChannelLedger(JournaledBooks):
         self.grants, self.exposure, self.payment, self.slack_ms = dict(grants), exposure, payment, slack_ms
         self.stakes = Stakes(funds, agreed=agreed)
         self.news: list[Slash] = []  # by what evidence somebody lost stake, for whoever passes it on and takes it out
+        self.doubted: Callable[[str], int] = lambda peer: 0  # of what a peer was paid, micro-credits
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
@@ -159,7 +160,8 @@ class ChannelLedger(JournaledBooks):
         channel = self.books.channels.get(peer)
         if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED or not self.is_reconciled(peer):
             return 0
-        bound = min(self.exposure, tolerated(self.exposure, channel.total) - channel.over)
+        over = channel.over + self.doubted(peer)
+        bound = min(self.exposure, tolerated(self.exposure, channel.total) - over)
         return int(available_credit(channel.accounts[OWN], channel.exposed, bound))
 
     def lock(self, peer: str, terms: Terms, request: str) -> int:
