@@ -380,13 +380,16 @@ class Accounts:
             for peer in sorted(self._there - self._busy):
                 if loop.time() < self._again_s.get(peer, 0.0):
                     continue
+                if not self._untold.get(peer) and not self.ledger.has_to_tell(peer):
+                    continue
                 self._busy.add(peer)
                 task = loop.create_task(self._exchange(peer))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             await asyncio.sleep(SOONEST_S)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), EXCHANGE_S - SOONEST_S)
+                async with asyncio.timeout(EXCHANGE_S - SOONEST_S):
+                    await self._urgent.wait()
             self._urgent.clear()
 
     async def _exchange(self, peer: str) -> None:

@@ -258,6 +258,15 @@ class ChannelLedger(JournaledBooks):
         amounts = (grant.own, grant.other) if a == self.name else (grant.other, grant.own)
         return Opening(a, b, *amounts, grant.source)
 
+    def has_to_tell(self, peer: str) -> bool:
+        """Whether there is something to send to a peer."""
+        channel = self.books.channels.get(peer)
+        if channel is None:
+            return peer in self.grants
+        if not self.is_reconciled(peer) or channel.acked < channel.number or peer in self._reconciler.again:
+            return True
+        return channel.number > 0 and peer not in self._reconciler.confirmed
+
     async def message(self, peer: str) -> bytes | None:
         """What there is to send to a peer, durable; None for nothing. Raises Full."""
         channel = self.books.channels.get(peer)
@@ -272,7 +281,7 @@ class ChannelLedger(JournaledBooks):
         again = self._reconciler.again.get(peer)
         if again:
             return msgspec.json.encode(Vouching(again[0]))
-        if channel.acked == channel.number and (channel.number == 0 or peer in self._reconciler.confirmed):
+        if not self.has_to_tell(peer):
             return None
         if channel.voucher is None or channel.voucher.state.number < channel.number:
             state = channel.state(self.name, peer)

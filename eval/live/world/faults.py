@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from typing import Any, NamedTuple
 
 from wwwserve.eval.live.simulation.disk import Batch
@@ -40,22 +41,17 @@ class Faults(NamedTuple):
     @classmethod
     def draw(cls, dice: random.Random, count: int, duration_s: float) -> "Faults":
         """Those of a seed, for so many nodes."""
-        number = dice.choice([0, 4, 10, 20])
-        kinds = list(KINDS)
-        events = sorted(
-            Event(
-                dice.choice(kinds), dice.uniform(1.0, duration_s), dice.choice([0.3, 2.0, 6.0]) * dice.random(),
-                dice.randrange(count), dice.random(),
-            )
-            for _ in range(number)
-        )  # fmt: skip
-        events.sort(key=lambda each: each.at_s)
-        return cls(
+        events = _draw(dice, dice.choice([0, 4, 10, 20]), list(KINDS), count, duration_s)
+        given = cls(
             near_s=0.001, far_s=dice.choice([0.005, 0.05, 0.2]), jitter_s=dice.choice([0.0, 0.02, 0.2]),
             loss=dice.choice([0.0, 0.005, 0.03]), duplication=dice.choice([0.0, 0.03, 0.2]),
             late=dice.choice([0.0, 0.01, 0.05]), write_s=dice.choice([0.0, 0.002, 0.05]),
-            events=tuple(events), end_s=max([duration_s, *(each.at_s + each.for_s for each in events)]),
+            events=(), end_s=duration_s,
         )  # fmt: skip
+        events += _draw(dice, dice.choice([0, 2, 6]), list(OF_PROCESSES), count, duration_s)
+        events.sort(key=lambda each: each.at_s)
+        end_s = max([duration_s, *(each.at_s + each.for_s for each in events)])
+        return given._replace(events=tuple(events), end_s=end_s)
 
     async def inject(self, network: "FaultyNetwork", world: Network) -> None:
         """Let it all happen; afterwards nothing more goes wrong."""
@@ -63,14 +59,28 @@ class Faults(NamedTuple):
         for event in self.events:
             await loop.sleep_until(max(loop.time(), event.at_s))
             network.faults[event.kind] += 1
-            KINDS[event.kind](network, world, world.nodes[event.row], event)
+            ALL_KINDS[event.kind](network, world, world.nodes[event.row], event)
         await loop.sleep_until(self.end_s)
         network.calm, network.duplication = True, 0.0
         network.heal()
         for node in world.nodes:
+            if node.host.process is not None:
+                node.host.process.thaw()
             node.host.disk.free_bytes = None
             node.host.disk.sync()
             node.host.disk.lies = False
+
+
+def _draw(dice: random.Random, number: int, kinds: Sequence[str], count: int, duration_s: float) -> list[Event]:
+    """So many events of some kinds, in order."""
+    events = sorted(
+        Event(
+            dice.choice(kinds), dice.uniform(1.0, duration_s), dice.choice([0.3, 2.0, 6.0]) * dice.random(),
+            dice.randrange(count), dice.random(),
+        )
+        for _ in range(number)
+    )  # fmt: skip
+    return sorted(events, key=lambda each: each.at_s)
 
 
 class FaultyNetwork(MemoryNetwork):
@@ -133,12 +143,15 @@ class FaultyNetwork(MemoryNetwork):
 def _in_rounds(loop: VirtualLoop, rounds: int, act: Callable[[], None]) -> None:
     """Call it after so many turns of the event loop, between whatever awaits happen meanwhile."""
     if rounds:
-        loop.call_soon(_in_rounds, loop, rounds - 1, act)
+        loop.call_soon(_in_rounds, loop, rounds - 1, act, context=Context())
     else:
         act()
 
 
-def _crash(network: FaultyNetwork, world: Network, node: Node, event: Event, restore: Sequence[Batch] | None) -> None:
+def _crash(
+    network: FaultyNetwork, world: Network, node: Node, event: Event, restore: Sequence[Batch] | None,
+    torn: bool = False,
+) -> None:  # fmt: skip
     """At its next message or soon after, at any await."""
 
     def die() -> None:
@@ -146,13 +159,13 @@ def _crash(network: FaultyNetwork, world: Network, node: Node, event: Event, res
         if not node.host.up:
             return
         left = len(disk.batches) - disk.durable
-        node.crash(silent=event.how < 0.5, keep=int(event.how * (left + 1)))
+        node.crash(silent=event.how < 0.5, keep=int(event.how * (left + 1)), torn=torn)
         if restore is not None and len(restore) < len(disk.batches):
             disk.batches = list(restore)
             disk.sync()
             node.forgot = True
             network.faults["old copy"] += 1
-        world.loop.call_later(0.05 + event.for_s, boot)
+        world.loop.outside(0.05 + event.for_s, boot)
 
     def boot() -> None:
         if not node.host.up:
@@ -176,6 +189,30 @@ def _lose_writes(network: FaultyNetwork, world: Network, node: Node, event: Even
     """The disk says that writes are durable that are not, and then the node dies."""
     node.host.disk.lies = True
     world.loop.call_later(event.for_s, _crash, network, world, node, event._replace(for_s=0.5), None)
+
+
+def _tear(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
+    """The node dies, and the last write that its disk called durable is cut in the middle."""
+    _crash(network, world, node, event, None, torn=True)
+
+
+def _freeze(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
+    """As SIGSTOP and SIGCONT do."""
+    process = node.host.process
+    if process is not None:
+        process.freeze()
+        world.loop.outside(event.for_s, process.thaw)
+
+
+def _drift(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
+    """Its clock goes up to twice as fast, or stands still; then it is set right."""
+
+    def set_right() -> None:
+        node.host.let_drift(0.0)
+        node.host.skew_s = 0.0
+
+    node.host.let_drift(2.0 * event.how - 1.0)
+    world.loop.call_later(event.for_s, set_right)
 
 
 def _fill_disk(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
@@ -224,3 +261,7 @@ KINDS: dict[str, Callable[[FaultyNetwork, Network, Node, Event], None]] = {
     "one way": _cut, "slow links": _slow_links, "slow engine": _slow_engine, "engine died": _crash_engine,
     "clock": _move_clock,
 }  # fmt: skip
+OF_PROCESSES: dict[str, Callable[[FaultyNetwork, Network, Node, Event], None]] = {
+    "torn write": _tear, "frozen": _freeze, "drift": _drift,
+}  # fmt: skip
+ALL_KINDS = KINDS | OF_PROCESSES
