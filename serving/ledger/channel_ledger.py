@@ -463,7 +463,7 @@ class ChannelLedger(JournaledBooks):
         if latest is not None and amount == self.stakes.stake(self.name):
             return None
         self._check_writable()
-        self._staked = max(self._staked + 1, self.stakes.next_number(self.name))
+        self._staked = self.stakes.next_number(self.name, amount, self._staked)
         stake = Stake(self.name, self._staked, amount)
         staked = Staked(stake, sign(self.identity, "stake", stake))
         self._add(Stated(self.name, msgspec.json.encode(staked).decode()))

@@ -57,6 +57,7 @@ class Strategy:
     name = "honest"
     honest = True
     granted = True  # others have a channel with it
+    withholds = False  # it does not tell others what they forgot
 
     def prepare(self, node: "Node") -> None:
         """Once, before it starts for the first time."""
