@@ -10,6 +10,7 @@ from wwwserve.eval.live.simulation.disk import Batch
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.eval.live.simulation.network import MemoryNetwork
 from wwwserve.eval.live.world.nodes import Network, Node
+from wwwserve.serving.ledger.accounts import LEDGER_PATH
 
 LATE_S = (0.2, 3.0)  # by which a message comes that is late
 MOST_ROUNDS = 12  # of the event loop, after a message, at which a node may die
@@ -91,7 +92,8 @@ class FaultyNetwork(MemoryNetwork):
         self.calm = False  # nothing more goes wrong by chance
         self.faults: Counter[str] = Counter()
         self.slow_s: dict[str, float] = {}  # by which messages from and to a host take longer
-        self.dying: dict[str, Callable[[], None]] = {}  # by host, called at its next message
+        self.dying: dict[str, Callable[[], None]] = {}  # by host, called at its next message,
+        self.dying_sender: dict[str, Callable[[], None]] = {}  # and at the next one that it sends to a ledger
         self._given, self._far_s = faults, {}
         for one in range(16):
             for other in range(one):
@@ -138,6 +140,8 @@ class FaultyNetwork(MemoryNetwork):
             die = self.dying.pop(host, None)
             if die is not None:
                 die()
+        if LEDGER_PATH in what and source in self.dying_sender:
+            self.dying_sender.pop(source)()
 
 
 def _in_rounds(loop: VirtualLoop, rounds: int, act: Callable[[], None]) -> None:
@@ -150,16 +154,16 @@ def _in_rounds(loop: VirtualLoop, rounds: int, act: Callable[[], None]) -> None:
 
 def _crash(
     network: FaultyNetwork, world: Network, node: Node, event: Event, restore: Sequence[Batch] | None,
-    torn: bool = False,
+    torn: bool = False, telling: bool = False,
 ) -> None:  # fmt: skip
-    """At its next message or soon after, at any await."""
+    """At its next message, or if `telling` the next that it sends to a ledger, or soon after, at any await."""
 
     def die() -> None:
         disk = node.host.disk
         if not node.host.up:
             return
         left = len(disk.batches) - disk.durable
-        node.crash(silent=event.how < 0.5, keep=int(event.how * (left + 1)), torn=torn)
+        node.crash(silent=event.how < 0.5 and not telling, keep=int(event.how * (left + 1)), torn=torn)
         if restore is not None and len(restore) < len(disk.batches):
             disk.batches = list(restore)
             disk.sync()
@@ -172,7 +176,8 @@ def _crash(
             node.boot()
 
     if node.host.up:
-        network.dying[node.host.name] = lambda: _in_rounds(world.loop, 1 + int(event.how * MOST_ROUNDS), die)
+        dying = network.dying_sender if telling else network.dying
+        dying[node.host.name] = lambda: _in_rounds(world.loop, 1 + int(event.how * MOST_ROUNDS), die)
 
 
 def _die(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
@@ -194,6 +199,11 @@ def _lose_writes(network: FaultyNetwork, world: Network, node: Node, event: Even
 def _tear(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
     """The node dies, and the last write that its disk called durable is cut in the middle."""
     _crash(network, world, node, event, None, torn=True)
+
+
+def _die_telling(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
+    """The node dies just after it has told what its disk should have."""
+    _crash(network, world, node, event, None, telling=True)
 
 
 def _freeze(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
@@ -262,6 +272,6 @@ KINDS: dict[str, Callable[[FaultyNetwork, Network, Node, Event], None]] = {
     "clock": _move_clock,
 }  # fmt: skip
 OF_PROCESSES: dict[str, Callable[[FaultyNetwork, Network, Node, Event], None]] = {
-    "torn write": _tear, "frozen": _freeze, "drift": _drift,
+    "torn write": _tear, "crash telling": _die_telling, "frozen": _freeze, "drift": _drift,
 }  # fmt: skip
 ALL_KINDS = KINDS | OF_PROCESSES
