@@ -166,7 +166,7 @@ class Dispatcher:
                 log.exception("a round failed")
             ticks = max(ticks + 1, math.ceil((self.clock() - began_s) / interval_s))
             due = loop.create_future()
-            timer = loop.call_at((began_s + ticks * interval_s) / self.speed, due.set_result, None)
+            timer = loop.call_at((began_s + ticks * interval_s) / self.speed, _end, due)
             try:
                 await due
             finally:
@@ -589,3 +589,8 @@ class Dispatcher:
             raise JudgeError(f"{type(error).__name__}: {error}") from None
         finally:
             self.engine.returned(prompt, 0)
+
+
+def _end(waited: "asyncio.Future[None]") -> None:
+    if not waited.done():  # whoever waits may be told to stop in the same turn
+        waited.set_result(None)

@@ -31,8 +31,10 @@ def came(tokens: int, how: str = WHOLE, took_ms: int = 1) -> Served:
 class Sides:
     """The two sides of a channel, A's and B's; each can be killed and comes back from its journal."""
 
-    def __init__(self, kind: str, folder: Path, payment: int = QUOTED, exposure: int = 10 * MICRO) -> None:
-        self.kind, self.folder, self.payment, self.exposure = kind, folder, payment, exposure
+    def __init__(
+        self, kind: str, folder: Path, payment: int = QUOTED, exposure: int = 10 * MICRO, credit: int = CREDIT
+    ) -> None:  # fmt: skip
+        self.kind, self.folder, self.payment, self.exposure, self.credit = kind, folder, payment, exposure, credit
         self.journals: dict[str, Journal] = {}
         self.a, self.b = self.start(A), self.start(B)
 
@@ -41,7 +43,7 @@ class Sides:
             self.journals[who.name] = SqliteJournal(self.file(who), who.name, max_pages=max_pages)
         journal = self.journals.setdefault(who.name, MemoryJournal())
         other = B if who is A else A
-        grants = {other.name: Grant(CREDIT, CREDIT, "limits")}
+        grants = {other.name: Grant(self.credit, self.credit, "limits")}
         funds = {A.name: 4 * MICRO, B.name: 4 * MICRO}
         return ChannelLedger(
             who, journal, grants, funds, exposure=self.exposure, payment=self.payment, slack_ms=SLACK_MS

@@ -61,25 +61,35 @@ def test_events_of_another_choice_that_look_alike_are_not_paid() -> None:
     assert meter.tokens == 0
 
 
-def test_an_executor_that_bills_more_tokens_than_its_text_has_gains_no_more_than_the_exposure(tmp_path: Path) -> None:
-    """Four times as many, as its bytes allow; it is found out by what the own engine counts of such text."""
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("parts", [1, 8])
+def test_an_executor_that_bills_more_tokens_than_its_text_has_gains_no_more_than_the_exposure(
+    tmp_path: Path, known: bool, parts: int
+) -> None:
+    """Four times as many, as its bytes allow; it is found out by what the own engine counts of such text, and before
+    it has counted any, as usual text has fewer. Each answer is paid at once or in instalments."""
 
     async def scene() -> None:
         sides = Sides("memory", tmp_path, QUOTED, exposure=10 * MICRO)
         await sides.exchange()
         rate, tokens = TokenRate(), 200
-        for _ in range(RATE_BYTES // 800 + 1):
+        sides.a.doubted = rate.doubted
+        for _ in range((RATE_BYTES // 800 + 1) * known):
             rate.counted(200, 800)
         answers = loss = 0
-        while sides.a.available(B.name) >= TERMS.amount:
+        while answers < 100 and sides.a.available(B.name) >= TERMS.amount:
             answers += 1
             id = sides.a.lock(B.name, TERMS, "r")
             payment = Payment(sides.a, B.name, id, TERMS, MOST, rate)
             payment.feed(b"a")
-            due = payment.end(PROMISE, Came(4 * tokens, True, 0.1, Usage(10, 4 * tokens), text_bytes=4 * tokens))
-            loss += due - tokens * PRICE // 1000
+            before = sides.a.books.channels[B.name].total
+            for part in range(1, parts + 1):
+                billed = 4 * tokens * part // parts
+                came = Came(billed, part == parts, 0.1, Usage(10, billed), text_bytes=billed)
+                payment.end(PROMISE, came) if part == parts else payment.advance(PROMISE, came)
+            loss += sides.a.books.channels[B.name].total - before - tokens * PRICE // 1000
             await sides.exchange()
-        fair = round(tokens * (answers * (RATE_SLACK - 1.0))) * PRICE // 1000
+        fair = round(tokens * (answers * (RATE_SLACK - 1.0))) * PRICE // 1000 if known else 0
         print(f"inflater: honest loss {loss / MICRO:.3f} credits, exposure 10, {answers} answers")
         assert 5 < answers < 30 and loss <= 10 * MICRO + fair + sides.a.books.channels[B.name].total // 50
 
@@ -90,8 +100,16 @@ def test_texts_that_differ_are_no_evidence() -> None:
     rate = TokenRate()
     for _ in range(100):
         rate.counted(200, 800)
-    assert sum(rate.billed("p", 100 + 200 * (k % 2), 800) for k in range(1000)) <= 100
-    assert TokenRate().billed("p", 10_000, 10_000) == 0  # nothing to compare it with
+    assert sum(rate.billed("p", 100 + 200 * (k % 2), 800, PRICE) for k in range(1000)) <= 100
+
+
+def test_a_doubt_is_dropped_once_the_own_engine_has_as_many_tokens_for_such_text() -> None:
+    rate = TokenRate()
+    assert rate.billed("p", 500, 1000, 2000) == 0 and rate.doubted("p") == 500
+    assert rate.billed("p", 100, 1000, 2000) == 0 and rate.doubted("p") == 200
+    for _ in range(RATE_BYTES // 1000 + 1):
+        rate.counted(500, 1000)
+    assert rate.doubted("p") == 0 and rate.billed("p", 500, 1000, 2000) == 0
 
 
 def stalled(stream: bool, took_s: float) -> Came:

@@ -73,6 +73,29 @@ def test_a_changed_byte_is_found_and_named(tmp_path: Path) -> None:
     assert found > 40
 
 
+def test_a_write_that_is_cut_anywhere_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """As after a power cut: SQLite takes no part of it, and nothing before it is lost."""
+    file, copy = tmp_path / "a.db", tmp_path / "copy.db"
+    wal, copied = file.with_name("a.db-wal"), copy.with_name("copy.db-wal")
+    journal, ends, rows = SqliteJournal(file, A.name), [], []
+    for k in range(4):
+        journal.write([b"%d %d" % (k, j) * 700 for j in range(3)], [Balance(B.name, 10, k, 0, 10 - k, 0)])
+        ends.append(wal.stat().st_size)
+        rows.append((journal.last, journal.balances()))
+    whole, main = wal.read_bytes(), file.read_bytes()
+    draw = random.Random(3)
+    for cut in [*ends, *(draw.randrange(ends[0], ends[-1]) for _ in range(60))]:
+        torn = whole[:cut] + (b"" if cut % 2 else draw.randbytes(len(whole) - cut))  # shorter, or with old bytes after
+        copy.write_bytes(main)
+        copied.write_bytes(torn)
+        again = SqliteJournal(copy, A.name)
+        assert (again.last, again.balances()) == rows[sum(end <= cut for end in ends) - 1] and not again.damage()
+        again.write([b"more"], [])
+        assert [entry.number for entry in again.entries()] == list(range(1, again.last + 1))
+        again.close()
+    journal.close()
+
+
 def test_every_entry_counts(tmp_path: Path) -> None:
     sides = used(tmp_path)
     file = sides.file(B)

@@ -102,14 +102,16 @@ def test_who_signs_two_stakes_of_one_number_has_none() -> None:
 
 def test_what_is_staked_is_at_most_what_was_granted_and_numbers_go_on_after_a_restart(sides: Sides) -> None:
     async def scene() -> None:
-        assert await written(sides.a, sides.a.restake(10 * MICRO)) == staked(A, 10 * MICRO)
+        first = await written(sides.a, sides.a.restake(10 * MICRO))
+        assert first == staked(A, 10 * MICRO, first.stake.number)
         assert sides.a.stakes.stake(A.name) == 4 * MICRO
         sides.kill(A)
         assert await sides.a.restake(MICRO) is None  # before a peer has told what it knows
         await sides.exchange()
         again = await written(sides.a, sides.a.restake(MICRO))
-        assert again == staked(A, MICRO, 2) and await sides.a.restake(MICRO) is None
-        sides.a.heard(B.name, msgspec.json.encode(staked(A, 2 * MICRO, 2)))
+        assert again == staked(A, MICRO, again.stake.number) and again.stake.number > first.stake.number
+        assert await sides.a.restake(MICRO) is None
+        sides.a.heard(B.name, msgspec.json.encode(staked(A, 2 * MICRO, again.stake.number)))
         assert await sides.a.restake(2 * MICRO) is None  # it would count for nothing
 
     play(scene)

@@ -1,6 +1,7 @@
 """A journal that is put back from an old copy: its node finds out from its peers what it signed since, and goes on."""
 
 import asyncio
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_a_payer_takes_over_what_it_signed_since_and_is_not_accused(tmp_path: Pa
         mirrored(sides)
         assert sides.a.balances()[0].free == CREDIT - 1750 * MICRO // 1000 == sides.b.balances()[0].peer_free
         again = await written(sides.a, sides.a.restake(MICRO))
-        assert again is not None and again.stake.number == 3
+        assert again is not None and again.stake.number > staked.stake.number
         assert sides.b.heard(A.name, msgspec.json.encode(again)) and sides.b.stakes.stake(A.name) == MICRO
         assert sides.ask() > forgotten
         sides.delivered(forgotten + 1, came(600))
@@ -221,6 +222,109 @@ def test_a_payer_that_starts_anew_pays_nothing_again_that_its_peer_forgot(tmp_pa
             await sides.exchange()
         mirrored(sides)
         assert not sides.b.books.channels[A.name].taken and sides.b.balances()[0].free == CREDIT + 300 * MICRO // 1000
+        sides.agree()
+
+    play(scene)
+
+
+def test_a_payer_that_starts_anew_tells_again_what_it_was_about_to(tmp_path: Path) -> None:
+    """Its peer asks but once in a run what it forgot."""
+
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        await sides.exchange()
+        id = sides.ask()
+        sides.delivered(id, came(100))
+        sides.copy(B)
+        await sides.exchange()
+        sides.settle(id, came(100))
+        await sides.exchange()
+        sides.put_back(B)
+        ask = await written(sides.b, sides.b.message(A.name))
+        await written(sides.b, sides.b.replied(A.name, await written(sides.a, sides.a.received(B.name, ask))))
+        assert sides.b.is_reconciled(A.name) and sides.b.books.channels[A.name].taken
+        sides.close(A)
+        sides.open(A)
+        await sides.exchange()
+        mirrored(sides)
+        assert sides.b.balances()[0].free == CREDIT + 100 * MICRO // 1000
+        assert await sides.a.message(B.name) is None and await sides.b.message(A.name) is None
+        sides.agree()
+
+    play(scene)
+
+
+def test_what_one_paid_out_of_what_the_other_paid_is_told_again_in_that_order(tmp_path: Path) -> None:
+    """Each has only what it was given, and gives it back, again and again; then one of them forgets all of it."""
+
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path, credit=2 * MICRO)
+        await sides.exchange()
+        sides.copy(A)
+        await sides.exchange()
+        for k in range(6):
+            payer, payee = (sides.a, sides.b) if k % 2 == 0 else (sides.b, sides.a)
+            terms = terms_of(price=2 * MICRO if k == 0 else 4 * MICRO, amount=2 * MICRO if k == 0 else 4 * MICRO)
+            id = payer.lock(payee.name, terms, BODY)
+            payee.take(payer.name, id, terms, BODY, PROMISE)
+            payee.delivered(payer.name, id, came(1000), 0)
+            assert payer.settle(payee.name, id, PROMISE, came(1000), 1000) == terms.amount
+            await sides.exchange()
+        sides.put_back(A)
+        for _ in range(10):
+            sides.b._reconciler._recalled_s.clear()  # as if half a minute had gone by
+            for one, other in ((sides.a, sides.b), (sides.b, sides.a)):
+                message = await written(one, one.message(other.name))
+                if message is not None:
+                    with contextlib.suppress(LedgerError):
+                        await written(
+                            one, one.replied(other.name, await written(other, other.received(one.name, message)))
+                        )
+        mirrored(sides)
+        assert sides.a.balances()[0].free == 4 * MICRO and sides.a.is_reconciled(B.name)
+        sides.agree()
+
+    play(scene)
+
+
+def test_a_request_that_was_forgotten_is_paid_of_what_others_leave_in_escrow(tmp_path: Path) -> None:
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path, exposure=20 * MICRO, credit=12 * MICRO)
+        await sides.exchange()
+        terms = terms_of(price=6 * MICRO, amount=6 * MICRO)
+        kept = sides.ask(terms)
+        sides.copy(B)
+        await sides.exchange()
+        forgotten = sides.ask(terms)
+        sides.put_back(B)
+        await sides.exchange()
+        assert sides.settle(forgotten, came(1000)) == 6 * MICRO
+        sides.settle(kept, NOTHING_CAME, None)
+        more = sides.ask(terms)  # of what the one that came to nothing has left
+        await sides.exchange()
+        sides.answered(more, 1000)
+        await sides.exchange()
+        mirrored(sides)
+        assert sides.b.balances()[0].free == 24 * MICRO
+        sides.agree()
+
+    play(scene)
+
+
+def test_a_stake_that_none_but_an_absent_peer_remembers_is_not_contradicted(tmp_path: Path) -> None:
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        await sides.exchange()
+        sides.copy(A)
+        await sides.exchange()
+        forgotten = await written(sides.a, sides.a.restake(3 * MICRO))
+        assert sides.b.heard(A.name, msgspec.json.encode(forgotten))
+        sides.put_back(A)
+        sides.a._reconciler.done.add("another peer")
+        for amount in (2 * MICRO, MICRO):
+            again = await written(sides.a, sides.a.restake(amount))
+            sides.b.heard(A.name, msgspec.json.encode(again))
+        assert not sides.b.stakes.slashes and sides.b.stakes.stake(A.name) == MICRO
         sides.agree()
 
     play(scene)

@@ -66,7 +66,7 @@ def _staked(stakes: Stakes, name: str, nonce: str) -> Staked:
     latest = stakes.latest.get(name)
     amount = stakes.funds[name]
     if latest is None or stakes.stake(name) != amount:
-        latest = Staked(Stake(name, stakes.next_number(name), amount), nonce)
+        latest = Staked(Stake(name, stakes.next_number(name, amount), amount), nonce)
         stakes.heard(latest)
     return latest
 

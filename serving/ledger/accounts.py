@@ -61,6 +61,7 @@ TOLERANCE_S = 0.25  # by which two sides may differ, beside the round trip, on h
 RATE_SLACK, RATE_TOKENS = 1.25, 64
 RATE_BYTES = 20_000  # of text of the own engine, before which peers are not compared with it
 RATE_AGEING = 0.999  # for each answer
+USUAL_BYTES = 4  # of text for a token; of what is billed beyond it no more than the exposure is paid before that
 
 # A stream goes on while at most this part of the exposure is not paid; it is paid in so many instalments.
 UNPAID_SHARE, INSTALMENTS = 10, 4
@@ -125,29 +126,56 @@ def hung_up(meter: AnswerMeter, stream: bool, promise: Promise, took_s: float) -
     return Came(tokens, meter.complete, took_s, meter.usage, prefilled, meter.text_bytes)
 
 
+class Billed:
+    """What a peer billed."""
+
+    def __init__(self) -> None:
+        self.tokens = self.expected = 0.0
+        self.over = 0  # tokens too many so far
+        self.early_tokens = self.early_bytes = 0  # before it was known how many were to be expected,
+        self.early_more = 0  # and what they cost more than usual text, in thousandths of a micro-credit
+
+
 class TokenRate:
     """Tokens of answers for the bytes of their text: as the own engine counts them, and as each peer bills them."""
 
     def __init__(self) -> None:
         self._own = [0.0, 0.0]  # tokens and bytes
-        self._billed: dict[str, list[float]] = {}  # tokens of each peer, those expected, and those too many so far
+        self._billed: dict[str, Billed] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether the own engine has shown how many tokens text has."""
+        return self._own[1] >= RATE_BYTES
 
     def counted(self, tokens: int, text_bytes: int) -> None:
         """Of an answer of the own engine."""
         if text_bytes:
             self._own = [RATE_AGEING * old + new for old, new in zip(self._own, (tokens, text_bytes), strict=True)]
 
-    def billed(self, peer: str, tokens: int, text_bytes: int) -> int:
-        """Of an answer of a peer; returns by how many tokens more it has billed too many in all, beyond what differs
-        from text to text."""
-        if text_bytes == 0 or self._own[1] < RATE_BYTES:
+    def billed(self, peer: str, tokens: int, text_bytes: int, price: int) -> int:
+        """Of an answer of a peer, or a part of one, at a price for 1000 tokens; returns by how many tokens more it has
+        billed too many in all, beyond what differs from text to text."""
+        if text_bytes == 0:
             return 0
-        billed = self._billed.setdefault(peer, [0.0, 0.0, 0.0])
-        billed[0] += tokens
-        billed[1] += text_bytes * self._own[0] / self._own[1]
-        more = max(0, math.ceil(billed[0] - RATE_SLACK * billed[1] - RATE_TOKENS - billed[2]))
-        billed[2] += more
+        of = self._billed.setdefault(peer, Billed())
+        of.early_tokens += tokens
+        of.early_bytes += text_bytes
+        if not self.known:
+            of.early_more += price * (USUAL_BYTES * tokens - text_bytes) // USUAL_BYTES
+            return 0
+        of.tokens += of.early_tokens
+        of.expected += of.early_bytes * self._own[0] / self._own[1]
+        of.early_tokens = of.early_bytes = of.early_more = 0
+        more = max(0, math.ceil(of.tokens - RATE_SLACK * of.expected - RATE_TOKENS - of.over))
+        of.over += more
         return more
+
+    def doubted(self, peer: str) -> int:
+        """What a peer was paid for more tokens than usual text has, micro-credits, while it is not known how many this
+        text has."""
+        of = self._billed.get(peer)
+        return max(0, of.early_more // 1000) if of is not None and not self.known else 0
 
 
 class Payment:
@@ -159,6 +187,7 @@ class Payment:
         self.peer, self.id, self.terms, self.most = peer, id, terms, most
         self.refused = False  # the peer said that it does not take it
         self._ledger, self._digest, self._bytes, self._rate = ledger, sha256(), 0, rate
+        self._compared = (0, 0)  # tokens and bytes of text
         per_token = terms.tariff[OUTPUT] if ledger.payment != PER_REQUEST else 0
         self._step = 1000 * (ledger.exposure // UNPAID_SHARE // INSTALMENTS) // per_token + 1 if per_token else 1 << 62
         self._next = self._step
@@ -180,6 +209,7 @@ class Payment:
     def advance(self, promise: Promise, came: Came) -> None:
         """Pay for the tokens that have come so far."""
         self._next = came.tokens + self._step
+        self._compare(came)
         served = came.served(self._digest.hexdigest(), self.terms, self.most)
         so_far = msgspec.structs.replace(served, prompt=0, cached=0)  # which the engine tells in the end
         self._ledger.advance(self.peer, self.id, promise, so_far, self.most)
@@ -192,10 +222,19 @@ class Payment:
         answer = self._digest.hexdigest() if self._bytes else ""
         served = came.served(answer, self.terms, self.most) if came is not None else NOTHING_CAME
         if came is not None and served.came != NOTHING:
-            more = self._rate.billed(self.peer, served.tokens, came.text_bytes)
-            if more and self._ledger.payment != PER_REQUEST:
-                self._ledger.overbilled(self.peer, self.id, more, self.terms)
+            self._compare(came)
         return self._ledger.settle(self.peer, self.id, promise, served, self.most)
+
+    def _compare(self, came: Came) -> None:
+        """Whether its text can have so many tokens as are billed, since the last time."""
+        if came.text_bytes == 0 or self._ledger.payment == PER_REQUEST:
+            return
+        now = min(came.tokens, self.most), came.text_bytes
+        tokens, text_bytes = now[0] - self._compared[0], now[1] - self._compared[1]
+        self._compared = now
+        more = self._rate.billed(self.peer, tokens, text_bytes, self.terms.tariff[OUTPUT])
+        if more:
+            self._ledger.overbilled(self.peer, self.id, more, self.terms)
 
 
 class Delivery:
@@ -259,6 +298,7 @@ class Accounts:
         self.ledger, self.send = ledger, send
         self.tariffs: deque[Tariff] = deque(maxlen=TARIFFS_KEPT)
         self.rate = TokenRate()
+        ledger.doubted = self.rate.doubted
         self.rejected = 0  # messages and requests that the ledger did not take
         self._urgent = asyncio.Event()
         self._busy: set[str] = set()
@@ -341,13 +381,16 @@ class Accounts:
             for peer in sorted(self._there - self._busy):
                 if loop.time() < self._again_s.get(peer, 0.0):
                     continue
+                if not self._untold.get(peer) and not self.ledger.has_to_tell(peer):
+                    continue
                 self._busy.add(peer)
                 task = loop.create_task(self._exchange(peer))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             await asyncio.sleep(SOONEST_S)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), EXCHANGE_S - SOONEST_S)
+                async with asyncio.timeout(EXCHANGE_S - SOONEST_S):
+                    await self._urgent.wait()
             self._urgent.clear()
 
     async def _exchange(self, peer: str) -> None:
@@ -357,11 +400,11 @@ class Accounts:
                 await self._tell(peer, told)
                 if peer in self._untold:  # it may have gone, and come back
                     self._untold[peer] = [each for each in self._untold[peer] if each not in told]
-            for _ in range(MOST_AT_ONCE):
-                message = await self.ledger.message(peer)
-                if message is None:
-                    break
+            left = MOST_AT_ONCE
+            while left and (message := await self.ledger.message(peer)) is not None:
+                again = self.ledger.forgotten(peer)
                 await self.ledger.replied(peer, await self.send(peer, message))
+                left -= self.ledger.forgotten(peer) >= again  # what a peer forgot is told it at one go
         except (TimeoutError, OSError, Full):
             pass  # it is told again
         except (LedgerError, StatementError) as error:

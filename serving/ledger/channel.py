@@ -5,6 +5,7 @@ the rules of `agents.protocol` alone: what a node pays leaves its escrow when it
 leaves the peer's escrow when a voucher of the peer says so.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -336,8 +337,8 @@ class Books:
         requests: dict[int, Locked | Taken] = {**channel.open}
         paid = dict(channel.advanced)
         for receipt in event.receipts:
-            _pay(own, peer, requests, paid, receipt)
             head, total = link(head, receipt), total + receipt.due
+        _pay(own, peer, requests, paid, event.receipts)
         number = channel.number + len(event.receipts)
         if not event.receipts or state != State(channel.digest, self.owner, event.peer, number, total, head):
             raise LedgerError(f"voucher {state.number} does not follow from what is known here and its receipts")
@@ -393,8 +394,8 @@ class Books:
                 raise LedgerError(f"voucher {state.number} of {event.peer} has request {receipt.id} twice")
             if receipt.served.came != GOING:
                 ended.add(receipt.id)
-            _pay(peer, own, requests, earned, receipt)
             head, total = link(head, receipt), total + receipt.due
+        _pay(peer, own, requests, earned, event.receipts)
         number = channel.paid_number + len(event.receipts)
         if state != State(channel.digest, event.peer, self.owner, number, total, head):
             raise LedgerError(f"voucher {state.number} of {event.peer} does not follow from its receipts")
@@ -422,28 +423,34 @@ class Books:
         self.statements.append(event.statement)
 
 
-def _pay(payer: Ints, payee: Ints, requests: dict[int, Locked | Taken], paid: dict[int, int], receipt: Receipt) -> None:
-    """Let a receipt move credit between two accounts: out of what is in escrow for one of `requests`, of which so much
-    is `paid`, or, of one that is not known any more, out of what is free. Takes out of both a request that has ended.
-    Raises LedgerError."""
-    _check_receipt(receipt)
-    request = requests.get(receipt.id)
-    if request is None:
-        if not lock(payer, receipt.due):
-            raise LedgerError(f"{receipt.due} micro-credits are more than is free")
-        settle(payer, payee, receipt.due, receipt.due)
-        return
-    before = paid.get(receipt.id, 0)
-    left = request.terms.amount - before
-    if receipt.due > left:
-        raise LedgerError(f"the receipt of request {receipt.id} pays {receipt.due} of {left}")
-    going = receipt.served.came == GOING
-    settle(payer, payee, receipt.due if going else left, receipt.due)
-    if going:
-        paid[receipt.id] = before + receipt.due
-    else:
-        del requests[receipt.id]
-        paid.pop(receipt.id, None)
+def _pay(
+    payer: Ints, payee: Ints, requests: dict[int, Locked | Taken], paid: dict[int, int], receipts: Sequence[Receipt]
+) -> None:  # fmt: skip
+    """Let receipts move credit between two accounts: out of what is in escrow for `requests`, of which so much is
+    `paid`, or, of those that are not known any more, out of what is free. Takes out of both the requests that have
+    ended. Raises LedgerError."""
+    unknown = 0  # to be paid last, as what it is paid of may be what others leave in escrow
+    for receipt in receipts:
+        _check_receipt(receipt)
+        request = requests.get(receipt.id)
+        if request is None:
+            unknown += receipt.due
+            continue
+        before = paid.get(receipt.id, 0)
+        left = request.terms.amount - before
+        if receipt.due > left:
+            raise LedgerError(f"the receipt of request {receipt.id} pays {receipt.due} of {left}")
+        going = receipt.served.came == GOING
+        settle(payer, payee, receipt.due if going else left, receipt.due)
+        if going:
+            paid[receipt.id] = before + receipt.due
+        else:
+            del requests[receipt.id]
+            paid.pop(receipt.id, None)
+    if unknown > payer[FREE]:
+        raise LedgerError(f"{unknown} micro-credits are more than is free")
+    lock(payer, unknown)
+    settle(payer, payee, unknown, unknown)
 
 
 def _is_of(receipt: Receipt, taken: Taken) -> bool:

@@ -117,6 +117,7 @@ class ChannelLedger(JournaledBooks):
         self.grants, self.exposure, self.payment, self.slack_ms = dict(grants), exposure, payment, slack_ms
         self.stakes = Stakes(funds, agreed=agreed)
         self.news: list[Slash] = []  # by what evidence somebody lost stake, for whoever passes it on and takes it out
+        self.doubted: Callable[[str], int] = lambda peer: 0  # of what a peer was paid, micro-credits
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
@@ -159,7 +160,8 @@ class ChannelLedger(JournaledBooks):
         channel = self.books.channels.get(peer)
         if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED or not self.is_reconciled(peer):
             return 0
-        bound = min(self.exposure, tolerated(self.exposure, channel.total) - channel.over)
+        over = channel.over + self.doubted(peer)
+        bound = min(self.exposure, tolerated(self.exposure, channel.total) - over)
         return int(available_credit(channel.accounts[OWN], channel.exposed, bound))
 
     def lock(self, peer: str, terms: Terms, request: str) -> int:
@@ -256,6 +258,15 @@ class ChannelLedger(JournaledBooks):
         amounts = (grant.own, grant.other) if a == self.name else (grant.other, grant.own)
         return Opening(a, b, *amounts, grant.source)
 
+    def has_to_tell(self, peer: str) -> bool:
+        """Whether there is something to send to a peer."""
+        channel = self.books.channels.get(peer)
+        if channel is None:
+            return peer in self.grants
+        if not self.is_reconciled(peer) or channel.acked < channel.number or peer in self._reconciler.again:
+            return True
+        return channel.number > 0 and peer not in self._reconciler.confirmed
+
     async def message(self, peer: str) -> bytes | None:
         """What there is to send to a peer, durable; None for nothing. Raises Full."""
         channel = self.books.channels.get(peer)
@@ -267,16 +278,22 @@ class ChannelLedger(JournaledBooks):
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
         if not self.is_reconciled(peer):
             return msgspec.json.encode(Ask(channel.number, channel.paid_number))
-        known, again = self._reconciler.again.get(peer, (channel.acked, ()))
-        if known == channel.number:
+        again = self._reconciler.again.get(peer)
+        if again:
+            return msgspec.json.encode(Vouching(again[0]))
+        if not self.has_to_tell(peer):
             return None
         if channel.voucher is None or channel.voucher.state.number < channel.number:
             state = channel.state(self.name, peer)
             signature = sign(self.identity, "voucher", state)
             self._add(Vouched(peer, state.number, state.total, state.head, signature))
-        vouch = Vouch(self._voucher(channel), known + 1, (*again, *channel.unacked))
+        vouch = Vouch(self._voucher(channel), channel.acked + 1, tuple(channel.unacked))
         await self.durable()
         return msgspec.json.encode(Vouching(vouch))
+
+    def forgotten(self, peer: str) -> int:
+        """Vouchers that a peer had acknowledged, and is to be told again."""
+        return len(self._reconciler.again.get(peer, ()))
 
     @staticmethod
     def _voucher(channel: Channel) -> Signed:
@@ -424,18 +441,15 @@ class ChannelLedger(JournaledBooks):
 
     def _on_ack(self, peer: str, answer: Acknowledged) -> None:
         channel = self.books.channel(peer)
-        voucher = channel.voucher
-        if voucher is None:
-            return
-        if answer.number == voucher.state.number:
-            self._reconciler.again.pop(peer, None)
-        if answer.number <= channel.acked:
-            return  # it came again
-        if answer.number != voucher.state.number:
+        again = self._reconciler.again.get(peer)
+        voucher = again[0].voucher if again else channel.voucher
+        if voucher is None or answer.number != voucher.state.number:
             return  # of an earlier voucher; the one that replaced it will be acknowledged as well
-        check(peer, "acknowledgement", voucher.state, answer.signature)
         state = voucher.state
-        self._add(Acked(peer, state.number, state.total, state.head, answer.signature))
+        if state.number > channel.acked:
+            check(peer, "acknowledgement", state, answer.signature)
+            self._add(Acked(peer, state.number, state.total, state.head, answer.signature))
+        self._reconciler.acknowledged(peer, state.number)
 
     # Stake.
 
@@ -449,7 +463,7 @@ class ChannelLedger(JournaledBooks):
         if latest is not None and amount == self.stakes.stake(self.name):
             return None
         self._check_writable()
-        self._staked = max(self._staked + 1, self.stakes.next_number(self.name))
+        self._staked = self.stakes.next_number(self.name, amount, self._staked)
         stake = Stake(self.name, self._staked, amount)
         staked = Staked(stake, sign(self.identity, "stake", stake))
         self._add(Stated(self.name, msgspec.json.encode(staked).decode()))

@@ -3,19 +3,32 @@
 A journal may be an old copy, as of a disk that was restored: what its node signed since is known to its peers alone.
 So each run of a node asks each peer once, and takes over what it has forgotten: the vouchers that it signed, the
 numbers of its requests, its last statement of stake. A node that signed a number again with other content would lose
-its stake.
+its stake. What the peer forgot is told again, voucher by voucher as they were signed, as what the one pays may have
+come from what the other paid. Each run also tells each peer its last voucher once, acknowledged or not: the run before
+may have ended while it told again.
 """
 
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 
-from wwwserve.serving.ledger.channel import Credited, Event, LedgerError, Recovered, Reopened, Settled, Skipped
+from wwwserve.serving.ledger.channel import (
+    Acked,
+    Credited,
+    Event,
+    LedgerError,
+    Recovered,
+    Reopened,
+    Settled,
+    Skipped,
+    Vouched,
+)
 from wwwserve.serving.ledger.exchange import Ask, Known, Unpaid
 from wwwserve.serving.ledger.journal import Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
-from wwwserve.serving.ledger.statements import Receipt, Vouch, check, decode
+from wwwserve.serving.ledger.statements import Receipt, Signed, State, Vouch, check, decode
 
 log = logging.getLogger("wwwserve.ledger")
 
@@ -31,7 +44,8 @@ class Reconciler:
     def __init__(self, ledger: JournaledBooks, add: Callable[[Event], None]) -> None:
         """`add` lets an entry take effect."""
         self.done: set[str] = set()  # peers that have told in this run what they know
-        self.again: dict[str, tuple[int, tuple[Receipt, ...]]] = {}  # for peers that forgot: receipts after a number
+        self.again: dict[str, deque[Vouch]] = {}  # for peers that forgot, what they had acknowledged
+        self.confirmed: set[str] = set()  # peers that have acknowledged the last voucher in this run
         self._ledger, self._add = ledger, add
         self._recalled_s: dict[str, float] = {}  # when what a peer forgot was last looked for
 
@@ -49,7 +63,8 @@ class Reconciler:
         """Where a peer knows only `number` receipts of what it pays, and `paid_number` of what it is paid: its vouchers
         since, from the journal; the others are to be told again. Raises LedgerError where that is not done now."""
         channel = self._ledger.books.channel(peer)
-        acked = channel.acked if peer not in self.again else self.again[peer][0]
+        again = self.again.get(peer)
+        acked = again[0].first - 1 if again else channel.acked
         behind = max(channel.paid_number - number, acked - paid_number)
         if behind <= 0:
             return ()
@@ -59,18 +74,28 @@ class Reconciler:
         self._recalled_s[peer] = now_s
         log.warning("a peer goes on from an old copy of its journal", extra={"peer": peer, "receipts": behind})
         await self._ledger.durable()
-        acked = channel.acked
+        name, digest = self._ledger.name, channel.digest
 
-        def look() -> tuple[tuple[Vouch, ...], tuple[Receipt, ...]]:
+        def look() -> tuple[tuple[Vouch, ...], list[Vouch]]:
             with contextlib.closing(self._ledger.journal.reader()) as journal:
-                return vouched_since(journal, peer, number), receipts_since(journal, peer, paid_number, acked)
+                own = acknowledged(journal, name, peer, digest)
+                return vouched_since(journal, peer, number), [each for each in own if _last(each) > paid_number]
 
-        vouches, receipts = await asyncio.to_thread(look)
-        if receipts:
-            # Those that were acknowledged meanwhile are there no more, and the others come after them.
-            self.again[peer] = paid_number, receipts
+        vouches, again_ = await asyncio.to_thread(look)
+        if again_:
+            self.again[peer] = deque(again_)
             self._ledger.changed.add(peer)
         return vouches
+
+    def acknowledged(self, peer: str, number: int) -> None:
+        """The peer has signed a voucher in this run."""
+        again = self.again.get(peer)
+        while again and _last(again[0]) <= number:
+            again.popleft()
+        if not again:
+            self.again.pop(peer, None)
+        if number == self._ledger.books.channel(peer).number:
+            self.confirmed.add(peer)
 
     def take_over(self, peer: str, known: Known) -> None:
         """Take over what a peer knows of this node and was forgotten here. Raises LedgerError and StatementError for
@@ -103,15 +128,31 @@ def vouched_since(journal: Journal, peer: str, number: int) -> tuple[Vouch, ...]
     )
 
 
-def receipts_since(journal: Journal, peer: str, number: int, last: int) -> tuple[Receipt, ...]:
-    """The own receipts for a peer, after that of `number` up to the `last`."""
-    found: list[Receipt] = []
-    for event in _events(journal, peer, "settle", "recover"):
+def acknowledged(journal: Journal, name: str, peer: str, channel: str) -> Iterator[Vouch]:
+    """The vouchers of `name` that a peer has acknowledged, in order, each with the receipts since the one before."""
+    first, receipts = 1, list[Receipt]()  # that are not acknowledged, and the number of the first of them
+    signature = ""
+    for event in _events(journal, peer, "settle", "vouch", "ack", "recover"):
         if isinstance(event, Settled):
-            found.append(event.receipt)
-        elif isinstance(event, Recovered):
-            found += event.receipts
-    return tuple(found[number:last])
+            receipts.append(event.receipt)
+            continue
+        if isinstance(event, Vouched):
+            signature = event.signature  # only the last voucher can be acknowledged
+            continue
+        if isinstance(event, Acked):
+            state = State(channel, name, peer, event.number, event.total, event.head)
+            voucher = Signed(state, signature)
+        else:
+            assert isinstance(event, Recovered)
+            receipts += event.receipts
+            voucher = event.voucher
+        count = voucher.state.number + 1 - first
+        yield Vouch(voucher, first, tuple(receipts[:count]))
+        first, receipts = first + count, receipts[count:]
+
+
+def _last(vouch: Vouch) -> int:
+    return vouch.voucher.state.number
 
 
 def _events(journal: Journal, peer: str, *kinds: str) -> Iterator[Event]:

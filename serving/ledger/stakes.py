@@ -42,6 +42,7 @@ from wwwserve.serving.ledger.verdicts import (
     outcome_of,
 )
 
+AMOUNTS = 1 << 32  # by which the numbers of one name's statements rise
 NUMBERS_KEPT = 64  # statements of a name, back from the last, among which one that says otherwise is found
 
 
@@ -94,9 +95,11 @@ class Stakes:
         latest = self.latest.get(name)
         return self._at_stake(latest.stake) if latest is not None and name not in self.slashes else 0
 
-    def next_number(self, name: str) -> int:
-        """Of the next statement of a name."""
-        return self.latest[name].stake.number + 1 if name in self.latest else 1
+    def next_number(self, name: str, amount: int, after: int = 0) -> int:
+        """Of the next statement of a name, by which it stakes `amount`, after one numbered `after`. It ends in the
+        amount: a node that has forgotten its last statements makes the same again, or one of another number."""
+        last = max(after, self.latest[name].stake.number if name in self.latest else 0)
+        return (last // AMOUNTS + 1) * AMOUNTS + amount % AMOUNTS
 
     def height(self, *executors: str) -> int:
         """Of the last verdict on one of them; 0 for none."""

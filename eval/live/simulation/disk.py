@@ -37,13 +37,12 @@ class MemoryDisk:
         self.durable = len(self.batches)
 
     def crash(self, *, keep: int = 0, torn: bool = False) -> None:
-        """The node dies. Of the writes that are not durable the first `keep` are there, the others lost; of the next
-        one, if it is torn, the first half of its entries is there without the balances that they lead to."""
-        kept = self.batches[: self.durable + keep]
-        if torn and len(kept) < len(self.batches):
-            half = self.batches[len(kept)].bodies
-            kept.append(Batch(half[: (len(half) + 1) // 2], (), None))
-        self.batches = kept
+        """The node dies. Of the writes that are not durable the first `keep` are there, the others lost; of what is
+        left, if it is torn, the last write is not, durable or not: of a write that is cut anywhere SQLite finds by its
+        checksums that it is not whole, and takes nothing of it."""
+        self.batches = self.batches[: self.durable + keep]
+        if torn and self.batches:
+            self.batches.pop()
         self.sync()
         self.life += 1
 

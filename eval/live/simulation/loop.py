@@ -52,6 +52,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.wall_start_s, self.executor_s = wall_start_s, executor_s
         self.tasks_made = 0
+        self.frozen = 0  # processes
         self._now_s = 0.0
         self._rounds = 0  # at this instant
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
@@ -80,6 +81,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._timers_set += 1
         heapq.heappush(self._timers, (max(when, self._now_s), self._timers_set, timer))
         return timer
+
+    def outside(self, delay: float, callback: Callable[..., object], *args: Any) -> asyncio.TimerHandle:
+        """`call_later` that is no process's, whoever calls: what is on a wire arrives though its sender is frozen."""
+        return self.call_later(delay, callback, *args, context=Context())
 
     async def sleep_until(self, when_s: float) -> None:
         """Wait until exactly that time; `asyncio.sleep` of a difference may end a rounding error off it."""
@@ -132,8 +137,21 @@ class VirtualLoop(asyncio.BaseEventLoop):
             raise Standstill(f"time stands still at {self._now_s} s, busy with {ready[0]!r}")
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+            if handle._cancelled or (self.frozen and self._held(handle)):
+                continue
+            handle._run()
+
+    def _held(self, handle: asyncio.Handle) -> bool:
+        """Whether it is of a process that is frozen, and is kept for later."""
+        process = handle._context.get(_process)  # type: ignore[attr-defined]
+        if process is None or not process.frozen:
+            return False
+        process.held.append(handle)
+        return True
+
+    def again(self, handles: "list[asyncio.Handle]") -> None:
+        """Run what was held."""
+        self._ready.extend(handles)
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         self._timers_cancelled += 1  # one that is going off as well, until the heap is swept
@@ -181,11 +199,13 @@ class Process:
     """Tasks that die together: those that are spawned here, and all that they start.
 
     `kill` cancels them. What they still do meanwhile must reach nothing outside: network, disk and engines ask for
-    `alive` before they do anything for a process.
+    `alive` before they do anything for a process. `freeze` stops them as SIGSTOP would: none of them runs, no timer of
+    theirs goes off, and what arrives waits, until `thaw`.
     """
 
     def __init__(self, loop: VirtualLoop, name: str) -> None:
-        self.loop, self.name, self.alive = loop, name, True
+        self.loop, self.name, self.alive, self.frozen = loop, name, True, False
+        self.held: list[asyncio.Handle] = []  # what is to run once it is frozen no more
         self.errors: list[BaseException] = []  # with which spawned tasks ended
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._on_kill: list[Callable[[], None]] = []
@@ -216,11 +236,33 @@ class Process:
         """End it at once; twice is once."""
         if not self.alive:
             return
+        self.thaw()
         self.alive = False
         for act in self._on_kill:
             act()
         for task in list(self._tasks):
             task.cancel()
+
+    def freeze(self) -> None:
+        """Stop all of it; twice is once."""
+        if self.alive and not self.frozen:
+            self.frozen = True
+            self.loop.frozen += 1
+
+    def thaw(self) -> None:
+        """Let it go on where it was stopped."""
+        if self.frozen:
+            self.frozen = False
+            self.loop.frozen -= 1
+            held, self.held = self.held, []
+            self.loop.again(held)
+
+    def hear(self, act: Callable[..., object], *args: Any) -> None:
+        """Call what something outside wants of it, as soon as it runs."""
+        if self.frozen:
+            self.held.append(asyncio.Handle(act, args, self.loop, self._context.copy()))
+        else:
+            self._context.copy().run(act, *args)
 
     @property
     def tasks(self) -> int:

@@ -27,7 +27,7 @@ class Members:
         member = self.there.get(to)
         if member is not None:
             age_s = self.network.loop.time() - true_at_s
-            member.hear(msgspec.structs.replace(advert, age_s=age_s))
+            member.process.hear(member.hear, msgspec.structs.replace(advert, age_s=age_s))
 
     def lose(self, member: "MemoryMembership") -> None:
         """A member's process has ended."""
@@ -35,7 +35,7 @@ class Members:
             del self.there[member.name]
         if member.advert is not None:
             for other in self.there.values():
-                self.network.loop.call_later(SILENT_S, other.miss, member.advert)
+                self.network.loop.outside(SILENT_S, other.process.hear, other.miss, member.advert)
 
 
 class MemoryMembership:
@@ -45,7 +45,7 @@ class MemoryMembership:
         self.members, self.name = members, name
         self.advert: Advert | None = None
         self._true_at_s = 0.0
-        self._process = process
+        self.process = process
         self._known: dict[str, tuple[int, int]] = {}  # run and number of the last advert of each that is there
         self._heard: Heard = lambda advert: None
         self._gone: Gone = lambda name: None
@@ -54,7 +54,7 @@ class MemoryMembership:
         """See `Membership`."""
         self._heard, self._gone = heard, gone
         members = self.members
-        self._process.on_kill(lambda: members.lose(self))
+        self.process.on_kill(lambda: members.lose(self))
         members.there[self.name] = self
         for other in members.there.values():
             if other.advert is not None:
@@ -63,7 +63,7 @@ class MemoryMembership:
 
     def publish(self, advert: Advert, now_s: float) -> None:
         """See `Membership`."""
-        if not self._process.alive:
+        if not self.process.alive:
             return
         self.advert, self._true_at_s = advert, now_s
         for name in self.members.hosts:
@@ -81,13 +81,13 @@ class MemoryMembership:
     def hear(self, advert: Advert) -> None:
         """An advert of another is there; an older one than was heard before is not new."""
         made = advert.run, advert.number
-        if self._process.alive and made > self._known.get(advert.name, (0, 0)):
+        if self.process.alive and made > self._known.get(advert.name, (0, 0)):
             self._known[advert.name] = made
             self._heard(advert)
 
     def miss(self, last: Advert) -> None:
         """Another has been silent since its process ended, unless it runs again."""
         known = self._known.get(last.name)
-        if self._process.alive and known is not None and known[0] == last.run:
+        if self.process.alive and known is not None and known[0] == last.run:
             del self._known[last.name]
             self._gone(last.name)

@@ -14,6 +14,7 @@ import random
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from contextvars import Context
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -57,7 +58,8 @@ class Host:
         self.network, self.name, self.url = network, name, url
         self.rank = len(network.hosts)
         self.disk = MemoryDisk()
-        self.skew_s = 0.0  # of its wall clock
+        self.skew_s = 0.0  # of its wall clock,
+        self.drift, self._drifts_since_s = 0.0, 0.0  # and by how much that grows in a second, since when
         self.process: Process | None = None
         self.app: App | None = None
 
@@ -68,7 +70,13 @@ class Host:
 
     def wall_s(self) -> float:
         """Its wall clock, s since 1970."""
-        return self.network.loop.wall_s() + self.skew_s
+        loop = self.network.loop
+        return loop.wall_s() + self.skew_s + self.drift * (loop.time() - self._drifts_since_s)
+
+    def let_drift(self, drift: float) -> None:
+        """Its wall clock goes on from where it is, faster or slower."""
+        self.skew_s = self.wall_s() - self.network.loop.wall_s()
+        self.drift, self._drifts_since_s = drift, self.network.loop.time()
 
     def boot(self) -> Process:
         """A new process, which is yet to `serve`. Raises RuntimeError while another runs."""
@@ -204,7 +212,7 @@ class MemoryNetwork:
     def _bring(self, source: str, destination: str, at_s: float, deliver: Callable[..., None], *content: Any) -> None:
         there = self._on_the_way.setdefault((destination, at_s), [])
         if not there:
-            self.loop.call_at(at_s, self._deliver, destination, at_s)
+            self.loop.call_at(at_s, self._deliver, destination, at_s, context=Context())
         host = self.hosts.get(source)
         there.append((host.rank if host is not None else len(self.hosts), deliver, content))
 
@@ -333,7 +341,7 @@ class Exchange(Incoming):
         if not self.lost:
             self.lost = True
             self.network.note(self.source, self.destination, f"{self.number} is lost")
-            self.loop.call_later(ABANDON_S, self._tell_gone)
+            self.loop.outside(ABANDON_S, self._tell_gone)
 
     def _tell_gone(self) -> None:
         if self._call is not None:

@@ -19,7 +19,7 @@ from wwwserve.eval.live.world.nodes import MODEL, Node, Strategy
 from wwwserve.serving.delegation import PROMPT, TARIFF
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel import LedgerError
-from wwwserve.serving.ledger.exchange import Acknowledged, Ask, Declined, Held, Open, Telling, Vouching
+from wwwserve.serving.ledger.exchange import Acknowledged, Ask, Declined, Held, Known, Open, Telling, Vouching
 from wwwserve.serving.ledger.statements import (
     NOTHING_CAME,
     Receipt,
@@ -333,6 +333,25 @@ class Equivocator(Adversary):
         loop.call_later(1.0, lambda: node.boot() if not node.host.up else None)
 
 
+class Withholder(Adversary):
+    """Tells nobody what it forgot: who then signs a number again with other content is accused."""
+
+    name = "withholder"
+    withholds = True
+
+    def begin(self, node: Node) -> None:
+        """See `Strategy`."""
+        received = node.ledger.received
+
+        async def keep_back(peer: str, body: bytes) -> bytes:
+            if b'"type":"ask"' in body:
+                return msgspec.json.encode(Known((), 0, (), ""))
+            return await received(peer, body)
+
+        node.ledger.received = keep_back  # type: ignore[method-assign]
+        advertise_idle(node, cheap=0.5)
+
+
 class Griefer(Adversary):
     """Hangs up, disputes, declines, acknowledges what is not, and says of its requests what it likes."""
 
@@ -447,7 +466,7 @@ class Mixed(Adversary):
 
 
 _KINDS: tuple[type[Strategy], ...] = (
-    FreeRider, Inflater, Staller, Liar, Replayer, Equivocator, Griefer, Robber, Sybil, Mixed,
+    FreeRider, Inflater, Staller, Liar, Replayer, Equivocator, Griefer, Robber, Sybil, Mixed, Withholder,
 )  # fmt: skip
 ADVERSARIES = {each.name: each for each in _KINDS}
 

@@ -128,7 +128,7 @@ class Answer(Incoming):
         self._again(PREFILL_S + self.prompt * PER_TOKEN_S / 20)
 
     def _again(self, after_s: float) -> None:
-        self._timer = self.loop.call_later(min(after_s * self.server.slowness, 1e6), self._write)
+        self._timer = self.loop.outside(min(after_s * self.server.slowness, 1e6), self._write)
 
     def _stop(self) -> None:
         if self._timer is not None:

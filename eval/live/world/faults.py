@@ -3,12 +3,14 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from typing import Any, NamedTuple
 
 from wwwserve.eval.live.simulation.disk import Batch
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.eval.live.simulation.network import MemoryNetwork
 from wwwserve.eval.live.world.nodes import Network, Node
+from wwwserve.serving.ledger.accounts import LEDGER_PATH
 
 LATE_S = (0.2, 3.0)  # by which a message comes that is late
 MOST_ROUNDS = 12  # of the event loop, after a message, at which a node may die
@@ -40,22 +42,17 @@ class Faults(NamedTuple):
     @classmethod
     def draw(cls, dice: random.Random, count: int, duration_s: float) -> "Faults":
         """Those of a seed, for so many nodes."""
-        number = dice.choice([0, 4, 10, 20])
-        kinds = list(KINDS)
-        events = sorted(
-            Event(
-                dice.choice(kinds), dice.uniform(1.0, duration_s), dice.choice([0.3, 2.0, 6.0]) * dice.random(),
-                dice.randrange(count), dice.random(),
-            )
-            for _ in range(number)
-        )  # fmt: skip
-        events.sort(key=lambda each: each.at_s)
-        return cls(
+        events = _draw(dice, dice.choice([0, 4, 10, 20]), list(KINDS), count, duration_s)
+        given = cls(
             near_s=0.001, far_s=dice.choice([0.005, 0.05, 0.2]), jitter_s=dice.choice([0.0, 0.02, 0.2]),
             loss=dice.choice([0.0, 0.005, 0.03]), duplication=dice.choice([0.0, 0.03, 0.2]),
             late=dice.choice([0.0, 0.01, 0.05]), write_s=dice.choice([0.0, 0.002, 0.05]),
-            events=tuple(events), end_s=max([duration_s, *(each.at_s + each.for_s for each in events)]),
+            events=(), end_s=duration_s,
         )  # fmt: skip
+        events += _draw(dice, dice.choice([0, 2, 6]), list(OF_PROCESSES), count, duration_s)
+        events.sort(key=lambda each: each.at_s)
+        end_s = max([duration_s, *(each.at_s + each.for_s for each in events)])
+        return given._replace(events=tuple(events), end_s=end_s)
 
     async def inject(self, network: "FaultyNetwork", world: Network) -> None:
         """Let it all happen; afterwards nothing more goes wrong."""
@@ -63,14 +60,28 @@ class Faults(NamedTuple):
         for event in self.events:
             await loop.sleep_until(max(loop.time(), event.at_s))
             network.faults[event.kind] += 1
-            KINDS[event.kind](network, world, world.nodes[event.row], event)
+            ALL_KINDS[event.kind](network, world, world.nodes[event.row], event)
         await loop.sleep_until(self.end_s)
         network.calm, network.duplication = True, 0.0
         network.heal()
         for node in world.nodes:
+            if node.host.process is not None:
+                node.host.process.thaw()
             node.host.disk.free_bytes = None
             node.host.disk.sync()
             node.host.disk.lies = False
+
+
+def _draw(dice: random.Random, number: int, kinds: Sequence[str], count: int, duration_s: float) -> list[Event]:
+    """So many events of some kinds, in order."""
+    events = sorted(
+        Event(
+            dice.choice(kinds), dice.uniform(1.0, duration_s), dice.choice([0.3, 2.0, 6.0]) * dice.random(),
+            dice.randrange(count), dice.random(),
+        )
+        for _ in range(number)
+    )  # fmt: skip
+    return sorted(events, key=lambda each: each.at_s)
 
 
 class FaultyNetwork(MemoryNetwork):
@@ -81,7 +92,8 @@ class FaultyNetwork(MemoryNetwork):
         self.calm = False  # nothing more goes wrong by chance
         self.faults: Counter[str] = Counter()
         self.slow_s: dict[str, float] = {}  # by which messages from and to a host take longer
-        self.dying: dict[str, Callable[[], None]] = {}  # by host, called at its next message
+        self.dying: dict[str, Callable[[], None]] = {}  # by host, called at its next message,
+        self.dying_sender: dict[str, Callable[[], None]] = {}  # and at the next one that it sends to a ledger
         self._given, self._far_s = faults, {}
         for one in range(16):
             for other in range(one):
@@ -128,38 +140,44 @@ class FaultyNetwork(MemoryNetwork):
             die = self.dying.pop(host, None)
             if die is not None:
                 die()
+        if LEDGER_PATH in what and source in self.dying_sender:
+            self.dying_sender.pop(source)()
 
 
 def _in_rounds(loop: VirtualLoop, rounds: int, act: Callable[[], None]) -> None:
     """Call it after so many turns of the event loop, between whatever awaits happen meanwhile."""
     if rounds:
-        loop.call_soon(_in_rounds, loop, rounds - 1, act)
+        loop.call_soon(_in_rounds, loop, rounds - 1, act, context=Context())
     else:
         act()
 
 
-def _crash(network: FaultyNetwork, world: Network, node: Node, event: Event, restore: Sequence[Batch] | None) -> None:
-    """At its next message or soon after, at any await."""
+def _crash(
+    network: FaultyNetwork, world: Network, node: Node, event: Event, restore: Sequence[Batch] | None,
+    torn: bool = False, telling: bool = False,
+) -> None:  # fmt: skip
+    """At its next message, or if `telling` the next that it sends to a ledger, or soon after, at any await."""
 
     def die() -> None:
         disk = node.host.disk
         if not node.host.up:
             return
         left = len(disk.batches) - disk.durable
-        node.crash(silent=event.how < 0.5, keep=int(event.how * (left + 1)))
+        node.crash(silent=event.how < 0.5 and not telling, keep=int(event.how * (left + 1)), torn=torn)
         if restore is not None and len(restore) < len(disk.batches):
             disk.batches = list(restore)
             disk.sync()
             node.forgot = True
             network.faults["old copy"] += 1
-        world.loop.call_later(0.05 + event.for_s, boot)
+        world.loop.outside(0.05 + event.for_s, boot)
 
     def boot() -> None:
         if not node.host.up:
             node.boot()
 
     if node.host.up:
-        network.dying[node.host.name] = lambda: _in_rounds(world.loop, 1 + int(event.how * MOST_ROUNDS), die)
+        dying = network.dying_sender if telling else network.dying
+        dying[node.host.name] = lambda: _in_rounds(world.loop, 1 + int(event.how * MOST_ROUNDS), die)
 
 
 def _die(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
@@ -176,6 +194,35 @@ def _lose_writes(network: FaultyNetwork, world: Network, node: Node, event: Even
     """The disk says that writes are durable that are not, and then the node dies."""
     node.host.disk.lies = True
     world.loop.call_later(event.for_s, _crash, network, world, node, event._replace(for_s=0.5), None)
+
+
+def _tear(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
+    """The node dies, and the last write that its disk called durable is cut in the middle."""
+    _crash(network, world, node, event, None, torn=True)
+
+
+def _die_telling(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
+    """The node dies just after it has told what its disk should have."""
+    _crash(network, world, node, event, None, telling=True)
+
+
+def _freeze(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
+    """As SIGSTOP and SIGCONT do."""
+    process = node.host.process
+    if process is not None:
+        process.freeze()
+        world.loop.outside(event.for_s, process.thaw)
+
+
+def _drift(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
+    """Its clock goes up to twice as fast, or stands still; then it is set right."""
+
+    def set_right() -> None:
+        node.host.let_drift(0.0)
+        node.host.skew_s = 0.0
+
+    node.host.let_drift(2.0 * event.how - 1.0)
+    world.loop.call_later(event.for_s, set_right)
 
 
 def _fill_disk(network: FaultyNetwork, world: Network, node: Node, event: Event) -> None:
@@ -224,3 +271,7 @@ KINDS: dict[str, Callable[[FaultyNetwork, Network, Node, Event], None]] = {
     "one way": _cut, "slow links": _slow_links, "slow engine": _slow_engine, "engine died": _crash_engine,
     "clock": _move_clock,
 }  # fmt: skip
+OF_PROCESSES: dict[str, Callable[[FaultyNetwork, Network, Node, Event], None]] = {
+    "torn write": _tear, "crash telling": _die_telling, "frozen": _freeze, "drift": _drift,
+}  # fmt: skip
+ALL_KINDS = KINDS | OF_PROCESSES

@@ -15,7 +15,7 @@ from wwwserve.serving.http.sse import LAST_EVENT
 from wwwserve.serving.ledger.audit import Audit, audit_entries, compare, settled
 from wwwserve.serving.ledger.channel import OWN, PEER
 from wwwserve.serving.ledger.channel_ledger import MOST_UNACKED, tolerated
-from wwwserve.serving.ledger.verdicts import Conflict
+from wwwserve.serving.ledger.verdicts import Conflict, Twice
 
 MOST_SAID = 20  # violations of one history
 MOST_TASKS = 200  # of one node, with the requests of a history
@@ -175,6 +175,8 @@ class Judge:
                 counts["taken"] = counts.get("taken", 0) + len(channel.taken)
                 counts["not acknowledged"] = counts.get("not acknowledged", 0) + len(channel.unacked)
                 counts["not reconciled"] = counts.get("not reconciled", 0) + (not ledger.is_reconciled(peer))
+                unconfirmed = bool(channel.number) and peer not in ledger._reconciler.confirmed
+                counts["not confirmed"] = counts.get("not confirmed", 0) + unconfirmed
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
     def end(self) -> None:
@@ -223,11 +225,12 @@ class Judge:
                 self.say(f"{name} has {other.host.name} signed two vouchers of one number")
             if len(channel.unacked) > MOST_UNACKED:
                 self.say(f"{name} has {len(channel.unacked)} receipts that {other.host.name} does not acknowledge")
+        withheld = any(each.withholds for each in self.world.strategies)
         for guilty in self._accused(node):
-            if guilty.honest:
+            if guilty.honest and not (guilty.forgot and withheld):
                 self.say(f"{name} has evidence against {guilty.host.name}, which did nothing")
 
     def _accused(self, node: Node) -> list[Node]:
         """Of whom a node knows that they signed what contradicts itself."""
-        conflicts = [each for each in node.ledger.stakes.slashes.values() if isinstance(each, Conflict)]
-        return [self.world.by_name[each.one.state.payer] for each in conflicts]
+        slashes = node.ledger.stakes.slashes.values()
+        return [self.world.by_name[each.culprit] for each in slashes if isinstance(each, Conflict | Twice)]

@@ -57,6 +57,7 @@ class Strategy:
     name = "honest"
     honest = True
     granted = True  # others have a channel with it
+    withholds = False  # it does not tell others what they forgot
 
     def prepare(self, node: "Node") -> None:
         """Once, before it starts for the first time."""
@@ -106,11 +107,12 @@ class Node:
         """Whether it was not there all the time since."""
         return not self.host.up or self._booted_s > at_s
 
-    def crash(self, *, silent: bool, keep: int) -> None:
-        """It dies; of writes that its disk called durable and were not, the first `keep` are there."""
+    def crash(self, *, silent: bool, keep: int, torn: bool = False) -> None:
+        """It dies; of writes that its disk called durable and were not, the first `keep` are there. The last one that
+        is may be torn."""
         disk = self.host.disk
-        self.forgot |= disk.durable + keep < len(disk.batches)
-        self.host.crash(silent=silent, keep=keep)
+        self.forgot |= torn or disk.durable + keep < len(disk.batches)
+        self.host.crash(silent=silent, keep=keep, torn=torn)
 
     def boot(self) -> None:
         """Start it, or start it anew after a crash."""
