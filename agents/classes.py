@@ -9,16 +9,25 @@ MAX_CLASSES = 4
 CLASS_MEDIAN, CLASS_SIGMA, CLASS_MAX, CLASS_MEAN, CLASS_VALUE, CLASS_LAST_DEADLINE_S = range(6)
 CLASS_SIZE = 6
 
+INPUT_WORTH = 0.25  # of a token of input to one of output, as users pay them; list prices of open models: 0.12 to 0.5
+CACHED_WORTH = 0.1  # of a token of input of the turn before to another one
 
-def class_row(output: Lognormal, multiplier: float, last_deadline_s: float) -> Floats:
-    """A row [CLASS_SIZE]: answers of such lengths, in time until `last_deadline_s` after their arrival.
 
-    An answer in time is worth `multiplier` x its expected length / 1000 credits: a credit is what a user pays for 1000
-    tokens of it.
+def class_row(
+    output: Lognormal, multiplier: float, last_deadline_s: float, prompt: float, uncached: float | None = None
+) -> Floats:
+    """A row [CLASS_SIZE]: answers of such lengths, in time until `last_deadline_s` after their arrival, to prompts of
+    `prompt` tokens on average, of which `uncached`, by default all, are not of the session's turn before.
+
+    An answer in time is worth what users pay, times `multiplier`: a credit for 1000 tokens of output, for input as much
+    less as INPUT_WORTH and CACHED_WORTH say. Did input count for nothing, as in a price by tokens of output alone, code
+    and agents would not be worth the compute.
     """
+    fresh = prompt if uncached is None else uncached
+    paid = output.mean + INPUT_WORTH * (fresh + CACHED_WORTH * (prompt - fresh))
     row = np.zeros(CLASS_SIZE)
     row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = output.median, output.sigma, output.max
     row[CLASS_MEAN] = output.mean
-    row[CLASS_VALUE] = multiplier * output.mean / 1000.0
+    row[CLASS_VALUE] = multiplier * paid / 1000.0
     row[CLASS_LAST_DEADLINE_S] = last_deadline_s
     return row

@@ -48,7 +48,7 @@ from wwwserve.agents.knowledge import (
 from wwwserve.agents.protocol import MICRO, PER_REQUEST, TARIFF_SIZE
 from wwwserve.agents.tariff import cost_of, price_by
 
-VIEW_VERSION = 7
+VIEW_VERSION = 8
 
 
 class Feature(NamedTuple):

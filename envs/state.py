@@ -275,11 +275,13 @@ class MarketPlan(NamedTuple):
         return max(1, self.traffic.time_s.size * (1 + extra))
 
 
-def _known(scenario: Scenario, provider: Provider, klass: SloClass | None) -> NDArray[np.float64]:
+def _known(
+    scenario: Scenario, provider: Provider, klass: SloClass | None, prompt: float, uncached: float
+) -> NDArray[np.float64]:
     output = expected_output(provider, klass)
     if klass is None:
-        return class_row(output, 1.0, scenario.slo.thresholds_s[-1])
-    return class_row(output, klass.value, klass.deadline_s)
+        return class_row(output, 1.0, scenario.slo.thresholds_s[-1], prompt, uncached)
+    return class_row(output, klass.value, klass.deadline_s, prompt, uncached)
 
 
 def _uncached_share(traffic: Arrivals, providers: int) -> NDArray[np.float64]:
@@ -294,7 +296,6 @@ def _uncached_share(traffic: Arrivals, providers: int) -> NDArray[np.float64]:
 def plan(scenario: Scenario, seed: int) -> MarketPlan:
     """Draw a scenario's traffic from `seed` and work out its constants."""
     classes: Sequence[SloClass | None] = scenario.slo.classes or (None,)
-    known = np.array([[_known(scenario, p, c) for c in classes] for p in scenario.providers])
     shares = np.array([1.0 if c is None else c.share for c in classes])
     deadlines = np.array([scenario.slo.thresholds_s if c is None else (c.deadline_s,) for c in classes], np.float64)
     profiles = tuple(
@@ -305,6 +306,13 @@ def plan(scenario: Scenario, seed: int) -> MarketPlan:
     prompts = [expected_prompt(p, most) for p, most in zip(scenario.providers, longest.tolist(), strict=True)]
     mean_prompt = np.array([each.mean for each in prompts])
     traffic = arrivals(scenario, seed, longest)
+    mean_uncached = mean_prompt * _uncached_share(traffic, len(scenario.providers))
+    known = np.array(
+        [
+            [_known(scenario, p, c, *of) for c in classes]
+            for p, *of in zip(scenario.providers, mean_prompt, mean_uncached, strict=True)
+        ]
+    )
     return MarketPlan(
         scenario=scenario,
         seed=seed,
@@ -313,7 +321,7 @@ def plan(scenario: Scenario, seed: int) -> MarketPlan:
         known=known,
         deadlines=deadlines,
         mean_prompt=mean_prompt,
-        mean_uncached=mean_prompt * _uncached_share(traffic, len(scenario.providers)),
+        mean_uncached=mean_uncached,
         mean_output=known[:, :, CLASS_MEAN] @ shares,
     )
 

@@ -247,6 +247,7 @@ class NodeConfig(Struct):
     admin: AdminConfig | None = None  # none: on the data plane, for clients of the same machine
     trust: tuple[str, ...] | None = None  # keys of the peers that may see prompts; None: all peers may
     prompt_tokens: float = 256.0  # mean of what users ask, until it is known better
+    uncached_tokens: float | None = None  # of them those that are not of the session's turn before; default: all
     output: LengthsConfig = msgspec.field(default_factory=lambda: LengthsConfig(median=200.0, sigma=0.8, max=4096))
     deadlines_s: tuple[float, ...] = (10.0, 20.0, 30.0, 60.0, 120.0)
     classes: dict[str, ClassConfig] = {}
@@ -300,8 +301,8 @@ class NodeConfig(Struct):
         output = klass.output if klass is not None and klass.output is not None else self.output
         lengths = Lognormal(output.median, output.sigma, output.max)
         if klass is None:
-            return class_row(lengths, 1.0, self.deadlines_s[-1])
-        return class_row(lengths, klass.value, klass.deadline_s)
+            return class_row(lengths, 1.0, self.deadlines_s[-1], self.prompt_tokens, self.uncached_tokens)
+        return class_row(lengths, klass.value, klass.deadline_s, self.prompt_tokens, self.uncached_tokens)
 
     def engine_profile(self) -> Profile:
         """The engine's profile. Raises ValueError for one that cannot be."""

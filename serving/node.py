@@ -157,7 +157,7 @@ async def serve(
     provider, rehearsal = (
         NodeProvider(
             policy, profile, config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
-            mean_prompt=config.prompt_tokens, mean_output=config.mean_output,
+            mean_prompt=config.prompt_tokens, mean_uncached=config.uncached_tokens, mean_output=config.mean_output,
             compute_per_ktok=config.compute_cost_per_ktok,
         )
         for _ in range(2)

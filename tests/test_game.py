@@ -198,7 +198,7 @@ def test_the_best_of_the_learned_deviators_counts_for_each_provider(cell: dict[s
     learned = {name: mean for name, (mean, _) in cell["deviations"]["learned"]["gains"].items()}
     assert learned["seller"] > -0.9  # markup 1.5, not `single`, with which it would take what it is offered at cost
     assert learned["buyer"] == pytest.approx(0.0, abs=0.05)  # it buys in both the same way as in the profile
-    assert learned["apart"] == 0.0
+    assert learned["apart"] == pytest.approx(0.0, abs=1e-3)  # it trades with nobody, and may hold otherwise
 
 
 def test_the_course_shows_markups_and_prices(cell: dict[str, Any]) -> None:

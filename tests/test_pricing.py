@@ -23,7 +23,7 @@ from wwwserve.train.pricing import play_pairs
 from wwwserve.train.rollout import worth_per_s
 
 SHARPNESS, GREED = 5, 9  # of `agents.policy.architecture.SETTING_UNITS`
-COMPUTE = 0.25  # credits for 1000 tokens that are worth 1: a markup of 4 takes all that a buyer can gain
+COMPUTE = 0.26  # credits for 1000 tokens that are worth 1: a markup of 3.9 takes all that a buyer can gain
 
 
 def toy(sellers: int) -> MarketPlan:

@@ -42,7 +42,7 @@ NODE = {"gpu": "rtx-4090", "model": "qwen3-8b", "lengths": lengths(100, 600)}
 
 def market(*providers: dict[str, Any], **top: Any) -> Scenario:
     """Requests are worth 3 and paid as quoted; 50 ms round trip and 1 s ticks."""
-    slo = {"classes": {"chat": {"share": 1, "deadline_s": DEADLINE_S, "value": 5}}}
+    slo = {"classes": {"chat": {"share": 1, "deadline_s": DEADLINE_S, "value": 4.8}}}
     named = [{"name": f"n{i}", "serves": ["m"], **provider} for i, provider in enumerate(providers)]
     economy = {"payment": "quoted", "compute_cost_per_ktok": 0.1}
     shared = {"name": "test", "duration_s": 30, "drain_s": 30, "slo": slo, "economy": economy}

@@ -135,7 +135,7 @@ def test_the_payment_that_a_second_takes_is_the_slope_of_the_share_paid(ratio: f
     assert payment_lost_per_s(3.0, promised_s, ratio * promised_s) == pytest.approx(3.0 * slope, abs=3.0 * 2e-4)
 
 
-KNOWN = class_row(Lognormal(400.0, 0.75, 2048), 2.0, 60.0)
+KNOWN = class_row(Lognormal(400.0, 0.75, 2048), 2.0, 60.0, 0.0)
 
 
 def value_by_deadlines(known: Floats, deadlines: Floats, generated: float, elapsed_s: float, token_s: float) -> float:
@@ -239,8 +239,8 @@ class Host:
         provider.reset_provider(self.p)
         self.p["own"] = node()
         self.p["generator"] = make_generators(1)
-        self.p["known"][0, 0] = class_row(Lognormal(200.0, 0.6, 1024), 3.0, 20.0)
-        self.p["known"][0, 1] = class_row(Lognormal(900.0, 0.7, 4096), 1.0, 600.0)
+        self.p["known"][0, 0] = class_row(Lognormal(200.0, 0.6, 1024), 3.0, 20.0, 0.0)
+        self.p["known"][0, 1] = class_row(Lognormal(900.0, 0.7, 4096), 1.0, 600.0, 0.0)
         self.a["tick_s"], self.a["gossip_s"], self.a["rtt_s"] = 1.0, 3.0, 0.05
         self.a["n_classes"], self.a["n_deadlines"], self.a["payment"] = 2, 4, payment
         self.a["deadlines"][0, :2, :4] = DEADLINES
@@ -347,7 +347,7 @@ def test_cost_rises_with_the_value_at_stake() -> None:
     costs = []
     for multiplier in (1.0, 3.0, 9.0):
         host = Host()
-        host.p["known"][0, 0] = class_row(Lognormal(200.0, 0.6, 1024), multiplier, 20.0)
+        host.p["known"][0, 0] = class_row(Lognormal(200.0, 0.6, 1024), multiplier, 20.0, 0.0)
         costs.append(host.appraise(CHAT, CHAT) - host.p["compute"][0])
     np.testing.assert_allclose(costs[1], 3 * costs[0], rtol=1e-9)
     np.testing.assert_allclose(costs[2], 9 * costs[0], rtol=1e-9)
@@ -528,9 +528,11 @@ def test_a_markup_holds_from_the_advert_that_it_was_chosen_for() -> None:
 
 
 def test_a_class_says_what_its_answers_are_worth() -> None:
-    """A credit is what a user pays for 1000 tokens of output."""
-    row = class_row(Lognormal(400.0, 0.0, 2048), 2.5, 60.0)
+    """A credit is what a user pays for 1000 tokens of output; input is a quarter of that, cached a tenth of input."""
+    row = class_row(Lognormal(400.0, 0.0, 2048), 2.5, 60.0, 0.0)
     assert row[[CLASS_MEAN, CLASS_VALUE, CLASS_LAST_DEADLINE_S]].tolist() == pytest.approx([400.0, 1.0, 60.0])
+    assert class_row(Lognormal(400.0, 0.0, 2048), 2.0, 60.0, 1600.0)[CLASS_VALUE] == pytest.approx(1.6)
+    assert class_row(Lognormal(400.0, 0.0, 2048), 2.0, 60.0, 1600.0, 800.0)[CLASS_VALUE] == pytest.approx(1.24)
 
 
 def test_what_was_just_taken_makes_the_next_cost_anew() -> None:

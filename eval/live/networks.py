@@ -102,8 +102,9 @@ def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, sp
         "name": provider.name, "seed": planned.seed * len(scenario.providers) + i, "policy": policy,
         "serves": list(provider.serves), "stake": economy.initial_stake, "credit": economy.initial_credit,
         "compute_cost_per_ktok": economy.compute_cost_per_ktok,
-        "prompt_tokens": float(planned.mean_prompt[i]), "output": lengths, "classes": classes,
-        "deadlines_s": list(scenario.slo.thresholds_s), "market": market, "log": "warning",
+        "prompt_tokens": float(planned.mean_prompt[i]), "uncached_tokens": float(planned.mean_uncached[i]),
+        "output": lengths, "classes": classes, "deadlines_s": list(scenario.slo.thresholds_s), "market": market,
+        "log": "warning",
         "limits": {"held": 100_000},  # the simulator's nodes have no bound
     }  # fmt: skip
 
