@@ -55,6 +55,7 @@ from wwwserve.serving.membership.heartbeat import BEAT_PATH, Advert, decode, sig
 from wwwserve.serving.membership.zenoh import ZenohMembership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import NodeProvider
+from wwwserve.serving.reasons import Reasons
 
 GET = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"
 
@@ -585,7 +586,9 @@ def app_of(known: Callable[[str], bool], clock: Callable[[], float]) -> tuple[Ap
         raise Declined("not now")
 
     pool = SimpleNamespace(vote=vote)
-    dispatcher: Any = SimpleNamespace(messages=messages, accounts=None, serves=[MODEL], judge_pool=pool)
+    dispatcher: Any = SimpleNamespace(
+        messages=messages, accounts=None, serves=[MODEL], judge_pool=pool, reasons=Reasons()
+    )  # fmt: skip
     app = App(dispatcher, config.parse(GOOD, "t"), Refusals(refused.append, clock))
     app.quotas = Quotas(1000.0, 1 << 20, clock)
     return app, messages, refused
