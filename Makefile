@@ -31,11 +31,17 @@ results: $(INSTALLED)
 paper: $(INSTALLED)
 	$(BIN)/python -m eval.paper $(ARGS)
 
-test: $(INSTALLED)
+BROWSER := /usr/bin/chromium /usr/bin/chromedriver
+test: $(INSTALLED) $(BROWSER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+$(BROWSER) &: # in which the console is tested
+	@test "$$(id -u)" = 0 || { echo 'Chromium is needed for tests: sudo apt-get install chromium chromium-driver' >&2; exit 1; }
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'

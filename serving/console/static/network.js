@@ -9,6 +9,7 @@ import { Table } from "./tables.js";
 
 const MINUTE_S = 60, SMOOTH_S = 15, IN_GRAPH = 16;
 const SUMS = ["accepted", "answered", "failed", "on_time", "handed_over"];
+const BECAME = { up: "is up", down: "has no engine", gone: "does not answer" };
 const NOW = ["running", "waiting", "held"];
 
 let series = null, graph = null;
@@ -89,7 +90,7 @@ function tiles(nodes) {
   const [ended] = s.grew("answered", MINUTE_S).at(-1);
   const handed = last(s.share("handed_over", ["answered"], MINUTE_S));
   const shown = [
-    ["Nodes", `${there.length} / ${nodes.length}`, there.length === nodes.length ? "all answer" : `${nodes.length - there.length} do not answer`],
+    ["Nodes", `${there.length} / ${nodes.length}`, there.length === nodes.length ? "all answer" : `${nodes.length - there.length} without an answer`],
     ["Answered in time", percent(last(s.share("on_time", ["answered", "failed"], MINUTE_S))), ended ? `of ${count(ended)} in the last minute` : "nothing ended in the last minute"],
     ["Answers", perSecond(last(s.rate("answered", SMOOTH_S))), handed === null ? "over all nodes" : `${percent(handed)} of them by another node`],
     ["Mean latency", seconds(last(s.share("latency_s", ["answered"], MINUTE_S))), "last minute"],
@@ -134,6 +135,6 @@ start({
     draw(nodes);
     table.update(nodes, (node) => node.url, (node) => (node.answers ? "" : "gone"));
     link(nodes);
-    changes.look(new Map(nodes.map((node) => [node.url, [stateOf(node)[0], `${nameOf(node)}: ${stateOf(node)[1].slice(2)}`, stateOf(node)[2]]])));
+    changes.look(new Map(nodes.map((node) => [node.url, [stateOf(node)[0], `${nameOf(node)} ${BECAME[stateOf(node)[0]]}`, stateOf(node)[2]]])));
   },
 });
