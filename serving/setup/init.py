@@ -21,7 +21,7 @@ from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.addresses import engine_base, host_of, is_free, is_loopback, netloc
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
-from wwwserve.serving.setup.card import Card, card_of, file_name
+from wwwserve.serving.setup.card import SUFFIX, Card, card_of, file_name
 from wwwserve.serving.setup.look import EngineSeen, catalogue_model, look_at_engine
 
 FIRST_PORT, PORTS = 9000, 100  # where a free one is looked for
@@ -82,7 +82,7 @@ def init(file: Path, wanted: Wanted, ask: Ask | None, say: Say) -> Made:
         raise ConfigError(f"{file.parent} is no folder")
     wanted, seen = _completed(wanted, ask, say)
     assert wanted.name is not None and wanted.engine is not None
-    key = file.parent / f"{file_name(wanted.name).removesuffix('.card.yaml')}.pem"
+    key = file.parent / f"{file_name(wanted.name).removesuffix(SUFFIX)}.pem"
     settings = _settings(wanted, key.name)
     # All but the profile is checked before an engine is measured, for minutes.
     engine = settings["engine"] | {"profile": _profile(wanted, seen)}
@@ -167,8 +167,13 @@ def _yes(said: str) -> bool:
 
 
 def _with_address(wanted: Wanted, ask: Ask | None, say: Say) -> Wanted:
-    host = wanted.host or "127.0.0.1"
-    port = wanted.port
+    url, host, port = wanted.url, wanted.host, wanted.port
+    if url is None and ask is not None:
+        said = ask("Address at which peers reach this machine, or `local`", _outward())
+        url = None if said == "local" else said
+    if host is None:
+        reached = host_of(_whole(url, FIRST_PORT, wanted.tls)) if url is not None else "localhost"
+        host = "127.0.0.1" if is_loopback(reached) else "::" if ":" in reached else "0.0.0.0"
     if port is None:
         port = next((each for each in range(FIRST_PORT, FIRST_PORT + PORTS) if is_free(host, each)), FIRST_PORT)
         if port != FIRST_PORT:
@@ -177,16 +182,10 @@ def _with_address(wanted: Wanted, ask: Ask | None, say: Say) -> Wanted:
         raise UsageError(f"--port is {port}, expected 1 to 65535")
     elif not is_free(host, port):
         raise UsageError(f"--port is {port}, which is in use at {host}: end what uses it, or choose another")
-    url = wanted.url
-    if url is None and ask is not None:
-        said = ask("Address at which peers reach this machine, or `local`", _outward())
-        url = None if said == "local" else said
     if url is not None:
         url = _whole(url, port, wanted.tls)
         if wanted.tls and not url.startswith("https://"):
             raise UsageError(f"--url is {url}, expected https:// with --tls")
-    if wanted.host is None and url is not None and not is_loopback(host_of(url)):
-        host = "::" if ":" in host_of(url) else "0.0.0.0"
     return wanted._replace(host=host, port=port, url=url)
 
 
