@@ -346,6 +346,7 @@ def _tidied(c: NodeConfig, folder: Path) -> NodeConfig:
         peers=tuple(replace(each, url=each.url.rstrip("/")) for each in c.peers),
         tls=c.tls and replace(c.tls, certificate=at(c.tls.certificate), key=at(c.tls.key)),
         ledger=settings and replace(settings, file=at(settings.file), genesis=at(settings.genesis)),
+        keys=tuple(replace(each, file=at(each.file)) if isinstance(each, KeyConfig) else each for each in c.keys),
     )  # fmt: skip
 
 
