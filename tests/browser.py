@@ -16,6 +16,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars",
 )  # fmt: skip
 PATIENCE_S = 60.0
+SLOW_S = 120.0  # for a page or a script, where other tests keep the machine busy
 WIDTH, PHONE = 1400, 390
 
 
@@ -99,6 +100,8 @@ def chromium(folder: Path) -> Iterator[Browser]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_script_timeout(SLOW_S)
+    driver.set_page_load_timeout(SLOW_S)
     try:
         yield Browser(driver)
     finally:

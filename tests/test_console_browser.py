@@ -30,7 +30,7 @@ HOSTILE = "<img src=x onerror=window.hacked=1></script>&lt;\"'${1}"
 NAMES = ("north", "south", "west")
 PLAN = Plan(nodes=3, base_port=0, policy=None, gpu="rtx-4090", model=MODEL, max_num_seqs=2, speed=5.0)
 MOST_BYTES = 300_000
-TRIES = 12
+TRIES = 25
 ROWS = "#peers tbody tr"
 
 

@@ -126,7 +126,8 @@ def test_an_engine_that_does_not_report_is_no_cause_for_alarm() -> None:
         async with net(Caching(reports=False)) as n:
             await converse(n, 3)
             seen = (await n.see())["prefix"]
-            assert seen["entries"] > 0 and seen["local"] == {"drift": 0.0, "reports": 0, "alarm": False}
+            nothing = {"drift": 0.0, "reports": 0, "alarm": False, "prompt": 0, "predicted": 0, "reported": 0}
+            assert seen["entries"] > 0 and seen["local"] == nothing
 
     play(scene)
 
