@@ -57,8 +57,8 @@ def test_keys_come_from_the_configuration_a_file_or_the_environment(
     file = tmp_path / "key"
     file.write_text("sk-file\n")
     monkeypatch.setenv("TEAM_KEY", "sk-env")
-    keys: list[Any] = ["sk-plain", {"name": "ci", "file": str(file)}, {"name": "team", "env": "TEAM_KEY"}]
-    parsed = config.parse(GOOD | {"keys": keys}, "t")
+    keys: list[Any] = ["sk-plain", {"name": "ci", "file": "key"}, {"name": "team", "env": "TEAM_KEY"}]
+    parsed = config.parse(GOOD | {"keys": keys}, "t", tmp_path)
     users = Users(parsed.user_keys, None, Clock())
     for key, name in (("sk-plain", "key-1"), ("sk-file", "ci"), ("sk-env", "team")):
         for sent in (f"Bearer {key}", f"bearer  {key} "):
