@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from wwwserve.agents.classes import CLASS_MEAN
+from wwwserve.agents.classes import CLASS_MEAN, INPUT_WORTH
 from wwwserve.agents.decision import AT_COST, HOLD
 from wwwserve.agents.policy.forward import LearnedPolicy, Net, net_of
 from wwwserve.agents.policy.network import Actor, Inputs, weights_of
@@ -202,7 +202,8 @@ def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
     worth = np.array([worth_per_s(planned) for planned in made.batch.plans], np.float32)
     at = [planned.scenario.name for planned in made.batch.plans].index("honest")
     one = made.batch.plans[at]
-    value = len(one.traffic.provider) * one.known[0, 0, CLASS_MEAN] / 1000  # of one class, of multiplier 1
+    paid = one.known[:, 0, CLASS_MEAN] + INPUT_WORTH * one.mean_prompt  # of one class, of multiplier 1; no sessions
+    value = paid[one.traffic.provider].sum() / 1000
     expected = value / (one.scenario.duration_s * len(one.profiles))
     assert worth[at] == pytest.approx(expected)
     rollout = made.collect(net, 0, 1, NONE)

@@ -199,6 +199,7 @@ class Kept:
 
     def __init__(self) -> None:
         self.started = self.resumable = False
+        self.limits: list[tuple[bytes, bytes]] = []
         self.body = b""
 
     async def start(self, status: int, content_type: str) -> None:

@@ -159,7 +159,7 @@ async def _nothing(*_: object) -> None:
     ("seed", "world", "undo", "adversaries", "seen"),
     [
         (101, of_machines, unbounded_exposure, ("free rider",), "lost|in escrow than"),
-        (124, of_machines, unchecked_signatures, ("replayer",), "taken|conflict"),
+        (132, of_machines, unchecked_signatures, ("replayer",), "taken|conflict"),
         (105, of_machines, escrow_that_need_not_cover, ("robber",), "lost"),
         (143, of_machines, receipts_of_open_requests, ("free rider",), "lost"),
         (101, of_machines, old_copies_that_go_on, (), "voucher|two vouchers|different"),

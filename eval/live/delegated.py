@@ -156,7 +156,8 @@ def run(seconds: float, connections: int, repeats: int) -> dict[str, Any]:
             ):
                 asked = network.urls[0]
                 if accounts:
-                    _wait_for_channel(asked)
+                    for url in network.urls:
+                        _wait_for_channel(url)
                 pids = [process.pid for process in network.nodes]
                 results[name] = uvloop.run(measure(nodes[0]["port"], pids, seconds, connections))
                 results[name]["handed_over"] = look(asked)["requests"]["handed_over"]
@@ -176,7 +177,7 @@ def configured(k: int, port: int, engine: int) -> dict[str, Any]:
 
 
 def _wait_for_channel(url: str) -> None:
-    """Until a node can pay its peer. Raises NetworkError."""
+    """Until a node can pay its peer, and be paid. Raises NetworkError."""
     until_s = time.monotonic() + overhead.READY_S
     while not any(each["reconciled"] for each in look(url)["ledger"]["channels"]):
         if time.monotonic() > until_s:
