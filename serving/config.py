@@ -142,15 +142,17 @@ class KeyConfig(Struct):
     def secret(self) -> str:
         """The key. Raises ConfigError."""
         if self.key is not None:
-            found: str | None = self.key
+            found = self.key
         elif self.file is not None:
             try:
                 found = Path(self.file).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"the file of key {self.name} cannot be read: {error}") from None
         else:
-            found = os.environ.get(self.env or "")
-        found = (found or "").strip()
+            if self.env is None or self.env not in os.environ:
+                raise ConfigError(f"key {self.name} is not there: the environment has no {self.env}")
+            found = os.environ[self.env]
+        found = found.strip()
         if not re.fullmatch(r"[!-~]{1,512}", found):
             raise ConfigError(f"key {self.name} must be 1 to 512 printable ASCII characters without spaces")
         return found
@@ -383,7 +385,9 @@ def _wire_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     if c.admin is not None:
         checks += [
             ("admin.port", 0 <= c.admin.port < 65536, f"0 to 65535, got {c.admin.port}"),
-            ("admin.key", c.admin.key != "" and (is_loopback(c.admin.host) or c.admin.key is not None),
+            ("admin.port", c.admin.port == 0 or c.admin.port != c.port, f"another one than port, got {c.port}"),
+            ("admin.key", c.admin.key != "", "of one character at least"),
+            ("admin.key", is_loopback(c.admin.host) or c.admin.key is not None,
              f"given where admin.host is {c.admin.host}, which others reach"),
         ]  # fmt: skip
     return checks

@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -21,6 +21,17 @@ LEFT = ("node", "API", "engine", "last decisions")  # as text is; numbers are at
 # Columns that a network's table does without where the terminal is too narrow, the first one first.
 SPARED = ("last decisions", "API", "margin", "markup", "remote", "held", "tariff", "engine", "answered", "waiting")
 WIDE = 1000  # characters, more than a table has
+
+
+def frame(urls: Sequence[str], page: str, width: int) -> Group:
+    """What `wwwserve up` shows: the nodes at `urls` that answer, and where the page of the network is."""
+    seen = []
+    for url in urls:
+        try:
+            seen.append(look(url))
+        except NetworkError:
+            continue
+    return Group(table(seen, width), f"console: {page}")
 
 
 def table(seen: list[dict[str, Any]], width: int | None = None) -> Table:
@@ -45,14 +56,16 @@ def _row(each: dict[str, Any]) -> dict[str, str]:
     answered = requests["answered"]
     labels = {peer["key"]: _who(peer) for peer in each["peers"]}
     decisions = [labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]]
+    up = engine["up"]  # else its load is what it counts as
     return {
-        "node": each["name"], "API": each["url"], "engine": "up" if engine["up"] else "down",
-        "running": f"{engine['running']:.0f}", "waiting": f"{engine['waiting']:.0f}", "KV": f"{engine['kv_use']:.0%}",
+        "node": each["name"], "API": each["url"], "engine": "up" if up else "down",
+        "running": f"{engine['running']:.0f}" if up else "-", "waiting": f"{engine['waiting']:.0f}" if up else "-",
+        "KV": f"{engine['kv_use']:.0%}" if up else "-",
         "held": str(each["held"]), "remote": str(each["remote"]), "tariff": _tariff(each["tariff"]),
         "markup": f"{each['markup']:g}", "margin": "-" if each["margin"] is None else f"{each['margin']:+.0%}",
         "asked": str(requests["accepted"]), "answered": str(answered), "handed over": str(requests["handed_over"]),
         "in time": f"{requests['on_time'] / answered:.0%}" if answered else "-",
-        "mean s": f"{requests['mean_latency_s']:.2f}", "last decisions": " ".join(decisions),
+        "mean s": f"{requests['mean_latency_s']:.2f}" if answered else "-", "last decisions": " ".join(decisions),
     }  # fmt: skip
 
 
@@ -112,13 +125,7 @@ def up(plan: Plan) -> None:
                     signal.pause()
             with Live(console=console, auto_refresh=False) as live:
                 while True:
-                    seen = []
-                    for url in network.urls:
-                        try:
-                            seen.append(look(url))
-                        except NetworkError:
-                            continue
-                    live.update(Group(table(seen, console.width), f"console: {url}"), refresh=True)
+                    live.update(frame(network.urls, url, console.width), refresh=True)
                     time.sleep(REFRESH_S)
     except KeyboardInterrupt:
         pass

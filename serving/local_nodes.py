@@ -422,6 +422,9 @@ class Plan(NamedTuple):
     membership: Literal["static", "zenoh"] = "static"
 
 
+MOST_PORT = 65535
+
+
 def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
     """The nodes' configurations, and the commands of their engines.
 
@@ -430,6 +433,10 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
     """
     if not 1 <= plan.nodes <= 256:
         raise NetworkError(f"--nodes is {plan.nodes}, expected 1 to 256")
+    highest = MOST_PORT + 1 - plan.nodes
+    if not 0 <= plan.base_port <= highest:
+        expected = f"1 to {highest}, or 0 for any ports that are free"
+        raise NetworkError(f"--base-port is {plan.base_port}, expected {expected}")
     free = free_ports(3 * plan.nodes)
     engine_ports, ports, endpoints = free[::3], free[1::3], [f"tcp/127.0.0.1:{port}" for port in free[2::3]]
     if plan.base_port:

@@ -68,6 +68,12 @@ def test_keys_come_from_the_configuration_a_file_or_the_environment(
     )  # without limits nothing is said of any
 
 
+def test_a_key_is_of_one_user() -> None:
+    """Else the limits of one of the two would count for nothing."""
+    with pytest.raises(ConfigError, match="a and b are the same key"):
+        Users([KeyConfig(name="a", key="x", requests_per_minute=1), KeyConfig(name="b", key="x")], None, Clock())
+
+
 @pytest.mark.parametrize("given", [{"env": "NO_SUCH_VARIABLE"}, {"file": "/no/such/file"}, {"key": "two words"}])
 def test_a_key_that_is_not_there_ends_the_start(given: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"key.* team"):

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from wwwserve.serving.config import ConfigError
-from wwwserve.serving.display import show, table
+from wwwserve.serving.display import frame, show, table
 from wwwserve.serving.local_nodes import NetworkError, Plan, configurations, look, running
 
 MODEL = "qwen3-8b"
@@ -162,7 +162,7 @@ def test_a_node_is_shown_in_a_narrow_terminal(
     )  # fmt: skip
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
     shown = {row[0]: row[1] for row in rows if len(row) == 2}
-    assert (shown["API"], shown["engine"], shown["KV"]) == ("http://10.0.0.1:9000", "down", "25%")
+    assert (shown["API"], shown["engine"], shown["KV"]) == ("http://10.0.0.1:9000", "down", "-")
     assert shown["reason"] == "it is not there"
     assert shown["policy"] == "www_serve"
     assert (shown["tariff"], shown["markup"], shown["margin"]) == ("0.25/1.5", "1.25", "-10%")
@@ -212,3 +212,14 @@ def test_what_cannot_come_up_says_why(tmp_path: Path) -> None:
         look("127.0.0.1:9")
     with pytest.raises(NetworkError, match="does not answer as a node"):
         look("http://127.0.0.1:9")
+
+
+def test_the_page_of_the_network_is_named_below_its_table() -> None:
+    [_, page] = frame(["http://127.0.0.1:1", "http://127.0.0.1:2"], "http://127.0.0.1:9100", 80).renderables
+    assert page == "console: http://127.0.0.1:9100"
+
+
+@pytest.mark.parametrize("base_port", [-1, 65535, 80_000])
+def test_ports_that_cannot_be_are_named(base_port: int) -> None:
+    with pytest.raises(NetworkError, match=f"--base-port is {base_port}, expected 1 to 65534"):
+        configurations(PLAN._replace(nodes=2, base_port=base_port))

@@ -10,7 +10,7 @@ from hashlib import sha256
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from wwwserve.serving.config import KeyConfig
+from wwwserve.serving.config import ConfigError, KeyConfig
 from wwwserve.serving.http.asgi import bearer
 from wwwserve.serving.http.reply import Failed
 
@@ -131,15 +131,23 @@ class Users:
     """Those of one node."""
 
     def __init__(self, keys: Sequence[KeyConfig], counts: KeyCounts | None, clock: Callable[[], float]) -> None:
-        """Raises ConfigError for a key that is not there."""
+        """Raises ConfigError for a key that is not there, or that two have."""
         self._everyone = User(KeyConfig(name=""), clock, None) if not keys else None
-        self._users = {_digest(each.secret().encode()): User(each, clock, counts) for each in keys}
+        self._users: dict[bytes, User] = {}
+        for each in keys:
+            digest = _digest(each.secret().encode())
+            if digest in self._users:
+                raise ConfigError(f"keys must differ, {self._users[digest].name} and {each.name} are the same key")
+            self._users[digest] = User(each, clock, counts)
 
     def user_of(self, headers: Mapping[bytes, bytes]) -> User:
         """Whose request it is. Raises Failed for a key that is not known."""
         if self._everyone is not None:
             return self._everyone
-        user = self._users.get(_digest(bearer(headers)))
+        key = bearer(headers)
+        user = self._users.get(_digest(key))
+        if user is None and not key:
+            raise Failed(401, "no API key is shown, expected `Authorization: Bearer KEY`", "authentication_error")
         if user is None:
             raise Failed(401, "this API key is not known here", "authentication_error")
         return user

@@ -19,10 +19,10 @@ export function start(handlers) {
       handlers.snapshot(seen);
     },
     state(name, detail) {
-      const old = name === "live" || !last_s ? "" : `, shown is ${time(last_s)}`;
+      const old = name === "live" || !last_s ? "" : `shown is ${time(last_s)}`;
       setText(byId("state-sign"), SIGNS[name]);
       setText(byId("state-text"), SAID[name]);
-      setText(byId("state-detail"), name === "live" ? "" : [detail, old].filter(Boolean).join(""));
+      setText(byId("state-detail"), name === "live" ? "" : [detail, old].filter(Boolean).join(", "));
       if (name === state) return;
       state = name;
       setAttributes(document.body, { "data-state": name });
