@@ -56,7 +56,7 @@ def test_a_stream_comes_chunk_by_chunk() -> None:
         (b'{"model": "stub", "pad": "' + b"x" * 3000 + b'"}', {}, 413, "larger than 2000 bytes"),
         (b'{"model": "stub"}', {"x-pad": "y" * 3000}, 431, "headers are too large"),
         (b'{"model": "stub"}', {"authorization": "Bearer wrong"}, 401, "API key is not known"),
-        (b'{"model": "stub"}', {"authorization": ""}, 401, "API key is not known"),
+        (b'{"model": "stub"}', {"authorization": ""}, 401, "no API key is shown"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_the_reason(
