@@ -120,6 +120,20 @@ class Deviating:
         actions.route[deviating & ~self._buys & (actions.route >= FIRST_CANDIDATE)] = LOCAL
 
 
+class Posting:
+    """A policy whose markup is always the same."""
+
+    def __init__(self, policy: Policy, markup: int) -> None:
+        """`markup` is an index into MARKUPS."""
+        self.name = f"{policy.name} at markup {MARKUPS[markup]:g}"
+        self._policy, self._markup = policy, markup
+
+    def decide(self, views: Views, active: Bools, uniforms: Floats, actions: Actions) -> None:
+        """See `Policy.decide`."""
+        self._policy.decide(views, active, uniforms, actions)
+        actions.markup[active] = self._markup
+
+
 Watch = Callable[[MarketBatch], None]
 
 

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.arguments import Count, File, Policies, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.rules import Policy
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.envs.distribution import KINDS, sample
 from wwwserve.envs.oracle import Oracle
 from wwwserve.envs.scenario import ScenarioError, load
 from wwwserve.envs.state import MarketPlan, plan
 from wwwserve.eval.compare import FIRST_TEST_SEED, Scenarios, check_outputs, columns, write_json
-from wwwserve.eval.deviations import Deviation, Lane, constant_markups, play, summed_gains
+from wwwserve.eval.deviations import Deviation, Lane, Posting, constant_markups, play, summed_gains
 from wwwserve.eval.metrics import CONFIDENCE, interval
 from wwwserve.eval.policies import PolicyError, load_policy
 
@@ -143,6 +144,8 @@ class Args:
     """names of packaged scenarios, or files; random/KIND for another market of a kind with each seed"""
     among: Annotated[str, tyro.conf.arg(metavar="NAME|BUNDLE")] = "competitive"
     """what the others play, and what the one is compared with"""
+    asking: Annotated[float | None, tyro.conf.arg(metavar="MARKUP")] = None
+    """the markup that all of them post, and the one too where it keeps to `--among`; default: what `--among` posts"""
     group: Annotated[Policies, tyro.conf.arg(metavar="NAME POLICY...")] = ()
     """a name, then policies, or bundles, from the same training with other seeds; may be given again"""
     markups: bool = False
@@ -162,6 +165,14 @@ def _player(argument: str) -> Policy:
     if isinstance(policy, Oracle):
         raise UsageError(f"{argument!r} sees everything, expected a policy that a provider can play")
     return policy
+
+
+def _asking(policy: Policy, markup: float | None) -> Policy:
+    if markup is None:
+        return policy
+    if markup not in MARKUPS:
+        raise UsageError(f"--asking is {markup:g}, expected one of {', '.join(f'{each:g}' for each in MARKUPS)}")
+    return Posting(policy, int(np.argmax(markup == MARKUPS)))
 
 
 def _groups(args: Args) -> Groups:
@@ -188,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = _groups(args)
         check_outputs(args.json, None)
         tasks = draw_tasks(args.scenarios, range(args.first_seed, args.first_seed + args.seeds))
-        among = _player(args.among)
+        among = _asking(_player(args.among), args.asking)
     except (UsageError, ScenarioError, PolicyError) as error:
         return refuse(PROG, error)
     found = gains(among, groups, tasks, args.threads, lambda line: print(line, file=sys.stderr, flush=True))

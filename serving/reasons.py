@@ -102,5 +102,5 @@ def legend() -> dict[str, Any]:
         return [{"name": each.name, "unit": each.unit, "meaning": each.meaning} for each in features]
 
     return {
-        "node": told(NODE_FEATURES), "request": told(REQUEST_FEATURES),"kept_per_s": PER_S,
+        "node": told(NODE_FEATURES), "request": told(REQUEST_FEATURES), "kept_per_s": PER_S,
     }  # fmt: skip

@@ -121,6 +121,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["groups"]["alone"]["iqm"] < 0.0
     shown = capsys.readouterr().out
     assert f"{100 * result['groups']['alone']['iqm']:+.2f}" in shown
+    assert rivals.main([str(file), "--among", "best_value", "--markups", "--asking", "3", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    still = [name for name, each in result["groups"].items() if not np.any(each["gains"])]
+    assert result["among"] == "best_value at markup 3" and still == ["markup 3"]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +133,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([], "no scenario is given"),
         (["random/nice", "--markups"], "random/nice: expected random/KIND"),
         (["random/thin"], "expected --group or --markups"),
+        (
+            ["random/thin", "--markups", "--asking", "4"],
+            "--asking is 4, expected one of 0.75, 1, 1.25, 1.5, 2, 3, 5, 8",
+        ),
         (["random/thin", "--group", "alone"], "--group 'alone', expected a name and policies"),
         (["random/thin", "--group", "a", "single", "--group", "a", "single"], "--group 'a' is given twice"),
         (["random/thin", "--group", "a", "omniscient"], "'omniscient' sees everything"),

@@ -3,7 +3,7 @@
 import errno
 import os
 import socket
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
 
 BACKLOG = 1024  # connections that wait to be accepted
@@ -30,20 +30,25 @@ def host_of(url: str) -> str:
 
 def is_unspecified(host: str) -> bool:
     """Whether it says "every address of this machine" to who listens, and nothing to who calls: 0.0.0.0 and ::."""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return (mapped or address).is_unspecified
+    address = _address(host)
+    return address is not None and address.is_unspecified
 
 
 def is_loopback(host: str) -> bool:
     """Whether it is this machine, for itself alone."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
+    address = _address(host)
+    if address is None:
         return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    """An address, of one of IPv4 that is written as one of IPv6 the former; None for a name."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    return (address.ipv4_mapped if isinstance(address, IPv6Address) else None) or address
 
 
 def here(host: str) -> str:

@@ -19,9 +19,7 @@ T = TypeVar("T")
 class HttpReply(Reply):
     """An answer on its way to the client."""
 
-    def __init__(
-        self, send: Send, headers: Sequence[tuple[bytes, bytes]] = (), counting: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]] = (), counting: bool = False) -> None:
         """`headers` go out with it; what goes out is counted where `counting`."""
         super().__init__()
         self._counting = counting

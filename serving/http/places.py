@@ -120,16 +120,6 @@ def _make_room(waiting: dict[str, dict[C, None]], address: str | None, places: P
     return True
 
 
-def is_loopback(host: str) -> bool:
-    """Whether it is an address of this machine, for itself alone."""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return (mapped or address).is_loopback
-
-
 @lru_cache(maxsize=4096)
 def address_of(host: str) -> str:
     """What counts as one address: an IPv4 address, or the /64 of an IPv6 address; what is neither stays."""

@@ -16,6 +16,7 @@ from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, REFUSED, TARIFF, TP
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
 from wwwserve.serving.duel.messages import ATTEST_PATH, COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Declined
 from wwwserve.serving.engine.prefix_index import prefix_of
+from wwwserve.serving.http.addresses import is_loopback
 from wwwserve.serving.http.asgi import Receive, Scope, Send, answer, expect, fail
 from wwwserve.serving.http.clients import HttpReply, object_in, receive_body, unless_gone
 from wwwserve.serving.http.connection import CONNECTION, Connection
@@ -24,7 +25,7 @@ from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, tel
 from wwwserve.serving.http.keys import NAME_CHARS
 from wwwserve.serving.http.messages import SIGNATURE, Claim, Refusals, Refused
 from wwwserve.serving.http.pages import HEALTH, Pages
-from wwwserve.serving.http.places import address_of, is_loopback
+from wwwserve.serving.http.places import address_of
 from wwwserve.serving.http.quotas import Quotas
 from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed
 from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN
