@@ -1,4 +1,7 @@
-"""What an operator says of a node, in `node.yaml`: validated, every key with its default here."""
+"""What an operator says of a node, in `node.yaml`: validated, every key with its default here.
+
+It is long, as all keys and what is expected of each stand together.
+"""
 
 import math
 import os

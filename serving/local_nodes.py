@@ -2,7 +2,7 @@
 
 `programs` starts any, each in a process group of its own with a log, and ends them with the context; a guard does so
 where this process is killed. `served` waits for engines, `started` for nodes that see each other, `running` for a
-network of nodes that are all alike.
+network of nodes that are all alike. All of it is in one file, as all has to be ended by the same rules.
 """
 
 import asyncio

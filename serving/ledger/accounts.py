@@ -2,7 +2,7 @@
 
 An origin pays for what it received, counted and timed by itself; an executor counts and times what it sent, and keeps
 it as evidence where the two differ by more than a round trip and a tolerance. Both digest the bytes of the answer as
-they pass.
+they pass. Both sides of a request stand here, which makes it long, as each has to count as the other does.
 """
 
 import asyncio
