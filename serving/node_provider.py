@@ -18,7 +18,7 @@ from wwwserve.agents.decision import FIRST_CANDIDATE, NODES, make_actions, may_h
 from wwwserve.agents.estimate import expect
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
 from wwwserve.agents.hardware import Profile
-from wwwserve.agents.kernel import Bools, Floats, Ints, Record, Records, kernel, one_at_a_time, records
+from wwwserve.agents.kernel import Bools, Floats, Ints, Records, kernel, one_at_a_time, records
 from wwwserve.agents.knowledge import (
     AD_CONTEXT,
     AD_MEAN_OUTPUT,
@@ -65,17 +65,6 @@ from wwwserve.serving.market import Market, Promise, Tariff
 _RUNNING = np.dtype([("request", np.int64), ("own", np.bool_), ("generated", np.float64)])
 
 
-@kernel
-def _appraise(
-    p: Record, a: Record, q: Records, requests: Ints, own: Bools, generated: Floats, now_s: float
-) -> None:  # fmt: skip
-    """The marginal cost by what runs: `requests` [M] are rows of `q`, see `count_running` for the rest."""
-    found = begin_appraisal(p, a)
-    for k in range(requests.size):
-        found = count_running(p, a, q[requests[k]], own[k], generated[k], now_s, found)
-    end_appraisal(p, a, found, now_s)
-
-
 Lookup = Callable[[Any, int, str, float], tuple[int, float]]
 """Of a request, by its key and its prompt tokens: how many of them are cached at a peer, here for "", by what was used
 there since a time, and when they were last used there, in seconds of the caller's clock."""
@@ -96,6 +85,22 @@ class Decision(NamedTuple):
 # finds out its type each time, and one with an array a tenth of that.
 
 KEPT, NEW_HEAD, NEW_DRAW = range(3)  # the head is as before; it is another; and it has no candidates
+
+
+@kernel
+def _is_cost_old(p: Records, a: Records, now_s: float) -> bool:
+    return transitions.is_cost_old(p[0], a[0], now_s)
+
+
+@kernel
+def _appraise(
+    p: Records, a: Records, q: Records, requests: Ints, own: Bools, generated: Floats, now_s: float
+) -> None:  # fmt: skip
+    """The marginal cost by what runs: `requests` [M] are rows of `q`, see `count_running` for the rest."""
+    found = begin_appraisal(p[0], a[0])
+    for k in range(requests.size):
+        found = count_running(p[0], a[0], q[requests[k]], own[k], generated[k], now_s, found)
+    end_appraisal(p[0], a[0], found, now_s)
 
 
 @kernel
@@ -472,14 +477,14 @@ class NodeProvider:
 
     def is_cost_old(self, now_s: float) -> bool:
         """Whether the marginal cost is to be worked out again before it is used."""
-        return bool(transitions.is_cost_old(self.record, self.agreement, now_s))
+        return bool(_is_cost_old(self._provider, self._agreement, now_s))
 
     def appraise(self, running: Iterable[tuple[int, bool, float]], now_s: float) -> None:
         """Work out what one more request costs: `running` are the numbers of requests that the engine runs, whether
         they are of own users, and the tokens of each that are generated."""
         table = np.array([*running], _RUNNING)
         _appraise(
-            self.record, self.agreement, self._requests, table["request"], table["own"], table["generated"], now_s
+            self._provider, self._agreement, self._requests, table["request"], table["own"], table["generated"], now_s
         )
 
     def scraped(

@@ -129,11 +129,11 @@ class UserApi:
                 prompt = self.passthrough.prompt(body)
                 reply.asked = "local"
                 asked = self.passthrough.answer(call.path, body, call.trace.for_engine(), reply)
-                usage = await unless_gone(call.receive, asked)
+                usage = await unless_gone(call.scope, asked)
             else:
                 completion = self._completion(call, request, body)
                 prompt = completion.prompt_ids + round(completion.prompt_bytes / self.dispatcher.bytes_per_token)
-                usage = await unless_gone(call.receive, self.dispatcher.answer(completion, reply))
+                usage = await unless_gone(call.scope, self.dispatcher.answer(completion, reply))
             await reply.end()
         except ClientDisconnect:
             hung_up = True
