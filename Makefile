@@ -32,7 +32,8 @@ paper: $(INSTALLED)
 	$(BIN)/python -m eval.paper $(ARGS)
 
 BROWSER := /usr/bin/chromium /usr/bin/chromedriver
-test: $(INSTALLED) $(BROWSER)
+PROMETHEUS := /usr/bin/prometheus /usr/bin/promtool
+test: $(INSTALLED) $(BROWSER) $(PROMETHEUS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -42,6 +43,12 @@ $(BROWSER) &: # in which the console is tested
 	@test "$$(id -u)" = 0 || { echo 'Chromium is needed for tests: sudo apt-get install chromium chromium-driver' >&2; exit 1; }
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver
+
+$(PROMETHEUS) &: # by which metrics, alerts and the board are tested; its service is masked, so that it never starts
+	@test "$$(id -u)" = 0 || { echo 'Prometheus is needed for tests: sudo apt-get install prometheus' >&2; exit 1; }
+	ln -sfn /dev/null /etc/systemd/system/prometheus.service
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'

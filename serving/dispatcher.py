@@ -379,10 +379,13 @@ class Dispatcher:
                     job.completion, reply = again.rest(), again
                 try:
                     if decision.route == LOCAL:
-                        usage = await self._run_here(job.completion, job.prompt, reply, request)
+                        meter = await self._run_here(job.completion, job.prompt, reply, request)
                     else:
                         reply.limits.clear()
-                        usage = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
+                        meter = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
+                    usage = meter.usage
+                    if completion.stream:
+                        self._measure(completion.klass, where, again or meter, arrival_s)
                     break
                 except RetryableError as reason:
                     log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
@@ -405,8 +408,14 @@ class Dispatcher:
             provider.release(request)
             took_s = self.clock() - arrival_s
             on_time = outcome == "answered" and took_s <= self.last_deadlines_s[completion.klass]
-            self.metrics.ended(outcome, where, took_s, on_time)
+            self.metrics.ended(completion.klass, outcome, where, took_s, on_time)
             self._reopen()
+
+    def _measure(self, klass: int, where: str, stream: AnswerMeter | Resumed, arrival_s: float) -> None:
+        """A user's stream, of which the meter is given or what was resumed, has just come to its end."""
+        if stream.first_s is not None:
+            first_s = stream.first_s * self.speed
+            self.metrics.streamed(klass, where, first_s - arrival_s, self.clock() - first_s, stream.tokens)
 
     def _reopen(self) -> None:
         """An answer is done, so what is held may be decided on."""
@@ -443,9 +452,9 @@ class Dispatcher:
     async def _run_here(
         self, completion: CompletionRequest, prompt: int, reply: Reply, request: int, meter: AnswerMeter | None = None,
         paid: Delivery | None = None,
-    ) -> Usage | None:  # fmt: skip
-        """Run a request on the own engine, a peer's with a `meter`, for which the peer pays. Raises RetryableError if
-        nothing came of it yet, Failed if something had."""
+    ) -> AnswerMeter:  # fmt: skip
+        """Run a request on the own engine, a peer's with a `meter`, for which the peer pays; returns the meter of its
+        answer. Raises RetryableError if nothing came of it yet, Failed if something had."""
         own, meter = meter is None, meter or AnswerMeter()
         predicted = self.prefixes.cached(completion.prefix, prompt).tokens
         # Whoever comes next finds it computed.
@@ -491,7 +500,7 @@ class Dispatcher:
             if usage is not None and self.accounts is not None:
                 self.accounts.rate.counted(usage.output, meter.text_bytes)
             remember(self.prefixes, self.metrics, HERE, completion.prefix, prompt, meter, predicted)
-        return usage
+        return meter
 
     def _turned_away(self, completion: CompletionRequest, response: Response) -> RetryableError:
         """The own engine does not answer: it is full, or something is wrong with it. Another is to be asked."""

@@ -171,7 +171,7 @@ async def serve(
         direct, peers = DirectTransport(), AiohttpTransport(identity=None if config.tls is None else identity)
         stack.callback(direct.close)
         stack.push_async_callback(peers.close)
-        metrics = Metrics()
+        metrics = Metrics(config.class_names)
         refusals = Refusals(metrics.message_refused, asyncio.get_running_loop().time)
         ledger = ledger_of(config, identity, provider.market.payment, stack)
         known = (*(ledger.grants if ledger is not None else ()), *(config.trust or ()))
