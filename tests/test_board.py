@@ -70,6 +70,9 @@ def test_every_alert_fires_and_none_fires_where_all_is_well() -> None:
     promtool("test", "rules", ROOT / "tests/alerts.yml")
     [group] = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
     [case] = yaml.safe_load((ROOT / "tests/alerts.yml").read_text())["tests"]
+    page = (ROOT / "docs/observability.md").read_text()
+    told = re.findall(r"^\| `(Wwwserve\w+)`", page, re.M)
+    assert sorted(told) == sorted(rule["alert"] for rule in group["rules"])
     before, after = case["promql_expr_test"]
     fired = [re.findall(r'"(\w+)"', each["labels"]) for each in after["exp_samples"]]
     assert fired == [[rule["alert"], "ill"] for rule in group["rules"]] and "exp_samples" not in before
