@@ -54,7 +54,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[train,dev]'
+	$(BIN)/python -m pip install -q -e '.[train,dev,trace]'
 	mkdir -p $(VENV)/checkout && ln -sfn ../.. $(VENV)/checkout/wwwserve # where mypy finds the packages by their name
 	touch $@
 

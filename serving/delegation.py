@@ -48,6 +48,7 @@ from wwwserve.serving.ledger.verdicts import Verdict
 from wwwserve.serving.market import Promise, Tariff
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
+from wwwserve.serving.tracing import end_exchange, promised
 
 log = logging.getLogger("wwwserve.delegation")
 
@@ -174,7 +175,8 @@ class Delegation:
         request, name, completion = offer.request, offer.peer, offer.completion
         path = PEER_PREFIX + completion.path
         tariff = self.provider.tariff_of(request)
-        headers = {PROMPT: str(offer.prompt), TARIFF: " ".join(map(str, tariff)), **completion.trace.for_peer()}
+        trace = completion.trace.child("delegate", "client")
+        headers = {PROMPT: str(offer.prompt), TARIFF: " ".join(map(str, tariff)), **trace.for_peer()}
         self.under_way.add(request)
         predicted = self.prefixes.cached(completion.prefix, offer.prompt, name).tokens
         handed: Handed | None = None
@@ -229,6 +231,9 @@ class Delegation:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
             raise RetryableError(reason) from None
         finally:
+            if trace.span is not None:
+                trace.span.note({"wwwserve.peer": name, **(promised(handed.promise) if handed is not None else {})})
+                end_exchange(trace.span, 200 if handed is not None else 0, handed.meter if handed is not None else None)
             self._end_attempt(request, handed, answered)
             if answered and handed is not None:
                 remember(self.prefixes, self.metrics, name, completion.prefix, offer.prompt, handed.meter, predicted)

@@ -42,6 +42,7 @@ from wwwserve.serving.membership.heartbeat import Membership, StaticMembership
 from wwwserve.serving.membership.zenoh import ZenohMembership, open_session
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import NodeProvider
+from wwwserve.serving.tracing import Tracing
 
 log = logging.getLogger("wwwserve.node")
 
@@ -179,7 +180,10 @@ async def serve(
         messages = Messages(identity, membership.knows, wall_clock)
         settings = config.engine
         engine = Engine(settings.kind, settings.url, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
-        dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
+        tracing = Tracing(config.tracing, config.name, identity.name) if config.tracing is not None else None
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)
+        dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger, tracing)
         if isinstance(membership, ZenohMembership):
             membership.forgotten, membership.reached_by = dispatcher.forget, url
             membership.only_tls = config.tls is not None
