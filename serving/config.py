@@ -161,6 +161,13 @@ class KeyConfig(Struct):
         return found
 
 
+class TracingConfig(Struct):
+    """Where spans of requests go, for OpenTelemetry."""
+
+    endpoint: str  # of a collector, OTLP over HTTP
+    sample: float = 1.0  # share of requests
+
+
 class CorsConfig(Struct):
     """Pages in browsers that may ask the users' API."""
 
@@ -246,6 +253,7 @@ class NodeConfig(Struct):
     keys: tuple[str | KeyConfig, ...] = ()  # API keys of users; none: everyone is a user
     cors: CorsConfig | None = None  # none: no page of another origin
     access_log: bool = False  # a line for each request of a user
+    tracing: TracingConfig | None = None  # none: no spans
     membership: StaticConfig | ZenohConfig = msgspec.field(default_factory=StaticConfig)
     peers: tuple[PeerConfig, ...] = ()  # with static membership
     tls: ServerTlsConfig | None = None  # none: HTTP
@@ -456,6 +464,17 @@ def _user_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
+def _tracing_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
+    if c.tracing is None:
+        return []
+    endpoint, sample = c.tracing.endpoint, c.tracing.sample
+    return [
+        ("tracing.endpoint", re.fullmatch(r"https?://[!-~]+", endpoint) is not None,
+         f"http:// or https:// and where a collector is, got {endpoint!r}"),
+        ("tracing.sample", 0 <= sample <= 1, f"0 to 1, got {sample:g}"),
+    ]  # fmt: skip
+
+
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
     keys = [peer.key for peer in c.peers]
@@ -476,6 +495,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
         *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],
         *_user_checks(c),
+        *_tracing_checks(c),
         *_wire_checks(c),
         *_membership_checks(c),
         *_ledger_checks(c),

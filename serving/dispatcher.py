@@ -9,6 +9,7 @@ one event loop; a request is one task from arrival to its end.
 import asyncio
 import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
 from wwwserve.serving.reasons import Reasons
+from wwwserve.serving.tracing import Tracing, end_exchange, promised
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -101,8 +103,9 @@ class Dispatcher:
     def __init__(
         self, config: NodeConfig, provider: NodeProvider, engine: Engine, membership: Membership,
         messages: Messages, transport: Transport, metrics: Metrics, url: str,
-        ledger: ChannelLedger | None = None,
+        ledger: ChannelLedger | None = None, tracing: Tracing | None = None,
     ) -> None:  # fmt: skip
+        self.tracing = tracing
         self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
         self.messages, self.metrics, self.url = messages, metrics, url
         self.speed = config.market.speed
@@ -372,17 +375,18 @@ class Dispatcher:
         try:
             while True:
                 self.dispatch()
-                decision = await job.placed
+                decision = await (job.placed if completion.trace.span is None else self._placed(job))
                 where = "local" if decision.route == LOCAL else "peer"
                 user.asked = decision.peer or "local"
                 if again is not None:
                     job.completion, reply = again.rest(), again
                 try:
                     if decision.route == LOCAL:
-                        usage = await self._run_here(job.completion, job.prompt, reply, request)
+                        meter = await self._run_here(job.completion, job.prompt, reply, request)
                     else:
                         reply.limits.clear()
-                        usage = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
+                        meter = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
+                    usage = meter.usage
                     break
                 except RetryableError as reason:
                     log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
@@ -393,6 +397,8 @@ class Dispatcher:
                     provider.reprompt(request, job.prompt)
                     self._take_back(job, decision, reason)
             outcome = "answered"
+            if completion.stream:
+                self._measure(completion.klass, where, again or meter, arrival_s)
             self._learn(completion, usage)
             self.prefixes.answered(prefix)
             return usage
@@ -405,8 +411,33 @@ class Dispatcher:
             provider.release(request)
             took_s = self.clock() - arrival_s
             on_time = outcome == "answered" and took_s <= self.last_deadlines_s[completion.klass]
-            self.metrics.ended(outcome, where, took_s, on_time)
+            self.metrics.ended(completion.klass, outcome, where, took_s, on_time)
             self._reopen()
+
+    async def _placed(self, job: Job) -> Decision:
+        """The decision on a request that is traced."""
+        completion, provider = job.completion, self.provider
+        span = completion.trace.child("decide", "internal").span
+        assert span is not None
+        span.note({"wwwserve.class": self.config.class_names[completion.klass]})
+        try:
+            decision = await job.placed
+            if decision.peer is None:
+                cached = self.cached_here(completion.prefix, job.prompt)
+                promise = provider.expect(job.prompt, cached)
+            else:
+                promise = provider.shown(job.request)
+            chosen, candidates = decision.peer or "local", len(provider.candidates(job.request))
+            span.note({"wwwserve.chosen": chosen, "wwwserve.candidates": candidates, **promised(promise)})
+            return decision
+        finally:
+            span.end(sys.exception())
+
+    def _measure(self, klass: int, where: str, stream: AnswerMeter | Resumed, arrival_s: float) -> None:
+        """A user's stream, of which the meter is given or what was resumed, has just come to its end."""
+        if stream.first_s is not None:
+            first_s = stream.first_s * self.speed
+            self.metrics.streamed(klass, where, first_s - arrival_s, self.clock() - first_s, stream.tokens)
 
     def _reopen(self) -> None:
         """An answer is done, so what is held may be decided on."""
@@ -443,21 +474,23 @@ class Dispatcher:
     async def _run_here(
         self, completion: CompletionRequest, prompt: int, reply: Reply, request: int, meter: AnswerMeter | None = None,
         paid: Delivery | None = None,
-    ) -> Usage | None:  # fmt: skip
-        """Run a request on the own engine, a peer's with a `meter`, for which the peer pays. Raises RetryableError if
-        nothing came of it yet, Failed if something had."""
+    ) -> AnswerMeter:  # fmt: skip
+        """Run a request on the own engine, a peer's with a `meter`, for which the peer pays; returns the meter of its
+        answer. Raises RetryableError if nothing came of it yet, Failed if something had."""
         own, meter = meter is None, meter or AnswerMeter()
         predicted = self.prefixes.cached(completion.prefix, prompt).tokens
         # Whoever comes next finds it computed.
         added = self.prefixes.remember(HERE, completion.prefix, prompt, told=False)
-        exchange = self.engine.post(completion.path, completion.body, completion.trace.for_engine())
+        trace, status = completion.trace.child("engine", "client"), 0
+        exchange = self.engine.post(completion.path, completion.body, trace.for_engine())
         expected = self.provider.expect(prompt, predicted)
         self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange)
         self.engine.sent(prompt)
         try:
             async with exchange as response:
                 reply.limits[:] = limits_said(response)
-                if response.status in ENGINES_FAULT or response.status >= 500:
+                status = response.status
+                if status in ENGINES_FAULT or status >= 500:
                     raise self._turned_away(completion, response)
                 if response.status == 200:
                     self.engine.answered()
@@ -482,6 +515,8 @@ class Dispatcher:
             del self.here[request]
             usage = meter.usage
             output = usage.output if usage else meter.tokens
+            if trace.span is not None:
+                end_exchange(trace.span, status, meter)
             self.engine.returned(prompt, output)
             if not output:
                 self.prefixes.retract(HERE, added)
@@ -491,7 +526,7 @@ class Dispatcher:
             if usage is not None and self.accounts is not None:
                 self.accounts.rate.counted(usage.output, meter.text_bytes)
             remember(self.prefixes, self.metrics, HERE, completion.prefix, prompt, meter, predicted)
-        return usage
+        return meter
 
     def _turned_away(self, completion: CompletionRequest, response: Response) -> RetryableError:
         """The own engine does not answer: it is full, or something is wrong with it. Another is to be asked."""
@@ -535,6 +570,8 @@ class Dispatcher:
             prompt, longest, tariff, promise, taken_s, self.cached_here(completion.prefix, prompt)
         )
         self.metrics.remote(origin, 1)
+        if self.tracing is not None:
+            completion = completion._replace(trace=self.tracing.begin(completion.trace, "serve"))
         outcome = "failed"
         try:
             asked = completion._replace(body=with_keys(completion.body, added))
@@ -562,6 +599,9 @@ class Dispatcher:
                 paid.end(line.digest.hexdigest() if served else "", came)
             self.provider.served(request)
             self.metrics.remote(origin, -1, outcome)
+            if (span := completion.trace.span) is not None:
+                error = sys.exception() or (str(line.status or 502) if outcome == "failed" else None)
+                span.end(error, {"wwwserve.peer": origin, "wwwserve.stream": completion.stream, **promised(promise)})
             self._reopen()
         return True
 

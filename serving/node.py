@@ -42,6 +42,7 @@ from wwwserve.serving.membership.heartbeat import Membership, StaticMembership
 from wwwserve.serving.membership.zenoh import ZenohMembership, open_session
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import NodeProvider
+from wwwserve.serving.tracing import Tracing
 
 log = logging.getLogger("wwwserve.node")
 
@@ -171,7 +172,7 @@ async def serve(
         direct, peers = DirectTransport(), AiohttpTransport(identity=None if config.tls is None else identity)
         stack.callback(direct.close)
         stack.push_async_callback(peers.close)
-        metrics = Metrics()
+        metrics = Metrics(config.class_names)
         refusals = Refusals(metrics.message_refused, asyncio.get_running_loop().time)
         ledger = ledger_of(config, identity, provider.market.payment, stack)
         known = (*(ledger.grants if ledger is not None else ()), *(config.trust or ()))
@@ -179,7 +180,10 @@ async def serve(
         messages = Messages(identity, membership.knows, wall_clock)
         settings = config.engine
         engine = Engine(settings.kind, settings.url, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
-        dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
+        tracing = Tracing(config.tracing, config.name, identity.name) if config.tracing is not None else None
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)
+        dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger, tracing)
         if isinstance(membership, ZenohMembership):
             membership.forgotten, membership.reached_by = dispatcher.forget, url
             membership.only_tls = config.tls is not None

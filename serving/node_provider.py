@@ -324,8 +324,12 @@ class NodeProvider:
     def is_as_shown(self, r: int, promise: Promise) -> bool:
         """Whether a peer promises about what its advert showed by which it was offered the request: a later one of the
         same tariff may show more, and what is promised as late as one likes is never late."""
-        ttft_s, tpot_s = (float(self._requests[r][name]) for name in ("shown_ttft_s", "shown_tpot_s"))
-        return promise.ttft_s <= LATER * ttft_s + LATER_S and promise.tpot_s <= LATER * tpot_s + LATER_S
+        shown = self.shown(r)
+        return promise.ttft_s <= LATER * shown.ttft_s + LATER_S and promise.tpot_s <= LATER * shown.tpot_s + LATER_S
+
+    def shown(self, r: int) -> Promise:
+        """What the peer's advert promised by which it was offered a request."""
+        return Promise(*(float(self._requests[r][name]) for name in ("shown_ttft_s", "shown_tpot_s")))
 
     def refused(self, r: int) -> None:
         """The peer does not take the request that it was offered, or does not answer."""

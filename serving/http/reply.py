@@ -153,6 +153,8 @@ async def send_timed(sending: Awaitable[None], meter: AnswerMeter) -> None:
     """Send some of an answer, and count for how long its reader keeps it waiting."""
     now_s = asyncio.get_running_loop().time
     start_s = now_s()
+    if meter.first_s is None and meter.begun:
+        meter.first_s = start_s
     try:
         await sending
     finally:
