@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,6 +15,8 @@ from wwwserve.serving.engine.prefix_index import Drift
 from wwwserve.serving.ledger.journal import Balance
 
 log = logging.getLogger("wwwserve.metrics")
+
+NO_ENGINES: Mapping[str, Sequence[float]] = MappingProxyType({})
 
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
@@ -62,6 +65,15 @@ class Metrics:
         self._held = self._gauge("held", "users' requests that are not decided")
         self._remote_now = self._gauge("remote", "peers' requests in the engine")
         self._engine_up = self._gauge("engine_up", "whether the engine answers")
+        self._engines = [
+            Gauge(f"wwwserve_engine_{name}", text, ("engine",), registry=self.registry)
+            for name, text in (
+                ("takes_requests", "whether an engine answers and is not full"),
+                ("requests_running", "requests that an engine runs, as full as can be where it takes none"),
+                ("requests_waiting", "requests that wait in an engine"),
+                ("kv_use", "share of an engine's KV cache in use"),
+            )
+        ]
         self._peers = self._gauge("peers", "peers that are there")
         self._credits = Gauge(
             "wwwserve_credits", "credits in the channel with a peer, by whose they are and whether free or in escrow",
@@ -210,8 +222,12 @@ class Metrics:
     def page(
         self, *, held: int, engine_up: bool, peers: int, balances: Sequence[Balance] = (), ledger_full: bool = False,
         tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None,
+        engines: Mapping[str, Sequence[float]] = NO_ENGINES,
     ) -> bytes:  # fmt: skip
-        """The page that Prometheus reads."""
+        """The page that Prometheus reads; `engines`: of each whether it takes requests, running, waiting and KV use."""
+        for engine, values in engines.items():
+            for gauge, value in zip(self._engines, values, strict=True):
+                gauge.labels(engine).set(value)
         for tokens, price in zip(("input", "cached_input", "output"), tariff, strict=False):
             self._tariff.labels(tokens).set(price)
         self._markup.set(markup)
