@@ -228,9 +228,9 @@ def test_an_answer_that_breaks_off_goes_on_at_another_engine(stream: bool) -> No
     play(scene)
 
 
-def test_while_one_is_down_the_node_is_smaller_and_with_none_it_answers_503() -> None:
+def test_while_one_is_down_the_node_is_smaller_and_with_none_it_answers_503(capsys: pytest.CaptureFixture[str]) -> None:
     async def scene() -> None:
-        async with node_of(Stub(), Stub()) as n, Stub().served():
+        async with node_of(Stub(), Stub()) as n:
 
             async def seqs(count: int) -> bool:
                 return bool((await n.see())["engine"]["profile"]["max_num_seqs"] == count)
@@ -248,6 +248,7 @@ def test_while_one_is_down_the_node_is_smaller_and_with_none_it_answers_503() ->
             assert seen["up"] and seen["reason"].startswith("127.0.0.1:9: ") and await health() == 200
             assert [each["up"] for each in seen["each"]] == [False, True]
             show(await n.see())
+            assert "1 of 2 up" in (shown := capsys.readouterr().out) and "down" in shown
             assert (await n.ask())[0] == 200
             n.configs[0]["engine"]["url"][1] = "http://127.0.0.1:10"
             n.running[0].cancel()
