@@ -437,13 +437,16 @@ class Dispatcher:
             return
         job.failures += not reason.full
         job.tried += (engine,)
+        if self.engine.spare(job.tried):
+            self.provider.come_back(job.request)
+            return
         if job.failures >= ENGINE_TRIES:
             raise Failed(502, f"the engine does not answer as it should: {reason}", "engine_error")
         if not self.provider.may_hold(job.request, self.clock()):
             status = reason.status if reason.full and reason.status else 503
             raise Failed(status, f"the engine is full: {reason}", "overloaded", reason.retry_after_s or 1)
         self.provider.come_back(job.request)
-        if not self.engine.spare(job.tried) and (
+        if (
             not self.peers or job.completion.local_only or job.turned_away or job.failures > 1
         ):  # nothing has changed before the next tick
             self.provider.close(job.completion.klass)

@@ -212,11 +212,12 @@ def test_what_one_engine_does_not_answer_another_does(mode: str) -> None:
     play(scene)
 
 
+@pytest.mark.parametrize("deadline_s", [10.0, 0.1])
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_that_breaks_off_goes_on_at_another_engine(stream: bool) -> None:
+def test_an_answer_that_breaks_off_goes_on_at_another_engine_though_it_is_late(stream: bool, deadline_s: float) -> None:
     async def scene() -> None:
-        first, second = Stub(mode="breaks off", breaks=1, pause_s=0.01), Stub(pause_s=0.01)
-        async with node_of(first, second, resume=True) as n:
+        first, second = Stub(mode="breaks off", breaks=1, pause_s=0.1), Stub(pause_s=0.1)
+        async with node_of(first, second, resume=True, deadlines_s=[deadline_s]) as n:
             if not stream:
                 first.mode = "500"
             status, body, _ = await n.ask(stream=stream)
@@ -312,6 +313,15 @@ def test_what_is_passed_through_goes_to_one_that_can_be_asked() -> None:
                 async with n.session.post(n.urls[0] + "/v1/embeddings", json=body) as response:
                     assert response.status == 200
             assert (first.begun, second.begun) == (2, 2)
+
+    play(scene)
+
+
+def test_as_many_are_tried_as_there_are() -> None:
+    async def scene() -> None:
+        async with node_of(Stub(mode="500"), Stub(mode="500"), Stub(mode="500"), Stub(mode="500"), Stub()) as n:
+            assert (await n.ask())[0] == 200
+            assert [each.begun for each in n.stubs] == [1] * 5
 
     play(scene)
 
