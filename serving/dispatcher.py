@@ -189,7 +189,7 @@ class Dispatcher:
         for engine in up:
             if not engine.healthy:
                 log.warning("the engine is down", extra={"engine": engine.label, "reason": engine.reason})
-        for engine in [each for each in self._down if each.healthy]:
+        for engine in [each for each in self.engine.engines if each in self._down and each.healthy]:
             self._down.remove(engine)
             self.prefixes.forget(engine.place)  # it may have started anew
             log.info("the engine is up", extra={"engine": engine.label, "serves": self.serves})
