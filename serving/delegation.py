@@ -23,7 +23,7 @@ from wwwserve.serving.cooling import Cooling
 from wwwserve.serving.duel.duels import JUDGE_S, Attempt, Duels
 from wwwserve.serving.duel.judge import judgeable
 from wwwserve.serving.duel.messages import COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Pair
-from wwwserve.serving.engine.prefix_index import HERE, Prefix, PrefixIndex
+from wwwserve.serving.engine.prefix_index import Prefix, PrefixIndex
 from wwwserve.serving.http.handover import WithoutUsage, for_pay, meter_of
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.peers import PeerClient, refusal
@@ -388,12 +388,13 @@ def remember(
     what is cached there now, and whether the prediction was right."""
     usage = meter.usage
     told, output = usage is not None and usage.prompt > 0, usage.output if usage is not None else meter.tokens
-    if peer != HERE:  # whose word is not taken for more than its answer and the own estimate show
+    own = prefixes.is_own(peer)
+    if not own:  # whose word is not taken for more than its answer and the own estimate show
         output = meter.tokens
     if usage is not None and told:
-        prompt = usage.prompt if peer == HERE else min(usage.prompt, 2 * prompt)
+        prompt = usage.prompt if own else min(usage.prompt, 2 * prompt)
         if usage.cached is not None:
-            metrics.prefix(peer != HERE, predicted, usage.cached, prompt)
+            metrics.prefix(not own, predicted, usage.cached, prompt)
     prefixes.remember(peer, prefix, prompt, output, meter.text_bytes, told)
 
 

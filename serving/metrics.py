@@ -24,7 +24,6 @@ from prometheus_client import (
 
 from wwwserve.agents.decision import HOLD, LOCAL
 from wwwserve.agents.protocol import MICRO
-from wwwserve.serving.engine.adapter import Load
 from wwwserve.serving.engine.prefix_index import Drift
 from wwwserve.serving.ledger.journal import Balance
 
@@ -95,9 +94,14 @@ class Metrics:
         )  # fmt: skip
         self._held = self._gauge("requests_held", "Users' requests that are not decided.")
         self._remote_now = self._gauge("remote_requests", "Peers' requests in the engine.")
-        self._engine_up = self._gauge("engine_up", "Whether the engine answers.")
-        self._engine_requests = self._gauge("engine_requests", "Requests that the engine has.", "state")
-        self._kv_usage = self._gauge("engine_kv_cache_usage_ratio", "Share of the engine's KV cache that is in use.")
+        self._engine_up = self._gauge("engine_up", "Whether an engine answers.")
+        self._engine_takes = self._gauge(
+            "engine_takes_requests", "Whether an engine answers and is not full.", "engine"
+        )
+        self._engine_requests = self._gauge("engine_requests", "Requests that an engine has.", "engine", "state")
+        self._kv_usage = self._gauge(
+            "engine_kv_cache_usage_ratio", "Share of an engine's KV cache that is in use.", "engine"
+        )
         self._peers = self._gauge("peers", "Peers that are there.")
         self._peers_known = self._gauge("peers_known", "Peers that are there, or are configured or remembered.")
         self._credits = self._gauge(
@@ -261,12 +265,13 @@ class Metrics:
         return self._counts | {"mean_latency_s": round(self.total_s / answered, 4) if answered else 0.0}
 
     def page(
-        self, *, held: int, engine_up: bool, load: Load, kv_tokens: int, peers: int, peers_known: int,
+        self, *, held: int, engine_up: bool, engines: Mapping[str, Sequence[float]], peers: int, peers_known: int,
         balances: Sequence[Balance] = (), disputed: Mapping[str, int] = NOTHING, ledger_full: bool = False,
         tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None,
     ) -> bytes:  # fmt: skip
-        """The page that Prometheus reads. `kv_tokens` are those of the engine's whole cache, `disputed` has
-        micro-credits by peer, `tariff` is for 1000 tokens."""
+        """The page that Prometheus reads. `engines`: of each by what it is called whether it takes requests, those that
+        run and wait there, and the share of its KV cache in use; `disputed` has micro-credits by peer, `tariff` is for
+        1000 tokens."""
         for tokens, price in zip(("input", "cached_input", "output"), tariff, strict=False):
             self._tariff.labels(tokens).set(price / KTOK)
         self._markup.set(markup)
@@ -281,13 +286,14 @@ class Metrics:
         self._held.set(held)
         self._remote_now.set(self.remote_now)
         self._engine_up.set(engine_up)
-        if engine_up:  # of one that is down `load` is made up
-            self._engine_requests.labels("running").set(load.running)
-            self._engine_requests.labels("waiting").set(load.waiting)
-            self._kv_usage.set(load.kv_tokens / kv_tokens)
-        else:
-            self._engine_requests.clear()
-            self._kv_usage.set(math.nan)
+        self._engine_requests.clear()
+        self._kv_usage.clear()
+        for engine, (takes, running, waiting, kv_use) in engines.items():
+            self._engine_takes.labels(engine).set(takes)
+            if takes:  # else its load is made up
+                self._engine_requests.labels(engine, "running").set(running)
+                self._engine_requests.labels(engine, "waiting").set(waiting)
+                self._kv_usage.labels(engine).set(kv_use)
         self._peers.set(peers)
         self._peers_known.set(peers_known)
         return generate_latest(self.registry)

@@ -159,7 +159,7 @@ async def serve(
         NodeProvider(
             policy, profile, config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
             mean_prompt=config.prompt_tokens, mean_uncached=config.uncached_tokens, mean_output=config.mean_output,
-            compute_per_ktok=config.compute_cost_per_ktok,
+            compute_per_ktok=config.compute_cost_per_ktok, engines=len(config.engine.urls),
         )
         for _ in range(2)
     )  # fmt: skip
@@ -179,11 +179,14 @@ async def serve(
         membership = membership_of(config, identity, peers, stack, refusals, wall_clock, known)
         messages = Messages(identity, membership.knows, wall_clock)
         settings = config.engine
-        engine = Engine(settings.kind, settings.url, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
+        engines = [
+            Engine(settings.kind, each, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
+            for each in settings.urls
+        ]
         tracing = Tracing(config.tracing, config.name, identity.name) if config.tracing is not None else None
         if tracing is not None:
             stack.push_async_callback(tracing.close)
-        dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger, tracing)
+        dispatcher = Dispatcher(config, provider, engines, membership, messages, peers, metrics, url, ledger, tracing)
         if isinstance(membership, ZenohMembership):
             membership.forgotten, membership.reached_by = dispatcher.forget, url
             membership.only_tls = config.tls is not None
@@ -191,7 +194,7 @@ async def serve(
         server = server_of(app, config.limits, tls_of(config, identity))
         admin = await admin_of(config, Admin(app.pages, config.admin.key if config.admin else None), stack)
         try:
-            await engine.scrape()
+            await dispatcher.engine.scrape()
             await dispatcher.list_models()
         except EngineError as error:
             log.warning("the engine is not there yet", extra={"reason": str(error)})

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from wwwserve.agents import provider as transitions
 from wwwserve.agents.classes import CLASS_LAST_DEADLINE_S, MAX_CLASSES
 from wwwserve.agents.decision import FIRST_CANDIDATE, NODES, make_actions, may_hold, may_offer
-from wwwserve.agents.estimate import expect
+from wwwserve.agents.estimate import expect, prefill_delay_s
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
 from wwwserve.agents.hardware import Profile
 from wwwserve.agents.kernel import Bools, Floats, Ints, Records, kernel, one_at_a_time, records
@@ -60,6 +60,7 @@ from wwwserve.agents.provider import (
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.tariff import cost_of, in_micro, price_by, write_compute
 from wwwserve.agents.view import Views, ViewScratch, make_views, write_view
+from wwwserve.serving.engine.pool import pooled
 from wwwserve.serving.market import Market, Promise, Tariff
 
 _RUNNING = np.dtype([("request", np.int64), ("own", np.bool_), ("generated", np.float64)])
@@ -169,10 +170,11 @@ class NodeProvider:
     def __init__(
         self, policy: Policy, profile: Profile, market: Market, *, seed: int = 0, credit: float = 0.0,
         stake: float = 0.0, mean_prompt: float = 256.0, mean_uncached: float | None = None, mean_output: float = 512.0,
-        compute_per_ktok: float = 0.09,
+        compute_per_ktok: float = 0.09, engines: int = 1,
     ) -> None:  # fmt: skip
-        """`mean_uncached`: tokens of a usual prompt that are to be computed, by default all. `compute_per_ktok`: what
-        computing 1000 output tokens costs here, credits. Raises ValueError as `Market.agreement` does."""
+        """`profile`: of each of its `engines`. `mean_uncached`: tokens of a usual prompt that are to be computed, by
+        default all. `compute_per_ktok`: what computing 1000 output tokens costs here, credits. Raises ValueError as
+        `Market.agreement` does."""
         self.policy, self.market = policy, market
         self._agreement = market.agreement()
         self._provider = records(1, PROVIDER)
@@ -182,7 +184,9 @@ class NodeProvider:
         uncached = mean_prompt if mean_uncached is None else mean_uncached
         record["own"][[AD_MEAN_PROMPT, AD_MEAN_UNCACHED, AD_MEAN_OUTPUT]] = mean_prompt, uncached, mean_output
         record["own"][AD_REUSE_S] = LONGEST_REUSE_S
-        write_profile(record["own"], profile.row(), 1.0)
+        self._profile, self._alone = profile, np.zeros(ADVERT_SIZE)
+        write_profile(self._alone, profile.row(), 1.0)
+        self.resize(engines)
         record["own"][AD_CONTEXT], record["own"][AD_UNSHARED] = transitions.usual_context(record, self.agreement), 1.0
         write_compute(record["compute"], record["own"], compute_per_ktok)
         record["credit"] = round(credit * MICRO)
@@ -222,6 +226,11 @@ class NodeProvider:
     def record(self) -> Any:
         """The PROVIDER record."""
         return self._provider[0]
+
+    @property
+    def own(self) -> Any:
+        """Its own state, an advert [ADVERT_SIZE]."""
+        return self._provider["own"][0]
 
     @property
     def agreement(self) -> Any:
@@ -453,6 +462,8 @@ class NodeProvider:
         )
         if not taken or not all(map(math.isfinite, expected)):
             return None
+        if self.engines > 1:
+            expected = [*self.expect(prompt, cached)]
         shown = (np.inf, np.inf)
         for advert in self._advertised:  # by which it was offered, or one of the same tariff that came later
             if [in_micro(each) for each in advert[AD_TARIFF : AD_TARIFF + TARIFF_SIZE]] == [*tariff]:
@@ -475,9 +486,23 @@ class NodeProvider:
 
     # The own node.
 
+    def resize(self, engines: int) -> None:
+        """So many engines of its profile are there from now on, which are one in its adverts, see
+        `serving.engine.pool.pooled`."""
+        self.engines = engines
+        write_profile(self.own, pooled(self._profile, engines).row(), 1.0)
+
     def expect(self, prompt: int, cached: int = 0) -> Promise:
-        """What the own engine, as it is now, would take for a request, `cached` of whose tokens it has."""
-        return Promise(*expect(self.record["own"], 0.0, float(prompt), float(cached)))
+        """What the own engine, as it is now, would take for a request, `cached` of whose tokens it has. Of several, one
+        computes the prompt."""
+        ttft_s, tpot_s = expect(self.own, 0.0, float(prompt), float(cached))
+        if self.engines > 1:
+            alone_s, pooled_s = (
+                prefill_delay_s(each, float(prompt - cached), float(cached), float(prompt - cached))
+                for each in (self._alone, self.own)
+            )
+            ttft_s += alone_s - pooled_s
+        return Promise(ttft_s, tpot_s)
 
     def is_cost_old(self, now_s: float) -> bool:
         """Whether the marginal cost is to be worked out again before it is used."""

@@ -237,7 +237,7 @@ def test_what_is_shown_of_names_that_were_forgotten_does_not_grow() -> None:
         Dispatcher.forget(node, name)
         sizes.append((len(duels.records), len(accounts._again_s), len(accounts._reasons), len(node.labels)))
     assert sizes == [(0, 0, 0, 0)] * 20 and not cooling._records
-    page = metrics.page(held=0, engine_up=True, peers=0)
+    page = metrics.page(held=0, engine_up=True, engines={}, peers=0, peers_known=0)
     assert b"peer 1" not in page and b"wwwserve_duel_answers" in page
 
 

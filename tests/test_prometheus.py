@@ -1,7 +1,6 @@
 """What a node says of itself to Prometheus."""
 
 import asyncio
-import math
 import subprocess
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from stub_nodes import Net, Stub, busy, net, play
 
 from wwwserve.agents.protocol import MICRO
-from wwwserve.serving.engine.adapter import Load
 from wwwserve.serving.http.limits import KeyCounts
 from wwwserve.serving.ledger.journal import Balance
 from wwwserve.serving.metrics import Metrics
@@ -55,7 +53,7 @@ def whole_page() -> str:
     metrics.judged("voted")
     balance = Balance("peer", 2 * MICRO, MICRO, 0, MICRO, 0)
     page = metrics.page(
-        held=1, engine_up=True, load=Load(2, 1, 50), kv_tokens=100, peers=1, peers_known=2, tariff=(0.1, 0.01, 0.5),
+        held=1, engine_up=True, engines={"engine:8000": (1, 2, 1, 0.5)}, peers=1, peers_known=2, tariff=(0.1, 0.01, 0.5),
         balances=[balance], disputed={"peer": 0},
     )  # fmt: skip
     return page.decode()
@@ -155,13 +153,14 @@ def test_an_answer_without_a_token_has_no_time_to_the_first() -> None:
 
 def test_counts_begin_at_nothing_so_that_the_first_one_shows_in_a_rate() -> None:
     page = scraped(Metrics(("chat",)).page(
-        held=0, engine_up=False, load=Load(8, 1000, 100), kv_tokens=100, peers=0, peers_known=0
+        held=0, engine_up=False, engines={"engine:8000": (0, 8, 1000, 1)}, peers=0, peers_known=0
     ).decode())  # fmt: skip
     ended = page["wwwserve_requests_ended"]
     for outcome, where in (("answered", "local"), ("answered", "peer"), ("failed", "nowhere"), ("cancelled", "peer")):
         assert value(ended, "_total", **{"class": "chat", "outcome": outcome, "where": where}) == 0
-    assert math.isnan(value(page["wwwserve_engine_kv_cache_usage_ratio"])), "nothing is known of an engine that is down"
-    assert page["wwwserve_engine_requests"].samples == []
+    assert value(page["wwwserve_engine_takes_requests"]) == 0
+    for name in ("wwwserve_engine_kv_cache_usage_ratio", "wwwserve_engine_requests"):
+        assert page[name].samples == [], "nothing is known of an engine that is down"
 
 
 def test_the_page_has_the_load_of_the_engine_and_who_is_missing() -> None:

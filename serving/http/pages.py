@@ -54,8 +54,8 @@ class Pages:
         known = {*d.provider.names, *(each.key for each in d.config.peers)}
         channels = ledger.books.channels if ledger is not None else {}
         page = d.metrics.page(
-            held=d.provider.held, engine_up=d.engine.healthy, load=d.engine.load(),
-            kv_tokens=d.engine.profile.kv_tokens, peers=len(d.peers), peers_known=len(known),
+            held=d.provider.held, engine_up=d.engine.healthy, engines=d.engine.each(),
+            peers=len(d.peers), peers_known=len(known),
             balances=ledger.balances() if ledger is not None else [],
             disputed={peer: each.short + each.over for peer, each in channels.items()},
             ledger_full=ledger is not None and bool(ledger.full),

@@ -132,8 +132,8 @@ class Node:
         messages = Messages(self.identity, membership.knows, self.host.wall_s)
         transport = nodes.network.transport(self.host.name)
         dispatcher = self.dispatcher = Dispatcher(
-            self.config, provider, cast(Engine, SimulatedEngine(self.server)), membership, messages, transport, metrics,
-            self.host.url, self.ledger,
+            self.config, provider, [cast(Engine, SimulatedEngine(self.server))], membership, messages, transport,
+            metrics, self.host.url, self.ledger,
         )  # fmt: skip
         if nodes.exact:
             known = _OwnCache(dispatcher.prefixes, self.server, nodes.talk)

@@ -134,7 +134,7 @@ class Node:
         messages, metrics = Messages(self.identity, membership.knows, host.wall_s), Metrics(config.class_names)
         transport = CountingTransport(world.network, host.name, process, self)
         dispatcher = self.dispatcher = WatchedDispatcher(
-            config, provider, cast(Engine, WordEngine(self.server, config.engine_profile())), membership, messages,
+            config, provider, [cast(Engine, WordEngine(self.server, config.engine_profile()))], membership, messages,
             transport, metrics, host.url, ledger,
         )  # fmt: skip
         dispatcher.node = self
