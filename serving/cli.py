@@ -56,6 +56,13 @@ from wwwserve.serving.setup.look import own_network
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 DEFAULT_URL = "http://127.0.0.1:9000"
+USUAL = {
+    "name": "node", "key": "none",
+    "engine": {
+        "url": "http://127.0.0.1:8000",
+        "profile": {"kind": "catalogue", "gpu": "rtx-4090", "model": "qwen3-8b", "max_num_seqs": 64},
+    },
+}  # fmt: skip
 DECISIONS = 2000  # that `policy verify` times
 
 REFUSED = (
@@ -82,6 +89,9 @@ class Tool(NamedTuple):
     about: str
 
 
+EMULATOR = Tool("envs.emulator", "Run an emulated engine.")
+
+
 @dataclass
 class Node:
     """Run a node before an engine."""
@@ -91,6 +101,23 @@ class Node:
 
     def run(self) -> int:
         node.run(config.load(self.file))
+        return DONE
+
+
+@dataclass
+class Compile:
+    """Compile what a node runs, so that the first start of a release takes seconds and not a minute."""
+
+    file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
+    """node.yaml of a node; default: one with the policy that nodes have by default"""
+    emulator: bool = False
+    """what an emulated engine runs, too"""
+
+    def run(self) -> int:
+        settings = config.parse(USUAL, "a usual node") if self.file is None else config.load(self.file)
+        node.warm_up(settings, node.policy_of(settings.policy))
+        if self.emulator:
+            importlib.import_module(f"wwwserve.{EMULATOR.module}").warm_up()
         return DONE
 
 
@@ -298,6 +325,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "node": Node,
     "doctor": Doctor,
     "card": ShowCard,
+    "compile": Compile,
     "up": Up,
     "status": Status,
     "calibrate": Calibrate,
@@ -308,7 +336,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "ledger verify": LedgerVerify,
     "policy show": PolicyShow,
     "policy verify": PolicyVerify,
-    "emulator": Tool("envs.emulator", "Run an emulated engine."),
+    "emulator": EMULATOR,
     "train": Tool("train.mappo", "Train a policy with MAPPO, and compare it with the rules."),
     "sb3": Tool("train.sb3_ppo", "Train a policy with the PPO of Stable-Baselines3."),
     "compare": Tool("eval.compare", "Compare policies on the same arrivals."),
