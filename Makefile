@@ -33,7 +33,8 @@ paper: $(INSTALLED)
 
 BROWSER := /usr/bin/chromium /usr/bin/chromedriver
 PROMETHEUS := /usr/bin/prometheus /usr/bin/promtool
-test: $(INSTALLED) $(BROWSER) $(PROMETHEUS)
+SYSTEMD := /usr/bin/systemd-analyze
+test: $(INSTALLED) $(BROWSER) $(PROMETHEUS) $(SYSTEMD)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -49,6 +50,11 @@ $(PROMETHEUS) &: # by which metrics, alerts and the board are tested; its servic
 	ln -sfn /dev/null /etc/systemd/system/prometheus.service
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus
+
+$(SYSTEMD): # which reads the unit in docs/deploy
+	@test "$$(id -u)" = 0 || { echo 'systemd-analyze is needed for tests: sudo apt-get install systemd' >&2; exit 1; }
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends systemd
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'

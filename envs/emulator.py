@@ -392,6 +392,11 @@ class Args:
     """do not say in each answer how many tokens of its prompt were cached"""
 
 
+def warm_up() -> None:
+    """Have all compiled that an emulated engine runs."""
+    Emulator(profile("rtx-4090", "qwen3-8b", 1), ("m",)).warm_up()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done."""
     try:

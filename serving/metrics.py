@@ -104,6 +104,7 @@ class Metrics:
         )
         self._peers = self._gauge("peers", "Peers that are there.")
         self._peers_known = self._gauge("peers_known", "Peers that are there, or are configured or remembered.")
+        self._unspoken = self._gauge("peers_other_version", "Peers with no version of the protocol in common.")
         self._credits = self._gauge(
             "channel_credits", "Credits in the channel with a peer, by whose they are and whether free or in escrow.",
             "peer", "whose", "state",
@@ -266,8 +267,8 @@ class Metrics:
 
     def page(
         self, *, held: int, engine_up: bool, engines: Mapping[str, Sequence[float]], peers: int, peers_known: int,
-        balances: Sequence[Balance] = (), disputed: Mapping[str, int] = NOTHING, ledger_full: bool = False,
-        tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None,
+        unspoken: int = 0, balances: Sequence[Balance] = (), disputed: Mapping[str, int] = NOTHING,
+        ledger_full: bool = False, tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None,
     ) -> bytes:  # fmt: skip
         """The page that Prometheus reads. `engines`: of each by what it is called whether it takes requests, those that
         run and wait there, and the share of its KV cache in use; `disputed` has micro-credits by peer, `tariff` is for
@@ -296,4 +297,5 @@ class Metrics:
                 self._kv_usage.labels(engine).set(kv_use)
         self._peers.set(peers)
         self._peers_known.set(peers_known)
+        self._unspoken.set(unspoken)
         return generate_latest(self.registry)

@@ -80,6 +80,22 @@ def policy_of(named: str | None) -> Policy:
     return policy
 
 
+def provider_of(config: NodeConfig, policy: Policy) -> NodeProvider:
+    """The provider of a configuration, new. Raises ValueError for what cannot be."""
+    return NodeProvider(
+        policy, config.engine_profile(), config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
+        mean_prompt=config.prompt_tokens, mean_uncached=config.uncached_tokens, mean_output=config.mean_output,
+        compute_per_ktok=config.compute_cost_per_ktok, engines=len(config.engine.urls),
+    )  # fmt: skip
+
+
+def warm_up(config: NodeConfig, policy: Policy) -> None:
+    """Have all compiled that a node runs."""
+    provider_of(config, policy).warm_up()
+    boundary.warm_up()
+    overview.warm_up()
+
+
 def membership_of(
     config: NodeConfig, identity: Identity, transport: Transport, stack: AsyncExitStack, refusals: Refusals,
     wall_clock: Callable[[], float], configured: Iterable[str] = (),
@@ -155,17 +171,8 @@ async def serve(
     listen(config.host, config.port).close()  # a port that is taken is told before a minute of compiling, not after it
     policy = policy_of(config.policy)
     profile = config.engine_profile()
-    provider, rehearsal = (
-        NodeProvider(
-            policy, profile, config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
-            mean_prompt=config.prompt_tokens, mean_uncached=config.uncached_tokens, mean_output=config.mean_output,
-            compute_per_ktok=config.compute_cost_per_ktok, engines=len(config.engine.urls),
-        )
-        for _ in range(2)
-    )  # fmt: skip
-    rehearsal.warm_up()
-    boundary.warm_up()
-    overview.warm_up()
+    provider = provider_of(config, policy)
+    warm_up(config, policy)
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(listen(config.host, config.port))
         url = config.url_at(listener.getsockname()[1])

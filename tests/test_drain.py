@@ -110,6 +110,27 @@ def test_what_a_peer_has_is_broken_off_when_its_time_is_over_and_the_user_is_tol
     play(scene)
 
 
+def test_what_a_peer_breaks_off_goes_on_elsewhere_where_streams_are_resumed() -> None:
+    async def scene() -> None:
+        limits = {"drain_s": 0.3}
+        async with (
+            net(busy(), Stub(pause_s=0.1, tokens=30), limits=limits, resume=True) as n,
+            ending(n, 1) as stop,
+        ):
+            n.stubs[0].tokens = 30
+            async with stream(n) as response:
+                read = await response.content.readany()
+                assert n.stubs[1].begun == 1
+                stop.set()
+                read += await response.read()
+            assert b"error" not in read and read.endswith(b"data: [DONE]\n\n")
+            assert [read.count(b'"w%d "' % k) for k in range(30)] == [1] * 30
+            assert n.stubs[0].begun == 1
+            await asyncio.wait_for(n.running[1], 30)
+
+    play(scene)
+
+
 async def begun(stub: Stub, count: int) -> bool:
     return stub.begun == count
 

@@ -53,8 +53,8 @@ def whole_page() -> str:
     metrics.judged("voted")
     balance = Balance("peer", 2 * MICRO, MICRO, 0, MICRO, 0)
     page = metrics.page(
-        held=1, engine_up=True, engines={"engine:8000": (1, 2, 1, 0.5)}, peers=1, peers_known=2, tariff=(0.1, 0.01, 0.5),
-        balances=[balance], disputed={"peer": 0},
+        held=1, engine_up=True, engines={"engine:8000": (1, 2, 1, 0.5)}, peers=1, peers_known=2,
+        tariff=(0.1, 0.01, 0.5), balances=[balance], disputed={"peer": 0},
     )  # fmt: skip
     return page.decode()
 
@@ -158,7 +158,7 @@ def test_counts_begin_at_nothing_so_that_the_first_one_shows_in_a_rate() -> None
     ended = page["wwwserve_requests_ended"]
     for outcome, where in (("answered", "local"), ("answered", "peer"), ("failed", "nowhere"), ("cancelled", "peer")):
         assert value(ended, "_total", **{"class": "chat", "outcome": outcome, "where": where}) == 0
-    assert value(page["wwwserve_engine_takes_requests"]) == 0
+    assert value(page["wwwserve_engine_takes_requests"], engine="engine:8000") == 0
     for name in ("wwwserve_engine_kv_cache_usage_ratio", "wwwserve_engine_requests"):
         assert page[name].samples == [], "nothing is known of an engine that is down"
 

@@ -11,7 +11,8 @@ from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.reply import Failed
 from wwwserve.serving.overview import overview
 
-PAGES = HEALTH, METRICS, NETWORK = ("/health", "/metrics", "/network")
+PAGES = HEALTH, LIVE, METRICS, NETWORK = ("/health", "/health/live", "/metrics", "/network")
+FOR_ALL = (HEALTH, LIVE)
 
 
 class Pages:
@@ -27,11 +28,15 @@ class Pages:
 
     async def show(self, scope: Scope, receive: Receive, send: Send, is_here: bool, keyed: bool = False) -> None:
         """Answer a GET of a page, for who is on this machine or may look anyway. Others get to know whether the node is
-        well, and Failed is raised for all else. Where no key was asked for (`keyed`), it has to be asked for at an
-        address: a name could be that of another site, which a browser on this machine is made to take for this one."""
+        well, or there at all, and Failed is raised for all else. Where no key was asked for (`keyed`), it has to be
+        asked for at an address: a name could be that of another site, which a browser on this machine is made to take
+        for this one."""
         path = scope["path"]
         if path == HEALTH:
             await answer(send, *self._health(is_here))
+            return
+        if path == LIVE:  # whoever starts a node anew that does not answer is not to do so for its engine
+            await answer(send, 200, orjson.dumps({"status": "ok"}))
             return
         if not is_here:
             raise Failed(403, "this is shown on the node's own machine alone, unless it has `admin`", "forbidden")
@@ -55,7 +60,7 @@ class Pages:
         channels = ledger.books.channels if ledger is not None else {}
         page = d.metrics.page(
             held=d.provider.held, engine_up=d.engine.healthy, engines=d.engine.each(),
-            peers=len(d.peers), peers_known=len(known),
+            peers=len(d.peers), peers_known=len(known), unspoken=len(d.membership.unspoken()),
             balances=ledger.balances() if ledger is not None else [],
             disputed={peer: each.short + each.over for peer, each in channels.items()},
             ledger_full=ledger is not None and bool(ledger.full),

@@ -24,7 +24,7 @@ from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.handover import caps, choices_in, limit_in_force, tells_usage
 from wwwserve.serving.http.keys import NAME_CHARS
 from wwwserve.serving.http.messages import SIGNATURE, Claim, Refusals, Refused
-from wwwserve.serving.http.pages import HEALTH, Pages
+from wwwserve.serving.http.pages import FOR_ALL, Pages
 from wwwserve.serving.http.places import address_of
 from wwwserve.serving.http.quotas import Quotas
 from wwwserve.serving.http.reply import COMPLETIONS, ClientDisconnect, CompletionRequest, Failed
@@ -82,7 +82,7 @@ class App:
             elif path == LEDGER_PATH:
                 expect(method, "POST")
                 await self._on_ledger(scope, headers, receive, send)
-            elif path == HEALTH or (self.config.admin is None and self.pages.has(path)):
+            elif path in FOR_ALL or (self.config.admin is None and self.pages.has(path)):
                 expect(method, "GET", "HEAD")
                 await self.pages.show(scope, receive, send, is_here=_is_here(scope))
             else:

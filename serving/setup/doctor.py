@@ -276,18 +276,25 @@ def _ledger(node: NodeConfig, identity: Identity) -> Iterator[Finding]:
 
 async def _peers(node: NodeConfig, identity: Identity, running: dict[str, Any] | None) -> list[Finding]:
     seen = {peer["key"]: peer for peer in running["peers"]} if running is not None else {}
+    others = running.get("other_versions", []) if running is not None else []
+    found = [
+        Finding("version", FAILED, f"{each['label']} at {each['url']} {each['reason']}", "see docs/operations.md")
+        for each in others
+    ]
     if not isinstance(node.membership, StaticConfig):
         there = [each for each in seen.values() if each["there"]]
         if running is None:
             return [Finding("peers", OK, "are found by zenoh, once the node runs")]
         if not there:
-            return [Finding("peers", WARNING, "no peer is there", "are `membership.connect` and `network` right?")]
-        return [Finding("peers", OK, f"{len(there)} are there")]
+            asked = "are `membership.connect` and `network` right?"
+            return [*found, Finding("peers", WARNING, "no peer is there", asked)]
+        return [*found, Finding("peers", OK, f"{len(there)} are there")]
     if not node.peers:
         return [Finding("peers", WARNING, "there are none", "wwwserve join FILE takes the card of one")]
     answers = await asyncio.gather(*(ask(node, identity, peer.key, peer.url) for peer in node.peers))
-    found = []
     for peer, answer in zip(node.peers, answers, strict=True):
+        if peer.key in {each["key"] for each in others}:
+            continue  # which is named above
         heard = seen[peer.key]["there"] if peer.key in seen else None
         found.append(_peer(f"{peer.name or peer.key} at {peer.url}", answer, heard, node))
     return found
@@ -302,6 +309,7 @@ def _peer(who: str, answer: Answer, heard: bool | None, node: NodeConfig) -> Fin
             View.MOVED: f"this node says {at}: correct `url`, or send it your card anew, `wwwserve card`",
             View.ITSELF: "correct the peer's `url`",
             View.OTHER_KEY: "ask its operator for its card, by a way that you trust",
+            View.OLDER: "upgrade it, see docs/operations.md",
             View.UNREACHABLE: "does it run? Is its `url` right, its port open from here, and has it `tls` as this one?",
             View.ODD: "is its `url` that of a node?",
         }[answer.view]
