@@ -53,6 +53,7 @@ from wwwserve.serving.local_nodes import NetworkError, Plan, look
 from wwwserve.serving.setup.card import CardError
 from wwwserve.serving.setup.commands import Doctor, Init, Join, ShowCard
 from wwwserve.serving.setup.look import own_network
+from wwwserve.serving.versions import SPEAKS
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 DEFAULT_URL = "http://127.0.0.1:9000"
@@ -405,7 +406,7 @@ def _run_tool(tool: Tool, prog: str, rest: Sequence[str]) -> int:
 def _help(given: Sequence[str]) -> int:
     """The list of commands, after `--help`; for a command that is none, on standard error."""
     if given == ["--version"]:
-        print(f"wwwserve {_version()}")
+        print(f"wwwserve {_version()}, speaks protocol {SPEAKS}")
         return DONE
     asked = bool({"-h", "--help"} & set(given))
     listed = {name: command for name, command in COMMANDS.items() if name.split()[0] == given[0]} if given else {}

@@ -103,6 +103,8 @@ def show(seen: dict[str, Any]) -> None:
             _tariff(each["tariff"]), f"{each['stake']:.3g}", str(each["out"]), each["url"] or "-",
         )  # fmt: skip
     console.print(peers)
+    for each in seen.get("other_versions", ()):  # which a node of an earlier release does not say
+        console.print(f"{_who(each)} at {each['url']} {each['reason']}", style="yellow", markup=False)
 
 
 def up(plan: Plan) -> None:

@@ -63,6 +63,7 @@ class Metrics:
         self._remote_now = self._gauge("remote", "peers' requests in the engine")
         self._engine_up = self._gauge("engine_up", "whether the engine answers")
         self._peers = self._gauge("peers", "peers that are there")
+        self._unspoken = self._gauge("peers_other_version", "peers with no version of the protocol in common")
         self._credits = Gauge(
             "wwwserve_credits", "credits in the channel with a peer, by whose they are and whether free or in escrow",
             ("peer", "whose", "state"), registry=self.registry,
@@ -209,7 +210,7 @@ class Metrics:
 
     def page(
         self, *, held: int, engine_up: bool, peers: int, balances: Sequence[Balance] = (), ledger_full: bool = False,
-        tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None,
+        tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None, unspoken: int = 0,
     ) -> bytes:  # fmt: skip
         """The page that Prometheus reads."""
         for tokens, price in zip(("input", "cached_input", "output"), tariff, strict=False):
@@ -225,4 +226,5 @@ class Metrics:
         self._remote_now.set(self.remote_now)
         self._engine_up.set(engine_up)
         self._peers.set(peers)
+        self._unspoken.set(unspoken)
         return generate_latest(self.registry)

@@ -24,6 +24,7 @@ from wwwserve.agents.knowledge import (
 from wwwserve.agents.protocol import CACHED_INPUT, INPUT, OUTPUT, PAYMENTS, TARIFF_SIZE, VOTE_A, VOTE_B, VOTE_SILENT
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.metrics import Traffic
+from wwwserve.serving.versions import SPEAKS, advice, common
 
 VOTES = {VOTE_A: "a", VOTE_B: "b", VOTE_SILENT: "silent"}
 NO_TRAFFIC = Traffic()
@@ -44,7 +45,7 @@ def overview(node: Dispatcher, most_peers: int | None = None) -> dict[str, Any]:
     return {
         "name": node.config.name, "key": node.messages.name, "run": node.messages.run, "url": node.url,
         "policy": provider.policy.name,
-        "serves": node.serves,
+        "serves": node.serves, "protocol": list(SPEAKS),
         "engine": {
             "url": node.engine.url, "up": node.engine.healthy, "reason": node.engine.reason,
             "running": load.running, "waiting": load.waiting,
@@ -57,6 +58,13 @@ def overview(node: Dispatcher, most_peers: int | None = None) -> dict[str, Any]:
         "prefix": {"entries": len(node.prefixes), **{where: _cache(node, where) for where in node.metrics.drifts}},
         "requests": node.metrics.totals(), "peers_known": len(provider.names),
         "peers": [_peer(node, row, out[provider.names[row]]) for row in rows],
+        "other_versions": [
+            {
+                "key": name, "label": each.label, "url": each.url, "speaks": list(each.speaks),
+                "reason": advice(each.speaks),
+                "age_s": round(asyncio.get_running_loop().time() - each.heard_s, 3),
+            } for name, each in node.membership.unspoken().items()
+        ],
         "decisions": list(node.decisions),
         "duels": _duels(node),
         "ledger": node.accounts.overview() if node.accounts is not None else None,
@@ -86,6 +94,7 @@ def _peer(node: Dispatcher, row: int, out: int) -> dict[str, Any]:
         "key": name, "label": node.labels.get(name) or named.get(name),
         "url": advert.url if advert else None, "there": there,
         "serves": list(advert.serves) if advert else [],
+        "protocol": common(advert.speaks) if advert else None,
         "age_s": round(node.clock() - vector[AD_TIME_S], 3) if there else None,
         "running": vector[AD_RUNNING], "waiting": vector[AD_WAITING],
         "kv_use": vector[AD_KV_TOKENS] / vector[AD_KV_CAPACITY] if vector[AD_KV_CAPACITY] else None,

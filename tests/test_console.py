@@ -26,6 +26,7 @@ from wwwserve.serving.http.drain import Drain
 from wwwserve.serving.http.reply import Failed
 from wwwserve.serving.local_nodes import free_ports
 from wwwserve.serving.reasons import KEPT, PER_S, Reason, explain, probabilities
+from wwwserve.serving.versions import SPEAKS
 
 POLICY = node_module.policy_of(None)
 
@@ -324,7 +325,9 @@ def test_a_snapshot_is_bounded_and_takes_little(monkeypatch: pytest.MonkeyPatch)
             for k in range(1000):
                 node.provider.heard(f"{k:043}", advert, 0.0, frozenset({"stub"}))
                 node.metrics.handed(f"{k:043}")
-            node.peers["0" * 40 + "500"] = SimpleNamespace(url="http://h:1", serves=["m"] * 100)  # type: ignore[assignment]
+            node.peers["0" * 40 + "500"] = SimpleNamespace(  # type: ignore[assignment]
+                url="http://h:1", serves=["m"] * 100, speaks=SPEAKS
+            )
             for k in range(PER_S):
                 node.reasons.kept.append(reason(LOCAL, [f"{i:043}" for i in range(8)], k)._replace(number=100 + k))
             source, took_s = NodeSource(node, History(node), Drain()), []

@@ -18,14 +18,14 @@ class Declined(Exception):
     """What a peer asks of a judge or an executor is not done; the message says why."""
 
 
-class Attest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Attest(msgspec.Struct, frozen=True):
     """To an executor: sign what you answered, and tell the secret to which you committed yourself."""
 
     opening: DuelOpening
     answer: str  # digest
 
 
-class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Pair(msgspec.Struct, frozen=True):
     """To a judge: a case, what was asked, and two answers."""
 
     case: Case

@@ -59,7 +59,7 @@ class Pages:
         page = d.metrics.page(
             held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers), balances=balances,
             ledger_full=d.accounts is not None and bool(d.accounts.ledger.full), tariff=d.provider.tariff,
-            markup=d.provider.markup, margin=d.provider.margin,
+            markup=d.provider.markup, margin=d.provider.margin, unspoken=len(d.membership.unspoken()),
         )  # fmt: skip
         return 200, page, b"text/plain; version=0.0.4; charset=utf-8"
 

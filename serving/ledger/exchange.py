@@ -2,6 +2,7 @@
 
 from typing import Annotated, TypeAlias
 
+import msgspec
 from msgspec import Meta
 
 from wwwserve.serving.ledger.statements import VERSION, Opening, Signed, Struct, Terms, Vouch
@@ -10,7 +11,11 @@ from wwwserve.serving.market import Whole
 MOST_STATEMENTS = 1_000  # about stake in one message
 
 
-class Open(Struct, frozen=True, tag="open"):
+class Envelope(msgspec.Struct, frozen=True):
+    """A message, which may have more than is read here: signatures are under the statements in it."""
+
+
+class Open(Envelope, frozen=True, tag="open"):
     """One of the two signs a channel."""
 
     opening: Opening
@@ -18,40 +23,40 @@ class Open(Struct, frozen=True, tag="open"):
     version: Whole = VERSION
 
 
-class Vouching(Struct, frozen=True, tag="vouch"):
+class Vouching(Envelope, frozen=True, tag="vouch"):
     """The payer's voucher."""
 
     vouch: Vouch
     version: Whole = VERSION
 
 
-class Telling(Struct, frozen=True, tag="stakes"):
+class Telling(Envelope, frozen=True, tag="stakes"):
     """Statements about stake."""
 
     statements: Annotated[tuple[str, ...], Meta(max_length=MOST_STATEMENTS)]
     version: Whole = VERSION
 
 
-class Acknowledged(Struct, frozen=True, tag="ack"):
+class Acknowledged(Envelope, frozen=True, tag="ack"):
     """The payee's signature under the state of a voucher."""
 
     number: Whole
     signature: str
 
 
-class Held(Struct, frozen=True, tag="held"):
+class Held(Envelope, frozen=True, tag="held"):
     """The payee holds another voucher than one that the payer could follow on from; none if None."""
 
     voucher: Signed | None
 
 
-class Declined(Struct, frozen=True, tag="declined"):
+class Declined(Envelope, frozen=True, tag="declined"):
     """It is not taken."""
 
     reason: str
 
 
-class Ask(Struct, frozen=True, tag="ask"):
+class Ask(Envelope, frozen=True, tag="ask"):
     """A node has started, and knows so much of the channel."""
 
     number: Whole  # of receipts in the chain by which it pays
@@ -68,7 +73,7 @@ class Unpaid(Struct, frozen=True):
     paid: Whole  # of it in instalments
 
 
-class Known(Struct, frozen=True, tag="known"):
+class Known(Envelope, frozen=True, tag="known"):
     """What a peer has of the asker's."""
 
     vouches: tuple[Vouch, ...]  # its vouchers after the number that it knows, in order, with their receipts

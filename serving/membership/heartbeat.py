@@ -4,7 +4,8 @@ A `Membership` tells its node of every advert of a peer, and when a peer is gone
 Whatever carries them, each node sends its advert when it is new and every 0.4 s, so that one who falls silent is
 noticed before two seconds are over. Each time it is signed anew, `KEY SIGNATURE JSON`, with the time by the sender's
 clock, which only ascends: what was heard, or is older than that, is a replay. `StaticMembership` knows its peers by a
-list of keys, `serving.membership.zenoh` finds them.
+list of keys, `serving.membership.zenoh` finds them. A peer with which there is no version of the protocol in common
+(`serving.versions`) is known as such, and nothing else is read of its adverts.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Annotated, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -49,11 +50,13 @@ from wwwserve.serving.http.messages import Refused, check_time
 from wwwserve.serving.http.quotas import Quota
 from wwwserve.serving.http.transport import Transport
 from wwwserve.serving.market import Whole
+from wwwserve.serving.versions import SPEAKS, UNSAID, Versions, advice, common
 
 log = logging.getLogger("wwwserve.membership")
 
 BEAT_S = 0.4  # between two signs of life
 SILENT_S = 1.4  # without one, after which a peer is gone
+UNSPOKEN_S = 60.0  # for which a peer of another version is still named when it has fallen silent
 BEAT_PATH = "/peer/beat"
 MOST_BYTES = 16384  # of an advert
 MOST_PER_S = 50.0  # adverts of one peer that are looked at, and as many at once
@@ -63,8 +66,18 @@ MOST_MODELS = 256  # of one node
 HEAD_BYTES = NAME_CHARS + SIGNATURE_BYTES  # before the JSON of an advert
 
 
-class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a node says of itself."""
+class Head(msgspec.Struct, frozen=True):
+    """What an advert of every version says, so that a node which speaks another one can be named."""
+
+    name: str
+    label: str
+    url: str
+    sent_us: Whole = 0
+    speaks: Versions = UNSAID
+
+
+class Advert(msgspec.Struct, frozen=True):
+    """What a node says of itself; what one of a later version adds is not read."""
 
     name: str  # its public key
     label: str  # what it calls itself, for people; anyone may choose any
@@ -75,6 +88,16 @@ class Advert(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load: tuple[float, ...]  # [ADVERT_SIZE], see agents.knowledge
     age_s: float  # of the load, when this was sent
     sent_us: Whole = 0  # when this was sent, by the sender's clock; ascending
+    speaks: Versions = SPEAKS
+
+
+class Unspoken(NamedTuple):
+    """A peer with which there is no version in common."""
+
+    label: str
+    url: str
+    speaks: Versions
+    heard_s: float  # last, by the clock of the membership
 
 
 _COUNT, _TOKENS, _MEAN, _CREDITS, _DURATION = (0.0, 1e6), (0.0, 1e10), (0.1, 1e7), (0.0, 1e9), (1e-14, 1e4)
@@ -104,12 +127,30 @@ class Membership(Protocol):
     def knows(self, name: str) -> bool:
         """Whether it is the key of a peer, there or not; true of a bounded number of keys."""
 
+    def unspoken(self) -> Mapping[str, Unspoken]:
+        """Peers with which there is no version in common, by name."""
+
     def received(self, body: bytes) -> str:
         """A beat came over the data plane; returns whose. Raises Refused for what is none."""
 
 
-def decode(body: bytes, by: str = LOCAL_URL) -> Advert:
-    """Read an advert; raises Refused. `by` is the address of the node that heard it, see `boundary.check_url`."""
+def head_of(body: bytes, by: str = LOCAL_URL) -> Head:
+    """Read what an advert of any version says; raises Refused. `by` is the address of the node that heard it, see
+    `boundary.check_url`."""
+    try:
+        head: Head = read(body, Head)
+        check_url(head.url, by)
+    except BoundaryError as error:
+        raise Refused("malformed", f"it is no advert: {error}") from None
+    if not (head.label.isprintable() and len(head.label) <= MOST_LABEL):
+        raise Refused("malformed", f"label is not at most {MOST_LABEL} printable characters")
+    if head.speaks.oldest > head.speaks.newest:
+        raise Refused("malformed", f"it speaks protocol {head.speaks}, which is none")
+    return head
+
+
+def decode(body: bytes) -> Advert:
+    """Read an advert of a version that is spoken here, whose head is good; raises Refused."""
     try:
         advert: Advert = read(body, Advert)
     except BoundaryError as error:
@@ -124,12 +165,6 @@ def decode(body: bytes, by: str = LOCAL_URL) -> Advert:
     cached, given = advert.load[AD_TARIFF + CACHED_INPUT], advert.load[AD_TARIFF + INPUT]
     if cached > given:  # what is in escrow, at the price of input, would not pay it
         raise Refused("malformed", f"cached input is at {cached}, expected at most {given}, the price of input")
-    try:
-        check_url(advert.url, by)
-    except BoundaryError as error:
-        raise Refused("malformed", str(error)) from None
-    if not (advert.label.isprintable() and len(advert.label) <= MOST_LABEL):
-        raise Refused("malformed", f"label is not at most {MOST_LABEL} printable characters")
     return advert
 
 
@@ -159,6 +194,7 @@ class Heartbeat(ABC):
         self.true_at_s = 0.0
         self.beaten_s: dict[str, float] = {}  # when each peer that is there was last heard
         self.numbers: dict[str, tuple[int, int]] = {}  # run and number of its last advert
+        self._unspoken: dict[str, Unspoken] = {}
         self._quota = Quota(MOST_PER_S, MOST_PER_S, clock)
         self._last: dict[str, tuple[int, bytes]] = {}  # of each that was ever heard: when it sent that, and signed how
         self._beat: tuple[float, bytes] | None = None  # when it was made
@@ -209,23 +245,41 @@ class Heartbeat(ABC):
         except ValueError as error:
             raise Refused("forged", str(error)) from None
         self._quota.spend(name)
-        advert = decode(content, self.reached_by)
-        if advert.name != name:
-            raise Refused("forged", f"it speaks for {advert.name!r}, but {name} signed it")
-        if self.only_tls and not advert.url.startswith("https://"):
-            raise Refused("malformed", f"it is at {advert.url!r}, expected https://")
-        self.check_address(advert)
-        check_time(advert.sent_us / 1e6, self.wall_clock())
-        if advert.sent_us <= last_us:
+        head = head_of(content, self.reached_by)
+        advert = decode(content) if common(head.speaks) is not None else None
+        if head.name != name:
+            raise Refused("forged", f"it speaks for {head.name!r}, but {name} signed it")
+        if self.only_tls and not head.url.startswith("https://"):
+            raise Refused("malformed", f"it is at {head.url!r}, expected https://")
+        self.check_address(name, head.url)
+        check_time(head.sent_us / 1e6, self.wall_clock())
+        if head.sent_us <= last_us:
             raise Refused("replayed", "it is older than what was heard already")
-        self._last[name] = advert.sent_us, signature
+        self._last[name] = head.sent_us, signature
+        if advert is None:
+            self.heard_unspoken(head)
+            raise Refused("version", f"{name} {advice(head.speaks)}")
         return advert
 
-    def check_address(self, advert: Advert) -> None:  # noqa: B027 - most have nothing to compare it with
+    def check_address(self, name: str, url: str) -> None:  # noqa: B027 - most have nothing to compare it with
         """Raises Refused for a peer that is not where it is expected."""
+
+    def heard_unspoken(self, head: Head) -> None:
+        """A peer is there with which there is no version in common."""
+        name = head.name
+        if name not in self._unspoken:
+            said = f"a peer {advice(head.speaks)}"
+            log.warning(said, extra={"peer": name, "label": head.label, "url": head.url})
+        self._unspoken[name] = Unspoken(head.label, head.url, head.speaks, self.clock())
+        self.left(name)
+
+    def unspoken(self) -> Mapping[str, Unspoken]:
+        """See `Membership`."""
+        return self._unspoken
 
     def alive(self, advert: Advert) -> None:
         """A peer gave a sign of life."""
+        self._unspoken.pop(advert.name, None)
         self.beaten_s[advert.name] = self.clock()
         if self.numbers.get(advert.name) != (advert.run, advert.number):
             self.numbers[advert.name] = advert.run, advert.number
@@ -244,6 +298,8 @@ class Heartbeat(ABC):
             now_s = self.clock()
             for name in [name for name, at_s in self.beaten_s.items() if now_s - at_s > SILENT_S]:
                 self.left(name)
+            for name in [name for name, each in self._unspoken.items() if now_s - each.heard_s > UNSPOKEN_S]:
+                del self._unspoken[name]
 
 
 class StaticMembership(Heartbeat):
@@ -264,10 +320,10 @@ class StaticMembership(Heartbeat):
         """See `Heartbeat`."""
         return name in self.peers
 
-    def check_address(self, advert: Advert) -> None:
+    def check_address(self, name: str, url: str) -> None:
         """See `Heartbeat`."""
-        if self.peers[advert.name] != advert.url:
-            raise Refused("stranger", f"it is at {advert.url!r}, the list of peers says {self.peers[advert.name]!r}")
+        if self.peers[name] != url:
+            raise Refused("stranger", f"it is at {url!r}, the list of peers says {self.peers[name]!r}")
 
     def received(self, body: bytes) -> str:
         """See `Membership`. A beat of someone who is not on the list is refused as well."""

@@ -23,7 +23,7 @@ import zenoh
 from wwwserve.serving.config import ZenohConfig
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SKEW_S, Refused
-from wwwserve.serving.membership.heartbeat import BEAT_S, SILENT_S, Gone, Heard, Heartbeat
+from wwwserve.serving.membership.heartbeat import BEAT_S, SILENT_S, Gone, Head, Heard, Heartbeat
 
 MOST_PEERS = 1024  # names that are known, beside those in the configuration
 FORGET_S = 2 * SKEW_S  # of silence, after which a name may be forgotten: nothing that it signed before is taken then
@@ -188,13 +188,22 @@ class ZenohMembership(Heartbeat):
         except Refused as refused:
             self.refused(refused)
             return
-        if advert.name not in self.configured:
-            if advert.name not in self.names and len(self.names) >= MOST_PEERS:
-                self._forget(self._silent())
-            self.names.pop(advert.name, None)
-            self.names[advert.name] = self.clock()
+        self._place(advert.name)
         self._urls[advert.name] = advert.url
         self.alive(advert)
+
+    def heard_unspoken(self, head: Head) -> None:
+        """See `Heartbeat`."""
+        self._place(head.name)
+        super().heard_unspoken(head)
+
+    def _place(self, name: str) -> None:
+        """A name was heard, and is known from now on."""
+        if name not in self.configured:
+            if name not in self.names and len(self.names) >= MOST_PEERS:
+                self._forget(self._silent())
+            self.names.pop(name, None)
+            self.names[name] = self.clock()
 
     def _silent(self) -> str | None:
         """The name that was not heard for longest, if for so long that it may be forgotten."""
@@ -207,6 +216,7 @@ class ZenohMembership(Heartbeat):
             del self.names[name]
             self._urls.pop(name, None)
             self._last.pop(name, None)
+            self._unspoken.pop(name, None)
             self.forgotten(name)
 
     def _doubt(self, name: str) -> None:

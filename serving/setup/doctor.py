@@ -262,19 +262,26 @@ def _ledger(node: NodeConfig, identity: Identity) -> Iterator[Finding]:
 
 async def _peers(node: NodeConfig, identity: Identity, running: dict[str, Any] | None) -> list[Finding]:
     seen = {peer["key"]: peer for peer in running["peers"]} if running is not None else {}
+    others = running.get("other_versions", []) if running is not None else []
+    found = [
+        Finding("version", FAILED, f"{each['label']} at {each['url']} {each['reason']}", "see docs/operations.md")
+        for each in others
+    ]
     if not isinstance(node.membership, StaticConfig):
         there = [each for each in seen.values() if each["there"]]
         if running is None:
             return [Finding("peers", OK, "are found by zenoh, once the node runs")]
         if not there:
-            return [Finding("peers", WARNING, "no peer is there", "are `membership.connect` and `network` right?")]
-        return [Finding("peers", OK, f"{len(there)} are there")]
+            asked = "are `membership.connect` and `network` right?"
+            return [*found, Finding("peers", WARNING, "no peer is there", asked)]
+        return [*found, Finding("peers", OK, f"{len(there)} are there")]
     if not node.peers:
         return [Finding("peers", WARNING, "there are none", "wwwserve join FILE takes the card of one")]
     answers = await asyncio.gather(*(ask(node, identity, peer.key, peer.url) for peer in node.peers))
-    found = []
     for peer, answer in zip(node.peers, answers, strict=True):
         heard = seen[peer.key]["there"] if peer.key in seen else None
+        if peer.key in {each["key"] for each in others}:  # it is heard, and named above
+            heard = None
         found.append(_peer(f"{peer.name or peer.key} at {peer.url}", answer, heard, node))
     return found
 

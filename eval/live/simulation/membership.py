@@ -9,7 +9,7 @@ import msgspec
 from wwwserve.eval.live.simulation.loop import Process
 from wwwserve.eval.live.simulation.network import MemoryNetwork
 from wwwserve.serving.http.messages import Refused
-from wwwserve.serving.membership.heartbeat import SILENT_S, Advert, Gone, Heard
+from wwwserve.serving.membership.heartbeat import SILENT_S, Advert, Gone, Heard, Unspoken
 
 
 class Members:
@@ -73,6 +73,10 @@ class MemoryMembership:
     def knows(self, name: str) -> bool:
         """See `Membership`."""
         return name != self.name and name in self.members.hosts
+
+    def unspoken(self) -> dict[str, Unspoken]:
+        """See `Membership`. All are of one version."""
+        return {}
 
     def received(self, body: bytes) -> str:
         """See `Membership`."""
