@@ -32,7 +32,8 @@ paper: $(INSTALLED)
 	$(BIN)/python -m eval.paper $(ARGS)
 
 BROWSER := /usr/bin/chromium /usr/bin/chromedriver
-test: $(INSTALLED) $(BROWSER)
+SYSTEMD := /usr/bin/systemd-analyze
+test: $(INSTALLED) $(BROWSER) $(SYSTEMD)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -42,6 +43,11 @@ $(BROWSER) &: # in which the console is tested
 	@test "$$(id -u)" = 0 || { echo 'Chromium is needed for tests: sudo apt-get install chromium chromium-driver' >&2; exit 1; }
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver
+
+$(SYSTEMD): # which reads the unit in docs/deploy
+	@test "$$(id -u)" = 0 || { echo 'systemd-analyze is needed for tests: sudo apt-get install systemd' >&2; exit 1; }
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends systemd
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
