@@ -212,3 +212,36 @@ def test_join_says_what_else_there_is_to_do(tmp_path: Path) -> None:
     said = " ".join(join(north, card(south)).notes)
     for part in ("cannot reach this node at http://127.0.0.1:9000", "`trust` does not list", "`ledger.limits` has no"):
         assert part in said
+
+
+def test_a_new_key_is_taken_where_the_old_one_has_signed_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    north, old = node(tmp_path / "north", "north", url="http://10.0.0.1:9000")
+    south, _ = node(tmp_path / "south", "south", url="http://10.0.0.2:9000")
+    join(south, card(north), "up there")
+    assert cli.main(["key", "new", str(north.parent / "next.pem")]) == 0
+    north.write_text(north.read_text().replace("key: north.pem", "key: next.pem"))
+    new = Identity.load(north.parent / "next.pem")
+
+    alone = card(north)  # anyone could have made it
+    with pytest.raises(CardError, match="has another key"):
+        join(south, alone)
+
+    capsys.readouterr()
+    signed = tmp_path / "signed.card.yaml"
+    assert cli.main(["card", str(north), "--replaces", str(north.parent / "north.pem")]) == 0
+    signed.write_text(capsys.readouterr().out)
+    text = signed.read_text()
+    for forged in (
+        text.replace(old.name, A),  # the key of somebody else
+        "\n".join(line for line in text.splitlines() if not line.startswith("replaces_signature")),
+        "\n".join(line for line in text.splitlines() if not line.startswith("replaces:")),
+    ):
+        signed.write_text(forged)
+        with pytest.raises(CardError):
+            join(south, signed)
+    signed.write_text(text)
+    assert cli.main(["join", str(signed), "--config", str(south)]) == 0
+    assert "has a new key" in capsys.readouterr().out
+    (peer,) = config.load(south).peers
+    assert (peer.name, peer.key, peer.url) == ("up there", new.name, "http://10.0.0.1:9000")
+    assert not join(south, signed).changed

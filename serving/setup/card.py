@@ -1,7 +1,8 @@
 """A node's card: what a peer has to know of it, in a small file that the node has signed.
 
 The signature shows that whoever wrote the card has the key in it, and that nothing was changed on the way. It does not
-show whose key that is: who gets a card compares the key with its owner by another way, if it matters.
+show whose key that is: who gets a card compares the key with its owner by another way, if it matters. A node that takes
+another key has both sign its card, which shows to those who know the old one that it is the same node.
 """
 
 from base64 import urlsafe_b64encode
@@ -34,12 +35,14 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     key: str  # public
     url: str  # at which peers reach it
     certificate: str | None = None  # SHA-256 of what it shows to nodes; None: it has no TLS
+    replaces: str | None = None  # the key that the node had before
     signature: str  # of all of the above, by the key
+    replaces_signature: str | None = None  # and by that
 
     def signed(self) -> bytes:
         """What is signed."""
         fields: dict[str, object] = msgspec.to_builtins(self)
-        return statement(KIND, {name: said for name, said in fields.items() if name != "signature"})
+        return statement(KIND, {name: said for name, said in fields.items() if not name.endswith("signature")})
 
     def text(self) -> str:
         """The file."""
@@ -53,8 +56,9 @@ def file_name(name: str) -> str:
     return (plain or "node") + SUFFIX
 
 
-def card_of(config: NodeConfig, identity: Identity) -> Card:
-    """The card of a node. Raises ConfigError where peers could not reach it at what it says."""
+def card_of(config: NodeConfig, identity: Identity, replaces: Identity | None = None) -> Card:
+    """The card of a node, which had another key before or not. Raises ConfigError where peers could not reach it at
+    what it says."""
     if config.url is None and config.port == 0:
         raise ConfigError("port is 0: a card has to say at which port peers reach the node")
     url = config.url_at(config.port)
@@ -62,9 +66,17 @@ def card_of(config: NodeConfig, identity: Identity) -> Card:
         raise ConfigError(f"url must be given where host is {config.host}: at which peers reach this machine")
     made = Card(
         name=config.name, key=identity.name, url=url, certificate=fingerprint(identity.name) if config.tls else None,
-        signature="",
+        replaces=replaces.name if replaces is not None else None, signature="",
     )  # fmt: skip
-    return msgspec.structs.replace(made, signature=urlsafe_b64encode(identity.sign(made.signed())).decode())
+    content = made.signed()
+    return msgspec.structs.replace(
+        made, signature=_text(identity, content),
+        replaces_signature=_text(replaces, content) if replaces is not None else None,
+    )  # fmt: skip
+
+
+def _text(identity: Identity, content: bytes) -> str:
+    return urlsafe_b64encode(identity.sign(content)).decode()
 
 
 def read_card(path: Path) -> Card:
@@ -97,6 +109,8 @@ def _check(card: Card) -> None:
     public_key(card.key)
     try:
         verify(card.key, card.signed(), signature_of(card.signature))
+        if card.replaces is not None:
+            verify(card.replaces, card.signed(), signature_of(card.replaces_signature or ""))
     except SignatureError:
         raise SignatureError(
             "it was changed after it was signed: ask for it again, by a way on which nobody can change it"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from wwwserve.agents.arguments import Count, Name
+from wwwserve.agents.arguments import Count, File, Name
 from wwwserve.agents.hardware import CHUNK_TOKENS
 from wwwserve.serving import config
 from wwwserve.serving.http.addresses import is_loopback
@@ -100,10 +100,13 @@ class ShowCard:
 
     file: NodeFile = NODE_FILE
     """the configuration"""
+    replaces: File = None
+    """file of the key that the node had before `key` was changed, which signs the card too, so that peers take it"""
 
     def run(self) -> int:
         node = config.load(self.file)
-        print(card_of(node, Identity.load(Path(node.key))).text(), end="")
+        before = Identity.load(self.replaces) if self.replaces is not None else None
+        print(card_of(node, Identity.load(Path(node.key)), before).text(), end="")
         return 0
 
 

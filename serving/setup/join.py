@@ -11,7 +11,7 @@ from wwwserve.serving.config import LedgerConfig, NodeConfig, StaticConfig
 from wwwserve.serving.http.addresses import host_of, is_loopback
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.setup.card import Card, CardError, card_of, file_name, read_card
-from wwwserve.serving.setup.node_file import replace_file, with_peer, with_url
+from wwwserve.serving.setup.node_file import replace_file, with_key, with_peer, with_url
 
 
 class Joined(NamedTuple):
@@ -24,20 +24,30 @@ class Joined(NamedTuple):
 
 def join(file: Path, card_file: Path, name: str | None = None) -> Joined:
     """Add the peer of a card to the `peers` of `file`, called `name` there (default: as its card says). A card that was
-    taken before changes nothing; of a key that is listed it may bring another url.
+    taken before changes nothing; of a key that is listed it may bring another url, and, signed by that, another key.
 
     Raises ConfigError, IdentityError, OSError for the own files, CardError for a card that is not taken.
     """
     card, own = read_card(card_file), config.load(file)
     card = msgspec.structs.replace(card, url=card.url.rstrip("/"))  # as a configuration has it
     identity = Identity.load(Path(own.key))
-    name = name or card.name
+    listed = next((peer for peer in own.peers if peer.key == card.key), None)
+    before = next((peer for peer in own.peers if peer.key == card.replaces), None) if listed is None else None
+    name = name or (before.name if before is not None else None) or card.name
     _check(own, identity, card, name, file)
     with file.open(encoding="utf-8", newline="") as content:
         text = content.read()
-    listed = next((peer for peer in own.peers if peer.key == card.key), None)
     notes = _notes(own, identity, card, name, file)
-    if listed is None:
+    if before is not None:
+        changed = with_key(with_url(text, before.key, card.url), before.key, card.key)
+        said = f"{name} has a new key, {card.key}, which its old one, {before.key}, has signed"
+        if own.trust is not None and before.key in own.trust:
+            notes.insert(0, f"`trust` lists the old key: put {card.key} in its place")
+        if own.ledger is not None:
+            notes.insert(
+                0, "what the old key owes and is owed stays with that: `ledger` has to name the new one as well"
+            )
+    elif listed is None:
         changed = with_peer(text, {"name": name, "key": card.key, "url": card.url})
         said = f"{name} is a peer now, at {card.url}"
     elif listed.url != card.url:
@@ -59,11 +69,14 @@ def _check(own: NodeConfig, identity: Identity, card: Card, name: str, file: Pat
     if card.key == identity.name:
         raise CardError("this is the node's own card: send it to your peers, and take theirs")
     for peer in own.peers:
+        if peer.key == card.replaces:
+            continue
         if peer.key != card.key and peer.name == name:
             raise CardError(
                 f"{file} has {name} with another key, {peer.key}, and this card has {card.key}. Either it is another "
                 f"node, then give it another name by --name; or {name} has a new key, which somebody else could say as "
-                f"well: ask its operator by a way that you trust, remove the old entry from `peers`, and join again"
+                f"well: its operator can have the old key sign the card, by `wwwserve card --replaces`. If that is "
+                f"lost, ask by a way that you trust, remove the old entry from `peers`, and join again"
             )
         if peer.key != card.key and peer.url == card.url:
             raise CardError(

@@ -31,16 +31,24 @@ def with_peer(text: str, peer: Peer) -> str:
 
 def with_url(text: str, key: str, url: str) -> str:
     """The file's text with another `url` of the peer of that public key. Raises ConfigError as `with_peer`."""
+    return _with(text, key, "url", url)
 
-    def moved(content: dict[str, Any]) -> None:
-        content["peers"] = [each | {"url": url} if each["key"] == key else each for each in content["peers"]]
+
+def with_key(text: str, key: str, new: str) -> str:
+    """The file's text with another `key` of the peer of that public key. Raises ConfigError as `with_peer`."""
+    return _with(text, key, "key", new)
+
+
+def _with(text: str, key: str, field: str, said: str) -> str:
+    def change(content: dict[str, Any]) -> None:
+        content["peers"] = [each | {field: said} if each["key"] == key else each for each in content["peers"]]
 
     changed = text
     for item in _peers(text).value:
         fields = {name.value: value for name, value in item.value}
         if fields["key"].value == key:
-            changed = _replaced(text, fields["url"], _scalar(url))
-    return _checked(text, changed, moved, f"the url of {key}: {url}")
+            changed = _replaced(text, fields[field], _scalar(said))
+    return _checked(text, changed, change, f"the {field} of {key}: {said}")
 
 
 def replace_file(path: Path, text: str) -> None:
