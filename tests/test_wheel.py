@@ -1,11 +1,14 @@
-"""The wheel, installed with base dependencies only, is a whole node: light modules, packaged data and scenarios."""
+"""What is released, wheel and source distribution, is a whole node where nothing else of the clone is: light modules,
+packaged data and scenarios. The source distribution is installed as docs/deploy/Containerfile does it."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import urllib.request
 import venv
 import zipfile
@@ -40,8 +43,9 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built by way of the source distribution from a copy, so that the working tree stays clean."""
+def dist(tmp_path_factory) -> Path:
+    """A folder with the source distribution and the wheel made of it, from a copy, so that the working tree stays
+    clean."""
     source = tmp_path_factory.mktemp("source")
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -49,7 +53,12 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, source)
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--outdir", out, source, cwd=out)
-    (built,) = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist) -> Path:
+    (built,) = dist.glob("*.whl")
     return built
 
 
@@ -61,6 +70,30 @@ def node_python(wheel, tmp_path_factory) -> Path:
     python = home / "bin" / "python"
     run(python, "-m", "pip", "install", "-q", wheel, "openai-agents", cwd=home)
     return python
+
+
+@pytest.fixture(scope="module")
+def image_python(dist, tmp_path_factory) -> Path:
+    """Python of an environment made of the source distribution by the steps of the container file."""
+    home = tmp_path_factory.mktemp("image")
+    (archive,) = dist.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(home, filter="data")
+    (source,) = home.glob("wwwserve-*")
+    text = (ROOT / "docs/deploy/Containerfile").read_text(encoding="utf-8")
+    copied = set(re.findall(r"^COPY (?!--from)(.*) /src", text, re.MULTILINE))
+    assert {part for each in copied for part in each.split()} == {*PACKAGES, *BUILD_FILES}
+    settings = dict(re.findall(r"^ENV (\w+)=(.*)$", text, re.MULTILINE))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    assert settings.keys() == {"PATH", "WWWSERVE_CACHE"}
+    env |= {"PATH": f"{home}/bin:{Path(sys.executable).parent}:{env['PATH']}", "WWWSERVE_CACHE": f"{home}/cache"}
+    steps = [each for each in re.findall(r"^RUN (.*)$", text, re.MULTILINE) if not each.startswith("useradd")]
+    for step in steps:
+        here = step.replace("/opt/wwwserve", str(home)).replace("/src", str(source))
+        done = subprocess.run(["sh", "-ec", here], cwd=home, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{here}\n{done.stdout}\n{done.stderr}"
+    assert len(steps) == 3 and "compiling kernels" in done.stderr
+    return home / "bin" / "python"
 
 
 def test_wheel_holds_the_packages_their_data_and_the_license(wheel):
@@ -112,28 +145,32 @@ def test_base_install_has_the_tuned_rules(node_python, tmp_path):
     assert run(node_python, "-c", program, cwd=tmp_path) == "rank_cap@deadlines\n"
 
 
-def test_base_install_runs_a_network_that_answers(node_python, tmp_path):
-    command = [node_python.with_name("wwwserve"), "up", "--nodes", "2", "--speed", "10", "--base-port", "0"]
+@pytest.mark.parametrize(("release", "compiled"), [("node_python", 1), ("image_python", 0)], ids=["wheel", "sdist"])
+def test_what_is_released_runs_a_network_that_answers(release, compiled, request, tmp_path):
+    python = request.getfixturevalue(release)
+    where = run(python, "-c", "import wwwserve.serving as s; print(s.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(python.parent.parent)
+    command = [python.with_name("wwwserve"), "up", "--nodes", "2", "--speed", "10", "--base-port", "0"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    env["WWWSERVE_CACHE"] = str(tmp_path / "cache")
+    env["WWWSERVE_CACHE"] = str(python.parent.parent / "cache")
     with subprocess.Popen(
         command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as up:
         try:
             network = json.loads(up.stdout.readline())  # when it is ready
             question = {"model": network["model"], "max_tokens": 8, "messages": [{"role": "user", "content": "hello"}]}
-            request = urllib.request.Request(
+            asked = urllib.request.Request(
                 f"{network['nodes'][0]}/v1/chat/completions",
                 json.dumps(question).encode(),
                 {"content-type": "application/json"},
             )
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(asked, timeout=60) as response:
                 assert json.load(response)["usage"]["completion_tokens"] == 8
         finally:
             up.send_signal(signal.SIGINT)
             logged = up.communicate(timeout=60)[1]
     assert up.returncode == 0
-    assert logged.count("compiling kernels") == 1
+    assert logged.count("compiling kernels") == compiled
 
 
 IMPORT_ALL = """
