@@ -11,9 +11,12 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
-from stub_nodes import MODEL, PROFILE, Stub
+from aiohttp import web
+from stub_nodes import GOOD, MODEL, PROFILE, Stub
 
 from wwwserve.serving import cli
+from wwwserve.serving.config import parse
+from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.local_nodes import (
     READY_S,
@@ -26,7 +29,9 @@ from wwwserve.serving.local_nodes import (
     programs,
     write_nodes,
 )
-from wwwserve.serving.membership.heartbeat import head_of
+from wwwserve.serving.membership.heartbeat import BEAT_PATH, head_of
+from wwwserve.serving.setup.peer_view import Answer, View
+from wwwserve.serving.setup.peer_view import ask as view
 from wwwserve.serving.versions import SPEAKS, UNSAID, Versions, advice, common
 
 THIS = SPEAKS.newest
@@ -89,6 +94,25 @@ def test_a_head_is_read_whatever_else_an_advert_says() -> None:
     for wrong in ([3, 2], [1], "2", [-1, 2], [1.5, 2]):
         with pytest.raises(Refused):
             head_of(msgspec.json.encode(said | {"speaks": wrong}))
+
+
+def test_a_node_of_before_versions_is_known_by_what_it_does_not_know() -> None:
+    async def beat(request: web.Request) -> web.Response:
+        said = "it is no advert: Object contains unknown field `speaks`"
+        return web.json_response({"error": {"type": "malformed", "message": said}}, status=403)
+
+    async def scene() -> Answer:
+        app = web.Application()
+        app.router.add_post(BEAT_PATH, beat)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", port := free_ports(1)[0]).start()
+            return await view(parse(GOOD, "test"), Identity.generate(), "k" * 43, f"http://127.0.0.1:{port}")
+        finally:
+            await runner.cleanup()
+
+    assert asyncio.run(scene()).view is View.OLDER
 
 
 @contextlib.asynccontextmanager

@@ -279,9 +279,9 @@ async def _peers(node: NodeConfig, identity: Identity, running: dict[str, Any] |
         return [Finding("peers", WARNING, "there are none", "wwwserve join FILE takes the card of one")]
     answers = await asyncio.gather(*(ask(node, identity, peer.key, peer.url) for peer in node.peers))
     for peer, answer in zip(node.peers, answers, strict=True):
+        if peer.key in {each["key"] for each in others}:
+            continue  # which is named above
         heard = seen[peer.key]["there"] if peer.key in seen else None
-        if peer.key in {each["key"] for each in others}:  # it is heard, and named above
-            heard = None
         found.append(_peer(f"{peer.name or peer.key} at {peer.url}", answer, heard, node))
     return found
 
@@ -295,6 +295,7 @@ def _peer(who: str, answer: Answer, heard: bool | None, node: NodeConfig) -> Fin
             View.MOVED: f"this node says {at}: correct `url`, or send it your card anew, `wwwserve card`",
             View.ITSELF: "correct the peer's `url`",
             View.OTHER_KEY: "ask its operator for its card, by a way that you trust",
+            View.OLDER: "upgrade it, see docs/operations.md",
             View.UNREACHABLE: "does it run? Is its `url` right, its port open from here, and has it `tls` as this one?",
             View.ODD: "is its `url` that of a node?",
         }[answer.view]

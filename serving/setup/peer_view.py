@@ -27,6 +27,7 @@ class View(Enum):
     MOVED = "it lists this node at another url"
     ITSELF = "it is this node"
     OTHER_KEY = "it has another key than it is listed with"
+    OLDER = "it is of an older release, which speaks another protocol"
     UNREACHABLE = "it does not answer"
     ODD = "it does not answer as a node does"
 
@@ -68,4 +69,6 @@ async def ask(config: NodeConfig, identity: Identity, key: str, url: str) -> Ans
         if "key of this node" in said:
             return Answer(View.ITSELF, said)
         return Answer(View.MOVED if said.startswith("it is at") else View.STRANGER, said)
+    if kind == "malformed" and "unknown field `speaks`" in said:  # before adverts said a version
+        return Answer(View.OLDER, said)
     return Answer(View.ODD, f"{response.status}, {kind}: {said}")
