@@ -40,6 +40,7 @@ from wwwserve.serving.http.reply import (
     RetryableError,
     TooMuch,
     limits_said,
+    packed,
     pass_stream_on,
     retry_after,
     send_timed,
@@ -459,6 +460,8 @@ class Dispatcher:
                 reply.limits[:] = limits_said(response)
                 if response.status in ENGINES_FAULT or response.status >= 500:
                     raise self._turned_away(completion, response)
+                if wrong := packed(response):
+                    raise StreamError(wrong)
                 if response.status == 200:
                     self.engine.answered()
                 kind = response.headers.get("content-type", "application/json")

@@ -122,7 +122,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_on_a_line_of_its_own(rest: 
             status, got, _ = await post(n, "/v1/responses", {"model": MODEL, "input": "x", "stream": True})
             last = got.split(b"\n\n")[-2]
             assert status == 200 and last.startswith(b"event: error\ndata: ")
-            assert json.loads(last.partition(b"data: ")[2])["error"]["code"] == 502
+            assert json.loads(last.partition(b"data: ")[2])["error"]["code"] == "502"
 
     play(scene)
 

@@ -205,7 +205,7 @@ class Engine(Availability):
     async def models(self) -> list[str]:
         """The names that it serves. Raises EngineError when it does not say."""
         try:
-            listed = orjson.loads(await self._get("/v1/models"))["data"]
+            listed = orjson.loads(await self._get("/v1/models"))["data"] or []  # null: Ollama has none
             self.described = {str(each["id"]): _described(each) for each in listed}
         except (TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
             raise EngineError(f"{self.url}/v1/models: {error or type(error).__name__}") from None

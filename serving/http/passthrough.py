@@ -10,7 +10,7 @@ import orjson
 
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.http.clients import HttpReply
-from wwwserve.serving.http.reply import Failed, limits_said, retry_after
+from wwwserve.serving.http.reply import Failed, limits_said, packed, retry_after
 from wwwserve.serving.http.sse import Usage
 from wwwserve.serving.http.transport import Response
 from wwwserve.serving.market import MOST_TOKENS
@@ -77,6 +77,8 @@ class Passthrough:
             raise Failed(502, f"the engine does not answer as it should: it answers {status}", "engine_error")
         if status == 405 or (status == 404 and "json" not in response.headers.get("content-type", "")):
             raise Failed(404, f"the engine has no {path}", "not_found_error")
+        if wrong := packed(response):
+            raise Failed(502, f"the engine does not answer as it should: {wrong}", "engine_error")
         if not (status == 200 or 400 <= status < 500):
             raise Failed(502, f"the engine answers {status}", "engine_error")
 

@@ -48,7 +48,7 @@ async def look_at_engine(url: str, kind: str = "vllm", key: str | None = None) -
 
     try:
         try:
-            listed = orjson.loads(await get("/v1/models"))["data"]
+            listed = orjson.loads(await get("/v1/models"))["data"] or []  # null: Ollama has none
             models = {str(each["id"]): each.get("max_model_len") for each in listed}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise EngineError(f"{url}/v1/models lists no models: expected the URL of an engine") from None
