@@ -19,7 +19,7 @@ import orjson
 
 from wwwserve.agents.decision import HOLD, LOCAL
 from wwwserve.agents.knowledge import AD_REUSE_S, AD_STAKE, LONGEST_REUSE_S
-from wwwserve.serving.config import NodeConfig
+from wwwserve.serving.config import NodeConfig, absent_aliases
 from wwwserve.serving.delegation import Delegation, remember
 from wwwserve.serving.duel.attestor import Attestor
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
@@ -56,6 +56,7 @@ from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
+from wwwserve.serving.plain import in_words
 from wwwserve.serving.reasons import Reasons
 
 log = logging.getLogger("wwwserve.dispatcher")
@@ -211,6 +212,9 @@ class Dispatcher:
             if self.serves:
                 log.info("the engine serves other models", extra={"before": self.serves, "serves": serves})
             self.serves, self.provider.advert_due = serves, True
+            absent = absent_aliases(self.config.aliases, serves)
+            if absent:
+                log.warning("there are aliases of models that the engine does not serve", extra={"aliases": absent})
 
     def leave(self) -> None:
         """Tell peers that nothing more is taken here."""
@@ -475,7 +479,7 @@ class Dispatcher:
                             await paid.check(meter)
                     await send_timed(reply.whole(response.status, kind, body), meter)
         except (TimeoutError, OSError, StreamError, TooMuch) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_words(error)
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
             if not isinstance(error, StreamError | TooMuch):

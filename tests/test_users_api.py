@@ -172,6 +172,15 @@ def test_models_by_their_names_and_others_that_the_operator_gave_them() -> None:
     play(scene)
 
 
+def test_an_alias_of_a_model_that_is_not_there_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with net(Stub(), aliases={"gpt-4": MODEL, "gone": "nowhere"}):
+            [said] = [each for each in caplog.records if "aliases" in each.message]
+            assert said.levelname == "WARNING" and vars(said)["aliases"] == {"gone": "nowhere"}
+
+    play(scene)
+
+
 def test_a_peer_is_asked_for_a_model_by_the_name_that_it_has() -> None:
     async def scene() -> None:
         async with net(busy(), Stub(), aliases={"gpt-4": MODEL}) as n:

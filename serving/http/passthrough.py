@@ -14,6 +14,7 @@ from wwwserve.serving.http.reply import Failed, limits_said, packed, retry_after
 from wwwserve.serving.http.sse import Usage
 from wwwserve.serving.http.transport import Response
 from wwwserve.serving.market import MOST_TOKENS
+from wwwserve.serving.plain import in_words
 
 RESPONSES = "/v1/responses"
 COMPUTED = (
@@ -52,7 +53,7 @@ class Passthrough:
                 self._check(path, body, response)
                 usage = await self._pass(response, reply)
         except (TimeoutError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_words(error)
             if not reply.started:
                 engine.suspect(reason)
             raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None

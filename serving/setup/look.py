@@ -15,6 +15,7 @@ from wwwserve.serving.http.addresses import engine_base, here, netloc
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.transport import AiohttpTransport
 from wwwserve.serving.local_nodes import NetworkError, look
+from wwwserve.serving.plain import in_words
 
 TIMEOUT_S = 5.0
 
@@ -39,7 +40,7 @@ async def look_at_engine(url: str, kind: str = "vllm", key: str | None = None) -
             ) as response:
                 page = await response.read(MOST_PAGE)
         except (OSError, TimeoutError) as error:
-            raise EngineError(f"{url}{path}: {error or 'no answer'}") from None
+            raise EngineError(f"{url}{path}: {in_words(error)}") from None
         if response.status == 401:
             raise EngineError(f"{url}{path} answers 401: it wants an API key, `engine.key`")
         if response.status != 200:
@@ -100,7 +101,7 @@ async def _own_over_tls(url: str, identity: Identity) -> dict[str, Any]:
             body = await response.read(MOST_PAGE)
         seen: dict[str, Any] = orjson.loads(body)
     except (OSError, TimeoutError, ValueError) as error:
-        raise NetworkError(f"{url} does not answer as this node: {error or 'no answer'}") from None
+        raise NetworkError(f"{url} does not answer as this node: {in_words(error)}") from None
     finally:
         await transport.close()
     if response.status != 200:
