@@ -87,8 +87,8 @@ def loads(body: bytes) -> Any:
         raise BoundaryError("it has too many values")
     try:
         return orjson.loads(body)
-    except ValueError:
-        raise BoundaryError("it is not JSON") from None
+    except ValueError as error:
+        raise BoundaryError(f"it is not JSON: {error}") from None
 
 
 def object_of(body: bytes) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from wwwserve.agents import hardware
-from wwwserve.agents.arguments import File, Name, UsageError, parse_args, refuse
+from wwwserve.agents.arguments import File, Name, Range, UsageError, parse_args, refuse
 from wwwserve.agents.decision import make_actions
 from wwwserve.agents.policy.bundle import (
     MANIFEST,
@@ -50,6 +50,7 @@ from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.journal import JournalError
 from wwwserve.serving.ledger.statements import StatementError
 from wwwserve.serving.local_nodes import NetworkError, Plan, look
+from wwwserve.serving.plain import in_words
 from wwwserve.serving.setup.card import CardError
 from wwwserve.serving.setup.commands import Doctor, Init, Join, ShowCard
 from wwwserve.serving.setup.look import own_network
@@ -142,7 +143,7 @@ class Up:
     """that engines emulate"""
     max_num_seqs: int = 64
     """requests at once in an emulated engine"""
-    speed: float = 1.0
+    speed: Annotated[float, Range(*config.SPEED)] = 1.0
     """emulated seconds in a second"""
     membership: Literal["static", "zenoh"] = "static"
     """how nodes find each other"""
@@ -384,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED
     except REFUSED as error:
-        print("wwwserve: " + "\n".join(map(_printable, str(error).splitlines())), file=sys.stderr)
+        print("wwwserve: " + "\n".join(map(_printable, in_words(error).splitlines())), file=sys.stderr)
         status = FAILED
     except KeyboardInterrupt:
         status = DONE
@@ -453,7 +454,7 @@ def describe(bundle: Bundle) -> str:
         ("decides", f"{len(decisions['routes'])} routes, {len(decisions['markups'])} markups"),
         ("trained", f"{_told(m.get('agent_steps'))} agent steps, seed {_told(m.get('seed'))}"),
         ("markets", m.get("environment")),
-        ("git", m.get("git")),
+        ("git", _revision(m.get("git"))),
         ("packages", m.get("packages")),
         ("golden", f"{len(bundle.logits)} views"),
     ]  # fmt: skip
@@ -479,6 +480,13 @@ def _told(value: Any) -> str:
     if isinstance(value, list):
         return "/".join(_told(each) for each in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _revision(git: Any) -> Any:
+    """What a bundle was made from, in words; as it is where it says something else."""
+    if not isinstance(git, dict) or git.keys() != {"revision", "dirty"}:
+        return git
+    return f"{_told(git['revision'])}, {'with' if git['dirty'] else 'without'} uncommitted changes"
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

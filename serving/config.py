@@ -6,7 +6,7 @@ It is long, as all keys and what is expected of each stand together.
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +29,11 @@ from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.verdicts import MOST_JUDGES
 from wwwserve.serving.market import MOST_INT, Market
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
+from wwwserve.serving.plain import in_words
 
 MOST_AT_ONCE = 1 << 16  # requests in an engine
 MOST_ENGINES = 64  # of one node
+SPEED = (0.01, 100.0)  # emulated seconds in a second: lowest, highest
 SPARE_FILES = 64  # file descriptors, beside connections
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
@@ -156,7 +158,7 @@ class KeyConfig(Struct):
             try:
                 found = Path(self.file).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"the file of key {self.name} cannot be read: {error}") from None
+                raise ConfigError(f"the file of key {self.name} cannot be read: {in_words(error)}") from None
         else:
             if self.env is None or self.env not in os.environ:
                 raise ConfigError(f"key {self.name} is not there: the environment has no {self.env}")
@@ -329,6 +331,11 @@ class NodeConfig(Struct):
         if isinstance(settings, CatalogueProfile):
             return profile(settings.gpu, settings.model, settings.max_num_seqs)
         return Profile(**msgspec.structs.asdict(settings))
+
+
+def absent_aliases(aliases: Mapping[str, str], serves: Collection[str]) -> dict[str, str]:
+    """The aliases that name nothing, as their models are not served."""
+    return {alias: model for alias, model in aliases.items() if model not in serves}
 
 
 def parse(content: object, where: str, folder: Path | None = None) -> NodeConfig:
@@ -519,7 +526,8 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("market.duel_probability", 0 <= c.market.duel_probability <= 1,
          f"0 to 1, got {c.market.duel_probability:g}"),
         ("market.judges", 1 <= c.market.judges <= MOST_JUDGES, f"1 to {MOST_JUDGES}, got {c.market.judges}"),
-        ("market.speed", 0.01 <= c.market.speed <= 100, f"0.01 to 100, got {c.market.speed:g}"),
+        ("market.speed", SPEED[0] <= c.market.speed <= SPEED[1],
+         f"{SPEED[0]:g} to {SPEED[1]:g}, got {c.market.speed:g}"),
         ("engine.url", 1 <= len({u.partition("://")[2] for u in c.engine.urls}) == len(c.engine.urls) <= MOST_ENGINES,
          f"of one engine or a list of up to {MOST_ENGINES} different ones, got {c.engine.url}"),
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),

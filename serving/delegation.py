@@ -48,6 +48,7 @@ from wwwserve.serving.ledger.verdicts import Verdict
 from wwwserve.serving.market import Promise, Tariff
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
+from wwwserve.serving.plain import in_words
 from wwwserve.serving.tracing import end_exchange, promised
 
 log = logging.getLogger("wwwserve.delegation")
@@ -225,7 +226,7 @@ class Delegation:
                 handed.cancelled = True
             raise
         except (TimeoutError, OSError, KeyError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_words(error)
             self._failed(name)
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None

@@ -21,7 +21,7 @@ import orjson
 
 from wwwserve.agents.decision import HOLD, LOCAL
 from wwwserve.agents.knowledge import AD_REUSE_S, AD_STAKE, LONGEST_REUSE_S
-from wwwserve.serving.config import NodeConfig
+from wwwserve.serving.config import NodeConfig, absent_aliases
 from wwwserve.serving.delegation import Delegation, remember
 from wwwserve.serving.duel.attestor import Attestor
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
@@ -43,6 +43,7 @@ from wwwserve.serving.http.reply import (
     RetryableError,
     TooMuch,
     limits_said,
+    packed,
     pass_stream_on,
     retry_after,
     send_timed,
@@ -58,6 +59,7 @@ from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
+from wwwserve.serving.plain import in_words
 from wwwserve.serving.reasons import Reasons
 from wwwserve.serving.tracing import Tracing, end_exchange, promised
 
@@ -222,6 +224,9 @@ class Dispatcher:
             if self.serves:
                 log.info("the engine serves other models", extra={"before": self.serves, "serves": serves})
             self.serves, self.provider.advert_due = serves, True
+            absent = absent_aliases(self.config.aliases, serves)
+            if absent:
+                log.warning("there are aliases of models that the engine does not serve", extra={"aliases": absent})
 
     def leave(self) -> None:
         """Tell peers that nothing more is taken here."""
@@ -516,6 +521,8 @@ class Dispatcher:
                 status = response.status
                 if status in ENGINES_FAULT or status >= 500:
                     raise _turned_away(engine, completion, response)
+                if wrong := packed(response):
+                    raise StreamError(wrong)
                 if response.status == 200:
                     engine.answered()
                 kind = response.headers.get("content-type", "application/json")
@@ -529,7 +536,7 @@ class Dispatcher:
                             await paid.check(meter)
                     await send_timed(reply.whole(response.status, kind, body), meter)
         except (TimeoutError, OSError, StreamError, TooMuch) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_words(error)
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
             if not isinstance(error, StreamError | TooMuch):

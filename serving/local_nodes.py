@@ -34,6 +34,7 @@ from wwwserve.serving.engine import calibrate, local_vllm
 from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.addresses import is_free
 from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.plain import in_words
 
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
 LOG_LINES = 10  # shown of a program that ends
@@ -389,10 +390,17 @@ def look(url: str, key: str | None = None) -> dict[str, Any]:
         with DIRECT.open(asked, timeout=2.0) as response:
             seen: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
-        raise NetworkError(f"{url} answers with {error.code}: {_said(error.read(MOST_SAID))}") from None
+        hint = _HINTS.get(error.code, "")
+        raise NetworkError(f"{url} answers with {error.code}: {_said(error.read(MOST_SAID))}{hint}") from None
     except (OSError, ValueError) as error:
-        raise NetworkError(f"{url} does not answer as a node: {error}") from None
+        raise NetworkError(f"{url} does not answer as a node: {in_words(error)}") from None
     return seen
+
+
+_HINTS = {
+    401: "; give `admin.key` of the node by --key, or its node.yaml by --config",
+    404: "; a node with `admin` shows itself there alone: give the URL of that, or its node.yaml by --config",
+}
 
 
 def _said(body: bytes) -> str:

@@ -64,6 +64,11 @@ class Browser:
         else:
             self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
+    def wide(self, width: int) -> None:
+        """As wide as that, until `phone(False)`."""
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
     def screenshot(self, path: Path, bottom: str = "", width: int = WIDTH) -> None:
         """The page from its top to the end of an element, or all of it."""
         end = (

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,11 @@ def test_show_says_what_a_bundle_holds(bundle, capsys):
         assert f"{digest((bundle / name).read_bytes())}" in out
 
 
+def test_show_says_of_what_revision_a_bundle_is_in_words(capsys):
+    assert cli.main(["policy", "show"]) == 0
+    assert re.search(r"^git +[0-9a-f]{40}, with(out)? uncommitted changes$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_show_as_json_is_the_manifest(bundle, capsys):
     assert cli.main(["policy", "show", "--json", str(bundle)]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((bundle / MANIFEST).read_text())
@@ -90,6 +96,7 @@ def test_wrong_usage_exits_with_2(argv, capsys):
         (["calibrate", "http://127.0.0.1:9", "--kind", "tgi"], "kind is 'tgi', expected one of vllm, sglang"),
         (["up", "--nodes", "many"], "wwwserve up: --nodes: got 'many', expected a number"),
         (["up", "--engine", "tgi"], "invalid choice 'tgi'"),
+        (["up", "--speed", "0"], "wwwserve up: --speed is 0.0, expected 0.01 to 100"),
         (["compare", "paper/alternating", "--seeds", "0"], "wwwserve compare: --seeds is 0, expected at least 1"),
     ],
 )
@@ -149,6 +156,26 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(bundle):
     command = f"'{sys.executable}' -m wwwserve.serving.cli policy show --json '{bundle}' | head -c 1"
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == "{" and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_it_is_imported_just_ends_it():
+    program = """
+import sys, time
+class Slow:
+    def find_spec(self, name, *rest):
+        if name == "wwwserve.serving.cli":
+            print("importing", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+from wwwserve.serving.start import main
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", program, "--version"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
 
 
 def test_weights_of_another_bundle_are_named(bundle, tmp_path, capsys):

@@ -357,6 +357,9 @@ def test_the_page_of_a_network_shows_nodes_that_answer_and_such_as_do_not() -> N
             with network.network_console(urls, 0) as url:
                 async with n.session.get(url) as response:
                     assert response.status == 200 and "network.js" in await response.text()
+                for path in ("", EVENTS):
+                    async with n.session.head(url + path) as response:
+                        assert response.status == 200 and await response.read() == b""
                 async with n.session.get(url, headers={"host": "attacker.example"}) as response:
                     assert response.status == 421
                 async with n.session.get(url + "/network") as response:

@@ -238,6 +238,31 @@ def test_it_fits_a_phone_and_the_dark(page: Browser) -> None:
     assert page.errors() == []
 
 
+def test_one_token_is_one(page: Browser) -> None:
+    said = "return import('/console/format.js').then(({ tokens }) => [0, 1, 2, 12345].map(tokens))"
+    assert page.run(said) == ["0 tokens", "1 token", "2 tokens", "12.3 k tokens"]
+
+
+def test_numbers_fill_their_rows(page: Browser) -> None:
+    ends = (
+        "const all = document.getElementById('tiles').getBoundingClientRect(), ends = new Map();"
+        "for (const tile of document.querySelectorAll('.tile')) {"
+        "const { top, right } = tile.getBoundingClientRect(); ends.set(Math.round(top), Math.round(all.right - right));"
+        "} return [...ends.values()]"
+    )
+    try:
+        for width, rows in ((1265, 1), (1000, 2), (760, 2)):  # the first: a window of 1280 with a bar to scroll
+            page.wide(width)
+            page.until(lambda width=width: page.run("return innerWidth") == width, 5.0)
+            left = page.run(ends)
+            assert len(left) == rows and max(left) <= 2, (width, left)
+            cut = "return [...document.querySelectorAll('.tile dd')].filter((e) => e.scrollWidth > e.clientWidth)"
+            assert page.run(cut) == []
+    finally:
+        page.phone(False)
+    assert page.errors() == []
+
+
 def test_a_killed_peer_is_shown_within_three_seconds_here_and_on_the_networks_page(
     page: Browser, network: Network
 ) -> None:
@@ -249,6 +274,7 @@ def test_a_killed_peer_is_shown_within_three_seconds_here_and_on_the_networks_pa
             other = page.driver.current_window_handle
             page.open(url)
             page.until(lambda: page.text("#network-state") == "● 3 up" and len(page.texts("#nodes a")) == 3)
+            assert "since this page is open" in page.texts(".tile .note")[1]  # of before, it knows nothing
             page.until(lambda: re.fullmatch(r"[\d.]+/s", page.texts(".tile .big")[2]))
             page.driver.switch_to.window(here)
             page.until(lambda: "● there" in row(page, "west"))

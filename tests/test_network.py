@@ -210,7 +210,7 @@ def test_what_cannot_come_up_says_why(tmp_path: Path) -> None:
         pass
     with pytest.raises(NetworkError, match=r"127\.0\.0\.1:9 is no URL of a node, expected http://HOST:PORT"):
         look("127.0.0.1:9")
-    with pytest.raises(NetworkError, match="does not answer as a node"):
+    with pytest.raises(NetworkError, match=r"http://127\.0\.0\.1:9 does not answer as a node: nothing listens there"):
         look("http://127.0.0.1:9")
 
 

@@ -68,11 +68,16 @@ def test_without_a_terminal_what_is_missing_is_named(
         (["--name", "n", "--engine", NOWHERE, "--gpu", "abacus", "--model", "qwen3-8b"], "unknown gpu 'abacus'"),
         (["--name", "n", "--engine", NOWHERE, *GPU, "--port", "70000"], "--port is 70000, expected 1 to 65535"),
         (["--name", "n", "--engine", NOWHERE, *GPU, "--url", "h:x"], "--url is 'h:x', expected an address"),
+        (
+            ["--name", "n", "--engine", NOWHERE, *GPU, "--url", "http://h:1?x"],
+            "the arguments make no node: every node's url must be",
+        ),
         (["--name", "n" * 65, "--engine", NOWHERE, *GPU], "expected 1 to 64 printable characters"),
         (["--name", "n", "--engine", NOWHERE, *GPU, "--tls", "--url", "http://h:1"], "expected https:// with --tls"),
     ):
         assert run(file, *argv) == 2
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said and str(file) not in said  # which is not there
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,6 +182,19 @@ def test_an_engine_that_cannot_be_measured_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_profile_of_another_model_than_the_engine_serves_is_named(
+    no_terminal: None, tmp_path: Path, beside_an_engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for served, named in (("meta-llama/Meta-Llama-3-8B", True), ("Qwen/Qwen3-8B", False), ("mine", False)):
+        file = tmp_path / f"{served.rpartition('/')[2]}.yaml"
+        argv = [str(file), "--name", "n", "--url", "http://10.0.0.1", *GPU]
+        stub = Stub(models_served=[served])
+        assert beside_an_engine(stub, lambda url, argv=argv: run(*argv, "--engine", url)) == 0
+        said = capsys.readouterr().err
+        assert ("the profile is of qwen3-8b, and the engine serves" in said) is named
+        assert ("--model llama-3-8b" in said) is named
+
+
 def test_served_names_tell_models_of_the_catalogue() -> None:
     assert [catalogue_model(each) for each in ("Qwen/Qwen3-8B", "meta-llama/Meta-Llama-3-8B-Instruct", "gpt")] == [
         "qwen3-8b", "llama-3-8b", None,
@@ -278,6 +296,13 @@ def test_status_by_a_configuration_asks_the_admin_listener(tmp_path: Path, capsy
             file.write_text(yaml.safe_dump(n.configs[0]))
             seen = await asyncio.to_thread(own_network, config.load(file))
             assert seen["key"] == n.keys[0].name and seen["policy"] == "earliest_finish"
+            for url, hint in (
+                (n.urls[0], "a node with `admin` shows itself there alone"),
+                (f"http://127.0.0.1:{port}", "--key"),
+            ):
+                assert await asyncio.to_thread(cli.main, ["status", url]) == 1
+                said = capsys.readouterr().err
+                assert hint in said and "--config" in said
 
     play(scene)
     assert cli.main(["status", "http://127.0.0.1:1", "--config", str(tmp_path / "node.yaml")]) == 2
@@ -319,6 +344,18 @@ def test_doctor_names_what_is_wrong_with_files(tmp_path: Path, capsys: pytest.Ca
     assert found(file)["ledger"].state == OK
     write(file, peers=[peer], ledger={"file": "n.db", "genesis": "genesis.yaml"})
     assert found(file)["ledger"].found == "south was granted nothing, so nothing is traded with it"
+
+
+def test_doctor_names_aliases_of_models_that_are_not_there(tmp_path: Path, beside_an_engine: Any) -> None:
+    file = tmp_path / "node.yaml"
+
+    def look(url: str) -> dict[str, Finding]:
+        write(file, engine={"url": url, "profile": PROFILE}, aliases={"gpt-4": "stub", "gpt-5": "lora"})
+        return found(file)
+
+    seen = beside_an_engine(Stub(), look)["aliases"]
+    assert seen.state == WARNING and seen.found == "gpt-5 for lora, which the engine does not serve"
+    assert "aliases" not in beside_an_engine(Stub(models_served=["stub", "lora"]), look)
 
 
 def test_doctor_compares_engine_and_profile(tmp_path: Path, beside_an_engine: Any) -> None:

@@ -122,7 +122,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_on_a_line_of_its_own(rest: 
             status, got, _ = await post(n, "/v1/responses", {"model": MODEL, "input": "x", "stream": True})
             last = got.split(b"\n\n")[-2]
             assert status == 200 and last.startswith(b"event: error\ndata: ")
-            assert json.loads(last.partition(b"data: ")[2])["error"]["code"] == 502
+            assert json.loads(last.partition(b"data: ")[2])["error"]["code"] == "502"
 
     play(scene)
 
@@ -168,6 +168,15 @@ def test_models_by_their_names_and_others_that_the_operator_gave_them() -> None:
             assert (await post(n, "/v1/embeddings", {"model": "gpt-4", "input": "x"}))[0] == 200
             assert json.loads(n.stubs[0].bodies[1])["model"] == MODEL
             assert (await n.ask(model="gone"))[0] == 404
+
+    play(scene)
+
+
+def test_an_alias_of_a_model_that_is_not_there_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with net(Stub(), aliases={"gpt-4": MODEL, "gone": "nowhere"}):
+            [said] = [each for each in caplog.records if "aliases" in each.message]
+            assert said.levelname == "WARNING" and vars(said)["aliases"] == {"gone": "nowhere"}
 
     play(scene)
 

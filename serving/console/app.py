@@ -64,7 +64,7 @@ class Console:
         return path == EVENTS or path in self._files
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a GET of one of its paths. Raises Failed."""
+        """Answer a GET or HEAD of one of its paths. Raises Failed."""
         if scope["path"] != EVENTS:
             await answer(send, 200, *self._files[scope["path"]], HEADERS)
             return
@@ -74,6 +74,9 @@ class Console:
             raise Failed(503, "as many consoles are open as there may be", "overloaded", retry_after_s=5)
         head = [(b"content-type", b"text/event-stream"), *HEADERS]
         await send({"type": "http.response.start", "status": 200, "headers": head})
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
         gone, telling = asyncio.create_task(_disconnected(receive)), asyncio.create_task(self._tell(send))
         try:
             await asyncio.wait({gone, telling}, return_when=asyncio.FIRST_COMPLETED)

@@ -81,7 +81,7 @@ class _App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            expect(scope["method"], "GET")
+            expect(scope["method"], "GET", "HEAD")
             check_host(dict(scope["headers"]).get(b"host", b""))
             if not self.console.has(scope["path"]):
                 raise Failed(404, f"there is no {scope['path']}", "not_found_error")

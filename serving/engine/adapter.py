@@ -20,6 +20,7 @@ from wwwserve.serving.engine.prefix_index import HERE
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response, Transport
 from wwwserve.serving.market import MOST_INT, Promise
+from wwwserve.serving.plain import in_words
 
 log = logging.getLogger("wwwserve.engine")
 
@@ -190,7 +191,7 @@ class Engine(Availability):
             page = (await self._get("/metrics")).decode(errors="replace")
             self._seen = read_load(page, self.names, self.profile.kv_tokens)
         except (TimeoutError, OSError) as error:
-            self._failed(f"{self.url}/metrics: {error or type(error).__name__}")
+            self._failed(f"{self.url}/metrics: {in_words(error)}")
         except EngineError as error:
             await self._do_without(f"{self.url}: {error}")
         else:
@@ -215,10 +216,12 @@ class Engine(Availability):
     async def models(self) -> list[str]:
         """The names that it serves. Raises EngineError when it does not say."""
         try:
-            listed = orjson.loads(await self._get("/v1/models"))["data"]
+            listed = orjson.loads(await self._get("/v1/models"))["data"] or []  # null: Ollama has none
             self.described = {str(each["id"]): _described(each) for each in listed}
-        except (TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
-            raise EngineError(f"{self.url}/v1/models: {error or type(error).__name__}") from None
+        except (TimeoutError, OSError) as error:
+            raise EngineError(f"{self.url}/v1/models: {in_words(error)}") from None
+        except (ValueError, KeyError, TypeError):
+            raise EngineError(f"{self.url}/v1/models lists no models") from None
         return [*self.described]
 
     def load(self) -> Load:

@@ -18,6 +18,7 @@ from wwwserve.agents.kernel import Floats
 from wwwserve.serving.engine.adapter import NAMES, EngineError, Load, read_load
 from wwwserve.serving.engine.fit import CalibrationError, Sample
 from wwwserve.serving.http.sse import usage_of
+from wwwserve.serving.plain import in_words
 
 PLAIN = 12  # iterations of others that are timed before one joins them, and as many after that
 MARGIN = 6  # tokens that others may get while one is timed, in its tokens
@@ -144,7 +145,7 @@ class Prober:
                     if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
                         self._take(orjson.loads(line[6:]), seen)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise CalibrationError(f"{self.url}/v1/completions: {error or type(error).__name__}") from None
+            raise CalibrationError(f"{self.url}/v1/completions: {in_words(error)}") from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CalibrationError(f"{self.url} does not stream as the OpenAI API does: {error!r}") from None
         if not seen.tokens or not len(seen.times_s):
@@ -272,7 +273,7 @@ async def get(session: aiohttp.ClientSession, url: str) -> str:
                 raise CalibrationError(f"{url} answers {response.status}")
             return await response.text(errors="replace")
     except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-        raise CalibrationError(f"{url}: {error or type(error).__name__}") from None
+        raise CalibrationError(f"{url}: {in_words(error)}") from None
 
 
 async def find_model(session: aiohttp.ClientSession, url: str, name: str | None) -> tuple[str, int]:

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 from wwwserve.serving.boundary import BoundaryError, object_of
 from wwwserve.serving.http.asgi import WATCH, Receive, Scope, Send, Watch, answer
 from wwwserve.serving.http.quotas import Room
-from wwwserve.serving.http.reply import ClientDisconnect, Failed, Reply
+from wwwserve.serving.http.reply import EVENTS, ClientDisconnect, Failed, Reply
 
 GZIP = 31  # zlib's number of that format, with the largest window
+# What stands between a node and its clients is not to keep a stream until it ends, nor for the next who asks.
+UNBUFFERED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 UNZIPPED = 1 << 18  # bytes in one turn of the event loop
 
 T = TypeVar("T")
@@ -41,6 +43,8 @@ class HttpReply(Reply):
         """See `Reply`."""
         self.started, self.status, self.kind = True, status, content_type
         head = [(b"content-type", content_type.encode("latin-1")), *headers, *self.headers]
+        if content_type.startswith(EVENTS):
+            head += UNBUFFERED
         await self._send({"type": "http.response.start", "status": status, "headers": head})
 
     async def pass_on(self, chunk: bytes) -> None:

@@ -1,6 +1,7 @@
 """A client's connection, which cannot take more of a node than its limits: connections, bytes of a head, time to send.
 
-What HTTP itself refuses is answered here, in the same JSON as all other errors.
+What HTTP itself refuses is answered here, in the same JSON as all other errors. A client that would go on in another
+protocol is answered in HTTP/1.1, and one of HTTP/1.0 gets no chunks.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from wwwserve.serving.config import LimitsConfig
@@ -26,8 +28,25 @@ HANDSHAKE_S = 5.0  # for TLS to be agreed on, and for its end
 CONNECTION = "wwwserve.connection"  # in the scope of a request, the connection that it came by
 PEER_PATHS = b"/peer/"  # what their paths begin with
 
+UPGRADE = (b"upgrade", b"http2-settings")  # headers of a request to go on in another protocol
+
 _CROWDED = "too many connections are open here"
 _CROWDED_ADDRESS = "too many connections are open here from this address"
+
+
+class _ToTheEnd(int):
+    """Bytes that are left of an answer which has no length: never too few, nor too many."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> "_ToTheEnd":
+        return self
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
 
 
 class Connection(HttpToolsProtocol):
@@ -106,9 +125,36 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._unread += len(data)  # less, once the head is there
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._unread > self.limits.header_bytes + MOST_READ:
             self._refuse(_too_large())
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._stay(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _stay(self, rest: bytes) -> None:
+        """Take a request to go on in another protocol for one in this: parse its head anew without the wish, and
+        then `rest`, which came after it."""
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        if method == b"CONNECT":
+            self._refuse(Failed(405, "method CONNECT is not allowed", "invalid_request_error"))
+            return
+        lines = [b"%b %b HTTP/%b" % (method, self.url, version.encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b",".join(each for each in value.split(b",") if each.strip().lower() not in UPGRADE)
+            if name not in UPGRADE:
+                lines.append(b"%b: %b" % (name, value))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+        self._unread += len(rest)
+        self._parse(b"\r\n".join([*lines, b"", rest]))
 
     def on_message_begin(self) -> None:
         """See `httptools`."""
@@ -131,7 +177,11 @@ class Connection(HttpToolsProtocol):
         if self.places.is_for_peers(self) and not self.url.startswith(PEER_PATHS):
             self._refused = Failed(503, _CROWDED, "overloaded", retry_after_s=1)
             raise self._refused
+        if self.parser.should_upgrade():  # so that its body is not read; see `_stay`
+            return
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, _ToTheEnd()
 
     def on_body(self, body: bytes) -> None:
         """See `httptools`."""
@@ -140,6 +190,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """See `httptools`."""
+        if self.parser.should_upgrade():
+            return
         self._begun_s, self._unread = None, 0
         if not self.cycle.response_complete:
             self.places.busy(self)

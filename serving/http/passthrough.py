@@ -11,10 +11,11 @@ import orjson
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine
 from wwwserve.serving.http.clients import HttpReply
-from wwwserve.serving.http.reply import Failed, limits_said, retry_after
+from wwwserve.serving.http.reply import Failed, limits_said, packed, retry_after
 from wwwserve.serving.http.sse import Usage
 from wwwserve.serving.http.transport import Response
 from wwwserve.serving.market import MOST_TOKENS
+from wwwserve.serving.plain import in_words
 
 RESPONSES = "/v1/responses"
 COMPUTED = (
@@ -54,7 +55,7 @@ class Passthrough:
                 _check(engine, path, response)
                 usage = await self._pass(response, reply)
         except (TimeoutError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_words(error)
             if not reply.started:
                 engine.suspect(reason)
             raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
@@ -97,6 +98,8 @@ def _check(engine: Engine, path: str, response: Response) -> None:
         raise Failed(502, f"the engine does not answer as it should: it answers {status}", "engine_error")
     if status == 405 or (status == 404 and "json" not in response.headers.get("content-type", "")):
         raise Failed(404, f"the engine has no {path}", "not_found_error")
+    if wrong := packed(response):
+        raise Failed(502, f"the engine does not answer as it should: {wrong}", "engine_error")
     if not (status == 200 or 400 <= status < 500):
         raise Failed(502, f"the engine answers {status}", "engine_error")
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import orjson
 
 from wwwserve.serving.engine.prefix_index import NO_PREFIX, Prefix
-from wwwserve.serving.http.sse import AnswerMeter
+from wwwserve.serving.http.sse import AnswerMeter, StreamError
 from wwwserve.serving.http.trace import NO_TRACE, Trace
 from wwwserve.serving.http.transport import Response
 
@@ -20,6 +20,7 @@ MOST_ANSWER = 64 * 2**20  # bytes of an answer that is not streamed
 MOST_LIMITS = 16  # headers
 CHAT_PATH, COMPLETION_PATH = COMPLETIONS = ("/v1/chat/completions", "/v1/completions")  # of the OpenAI API
 
+_CUT = "its stream ends before its last event"
 _LIMIT = re.compile(rb"retry-after(-ms)?|(x-)?ratelimit(-[a-z]{1,20}){0,3}")
 _VALUE = re.compile(rb"[ -~]{1,256}")
 
@@ -70,6 +71,12 @@ def retry_after(response: Response) -> int | None:
     return int(header) if header.isascii() and header.isdigit() and len(header) < 6 else None
 
 
+def packed(response: Response) -> str:
+    """What is wrong with a body that is packed, as nobody asked for that; empty for one that is not."""
+    encoding = response.headers.get("content-encoding", "identity")
+    return "" if encoding.lower() == "identity" else f"its answer is packed, content-encoding {encoding[:80]!r}"
+
+
 def limits_said(response: Response) -> list[tuple[bytes, bytes]]:
     """What an engine's answer says of its limits: when to come again, and how much there is."""
     said = [(name.lower(), value) for name, value in response.raw_headers if _is_limit(name)]
@@ -90,7 +97,9 @@ class Failed(Exception):
 
     def body(self) -> bytes:
         """It as the OpenAI API tells of errors."""
-        return orjson.dumps({"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}})
+        return orjson.dumps(
+            {"error": {"message": str(self), "type": self.kind, "param": None, "code": str(self.status)}}
+        )
 
 
 class RetryableError(Exception):
@@ -167,8 +176,9 @@ async def pass_stream_on(
 ) -> None:  # fmt: skip
     """Pass the stream of an engine or a peer on, up to its last event, metered; `watch` is shown all that went out.
 
-    Raises RetryableError for one that came to an end without being whole, as far as that can be told, StreamError, and
-    what `check` raises, which is awaited when the meter has seen more and before it is passed on.
+    Raises RetryableError for one that came to an end without being whole, as far as that can be told, StreamError if
+    it cannot be resumed then, and what `check` raises, which is awaited when the meter has seen more and before it is
+    passed on.
     """
     async for chunk in response.iter_any():
         if not reply.started:
@@ -186,4 +196,6 @@ async def pass_stream_on(
     if not reply.started:
         raise RetryableError("it answers nothing")
     if reply.resumable:
-        raise RetryableError("its stream ends before its last event")
+        raise RetryableError(_CUT)
+    if not meter.complete:
+        raise StreamError(_CUT)

@@ -86,7 +86,9 @@ class App:
                 expect(method, "GET", "HEAD")
                 await self.pages.show(scope, receive, send, is_here=_is_here(scope))
             else:
-                raise Failed(404, f"there is no {path}", "not_found_error")
+                meant = self.users.meant_by(path)
+                hint = f", expected {meant}" if meant else ""
+                raise Failed(404, f"there is no {path[:200]} here{hint}", "not_found_error")
         except ClientDisconnect:
             pass
         except Failed as failed:

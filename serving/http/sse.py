@@ -174,6 +174,8 @@ class AnswerMeter:
             answer = answer_of(body)
         except ValueError as error:
             raise StreamError(f"the answer is no object of JSON: {error}") from None
+        if answer.get("error") and not choices_of(answer):  # as what stands before an engine tells of its errors
+            raise StreamError(f"it answers 200 with an error: {str(answer['error'])[:200]}")
         self.usage, self._answer, self.complete = usage_of(answer), answer, True  # its usage alone tells of tokens
 
     def _count(self, event: Event) -> bool:

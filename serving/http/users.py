@@ -31,9 +31,13 @@ access = logging.getLogger("wwwserve.access")
 
 CLASS_HEADER, LOCAL_ONLY = b"x-slo-class", b"x-wwwserve-local-only"
 MODELS = "/v1/models"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # before JSON: engines in Python take it, others do not
 SMALL = 1 << 16  # bytes of a body that is not counted while its answer is open
 
 Body = Callable[[Receive, dict[bytes, bytes], str], Awaitable[bytes]]
+
+
+_BY_LENGTH = sorted((*COMPLETIONS, *PASSED, MODELS), key=len, reverse=True)
 
 
 class Call(NamedTuple):
@@ -66,6 +70,13 @@ class UserApi:
     def has(path: str) -> bool:
         """Whether it is for this path."""
         return path in COMPLETIONS or path in PASSED or path == MODELS or path.startswith(MODELS + "/")
+
+    @staticmethod
+    def meant_by(path: str) -> str:
+        """The path of this API that another one tells of, as it comes of a base URL with or without `/v1` where it
+        should not be, slashes too many, or a path twice; empty for none."""
+        plain = "/" + "/".join(part for part in path.split("/") if part)
+        return next((each for each in _BY_LENGTH if plain.endswith(each.removeprefix("/v1"))), "")
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request. Raises ClientDisconnect."""
@@ -120,7 +131,7 @@ class UserApi:
 
     async def _answer(self, call: Call, user: User, reply: HttpReply, note: dict[str, Any]) -> None:
         """Answer what an engine is asked. Raises Failed."""
-        body = await self._body(call.receive, call.headers, call.address)
+        body = (await self._body(call.receive, call.headers, call.address)).removeprefix(BYTE_ORDER_MARK)
         size = len(body) if len(body) > SMALL else 0
         if not self.held.came(call.address, size):
             raise Failed(503, "too many large requests are open", "overloaded", retry_after_s=1)

@@ -15,7 +15,14 @@ from wwwserve.agents.kernel import compiled_before
 from wwwserve.agents.policy.bundle import BundleError, folder_of, read
 from wwwserve.agents.rules import RULES
 from wwwserve.serving import config
-from wwwserve.serving.config import CatalogueProfile, ConfigError, NodeConfig, StaticConfig, ZenohConfig
+from wwwserve.serving.config import (
+    CatalogueProfile,
+    ConfigError,
+    NodeConfig,
+    StaticConfig,
+    ZenohConfig,
+    absent_aliases,
+)
 from wwwserve.serving.engine.adapter import EngineError
 from wwwserve.serving.http.addresses import host_of, is_free, is_loopback, netloc
 from wwwserve.serving.http.certificates import server_context
@@ -126,6 +133,11 @@ def _engine(node: NodeConfig, url: str, seen: EngineSeen) -> list[Finding]:
     if missing:
         said = f"`serves` has {', '.join(missing)}, which the engine has not"
         found.append(Finding("models", FAILED, said, "correct `serves`"))
+    absent = absent_aliases(node.aliases, node.serves or seen.models)
+    if absent:
+        said = ", ".join(f"{alias} for {model}" for alias, model in absent.items())
+        do = "correct `aliases`, or load the models; until then users are told that there are none"
+        found.append(Finding("aliases", WARNING, f"{said}, which the engine does not serve", do))
     return [*found, *_profile(node, seen)]
 
 

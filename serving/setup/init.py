@@ -26,6 +26,7 @@ from wwwserve.serving.setup.look import EngineSeen, catalogue_model, differing, 
 
 FIRST_PORT, PORTS = 9000, 100  # where a free one is looked for
 ENGINE = "http://127.0.0.1:8000"
+ARGUMENTS = "the arguments make no node"
 HEAD = "# A wwwserve node: docs/node.md has every key. `wwwserve join` adds a peer, `wwwserve doctor` looks it over.\n"
 
 Say = Callable[[str], None]
@@ -85,8 +86,11 @@ def init(file: Path, wanted: Wanted, ask: Ask | None, say: Say) -> Made:
     key = file.parent / f"{file_name(wanted.name).removesuffix(SUFFIX)}.pem"
     settings = _settings(wanted, key.name)
     # All but the profile is checked before an engine is measured, for minutes.
-    engine = settings["engine"] | {"profile": _profile(wanted, seen)}
-    config.parse(settings | {"engine": engine}, str(file), file.parent)
+    engine = settings["engine"] | {"profile": _profile(wanted, seen, say)}
+    try:
+        config.parse(settings | {"engine": engine}, ARGUMENTS, file.parent)
+    except ConfigError as error:  # of a file that is not there yet
+        raise UsageError(str(error)) from None
     if wanted.gpu is None:
         say(f"measuring {wanted.engine[0]}, which takes about {wanted.repeats} minutes")
         if len(wanted.engine) > 1:
@@ -221,8 +225,9 @@ def _outward() -> str:
             return "local"
 
 
-def _profile(wanted: Wanted, seen: EngineSeen | None) -> dict[str, Any]:
-    """A profile of the catalogue; where the engine is to be measured, any, to check the rest. Raises UsageError."""
+def _profile(wanted: Wanted, seen: EngineSeen | None, say: Say) -> dict[str, Any]:
+    """A profile of the catalogue, of which is said if the engine serves none such; where the engine is to be measured,
+    any, to check the rest. Raises UsageError."""
     if wanted.gpu is None:
         return {"kind": "catalogue", "gpu": "h100", "model": "qwen3-0.6b", "max_num_seqs": wanted.max_num_seqs}
     served = list(seen.models) if seen is not None else []
@@ -236,6 +241,12 @@ def _profile(wanted: Wanted, seen: EngineSeen | None) -> dict[str, Any]:
         profile(wanted.gpu, model, wanted.max_num_seqs)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    known = [each for each in map(catalogue_model, served) if each is not None]
+    if known and model not in known:
+        say(
+            f"the profile is of {model}, and the engine serves {', '.join(served)}: what the node expects of it will be"
+        )
+        say(f"wrong. Take --model {known[0]}, or measure the engine by --calibrate")
     return {"kind": "catalogue", "gpu": wanted.gpu, "model": model, "max_num_seqs": wanted.max_num_seqs}
 
 

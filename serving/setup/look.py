@@ -16,6 +16,7 @@ from wwwserve.serving.http.addresses import engine_base, here, netloc
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.transport import AiohttpTransport
 from wwwserve.serving.local_nodes import NetworkError, look
+from wwwserve.serving.plain import in_words
 
 TIMEOUT_S = 5.0
 MOST_OFF = 0.1  # relative, of the size of a KV cache
@@ -41,7 +42,7 @@ async def look_at_engine(url: str, kind: str = "vllm", key: str | None = None) -
             ) as response:
                 page = await response.read(MOST_PAGE)
         except (OSError, TimeoutError) as error:
-            raise EngineError(f"{url}{path}: {error or 'no answer'}") from None
+            raise EngineError(f"{url}{path}: {in_words(error)}") from None
         if response.status == 401:
             raise EngineError(f"{url}{path} answers 401: it wants an API key, `engine.key`")
         if response.status != 200:
@@ -50,7 +51,7 @@ async def look_at_engine(url: str, kind: str = "vllm", key: str | None = None) -
 
     try:
         try:
-            listed = orjson.loads(await get("/v1/models"))["data"]
+            listed = orjson.loads(await get("/v1/models"))["data"] or []  # null: Ollama has none
             models = {str(each["id"]): each.get("max_model_len") for each in listed}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise EngineError(f"{url}/v1/models lists no models: expected the URL of an engine") from None
@@ -121,7 +122,7 @@ async def _own_over_tls(url: str, identity: Identity) -> dict[str, Any]:
             body = await response.read(MOST_PAGE)
         seen: dict[str, Any] = orjson.loads(body)
     except (OSError, TimeoutError, ValueError) as error:
-        raise NetworkError(f"{url} does not answer as this node: {error or 'no answer'}") from None
+        raise NetworkError(f"{url} does not answer as this node: {in_words(error)}") from None
     finally:
         await transport.close()
     if response.status != 200:

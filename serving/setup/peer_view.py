@@ -14,6 +14,7 @@ from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.transport import AiohttpTransport
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES, knock
+from wwwserve.serving.plain import in_words
 
 TIMEOUT_S = 5.0
 _STALE = re.compile(r"signed ([0-9.]+) s before the time here")
@@ -52,8 +53,8 @@ async def ask(config: NodeConfig, identity: Identity, key: str, url: str) -> Ans
         ) as response:  # fmt: skip
             content = await response.read(MOST_BYTES)
     except (OSError, TimeoutError) as error:
-        said = str(error) or f"no answer within {TIMEOUT_S:g} s"
-        return Answer(View.OTHER_KEY if "FingerprintMismatch" in said else View.UNREACHABLE, said)
+        other = "FingerprintMismatch" in str(error)
+        return Answer(View.OTHER_KEY if other else View.UNREACHABLE, in_words(error))
     finally:
         await transport.close()
     now_s = (start_s + time.time()) / 2

@@ -80,7 +80,7 @@ export class Decisions {
         "button", { type: "button", onclick: () => this.choose(decision) },
         h("time", {}, time(decision.at_s)),
         h("span", { class: `to ${kind(decision.to)}` }),
-        h("span", { class: "muted" }, `${decision.class} · ${tokens(this.about(decision, "prompt"))} tokens`),
+        h("span", { class: "muted" }, `${decision.class} · ${tokens(this.about(decision, "prompt"))}`),
         h("span", { class: "number" }, probable === null || probable === undefined ? "" : percent(probable)),
       ),
     );
@@ -98,8 +98,8 @@ export class Decisions {
     setText(byId("why-text"), this.sentence(decision, rows));
     const about = [
       ["Arrived", time(decision.at_s - this.about(decision, "waited_s"))],
-      ["Class", decision.class], ["Prompt", `${tokens(this.about(decision, "prompt"))} tokens`],
-      ["Expected answer", `${tokens(this.about(decision, "output"))} tokens`],
+      ["Class", decision.class], ["Prompt", tokens(this.about(decision, "prompt"))],
+      ["Expected answer", tokens(this.about(decision, "output"))],
       ["Turn of its session", number(this.about(decision, "turn"))],
       ["Worth in time", credits(value)],
       ["Left to its last deadline", seconds(Math.max(0, this.about(decision, "last_slack_s")))],

@@ -27,8 +27,8 @@ export function seconds(x) {
 
 export function tokens(x) {
   if (!known(x)) return NONE;
-  if (x < 10_000) return whole.format(x);
-  return x < 1e6 ? `${plain.format(x / 1e3)} k` : `${plain.format(x / 1e6)} M`;
+  const said = x < 10_000 ? whole.format(x) : x < 1e6 ? `${plain.format(x / 1e3)} k` : `${plain.format(x / 1e6)} M`;
+  return `${said} ${said === "1" ? "token" : "tokens"}`;
 }
 
 // How much longer something took than was said, from the log of the ratio.

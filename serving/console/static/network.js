@@ -88,12 +88,13 @@ function tiles(nodes) {
   const s = series, last = (column) => column.at(-1) ?? null;
   const there = nodes.filter((node) => node.answers);
   const [ended] = s.grew("answered", MINUTE_S).at(-1);
+  const since = s.columns.at_s.at(-1) - s.columns.at_s[0] < MINUTE_S ? "since this page is open" : "in the last minute";
   const handed = last(s.share("handed_over", ["answered"], MINUTE_S));
   const shown = [
     ["Nodes", `${there.length} / ${nodes.length}`, there.length === nodes.length ? "all answer" : `${nodes.length - there.length} without an answer`],
-    ["Answered in time", percent(last(s.share("on_time", ["answered", "failed"], MINUTE_S))), ended ? `of ${count(ended)} in the last minute` : "nothing ended in the last minute"],
+    ["Answered in time", percent(last(s.share("on_time", ["answered", "failed"], MINUTE_S))), ended ? `of ${count(ended)} ${since}` : `nothing ended ${since}`],
     ["Answers", perSecond(last(s.rate("answered", SMOOTH_S))), handed === null ? "over all nodes" : `${percent(handed)} of them by another node`],
-    ["Mean latency", seconds(last(s.share("latency_s", ["answered"], MINUTE_S))), "last minute"],
+    ["Mean latency", seconds(last(s.share("latency_s", ["answered"], MINUTE_S))), since],
     ["Running", count(s.last("running")), `${count(s.last("waiting"))} waiting in engines`],
     ["Held", count(s.last("held")), "not decided yet"],
   ];

@@ -209,7 +209,7 @@ function duels(seen) {
 
 function sessions(seen) {
   const { local, peer, entries } = seen.prefix, requests = seen.requests;
-  const cache = (where) => (where.reports ? `${percent(where.prompt ? where.reported / where.prompt : null)} of ${tokens(where.prompt)} prompt tokens` : "not reported");
+  const cache = (where) => (where.reports ? `${percent(where.prompt ? where.reported / where.prompt : null)} of ${tokens(where.prompt)} of prompts` : "not reported");
   const right = (where) => (where.reports ? `${where.alarm ? "▲ off by" : "within"} ${percent(where.drift)} of the prompt` : NONE);
   const shown = [
     ["Requests that continue a session", requests.accepted ? `${percent(requests.continued / requests.accepted)} of ${count(requests.accepted)}` : NONE],
