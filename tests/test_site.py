@@ -57,3 +57,12 @@ def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
 def test_the_search_finds_words_of_pages(site: Path) -> None:
     index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
     assert "lateness clause" in index
+
+
+def test_links_of_the_front_page_lead_somewhere(site: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        assert (ROOT / file).is_file(), link
+        if anchor:
+            page = site / Path(file).relative_to("docs").with_suffix("") / "index.html"
+            assert f'id="{anchor}"' in page.read_text(encoding="utf-8"), link
