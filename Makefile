@@ -2,6 +2,7 @@
 # make results train three seeds of both policies for long, measure them on test markets and packaged scenarios; hours
 # make test    every check that CI runs
 # make docs    the site of the documentation, as site/index.html
+# make reference docs/reference/ anew, after a change of what it is made of
 # make paper   the experiments of WWW.Serve, as runs/paper/report.html; minutes on 2 cores
 # make clean   back to a fresh clone; results in runs/ and wandb/ stay
 
@@ -14,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: train results test docs paper clean
+.PHONY: train results test docs reference paper clean
 
 train: $(INSTALLED)
 	$(BIN)/python train/mappo.py $(ARGS)
@@ -28,6 +29,9 @@ results: $(INSTALLED)
 	  $(BIN)/python train/mappo.py $(LONG) $(COOPERATIVE) --seed $$seed --out runs/cooperative$$seed $(ARGS) || exit 1; \
 	done
 	$(BIN)/python -m eval.regret --policy runs/*ive?/policy --json runs/regret.json
+
+reference: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --quiet

@@ -11,10 +11,12 @@ A comment that no page shows, on a line of its own before a block, makes it fit 
 say that they are ready to the end of the page.
 """
 
+import importlib.util
 import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(str(each.relative_to(ROOT)) for each in ROOT.glob("docs/**/*.md"))]
@@ -91,3 +93,12 @@ def commands(text: str) -> list[str]:
         begun = ""
     assert not begun, f"no end of {begun!r}"
     return found
+
+
+def generator() -> ModuleType:
+    """docs/generate.py, which belongs to no package."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,7 +1,6 @@
 """Every command, every example and every configuration on every page does what it says; `doc_pages` says how."""
 
 import contextlib
-import importlib
 import os
 import re
 import shlex
@@ -11,10 +10,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-from doc_pages import PAGES, ROOT, SHELL, Block, blocks, commands
+from doc_pages import PAGES, ROOT, SHELL, Block, blocks, commands, generator
 from stub_nodes import GOOD
 
 from wwwserve.agents import arguments, strict_yaml
@@ -26,6 +24,7 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 IN_SHELL = [block for block in BLOCKS if block.language in SHELL]
 TOOLS = {name: each.module for name, each in cli.COMMANDS.items() if isinstance(each, cli.Tool)}
 SCRIPTS = {f"{module.replace('.', '/')}.py": name for name, module in TOOLS.items()}
+arguments_of = generator().arguments_of
 SERVERS = ("wwwserve up", "wwwserve node", "wwwserve emulator")
 AT_MOST_S = 900  # for a block on a machine that has to compile kernels first, and has other work
 
@@ -68,23 +67,6 @@ def parse(command: str) -> str | None:
     return None
 
 
-def arguments_of(name: str) -> type:
-    """The dataclass of a command's arguments."""
-    command = cli.COMMANDS[name]
-    if not isinstance(command, cli.Tool):
-        return command
-    found = []
-
-    def capture(kind: type, **_: object) -> None:
-        found.append(kind)
-        raise SystemExit(0)
-
-    module = importlib.import_module(f"wwwserve.{command.module}")
-    with patch("tyro.cli", capture), patch.object(sys, "argv", [name]), pytest.raises(SystemExit):
-        module.main()
-    return found[0]
-
-
 def test_a_fence_says_its_language() -> None:
     known = {*SHELL, "python", "yaml", "json", "text"}
     assert [f"{each}: {each.language!r}" for each in BLOCKS if each.language not in known] == []
@@ -107,7 +89,8 @@ def test_options_in_a_sentence_are_there(page: str) -> None:
         words = words[1:] if words[0] == "wwwserve" else SCRIPTS[words[1]].split() + words[2:]
         name = next((each for each in cli.COMMANDS if words[: len(each.split())] == each.split()), None)
         if name is None:  # of several, as `wwwserve policy`, or of none
-            assert any(each.split()[0] == words[0] for each in cli.COMMANDS) or words == ["--help"], command
+            several = any(each.split()[0] == words[0] for each in cli.COMMANDS)
+            assert several or words[0].isupper() or words == ["--help"], command
             continue
         names = [each.replace("_", "-") for each in arguments_of(name).__dataclass_fields__]
         known = {"--help", *(f"--{each}" for each in names), *(f"--no-{each}" for each in names)}
