@@ -64,5 +64,5 @@ def test_links_of_the_front_page_lead_somewhere(site: Path) -> None:
         file, _, anchor = link.partition("#")
         assert (ROOT / file).is_file(), link
         if anchor:
-            page = site / Path(file).relative_to("docs").with_suffix("") / "index.html"
+            page = site / Path(file).relative_to("docs").with_suffix(".html")
             assert f'id="{anchor}"' in page.read_text(encoding="utf-8"), link
