@@ -163,9 +163,8 @@ def load_yaml(block: Block, folder: Path) -> None:
     content = strict_yaml.load(block.text)
     if "providers" in content:
         scenario.parse(content)
-    elif set(content) <= set(config.NodeConfig.__struct_fields__):
-        for name in ("genesis.yaml",):
-            (folder / name).touch()
+    else:
+        (folder / "genesis.yaml").touch()
         config.parse(GOOD | content, str(block), folder)
 
 
