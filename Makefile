@@ -34,7 +34,7 @@ reference: $(INSTALLED)
 	$(BIN)/python docs/generate.py
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 paper: $(INSTALLED)
 	$(BIN)/python -m eval.paper $(ARGS)
