@@ -7,7 +7,7 @@ A comment that no page shows, on a line of its own before a block, makes it fit 
     <!-- test: file NAME -->                the block is saved under that name, for those after it
     <!-- test: not run: REASON -->          commands are parsed only
 
-`$PORT1` to `$PORT9` are ports that are free. `wwwserve up`, `node` and `emulator` run in the background, from when they
+`$PORT1` to `$PORT9` are free ports in a row. `wwwserve up`, `node` and `emulator` run in the background, from when they
 say that they are ready to the end of the page.
 """
 

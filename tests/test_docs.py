@@ -18,7 +18,7 @@ from stub_nodes import GOOD
 from wwwserve.agents import arguments, strict_yaml
 from wwwserve.envs import scenario
 from wwwserve.serving import cli, config
-from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.http.addresses import is_free
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 IN_SHELL = [block for block in BLOCKS if block.language in SHELL]
@@ -104,6 +104,15 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def ports_in_a_row(count: int) -> range:
+    """Ports that are free, below those that other tests are given."""
+    for first in range(20_000 + os.getpid() % 1000 * 10, 32_000, 10):
+        ports = range(first, first + count)
+        if all(is_free("127.0.0.1", port) for port in ports):
+            return ports
+    raise AssertionError("no ports are free")
+
+
 @pytest.fixture
 def state(scratch: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What blocks of a page pass on, beside files: the folder they are in, and processes, which end with the test.
@@ -116,7 +125,7 @@ def state(scratch: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
         (programs / name).chmod(0o755)
     folder = tmp_path_factory.mktemp("state")
     (folder / ".folder").write_text(str(scratch))
-    ports = {f"PORT{k}": str(port) for k, port in enumerate(free_ports(9), 1)}
+    ports = {f"PORT{k}": str(port) for k, port in enumerate(ports_in_a_row(9), 1)}
     given = {"PATH": f"{programs}:{os.environ['PATH']}", "SCRATCH": str(folder), "WANDB_MODE": "offline", **ports}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
