@@ -1,6 +1,8 @@
 # make train   learn a policy, compare it with the rules: minutes on 2 cores. make train ARGS="--help" lists arguments
 # make results train three seeds of both policies for long, measure them on test markets and packaged scenarios; hours
 # make test    every check that CI runs
+# make docs    the site of the documentation, as site/index.html
+# make reference docs/reference/ anew, after a change of what it is made of
 # make paper   the experiments of WWW.Serve, as runs/paper/report.html; minutes on 2 cores
 # make clean   back to a fresh clone; results in runs/ and wandb/ stay
 
@@ -13,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: train results test paper clean
+.PHONY: train results test docs reference paper clean
 
 train: $(INSTALLED)
 	$(BIN)/python train/mappo.py $(ARGS)
@@ -27,6 +29,12 @@ results: $(INSTALLED)
 	  $(BIN)/python train/mappo.py $(LONG) $(COOPERATIVE) --seed $$seed --out runs/cooperative$$seed $(ARGS) || exit 1; \
 	done
 	$(BIN)/python -m eval.regret --policy runs/*ive?/policy --json runs/regret.json
+
+reference: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 paper: $(INSTALLED)
 	$(BIN)/python -m eval.paper $(ARGS)
@@ -65,5 +73,5 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find agents envs serving train eval tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,11 +12,11 @@ class Lognormal:
     """A token count: lognormal, rounded, clipped to [1, max]."""
 
     median: Annotated[float, Meta(ge=1, le=1e6)]
-    """Median before clipping, tokens; at least 1."""
+    """Median before clipping, tokens."""
     sigma: Annotated[float, Meta(ge=0, le=4)]
-    """Standard deviation of the logarithm, 0 to 4."""
+    """Standard deviation of the logarithm."""
     max: Annotated[int, Meta(ge=1, le=1_000_000)]
-    """Largest count, tokens; at least 1."""
+    """Largest count, tokens."""
 
     def moment(self, k: int) -> float:
         """E[min(X, max)^k], X lognormal: exp(k mu + k^2 s^2/2) Phi(z - k s) + max^k Phi(-z), z = (ln max - mu) / s."""

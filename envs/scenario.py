@@ -48,7 +48,9 @@ class Lengths:
     """Tokens of the requests of a provider's own users."""
 
     prompt: Lognormal = PROMPT
+    """Of prompts."""
     output: Lognormal = OUTPUT
+    """Of answers."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class SloClass:
 
     name: str
     share: Share
-    """Share of every provider's own requests, (0, 1]; all shares sum to 1."""
+    """Share of every provider's own requests; all shares sum to 1."""
     deadline_s: Time
     """A request is worth its value if it ends within this time of its arrival."""
     value: Rate = 1.0
@@ -77,9 +79,9 @@ class Slo:
         350.0,
         400.0,
     )
-    """Latencies at which attainment is reported; increasing, at most `MAX_THRESHOLDS`."""
+    """Latencies at which attainment is reported, increasing."""
     classes: tuple[SloClass, ...] = ()
-    """At most `MAX_CLASSES`; none means that requests are all alike."""
+    """By name, at most 4; none: requests are all alike."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Economy:
     duel_probability: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Chance that a delegated request becomes a duel."""
     judges: Annotated[int, Meta(ge=1, le=MAX_JUDGES)] = 3
-    """Judges of a duel, 1 to `MAX_JUDGES`."""
+    """Judges of a duel."""
     exposure: Credits | None = None
     """Credits that a provider may have in escrow with one peer; more is not handed to it. Default: no bound."""
     compute_cost_per_ktok: Rate = 0.09
@@ -111,7 +113,9 @@ class Phase:
     """A stretch of constant rate: from the end of the phase before (0 for the first) to `until_s`."""
 
     until_s: float
+    """Where it ends."""
     rate_per_s: Rate
+    """Requests/s."""
 
 
 Phases = Annotated[tuple[Phase, ...], Meta(min_length=1, max_length=10_000)]
@@ -123,6 +127,7 @@ class PoissonTraffic:
 
     kind: ClassVar[str] = "poisson"
     phases: Phases
+    """Stretches of constant rate."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,9 @@ class MmppTraffic:
 
     kind: ClassVar[str] = "mmpp"
     rates_per_s: tuple[Rate, Rate]
+    """Requests/s in each state."""
     mean_dwell_s: tuple[Dwell, Dwell]
+    """Mean time in each state."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class LognormalSeconds:
     median: Time
     """Median before it is cut, s."""
     sigma: Annotated[float, Meta(ge=0, le=4)]
-    """Standard deviation of the logarithm, 0 to 4."""
+    """Standard deviation of the logarithm."""
     max: Time
     """Longest time, s."""
 
@@ -195,9 +202,9 @@ class TraceTraffic:
     start_s: Annotated[float, Meta(ge=0, le=1e9)] = 0.0
     """Time of the trace at which the run begins."""
     rate_scale: Share = 1.0
-    """Share of the requests, prefix trees or sessions that is kept, at random; (0, 1]."""
+    """Share of the requests, prefix trees or sessions that is kept, at random."""
     length_scale: Scale = 1.0
-    """Factor on all lengths, (0, 100]."""
+    """Factor on all lengths."""
 
 
 Traffic = PoissonTraffic | MmppTraffic | TimesTraffic | SessionsTraffic | TraceTraffic
@@ -211,11 +218,15 @@ class Misreport:
     """
 
     load: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    """Factor on the load that it advertises."""
     speed: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Factor on the speed that it advertises."""
     promise: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Factor on the times that it promises."""
     from_s: float = 0.0
+    """When the lie begins."""
     until_s: float = math.inf
-    """Infinite if the file gives none or the end of arrivals: the lie lasts through the drain."""
+    """When it ends; at the end of arrivals, it lasts through the drain."""
 
 
 @dataclass(frozen=True)
@@ -231,28 +242,31 @@ class Provider:
     """One provider: an engine and its own users."""
 
     name: Text
+    """Unique."""
     gpu: Annotated[str, OneOf(tuple(hardware.GPUS))] = "rtx-4090"
-    """A name in `agents.hardware.GPUS`."""
+    """Its GPUs; `wwwserve hardware` prints the catalogue."""
     model: Annotated[str, OneOf(tuple(hardware.MODELS))] = "qwen3-8b"
-    """A name in `agents.hardware.MODELS`."""
+    """What they run."""
     quantization: Annotated[str, OneOf(tuple(hardware.QUANTIZATIONS))] = "bf16"
-    """A name in `agents.hardware.QUANTIZATIONS`."""
+    """Of the weights."""
     attention: Annotated[str, OneOf(tuple(hardware.ATTENTIONS))] = "flashinfer"
-    """A name in `agents.hardware.ATTENTIONS`."""
+    """Kernels of attention."""
     max_num_seqs: Annotated[int, Meta(ge=1, le=MAX_SLOTS)] = 64
-    """Most requests that the engine runs at once, 1 to `MAX_SLOTS`."""
+    """Requests that the engine runs at once."""
     serves: Annotated[tuple[Text, ...], Meta(min_length=1, max_length=32)] = ()
-    """Names that a request may have, the first being that of its own users' requests; none means the model's name."""
+    """Names that a request may have, the first being that of its own users' requests; default: the model's name."""
     lengths: Lengths = Lengths()
+    """Tokens of its own users' requests."""
     traffic: Traffic | None = None
-    """Requests of its own users; None means that it has no users."""
+    """Requests of its own users; none: it has no users."""
     online_s: Annotated[tuple[tuple[float, float], ...], Meta(min_length=1, max_length=MAX_WINDOWS)] = (
         (0.0, math.inf),
     )
-    """Windows in which it takes part. One that reaches the end of arrivals has an infinite end: through the drain."""
+    """Windows `[from, until]` in which it takes part. One that reaches the end of arrivals lasts through the drain."""
     misreport: Misreport | None = None
+    """A lie that it tells."""
     strength: Annotated[float, Meta(ge=-20, le=20)] | None = None
-    """Log-strength in duels, in place of its model's and quantization's; -20 to 20."""
+    """Log-strength in duels, in place of its model's and quantization's."""
     initial_credit: Credits | None = None
     """Its free credit at the start, in place of the economy's."""
     initial_stake: Credits | None = None
@@ -268,21 +282,25 @@ class Scenario:
     """A market to simulate or to run live."""
 
     name: Text
+    """Of the scenario, in results."""
     providers: Annotated[tuple[Provider, ...], Meta(min_length=1, max_length=4096)]
+    """Who takes part."""
     duration_s: Time = 600.0
-    """Arrivals stop here; up to 1e6."""
+    """Arrivals stop here."""
     drain_s: Rate = 1800.0
     """Then the market runs until all requests end, at most this long."""
     decision_interval_s: Annotated[float, Meta(gt=0, le=5)] = 1.0
-    """Time between decisions, (0, 5]."""
+    """Time between ticks, at which what is held is decided on again."""
     gossip_interval_s: Annotated[float, Meta(gt=0, le=3600)] = 3.0
     """Time between the adverts of a provider."""
     rtt_ms: Annotated[float, Meta(ge=0, le=60_000)] = 50.0
     """Round trip between any two providers."""
     slo: Slo = Slo()
+    """What counts as served in time."""
     economy: Economy = Economy()
+    """Credits, stake and duels."""
     prefix_cache: PrefixCache | None = PrefixCache()
-    """None: engines keep nothing of a finished request."""
+    """What engines keep of finished requests; `null`: nothing."""
 
     def at_load(self, factor: float) -> "Scenario":
         """The same with `factor`, above 0, times as many requests or sessions.

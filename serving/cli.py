@@ -99,7 +99,7 @@ class Node:
     """Run a node before an engine."""
 
     file: Given
-    """its configuration, see docs/node.md"""
+    """its configuration, node.yaml"""
 
     def run(self) -> int:
         node.run(config.load(self.file))

@@ -47,39 +47,39 @@ class Struct(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class CatalogueProfile(Struct, tag_field="kind", tag="catalogue"):
-    """An engine's profile by names of `agents.hardware`."""
+    """An engine's profile by names of the catalogue, which `wwwserve hardware` prints."""
 
-    gpu: str
-    model: str
-    max_num_seqs: int = 256
+    gpu: str  # as `wwwserve hardware` lists it
+    model: str  # as `wwwserve hardware` lists it
+    max_num_seqs: int = 256  # requests that the engine runs at once
 
 
 class MeasuredProfile(Struct, tag_field="kind", tag="measured"):
-    """An engine's profile as it was measured; see `agents.hardware.Profile`."""
+    """An engine's profile as it was measured."""
 
-    weight_s: float
-    per_seq_s: float
-    per_kv_token_s: float
-    prefill_base_s: float
-    per_token_s: float
-    kv_blocks: int
-    max_num_seqs: int
-    max_batched_tokens: int
-    max_model_len: int
-    source: str = "measured"
-    seq_tokens: float = 1.0
-    per_pair_s: float = 0.0
-    batch_s: tuple[float, ...] = ()
+    weight_s: float  # s of an iteration: reading the weights
+    per_seq_s: float  # s more for each sequence in it
+    per_kv_token_s: float  # s more for each token of their context
+    prefill_base_s: float  # s of a prompt
+    per_token_s: float  # s more for each of its tokens
+    kv_blocks: int  # blocks of 16 tokens in the KV cache
+    max_num_seqs: int  # requests that the engine runs at once
+    max_batched_tokens: int  # tokens that it computes in one iteration at most
+    max_model_len: int  # tokens of a prompt and its answer at most
+    source: str = "measured"  # where the numbers come from, for people
+    seq_tokens: float = 1.0  # for the simulator: compute of a sequence that decodes beside a prefill, in prompt tokens
+    per_pair_s: float = 0.0  # for the simulator: s for each prompt token with each before it
+    batch_s: tuple[float, ...] = ()  # for the simulator: s beyond the line, at 1, 2, 4, ... sequences
 
 
 class EngineConfig(Struct):
     """The engine that the node stands before, or several that are alike."""
 
-    url: str | tuple[str, ...]
-    profile: CatalogueProfile | MeasuredProfile
-    kind: Literal["vllm", "sglang"] = "vllm"
-    key: str | None = None  # sent as its API key
-    timeout_s: float = 600.0  # without a byte, after which an answer is given up
+    url: str | tuple[str, ...]  # with or without `/v1`; a list of up to 64 engines that are alike
+    profile: CatalogueProfile | MeasuredProfile  # how fast one is: `wwwserve init` or `wwwserve calibrate` measures it
+    kind: Literal["vllm", "sglang"] = "vllm"  # names of its metrics; an emulated engine has vLLM's
+    key: str | None = None  # API key that it wants
+    timeout_s: float = 600.0  # s without a byte, after which an answer is given up
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -90,8 +90,8 @@ class EngineConfig(Struct):
 class PeerConfig(Struct):
     """A peer of a static list."""
 
-    key: str  # public
-    url: str
+    key: str  # its public key
+    url: str  # where it is reached
     name: str | None = None  # for people; `wwwserve join` takes no other key under a name that is known
 
 
@@ -103,8 +103,8 @@ class TlsConfig(Struct):
     """Files, PEM, by which the nodes of a network know each other."""
 
     ca: str  # certificate of the CA that made all of them
-    certificate: str  # the own
-    key: str  # the own
+    certificate: str  # the node's own
+    key: str  # its private key
 
 
 class ServerTlsConfig(Struct):
@@ -117,37 +117,37 @@ class ServerTlsConfig(Struct):
 class AdminConfig(Struct):
     """Where the operator looks at the node, apart from users and peers."""
 
-    port: int = 9100
-    host: str = "127.0.0.1"
-    key: str | None = None  # to be shown as an API key is; needed where others could reach it
+    port: int = 9100  # 0: any that is free
+    host: str = "127.0.0.1"  # where the listener is
+    key: str | None = None  # to be sent as an API key is; needed where `host` is not a loopback address
 
 
 class ZenohConfig(Struct, tag_field="kind", tag="zenoh"):
     """Membership on Eclipse Zenoh; endpoints are `tcp/HOST:PORT`, with TLS `tls/HOST:PORT`."""
 
-    network: str
-    listen: tuple[str, ...]
-    connect: tuple[str, ...] = ()  # of some nodes, from which it learns of the others
-    tls: TlsConfig | None = None
+    network: str  # the network's name; nodes of different ones do not hear of each other
+    listen: tuple[str, ...]  # where its Zenoh session listens
+    connect: tuple[str, ...] = ()  # some nodes of the network, from which it learns of the others
+    tls: TlsConfig | None = None  # none: whoever reaches an endpoint is a member
 
 
 class LengthsConfig(Struct):
     """Lognormal lengths, tokens."""
 
-    median: float
-    sigma: float
-    max: int
+    median: float  # before it is cut
+    sigma: float  # standard deviation of the logarithm
+    max: int  # the longest
 
 
 class KeyConfig(Struct):
     """An API key of users, which is written here, in a file or in a variable of the environment."""
 
     name: str  # in metrics and logs, where the key itself is not
-    key: str | None = None
-    file: str | None = None
-    env: str | None = None
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None  # of prompts and answers
+    key: str | None = None  # the key itself
+    file: str | None = None  # a file that holds it
+    env: str | None = None  # a variable of the environment that holds it
+    requests_per_minute: float | None = None  # a minute's worth may be used at once
+    tokens_per_minute: float | None = None  # of prompts and answers; a minute's worth may be used at once
     concurrent: int | None = None  # requests at once
 
     def secret(self) -> str:
@@ -172,53 +172,57 @@ class KeyConfig(Struct):
 class TracingConfig(Struct):
     """Where spans of requests go, for OpenTelemetry."""
 
-    endpoint: str  # of a collector, OTLP over HTTP
-    sample: float = 1.0  # share of requests
+    endpoint: str  # OTLP/HTTP collector to which spans of requests go
+    sample: float = 1.0  # share of requests that are traced, by their trace id
 
 
 class CorsConfig(Struct):
     """Pages in browsers that may ask the users' API."""
 
-    origins: tuple[str, ...]  # http://HOST[:PORT], https://HOST[:PORT], or * for all
+    origins: tuple[str, ...]  # `https://HOST[:PORT]`, `http://HOST[:PORT]`, or `*` for all
 
 
 class ClassConfig(Struct):
     """An SLO class of the users' requests, which they name in the header `x-slo-class`."""
 
-    deadline_s: float
-    value: float = 1.0  # of 1000 tokens of an answer in time, credits
-    output: LengthsConfig | None = None  # default: the node's
+    deadline_s: float  # within which an answer is wanted
+    value: float = 1.0  # what 1000 tokens in time are worth, credits
+    output: LengthsConfig | None = None  # tokens of its answers; default: the node's
     local_only: bool = False  # its requests stay on the own engine
 
 
 class MarketConfig(Struct):
     """What all providers of a network agree on."""
 
-    payment: Literal["lateness", "quoted", "per_request"] = "lateness"  # as `agents.protocol.PAYMENTS`
-    rtt_s: float = 0.05
-    gossip_s: float = 3.0
-    tick_s: float = 1.0
-    stake_rule: Literal["load", "fixed"] = "load"
-    duel_probability: float = 0.0  # of a request that is handed to a peer: it goes to two, whose answers are judged
+    payment: Literal["lateness", "quoted", "per_request"] = "lateness"
+    """what an answer costs: its price as `quoted`, less the later it is (`lateness`), or a credit (`per_request`)"""
+    rtt_s: float = 0.05  # round trip between two providers, s
+    gossip_s: float = 3.0  # between two adverts, s
+    tick_s: float = 1.0  # between two looks at the engine and at what is held, s
+    stake_rule: Literal["load", "fixed"] = "load"  # `load`: the stake follows the free capacity; `fixed`: it stays
+    duel_probability: float = 0.0
+    """of a request that is handed to a peer: chance that it goes to two, whose answers are judged"""
     judges: int = 3  # of a duel
-    prefix_cache: bool = True  # whether engines keep what they computed of prompts
+    prefix_cache: bool = True  # false: engines are taken to keep nothing of a prompt
     speed: float = 1.0  # of the market's clock; not 1 only in trials, on engines emulated at the same speed
 
 
 class LimitsConfig(Struct):
     """What a node takes at most."""
 
-    body_bytes: int = 32 * 2**20
-    header_bytes: int = 64 * 2**10
-    held: int = 512  # users' requests that are not decided; beyond, 503
-    connections: int = 4096  # open at once; beyond, one that is idle is closed, or the new one gets 503
+    body_bytes: int = 32 * 2**20  # largest body, zipped or not; beyond, 413
+    header_bytes: int = 64 * 2**10  # largest header; beyond, 431
+    held: int = 512  # users' requests that are not decided, and as many that are passed through; beyond, 503
+    connections: int = 4096  # open at once; beyond, one on which nothing is under way makes room, else 503
     connections_per_address: int = 1024  # the same, from one IPv4 address or one /64 of IPv6
     peer_connections: int = 256  # of `connections`, at most a quarter, that only peers may have
-    peer_messages_per_s: float = 2500.0  # of one peer that are looked at; beyond, 429
-    receiving_bytes: int = 256 * 2**20  # of bodies that are coming, a quarter of them from one address or peer
-    held_bytes: int = 2**30  # of users' bodies whose answers are open, a quarter of them from one address
-    receive_s: float = 30.0  # for a request to come, from its first byte to its last
-    drain_s: float = 20.0  # for what is open to end, once the node is told to
+    peer_messages_per_s: float = 2500.0  # signed messages of one peer that are looked at; beyond, 429
+    receiving_bytes: int = 256 * 2**20
+    """of bodies that are coming, a quarter of it from one address or peer; beyond, 503"""
+    held_bytes: int = 2**30
+    """of users' bodies above 64 KiB whose answers are open, a quarter of it from one address; beyond, 503"""
+    receive_s: float = 30.0  # s in which a request has to come, from its first byte to its last; beyond, 408
+    drain_s: float = 20.0  # s that open answers have to end, once the node is told to end by SIGTERM or SIGINT; 0: none
 
     @property
     def files(self) -> int:
@@ -236,9 +240,9 @@ class LimitConfig(Struct):
 class LedgerConfig(Struct):
     """Where accounts are kept, and what credit begins with."""
 
-    file: str
+    file: str  # SQLite file of its accounts, made if it is not there
     genesis: str | None = None  # file of what each key begins with, the same on all nodes
-    limits: dict[str, LimitConfig] = {}  # by key, where there is no genesis
+    limits: dict[str, LimitConfig] = {}  # by a peer's key, where there is no genesis
     exposure: float = 100.0  # credits that a peer may have of ours in escrow, and we of a peer's
 
 
@@ -247,36 +251,39 @@ class NodeConfig(Struct):
 
     name: str  # for people; among peers its public key is its name
     key: str  # file of its private key, made by `wwwserve key new`
-    engine: EngineConfig
-    host: str = "127.0.0.1"
-    port: int = 9000
-    url: str | None = None  # at which peers reach it; default: host and port
-    serves: tuple[str, ...] = ()  # model names; default: those of the engine
-    policy: str | None = None  # name of a rule, or folder of a bundle; default: the shipped bundle
-    seed: int = 0
-    stake: float = 1.0  # credits
-    credit: float = 1000.0  # credits
-    compute_cost_per_ktok: float = 0.09  # of 1000 output tokens, credits
-    aliases: dict[str, str] = {}  # other names that users may call models by
-    keys: tuple[str | KeyConfig, ...] = ()  # API keys of users; none: everyone is a user
+    engine: EngineConfig  # the engine that it stands before
+    host: str = "127.0.0.1"  # where it listens, for users and peers; IPv6 as `::1`
+    port: int = 9000  # 0: any that is free
+    url: str | None = None  # where peers reach it; default: host and port; needed where `host` is `0.0.0.0` or `::`
+    serves: tuple[str, ...] = ()  # model names that users may ask for; default: those of the engine
+    policy: str | None = None  # competitive (the default), cooperative, the name of a rule, or the folder of a bundle
+    seed: int = 0  # of its random generator
+    stake: float = 1.0  # credits; with a ledger only where `market.stake_rule` is `fixed`
+    credit: float = 1000.0  # credits; with a ledger, it says
+    compute_cost_per_ktok: float = 0.09  # what computing 1000 output tokens costs, credits
+    aliases: dict[str, str] = {}  # other names by which users may call models, `gpt-4: qwen3-8b`
+    keys: tuple[str | KeyConfig, ...] = ()  # API keys of users, each as text or a mapping; none: everyone is a user
     cors: CorsConfig | None = None  # none: no page of another origin
-    access_log: bool = False  # a line for each request of a user
+    access_log: bool = False  # a line of the log for each request of a user
     tracing: TracingConfig | None = None  # none: no spans
-    membership: StaticConfig | ZenohConfig = msgspec.field(default_factory=StaticConfig)
-    peers: tuple[PeerConfig, ...] = ()  # with static membership
-    tls: ServerTlsConfig | None = None  # none: HTTP
+    membership: StaticConfig | ZenohConfig = msgspec.field(default_factory=StaticConfig)  # how nodes find each other
+    peers: tuple[PeerConfig, ...] = ()  # only with static membership
+    tls: ServerTlsConfig | None = None  # none: HTTP; `{}`: TLS between nodes
     admin: AdminConfig | None = None  # none: on the data plane, for clients of the same machine
-    trust: tuple[str, ...] | None = None  # keys of the peers that may see prompts; None: all peers may
-    prompt_tokens: float = 256.0  # mean of what users ask, until it is known better
-    uncached_tokens: float | None = None  # of them those that are not of the session's turn before; default: all
+    trust: tuple[str, ...] | None = None  # public keys of the peers that may see prompts; default: all; `[]`: none
+    prompt_tokens: float = 256.0  # mean prompt of its users, until answers tell better
+    uncached_tokens: float | None = None  # tokens of it that are not of the session's turn before; default: all
     output: LengthsConfig = msgspec.field(default_factory=lambda: LengthsConfig(median=200.0, sigma=0.8, max=4096))
+    """tokens of answers to its users"""
     deadlines_s: tuple[float, ...] = (10.0, 20.0, 30.0, 60.0, 120.0)
-    classes: dict[str, ClassConfig] = {}
-    resume: bool = False  # streams that break off go on elsewhere
-    market: MarketConfig = msgspec.field(default_factory=MarketConfig)
+    """within which answers are wanted, s, where there are no classes"""
+    classes: dict[str, ClassConfig] = {}  # SLO classes by name; a request that names none is of the first
+    resume: bool = False  # a stream that breaks off goes on elsewhere
+    market: MarketConfig = msgspec.field(default_factory=MarketConfig)  # what all providers of the network agree on
     ledger: LedgerConfig | None = None  # none: nothing is paid
-    limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+    limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)  # what it takes at most
     log: Literal["debug", "info", "warning", "error"] = "info"
+    """level of the log: JSON lines on standard error, without prompts and keys"""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -535,8 +542,9 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
           for field, amount in (("stake", c.stake), ("credit", c.credit))],
         ("compute_cost_per_ktok", 0 <= c.compute_cost_per_ktok <= MAX_TARIFF,
          f"0 to {MAX_TARIFF:,.0f} credits, got {c.compute_cost_per_ktok:g}"),
-        *[(f"limits.{field}", limit > 0 or (field == "drain_s" and limit == 0), f"above 0, got {limit:g}")
-          for field, limit in msgspec.structs.asdict(c.limits).items()],
+        *[(f"limits.{field}", limit > 0, f"above 0, got {limit:g}")
+          for field, limit in msgspec.structs.asdict(c.limits).items() if field != "drain_s"],
+        ("limits.drain_s", c.limits.drain_s >= 0, f"at least 0, got {c.limits.drain_s:g}"),
         ("engine.profile.max_num_seqs", 1 <= c.engine.profile.max_num_seqs <= MOST_AT_ONCE,
          f"1 to {MOST_AT_ONCE}, got {c.engine.profile.max_num_seqs}"),
         ("output", c.output.median > 0 and c.output.sigma >= 0 and c.output.max > 0, "of positive length"),

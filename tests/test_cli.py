@@ -128,14 +128,6 @@ def test_every_program_of_a_checkout_is_a_command():
     assert programs == tools
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(str(each.relative_to(ROOT)) for each in ROOT.glob("docs/*.md"))])
-def test_pages_name_commands_that_are_there_after_an_installation(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert not re.findall(r"python -m\s+(?:agents|envs|serving|train|eval)\b", text)
-    named = re.findall(r"(?:`|^)wwwserve\s+([a-z][\w-]*)(?:\s+(\w+))?", text, re.MULTILINE)
-    assert [each for each in named if each[0] not in cli.COMMANDS and " ".join(each) not in cli.COMMANDS] == []
-
-
 @pytest.mark.parametrize("tool", ["train", "figures"])
 def test_a_tool_that_needs_training_libraries_names_the_extra(tool):
     program = WITHOUT + "from wwwserve.serving.cli import main\nsys.exit(main(sys.argv[1:]))"

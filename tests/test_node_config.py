@@ -23,23 +23,6 @@ def test_a_file_is_read_as_it_is_meant(tmp_path: Path) -> None:
             config.load(file)
 
 
-def test_every_key_is_documented() -> None:
-    page = (Path(__file__).parent.parent / "docs/node.md").read_text()
-    inner = {
-        "engine": config.EngineConfig, "market": config.MarketConfig, "limits": config.LimitsConfig,
-        "membership": config.ZenohConfig, "membership.tls": config.TlsConfig, "keys": config.KeyConfig,
-        "cors": config.CorsConfig, "tracing": config.TracingConfig,
-    }  # fmt: skip
-    names = set(config.NodeConfig.__struct_fields__)
-    names |= {f"{part}.{name}" for part, struct in inner.items() for name in struct.__struct_fields__}
-    names = names - set(inner) | {"membership.kind", "keys"}
-    assert {name for name in names if f"`{name}`" not in page} == set()
-    shown = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
-    assert config.parse(shown, "docs").peers[0].url == "http://10.0.0.2:9000"
-    shown = yaml.safe_load(page.split("```yaml\n")[2].partition("```")[0])
-    assert config.parse(GOOD | shown, "docs").membership.network == "campus"  # type: ignore[union-attr]
-
-
 KEY = Identity.generate().name
 TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
 

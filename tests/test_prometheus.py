@@ -2,7 +2,6 @@
 
 import asyncio
 import subprocess
-from pathlib import Path
 
 import pytest
 from prometheus_client import Metric
@@ -57,23 +56,6 @@ def whole_page() -> str:
         tariff=(0.1, 0.01, 0.5), balances=[balance], disputed={"peer": 0},
     )  # fmt: skip
     return page.decode()
-
-
-def rows() -> list[str]:
-    """The table of the page that documents it."""
-    found = ["| metric | type | by | |", "|---|---|---|---|"]
-    for metric in scraped(whole_page()).values():
-        if metric.name.startswith("wwwserve_"):
-            labels = sorted({label for each in metric.samples for label in each.labels} - {"le"})
-            name = metric.name + ("_total" if metric.type == "counter" else "")
-            by = ", ".join(f"`{label}`" for label in labels)
-            found.append(f"| `{name}` | {metric.type} | {by} | {metric.documentation.rstrip('.')} |")
-    return found
-
-
-def test_the_table_of_metrics_is_that_of_the_code() -> None:
-    page = (Path(__file__).parent.parent / "docs/observability.md").read_text()
-    assert "\n".join(rows()) in page, "\n".join(rows())
 
 
 def test_names_units_help_and_types_are_as_promtool_wants_them() -> None:

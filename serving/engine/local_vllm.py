@@ -34,7 +34,7 @@ MAX_MODEL_LEN, MAX_NUM_SEQS = 2048, 16
 KV_GIB = 1  # KV cache of a server, GiB
 KV_BLOCK = 32  # tokens of a block of a KV cache of set size: the fewest that vLLM on a CPU is made for
 
-# What `wwwserve calibrate` found of servers on one core of a 2-core machine (docs/node.md), by model; of the second
+# What `wwwserve calibrate` found of servers on one core of a 2-core machine (docs/engines.md), by model; of the second
 # while other work took about half of the machine.
 PROFILES: dict[str, dict[str, Any]] = {
     SMOLLM2: {

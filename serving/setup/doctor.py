@@ -56,7 +56,9 @@ def examine(file: Path) -> list[Finding]:
     try:
         node = config.load(file)
     except ConfigError as error:
-        do = f"correct {file}; docs/node.md has every key" if file.exists() else "wwwserve init makes one"
+        do = (
+            f"correct {file}; docs/reference/node-yaml.md has every key" if file.exists() else "wwwserve init makes one"
+        )
         return [Finding("configuration", FAILED, str(error), do)]
     found = [Finding("configuration", OK, f"{file} is {node.name}")]
     try:
