@@ -32,8 +32,9 @@ paper: $(INSTALLED)
 	$(BIN)/python -m eval.paper $(ARGS)
 
 BROWSER := /usr/bin/chromium /usr/bin/chromedriver
+PROMETHEUS := /usr/bin/prometheus /usr/bin/promtool
 SYSTEMD := /usr/bin/systemd-analyze
-test: $(INSTALLED) $(BROWSER) $(SYSTEMD)
+test: $(INSTALLED) $(BROWSER) $(PROMETHEUS) $(SYSTEMD)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -44,6 +45,12 @@ $(BROWSER) &: # in which the console is tested
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver
 
+$(PROMETHEUS) &: # by which metrics, alerts and the board are tested; its service is masked, so that it never starts
+	@test "$$(id -u)" = 0 || { echo 'Prometheus is needed for tests: sudo apt-get install prometheus' >&2; exit 1; }
+	ln -sfn /dev/null /etc/systemd/system/prometheus.service
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus
+
 $(SYSTEMD): # which reads the unit in docs/deploy
 	@test "$$(id -u)" = 0 || { echo 'systemd-analyze is needed for tests: sudo apt-get install systemd' >&2; exit 1; }
 	apt-get update -qq
@@ -53,7 +60,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q torch==2.13.0
-	$(BIN)/python -m pip install -q -e '.[train,dev]'
+	$(BIN)/python -m pip install -q -e '.[train,dev,trace]'
 	mkdir -p $(VENV)/checkout && ln -sfn ../.. $(VENV)/checkout/wwwserve # where mypy finds the packages by their name
 	touch $@
 

@@ -31,6 +31,7 @@ from wwwserve.serving.market import MOST_INT, Market
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
 
 MOST_AT_ONCE = 1 << 16  # requests in an engine
+MOST_ENGINES = 64  # of one node
 SPARE_FILES = 64  # file descriptors, beside connections
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
@@ -70,13 +71,18 @@ class MeasuredProfile(Struct, tag_field="kind", tag="measured"):
 
 
 class EngineConfig(Struct):
-    """The engine that the node stands before."""
+    """The engine that the node stands before, or several that are alike."""
 
-    url: str
+    url: str | tuple[str, ...]
     profile: CatalogueProfile | MeasuredProfile
     kind: Literal["vllm", "sglang"] = "vllm"
     key: str | None = None  # sent as its API key
     timeout_s: float = 600.0  # without a byte, after which an answer is given up
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Where the engines are."""
+        return (self.url,) if isinstance(self.url, str) else self.url
 
 
 class PeerConfig(Struct):
@@ -159,6 +165,13 @@ class KeyConfig(Struct):
         if not re.fullmatch(r"[!-~]{1,512}", found):
             raise ConfigError(f"key {self.name} must be 1 to 512 printable ASCII characters without spaces")
         return found
+
+
+class TracingConfig(Struct):
+    """Where spans of requests go, for OpenTelemetry."""
+
+    endpoint: str  # of a collector, OTLP over HTTP
+    sample: float = 1.0  # share of requests
 
 
 class CorsConfig(Struct):
@@ -246,6 +259,7 @@ class NodeConfig(Struct):
     keys: tuple[str | KeyConfig, ...] = ()  # API keys of users; none: everyone is a user
     cors: CorsConfig | None = None  # none: no page of another origin
     access_log: bool = False  # a line for each request of a user
+    tracing: TracingConfig | None = None  # none: no spans
     membership: StaticConfig | ZenohConfig = msgspec.field(default_factory=StaticConfig)
     peers: tuple[PeerConfig, ...] = ()  # with static membership
     tls: ServerTlsConfig | None = None  # none: HTTP
@@ -347,12 +361,16 @@ def _tidied(c: NodeConfig, folder: Path) -> NodeConfig:
         membership = replace(membership, tls=replace(membership.tls, **files))
     return replace(
         c, key=at(c.key), membership=membership, policy=c.policy if c.policy in (*SHIPPED, *RULES) else at(c.policy),
-        url=c.url.rstrip("/") if c.url else c.url, engine=replace(c.engine, url=engine_base(c.engine.url)),
+        url=c.url.rstrip("/") if c.url else c.url, engine=replace(c.engine, url=_engine_urls(c.engine.url)),
         peers=tuple(replace(each, url=each.url.rstrip("/")) for each in c.peers),
         tls=c.tls and replace(c.tls, certificate=at(c.tls.certificate), key=at(c.tls.key)),
         ledger=settings and replace(settings, file=at(settings.file), genesis=at(settings.genesis)),
         keys=tuple(replace(each, file=at(each.file)) if isinstance(each, KeyConfig) else each for each in c.keys),
     )  # fmt: skip
+
+
+def _engine_urls(url: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return engine_base(url) if isinstance(url, str) else tuple(map(engine_base, url))
 
 
 def _membership_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
@@ -456,9 +474,20 @@ def _user_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
+def _tracing_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
+    if c.tracing is None:
+        return []
+    endpoint, sample = c.tracing.endpoint, c.tracing.sample
+    return [
+        ("tracing.endpoint", re.fullmatch(r"https?://[!-~]+", endpoint) is not None,
+         f"http:// or https:// and where a collector is, got {endpoint!r}"),
+        ("tracing.sample", 0 <= sample <= 1, f"0 to 1, got {sample:g}"),
+    ]  # fmt: skip
+
+
 def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
-    urls = [c.engine.url, *(peer.url for peer in c.peers), *([c.url] if c.url else [])]
-    keys = [peer.key for peer in c.peers]
+    nodes = [*(peer.url for peer in c.peers), *([c.url] if c.url else [])]
+    urls, keys = [*c.engine.urls, *nodes], [peer.key for peer in c.peers]
     return [
         *[(field, False, expected) for field, expected in _impossible(msgspec.to_builtins(c))],
         ("name", 0 < len(c.name) <= MOST_LABEL and c.name.isprintable(), f"1 to {MOST_LABEL} printable characters"),
@@ -467,15 +496,16 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("policy", c.policy is None or c.policy in (*SHIPPED, *RULES) or Path(c.policy).is_dir(),
          f"{', '.join(SHIPPED)}, a rule ({', '.join(RULES)}) or the folder of a bundle, got {c.policy!r}"),
         ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
-        *[("every node's url", _is_url(u), f"a host, a port and a path at most, got {u!r}") for u in urls[1:]],
+        *[("every node's url", _is_url(u), f"a host, a port and a path at most, got {u!r}") for u in nodes],
         *[("every node's url", not is_unspecified(host_of(u)), f"an address at which others reach it, got {u!r}")
-          for u in urls[1:]],
+          for u in nodes],
         ("url", c.url is not None or not is_unspecified(c.host) or not (c.peers or c.membership != StaticConfig()),
          f"given where there are peers and host is {c.host}: the address of this machine at which they reach it"),
         *[("trust", _is_key(each), f"public keys, got {each!r}") for each in c.trust or ()],
         ("peers", len(set(keys)) == len(keys), f"of different keys, got {keys}"),
         *[("every peer's key", _is_key(each), f"a public key, got {each!r}") for each in keys],
         *_user_checks(c),
+        *_tracing_checks(c),
         *_wire_checks(c),
         *_membership_checks(c),
         *_ledger_checks(c),
@@ -490,6 +520,8 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
          f"0 to 1, got {c.market.duel_probability:g}"),
         ("market.judges", 1 <= c.market.judges <= MOST_JUDGES, f"1 to {MOST_JUDGES}, got {c.market.judges}"),
         ("market.speed", 0.01 <= c.market.speed <= 100, f"0.01 to 100, got {c.market.speed:g}"),
+        ("engine.url", 1 <= len({u.partition("://")[2] for u in c.engine.urls}) == len(c.engine.urls) <= MOST_ENGINES,
+         f"of one engine or a list of up to {MOST_ENGINES} different ones, got {c.engine.url}"),
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
         *[(field, 0 <= amount <= MOST_CREDITS, f"0 to {MOST_CREDITS:,} credits, got {amount:g}")
           for field, amount in (("stake", c.stake), ("credit", c.credit))],

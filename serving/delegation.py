@@ -23,7 +23,7 @@ from wwwserve.serving.cooling import Cooling
 from wwwserve.serving.duel.duels import JUDGE_S, Attempt, Duels
 from wwwserve.serving.duel.judge import judgeable
 from wwwserve.serving.duel.messages import COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Pair
-from wwwserve.serving.engine.prefix_index import HERE, Prefix, PrefixIndex
+from wwwserve.serving.engine.prefix_index import Prefix, PrefixIndex
 from wwwserve.serving.http.handover import WithoutUsage, for_pay, meter_of
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.peers import PeerClient, refusal
@@ -38,7 +38,7 @@ from wwwserve.serving.http.reply import (
     retry_after,
     send_timed,
 )
-from wwwserve.serving.http.sse import AnswerMeter, Usage
+from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response
 from wwwserve.serving.ledger.accounts import ESCROW, Accounts, Came, Payment, hung_up
 from wwwserve.serving.ledger.channel import LedgerError
@@ -48,6 +48,7 @@ from wwwserve.serving.ledger.verdicts import Verdict
 from wwwserve.serving.market import Promise, Tariff
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
+from wwwserve.serving.tracing import end_exchange, promised
 
 log = logging.getLogger("wwwserve.delegation")
 
@@ -128,9 +129,9 @@ class Delegation:
 
     async def delegate(
         self, decision: Decision, completion: CompletionRequest, prompt: int, most: int, reply: Reply
-    ) -> Usage | None:
+    ) -> AnswerMeter:
         """Hand a request, of `prompt` tokens and for at most `most`, to the peer that was decided on, or, with the
-        market's chance, to two.
+        market's chance, to two; returns the meter of the answer that the user has.
 
         Raises RetryableError if the peer did not take it or nothing came of it, Failed if it broke off.
         """
@@ -144,7 +145,7 @@ class Delegation:
         if rival is None:
             return await self._hand_over(offer, reply)
 
-        async def hand(name: str, attempt: Attempt) -> Usage | None:
+        async def hand(name: str, attempt: Attempt) -> AnswerMeter:
             if name != rival:
                 return await self._hand_over(offer, attempt)
             copy = self.provider.new(None, completion.klass, prompt, most, self.clock(), completion.model)
@@ -157,8 +158,8 @@ class Delegation:
             finally:
                 self.provider.release(copy)
 
-        usage: Usage | None = await self.duels.run(completion, (decision.peer, rival), hand, reply)
-        return usage
+        meter: AnswerMeter = await self.duels.run(completion, (decision.peer, rival), hand, reply)
+        return meter
 
     def _rival(self, completion: CompletionRequest, decision: Decision, reply: Reply) -> str | None:
         """Who answers a request as well; None for nobody. A stream that may be resumed has one executor at a time."""
@@ -169,12 +170,13 @@ class Delegation:
             return None
         return next((name for name in self.provider.rivals(decision) if name in self.client.adverts), None)
 
-    async def _hand_over(self, offer: Offer, reply: Reply) -> Usage | None:
+    async def _hand_over(self, offer: Offer, reply: Reply) -> AnswerMeter:
         """Hand over a request that the provider counts as offered. Raises as `delegate`."""
         request, name, completion = offer.request, offer.peer, offer.completion
         path = PEER_PREFIX + completion.path
         tariff = self.provider.tariff_of(request)
-        headers = {PROMPT: str(offer.prompt), TARIFF: " ".join(map(str, tariff)), **completion.trace.for_peer()}
+        trace = completion.trace.child("delegate", "client")
+        headers = {PROMPT: str(offer.prompt), TARIFF: " ".join(map(str, tariff)), **trace.for_peer()}
         self.under_way.add(request)
         predicted = self.prefixes.cached(completion.prefix, offer.prompt, name).tokens
         handed: Handed | None = None
@@ -229,6 +231,9 @@ class Delegation:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None
             raise RetryableError(reason) from None
         finally:
+            if trace.span is not None:
+                trace.span.note({"wwwserve.peer": name, **(promised(handed.promise) if handed is not None else {})})
+                end_exchange(trace.span, 200 if handed is not None else 0, handed.meter if handed is not None else None)
             self._end_attempt(request, handed, answered)
             if answered and handed is not None:
                 remember(self.prefixes, self.metrics, name, completion.prefix, offer.prompt, handed.meter, predicted)
@@ -241,7 +246,7 @@ class Delegation:
                         reply.owed = partial(_pay, payment, handed.promise, came)
                     else:
                         payment.end(handed.promise, came)
-        return handed.meter.usage
+        return handed.meter
 
     def _failed(self, peer: str, retry_after_s: int | None = None) -> None:
         """A peer did not do as it should; if that goes on, it is asked for nothing for a while."""
@@ -383,12 +388,13 @@ def remember(
     what is cached there now, and whether the prediction was right."""
     usage = meter.usage
     told, output = usage is not None and usage.prompt > 0, usage.output if usage is not None else meter.tokens
-    if peer != HERE:  # whose word is not taken for more than its answer and the own estimate show
+    own = prefixes.is_own(peer)
+    if not own:  # whose word is not taken for more than its answer and the own estimate show
         output = meter.tokens
     if usage is not None and told:
-        prompt = usage.prompt if peer == HERE else min(usage.prompt, 2 * prompt)
+        prompt = usage.prompt if own else min(usage.prompt, 2 * prompt)
         if usage.cached is not None:
-            metrics.prefix(peer != HERE, predicted, usage.cached, prompt)
+            metrics.prefix(not own, predicted, usage.cached, prompt)
     prefixes.remember(peer, prefix, prompt, output, meter.text_bytes, told)
 
 

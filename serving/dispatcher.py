@@ -9,8 +9,10 @@ one event loop; a request is one task from arrival to its end.
 import asyncio
 import logging
 import math
+import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +28,8 @@ from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
 from wwwserve.serving.duel.judge_pool import JudgePool
 from wwwserve.serving.duel.messages import Declined
 from wwwserve.serving.engine.adapter import Engine, EngineError, Sent
-from wwwserve.serving.engine.prefix_index import HERE, MOST_ENTRIES, NOTHING, Prefix, PrefixIndex
+from wwwserve.serving.engine.pool import Pool, place_of
+from wwwserve.serving.engine.prefix_index import HERE, MOST_ENTRIES, NO_PREFIX, NOTHING, Prefix, PrefixIndex
 from wwwserve.serving.http.handover import meter_of, salted, with_keys
 from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.http.peers import PeerClient, PeerError
@@ -56,6 +59,7 @@ from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
 from wwwserve.serving.reasons import Reasons
+from wwwserve.serving.tracing import Tracing, end_exchange, promised
 
 log = logging.getLogger("wwwserve.dispatcher")
 
@@ -78,8 +82,9 @@ class Job:
     most: int  # tokens of the longest answer that it may get
     prompt: int  # tokens
     placed: "asyncio.Future[Decision]"
-    failures: int = 0  # of the own engine
-    turned_away: bool = False  # by the own engine, which was full
+    failures: int = 0  # of own engines
+    turned_away: bool = False  # by an own engine, which was full
+    tried: tuple[Engine, ...] = ()  # own engines that did not answer
 
 
 class RemoteRequest(NamedTuple):
@@ -99,11 +104,14 @@ class Dispatcher:
     """One node's requests."""
 
     def __init__(
-        self, config: NodeConfig, provider: NodeProvider, engine: Engine, membership: Membership,
+        self, config: NodeConfig, provider: NodeProvider, engines: Sequence[Engine], membership: Membership,
         messages: Messages, transport: Transport, metrics: Metrics, url: str,
-        ledger: ChannelLedger | None = None,
+        ledger: ChannelLedger | None = None, tracing: Tracing | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.provider, self.engine, self.membership = config, provider, engine, membership
+        self.tracing = tracing
+        self.config, self.provider, self.membership = config, provider, membership
+        self.engine = Pool(engines, provider.own)
+        self._down: set[Engine] = set()  # since when they may have begun anew
         self.messages, self.metrics, self.url = messages, metrics, url
         self.speed = config.market.speed
         self.serves = list(config.serves)
@@ -114,12 +122,13 @@ class Dispatcher:
         self.client = PeerClient(messages, transport, self.peers)
         accounts = Accounts(ledger, self._tell_ledger) if ledger is not None else None
         entries = MOST_ENTRIES if config.market.prefix_cache else 0
-        self.prefixes = PrefixIndex(self.clock, engine.profile.kv_tokens, entries=entries)
+        places = [place_of(k) for k in range(len(engines))]
+        self.prefixes = PrefixIndex(self.clock, self.engine.alone.kv_tokens, own=places, entries=entries)
         provider.lookup = self._look_up
         self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock, self.prefixes)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.reasons = Reasons()
-        self.here: dict[int, Sent] = {}  # in the own engine, by the provider's number of the request
+        self.here: dict[int, Sent] = {}  # in own engines, by the provider's number of the request
         self.bytes_per_token = BYTES_PER_TOKEN
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
         self.number = 0
@@ -153,6 +162,7 @@ class Dispatcher:
                     group.create_task(self.accounts.run())
                 group.create_task(self._keep_ticking())
         finally:
+            self.engine.close()
             await self.delegation.duels.stop()
 
     async def _keep_ticking(self) -> None:
@@ -174,16 +184,18 @@ class Dispatcher:
 
     async def tick(self) -> None:
         """Look at the engine and at what peers have of ours; decide anew on what is held; say how things are here."""
-        up, market = self.engine.healthy, self.config.market
-        try:
+        market, up = self.config.market, [each for each in self.engine.engines if each.healthy]
+        self._down.update(each for each in self.engine.engines if not each.healthy)
+        with suppress(EngineError):  # it is in the engine's reason
             await self.engine.scrape()
             await self.list_models()
-        except EngineError as error:
-            if up and not self.engine.healthy:
-                log.warning("the engine is down", extra={"reason": str(error)})
-        if self.engine.healthy and not up:
-            self.prefixes.forget(HERE)  # it may have started anew
-            log.info("the engine is up", extra={"serves": self.serves})
+        for engine in up:
+            if not engine.healthy:
+                log.warning("the engine is down", extra={"engine": engine.label, "reason": engine.reason})
+        for engine in [each for each in self.engine.engines if each in self._down and each.healthy]:
+            self._down.remove(engine)
+            self.prefixes.forget(engine.place)  # it may have started anew
+            log.info("the engine is up", extra={"engine": engine.label, "serves": self.serves})
         now_s = self.clock()
         elapsed_s = now_s - self._ticked_s if self._ticked_s is not None else 0.0
         self._ticked_s = now_s
@@ -315,8 +327,8 @@ class Dispatcher:
         if decision is None:
             return
         job: Job = provider.keys[decision.request]
-        if decision.route == LOCAL and job.failures:  # what the own engine failed goes elsewhere if it can
-            decision = provider.divert(decision)
+        if decision.route == LOCAL and job.failures and not self.engine.spare(job.tried):
+            decision = provider.divert(decision)  # what own engines failed goes elsewhere if it can
         where = "hold" if decision.route == HOLD else decision.peer or "local"
         self.metrics.decided(decision.route)
         klass = self.config.class_names[job.completion.klass]
@@ -335,6 +347,9 @@ class Dispatcher:
                 self.provider.may_escrow(peer, ledger.available(peer))
 
     def _look_at_engine(self, now_s: float) -> None:
+        if self.engine.count != self.provider.engines:
+            self.provider.resize(self.engine.count)
+            self.provider.advert_due = True
         load = self.engine.load()
         self.provider.scraped(now_s, load.running, load.waiting, load.kv_tokens, load.prefill, self.prefixes.reuse_s())
 
@@ -367,22 +382,25 @@ class Dispatcher:
         if completion.local_only:
             self.metrics.kept()
         outcome, where = "failed", "nowhere"
+        engine: Engine | None = None
         again = Resumed(completion, reply) if self.config.resume and resumable(completion) else None
         provider.arrived(request)
         try:
             while True:
                 self.dispatch()
-                decision = await job.placed
+                decision = await (job.placed if completion.trace.span is None else self._placed(job))
                 where = "local" if decision.route == LOCAL else "peer"
                 user.asked = decision.peer or "local"
                 if again is not None:
                     job.completion, reply = again.rest(), again
                 try:
                     if decision.route == LOCAL:
-                        usage = await self._run_here(job.completion, job.prompt, reply, request)
+                        engine = self._choose(job.completion.prefix, job.prompt, job.tried)
+                        meter = await self._run_here(engine, job.completion, job.prompt, reply, request)
                     else:
                         reply.limits.clear()
-                        usage = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
+                        meter = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
+                    usage = meter.usage
                     break
                 except RetryableError as reason:
                     log.debug("given back", extra={"by": decision.peer or "the engine", "reason": str(reason)})
@@ -391,8 +409,10 @@ class Dispatcher:
                         break
                     job.prompt = prompt + (again.tokens if again is not None else 0)
                     provider.reprompt(request, job.prompt)
-                    self._take_back(job, decision, reason)
+                    self._take_back(job, engine if decision.route == LOCAL else None, reason)
             outcome = "answered"
+            if completion.stream:
+                self._measure(completion.klass, where, again or meter, arrival_s)
             self._learn(completion, usage)
             self.prefixes.answered(prefix)
             return usage
@@ -405,8 +425,33 @@ class Dispatcher:
             provider.release(request)
             took_s = self.clock() - arrival_s
             on_time = outcome == "answered" and took_s <= self.last_deadlines_s[completion.klass]
-            self.metrics.ended(outcome, where, took_s, on_time)
+            self.metrics.ended(completion.klass, outcome, where, took_s, on_time)
             self._reopen()
+
+    async def _placed(self, job: Job) -> Decision:
+        """The decision on a request that is traced."""
+        completion, provider = job.completion, self.provider
+        span = completion.trace.child("decide", "internal").span
+        assert span is not None
+        span.note({"wwwserve.class": self.config.class_names[completion.klass]})
+        try:
+            decision = await job.placed
+            if decision.peer is None:
+                cached = self.cached_here(completion.prefix, job.prompt)
+                promise = provider.expect(job.prompt, cached)
+            else:
+                promise = provider.shown(job.request)
+            chosen, candidates = decision.peer or "local", len(provider.candidates(job.request))
+            span.note({"wwwserve.chosen": chosen, "wwwserve.candidates": candidates, **promised(promise)})
+            return decision
+        finally:
+            span.end(sys.exception())
+
+    def _measure(self, klass: int, where: str, stream: AnswerMeter | Resumed, arrival_s: float) -> None:
+        """A user's stream, of which the meter is given or what was resumed, has just come to its end."""
+        if stream.first_s is not None:
+            first_s = stream.first_s * self.speed
+            self.metrics.streamed(klass, where, first_s - arrival_s, self.clock() - first_s, stream.tokens)
 
     def _reopen(self) -> None:
         """An answer is done, so what is held may be decided on."""
@@ -414,13 +459,18 @@ class Dispatcher:
             self.provider.reopen()
             self.dispatch()
 
-    def _take_back(self, job: Job, decision: Decision, reason: RetryableError) -> None:
-        """Hold a request that came back. Raises Failed where there is nobody left to ask."""
+    def _take_back(self, job: Job, engine: Engine | None, reason: RetryableError) -> None:
+        """Hold a request that came back from an own engine, or else from a peer. Raises Failed where there is nobody
+        left to ask."""
         job.placed = asyncio.get_running_loop().create_future()
-        if decision.peer is not None:
+        if engine is None:
             self.provider.come_back(job.request)
             return
         job.failures += not reason.full
+        job.tried += (engine,)
+        if self.engine.spare(job.tried):
+            self.provider.come_back(job.request)
+            return
         if job.failures >= ENGINE_TRIES:
             raise Failed(502, f"the engine does not answer as it should: {reason}", "engine_error")
         if not self.provider.may_hold(job.request, self.clock()):
@@ -440,27 +490,34 @@ class Dispatcher:
         if 0 < usage.prompt <= completion.prompt_bytes <= usage.prompt * MOST_BYTES_PER_TOKEN:
             self.bytes_per_token += LEARN * (completion.prompt_bytes / usage.prompt - self.bytes_per_token)
 
+    def _choose(self, prefix: Prefix, prompt: int, tried: Collection[Engine] = ()) -> Engine:
+        """The own engine for a request, see `Pool.choose`."""
+        return self.engine.choose(prompt, lambda place: self.prefixes.cached(prefix, prompt, place).tokens, tried)
+
     async def _run_here(
-        self, completion: CompletionRequest, prompt: int, reply: Reply, request: int, meter: AnswerMeter | None = None,
-        paid: Delivery | None = None,
-    ) -> Usage | None:  # fmt: skip
-        """Run a request on the own engine, a peer's with a `meter`, for which the peer pays. Raises RetryableError if
-        nothing came of it yet, Failed if something had."""
-        own, meter = meter is None, meter or AnswerMeter()
-        predicted = self.prefixes.cached(completion.prefix, prompt).tokens
+        self, engine: Engine, completion: CompletionRequest, prompt: int, reply: Reply, request: int,
+        meter: AnswerMeter | None = None, paid: Delivery | None = None,
+    ) -> AnswerMeter:  # fmt: skip
+        """Run a request on an own engine, a peer's with a `meter`, for which the peer pays; returns the meter of its
+        answer. Raises RetryableError if nothing came of it yet, Failed if something had."""
+        own, meter, place = meter is None, meter or AnswerMeter(), engine.place
+        predicted = self.prefixes.cached(completion.prefix, prompt, place).tokens
         # Whoever comes next finds it computed.
-        added = self.prefixes.remember(HERE, completion.prefix, prompt, told=False)
-        exchange = self.engine.post(completion.path, completion.body, completion.trace.for_engine())
+        added = self.prefixes.remember(place, completion.prefix, prompt, told=False)
+        trace, status = completion.trace.child("engine", "client"), 0
+        exchange = engine.post(completion.path, completion.body, trace.for_engine())
         expected = self.provider.expect(prompt, predicted)
-        self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange)
-        self.engine.sent(prompt)
+        self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange, engine)
+        self.engine.chosen(engine)
+        engine.sent(prompt)
         try:
             async with exchange as response:
                 reply.limits[:] = limits_said(response)
-                if response.status in ENGINES_FAULT or response.status >= 500:
-                    raise self._turned_away(completion, response)
+                status = response.status
+                if status in ENGINES_FAULT or status >= 500:
+                    raise _turned_away(engine, completion, response)
                 if response.status == 200:
-                    self.engine.answered()
+                    engine.answered()
                 kind = response.headers.get("content-type", "application/json")
                 if completion.stream and response.status == 200 and kind.startswith(EVENTS):
                     await pass_stream_on(response, kind, reply, meter, check=paid.check if paid is not None else None)
@@ -476,31 +533,24 @@ class Dispatcher:
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
             if not isinstance(error, StreamError | TooMuch):
-                self.engine.suspect(reason)
+                engine.suspect(reason)
             raise RetryableError(reason) from None
         finally:
             del self.here[request]
             usage = meter.usage
             output = usage.output if usage else meter.tokens
-            self.engine.returned(prompt, output)
+            if trace.span is not None:
+                end_exchange(trace.span, status, meter)
+            engine.returned(prompt, output)
             if not output:
-                self.prefixes.retract(HERE, added)
+                self.prefixes.retract(place, added)
         if output:
             found = usage.cached if usage is not None and usage.cached is not None else predicted
             self.provider.finished(usage.prompt if usage else prompt, found, output)
             if usage is not None and self.accounts is not None:
                 self.accounts.rate.counted(usage.output, meter.text_bytes)
-            remember(self.prefixes, self.metrics, HERE, completion.prefix, prompt, meter, predicted)
-        return usage
-
-    def _turned_away(self, completion: CompletionRequest, response: Response) -> RetryableError:
-        """The own engine does not answer: it is full, or something is wrong with it. Another is to be asked."""
-        error = RetryableError(f"it answers {response.status}", response.status, retry_after(response))
-        if error.full:
-            self.engine.full(error.retry_after_s)
-        else:
-            self.engine.failed(completion.body, str(error))
-        return error
+            remember(self.prefixes, self.metrics, place, completion.prefix, prompt, meter, predicted)
+        return meter
 
     # Peers' requests.
 
@@ -510,11 +560,15 @@ class Dispatcher:
         return self.messages.salt(origin, request.get("cache_salt")) if self.config.engine.kind == "vllm" else ""
 
     def cached_here(self, prefix: Prefix, prompt: int) -> int:
-        """Tokens of a prompt that the own engine is taken to have in its prefix cache."""
-        return self.prefixes.cached(prefix, prompt).tokens
+        """Tokens of a prompt that the own engine which would have it is taken to have in its prefix cache."""
+        return self.prefixes.cached(prefix, prompt, self._choose(prefix, prompt).place).tokens
 
     def _look_up(self, job: Job | None, prompt: int, place: str, since_s: float) -> tuple[int, float]:
-        return self.prefixes.cached(job.completion.prefix, prompt, place, since_s) if job is not None else NOTHING
+        if job is None:
+            return NOTHING
+        if place == HERE:
+            place = self._choose(job.completion.prefix, prompt, job.tried).place
+        return self.prefixes.cached(job.completion.prefix, prompt, place, since_s)
 
     def consider(self, prompt: int, cached: int, longest: int, tariff: Tariff) -> Promise | None:
         """Whether a peer's request of `prompt` tokens, `cached` of them here, to be answered with at most `longest`, is
@@ -535,10 +589,12 @@ class Dispatcher:
             prompt, longest, tariff, promise, taken_s, self.cached_here(completion.prefix, prompt)
         )
         self.metrics.remote(origin, 1)
+        if self.tracing is not None:
+            completion = completion._replace(trace=self.tracing.begin(completion.trace, "serve"))
         outcome = "failed"
         try:
             asked = completion._replace(body=with_keys(completion.body, added))
-            await self._run_here(asked, prompt, line, request, meter, paid)
+            await self._run_on_one(asked, prompt, line, request, meter, paid)
             outcome = "answered"
             if secret:
                 self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest(), secret)
@@ -562,8 +618,27 @@ class Dispatcher:
                 paid.end(line.digest.hexdigest() if served else "", came)
             self.provider.served(request)
             self.metrics.remote(origin, -1, outcome)
+            if (span := completion.trace.span) is not None:
+                error = sys.exception() or (str(line.status or 502) if outcome == "failed" else None)
+                span.end(error, {"wwwserve.peer": origin, "wwwserve.stream": completion.stream, **promised(promise)})
             self._reopen()
         return True
+
+    async def _run_on_one(
+        self, completion: CompletionRequest, prompt: int, line: HeadLineReply, request: int, meter: AnswerMeter,
+        paid: Delivery | None,
+    ) -> None:  # fmt: skip
+        """Run a peer's request on an own engine, on the next where one brings no answer. Raises as `_run_here`."""
+        tried: tuple[Engine, ...] = ()
+        while True:
+            engine = self._choose(completion.prefix, prompt, tried)
+            try:
+                await self._run_here(engine, completion, prompt, line, request, meter, paid)
+                return
+            except RetryableError:
+                tried += (engine,)
+                if meter.tokens or not self.engine.spare(tried):
+                    raise
 
     # Peers' duels.
 
@@ -578,9 +653,10 @@ class Dispatcher:
         prompt = max(1, round(len(body) / self.bytes_per_token))
         if salt := self.salt_of(self.messages.name, {}):  # not to tell a peer what own users asked
             body = salted(body, salt)
-        self.engine.sent(prompt)
+        engine = self._choose(NO_PREFIX, prompt)
+        engine.sent(prompt)
         try:
-            async with self.engine.post(path, body) as response:
+            async with engine.post(path, body) as response:
                 answer = await response.read(MOST_ANSWER)
             if response.status != 200:
                 raise JudgeError(f"the engine answers {response.status}: {answer[:500]!r}")
@@ -588,7 +664,17 @@ class Dispatcher:
         except (TimeoutError, OSError, ValueError) as error:
             raise JudgeError(f"{type(error).__name__}: {error}") from None
         finally:
-            self.engine.returned(prompt, 0)
+            engine.returned(prompt, 0)
+
+
+def _turned_away(engine: Engine, completion: CompletionRequest, response: Response) -> RetryableError:
+    """An own engine does not answer: it is full, or something is wrong with it. Another is to be asked."""
+    error = RetryableError(f"it answers {response.status}", response.status, retry_after(response))
+    if error.full:
+        engine.full(error.retry_after_s)
+    else:
+        engine.failed(completion.body, str(error))
+    return error
 
 
 def _end(waited: "asyncio.Future[None]") -> None:

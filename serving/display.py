@@ -58,7 +58,7 @@ def _row(each: dict[str, Any]) -> dict[str, str]:
     decisions = [labels.get(decision["to"], decision["to"][:8]) for decision in each["decisions"][-6:]]
     up = engine["up"]  # else its load is what it counts as
     return {
-        "node": each["name"], "API": each["url"], "engine": "up" if up else "down",
+        "node": each["name"], "API": each["url"], "engine": _state(engine),
         "running": f"{engine['running']:.0f}" if up else "-", "waiting": f"{engine['waiting']:.0f}" if up else "-",
         "KV": f"{engine['kv_use']:.0%}" if up else "-",
         "held": str(each["held"]), "remote": str(each["remote"]), "tariff": _tariff(each["tariff"]),
@@ -67,6 +67,13 @@ def _row(each: dict[str, Any]) -> dict[str, str]:
         "in time": f"{requests['on_time'] / answered:.0%}" if answered else "-",
         "mean s": f"{requests['mean_latency_s']:.2f}" if answered else "-", "last decisions": " ".join(decisions),
     }  # fmt: skip
+
+
+def _state(engine: Mapping[str, Any]) -> str:
+    each = engine.get("each", ())
+    if len(each) < 2 or not engine["up"]:
+        return "up" if engine["up"] else "down"
+    return f"{sum(one['takes'] for one in each)} of {len(each)} up"
 
 
 def _tariff(tariff: Mapping[str, float]) -> str:
@@ -90,6 +97,8 @@ def show(seen: dict[str, Any]) -> None:
         if name == "engine" and seen["engine"].get("reason"):
             own.add_row("reason", seen["engine"]["reason"])
     console.print(own)
+    if len(seen["engine"].get("each", ())) > 1:
+        console.print(_engines(seen["engine"]["each"]))
     peers = Table(title=f"peers as {seen['name']} sees them")
     peers.add_column("peer", overflow="fold")
     for name in ("there", "age s", "run", "wait", "KV", "tariff", "stake", "ours"):
@@ -105,6 +114,20 @@ def show(seen: dict[str, Any]) -> None:
     console.print(peers)
     for each in seen.get("other_versions", ()):  # which a node of an earlier release does not say
         console.print(f"{_who(each)} at {each['url']} {each['reason']}", style="yellow", markup=False)
+
+
+def _engines(each: Sequence[Mapping[str, Any]]) -> Table:
+    view = Table(title="engines")
+    view.add_column("engine", overflow="fold")
+    for name in ("takes", "run", "wait", "KV", "sent"):
+        view.add_column(name, no_wrap=True)
+    for one in each:
+        load = (
+            (f"{one['running']:.0f}", f"{one['waiting']:.0f}", f"{one['kv_use']:.0%}") if one["takes"] else ("-",) * 3
+        )
+        state = "yes" if one["takes"] else "full" if one["up"] else "down"
+        view.add_row(one["engine"], state, *load, str(one["out"]))
+    return view
 
 
 def up(plan: Plan) -> None:

@@ -1,12 +1,26 @@
-"""What a node counts, for Prometheus and for its own overview."""
+"""What a node counts, for Prometheus and for its own overview.
+
+Times are the market's, which are the wall clock's but in trials. Labels are few and known: classes are those of
+node.yaml, keys and peers those that this node was told or remembers.
+"""
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
+from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from wwwserve.agents.decision import HOLD, LOCAL
 from wwwserve.agents.protocol import MICRO
@@ -16,6 +30,15 @@ from wwwserve.serving.ledger.journal import Balance
 log = logging.getLogger("wwwserve.metrics")
 
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60)
+TPOT_BUCKETS_S = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+PLACES = ("local", "peer", "nowhere")  # where a request ended
+OUTCOMES = ("answered", "failed", "cancelled")
+NOTHING: Mapping[str, int] = MappingProxyType({})
+KTOK = 1000.0  # tokens, of which tariffs are told elsewhere
+
+# When each series began: nobody looks at it, and it is as many series again.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 @dataclass(slots=True)
@@ -40,54 +63,81 @@ class PromptTokens:
 class Metrics:
     """The counts of one node."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: Sequence[str] = ("default",)) -> None:
+        """`classes` of users' requests, in the order in which they are numbered."""
         self.registry = CollectorRegistry()
-        self._accepted = self._counter("requests_accepted", "users' requests that were taken")
-        self._turned_away = self._counter("requests_turned_away", "users' requests that found too many waiting")
-        self._ended = self._counter("requests_ended", "users' requests by how and where they ended", "outcome", "where")
-        self._on_time = self._counter("requests_on_time", "users' requests answered by their last deadline")
-        self._kept = self._counter("requests_kept", "users' requests that stay here by their class or what they ask")
-        self._decisions = self._counter("decisions", "what was decided", "route")
-        self._remote = self._counter("remote_ended", "peers' requests by how they ended", "outcome")
-        self._offers_refused = self._counter("offers_refused", "peers' requests that were not taken")
-        self._refused = self._counter("messages_refused", "peers' messages that were not taken as theirs", "kind")
-        self._duels = self._counter("duels", "requests that went to two, by what came of the comparison", "outcome")
-        self._duelled = self._counter("duel_answers", "peers' answers that were judged", "peer", "result")
-        self._left_alone = self._counter("peers_left_alone", "times that a failing peer was asked nothing for a while")
-        self._judged = self._counter("duels_judged", "peers' duels that were judged here", "outcome")
-        self._latency = Histogram(
-            "wwwserve_latency_seconds", "from arrival to the end of the answer", registry=self.registry,
-            buckets=LATENCY_BUCKETS_S,
-        )  # fmt: skip
-        self._held = self._gauge("held", "users' requests that are not decided")
-        self._remote_now = self._gauge("remote", "peers' requests in the engine")
-        self._engine_up = self._gauge("engine_up", "whether the engine answers")
-        self._peers = self._gauge("peers", "peers that are there")
-        self._unspoken = self._gauge("peers_other_version", "peers with no version of the protocol in common")
-        self._credits = Gauge(
-            "wwwserve_credits", "credits in the channel with a peer, by whose they are and whether free or in escrow",
-            ("peer", "whose", "state"), registry=self.registry,
-        )  # fmt: skip
-        self._tariff = Gauge(
-            "wwwserve_tariff", "credits per 1000 tokens that peers are to pay", ("tokens",), registry=self.registry
+        ProcessCollector(registry=self.registry)
+        self._accepted = self._counter("requests_accepted", "Users' requests that were taken.")
+        self._turned_away = self._counter("requests_turned_away", "Users' requests that found too many waiting.")
+        self._ended = self._counter(
+            "requests_ended", "Users' requests by class, and how and where they ended.", "class", "outcome", "where"
         )
-        self._markup = self._gauge("markup", "factor on the own marginal cost in the tariff")
-        self._margin = self._gauge("margin", "price of a usual request over its marginal cost now, less 1")
-        self._ledger_full = self._gauge("ledger_full", "whether the ledger cannot be written")
+        self._on_time = self._counter("requests_on_time", "Users' requests answered by their last deadline.", "class")
+        self._kept = self._counter("requests_kept", "Users' requests that stay here by their class or what they ask.")
+        self._decisions = self._counter("decisions", "Decisions by where a request was to go.", "route")
+        self._remote = self._counter("remote_requests_ended", "Peers' requests by how they ended.", "outcome")
+        self._offers_refused = self._counter("offers_refused", "Peers' requests that were not taken.")
+        self._refused = self._counter("messages_refused", "Peers' messages that were not taken as theirs.", "kind")
+        self._duels = self._counter("duels", "Requests that went to two, by what came of the comparison.", "outcome")
+        self._duelled = self._counter("duel_answers", "Peers' answers that were judged.", "peer", "result")
+        self._left_alone = self._counter("peers_left_alone", "Times that a failing peer was asked nothing for a while.")
+        self._judged = self._counter("duels_judged", "Peers' duels that were judged here.", "outcome")
+        times = {
+            "request_latency": ("Time from a user's request to the end of its answer.", LATENCY_BUCKETS_S),
+            "time_to_first_token": ("Time from a user's request to the first of its stream.", TTFT_BUCKETS_S),
+            "time_per_output_token": ("Time for each token of a user's stream but its first.", TPOT_BUCKETS_S),
+        }
+        self._latency, self._ttft, self._tpot = (
+            Histogram(
+                f"wwwserve_{name}_seconds", text, ("class", "where"), registry=self.registry, buckets=buckets
+            ) for name, (text, buckets) in times.items()
+        )  # fmt: skip
+        self._held = self._gauge("requests_held", "Users' requests that are not decided.")
+        self._remote_now = self._gauge("remote_requests", "Peers' requests in the engine.")
+        self._engine_up = self._gauge("engine_up", "Whether an engine answers.")
+        self._engine_takes = self._gauge(
+            "engine_takes_requests", "Whether an engine answers and is not full.", "engine"
+        )
+        self._engine_requests = self._gauge("engine_requests", "Requests that an engine has.", "engine", "state")
+        self._kv_usage = self._gauge(
+            "engine_kv_cache_usage_ratio", "Share of an engine's KV cache that is in use.", "engine"
+        )
+        self._peers = self._gauge("peers", "Peers that are there.")
+        self._unspoken = self._gauge("peers_other_version", "Peers with no version of the protocol in common.")
+        self._peers_known = self._gauge("peers_known", "Peers that are there, or are configured or remembered.")
+        self._credits = self._gauge(
+            "channel_credits", "Credits in the channel with a peer, by whose they are and whether free or in escrow.",
+            "peer", "whose", "state",
+        )  # fmt: skip
+        self._disputed = self._gauge(
+            "channel_disputed_credits", "Credits that a peer and this node count differently.", "peer"
+        )
+        self._tariff = self._gauge("tariff_credits_per_token", "What peers are to pay.", "tokens")
+        self._markup = self._gauge("markup_ratio", "Factor on the own marginal cost in the tariff.")
+        self._margin = self._gauge("margin_ratio", "Price of a usual request over its marginal cost now, less 1.")
+        self._ledger_full = self._gauge("ledger_full", "Whether the ledger cannot be written.")
         self._prefix_tokens = self._counter(
-            "prefix_tokens",
-            "tokens of prompts in a prefix cache, as predicted and as the engine reports",
-            "where",
-            "by",
-        )
-        self._prefix_drift = Gauge(
-            "wwwserve_prefix_drift", "mean difference of the two, as a share of the prompt", ("where",),
-            registry=self.registry,
+            "prefix_tokens", "Tokens of prompts in a prefix cache, as predicted and as the engine reports.",
+            "where", "by",
         )  # fmt: skip
-        self._prefix_alarm = Gauge("wwwserve_prefix_alarm", "whether the two part", ("where",), registry=self.registry)
+        self._prefix_drift = self._gauge(
+            "prefix_drift_ratio", "Mean difference of the two, as a share of the prompt.", "where"
+        )
+        self._prefix_alarm = self._gauge("prefix_alarm", "Whether prediction and report part.", "where")
         self.drifts = {where: Drift() for where in ("local", "peer")}
         self.prompts = {where: PromptTokens() for where in self.drifts}
         self.traffic: dict[str, Traffic] = {}  # by peer
+        ends = [each for each in product(OUTCOMES, PLACES) if each != ("answered", "nowhere")]
+        self._ends = [{each: self._ended.labels(name, *each) for each in ends} for name in classes]
+        self._in_time = [self._on_time.labels(name) for name in classes]
+        self._times = [
+            {
+                where: tuple(each.labels(name, where) for each in (self._latency, self._ttft, self._tpot))
+                for where in PLACES[:2]
+            } for name in classes
+        ]  # fmt: skip
+        for outcome in OUTCOMES:
+            self._remote.labels(outcome)
         self._routes = {HOLD: self._decisions.labels("hold"), LOCAL: self._decisions.labels("local")}
         self._to_peer = self._decisions.labels("peer")
         self._counts = {
@@ -101,8 +151,8 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"wwwserve_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"wwwserve_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"wwwserve_{name}", text, labels, registry=self.registry)
 
     def accepted(self, turn: int = 1) -> None:
         """A user's request was taken, which is this `turn` of its session, from 1."""
@@ -123,17 +173,24 @@ class Metrics:
         """A decision was made."""
         self._routes.get(route, self._to_peer).inc()
 
-    def ended(self, outcome: str, where: str, took_s: float, on_time: bool) -> None:
+    def ended(self, klass: int, outcome: str, where: str, took_s: float, on_time: bool) -> None:
         """A user's request ended: "answered", "failed" or "cancelled", "local", at a "peer" or "nowhere"."""
-        self._ended.labels(outcome, where).inc()
+        self._ends[klass][outcome, where].inc()
         self._counts[outcome] += 1
         if outcome == "answered":
-            self._latency.observe(took_s)
+            self._times[klass][where][0].observe(took_s)
             self.total_s += took_s
             self._counts["handed_over"] += where == "peer"
         if on_time:
-            self._on_time.inc()
+            self._in_time[klass].inc()
             self._counts["on_time"] += 1
+
+    def streamed(self, klass: int, where: str, ttft_s: float, rest_s: float, tokens: int) -> None:
+        """A user has a stream of so many `tokens`: the first one came after `ttft_s`, the others in `rest_s`."""
+        _, ttft, tpot = self._times[klass][where]
+        ttft.observe(ttft_s)
+        if tokens > 1:
+            tpot.observe(rest_s / (tokens - 1))
 
     def prefix(self, remote: bool, predicted: int, reported: int, prompt: int) -> None:
         """Of a prompt so many tokens were predicted, and reported, to be cached, on the own engine or a peer's."""
@@ -209,22 +266,36 @@ class Metrics:
         return self._counts | {"mean_latency_s": round(self.total_s / answered, 4) if answered else 0.0}
 
     def page(
-        self, *, held: int, engine_up: bool, peers: int, balances: Sequence[Balance] = (), ledger_full: bool = False,
+        self, *, held: int, engine_up: bool, engines: Mapping[str, Sequence[float]], peers: int, peers_known: int,
+        balances: Sequence[Balance] = (), disputed: Mapping[str, int] = NOTHING, ledger_full: bool = False,
         tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None, unspoken: int = 0,
     ) -> bytes:  # fmt: skip
-        """The page that Prometheus reads."""
+        """The page that Prometheus reads. `engines`: of each by what it is called whether it takes requests, those that
+        run and wait there, and the share of its KV cache in use; `disputed` has micro-credits by peer, `tariff` is for
+        1000 tokens."""
         for tokens, price in zip(("input", "cached_input", "output"), tariff, strict=False):
-            self._tariff.labels(tokens).set(price)
+            self._tariff.labels(tokens).set(price / KTOK)
         self._markup.set(markup)
         self._margin.set(math.nan if margin is None else margin)
         for each in balances:
             for whose, free, escrow in (("own", each.free, each.escrow), ("peer", each.peer_free, each.peer_escrow)):
                 self._credits.labels(each.peer, whose, "free").set(free / MICRO)
                 self._credits.labels(each.peer, whose, "escrow").set(escrow / MICRO)
+        for peer, amount in disputed.items():
+            self._disputed.labels(peer).set(amount / MICRO)
         self._ledger_full.set(ledger_full)
         self._held.set(held)
         self._remote_now.set(self.remote_now)
         self._engine_up.set(engine_up)
+        self._engine_requests.clear()
+        self._kv_usage.clear()
+        for engine, (takes, running, waiting, kv_use) in engines.items():
+            self._engine_takes.labels(engine).set(takes)
+            if takes:  # else its load is made up
+                self._engine_requests.labels(engine, "running").set(running)
+                self._engine_requests.labels(engine, "waiting").set(waiting)
+                self._kv_usage.labels(engine).set(kv_use)
         self._peers.set(peers)
+        self._peers_known.set(peers_known)
         self._unspoken.set(unspoken)
         return generate_latest(self.registry)

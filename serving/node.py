@@ -42,6 +42,7 @@ from wwwserve.serving.membership.heartbeat import Membership, StaticMembership
 from wwwserve.serving.membership.zenoh import ZenohMembership, open_session
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import NodeProvider
+from wwwserve.serving.tracing import Tracing
 
 log = logging.getLogger("wwwserve.node")
 
@@ -84,7 +85,7 @@ def provider_of(config: NodeConfig, policy: Policy) -> NodeProvider:
     return NodeProvider(
         policy, config.engine_profile(), config.agreed(), seed=config.seed, credit=config.credit, stake=config.stake,
         mean_prompt=config.prompt_tokens, mean_uncached=config.uncached_tokens, mean_output=config.mean_output,
-        compute_per_ktok=config.compute_cost_per_ktok,
+        compute_per_ktok=config.compute_cost_per_ktok, engines=len(config.engine.urls),
     )  # fmt: skip
 
 
@@ -178,15 +179,21 @@ async def serve(
         direct, peers = DirectTransport(), AiohttpTransport(identity=None if config.tls is None else identity)
         stack.callback(direct.close)
         stack.push_async_callback(peers.close)
-        metrics = Metrics()
+        metrics = Metrics(config.class_names)
         refusals = Refusals(metrics.message_refused, asyncio.get_running_loop().time)
         ledger = ledger_of(config, identity, provider.market.payment, stack)
         known = (*(ledger.grants if ledger is not None else ()), *(config.trust or ()))
         membership = membership_of(config, identity, peers, stack, refusals, wall_clock, known)
         messages = Messages(identity, membership.knows, wall_clock)
         settings = config.engine
-        engine = Engine(settings.kind, settings.url, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
-        dispatcher = Dispatcher(config, provider, engine, membership, messages, peers, metrics, url, ledger)
+        engines = [
+            Engine(settings.kind, each, profile, direct, key=settings.key, timeout_s=settings.timeout_s)
+            for each in settings.urls
+        ]
+        tracing = Tracing(config.tracing, config.name, identity.name) if config.tracing is not None else None
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)
+        dispatcher = Dispatcher(config, provider, engines, membership, messages, peers, metrics, url, ledger, tracing)
         if isinstance(membership, ZenohMembership):
             membership.forgotten, membership.reached_by = dispatcher.forget, url
             membership.only_tls = config.tls is not None
@@ -194,7 +201,7 @@ async def serve(
         server = server_of(app, config.limits, tls_of(config, identity))
         admin = await admin_of(config, Admin(app.pages, config.admin.key if config.admin else None), stack)
         try:
-            await engine.scrape()
+            await dispatcher.engine.scrape()
             await dispatcher.list_models()
         except EngineError as error:
             log.warning("the engine is not there yet", extra={"reason": str(error)})

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from wwwserve.agents import provider as transitions
 from wwwserve.agents.classes import CLASS_LAST_DEADLINE_S, MAX_CLASSES
 from wwwserve.agents.decision import FIRST_CANDIDATE, NODES, make_actions, may_hold, may_offer
-from wwwserve.agents.estimate import expect
+from wwwserve.agents.estimate import expect, prefill_delay_s
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
 from wwwserve.agents.hardware import Profile
-from wwwserve.agents.kernel import Bools, Floats, Ints, Record, Records, kernel, one_at_a_time, records
+from wwwserve.agents.kernel import Bools, Floats, Ints, Records, kernel, one_at_a_time, records
 from wwwserve.agents.knowledge import (
     AD_CONTEXT,
     AD_MEAN_OUTPUT,
@@ -60,20 +60,10 @@ from wwwserve.agents.provider import (
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.tariff import cost_of, in_micro, price_by, write_compute
 from wwwserve.agents.view import Views, ViewScratch, make_views, write_view
+from wwwserve.serving.engine.pool import pooled
 from wwwserve.serving.market import Market, Promise, Tariff
 
 _RUNNING = np.dtype([("request", np.int64), ("own", np.bool_), ("generated", np.float64)])
-
-
-@kernel
-def _appraise(
-    p: Record, a: Record, q: Records, requests: Ints, own: Bools, generated: Floats, now_s: float
-) -> None:  # fmt: skip
-    """The marginal cost by what runs: `requests` [M] are rows of `q`, see `count_running` for the rest."""
-    found = begin_appraisal(p, a)
-    for k in range(requests.size):
-        found = count_running(p, a, q[requests[k]], own[k], generated[k], now_s, found)
-    end_appraisal(p, a, found, now_s)
 
 
 Lookup = Callable[[Any, int, str, float], tuple[int, float]]
@@ -96,6 +86,22 @@ class Decision(NamedTuple):
 # finds out its type each time, and one with an array a tenth of that.
 
 KEPT, NEW_HEAD, NEW_DRAW = range(3)  # the head is as before; it is another; and it has no candidates
+
+
+@kernel
+def _is_cost_old(p: Records, a: Records, now_s: float) -> bool:
+    return transitions.is_cost_old(p[0], a[0], now_s)
+
+
+@kernel
+def _appraise(
+    p: Records, a: Records, q: Records, requests: Ints, own: Bools, generated: Floats, now_s: float
+) -> None:  # fmt: skip
+    """The marginal cost by what runs: `requests` [M] are rows of `q`, see `count_running` for the rest."""
+    found = begin_appraisal(p[0], a[0])
+    for k in range(requests.size):
+        found = count_running(p[0], a[0], q[requests[k]], own[k], generated[k], now_s, found)
+    end_appraisal(p[0], a[0], found, now_s)
 
 
 @kernel
@@ -164,10 +170,11 @@ class NodeProvider:
     def __init__(
         self, policy: Policy, profile: Profile, market: Market, *, seed: int = 0, credit: float = 0.0,
         stake: float = 0.0, mean_prompt: float = 256.0, mean_uncached: float | None = None, mean_output: float = 512.0,
-        compute_per_ktok: float = 0.09,
+        compute_per_ktok: float = 0.09, engines: int = 1,
     ) -> None:  # fmt: skip
-        """`mean_uncached`: tokens of a usual prompt that are to be computed, by default all. `compute_per_ktok`: what
-        computing 1000 output tokens costs here, credits. Raises ValueError as `Market.agreement` does."""
+        """`profile`: of each of its `engines`. `mean_uncached`: tokens of a usual prompt that are to be computed, by
+        default all. `compute_per_ktok`: what computing 1000 output tokens costs here, credits. Raises ValueError as
+        `Market.agreement` does."""
         self.policy, self.market = policy, market
         self._agreement = market.agreement()
         self._provider = records(1, PROVIDER)
@@ -177,7 +184,9 @@ class NodeProvider:
         uncached = mean_prompt if mean_uncached is None else mean_uncached
         record["own"][[AD_MEAN_PROMPT, AD_MEAN_UNCACHED, AD_MEAN_OUTPUT]] = mean_prompt, uncached, mean_output
         record["own"][AD_REUSE_S] = LONGEST_REUSE_S
-        write_profile(record["own"], profile.row(), 1.0)
+        self._profile, self._alone = profile, np.zeros(ADVERT_SIZE)
+        write_profile(self._alone, profile.row(), 1.0)
+        self.resize(engines)
         record["own"][AD_CONTEXT], record["own"][AD_UNSHARED] = transitions.usual_context(record, self.agreement), 1.0
         write_compute(record["compute"], record["own"], compute_per_ktok)
         record["credit"] = round(credit * MICRO)
@@ -217,6 +226,11 @@ class NodeProvider:
     def record(self) -> Any:
         """The PROVIDER record."""
         return self._provider[0]
+
+    @property
+    def own(self) -> Any:
+        """Its own state, an advert [ADVERT_SIZE]."""
+        return self._provider["own"][0]
 
     @property
     def agreement(self) -> Any:
@@ -319,8 +333,12 @@ class NodeProvider:
     def is_as_shown(self, r: int, promise: Promise) -> bool:
         """Whether a peer promises about what its advert showed by which it was offered the request: a later one of the
         same tariff may show more, and what is promised as late as one likes is never late."""
-        ttft_s, tpot_s = (float(self._requests[r][name]) for name in ("shown_ttft_s", "shown_tpot_s"))
-        return promise.ttft_s <= LATER * ttft_s + LATER_S and promise.tpot_s <= LATER * tpot_s + LATER_S
+        shown = self.shown(r)
+        return promise.ttft_s <= LATER * shown.ttft_s + LATER_S and promise.tpot_s <= LATER * shown.tpot_s + LATER_S
+
+    def shown(self, r: int) -> Promise:
+        """What the peer's advert promised by which it was offered a request."""
+        return Promise(*(float(self._requests[r][name]) for name in ("shown_ttft_s", "shown_tpot_s")))
 
     def refused(self, r: int) -> None:
         """The peer does not take the request that it was offered, or does not answer."""
@@ -444,6 +462,8 @@ class NodeProvider:
         )
         if not taken or not all(map(math.isfinite, expected)):
             return None
+        if self.engines > 1:
+            expected = [*self.expect(prompt, cached)]
         shown = (np.inf, np.inf)
         for advert in self._advertised:  # by which it was offered, or one of the same tariff that came later
             if [in_micro(each) for each in advert[AD_TARIFF : AD_TARIFF + TARIFF_SIZE]] == [*tariff]:
@@ -466,20 +486,34 @@ class NodeProvider:
 
     # The own node.
 
+    def resize(self, engines: int) -> None:
+        """So many engines of its profile are there from now on, which are one in its adverts, see
+        `serving.engine.pool.pooled`."""
+        self.engines = engines
+        write_profile(self.own, pooled(self._profile, engines).row(), 1.0)
+
     def expect(self, prompt: int, cached: int = 0) -> Promise:
-        """What the own engine, as it is now, would take for a request, `cached` of whose tokens it has."""
-        return Promise(*expect(self.record["own"], 0.0, float(prompt), float(cached)))
+        """What the own engine, as it is now, would take for a request, `cached` of whose tokens it has. Of several, one
+        computes the prompt."""
+        ttft_s, tpot_s = expect(self.own, 0.0, float(prompt), float(cached))
+        if self.engines > 1:
+            alone_s, pooled_s = (
+                prefill_delay_s(each, float(prompt - cached), float(cached), float(prompt - cached))
+                for each in (self._alone, self.own)
+            )
+            ttft_s += alone_s - pooled_s
+        return Promise(ttft_s, tpot_s)
 
     def is_cost_old(self, now_s: float) -> bool:
         """Whether the marginal cost is to be worked out again before it is used."""
-        return bool(transitions.is_cost_old(self.record, self.agreement, now_s))
+        return bool(_is_cost_old(self._provider, self._agreement, now_s))
 
     def appraise(self, running: Iterable[tuple[int, bool, float]], now_s: float) -> None:
         """Work out what one more request costs: `running` are the numbers of requests that the engine runs, whether
         they are of own users, and the tokens of each that are generated."""
         table = np.array([*running], _RUNNING)
         _appraise(
-            self.record, self.agreement, self._requests, table["request"], table["own"], table["generated"], now_s
+            self._provider, self._agreement, self._requests, table["request"], table["own"], table["generated"], now_s
         )
 
     def scraped(

@@ -23,6 +23,7 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.agents.protocol import CACHED_INPUT, INPUT, OUTPUT, PAYMENTS, TARIFF_SIZE, VOTE_A, VOTE_B, VOTE_SILENT
 from wwwserve.serving.dispatcher import Dispatcher
+from wwwserve.serving.engine.adapter import Engine
 from wwwserve.serving.metrics import Traffic
 from wwwserve.serving.versions import SPEAKS, advice, common
 
@@ -39,7 +40,7 @@ def warm_up() -> None:
 
 def overview(node: Dispatcher, most_peers: int | None = None) -> dict[str, Any]:
     """The node as it is; of more peers than `most_peers` those that are there and with which it has most to do."""
-    provider, load = node.provider, node.engine.load()
+    provider, load, each = node.provider, node.engine.load(), node.engine.each()
     rows = _rows(node, most_peers)
     out = Counter(each.peer for each in node.delegation.handed.values())
     return {
@@ -50,6 +51,7 @@ def overview(node: Dispatcher, most_peers: int | None = None) -> dict[str, Any]:
             "url": node.engine.url, "up": node.engine.healthy, "reason": node.engine.reason,
             "running": load.running, "waiting": load.waiting,
             "kv_use": load.kv_tokens / node.engine.profile.kv_tokens, "profile": asdict(node.engine.profile),
+            "each": [_engine(one, *each[one.label]) for one in node.engine.engines],
         },
         "held": provider.held, "remote": node.metrics.remote_now, "speed": node.speed,
         "payment": PAYMENTS[provider.market.payment], "tariff": _tariff(provider.tariff),
@@ -68,6 +70,14 @@ def overview(node: Dispatcher, most_peers: int | None = None) -> dict[str, Any]:
         "decisions": list(node.decisions),
         "duels": _duels(node),
         "ledger": node.accounts.overview() if node.accounts is not None else None,
+    }  # fmt: skip
+
+
+def _engine(engine: Engine, takes: float, running: float, waiting: float, kv_use: float) -> dict[str, Any]:
+    """One of the own engines, with what `Pool.each` says of it."""
+    return {
+        "engine": engine.label, "url": engine.url, "up": engine.healthy, "takes": bool(takes), "reason": engine.reason,
+        "running": running, "waiting": waiting, "kv_use": kv_use, "out": engine.out,
     }  # fmt: skip
 
 

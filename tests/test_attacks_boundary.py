@@ -39,6 +39,7 @@ from wwwserve.serving.duel.evidence import Record
 from wwwserve.serving.duel.judge import text_of
 from wwwserve.serving.duel.messages import JUDGE_PATH, Declined, Pair
 from wwwserve.serving.http import messages as messages_module
+from wwwserve.serving.http.asgi import WATCH
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import SIGNATURE, Claim, Messages, Refusals, Refused
 from wwwserve.serving.http.quotas import BURST, FORGED_PER_S, Quotas
@@ -236,7 +237,7 @@ def test_what_is_shown_of_names_that_were_forgotten_does_not_grow() -> None:
         Dispatcher.forget(node, name)
         sizes.append((len(duels.records), len(accounts._again_s), len(accounts._reasons), len(node.labels)))
     assert sizes == [(0, 0, 0, 0)] * 20 and not cooling._records
-    page = metrics.page(held=0, engine_up=True, peers=0)
+    page = metrics.page(held=0, engine_up=True, engines={}, peers=0, peers_known=0)
     assert b"peer 1" not in page and b"wwwserve_duel_answers" in page
 
 
@@ -606,7 +607,10 @@ async def post(app: App, path: str, headers: dict[str, str], body: bytes, addres
             statuses.append(message["status"])
 
     raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "path": path, "method": "POST", "headers": raw_headers, "client": (address, 9)}
+    scope = {
+        "type": "http", "path": path, "method": "POST", "headers": raw_headers, "client": (address, 9),
+        WATCH: lambda hung_up: None,
+    }  # fmt: skip
     await app(scope, receive, send)
     return statuses[0]
 

@@ -4,6 +4,7 @@ With WWWSERVE_SCREENSHOTS=FOLDER the pictures of docs/console.md are written the
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import pytest
 from browser import PHONE, WIDTH, Browser, chromium
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
-from stub_nodes import Net, Stub, busy, net, play
+from stub_nodes import PROFILE, Net, Stub, busy, net, play
 
 from wwwserve.serving.console.app import STATIC
 from wwwserve.serving.console.network import network_console
@@ -286,6 +287,29 @@ def test_what_a_peer_calls_itself_is_text(browser: Browser) -> None:
             assert browser.run("return document.querySelectorAll('img, main script').length") == 0
             assert browser.errors() == []
             leave(browser)
+
+    play(scene)
+
+
+def test_several_engines_are_shown_and_which_of_them_is_down(browser: Browser) -> None:
+    async def scene() -> None:
+        stays, goes = Stub(), Stub()
+        async with stays.served(), contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(goes.served())
+            engine = {"url": [stays.url, goes.url], "profile": PROFILE}
+            async with net(Stub(), engine=engine) as n:
+
+                def state(said: str) -> Callable[[], bool]:
+                    return lambda: said in browser.text("#engine-state")
+
+                await asyncio.to_thread(browser.open, n.urls[0])
+                await asyncio.to_thread(browser.until, state("● 2 of 2 engines up"))
+                assert browser.texts("#engines tbody th .value") == [stays.url[7:], goes.url[7:]]
+                await stack.aclose()
+                await asyncio.to_thread(browser.until, state("▲ 1 of 2 engines up"))
+                assert "✕ down" in browser.text("#engines") and goes.url[7:] in browser.text("#engine-reason")
+                assert browser.errors() == []
+                leave(browser)
 
     play(scene)
 

@@ -249,7 +249,7 @@ def test_an_answer_is_paid_by_its_tokens_whole_or_streamed(tmp_path: Path) -> No
             paid = await n.paid()
             assert handed_over > 2 and paid == pytest.approx(await cost(n, WORDS, handed_over))
             page = await (await n.session.get(n.url(0) + "/metrics")).text()
-            free = page.split(f'wwwserve_credits{{peer="{n.keys[1]}",state="free",whose="own"}} ')[1].split()[0]
+            free = page.split(f'wwwserve_channel_credits{{peer="{n.keys[1]}",state="free",whose="own"}} ')[1].split()[0]
             assert float(free) == pytest.approx(100 - paid)
         assert settled(*agree(n))
 

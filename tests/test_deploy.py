@@ -140,6 +140,21 @@ def test_grafana_finds_its_source_and_its_board() -> None:
     assert mounts[board] == DEPLOY / "board.json" and Path(board).parent == Path(boards["options"]["path"])
 
 
+def test_prometheus_scrapes_the_nodes_with_the_key_that_they_want() -> None:
+    made = composed("compose.yaml")
+    prometheus = made["services"]["prometheus"]
+    mounts = {each["target"]: Path(each["source"]) for each in prometheus["volumes"] if each["type"] == "bind"}
+    assert all(each.is_file() for each in mounts.values())
+    (job,) = yaml.safe_load(mounts["/etc/prometheus/prometheus.yml"].read_text())["scrape_configs"]
+    (key,) = prometheus["configs"]
+    assert key["target"] == f"/etc/prometheus/{job['authorization']['credentials_file']}"
+    nodes = {name: yaml.safe_load(made["configs"][name]["content"]) for name in NODES}
+    assert {f"{name}:{node['admin']['port']}" for name, node in nodes.items()} == set(
+        job["static_configs"][0]["targets"]
+    )
+    assert {node["admin"]["key"] for node in nodes.values()} == {made["configs"][key["source"]]["content"]}
+
+
 def test_what_compose_says_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each service as a process with an address of its own, until it is healthy; then users are answered."""
     monkeypatch.setitem(ENVIRONMENT, "WWWSERVE_ADMIN_KEY", ADMIN_KEY)

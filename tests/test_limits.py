@@ -191,13 +191,13 @@ def test_requests_at_once_are_bounded_for_each_key() -> None:
                 return n.stubs[0].begun == 2
 
             await n.until(begun)
-            assert (await counted(n, "wwwserve_key_open"))['wwwserve_key_open{key="a"}'] == 2.0
+            assert (await counted(n, "wwwserve_key_requests_open"))['wwwserve_key_requests_open{key="a"}'] == 2.0
             status, _, headers = await ask(n, "a")
             assert (status, headers["retry-after"]) == (429, "1")
             assert (await ask(n, "b"))[0] == 200
             assert [each[0] for each in await asyncio.gather(*first)] == [200, 200]
             assert (await ask(n, "a"))[0] == 200
-            assert (await counted(n, "wwwserve_key_open"))['wwwserve_key_open{key="a"}'] == 0.0
+            assert (await counted(n, "wwwserve_key_requests_open"))['wwwserve_key_requests_open{key="a"}'] == 0.0
 
     play(scene)
 

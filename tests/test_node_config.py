@@ -28,7 +28,7 @@ def test_every_key_is_documented() -> None:
     inner = {
         "engine": config.EngineConfig, "market": config.MarketConfig, "limits": config.LimitsConfig,
         "membership": config.ZenohConfig, "membership.tls": config.TlsConfig, "keys": config.KeyConfig,
-        "cors": config.CorsConfig,
+        "cors": config.CorsConfig, "tracing": config.TracingConfig,
     }  # fmt: skip
     names = set(config.NodeConfig.__struct_fields__)
     names |= {f"{part}.{name}" for part, struct in inner.items() for name in struct.__struct_fields__}

@@ -34,9 +34,10 @@ def test_overflow_goes_to_a_peer_and_comes_back_whole() -> None:
             assert seen["requests"]["handed_over"] == 2 and n.stubs[0].begun == 0
             async with n.session.get(n.urls[1] + "/metrics") as response:
                 page = await response.text()
-            assert 'wwwserve_remote_ended_total{outcome="answered"} 2.0' in page
+            assert 'wwwserve_remote_requests_ended_total{outcome="answered"} 2.0' in page
             async with n.session.get(n.urls[0] + "/metrics") as response:
-                assert 'wwwserve_requests_ended_total{outcome="answered",where="peer"} 2.0' in await response.text()
+                ended = 'wwwserve_requests_ended_total{class="default",outcome="answered",where="peer"} 2.0'
+                assert ended in await response.text()
 
     play(scene)
 
@@ -51,7 +52,7 @@ def test_a_user_who_hangs_up_at_the_last_event_has_been_answered(where: str) -> 
                 async for line in response.content:
                     if line == b"data: [DONE]\n":
                         break
-            ended = f'wwwserve_requests_ended_total{{outcome="answered",where="{where}"}} 1.0'
+            ended = f'wwwserve_requests_ended_total{{class="default",outcome="answered",where="{where}"}} 1.0'
 
             async def counted() -> bool:
                 async with n.session.get(n.urls[0] + "/metrics") as response:
@@ -60,7 +61,7 @@ def test_a_user_who_hangs_up_at_the_last_event_has_been_answered(where: str) -> 
             await n.until(counted, 0.8)
             if where == "peer":
                 async with n.session.get(n.urls[1] + "/metrics") as response:
-                    assert 'wwwserve_remote_ended_total{outcome="answered"} 1.0' in await response.text()
+                    assert 'wwwserve_remote_requests_ended_total{outcome="answered"} 1.0' in await response.text()
 
     play(scene)
 
@@ -245,7 +246,7 @@ async def check_counts(n: Net, seen: list[Counter[str]]) -> None:
         async with n.session.get(n.urls[k] + "/metrics") as response:
             page = await response.text()
         ended: Counter[str] = Counter()
-        for outcome, value in re.findall(r'^wwwserve_requests_ended_total{outcome="(\w+)",.*} (\S+)$', page, re.M):
+        for outcome, value in re.findall(r'^wwwserve_requests_ended_total{.*outcome="(\w+)",.*} (\S+)$', page, re.M):
             ended[outcome] += int(float(value))
         assert ended == counts
         assert f"wwwserve_requests_accepted_total {float(counts.total())}" in page

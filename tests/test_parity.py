@@ -141,7 +141,7 @@ def on_nodes(planned: MarketPlan, policy: Policy, exact: bool = True) -> Course:
                 executor[seen.request] = seen.target
         latency_s = np.array([each.latency_s for each in outcomes])
         refused = sum(_count(node, "offers_refused_total") for node in nodes.nodes)
-        served = [_count(node, "remote_ended_total", outcome="answered") for node in nodes.nodes]
+        served = [_count(node, "remote_requests_ended_total", outcome="answered") for node in nodes.nodes]
         credit = nodes.bank.accounts / MICRO
         cached = sum(node.server.cached_tokens for node in nodes.nodes)
         nodes.close()

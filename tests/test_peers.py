@@ -123,8 +123,8 @@ def test_a_peer_is_served_at_a_tariff_that_pays() -> None:
             assert seen["payment"] == "lateness" and seen["markup"] >= 1.0
             assert seen["margin"] == pytest.approx(seen["markup"] - 1.0, abs=0.5)
             page = await (await n.session.get(n.urls[0] + "/metrics")).text()
-            shown = float(page.split('wwwserve_tariff{tokens="output"} ')[1].split()[0])
-            assert shown == pytest.approx(seen["tariff"]["output"]) and "wwwserve_markup" in page
+            shown = float(page.split('wwwserve_tariff_credits_per_token{tokens="output"} ')[1].split()[0])
+            assert 1000 * shown == pytest.approx(seen["tariff"]["output"]) and "wwwserve_markup_ratio" in page
             cost = [round(1e6 * seen["cost"][name]) for name in ("input", "output")]
             for factor, status in ((2.0, 200), (0.4, 409)):
                 given, output = (round(factor * each) for each in cost)

@@ -254,3 +254,20 @@ def test_a_node_says_how_long_it_keeps_things_once_somebody_asks_for_one() -> No
     assert found.reuse_s() == float("inf")
     assert found.cached(prefix_of(CHAT, chat("4" * 3000, "more")), 900).tokens > 0
     assert 1.0 <= found.reuse_s() <= 3.0
+
+
+def test_each_of_several_own_engines_has_a_cache_of_its_size() -> None:
+    found, clock = index(kv_tokens=2000, own=("", "1"))
+    first, second = (prefix_of(CHAT, chat(text * 3000)) for text in "ab")
+    found.remember("", first, prompt=750)
+    assert (found.cached(first, 900).tokens, found.cached(first, 900, "1")) == (736, NOTHING)
+    for text in "cde":  # fills the other engine, and nothing of the first has to go
+        clock.now_s += 1.0
+        found.remember("1", prefix_of(CHAT, chat(text * 3000)), prompt=750)
+    clock.now_s += 1.0
+    assert found.cached(first, 900).tokens == 736
+    assert found.cached(prefix_of(CHAT, chat("c" * 3000)), 900, "1").tokens < 736
+    assert found.reuse_s() == 3.0  # of the one that keeps things least long
+    found.remember("", second, prompt=750)
+    found.forget("")
+    assert found.cached(second, 900) == NOTHING and found.cached(prefix_of(CHAT, chat("e" * 3000)), 900, "1").tokens > 0

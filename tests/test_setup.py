@@ -136,7 +136,7 @@ def test_on_a_terminal_it_asks_for_what_is_missing(tmp_path: Path, beside_an_eng
         return answer or default
 
     def make(url: str) -> init.Made:
-        return init.init(tmp_path / "node.yaml", Wanted(engine=url), ask, lambda line: None)
+        return init.init(tmp_path / "node.yaml", Wanted(engine=(url,)), ask, lambda line: None)
 
     made = beside_an_engine(Stub(models_served=["meta/Meta-Llama-3-8B"]), make)
     assert asked == ["Name", "Measure", "GPU", "Its", "Address"]

@@ -54,7 +54,11 @@ class NodeSource:
 
     def urgent(self) -> object:
         """See `serving.console.app.Source`."""
-        return self.dispatcher.engine.healthy, tuple(self.dispatcher.peers), self.drain.begun
+        return (
+            tuple(each.healthy for each in self.dispatcher.engine.engines),
+            tuple(self.dispatcher.peers),
+            self.drain.begun,
+        )
 
     def _explained(self, after: int) -> list[dict[str, Any]]:
         now_s, policy = asyncio.get_running_loop().time(), self.dispatcher.provider.policy

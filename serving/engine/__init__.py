@@ -1,1 +1,1 @@
-"""The engine that a node stands before: adapters, calibration, a real vLLM on this machine."""
+"""The engines that a node stands before: adapters, several as one, calibration, a real vLLM on this machine."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
+from wwwserve.serving.engine.prefix_index import HERE
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response, Transport
 from wwwserve.serving.market import MOST_INT, Promise
@@ -76,6 +77,7 @@ class Sent:
     sent_s: float
     expected: Promise  # when it was sent
     exchange: AbstractAsyncContextManager[Response]  # with the engine
+    engine: "Engine | None" = None  # which it is, of several
 
     def generated(self, now_s: float) -> float:
         """Tokens so far: those that came, or of an answer that is not streamed those that could be expected."""
@@ -111,7 +113,10 @@ def read_load(page: str, names: Names, kv_capacity: int) -> Load:
 class Availability:
     """Whether an engine can be asked, by what is heard of it. `reason` says why not, or why its load is not known."""
 
+    url: str
+
     def __init__(self) -> None:
+        self.place = HERE  # of what it has cached, in the index of prefixes
         self.failures = FAILURES  # down until it is heard of
         self.reason = "not yet scraped"
         self.out = 0  # requests of this node that it has
@@ -119,6 +124,11 @@ class Availability:
         self._full_until_s = 0.0  # by the event loop's clock
         self._requests_failed: set[int] = set()  # hashes of the requests that it failed since it answered one
         self._suspected = 0  # times for such failures since then
+
+    @property
+    def label(self) -> str:
+        """What it is called among the engines of its node."""
+        return self.url.partition("://")[2]
 
     @property
     def healthy(self) -> bool:

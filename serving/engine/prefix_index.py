@@ -9,7 +9,7 @@ prompts, and in between it is taken to grow with the bytes of text.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ MOST_TURNS = 1 << 14  # of which it is known when they were answered
 KEPT_S = 3600.0  # without use
 DRIFT_WEIGHT = 0.02  # of one answer in the mean
 REPORTS, MOST_DRIFT = 20, 0.2  # answers before there is an alarm, and the mean share of a prompt from which on
-HERE = ""  # the own engine among places; peers are there by their names
+HERE = ""  # the own engine among places, the first of several; peers are there by their names
 
 _TOOLS = ("tools", "functions", "documents", "chat_template", "chat_template_kwargs", "cache_salt", "lora", "suffix")
 
@@ -67,6 +67,17 @@ class _Entry:
         self.own = 0  # of them and of the answer, those that no other hash has
         self.output = self.answer_bytes = 0  # of the answer that followed, where a prompt ends here
         self.used_s = 0.0
+
+
+class _OwnCache:
+    """What one own engine is taken to have."""
+
+    __slots__ = ("full", "named", "tokens")
+
+    def __init__(self) -> None:
+        self.named: OrderedDict[bytes, int] = OrderedDict()  # tokens of each hash, the one used least lately first
+        self.tokens = 0
+        self.full = False  # something had to go
 
 
 NO_PREFIX = Prefix((), (), {})
@@ -141,22 +152,21 @@ class _Chain:
 class PrefixIndex:
     """The prefixes that were computed here and at peers.
 
-    At most `entries` hashes are remembered, for `kept_s` after their last use. Of the own engine no more than
+    At most `entries` hashes are remembered, for `kept_s` after their last use. Of each own engine no more than
     `kv_tokens` tokens are: as in its cache, what was used least lately goes first, the end of a request before its
     beginning.
     """
 
     def __init__(
-        self, clock: Callable[[], float], kv_tokens: int, *, block_tokens: int = BLOCK_TOKENS,
-        entries: int = MOST_ENTRIES, kept_s: float = KEPT_S,
+        self, clock: Callable[[], float], kv_tokens: int, *, own: Iterable[str] = (HERE,),
+        block_tokens: int = BLOCK_TOKENS, entries: int = MOST_ENTRIES, kept_s: float = KEPT_S,
     ) -> None:  # fmt: skip
-        """`clock` says seconds. An engine caches whole blocks of `block_tokens`. Without `entries` nothing is known."""
+        """`clock` says seconds, `own` are the places of own engines. An engine caches whole blocks of `block_tokens`.
+        Without `entries` nothing is known."""
         self.clock, self.kv_tokens, self.block_tokens, self.kept_s = clock, kv_tokens, block_tokens, kept_s
         self._most = entries
         self._entries: OrderedDict[tuple[str, bytes], _Entry] = OrderedDict()  # the one used least lately first
-        self._here: OrderedDict[bytes, int] = OrderedDict()  # tokens of those of the own engine, in the same order
-        self._here_tokens = 0
-        self._full = False  # something of the own engine had to go
+        self._own = {place: _OwnCache() for place in own}
         self._turns: OrderedDict[bytes, float] = OrderedDict()  # when own users' requests were answered, the last last
         self.shared = False  # whether anybody asked for what was kept, here or at a peer
 
@@ -200,7 +210,8 @@ class PrefixIndex:
         now_s, count = self.clock(), len(prefix.hashes)
         if not count or prompt <= 0 or not self._most:
             return Added((), now_s)
-        if peer == HERE and prompt > self.kv_tokens:  # no engine computes that
+        here = self._own.get(peer)
+        if here is not None and prompt > self.kv_tokens:  # no engine computes that
             return Added((), now_s)
         known, size = 0, 0  # tokens and bytes up to the last hash whose tokens are known
         before = 0
@@ -222,13 +233,13 @@ class PrefixIndex:
             touched.append((name, entry))
         for name, entry in reversed(touched):
             self._entries.move_to_end((peer, name))
-            if peer == HERE:
-                self._here_tokens += entry.own - self._here.get(name, 0)
-                self._here[name] = entry.own
-                self._here.move_to_end(name)
-        while self._here and self._here_tokens > self.kv_tokens:
-            self._full = True
-            self._drop(HERE, next(iter(self._here)))
+            if here is not None:
+                here.tokens += entry.own - here.named.get(name, 0)
+                here.named[name] = entry.own
+                here.named.move_to_end(name)
+        while here is not None and here.named and here.tokens > self.kv_tokens:
+            here.full = True
+            self._drop(peer, next(iter(here.named)))
         while len(self._entries) > self._most or self._is_old(now_s):
             self._drop(*next(iter(self._entries)))
         return Added(tuple(new), now_s)
@@ -240,15 +251,22 @@ class PrefixIndex:
             if entry is not None and entry.used_s == added.at_s:
                 self._drop(peer, name)
 
+    def is_own(self, place: str) -> bool:
+        """Whether it is that of an own engine."""
+        return place in self._own
+
     def reuse_s(self) -> float:
-        """How long the own engine keeps what is not used, s: the age of what goes next; infinity if nothing has had to
-        go, or nobody asked for what was kept: of such a network a market has no caches either."""
-        first = next(iter(self._here), None)
-        if not (self._full and self.shared):
-            return math.inf
-        if first is None:
-            return 0.0
-        return self.clock() - self._entries[HERE, first].used_s
+        """How long the own engine keeps what is not used, s, of several the one that keeps it least long: the age of
+        what goes next; infinity if nothing has had to go, or nobody asked for what was kept: of such a network a market
+        has no caches either."""
+        kept_s = math.inf
+        if not self.shared:
+            return kept_s
+        for place, here in self._own.items():
+            if here.full:
+                first = next(iter(here.named), None)
+                kept_s = min(kept_s, 0.0 if first is None else self.clock() - self._entries[place, first].used_s)
+        return kept_s
 
     def forget(self, peer: str) -> None:
         """A place has nothing more: it left, or began anew."""
@@ -261,8 +279,9 @@ class PrefixIndex:
 
     def _drop(self, peer: str, name: bytes) -> None:
         del self._entries[peer, name]
-        if peer == HERE:
-            self._here_tokens -= self._here.pop(name)
+        here = self._own.get(peer)
+        if here is not None:
+            here.tokens -= here.named.pop(name)
 
     def _deepest(self, prefix: Prefix, peer: str, since_s: float) -> tuple[int, _Entry] | None:
         """The last hash of a request that a place has used since a time, and what is known of it. It has all before it

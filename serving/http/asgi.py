@@ -11,6 +11,9 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+Watch = Callable[[Callable[[], None] | None], None]
+
+WATCH = "wwwserve.watch"  # in the scope: a Watch, told what to call once the client hangs up, or hung up already
 
 
 def check_key(headers: dict[bytes, bytes], keys: Sequence[bytes]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from wwwserve.serving.config import LimitsConfig
+from wwwserve.serving.http.asgi import WATCH
 from wwwserve.serving.http.certificates import certified
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.places import Places, address_of
@@ -45,6 +46,7 @@ class Connection(HttpToolsProtocol):
         self._unread = 0  # bytes of a head that has not come to its end
         self._head = 0  # bytes of names and values of headers
         self._refused: Failed | None = None
+        self._hung_up: Callable[[], None] | None = None  # what waits for that
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0  # when it goes off
 
@@ -75,6 +77,8 @@ class Connection(HttpToolsProtocol):
             self._timer.cancel()
         self.places.leave(self)
         super().connection_lost(exc)
+        if self._hung_up is not None:
+            self._hung_up()
 
     def proved(self, peer: str) -> None:
         """A request came by it that a peer signed. Raises Refused where it has no place and the peer has its share of
@@ -83,6 +87,12 @@ class Connection(HttpToolsProtocol):
             if not self.places.keep_for(self, peer):
                 raise Refused("crowded", f"{peer} has its share of the connections that are kept for peers")
             self.peer = peer
+
+    def watch(self, hung_up: Callable[[], None] | None) -> None:
+        """See `asgi.WATCH`, for the request that is answered now."""
+        self._hung_up = hung_up
+        if hung_up is not None and self.cycle.disconnected:
+            hung_up()
 
     def make_room(self) -> None:
         """Close it, on which nothing is under way, as another one needs its place."""
@@ -104,6 +114,7 @@ class Connection(HttpToolsProtocol):
         """See `httptools`."""
         super().on_message_begin()
         self.scope[CONNECTION] = self  # type: ignore[literal-required]
+        self.scope[WATCH] = self.watch  # type: ignore[literal-required]
         self._begun_s, self._head = self.loop.time(), 0
 
     def on_header(self, name: bytes, value: bytes) -> None:

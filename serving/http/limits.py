@@ -55,13 +55,18 @@ class KeyCounts:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
-            "wwwserve_key_requests", "requests by API key and status", ("key", "status"), registry=registry
+            "wwwserve_key_requests", "Requests by API key and status.", ("key", "status"), registry=registry
         )
-        self.tokens = Counter("wwwserve_key_tokens", "tokens by API key", ("key", "kind"), registry=registry)
+        self.tokens = Counter("wwwserve_key_tokens", "Tokens by API key.", ("key", "kind"), registry=registry)
         self.limited = Counter(
-            "wwwserve_key_limited", "requests that an API key's limits turned away", ("key", "limit"), registry=registry
+            "wwwserve_key_limited",
+            "Requests that an API key's limits turned away.",
+            ("key", "limit"),
+            registry=registry,
         )
-        self.open = Gauge("wwwserve_key_open", "requests that are under way by API key", ("key",), registry=registry)
+        self.open = Gauge(
+            "wwwserve_key_requests_open", "Requests that are under way by API key.", ("key",), registry=registry
+        )
 
 
 class User:

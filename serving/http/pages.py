@@ -55,11 +55,17 @@ class Pages:
 
     def _metrics(self) -> tuple[int, bytes, bytes]:
         d = self.dispatcher
-        balances = d.accounts.ledger.balances() if d.accounts is not None else []
+        ledger = d.accounts.ledger if d.accounts is not None else None
+        known = {*d.provider.names, *(each.key for each in d.config.peers)}
+        channels = ledger.books.channels if ledger is not None else {}
         page = d.metrics.page(
-            held=d.provider.held, engine_up=d.engine.healthy, peers=len(d.peers), balances=balances,
-            ledger_full=d.accounts is not None and bool(d.accounts.ledger.full), tariff=d.provider.tariff,
-            markup=d.provider.markup, margin=d.provider.margin, unspoken=len(d.membership.unspoken()),
+            held=d.provider.held, engine_up=d.engine.healthy, engines=d.engine.each(),
+            peers=len(d.peers), peers_known=len(known),
+            balances=ledger.balances() if ledger is not None else [],
+            disputed={peer: each.short + each.over for peer, each in channels.items()},
+            ledger_full=ledger is not None and bool(ledger.full),
+            tariff=d.provider.tariff, markup=d.provider.markup, margin=d.provider.margin,
+            unspoken=len(d.membership.unspoken()),
         )  # fmt: skip
         return 200, page, b"text/plain; version=0.0.4; charset=utf-8"
 

@@ -9,6 +9,7 @@ import re
 import orjson
 
 from wwwserve.serving.dispatcher import Dispatcher
+from wwwserve.serving.engine.adapter import Engine
 from wwwserve.serving.http.clients import HttpReply
 from wwwserve.serving.http.reply import Failed, limits_said, retry_after
 from wwwserve.serving.http.sse import Usage
@@ -36,20 +37,21 @@ class Passthrough:
 
     async def answer(self, path: str, body: bytes, headers: dict[str, str], reply: HttpReply) -> Usage | None:
         """Answer a request as the engine does; returns what it used, as far as that is said. Raises Failed."""
-        engine = self._dispatcher.engine
+        engines = self._dispatcher.engine
         if self._open >= self._most:
             raise Failed(503, "too many requests are under way here", "overloaded", retry_after_s=1)
-        if not engine.healthy:
+        if not engines.healthy:
             raise Failed(503, "the engine is down", "overloaded", retry_after_s=1)
         prompt = self.prompt(body) if path in COMPUTED else 0
-        usage = None
+        engine, usage = engines.choose(prompt, _nothing_cached), None
         self._open += 1
         if prompt:
+            engines.chosen(engine)
             engine.sent(prompt)
         try:
             async with engine.post(path, body, headers) as response:
                 reply.limits[:] = limits_said(response)
-                self._check(path, body, response)
+                _check(engine, path, response)
                 usage = await self._pass(response, reply)
         except (TimeoutError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -64,21 +66,8 @@ class Passthrough:
 
     def prompt(self, body: bytes) -> int:
         """Tokens of a request, by its bytes; no more than the engine holds."""
-        most = min(self._dispatcher.engine.profile.kv_tokens, MOST_TOKENS)
+        most = min(self._dispatcher.engine.alone.kv_tokens, MOST_TOKENS)
         return max(1, min(round(len(body) / self._dispatcher.bytes_per_token), int(most)))
-
-    def _check(self, path: str, body: bytes, response: Response) -> None:
-        """Raises Failed for an answer that tells of the engine and not of the request."""
-        status, engine = response.status, self._dispatcher.engine
-        if status in (429, 503):
-            engine.full(retry_after(response))
-            raise Failed(status, f"the engine is full: it answers {status}", "overloaded", retry_after(response) or 1)
-        if status in (401, 407) or status >= 500:
-            raise Failed(502, f"the engine does not answer as it should: it answers {status}", "engine_error")
-        if status == 405 or (status == 404 and "json" not in response.headers.get("content-type", "")):
-            raise Failed(404, f"the engine has no {path}", "not_found_error")
-        if not (status == 200 or 400 <= status < 500):
-            raise Failed(502, f"the engine answers {status}", "engine_error")
 
     async def _pass(self, response: Response, reply: HttpReply) -> Usage | None:
         kind = response.headers.get("content-type", "application/json")
@@ -92,6 +81,24 @@ class Passthrough:
             last = (last + piece)[-SEEN:] if len(piece) < SEEN else piece[-SEEN:]
             await reply.pass_on(piece)
         return usage_in(last) or usage_in(first)
+
+
+def _nothing_cached(place: str) -> int:
+    return 0
+
+
+def _check(engine: Engine, path: str, response: Response) -> None:
+    """Raises Failed for an answer that tells of the engine and not of the request."""
+    status = response.status
+    if status in (429, 503):
+        engine.full(retry_after(response))
+        raise Failed(status, f"the engine is full: it answers {status}", "overloaded", retry_after(response) or 1)
+    if status in (401, 407) or status >= 500:
+        raise Failed(502, f"the engine does not answer as it should: it answers {status}", "engine_error")
+    if status == 405 or (status == 404 and "json" not in response.headers.get("content-type", "")):
+        raise Failed(404, f"the engine has no {path}", "not_found_error")
+    if not (status == 200 or 400 <= status < 500):
+        raise Failed(502, f"the engine answers {status}", "engine_error")
 
 
 def usage_in(text: bytes) -> Usage | None:

@@ -4,6 +4,7 @@ import asyncio
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -71,8 +72,13 @@ def retry_after(response: Response) -> int | None:
 
 def limits_said(response: Response) -> list[tuple[bytes, bytes]]:
     """What an engine's answer says of its limits: when to come again, and how much there is."""
-    said = ((name.lower(), value) for name, value in response.raw_headers)
-    return [(name, value) for name, value in said if _LIMIT.fullmatch(name) and _VALUE.fullmatch(value)][:MOST_LIMITS]
+    said = [(name.lower(), value) for name, value in response.raw_headers if _is_limit(name)]
+    return [(name, value) for name, value in said if _VALUE.fullmatch(value)][:MOST_LIMITS]
+
+
+@lru_cache(maxsize=256)  # an engine has few names
+def _is_limit(name: bytes) -> bool:
+    return _LIMIT.fullmatch(name.lower()) is not None
 
 
 class Failed(Exception):
@@ -147,6 +153,8 @@ async def send_timed(sending: Awaitable[None], meter: AnswerMeter) -> None:
     """Send some of an answer, and count for how long its reader keeps it waiting."""
     now_s = asyncio.get_running_loop().time
     start_s = now_s()
+    if meter.first_s is None and meter.begun:
+        meter.first_s = start_s
     try:
         await sending
     finally:

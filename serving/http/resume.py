@@ -5,6 +5,7 @@ its final message, to be continued (`continue_final_message` of vLLM and SGLang)
 The user sees one stream, with one id and one account of tokens.
 """
 
+import asyncio
 from typing import Any, NoReturn
 
 import orjson
@@ -41,6 +42,7 @@ class Resumed(Reply):
         self.limits = reply.limits
         self.resumable = True
         self.tokens = 0  # that the user has, by events with text
+        self.first_s: float | None = None  # when it got the first, by the event loop's clock
         self._completion, self._reply = completion, reply
         self._request: dict[str, Any] = orjson.loads(completion.body)
         self._text = ""
@@ -119,6 +121,8 @@ class Resumed(Reply):
             text = choice.get("text") or delta.get("content") or ""
             self._text += text
             self.tokens += bool(text)
+            if text and self.first_s is None:
+                self.first_s = asyncio.get_running_loop().time()
             self._finished = self._finished or bool(choice.get("finish_reason"))
             role_only = "role" in delta and not text and not choice.get("finish_reason")
             if any(delta.get(name) for name in ("tool_calls", "reasoning", "reasoning_content", "function_call")):

@@ -119,7 +119,7 @@ class App:
         try:
             with suppress(Failed), self.drain.work():
                 await reply.start(200, "application/octet-stream", *head)
-                whole = await unless_gone(receive, self.dispatcher.run_for(remote, reply, paid))
+                whole = await unless_gone(scope, self.dispatcher.run_for(remote, reply, paid))
         finally:
             if paid is not None:
                 paid.close()
@@ -177,7 +177,7 @@ class App:
             else:
                 with self.drain.work():
                     charge = partial(self._charge, claim.sender, headers, body)
-                    said = await unless_gone(receive, self.dispatcher.judge_pool.vote(claim.sender, body, charge))
+                    said = await unless_gone(scope, self.dispatcher.judge_pool.vote(claim.sender, body, charge))
         except Declined as error:
             raise Failed(409, str(error), "declined") from None
         await answer(send, 200, said)

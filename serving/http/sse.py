@@ -100,6 +100,7 @@ class AnswerMeter:
         self.complete = False  # nothing is missing: the last event came, or the end, after all choices were finished
         self.usage: Usage | None = None
         self.waited_s = 0.0  # for whoever reads it, which is not the time of who answers
+        self.first_s: float | None = None  # when the first token of a stream went on, by the event loop's clock
         self._parser = EventParser()
         self._answer: dict[str, Any] | None = None
         self._pieces, self._text_bytes, self._call_bytes = 0, 0, 0
@@ -111,6 +112,11 @@ class AnswerMeter:
     def tokens(self) -> int:
         """Output tokens so far."""
         return self._at_least(MOST_BYTES_PER_TOKEN)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a stream has brought a token."""
+        return self._pieces > 0
 
     @property
     def text_bytes(self) -> int:

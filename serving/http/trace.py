@@ -7,7 +7,10 @@ trace alone, in a header that is signed; its engine gets that, and no id that so
 import random
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from wwwserve.serving.tracing import Span
 
 REQUEST_ID, TRACEPARENT, TRACESTATE = "x-request-id", "traceparent", "tracestate"
 PEER_TRACE = "x-wwwserve-trace"  # between nodes
@@ -23,6 +26,14 @@ class Trace(NamedTuple):
     request_id: str = ""
     parent: str = ""  # `traceparent` of https://www.w3.org/TR/trace-context/, version 00
     state: str = ""  # `tracestate`, which only the own engine gets
+    span: "Span | None" = None  # that it is in, if it is traced; `parent` is of it then
+
+    def child(self, name: str, kind: str) -> "Trace":
+        """It within a span of its own, as `serving.tracing.Span.child` has it; the same where it is not traced."""
+        if self.span is None:
+            return self
+        span = self.span.child(name, kind)
+        return self._replace(parent=span.traceparent, span=span)
 
     def for_engine(self) -> dict[str, str]:
         """Headers for the own engine."""
@@ -57,6 +68,6 @@ def trace_of(headers: Mapping[bytes, bytes]) -> Trace:
 
 
 def trace_of_peer(headers: Mapping[bytes, bytes]) -> Trace:
-    """Of a peer's request."""
+    """Of a peer's request: its ids, and not whether the peer wants it traced."""
     parent = headers.get(PEER_TRACE.encode(), b"")
-    return Trace("", parent.decode()) if _PARENT.fullmatch(parent) else NO_TRACE
+    return Trace("", parent[:-2].decode() + "00") if _PARENT.fullmatch(parent) else NO_TRACE

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from wwwserve.serving.http.quotas import Room
 from wwwserve.serving.http.reply import COMPLETIONS, EVENTS, ClientDisconnect, CompletionRequest, Failed
 from wwwserve.serving.http.sse import Usage
 from wwwserve.serving.http.trace import Trace, trace_of
+from wwwserve.serving.tracing import Span, Tracing
 
 access = logging.getLogger("wwwserve.access")
 
@@ -74,6 +76,8 @@ class UserApi:
                 return
             send = with_headers(send, self.cors.granted(headers))
         trace, client = trace_of(headers), scope.get("client")
+        if self.dispatcher.tracing is not None:
+            trace = self._traced(self.dispatcher.tracing, trace, scope, headers)
         address = address_of(client[0]) if client else ""
         call = Call(scope, scope["path"], headers, trace, receive, address)
         said, begun_s, note = trace.for_user(), asyncio.get_running_loop().time(), dict[str, Any]()
@@ -109,6 +113,8 @@ class UserApi:
         finally:
             if user is not None:
                 user.ended(status)
+            if trace.span is not None:
+                self._end_span(trace.span, user, reply, status, note)
             if self.config.access_log:
                 self._log(call, user, reply, status, begun_s, note)
 
@@ -129,11 +135,11 @@ class UserApi:
                 prompt = self.passthrough.prompt(body)
                 reply.asked = "local"
                 asked = self.passthrough.answer(call.path, body, call.trace.for_engine(), reply)
-                usage = await unless_gone(call.receive, asked)
+                usage = await unless_gone(call.scope, asked)
             else:
                 completion = self._completion(call, request, body)
                 prompt = completion.prompt_ids + round(completion.prompt_bytes / self.dispatcher.bytes_per_token)
-                usage = await unless_gone(call.receive, self.dispatcher.answer(completion, reply))
+                usage = await unless_gone(call.scope, self.dispatcher.answer(completion, reply))
             await reply.end()
         except ClientDisconnect:
             hung_up = True
@@ -208,6 +214,30 @@ class UserApi:
             self._check_model(name)
         found = models[0] if name else {"object": "list", "data": models}
         return 200, "application/json", orjson.dumps(found)
+
+    def _traced(self, tracing: Tracing, trace: Trace, scope: Scope, headers: dict[bytes, bytes]) -> Trace:
+        """A request within its span, if it is one of those that are traced."""
+        method, route = scope["method"], scope["path"] if not scope["path"].startswith(MODELS) else MODELS
+        method = method if method in ("GET", "HEAD", "POST") else "_OTHER"
+        trace = tracing.begin(trace, f"{method} {route}", headers.get(b"traceparent") == trace.parent.encode())
+        if trace.span is not None:
+            klass = headers.get(CLASS_HEADER, b"").decode("latin-1")
+            known = klass if klass in self.config.classes else None
+            trace.span.note({"http.request.method": method, "http.route": route, "wwwserve.class": known})
+        return trace
+
+    def _end_span(self, span: Span, user: User | None, reply: HttpReply, status: int, note: dict[str, Any]) -> None:
+        model = note.get("model")
+        span.end(
+            sys.exception() or (str(status) if status >= 500 else None),
+            {
+                "http.response.status_code": status,
+                "gen_ai.request.model": model if model in self.dispatcher.serves else None,
+                "wwwserve.stream": note.get("stream"),
+                "wwwserve.executor": reply.asked,
+                "wwwserve.key": user.name if user is not None and self.config.keys else None,
+            },
+        )
 
     def _log(
         self, call: Call, user: User | None, reply: HttpReply, status: int, begun_s: float, note: dict[str, Any]

@@ -16,7 +16,7 @@ from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.setup import doctor, init, join
 from wwwserve.serving.setup.card import card_of
 
-Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
+Urls = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="URL")]
 NODE_FILE = Path("node.yaml")
 NodeFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="[NODE.YAML]")]
 
@@ -29,8 +29,8 @@ class Init:
     """the configuration; key and card are made beside it"""
     name: Name = None
     """what the node is called, for people"""
-    engine: Url = None
-    """of the engine, vLLM or SGLang"""
+    engine: Urls = ()
+    """of the engine, vLLM or SGLang; again for each of several that are alike"""
     kind: Literal["vllm", "sglang"] = "vllm"
     """names of the engine's metrics"""
     engine_key: Annotated[str | None, tyro.conf.arg(metavar="KEY")] = None

@@ -25,12 +25,11 @@ from wwwserve.serving.ledger.audit import audit
 from wwwserve.serving.ledger.genesis import agreed
 from wwwserve.serving.ledger.journal import JournalError
 from wwwserve.serving.local_nodes import NetworkError
-from wwwserve.serving.setup.look import EngineSeen, catalogue_model, look_at_engine, own_network
+from wwwserve.serving.setup.look import MOST_OFF, EngineSeen, catalogue_model, differing, look_at_engine, own_network
 from wwwserve.serving.setup.peer_view import Answer, View, ask
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 SOON = timedelta(days=14)  # in which a certificate ends
-MOST_OFF = 0.1  # relative, of the size of the KV cache
 MOST_AHEAD_S = 5.0  # of a peer's clock, before it is worth a word
 SET_CLOCK = "set the clock that is wrong, and keep it so by NTP"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
@@ -62,7 +61,7 @@ def examine(file: Path) -> list[Finding]:
     found.append(Finding("key", OK, f"{node.key}, mode 0600, {identity.name}"))
     running, why = _running(node, identity)
     found += _ports(node, identity, running, why)
-    found += asyncio.run(_engine(node))
+    found += asyncio.run(_engines(node))
     found += [_files(node), *_policy(node), *_certificates(node, identity), _proxies(), *_address(node)]
     found += _ledger(node, identity)
     found += asyncio.run(_peers(node, identity, running))
@@ -96,13 +95,28 @@ def _ports(node: NodeConfig, identity: Identity, running: dict[str, Any] | None,
         yield Finding("kernels", OK, "not compiled yet: the first start takes about a minute more")
 
 
-async def _engine(node: NodeConfig) -> list[Finding]:
+async def _engines(node: NodeConfig) -> list[Finding]:
+    found, seen = [], {}
+    for url in node.engine.urls:
+        try:
+            seen[url] = await look_at_engine(url, node.engine.kind, node.engine.key)
+        except EngineError as error:
+            found.append(Finding("engine", FAILED, str(error), "start it, or correct `engine.url` and `engine.key`"))
+            continue
+        each = _engine(node, url, seen[url])
+        if len(node.engine.urls) > 1:
+            each = [one._replace(found=one.found if url in one.found else f"{url}: {one.found}") for one in each]
+        found += each
+    odd = differing(seen)
+    if odd:
+        do = "engines of one node have to be alike: give others a node of their own"
+        found.append(Finding("engines", FAILED, odd, do))
+    return found
+
+
+def _engine(node: NodeConfig, url: str, seen: EngineSeen) -> list[Finding]:
     settings = node.engine
-    try:
-        seen = await look_at_engine(settings.url, settings.kind, settings.key)
-    except EngineError as error:
-        return [Finding("engine", FAILED, str(error), "start it, or correct `engine.url` and `engine.key`")]
-    found = [Finding("engine", OK, f"{settings.url} serves {', '.join(seen.models)}")]
+    found = [Finding("engine", OK, f"{url} serves {', '.join(seen.models)}")]
     if seen.unloaded:
         said, do = f"its load is not known: {seen.unloaded}", "is `engine.kind` right? SGLang needs --enable-metrics"
         found.append(Finding("metrics", WARNING, said, do))

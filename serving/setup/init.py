@@ -22,7 +22,7 @@ from wwwserve.serving.http.addresses import engine_base, host_of, is_free, is_lo
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.membership.heartbeat import MOST_LABEL
 from wwwserve.serving.setup.card import SUFFIX, Card, card_of, file_name
-from wwwserve.serving.setup.look import EngineSeen, catalogue_model, look_at_engine
+from wwwserve.serving.setup.look import EngineSeen, catalogue_model, differing, look_at_engine
 
 FIRST_PORT, PORTS = 9000, 100  # where a free one is looked for
 ENGINE = "http://127.0.0.1:8000"
@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
     """What is known of a node that is to be; None is not known yet."""
 
     name: str | None = None
-    engine: str | None = None
+    engine: tuple[str, ...] = ()  # URLs of one, or of several that are alike
     kind: str = "vllm"
     engine_key: str | None = None
     gpu: str | None = None
@@ -81,20 +81,22 @@ def init(file: Path, wanted: Wanted, ask: Ask | None, say: Say) -> Made:
     if not file.parent.is_dir():
         raise ConfigError(f"{file.parent} is no folder")
     wanted, seen = _completed(wanted, ask, say)
-    assert wanted.name is not None and wanted.engine is not None
+    assert wanted.name is not None
     key = file.parent / f"{file_name(wanted.name).removesuffix(SUFFIX)}.pem"
     settings = _settings(wanted, key.name)
     # All but the profile is checked before an engine is measured, for minutes.
     engine = settings["engine"] | {"profile": _profile(wanted, seen)}
     config.parse(settings | {"engine": engine}, str(file), file.parent)
     if wanted.gpu is None:
-        say(f"measuring {wanted.engine}, which takes about {wanted.repeats} minutes")
+        say(f"measuring {wanted.engine[0]}, which takes about {wanted.repeats} minutes")
+        if len(wanted.engine) > 1:
+            say(f"{', '.join(wanted.engine[1:])} {'is' if len(wanted.engine) == 2 else 'are'} taken to be like it")
         how = Settings(
             key=wanted.engine_key, kind=wanted.kind, repeats=wanted.repeats, kv_tokens=wanted.kv_tokens,
             max_batched_tokens=wanted.max_batched_tokens,
         )  # fmt: skip
         try:
-            found = asyncio.run(calibrate.calibrate(wanted.engine, how, say))
+            found = asyncio.run(calibrate.calibrate(wanted.engine[0], how, say))
         except CalibrationError as error:
             raise CalibrationError(
                 f"{error}\nNothing was written: try again, or take a known profile by --gpu, see `wwwserve hardware`"
@@ -117,7 +119,8 @@ def init(file: Path, wanted: Wanted, ask: Ask | None, say: Say) -> Made:
 def _completed(wanted: Wanted, ask: Ask | None, say: Say) -> tuple[Wanted, EngineSeen | None]:
     """What is wanted with nothing left open, and the engine, if it answers. Raises UsageError."""
     if ask is None:
-        missing = [flag for flag, given in (("--name", wanted.name), ("--engine", wanted.engine)) if given is None]
+        given = {"--name": wanted.name is not None, "--engine": bool(wanted.engine)}
+        missing = [flag for flag in given if not given[flag]]
         if wanted.gpu is None and not wanted.calibrate:
             missing.append("--calibrate or --gpu")
         if missing:
@@ -128,28 +131,32 @@ def _completed(wanted: Wanted, ask: Ask | None, say: Say) -> tuple[Wanted, Engin
         wanted = wanted._replace(name=ask("Name of this node, for people", socket.gethostname().partition(".")[0]))
     if not (wanted.name and len(wanted.name) <= MOST_LABEL and wanted.name.isprintable()):
         raise UsageError(f"--name is {wanted.name!r}, expected 1 to {MOST_LABEL} printable characters")
-    if wanted.engine is None and ask is not None:
-        wanted = wanted._replace(engine=ask("URL of its engine, vLLM or SGLang", ENGINE))
-    assert wanted.engine is not None
-    if not wanted.engine.startswith(("http://", "https://")):
-        raise UsageError(f"--engine is {wanted.engine!r}, expected http://HOST:PORT")
-    wanted = wanted._replace(engine=engine_base(wanted.engine))
+    if not wanted.engine and ask is not None:
+        wanted = wanted._replace(engine=(ask("URL of its engine, vLLM or SGLang", ENGINE),))
+    for url in wanted.engine:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"--engine is {url!r}, expected http://HOST:PORT")
+    wanted = wanted._replace(engine=tuple(map(engine_base, wanted.engine)))
     wanted, seen = _with_profile(wanted, ask, say)
     return _with_address(wanted, ask, say), seen
 
 
 def _with_profile(wanted: Wanted, ask: Ask | None, say: Say) -> tuple[Wanted, EngineSeen | None]:
-    assert wanted.engine is not None
-    seen: EngineSeen | None = None
-    try:
-        seen = asyncio.run(look_at_engine(wanted.engine, wanted.kind, wanted.engine_key))
-        say(f"the engine at {wanted.engine} serves {', '.join(seen.models)}")
-        if seen.unloaded:
-            say(f"its load is not known, {seen.unloaded}: start it with --enable-metrics, if it is SGLang")
-    except EngineError as error:
-        if wanted.calibrate:
-            raise UsageError(f"--calibrate needs the engine, which does not answer: {error}") from None
-        say(f"the engine does not answer yet: {error}")
+    found: dict[str, EngineSeen] = {}
+    for url in wanted.engine:
+        try:
+            found[url] = asyncio.run(look_at_engine(url, wanted.kind, wanted.engine_key))
+        except EngineError as error:
+            if wanted.calibrate:
+                raise UsageError(f"--calibrate needs the engine, which does not answer: {error}") from None
+            say(f"the engine does not answer yet: {error}")
+            continue
+        say(f"the engine at {url} serves {', '.join(found[url].models)}")
+        if found[url].unloaded:
+            say(f"its load is not known, {found[url].unloaded}: start it with --enable-metrics, if it is SGLang")
+    if odd := differing(found):
+        raise UsageError(f"engines of one node have to be alike: {odd}")
+    seen = next(iter(found.values()), None)
     if wanted.gpu is None and not wanted.calibrate and ask is not None:
         if seen is not None and _yes(ask("Measure it now, for about three minutes? It should be idle", "yes")):
             return wanted._replace(calibrate=True), seen
@@ -234,7 +241,7 @@ def _profile(wanted: Wanted, seen: EngineSeen | None) -> dict[str, Any]:
 
 def _settings(wanted: Wanted, key: str) -> dict[str, Any]:
     """`node.yaml` but for the engine's profile."""
-    engine: dict[str, Any] = {"url": wanted.engine}
+    engine: dict[str, Any] = {"url": wanted.engine[0] if len(wanted.engine) == 1 else [*wanted.engine]}
     engine |= {"kind": wanted.kind} if wanted.kind != "vllm" else {}
     engine |= {"key": wanted.engine_key} if wanted.engine_key else {}
     settings: dict[str, Any] = {"name": wanted.name, "key": key}

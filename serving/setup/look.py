@@ -1,6 +1,7 @@
 """What an engine and the own node say of themselves, to their operator."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from wwwserve.serving.http.transport import AiohttpTransport
 from wwwserve.serving.local_nodes import NetworkError, look
 
 TIMEOUT_S = 5.0
+MOST_OFF = 0.1  # relative, of the size of a KV cache
 
 
 class EngineSeen(NamedTuple):
@@ -64,6 +66,25 @@ async def look_at_engine(url: str, kind: str = "vllm", key: str | None = None) -
         return EngineSeen(models, unloaded, kv_tokens)
     finally:
         await transport.close()
+
+
+def differing(seen: Mapping[str, EngineSeen]) -> str:
+    """How two of these engines, by their URLs, are not alike, as those of one node have to be; empty where all are."""
+    first, *others = seen or ("",)
+    for other in others:
+        one, two = seen[first], seen[other]
+        if set(one.models) != set(two.models):
+            return f"{first} serves {', '.join(one.models)}, {other} {', '.join(two.models)}"
+        for name in one.models:
+            if one.models[name] != two.models[name]:
+                return f"{first} takes requests of {one.models[name]} tokens, {other} of {two.models[name]}"
+        if None not in (one.kv_tokens, two.kv_tokens) and not _alike(one.kv_tokens or 0, two.kv_tokens or 0):
+            return f"{first} has a KV cache of {one.kv_tokens:,} tokens, {other} of {two.kv_tokens:,}"
+    return ""
+
+
+def _alike(one: int, two: int) -> bool:
+    return abs(one - two) <= MOST_OFF * max(one, two)
 
 
 def catalogue_model(served: str) -> str | None:

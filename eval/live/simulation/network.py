@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 from wwwserve.eval.live.simulation.disk import MemoryDisk
 from wwwserve.eval.live.simulation.loop import Process, VirtualLoop
 from wwwserve.eval.live.simulation.response import Header, Incoming
+from wwwserve.serving.http.asgi import WATCH
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -356,6 +357,7 @@ class Exchange(Incoming):
             return
         call = _Call(self, muted=again)
         call.scope = _scope(host.url, self.method, path, query, self.sent_headers, self.body)
+        call.scope[WATCH] = call.watch
         if not again:
             self._call = call
         self.network.call(host, host.app, call)
@@ -387,6 +389,7 @@ class _Call:
         self._source, self._destination = exchange.destination, exchange.source
         self._begun = self._ended = self._gone = self._read = False
         self._news = asyncio.Event()
+        self._hung_up: Callable[[], None] | None = None  # what waits for that
         self._last_s = 0.0  # when what was sent last arrives
 
     async def run(self, app: App) -> None:
@@ -439,6 +442,14 @@ class _Call:
         """The client is gone."""
         self._gone = True
         self._news.set()
+        if self._hung_up is not None:
+            self._hung_up()
+
+    def watch(self, hung_up: Callable[[], None] | None) -> None:
+        """See `serving.http.asgi.WATCH`."""
+        self._hung_up = hung_up
+        if hung_up is not None and self._gone:
+            hung_up()
 
     def _end(self) -> None:
         self._ended = True

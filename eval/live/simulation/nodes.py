@@ -128,12 +128,12 @@ class Node:
             provider.pay(holder.ledger.free_credit())
             holder.ledger.changed.update(provider.names)
         membership = _Membership(nodes.members, self.identity.name, process, holder.stakes_said)
-        metrics = Metrics()
+        metrics = Metrics(self.config.class_names)
         messages = Messages(self.identity, membership.knows, self.host.wall_s)
         transport = nodes.network.transport(self.host.name)
         dispatcher = self.dispatcher = Dispatcher(
-            self.config, provider, cast(Engine, SimulatedEngine(self.server)), membership, messages, transport, metrics,
-            self.host.url, self.ledger,
+            self.config, provider, [cast(Engine, SimulatedEngine(self.server))], membership, messages, transport,
+            metrics, self.host.url, self.ledger,
         )  # fmt: skip
         if nodes.exact:
             known = _OwnCache(dispatcher.prefixes, self.server, nodes.talk)

@@ -131,10 +131,10 @@ class Node:
             slack_ms=int(milliseconds(RTT_S + TOLERANCE_S)),
         )  # fmt: skip
         membership = MemoryMembership(world.members, self.name, process)
-        messages, metrics = Messages(self.identity, membership.knows, host.wall_s), Metrics()
+        messages, metrics = Messages(self.identity, membership.knows, host.wall_s), Metrics(config.class_names)
         transport = CountingTransport(world.network, host.name, process, self)
         dispatcher = self.dispatcher = WatchedDispatcher(
-            config, provider, cast(Engine, WordEngine(self.server, config.engine_profile())), membership, messages,
+            config, provider, [cast(Engine, WordEngine(self.server, config.engine_profile()))], membership, messages,
             transport, metrics, host.url, ledger,
         )  # fmt: skip
         dispatcher.node = self

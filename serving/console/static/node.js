@@ -87,6 +87,23 @@ function tiles(seen) {
 
 // Peers.
 
+const enginesTable = new Table(byId("engines"), {
+  label: "Engines of this node",
+  empty: "",
+  columns: [
+    { label: "Engine", head: true, of: (e) => ({ text: e.engine, note: e.reason, wide: true }) },
+    { label: "State", of: (e) => (e.takes ? { text: "● takes requests", class: "good" } : e.up ? { text: "▲ full", class: "warn" } : { text: "✕ down", class: "bad" }) },
+    { label: "Running", number: true, of: (e) => (e.takes ? { text: count(e.running), note: `KV ${percent(e.kv_use)}`, bar: e.kv_use } : NONE) },
+    { label: "Waiting", number: true, of: (e) => (e.takes ? count(e.waiting) : NONE) },
+    { label: "Of this node", number: true, title: "requests that it has of this node", of: (e) => count(e.out) },
+  ],
+});
+
+function engines({ each }) {
+  byId("engines").hidden = each.length < 2;
+  if (each.length > 1) enginesTable.update(each, (engine) => engine.engine);
+}
+
 const state = (peer) => (peer.there ? "● there" : "✕ gone");
 
 const peersTable = new Table(byId("peers"), {
@@ -206,11 +223,12 @@ function sessions(seen) {
 // The head.
 
 function head(seen) {
-  const sign = seen.ends ? "◐ shutting down" : seen.engine.up ? "● engine up" : "✕ engine down";
+  const each = seen.engine.each, taking = each.filter((engine) => engine.takes).length, fewer = each.length > 1 && taking < each.length;
+  const sign = seen.ends ? "◐ shutting down" : !seen.engine.up ? "✕ engine down" : each.length < 2 ? "● engine up" : `${fewer ? "▲" : "●"} ${taking} of ${each.length} engines up`;
   document.title = `${seen.name} · wwwserve`;
   setText(byId("name"), seen.name);
   setText(byId("engine-state"), sign);
-  byId("engine-state").className = `pill ${seen.ends ? "warn" : seen.engine.up ? "good" : "bad"}`;
+  byId("engine-state").className = `pill ${!seen.engine.up && !seen.ends ? "bad" : seen.ends || fewer ? "warn" : "good"}`;
   setText(byId("engine-reason"), seen.engine.reason);
   byId("engine-reason").hidden = !seen.engine.reason;
   setText(byId("facts"), [seen.serves.join(", ") || "no model yet", `policy ${seen.policy}`, `key ${shortKey(seen.key)}`, seen.speed === 1 ? "" : `${number(seen.speed)} market seconds a second`].filter(Boolean).join(" · "));
@@ -218,6 +236,7 @@ function head(seen) {
 
 function watch(seen) {
   const now = new Map(seen.peers.map((peer) => [peer.key, [peer.there, `${nameOf(peer)} is ${peer.there ? "there" : "gone"}`, peer.there ? "good" : "bad"]]));
+  if (seen.engine.each.length > 1) for (const one of seen.engine.each) now.set(`engine ${one.engine}`, [one.up, `the engine ${one.engine} is ${one.up ? "up" : "down"}`, one.up ? "good" : "bad"]);
   now.set("engine", [seen.engine.up, seen.engine.up ? "the engine is up" : `the engine is down: ${seen.engine.reason}`, seen.engine.up ? "good" : "bad"]);
   if (seen.ledger) now.set("full", [seen.ledger.full, seen.ledger.full ? "the ledger cannot be written" : "the ledger can be written", seen.ledger.full ? "bad" : "good"]);
   for (const where of ["local", "peer"]) now.set(where, [seen.prefix[where].alarm, seen.prefix[where].alarm ? "prefixes are cached otherwise than predicted" : "prefixes are cached as predicted", seen.prefix[where].alarm ? "bad" : "good"]);
@@ -236,6 +255,7 @@ start({
     for (const chart of charts) chart.update([series.columns.at_s, ...chart.of(series)]);
     head(seen);
     tiles(seen);
+    engines(seen.engine);
     peers(seen);
     money(seen);
     duels(seen);
