@@ -2,8 +2,9 @@
 
 The dispatcher tells a `serving.node_provider.NodeProvider` what happens, carries out what it decides, and does it again
 when a peer refuses, fails before the first byte of an answer has gone to the user, or later if the answer can be
-resumed. What goes to a peer is with a `serving.delegation.Delegation`; what comes from one is here. All of it runs on
-one event loop; a request is one task from arrival to its end.
+resumed. What goes to a peer is with a `serving.delegation.Delegation`, what runs here with a
+`serving.execution.Execution`; what comes from a peer is here. All of it runs on one event loop; a request is one task
+from arrival to its end.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import logging
 import math
 import sys
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,35 +23,29 @@ import orjson
 from wwwserve.agents.decision import HOLD, LOCAL
 from wwwserve.agents.knowledge import AD_REUSE_S, AD_STAKE, LONGEST_REUSE_S
 from wwwserve.serving.config import NodeConfig, absent_aliases
-from wwwserve.serving.delegation import Delegation, remember
+from wwwserve.serving.delegation import Delegation
 from wwwserve.serving.duel.attestor import Attestor
 from wwwserve.serving.duel.judge import JudgeError, gain, vote_by
 from wwwserve.serving.duel.judge_pool import JudgePool
 from wwwserve.serving.duel.messages import Declined
-from wwwserve.serving.engine.adapter import Engine, EngineError, Sent
+from wwwserve.serving.engine.adapter import Engine, EngineError
 from wwwserve.serving.engine.pool import Pool, place_of
-from wwwserve.serving.engine.prefix_index import HERE, MOST_ENTRIES, NO_PREFIX, NOTHING, Prefix, PrefixIndex
+from wwwserve.serving.engine.prefix_index import HERE, MOST_ENTRIES, NO_PREFIX, NOTHING, PrefixIndex
+from wwwserve.serving.execution import Execution
 from wwwserve.serving.http.handover import meter_of, salted, with_keys
 from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.http.peers import PeerClient, PeerError
 from wwwserve.serving.http.reply import (
-    EVENTS,
     MOST_ANSWER,
     CompletionRequest,
     Failed,
     HeadLineReply,
     Reply,
     RetryableError,
-    TooMuch,
-    limits_said,
-    packed,
-    pass_stream_on,
-    retry_after,
-    send_timed,
 )
 from wwwserve.serving.http.resume import Resumed, resumable
-from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN, AnswerMeter, StreamError, Usage
-from wwwserve.serving.http.transport import Response, Transport
+from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN, AnswerMeter, Usage
+from wwwserve.serving.http.transport import Transport
 from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Came, Delivery, NotTaken, hung_up
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
@@ -59,15 +54,13 @@ from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
-from wwwserve.serving.plain import in_words
 from wwwserve.serving.reasons import Reasons
-from wwwserve.serving.tracing import Tracing, end_exchange, promised
+from wwwserve.serving.tracing import Tracing, promised
 
 log = logging.getLogger("wwwserve.dispatcher")
 
 LEDGER_TIMEOUT_S = 5.0
 MODELS_S = 2.0  # between two looks at which models the engine serves
-ENGINES_FAULT = (401, 407, 429)  # and from 500 on: of the engine or its key, not of the request
 ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 NOWHERE = ""  # the model of requests that no peer gets; none is named so
 RECENT = 50  # decisions that are kept to look at
@@ -128,9 +121,9 @@ class Dispatcher:
         self.prefixes = PrefixIndex(self.clock, self.engine.alone.kv_tokens, own=places, entries=entries)
         provider.lookup = self._look_up
         self.delegation = Delegation(config, provider, self.client, metrics, accounts, self.clock, self.prefixes)
+        self.execution = Execution(self.engine, provider, self.prefixes, metrics, self.clock, lambda: self.accounts)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.reasons = Reasons()
-        self.here: dict[int, Sent] = {}  # in own engines, by the provider's number of the request
         self.bytes_per_token = BYTES_PER_TOKEN
         self.last_deadlines_s = [max(row) for row in provider.market.deadlines.tolist()]
         self.number = 0
@@ -203,7 +196,7 @@ class Dispatcher:
         self._ticked_s = now_s
         self.delegation.look(now_s)
         self.provider.looked(now_s)
-        self._look_at_engine(now_s)
+        self.execution.look(now_s)
         if self.accounts is None and market.stake_rule == "load":
             self.provider.restake(elapsed_s)
         elif self.accounts is not None and now_s >= self.restaked_s + market.gossip_s:
@@ -317,14 +310,14 @@ class Dispatcher:
 
     def _decide(self) -> None:
         now_s, provider = self.clock(), self.provider
-        self._look_at_engine(now_s)
+        self.execution.look(now_s)
         if self.accounts is not None:
             self._look_at_ledger(self.accounts.ledger)
         if self._marked_up:
             self._marked_up = False
             self._publish(now_s)
         if provider.held or provider.advert_due:
-            self._appraise(now_s)
+            self.execution.appraise(now_s)
         decision = provider.decide(now_s, self.metrics.remote_now)
         self._marked_up = provider.advert_due
         if self._marked_up or (decision is not None and provider.held):
@@ -350,19 +343,6 @@ class Dispatcher:
         for peer in changed:
             if peer in ledger.books.channels:
                 self.provider.may_escrow(peer, ledger.available(peer))
-
-    def _look_at_engine(self, now_s: float) -> None:
-        if self.engine.count != self.provider.engines:
-            self.provider.resize(self.engine.count)
-            self.provider.advert_due = True
-        load = self.engine.load()
-        self.provider.scraped(now_s, load.running, load.waiting, load.kv_tokens, load.prefill, self.prefixes.reuse_s())
-
-    def _appraise(self, now_s: float) -> None:
-        """Work out what one more request costs here, unless that was done lately; the engine was just looked at."""
-        if self.provider.is_cost_old(now_s):
-            running = self.engine.progress(self.here.values(), now_s)
-            self.provider.appraise(((sent.request, sent.own, tokens) for sent, tokens in running), now_s)
 
     # Users' requests.
 
@@ -400,8 +380,8 @@ class Dispatcher:
                     job.completion, reply = again.rest(), again
                 try:
                     if decision.route == LOCAL:
-                        engine = self._choose(job.completion.prefix, job.prompt, job.tried)
-                        meter = await self._run_here(engine, job.completion, job.prompt, reply, request)
+                        engine = self.execution.choose(job.completion.prefix, job.prompt, job.tried)
+                        meter = await self.execution.run(engine, job.completion, job.prompt, reply, request)
                     else:
                         reply.limits.clear()
                         meter = await self.delegation.delegate(decision, job.completion, job.prompt, job.most, reply)
@@ -442,7 +422,7 @@ class Dispatcher:
         try:
             decision = await job.placed
             if decision.peer is None:
-                cached = self.cached_here(completion.prefix, job.prompt)
+                cached = self.execution.cached(completion.prefix, job.prompt)
                 promise = provider.expect(job.prompt, cached)
             else:
                 promise = provider.shown(job.request)
@@ -495,70 +475,6 @@ class Dispatcher:
         if 0 < usage.prompt <= completion.prompt_bytes <= usage.prompt * MOST_BYTES_PER_TOKEN:
             self.bytes_per_token += LEARN * (completion.prompt_bytes / usage.prompt - self.bytes_per_token)
 
-    def _choose(self, prefix: Prefix, prompt: int, tried: Collection[Engine] = ()) -> Engine:
-        """The own engine for a request, see `Pool.choose`."""
-        return self.engine.choose(prompt, lambda place: self.prefixes.cached(prefix, prompt, place).tokens, tried)
-
-    async def _run_here(
-        self, engine: Engine, completion: CompletionRequest, prompt: int, reply: Reply, request: int,
-        meter: AnswerMeter | None = None, paid: Delivery | None = None,
-    ) -> AnswerMeter:  # fmt: skip
-        """Run a request on an own engine, a peer's with a `meter`, for which the peer pays; returns the meter of its
-        answer. Raises RetryableError if nothing came of it yet, Failed if something had."""
-        own, meter, place = meter is None, meter or AnswerMeter(), engine.place
-        predicted = self.prefixes.cached(completion.prefix, prompt, place).tokens
-        # Whoever comes next finds it computed.
-        added = self.prefixes.remember(place, completion.prefix, prompt, told=False)
-        trace, status = completion.trace.child("engine", "client"), 0
-        exchange = engine.post(completion.path, completion.body, trace.for_engine())
-        expected = self.provider.expect(prompt, predicted)
-        self.here[request] = Sent(request, own, completion.stream, meter, self.clock(), expected, exchange, engine)
-        self.engine.chosen(engine)
-        engine.sent(prompt)
-        try:
-            async with exchange as response:
-                reply.limits[:] = limits_said(response)
-                status = response.status
-                if status in ENGINES_FAULT or status >= 500:
-                    raise _turned_away(engine, completion, response)
-                if wrong := packed(response):
-                    raise StreamError(wrong)
-                if response.status == 200:
-                    engine.answered()
-                kind = response.headers.get("content-type", "application/json")
-                if completion.stream and response.status == 200 and kind.startswith(EVENTS):
-                    await pass_stream_on(response, kind, reply, meter, check=paid.check if paid is not None else None)
-                else:
-                    body = await response.read(MOST_ANSWER)
-                    if response.status == 200:
-                        meter.whole(body)
-                        if paid is not None:
-                            await paid.check(meter)
-                    await send_timed(reply.whole(response.status, kind, body), meter)
-        except (TimeoutError, OSError, StreamError, TooMuch) as error:
-            reason = in_words(error)
-            if reply.started and not reply.resumable:
-                raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
-            if not isinstance(error, StreamError | TooMuch):
-                engine.suspect(reason)
-            raise RetryableError(reason) from None
-        finally:
-            del self.here[request]
-            usage = meter.usage
-            output = usage.output if usage else meter.tokens
-            if trace.span is not None:
-                end_exchange(trace.span, status, meter)
-            engine.returned(prompt, output)
-            if not output:
-                self.prefixes.retract(place, added)
-        if output:
-            found = usage.cached if usage is not None and usage.cached is not None else predicted
-            self.provider.finished(usage.prompt if usage else prompt, found, output)
-            if usage is not None and self.accounts is not None:
-                self.accounts.rate.counted(usage.output, meter.text_bytes)
-            remember(self.prefixes, self.metrics, place, completion.prefix, prompt, meter, predicted)
-        return meter
-
     # Peers' requests.
 
     def salt_of(self, origin: str, request: Mapping[str, Any]) -> str:
@@ -566,15 +482,11 @@ class Dispatcher:
         the like. "" where the engine knows no salts."""
         return self.messages.salt(origin, request.get("cache_salt")) if self.config.engine.kind == "vllm" else ""
 
-    def cached_here(self, prefix: Prefix, prompt: int) -> int:
-        """Tokens of a prompt that the own engine which would have it is taken to have in its prefix cache."""
-        return self.prefixes.cached(prefix, prompt, self._choose(prefix, prompt).place).tokens
-
     def _look_up(self, job: Job | None, prompt: int, place: str, since_s: float) -> tuple[int, float]:
         if job is None:
             return NOTHING
         if place == HERE:
-            place = self._choose(job.completion.prefix, prompt, job.tried).place
+            place = self.execution.choose(job.completion.prefix, prompt, job.tried).place
         return self.prefixes.cached(job.completion.prefix, prompt, place, since_s)
 
     def consider(self, prompt: int, cached: int, longest: int, tariff: Tariff) -> Promise | None:
@@ -583,8 +495,8 @@ class Dispatcher:
         if not self.engine.takes:
             return None
         now_s = self.clock()
-        self._look_at_engine(now_s)
-        self._appraise(now_s)
+        self.execution.look(now_s)
+        self.execution.appraise(now_s)
         return self.provider.consider(prompt, cached, longest, tariff)
 
     async def run_for(self, remote: RemoteRequest, reply: Reply, paid: Delivery | None = None) -> bool:
@@ -593,7 +505,7 @@ class Dispatcher:
         origin, completion, prompt, longest, tariff, promise, added, secret = remote
         line, meter, taken_s = HeadLineReply(reply), meter_of(completion), self.clock()
         request = self.provider.serve(
-            prompt, longest, tariff, promise, taken_s, self.cached_here(completion.prefix, prompt)
+            prompt, longest, tariff, promise, taken_s, self.execution.cached(completion.prefix, prompt)
         )
         self.metrics.remote(origin, 1)
         if self.tracing is not None:
@@ -601,7 +513,7 @@ class Dispatcher:
         outcome = "failed"
         try:
             asked = completion._replace(body=with_keys(completion.body, added))
-            await self._run_on_one(asked, prompt, line, request, meter, paid)
+            await self.execution.run_on_one(asked, prompt, line, request, meter, paid)
             outcome = "answered"
             if secret:
                 self.attestor.answered(origin, digest(completion.body), line.digest.hexdigest(), secret)
@@ -631,22 +543,6 @@ class Dispatcher:
             self._reopen()
         return True
 
-    async def _run_on_one(
-        self, completion: CompletionRequest, prompt: int, line: HeadLineReply, request: int, meter: AnswerMeter,
-        paid: Delivery | None,
-    ) -> None:  # fmt: skip
-        """Run a peer's request on an own engine, on the next where one brings no answer. Raises as `_run_here`."""
-        tried: tuple[Engine, ...] = ()
-        while True:
-            engine = self._choose(completion.prefix, prompt, tried)
-            try:
-                await self._run_here(engine, completion, prompt, line, request, meter, paid)
-                return
-            except RetryableError:
-                tried += (engine,)
-                if meter.tokens or not self.engine.spare(tried):
-                    raise
-
     # Peers' duels.
 
     async def _judge(self, path: str, request: dict[str, Any], answers: tuple[str, str]) -> int:
@@ -660,7 +556,7 @@ class Dispatcher:
         prompt = max(1, round(len(body) / self.bytes_per_token))
         if salt := self.salt_of(self.messages.name, {}):  # not to tell a peer what own users asked
             body = salted(body, salt)
-        engine = self._choose(NO_PREFIX, prompt)
+        engine = self.execution.choose(NO_PREFIX, prompt)
         engine.sent(prompt)
         try:
             async with engine.post(path, body) as response:
@@ -672,16 +568,6 @@ class Dispatcher:
             raise JudgeError(f"{type(error).__name__}: {error}") from None
         finally:
             engine.returned(prompt, 0)
-
-
-def _turned_away(engine: Engine, completion: CompletionRequest, response: Response) -> RetryableError:
-    """An own engine does not answer: it is full, or something is wrong with it. Another is to be asked."""
-    error = RetryableError(f"it answers {response.status}", response.status, retry_after(response))
-    if error.full:
-        engine.full(error.retry_after_s)
-    else:
-        engine.failed(completion.body, str(error))
-    return error
 
 
 def _end(waited: "asyncio.Future[None]") -> None:

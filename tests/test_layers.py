@@ -30,6 +30,7 @@ TOP_LEVEL = {
     "CHANGELOG.md",
     "LICENSE",
     "Makefile",
+    "mkdocs.yml",
     "README.md",
     "pyproject.toml",
 }

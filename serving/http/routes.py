@@ -148,7 +148,8 @@ class App:
             prefix = prefix_of(path, request, salt)
             promise = None
             if model in self.dispatcher.serves and not self.drain.begun:
-                promise = self.dispatcher.consider(prompt, self.dispatcher.cached_here(prefix, prompt), longest, tariff)
+                cached = self.dispatcher.execution.cached(prefix, prompt)
+                promise = self.dispatcher.consider(prompt, cached, longest, tariff)
             if promise is None:
                 self.dispatcher.metrics.offer_refused()
                 raise Failed(409, "not now", "refused")

@@ -137,7 +137,7 @@ class Node:
         )  # fmt: skip
         if nodes.exact:
             known = _OwnCache(dispatcher.prefixes, self.server, nodes.talk)
-            dispatcher.prefixes = dispatcher.delegation.prefixes = known
+            dispatcher.prefixes = dispatcher.delegation.prefixes = dispatcher.execution.prefixes = known
         if self.ledger is None:
             dispatcher.delegation.accounts = cast(Accounts, holder)
         self.host.serve(App(dispatcher, self.config, Refusals(metrics.message_refused, loop.time)))

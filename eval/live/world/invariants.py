@@ -163,7 +163,7 @@ class Judge:
         """What a node is still at; "" for nothing."""
         of, ledger = node.dispatcher, node.ledger
         counts = {
-            "held": of.provider.held, "in the engine": len(of.here), "handed over": len(of.delegation.handed),
+            "held": of.provider.held, "in the engine": len(of.execution.here), "handed over": len(of.delegation.handed),
             "offered": len(of.delegation.under_way), "of peers": of.metrics.remote_now,
             "in its ledger": len(ledger._running), "not written": ledger._added - ledger._written,
             "told again": len(ledger._reconciler.again),
