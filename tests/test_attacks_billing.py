@@ -13,8 +13,9 @@ from wwwserve.agents.protocol import LATENESS, MICRO, QUOTED
 from wwwserve.agents.rules import Rule
 from wwwserve.serving import config
 from wwwserve.serving.http.sse import AnswerMeter, Usage
-from wwwserve.serving.ledger.accounts import RATE_BYTES, RATE_SLACK, Came, Payment, TokenRate, hung_up
+from wwwserve.serving.ledger.accounts import Came, Payment, hung_up
 from wwwserve.serving.ledger.statements import Terms
+from wwwserve.serving.ledger.token_rate import RATE_BYTES, RATE_SLACK, TokenRate
 from wwwserve.serving.market import Promise
 from wwwserve.serving.node_provider import NodeProvider
 
