@@ -346,9 +346,10 @@ class Accounts:
                     self._untold[peer] = [each for each in self._untold[peer] if each not in told]
             left = MOST_AT_ONCE
             while left and (message := await self.ledger.message(peer)) is not None:
-                again = self.ledger.forgotten(peer)
-                await self.ledger.replied(peer, await self.send(peer, message))
+                again, asked = self.ledger.forgotten(peer), self.ledger.asked[peer]
+                await self.ledger.replied(peer, await self.send(peer, message), asked)
                 left -= self.ledger.forgotten(peer) >= again  # what a peer forgot is told it at one go
+                self.spread()
         except (TimeoutError, OSError, Full):
             pass  # it is told again
         except (LedgerError, StatementError) as error:
@@ -402,10 +403,10 @@ class Accounts:
         self._reasons.pop(peer, None)
 
     def spread(self) -> None:
-        """Pass on by what evidence somebody lost stake, as far as that is news."""
+        """Pass on what is news of stakes."""
         news, self.ledger.news = self.ledger.news, []
-        for slash in news:
-            self.tell_all(msgspec.json.encode(slash))
+        for stated in news:
+            self.tell_all(msgspec.json.encode(stated))
 
     def tell_all(self, statement: bytes) -> None:
         """Pass a statement about stake on."""
