@@ -7,16 +7,19 @@ draws from its node's own dice.
 import asyncio
 import contextlib
 import math
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import orjson
 
 from wwwserve.agents.knowledge import AD_CONTEXT, AD_HELD, AD_KV_TOKENS, AD_PREFILL, AD_RUNNING, AD_TARIFF, AD_WAITING
-from wwwserve.agents.protocol import TARIFF_SIZE
+from wwwserve.agents.protocol import TARIFF_SIZE, VOTE_A, VOTE_B
+from wwwserve.agents.tariff import in_micro
 from wwwserve.eval.live.world.engine import WORD_BYTES, word
 from wwwserve.eval.live.world.nodes import MODEL, Node, Strategy
 from wwwserve.serving.delegation import PROMPT, TARIFF
+from wwwserve.serving.duel.evidence import as_shown
+from wwwserve.serving.duel.messages import Pair
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.exchange import Acknowledged, Ask, Declined, Held, Known, Open, Telling, Vouching
@@ -32,8 +35,18 @@ from wwwserve.serving.ledger.statements import (
     link,
     sign,
 )
-from wwwserve.serving.ledger.verdicts import Stake, Staked
-from wwwserve.serving.market import Promise
+from wwwserve.serving.ledger.verdicts import (
+    Answer,
+    Case,
+    DuelOpening,
+    Party,
+    Stake,
+    Staked,
+    Verdict,
+    Vote,
+    committed,
+)
+from wwwserve.serving.market import Promise, Tariff
 
 PATH = "/peer/v1/chat/completions"
 ASK_S = 5.0
@@ -156,6 +169,17 @@ class FreeRider(Adversary):
             node.dispatcher.delegation._hand_over = less  # type: ignore[method-assign, assignment]
 
 
+class Freeloader(FreeRider):
+    """A free rider that has its own engine as well, should nobody serve it."""
+
+    name = "freeloader"
+
+    def prepare(self, node: Node) -> None:
+        """See `Strategy`."""
+        super().prepare(node)
+        node.server.slowness = 1.0
+
+
 class Inflater(Adversary):
     """Bills more than it delivers."""
 
@@ -195,6 +219,21 @@ class Staller(Adversary):
         node.ledger.received = later  # type: ignore[method-assign]
 
 
+class Forger(Adversary):
+    """Answers its own users as it should, and peers with text that no model wrote, of the length that they ask for."""
+
+    name = "forger"
+
+    def prepare(self, node: Node) -> None:
+        """See `Strategy`."""
+        node.server.junk, node.server.places = True, 16
+        node.server.fair = node.world.asked_of[node.row]
+
+    def begin(self, node: Node) -> None:
+        """See `Strategy`."""
+        advertise_idle(node, cheap=0.9)
+
+
 def advertise_idle(node: Node, cheap: float) -> None:
     """Say that nothing is under way here, at a fraction of the price, and take everything."""
     provider = node.dispatcher.provider
@@ -206,6 +245,8 @@ def advertise_idle(node: Node, cheap: float) -> None:
             load[column] = 0.0
         load[AD_HELD : AD_HELD + 2] = 0.0
         load[TARIFFS] *= cheap
+        if node.dispatcher.accounts is not None and cheap != 1.0:  # what is offered at that price is taken
+            node.dispatcher.accounts.advertised(cast(Tariff, tuple(map(in_micro, load[TARIFFS]))))
         load[AD_CONTEXT] = max(0.1, load[AD_CONTEXT] * 0.1)
         return load
 
@@ -465,8 +506,100 @@ class Mixed(Adversary):
         await node.random.choice(self.parts[1:]).do(node, peer)
 
 
+class JudgeBuyer(Forger):
+    """One of a coalition: it votes for its own and against the others, hides what its own lose, and tells everyone
+    verdicts with votes that it made up, cast twice, or on a case that it changed."""
+
+    name = "judge buyer"
+
+    def begin(self, node: Node) -> None:
+        """See `Strategy`."""
+        super().begin(node)
+        pool, peers, world = node.dispatcher.judge_pool, node.dispatcher.delegation.duels.peers, node.world
+        compare, settle = pool._compare, peers.settle
+
+        async def vote(origin: str, pair: Pair, *more: Any) -> int:
+            ours = [not world.by_name[each.executor].honest for each in (pair.case.a, pair.case.b)]
+            if ours[0] == ours[1]:
+                return await compare(origin, pair, *more)
+            return as_shown(VOTE_A if ours[0] else VOTE_B, pair.case.seed(), node.name)
+
+        def hide(verdict: Verdict) -> None:
+            for_a = sum(each.vote == VOTE_A for each in verdict.votes) * 2 > len(verdict.votes)
+            if world.by_name[(verdict.case.b if for_a else verdict.case.a).executor].honest:
+                settle(verdict)
+
+        duels = node.dispatcher.delegation.duels
+        judge, ask = duels._judge, duels._votes
+
+        async def judge_twice(*given: Any) -> str:  # by other secrets, of which one may draw a better jury
+            await judge(*given)
+            return await judge(*given)
+
+        async def ask_twice(judges: list[str], pair: Pair) -> list[Vote]:
+            higher = msgspec.structs.replace(pair.case, height=pair.case.height + 1)
+            await ask(judges, msgspec.structs.replace(pair, case=higher))
+            return await ask(judges, pair)
+
+        duels._judge, duels._votes = judge_twice, ask_twice  # type: ignore[method-assign, assignment]
+        pool._compare = vote  # type: ignore[method-assign, assignment]
+        peers.settle = hide  # type: ignore[method-assign]
+
+    async def do(self, node: Node, peer: str) -> None:
+        """See `Adversary`."""
+        known = [each for each in node.ledger.stakes.slashes.values() if isinstance(each, Verdict)]
+        case = node.random.choice(known).case if known and node.random.random() < 0.7 else made_up(node)
+        if case is not None:
+            await tell(node, peer, Telling((msgspec.json.encode(spoilt(node, case)).decode(),)))
+
+
+class Crowd(JudgeBuyer):
+    """One of many keys without a stake that say the same of verdicts."""
+
+    name = "crowd"
+    granted = False
+
+
+def made_up(node: Node) -> Case | None:
+    """A duel of two others that never was, as far as one node can sign it."""
+    dice, stakes = node.random, node.ledger.stakes
+    staked = [name for name in node.world.names if name != node.name and name in stakes.latest]
+    if len(staked) < 2:
+        return None
+    names, secret = sorted(dice.sample(staked, 2)), str(dice.random())
+    one, other = (Party(name, committed(name + secret)) for name in names)
+    bond = stakes.latest.get(node.name)
+    opening = DuelOpening(node.name, stakes.epoch, digest(b""), one, other, committed(secret), bond)
+    opening = opening.signed(node.identity)
+    answers = [
+        Answer(name, opening.name(), digest(b""), name + secret, stakes.latest[name]).signed(node.identity)
+        for name in names
+    ]
+    return Case(opening, secret, 1 + stakes.height(*names), *answers)
+
+
+def spoilt(node: Node, case: Case) -> Verdict:
+    """A verdict on a case, or on one that differs from it, by which an honest node would lose if it counted."""
+    dice, world = node.random, node.world
+    if dice.random() < 0.5:
+        case = msgspec.structs.replace(case, height=dice.choice([0, 1, case.height + 1, 1 << 40]))
+    against = VOTE_B if world.by_name[case.a.executor].honest else VOTE_A
+    judges = [name for name in world.names if name not in case.opening.parties()]
+    own = [each.identity for each in world.nodes if not each.honest]
+    how = dice.choice(["forged", "friends", "both", "party"])
+    votes = [Vote(case.name(), each.name, against).signed(each) for each in own if each.name in judges]
+    if how == "forged":
+        votes = [Vote(case.name(), name, against).signed(node.identity) for name in judges]
+    elif how == "both":
+        votes += [Vote(case.name(), each.judge, VOTE_A + VOTE_B - against) for each in votes]
+    elif how == "party":
+        votes += [Vote(case.name(), name, against).signed(node.identity) for name in case.opening.parties()]
+    return Verdict(case, tuple(votes))
+
+
 _KINDS: tuple[type[Strategy], ...] = (
-    FreeRider, Inflater, Staller, Liar, Replayer, Equivocator, Griefer, Robber, Sybil, Mixed, Withholder,
+    FreeRider, Inflater, Staller, Liar, Replayer, Equivocator, Griefer, Robber, Sybil, Mixed, Withholder, Freeloader,
+    Forger, JudgeBuyer, Crowd,
 )  # fmt: skip
 ADVERSARIES = {each.name: each for each in _KINDS}
 
