@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from wwwserve.agents.protocol import MICRO, QUOTED
 from wwwserve.eval.live.world import command
-from wwwserve.eval.live.world.adversaries import ADVERSARIES
 from wwwserve.eval.live.world.faults import OF_PROCESSES, Event
 from wwwserve.eval.live.world.history import Asked, Drawn, draw, play
+from wwwserve.eval.live.world.roster import ADVERSARIES
 from wwwserve.serving.duel import attestor, judge_pool
 from wwwserve.serving.http import messages
 from wwwserve.serving.http.sse import AnswerMeter

@@ -17,10 +17,10 @@ import tyro
 from wwwserve.agents.arguments import Count, File, Range, Seed, UsageError, parse_args, refuse
 from wwwserve.agents.protocol import MICRO
 from wwwserve.eval.compare import write_json
-from wwwserve.eval.live.world.adversaries import ADVERSARIES
 from wwwserve.eval.live.world.earnings import Earning
 from wwwserve.eval.live.world.history import Report, draw, play
 from wwwserve.eval.live.world.invariants import Dealing
+from wwwserve.eval.live.world.roster import ADVERSARIES
 from wwwserve.eval.metrics import interval, paired_ci
 
 PROG = "wwwserve world"

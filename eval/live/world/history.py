@@ -14,12 +14,12 @@ import orjson
 from wwwserve.agents.protocol import LATENESS, MICRO, PER_REQUEST, QUOTED
 from wwwserve.eval.live.simulation import loop as virtual
 from wwwserve.eval.live.simulation.loop import Deadlock, Standstill, VirtualLoop
-from wwwserve.eval.live.world.adversaries import make
 from wwwserve.eval.live.world.earnings import Earning, Served
 from wwwserve.eval.live.world.engine import MARK, WORD_BYTES, word
 from wwwserve.eval.live.world.faults import Faults, FaultyNetwork
 from wwwserve.eval.live.world.invariants import Dealing, Judge
 from wwwserve.eval.live.world.nodes import MODEL, Agreed, Network, Node, Strategy
+from wwwserve.eval.live.world.roster import make
 
 USERS = "users"
 PATIENCE_S = 200.0  # of a user, without a byte
