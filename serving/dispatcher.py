@@ -260,6 +260,8 @@ class Dispatcher:
         known = self.peers.get(advert.name)
         if known is not None and known.run != advert.run:
             self.prefixes.forget(advert.name)
+            if self.accounts is not None:  # it may have forgotten what was staked and lost, and is told again
+                self.accounts.gone(advert.name)
         if known is None:
             log.info("a peer is there", extra={"peer": advert.name, "label": advert.label, "url": advert.url})
         self.peers[advert.name] = advert

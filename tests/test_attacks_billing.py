@@ -1,6 +1,7 @@
 """Executors who bill what nobody got, and ones who stall: what an honest origin loses to each, in credits."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from wwwserve.agents.protocol import LATENESS, MICRO, QUOTED
 from wwwserve.agents.rules import Rule
 from wwwserve.serving import config
 from wwwserve.serving.http.sse import AnswerMeter, Usage
-from wwwserve.serving.ledger.accounts import RATE_BYTES, RATE_SLACK, Came, Payment, TokenRate, hung_up
+from wwwserve.serving.ledger.accounts import Came, Payment, hung_up
 from wwwserve.serving.ledger.statements import Terms
+from wwwserve.serving.ledger.token_rate import RATE_BYTES, RATE_SLACK, TokenRate
 from wwwserve.serving.market import Promise
 from wwwserve.serving.node_provider import NodeProvider
 
@@ -94,6 +96,55 @@ def test_an_executor_that_bills_more_tokens_than_its_text_has_gains_no_more_than
         assert 5 < answers < 30 and loss <= 10 * MICRO + fair + sides.a.books.channels[B.name].total // 50
 
     play(scene)
+
+
+def test_a_peer_that_bills_a_little_too_much_for_ever_gains_no_more_than_the_exposure(tmp_path: Path) -> None:
+    """A fifth more than the text has, which is within what one text may differ from another."""
+
+    async def scene() -> None:
+        sides = Sides("memory", tmp_path, QUOTED, exposure=10 * MICRO)
+        await sides.exchange()
+        rate, loss, answers, dice = TokenRate(), 0, 0, random.Random(3)
+        sides.a.doubted = rate.doubted
+        while answers < 1000 and sides.a.available(B.name) >= TERMS.amount:
+            answers += 1
+            rate.counted(200, round(800 * dice.uniform(0.8, 1.2)))
+            id = sides.a.lock(B.name, TERMS, "r")
+            payment = Payment(sides.a, B.name, id, TERMS, MOST, rate)
+            payment.feed(b"a")
+            paid = payment.end(PROMISE, Came(480, True, 0.1, Usage(10, 480), text_bytes=1600))
+            loss += paid - 400 * PRICE // 1000
+            await sides.exchange()
+        paid = sides.a.books.channels[B.name].total
+        print(f"a fifth too many: honest loss {loss / MICRO:.3f} credits, exposure 10, {answers} answers")
+        assert answers < 300 and loss < 20 * MICRO
+
+    play(scene)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_honest_peers_are_not_blamed_for_texts_and_tokenizers_that_differ(seed: int) -> None:
+    """Each text by a third of it at random, all that go out have a tenth more tokens, some in instalments."""
+    rate, dice = TokenRate(), random.Random(seed)
+    over = dict.fromkeys("abc", 0)
+    for k in range(6000):
+        rate.counted(200, round(800 * dice.lognormvariate(0.0, 0.3)))
+        peer, length = "abc"[k % 3], dice.choice([100, 400, 1600])
+        tokens, parts = round(1.1 * length / 4 * dice.lognormvariate(0.0, 0.3)), dice.choice([1, 4])
+        for part in range(parts):
+            over[peer] += rate.billed(peer, tokens // parts, length // parts, PRICE, part * length // parts)
+    most = max(over.values())
+    print(f"honest peers: at most {most} tokens too many of {rate._billed['a'].tokens}")
+    assert most < 0.02 * rate._billed["a"].tokens
+
+
+def test_who_bills_more_than_most_is_found_out_where_most_bill_more_than_the_own_engine() -> None:
+    rate, over = TokenRate(), dict.fromkeys("abc", 0)
+    for _ in range(3000):
+        rate.counted(200, 800)
+        for peer, tokens in (("a", 220), ("b", 220), ("c", 264)):
+            over[peer] += rate.billed(peer, tokens, 800, PRICE)
+    assert over["a"] == over["b"] < 3000 < over["c"]
 
 
 def test_texts_that_differ_are_no_evidence() -> None:

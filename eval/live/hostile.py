@@ -26,6 +26,7 @@ import orjson
 
 from wwwserve.agents.arguments import Count, File, Seed, UsageError, parse_args, refuse
 from wwwserve.eval.compare import write_json
+from wwwserve.eval.live import hostile_guided
 from wwwserve.eval.live.hostile_inputs import CHAT, KINDS, LIMIT, MODEL, Made, http
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages
@@ -203,6 +204,8 @@ class Args:
     """at once"""
     seed: Seed = 0
     """of the inputs"""
+    guided: bool = False
+    """in process, without sockets, and guided by what the inputs before have reached"""
     json: File = None
     """write what was counted to this file"""
 
@@ -213,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(Args, PROG, argv)
     except UsageError as error:
         return refuse(PROG, error)
+    if args.guided:
+        return _guided(args)
     seen = run(args.inputs, args.connections, args.seed)
     for kind, counts in seen.statuses.items():
         print(f"{kind:<28} {counts.total():>7}  " + "  ".join(f"{status} {n}" for status, n in sorted(counts.items())))
@@ -223,6 +228,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(fault, file=sys.stderr)
     if args.json:
         write_json(args.json, {"inputs": total, **seen._asdict()})
+    return 1 if seen.faults else 0
+
+
+def _guided(args: Args) -> int:
+    seen = hostile_guided.run(args.inputs, args.seed)
+    for where, counts in sorted(seen.statuses.items()):
+        print(f"{where:<32} {counts.total():>7}  " + "  ".join(f"{came} {n}" for came, n in sorted(counts.items())))
+    print(f"{seen.inputs} inputs in {seen.seconds:.0f} s, {len(seen.faults)} faults; {seen.lines} lines reached, "
+          f"{seen.kept} inputs kept; at most {1e3 * seen.longest_s:.1f} ms of CPU for one: {seen.longest}; memory "
+          f"{seen.rss_mb[0]:.1f} MB after a tenth of them, {seen.rss_mb[1]:.1f} MB at the end")  # fmt: skip
+    for fault in seen.faults[:10]:
+        print(fault, file=sys.stderr)
+    if args.json:
+        write_json(args.json, seen._asdict())
     return 1 if seen.faults else 0
 
 

@@ -43,6 +43,7 @@ from wwwserve.serving.ledger.statements import (
     Terms,
     digest,
 )
+from wwwserve.serving.ledger.token_rate import TokenRate
 from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 
 log = logging.getLogger("wwwserve.accounts")
@@ -56,12 +57,6 @@ DISAGREED_S = 2.0  # until a peer that declined is told again
 SHOWN_S = 10.0  # for which it is shown that it did
 TARIFFS_KEPT = 4  # adverts back, of which the tariff still holds
 TOLERANCE_S = 0.25  # by which two sides may differ, beside the round trip, on how long an answer took
-
-# The peer may bill a quarter more tokens for its text than the own engine counts, and a few more.
-RATE_SLACK, RATE_TOKENS = 1.25, 64
-RATE_BYTES = 20_000  # of text of the own engine, before which peers are not compared with it
-RATE_AGEING = 0.999  # for each answer
-USUAL_BYTES = 4  # of text for a token; of what is billed beyond it no more than the exposure is paid before that
 
 # A stream goes on while at most this part of the exposure is not paid; it is paid in so many instalments.
 UNPAID_SHARE, INSTALMENTS = 10, 4
@@ -126,58 +121,6 @@ def hung_up(meter: AnswerMeter, stream: bool, promise: Promise, took_s: float) -
     return Came(tokens, meter.complete, took_s, meter.usage, prefilled, meter.text_bytes)
 
 
-class Billed:
-    """What a peer billed."""
-
-    def __init__(self) -> None:
-        self.tokens = self.expected = 0.0
-        self.over = 0  # tokens too many so far
-        self.early_tokens = self.early_bytes = 0  # before it was known how many were to be expected,
-        self.early_more = 0  # and what they cost more than usual text, in thousandths of a micro-credit
-
-
-class TokenRate:
-    """Tokens of answers for the bytes of their text: as the own engine counts them, and as each peer bills them."""
-
-    def __init__(self) -> None:
-        self._own = [0.0, 0.0]  # tokens and bytes
-        self._billed: dict[str, Billed] = {}
-
-    @property
-    def known(self) -> bool:
-        """Whether the own engine has shown how many tokens text has."""
-        return self._own[1] >= RATE_BYTES
-
-    def counted(self, tokens: int, text_bytes: int) -> None:
-        """Of an answer of the own engine."""
-        if text_bytes:
-            self._own = [RATE_AGEING * old + new for old, new in zip(self._own, (tokens, text_bytes), strict=True)]
-
-    def billed(self, peer: str, tokens: int, text_bytes: int, price: int) -> int:
-        """Of an answer of a peer, or a part of one, at a price for 1000 tokens; returns by how many tokens more it has
-        billed too many in all, beyond what differs from text to text."""
-        if text_bytes == 0:
-            return 0
-        of = self._billed.setdefault(peer, Billed())
-        of.early_tokens += tokens
-        of.early_bytes += text_bytes
-        if not self.known:
-            of.early_more += price * (USUAL_BYTES * tokens - text_bytes) // USUAL_BYTES
-            return 0
-        of.tokens += of.early_tokens
-        of.expected += of.early_bytes * self._own[0] / self._own[1]
-        of.early_tokens = of.early_bytes = of.early_more = 0
-        more = max(0, math.ceil(of.tokens - RATE_SLACK * of.expected - RATE_TOKENS - of.over))
-        of.over += more
-        return more
-
-    def doubted(self, peer: str) -> int:
-        """What a peer was paid for more tokens than usual text has, micro-credits, while it is not known how many this
-        text has."""
-        of = self._billed.get(peer)
-        return max(0, of.early_more // 1000) if of is not None and not self.known else 0
-
-
 class Payment:
     """Of one request that a peer may take; to be ended exactly once, by `end`."""
 
@@ -229,10 +172,11 @@ class Payment:
         """Whether its text can have so many tokens as are billed, since the last time."""
         if came.text_bytes == 0 or self._ledger.payment == PER_REQUEST:
             return
-        now = min(came.tokens, self.most), came.text_bytes
-        tokens, text_bytes = now[0] - self._compared[0], now[1] - self._compared[1]
+        now, before = (min(came.tokens, self.most), came.text_bytes), self._compared
         self._compared = now
-        more = self._rate.billed(self.peer, tokens, text_bytes, self.terms.tariff[OUTPUT])
+        more = self._rate.billed(
+            self.peer, now[0] - before[0], now[1] - before[1], self.terms.tariff[OUTPUT], before[1]
+        )  # fmt: skip
         if more:
             self._ledger.overbilled(self.peer, self.id, more, self.terms)
 
@@ -402,9 +346,10 @@ class Accounts:
                     self._untold[peer] = [each for each in self._untold[peer] if each not in told]
             left = MOST_AT_ONCE
             while left and (message := await self.ledger.message(peer)) is not None:
-                again = self.ledger.forgotten(peer)
-                await self.ledger.replied(peer, await self.send(peer, message))
+                again, asked = self.ledger.forgotten(peer), self.ledger.asked[peer]
+                await self.ledger.replied(peer, await self.send(peer, message), asked)
                 left -= self.ledger.forgotten(peer) >= again  # what a peer forgot is told it at one go
+                self.spread()
         except (TimeoutError, OSError, Full):
             pass  # it is told again
         except (LedgerError, StatementError) as error:
@@ -458,10 +403,10 @@ class Accounts:
         self._reasons.pop(peer, None)
 
     def spread(self) -> None:
-        """Pass on by what evidence somebody lost stake, as far as that is news."""
+        """Pass on what is news of stakes."""
         news, self.ledger.news = self.ledger.news, []
-        for slash in news:
-            self.tell_all(msgspec.json.encode(slash))
+        for stated in news:
+            self.tell_all(msgspec.json.encode(stated))
 
     def tell_all(self, statement: bytes) -> None:
         """Pass a statement about stake on."""

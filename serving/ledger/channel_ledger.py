@@ -8,6 +8,7 @@ micro-credits.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -79,7 +80,7 @@ from wwwserve.serving.ledger.statements import (
     decode,
     sign,
 )
-from wwwserve.serving.ledger.verdicts import Conflict, Slash, Stake, Staked, parse, verify
+from wwwserve.serving.ledger.verdicts import Conflict, Stake, Staked, Statement, parse, verify
 from wwwserve.serving.ledger.verdicts import decode as decode_stake
 from wwwserve.serving.market import Promise
 
@@ -116,8 +117,10 @@ class ChannelLedger(JournaledBooks):
         self.identity = identity
         self.grants, self.exposure, self.payment, self.slack_ms = dict(grants), exposure, payment, slack_ms
         self.stakes = Stakes(funds, agreed=agreed)
-        self.news: list[Slash] = []  # by what evidence somebody lost stake, for whoever passes it on and takes it out
+        # By what evidence somebody lost stake, and what this node staked and forgot, for whoever passes it on.
+        self.news: list[Statement] = []
         self.doubted: Callable[[str], int] = lambda peer: 0  # of what a peer was paid, micro-credits
+        self.asked: Counter[str] = Counter()  # how often each peer has started, and asked what is known of it
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
@@ -333,6 +336,7 @@ class ChannelLedger(JournaledBooks):
 
     async def _on_ask(self, peer: str, ask: Ask) -> Answer:
         """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
+        self.asked[peer] += 1
         latest = self.stakes.latest.get(peer)
         return await self._reconciler.tell(
             peer, ask, msgspec.json.encode(latest).decode() if latest is not None else ""
@@ -341,8 +345,8 @@ class ChannelLedger(JournaledBooks):
     def _on_known(self, peer: str, known: Known) -> None:
         """What a peer knows of this node. What is under way with it was asked in another run, and is not answered any
         more. Raises LedgerError and StatementError for what cannot be."""
-        if known.stake:
-            self.heard(peer, known.stake.encode())
+        if known.stake and self.heard(peer, known.stake.encode()) and self.name in self.stakes.latest:
+            self.news.append(self.stakes.latest[self.name])  # others may have heard of an earlier one alone
         self._reconciler.take_over(peer, known)
         for id in sorted(self.books.channel(peer).open):
             self.settle(peer, id, None, NOTHING_CAME, 1)
@@ -411,8 +415,9 @@ class ChannelLedger(JournaledBooks):
             notes.append(Noted(peer, "short", both, delivered.due - paid[receipt.id]))
         return notes
 
-    async def replied(self, peer: str, body: bytes) -> None:
-        """A peer answered a message. Raises StatementError, LedgerError, Full."""
+    async def replied(self, peer: str, body: bytes, asked: int | None = None) -> None:
+        """A peer answered a message, which was sent when it had `asked` so often. Raises StatementError, LedgerError,
+        Full."""
         answer: Answer = decode(body, Answer)
         if isinstance(answer, Open):
             self._on_opened(peer, answer)
@@ -420,7 +425,8 @@ class ChannelLedger(JournaledBooks):
             if not self.is_reconciled(peer):
                 self._on_known(peer, answer)
         elif isinstance(answer, Acknowledged):
-            self._on_ack(peer, answer)
+            if asked in (None, self.asked[peer]):  # else an earlier run said it, and may have forgotten it
+                self._on_ack(peer, answer)
         elif isinstance(answer, Held):
             held = answer.voucher.state.number if answer.voucher is not None else 0
             if held >= self.books.channel(peer).acked:

@@ -24,10 +24,11 @@ from wwwserve.agents.protocol import (
 from wwwserve.envs.scenario import Scenario
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.serving.http.sse import AnswerMeter
-from wwwserve.serving.ledger.accounts import Came, TokenRate
+from wwwserve.serving.ledger.accounts import Came
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import due_of
 from wwwserve.serving.ledger.statements import Terms
+from wwwserve.serving.ledger.token_rate import TokenRate
 from wwwserve.serving.market import Promise, Tariff
 
 

@@ -7,13 +7,14 @@ draws from its node's own dice.
 import asyncio
 import contextlib
 import math
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import orjson
 
 from wwwserve.agents.knowledge import AD_CONTEXT, AD_HELD, AD_KV_TOKENS, AD_PREFILL, AD_RUNNING, AD_TARIFF, AD_WAITING
 from wwwserve.agents.protocol import TARIFF_SIZE
+from wwwserve.agents.tariff import in_micro
 from wwwserve.eval.live.world.engine import WORD_BYTES, word
 from wwwserve.eval.live.world.nodes import MODEL, Node, Strategy
 from wwwserve.serving.delegation import PROMPT, TARIFF
@@ -32,8 +33,11 @@ from wwwserve.serving.ledger.statements import (
     link,
     sign,
 )
-from wwwserve.serving.ledger.verdicts import Stake, Staked
-from wwwserve.serving.market import Promise
+from wwwserve.serving.ledger.verdicts import (
+    Stake,
+    Staked,
+)
+from wwwserve.serving.market import Promise, Tariff
 
 PATH = "/peer/v1/chat/completions"
 ASK_S = 5.0
@@ -156,6 +160,17 @@ class FreeRider(Adversary):
             node.dispatcher.delegation._hand_over = less  # type: ignore[method-assign, assignment]
 
 
+class Freeloader(FreeRider):
+    """A free rider that has its own engine as well, should nobody serve it."""
+
+    name = "freeloader"
+
+    def prepare(self, node: Node) -> None:
+        """See `Strategy`."""
+        super().prepare(node)
+        node.server.slowness = 1.0
+
+
 class Inflater(Adversary):
     """Bills more than it delivers."""
 
@@ -195,6 +210,21 @@ class Staller(Adversary):
         node.ledger.received = later  # type: ignore[method-assign]
 
 
+class Forger(Adversary):
+    """Answers its own users as it should, and peers with text that no model wrote, of the length that they ask for."""
+
+    name = "forger"
+
+    def prepare(self, node: Node) -> None:
+        """See `Strategy`."""
+        node.server.junk, node.server.places = True, 16
+        node.server.fair = node.world.asked_of[node.row]
+
+    def begin(self, node: Node) -> None:
+        """See `Strategy`."""
+        advertise_idle(node, cheap=0.9)
+
+
 def advertise_idle(node: Node, cheap: float) -> None:
     """Say that nothing is under way here, at a fraction of the price, and take everything."""
     provider = node.dispatcher.provider
@@ -206,6 +236,8 @@ def advertise_idle(node: Node, cheap: float) -> None:
             load[column] = 0.0
         load[AD_HELD : AD_HELD + 2] = 0.0
         load[TARIFFS] *= cheap
+        if node.dispatcher.accounts is not None and cheap != 1.0:  # what is offered at that price is taken
+            node.dispatcher.accounts.advertised(cast(Tariff, tuple(map(in_micro, load[TARIFFS]))))
         load[AD_CONTEXT] = max(0.1, load[AD_CONTEXT] * 0.1)
         return load
 
@@ -463,14 +495,3 @@ class Mixed(Adversary):
     async def do(self, node: Node, peer: str) -> None:
         """See `Adversary`."""
         await node.random.choice(self.parts[1:]).do(node, peer)
-
-
-_KINDS: tuple[type[Strategy], ...] = (
-    FreeRider, Inflater, Staller, Liar, Replayer, Equivocator, Griefer, Robber, Sybil, Mixed, Withholder,
-)  # fmt: skip
-ADVERSARIES = {each.name: each for each in _KINDS}
-
-
-def make(name: str) -> Strategy:
-    """The strategy of that name; honest for ""."""
-    return ADVERSARIES[name]() if name else Strategy()

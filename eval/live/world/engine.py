@@ -22,6 +22,7 @@ MARK = b"~"  # begins a word, and is nowhere else in an answer
 LOOK_S = 0.2  # between two events of a stream
 PREFILL_S, PER_TOKEN_S = 0.05, 0.012
 EVENTS, JSON = b"text/event-stream; charset=utf-8", b"application/json"
+JUNK = "junk"  # in place of a word
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -39,7 +40,9 @@ class WordServer:
         self.billed = 1.0  # tokens in its usage for each that it wrote
         self.letters = False  # an event for each letter of its text
         self.junk = False  # it answers with words of nobody
+        self.fair: frozenset[str] = frozenset()  # words of requests that it serves as it should all the same
         self.up = True
+        self.read = self.written = 0  # tokens of prompts and answers that a model computed
         self.running: dict[Answer, None] = {}
         self.waiting: deque[Answer] = deque()
 
@@ -84,7 +87,7 @@ class Answer(Incoming):
         super().__init__(server.loop)
         self.server, self.body = server, body
         self.prompt = self.output = self.shown = 0
-        self.streams = False
+        self.streams = self.fair = False
         self._word = ""
         self._timer: asyncio.TimerHandle | None = None
 
@@ -93,13 +96,10 @@ class Answer(Incoming):
         process = current()
         if not self.server.up or (process is not None and not process.alive):
             raise ConnectionRefusedError("the engine is down")
-        request = orjson.loads(self.body)
-        text = "".join(each["content"] for each in request["messages"])
-        most = request.get("max_completion_tokens") or request["max_tokens"]
-        self.prompt, self.output = len(text) // WORD_BYTES, min(most, request["min_tokens"])
-        self.streams, self._word = bool(request.get("stream")), text[:WORD_BYTES]
-        if self.server.junk:
-            self._word = "junk"
+        self.read_request()
+        self.fair = self._word in self.server.fair
+        if self.server.junk and not self.fair:
+            self._word = JUNK
         if self.streams:
             self.begin(200, [(b"content-type", EVENTS)])
         self.server.put(self)
@@ -109,6 +109,14 @@ class Answer(Incoming):
             self.close()
             raise
         return self
+
+    def read_request(self) -> None:
+        """What is asked for."""
+        request = orjson.loads(self.body)
+        text = "".join(each["content"] for each in request["messages"])
+        most = request.get("max_completion_tokens") or request["max_tokens"]
+        self.prompt, self.output = len(text) // WORD_BYTES, min(most, request["min_tokens"])
+        self.streams, self._word = bool(request.get("stream")), text[:WORD_BYTES]
 
     def close(self) -> None:
         """Hang up."""
@@ -128,7 +136,7 @@ class Answer(Incoming):
         self._again(PREFILL_S + self.prompt * PER_TOKEN_S / 20)
 
     def _again(self, after_s: float) -> None:
-        self._timer = self.loop.outside(min(after_s * self.server.slowness, 1e6), self._write)
+        self._timer = self.loop.outside(min(after_s * (1.0 if self.fair else self.server.slowness), 1e6), self._write)
 
     def _stop(self) -> None:
         if self._timer is not None:
@@ -136,8 +144,11 @@ class Answer(Incoming):
 
     def _write(self) -> None:
         """Some tokens are there."""
-        new = min(self.output - self.shown, max(1, round(LOOK_S / PER_TOKEN_S)))
+        first, new = self.shown == 0, min(self.output - self.shown, max(1, round(LOOK_S / PER_TOKEN_S)))
         self.shown += new
+        if self._word != JUNK:  # which costs nothing to write
+            self.server.read += self.prompt if first else 0
+            self.server.written += new
         last = self.shown >= self.output
         if last:
             self.server.withdraw(self)
@@ -152,7 +163,7 @@ class Answer(Incoming):
             self.add(body, True)
 
     def _events(self, text: str, last: bool) -> Iterator[bytes]:
-        for part in text if self.server.letters else (text,):
+        for part in text if self.server.letters and not self.fair else (text,):
             event: dict[str, Any] = {"choices": [{"index": 0, "delta": {"content": part}, "finish_reason": None}]}
             yield b"data: " + orjson.dumps(event) + b"\n\n"
         event = {"choices": [{"index": 0, "delta": {}, "finish_reason": "length" if last else None}]}
@@ -161,8 +172,8 @@ class Answer(Incoming):
             yield b"data: [DONE]\n\n"
 
     def _usage(self) -> dict[str, int]:
-        tokens = int(self.shown * self.server.billed)
-        prompt = int(self.prompt * self.server.billed)
+        billed = 1.0 if self.fair else self.server.billed
+        tokens, prompt = int(self.shown * billed), int(self.prompt * billed)
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,17 @@ import orjson
 from wwwserve.agents.protocol import LATENESS, MICRO, PER_REQUEST, QUOTED
 from wwwserve.eval.live.simulation import loop as virtual
 from wwwserve.eval.live.simulation.loop import Deadlock, Standstill, VirtualLoop
-from wwwserve.eval.live.world.adversaries import make
-from wwwserve.eval.live.world.engine import WORD_BYTES, word
+from wwwserve.eval.live.world.earnings import Earning, Served
+from wwwserve.eval.live.world.engine import MARK, WORD_BYTES, word
 from wwwserve.eval.live.world.faults import Faults, FaultyNetwork
 from wwwserve.eval.live.world.invariants import Dealing, Judge
 from wwwserve.eval.live.world.nodes import MODEL, Agreed, Network, Node, Strategy
+from wwwserve.eval.live.world.roster import make
 
 USERS = "users"
 PATIENCE_S = 200.0  # of a user, without a byte
-QUIET_S = 300.0  # after the last fault, within which all is to be over
+QUIET_S = 300.0  # after the last fault, within which all is to be over,
+LATE_S = 60.0  # and for which users of adversaries are waited for
 LOOK_S = 2.0  # between two looks at the invariants
 POLICIES = ("shortest_queue", "power_of_two", "www_serve", "earliest_finish", "random")
 MOST_BYTES = 1 << 20
@@ -72,14 +75,17 @@ class Report(NamedTuple):
     faults: Counter[str]
     ends: Counter[str]  # of users' requests
     dealings: list[Dealing]
+    earnings: list[Earning]  # in the places of adversaries; none where requests cost a credit, whatever they are worth
+    duels: int  # on which there is a verdict
     virtual_s: float
 
 
-def draw(seed: int, adversaries: Sequence[str], *, honest: bool = False) -> Drawn:
+def draw(seed: int, adversaries: Sequence[str], *, honest: bool = False, duels: float = 0.0) -> Drawn:
     """The world of a seed. `adversaries` may take part, alone and in groups up to a third of the nodes; if `honest`,
-    honest nodes do in their places, and all else is the same."""
+    honest nodes do in their places, and all else is the same. `duels`: the chance of one; then there are enough nodes
+    for juries."""
     dice = random.Random(f"world {seed}")
-    count = dice.randint(3, 7)
+    count = dice.randint(5, 9) if duels else dice.randint(3, 7)
     bad = dice.randint(0 if dice.random() < 0.1 else 1, max(1, count // 3))
     alike = dice.random() < 0.5
     names = [dice.choice(adversaries) for _ in range(bad)] if adversaries else []
@@ -88,7 +94,7 @@ def draw(seed: int, adversaries: Sequence[str], *, honest: bool = False) -> Draw
     payment = dice.choice([LATENESS, LATENESS, QUOTED, PER_REQUEST])
     exposure = dice.choice([0.02, 0.1, 0.5]) if payment != PER_REQUEST else dice.choice([2.0, 5.0])
     grant = exposure * dice.choice([1.5, 5.0, 50.0])
-    agreed = Agreed(payment, round(exposure * MICRO), round(grant * MICRO), 5 * MICRO)
+    agreed = Agreed(payment, round(exposure * MICRO), round(grant * MICRO), 5 * MICRO, duels)
     duration_s = dice.uniform(8.0, 25.0)
     asked: list[Asked] = []
     at_s = 1.0
@@ -108,12 +114,12 @@ def draw(seed: int, adversaries: Sequence[str], *, honest: bool = False) -> Draw
 def play(drawn: Drawn) -> Report:
     """Play a history; the same one gives the same report."""
     judge = Judge()
-    with _logged(judge):
+    with _logged(judge), _secrets(drawn.seed):
         try:
             report: Report = virtual.run(lambda loop: _play(loop, drawn, judge), executor_s=drawn.faults.write_s)
         except (Deadlock, Standstill) as error:
             judge.say(f"the world stands still: {error}")
-            return Report(drawn.seed, drawn.adversaries, judge.found, "", 0, Counter(), Counter(), [], 0.0)
+            return Report(drawn.seed, drawn.adversaries, judge.found, "", 0, Counter(), Counter(), [], [], 0, 0.0)
     return report
 
 
@@ -124,18 +130,25 @@ async def _play(loop: VirtualLoop, drawn: Drawn, judge: Judge) -> Report:
     strategies += [make(name) for name in drawn.adversaries]
     network = FaultyNetwork(loop, drawn.seed, drawn.faults, [USERS])
     world = Network(loop, network, drawn.seed, drawn.agreed, strategies, drawn.places, drawn.policies)
-    judge.world = world
+    judge.begin(world)
+    for row in range(len(world.nodes)):
+        world.asked_of[row] = frozenset(word(each.number) for each in drawn.asked if each.row == row)
     for node in world.nodes:
         node.strategy.prepare(node)
         node.boot()
     injecting = loop.create_task(drawn.faults.inject(network, world))
     looking = loop.create_task(_look(loop, judge))
-    users = [loop.create_task(_ask(world, each, judge)) for each in drawn.asked]
+    served = Served(world.nodes[0].config.deadlines_s)
+    users = [loop.create_task(_ask(world, each, judge, served)) for each in drawn.asked]
     await asyncio.wait([injecting])
     injecting.result()
     until_s = loop.time() + QUIET_S
     waited = [task for task, each in zip(users, drawn.asked, strict=True) if world.nodes[each.row].honest]
-    while loop.time() < until_s and not (all(each.done() for each in waited) and judge.is_quiet()):
+    late_s = loop.time() + LATE_S
+    while loop.time() < until_s:
+        there = waited if loop.time() > late_s else users
+        if all(each.done() for each in there) and judge.is_quiet():
+            break
         await asyncio.sleep(LOOK_S)
     looking.cancel()
     ends: Counter[str] = Counter()
@@ -148,9 +161,11 @@ async def _play(loop: VirtualLoop, drawn: Drawn, judge: Judge) -> Report:
         else:
             ends[task.result()] += 1
     judge.end()
+    priced = drawn.agreed.payment != PER_REQUEST
+    earnings = [served.earning(world, node) for node in world.nodes[honest:]] if priced else []
     report = Report(
         drawn.seed, drawn.adversaries, judge.found, network.history.digest(), network.history.count, network.faults,
-        ends, judge.dealings(), loop.time(),
+        ends, judge.dealings(), earnings, len(judge.duels.judged), loop.time(),
     )  # fmt: skip
     for node in world.nodes:
         node.host.crash()
@@ -164,11 +179,11 @@ async def _look(loop: VirtualLoop, judge: Judge) -> None:
         judge.look()
 
 
-async def _ask(world: Network, asked: Asked, judge: Judge) -> str:
+async def _ask(world: Network, asked: Asked, judge: Judge, served: Served) -> str:
     """Send a request and read its answer; returns how it ended."""
     await world.loop.sleep_until(asked.at_s)
     node = world.nodes[asked.row]
-    asking = _exchange(world, node, asked, judge)
+    asking = _exchange(world, node, asked, judge, served)
     try:
         if asked.leaves_s is None:
             return await asking
@@ -178,7 +193,7 @@ async def _ask(world: Network, asked: Asked, judge: Judge) -> str:
         return "left"
 
 
-async def _exchange(world: Network, node: Node, asked: Asked, judge: Judge) -> str:
+async def _exchange(world: Network, node: Node, asked: Asked, judge: Judge, served: Served) -> str:
     got = bytearray()
     try:
         async with world.network.transport(USERS).request(
@@ -187,7 +202,10 @@ async def _exchange(world: Network, node: Node, asked: Asked, judge: Judge) -> s
         ) as response:  # fmt: skip
             async for piece in response.iter_any():
                 got += piece
-        return judge.answered(asked.number, asked.output, asked.stream, response.status, bytes(got))
+        end = judge.answered(asked.number, asked.output, asked.stream, response.status, bytes(got))
+        if end == "answered":
+            served.answered(asked.row, asked.prompt, got.count(MARK), world.loop.time() - asked.at_s)
+        return end
     except TimeoutError:
         if world.loop.time() - asked.at_s < PATIENCE_S:
             raise
@@ -209,6 +227,17 @@ class _Errors(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep what nobody handled."""
         self.judge.logged(record)
+
+
+@contextmanager
+def _secrets(seed: int) -> Iterator[None]:
+    """Let what nodes draw for themselves be the seed's."""
+    dice, before = random.Random(f"secrets {seed}"), secrets.token_hex
+    secrets.token_hex = lambda nbytes=None: dice.randbytes(nbytes or 32).hex()
+    try:
+        yield
+    finally:
+        secrets.token_hex = before
 
 
 @contextmanager

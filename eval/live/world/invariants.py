@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from wwwserve.agents.protocol import ESCROW
 from wwwserve.eval.live.simulation.loop import current
+from wwwserve.eval.live.world.duels import DuelJudge
 from wwwserve.eval.live.world.engine import MARK, WORD_BYTES, word
 from wwwserve.eval.live.world.nodes import Network, Node
 from wwwserve.serving.http.sse import LAST_EVENT
@@ -51,6 +52,11 @@ class Judge:
     def __init__(self) -> None:
         self.found: list[str] = []
         self.world: Network
+        self.duels: DuelJudge
+
+    def begin(self, world: Network) -> None:
+        """Judge this one."""
+        self.world, self.duels = world, DuelJudge(world, self.say)
 
     def say(self, violation: str) -> None:
         """Something does not hold."""
@@ -115,6 +121,7 @@ class Judge:
                 most = node.ledger.exposure
                 if channel.accounts[OWN, ESCROW] > most or channel.accounts[PEER, ESCROW] > most:
                     self.say(f"{name}: more is in escrow than {most}: {balance}")
+            self.duels.look(node)
         for node, dealing in self._dealings():
             self._check_loss(node, dealing)
 
@@ -166,9 +173,11 @@ class Judge:
             "held": of.provider.held, "in the engine": len(of.execution.here), "handed over": len(of.delegation.handed),
             "offered": len(of.delegation.under_way), "of peers": of.metrics.remote_now,
             "in its ledger": len(ledger._running), "not written": ledger._added - ledger._written,
-            "told again": len(ledger._reconciler.again),
+            "told again": len(ledger._reconciler.again), "duels": of.delegation.duels.open,
         }  # fmt: skip
         honest = {each.name for each in self.honest}
+        if of.accounts is not None:
+            counts["untold"] = sum(len(of.accounts._untold.get(name, ())) for name in honest)
         for peer, channel in ledger.books.channels.items():
             counts["in escrow"] = counts.get("in escrow", 0) + len(channel.open)
             if peer in honest:
@@ -201,6 +210,7 @@ class Judge:
                     self.say(f"{pair}: {problem}")
                 if not settled(one, other):
                     self.say(f"{pair}: they own different amounts, or something is under way")
+        self.duels.end([node for node in self.honest if node.host.up])
 
     def _end_node(self, node: Node) -> None:
         name = node.host.name

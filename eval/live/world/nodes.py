@@ -1,5 +1,6 @@
 """Real nodes of a world: dispatchers and ledgers on virtual time, before engines that show whose answer it is."""
 
+import asyncio
 import hashlib
 import random
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from functools import cache
 from typing import Any, NamedTuple, cast
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from wwwserve.agents.protocol import MICRO, PAYMENTS, milliseconds
@@ -14,25 +16,31 @@ from wwwserve.agents.rules import Rule
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.eval.live.simulation.membership import Members, MemoryMembership
 from wwwserve.eval.live.simulation.network import Exchange, Host, MemoryNetwork, MemoryTransport
-from wwwserve.eval.live.world.engine import WordEngine, WordServer
+from wwwserve.eval.live.world.engine import WORD_BYTES, WordEngine, WordServer
 from wwwserve.eval.live.world.truth import Got, Truth, most_tokens, text_tokens
 from wwwserve.serving.config import CatalogueProfile, EngineConfig, LengthsConfig, MarketConfig, NodeConfig
 from wwwserve.serving.delegation import PROMPT, TARIFF
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
+from wwwserve.serving.duel.attestor import Attestor
+from wwwserve.serving.duel.judge import JudgeError, vote_by
+from wwwserve.serving.duel.judge_pool import Charge, Fee, JudgePool
+from wwwserve.serving.duel.messages import JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Pair
 from wwwserve.serving.engine.adapter import Engine
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages, Refusals
 from wwwserve.serving.http.reply import Reply
 from wwwserve.serving.http.routes import App
 from wwwserve.serving.http.sse import LAST_EVENT
-from wwwserve.serving.ledger.accounts import ESCROW, TOLERANCE_S, Delivery
+from wwwserve.serving.ledger.accounts import ESCROW, TOLERANCE_S, Came, Delivery
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Grant
+from wwwserve.serving.ledger.verdicts import Answer, Vote, committed
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import NodeProvider
 
 MODEL = "m"
 RTT_S = 0.05  # that nodes agree to reckon with; what the network takes is another matter
 ENGINE_TIMEOUT_S = 15.0
+JUDGING_S = 0.3  # that an engine compares two answers
 OUTPUT = LengthsConfig(median=60.0, sigma=0.5, max=200)
 
 
@@ -43,6 +51,7 @@ class Agreed(NamedTuple):
     exposure: int
     grant: int  # to each of the two of a channel
     stake: int  # that each may have at stake
+    duels: float = 0.0  # chance of a request that is handed over to go to two, whose answers are judged
 
 
 @cache
@@ -87,7 +96,8 @@ class Node:
                 profile=CatalogueProfile(gpu="rtx-4090", model="llama-2-7b", max_num_seqs=world.places[row]),
             ),
             market=MarketConfig(
-                payment=cast(Any, PAYMENTS[world.agreed.payment]), rtt_s=RTT_S, gossip_s=2.0, prefix_cache=False
+                payment=cast(Any, PAYMENTS[world.agreed.payment]), rtt_s=RTT_S, gossip_s=2.0, prefix_cache=False,
+                duel_probability=world.agreed.duels, judges=2, stake_rule="fixed" if world.agreed.duels else "load",
             ),
         )  # fmt: skip
         self.dispatcher: WatchedDispatcher
@@ -138,6 +148,7 @@ class Node:
             transport, metrics, host.url, ledger,
         )  # fmt: skip
         dispatcher.node = self
+        dispatcher.judge_pool, dispatcher.attestor = CountedPool(self, dispatcher), CountedAttestor(self)
         self.runs.append(dispatcher)
         self.app = App(dispatcher, config, Refusals(metrics.message_refused, world.loop.time))
         self.strategy.begin(self)
@@ -161,6 +172,7 @@ class Network:
         self.names = [identity(row).name for row in range(len(strategies))]
         self.members = Members(network, {name: f"n{row}" for row, name in enumerate(self.names)})
         self.strategies = strategies
+        self.asked_of: dict[int, frozenset[str]] = {}  # words of the requests of each node's own users, by its row
         self.nodes = [Node(self, row, strategy) for row, strategy in enumerate(strategies)]
         self.by_url = {node.host.url: node for node in self.nodes}
         self.by_name = {node.name: node for node in self.nodes}
@@ -198,6 +210,63 @@ class WatchedDispatcher(Dispatcher):
             )  # fmt: skip
         return whole
 
+    async def _judge(self, path: str, request: dict[str, Any], answers: tuple[str, str]) -> int:
+        """See `Dispatcher`: an engine finds that a question explains an answer of its own word."""
+        await asyncio.sleep(JUDGING_S)
+        if not self.node.server.up:
+            raise JudgeError("the engine is down")
+        own = request["messages"][0]["content"][:WORD_BYTES]
+        one, other = (float(answer.startswith(own)) for answer in answers)
+        return vote_by(one, other)
+
+
+class CountedPool(JudgePool):
+    """A judge that tells the truth of what it is to be paid for."""
+
+    def __init__(self, node: Node, dispatcher: Dispatcher) -> None:
+        super().__init__(node.identity, dispatcher._judge, dispatcher.metrics, node.ledger.stakes)
+        self.node = node
+
+    async def vote(self, origin: str, body: bytes, charge: Charge = lambda tokens: None) -> bytes:
+        """See `JudgePool`."""
+
+        def counted(tokens: int) -> Fee | None:
+            fee = charge(tokens)
+            return _CountedFee(self.node, origin, fee) if isinstance(fee, Delivery) else fee
+
+        vote = await super().vote(origin, body, counted)
+        truth, duel = self.node.world.truth, msgspec.json.decode(body, type=Pair).case.opening.name()
+        truth.signed[self.node.name, duel].add(msgspec.json.decode(vote, type=Vote).case)
+        return vote
+
+
+class CountedAttestor(Attestor):
+    """An executor that tells the truth of what it signs."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.identity, node.ledger.stakes)
+        self.node = node
+
+    def attest(self, origin: str, body: bytes) -> bytes:
+        """See `Attestor`."""
+        signed = super().attest(origin, body)
+        answer = msgspec.json.decode(signed, type=Answer)
+        self.node.world.truth.signed[self.node.name, committed(answer.secret)].add(answer.duel)
+        return signed
+
+
+class _CountedFee:
+    def __init__(self, node: Node, origin: str, fee: Delivery) -> None:
+        self.node, self.origin, self.fee = node, origin, fee
+
+    def end(self, answer: str, came: Came) -> None:
+        terms = self.fee._terms
+        self.node.world.truth.deliver(
+            self.node.name, self.origin, terms.tariff, terms.prompt, terms.prompt, came.tokens, JUDGED_TOKENS,
+            JUDGED_IN, came.took_s, came.whole,
+        )  # fmt: skip
+        self.fee.end(answer, came)
+
 
 class _Counted(Reply):
     def __init__(self, reply: Reply) -> None:
@@ -231,7 +300,11 @@ class CountingTransport(MemoryTransport):
         exchange = _CountedExchange(self, method, url, body, headers, timeout_s, read_timeout_s)
         if ESCROW in headers and peer:
             given, cached, output = map(int, headers[TARIFF].split())
-            exchange.got = Got((given, cached, output), int(headers.get(PROMPT, 0)), most_tokens(body))
+            if url.endswith(JUDGE_PATH):
+                prompt = msgspec.json.decode(body, type=Pair).prompt()
+                exchange.got = Got((given, cached, output), prompt, JUDGED_TOKENS, vote=True)
+            else:
+                exchange.got = Got((given, cached, output), int(headers.get(PROMPT, 0)), most_tokens(body))
             self.node.world.truth.got[self.node.name, peer].append(exchange.got)
         return exchange
 
@@ -248,4 +321,6 @@ class _CountedExchange(Exchange):
         if self.got is not None and self.error is None:
             self.got.tokens += text_tokens(piece)
             self.got.whole |= last or LAST_EVENT in piece
+            if self.got.vote and last:
+                self.got.tokens = JUDGED_TOKENS
         super().came(piece, last)

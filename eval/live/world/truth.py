@@ -25,10 +25,10 @@ def most_tokens(body: bytes) -> int:
 
 
 class Got:
-    """What came of one request at its origin."""
+    """What came of one request at its origin, or of one to judge."""
 
-    def __init__(self, tariff: Tariff, prompt: int, most: int) -> None:
-        self.tariff, self.prompt, self.most = tariff, prompt, most
+    def __init__(self, tariff: Tariff, prompt: int, most: int, vote: bool = False) -> None:
+        self.tariff, self.prompt, self.most, self.vote = tariff, prompt, most, vote
         self.tokens = 0
         self.taken = self.whole = False
 
@@ -40,6 +40,8 @@ class Truth:
         """`slack_s`: by which an executor's clock may differ from its origin's."""
         self.payment, self.slack_s = payment, slack_s
         self.delivered: defaultdict[tuple[str, str], int] = defaultdict(int)  # by executor and origin
+        # What each signed of one thing: as a judge cases of a duel, as an executor duels of one answer.
+        self.signed: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
         self.got: defaultdict[tuple[str, str], list[Got]] = defaultdict(list)  # by origin and executor
 
     def price(self, tariff: Tariff, prompt: int, tokens: int, most: int, whole: bool) -> int:
