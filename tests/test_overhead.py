@@ -12,7 +12,7 @@ def test_a_node_and_what_stands_beside_it_are_measured(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
     assert overhead.main(["--calls", "20", "--seconds", "1", "--connections", "4", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert set(found) - {"vllm_router"} == {"node", "fastapi_httpx"}
+    assert set(found) - {"vllm_router"} == {"node", "node_traced_5_percent", "node_traced", "fastapi_httpx"}
     for each in found.values():
         assert each["added_p50_ms"] > 0 and each["direct_p50_ms"] > 0
         assert each["requests_per_s"] > 0 and each["cpu_us_per_request"] > 0 and each["cpu_us_per_chunk"] > 0

@@ -1,11 +1,11 @@
 """What a node adds to a request, against calling the engine directly: `wwwserve overhead --json FILE`.
 
 A bare engine answers at once, on one core, which it shares with the client; what is measured stands between them on
-another: a node with its policy, and beside it, in the same run, a plain FastAPI application that passes requests on
-with httpx, and vLLM's router, which is written in Rust, where it is installed (`pip install -e '.[bench]'`). All are
-asked over kept connections. `added_p50_ms` is the difference of median latencies, one request at a time, direct and not
-in turn; `requests_per_s` is with `--connections` at once; `cpu_us_per_chunk` is the CPU time of the process for each
-chunk of a stream.
+another: a node with its policy, the same node where one request in twenty is traced, and each (the engine is the
+collector, too), a plain FastAPI application that passes requests on with httpx, and vLLM's router, which is written in
+Rust, where it is installed (`pip install -e '.[bench]'`). All are asked over kept connections. `added_p50_ms` is the
+difference of median latencies, one request at a time, direct and not in turn; `requests_per_s` is with `--connections`
+at once; `cpu_us_per_chunk` is the CPU time of the process for each chunk of a stream.
 """
 
 import asyncio
@@ -49,7 +49,9 @@ ANSWER = json.dumps(
         "usage": {"prompt_tokens": 20, "completion_tokens": 50, "total_tokens": 70},
     }
 ).encode()  # fmt: skip
+NODES = {"node": None, "node_traced_5_percent": 0.05, "node_traced": 1.0}  # by the share of requests that are traced
 CHUNK = b'data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"word "}}]}\n\n'
+DONE = b"data: [DONE]\n\n"
 METRICS = b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\n"
 MODELS = json.dumps({"object": "list", "data": [{"id": MODEL}]}).encode()
 
@@ -104,7 +106,7 @@ class Engine(asyncio.Protocol):
         for _ in range(STREAM_CHUNKS):
             self.transport.write(b"%x\r\n%s\r\n" % (len(CHUNK), CHUNK))
             await asyncio.sleep(CHUNK_EVERY_S)
-        self.transport.write(b"0\r\n\r\n")
+        self.transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(DONE), DONE))
 
 
 async def serve_engine(port: int) -> None:
@@ -221,7 +223,7 @@ async def measure(
     used_for_chunks_s = cpu_s(pid)
     answers = await asyncio.gather(*(caller.request(stream_wire) for caller in streams))
     used_for_chunks_s = cpu_s(pid) - used_for_chunks_s
-    chunks = sum(answer.count(b"data:") for answer in answers)
+    chunks = sum(answer.count(b'"delta":') for answer in answers)
     if chunks != STREAM_CHUNKS * len(streams):
         raise RuntimeError(f"{chunks} chunks came back, expected {STREAM_CHUNKS * len(streams)}")
     return {
@@ -261,10 +263,15 @@ def run(calls: int, seconds: float, connections: int, policy: str | None) -> dic
     with programs() as made:
         pinned(made, "engine", [*me, "--serve-engine", str(engine_port)], cores[-1], engine_port)
         [engine] = local_urls([engine_port])
-        config = {"name": "n", "port": node_port, "policy": policy, "engine": {"url": engine, "profile": PROFILE}}
-        [node] = write_nodes(made.folder, [config])
-        fastapi = [*me, "--serve-fastapi", str(other_port), engine]
-        measured = [("node", node.command().argv, node_port), ("fastapi_httpx", fastapi, other_port)]
+        measured = []
+        for name, sample in NODES.items():
+            config = {"name": "n", "port": node_port, "policy": policy, "engine": {"url": engine, "profile": PROFILE}}
+            if sample is not None:
+                config["tracing"] = {"endpoint": engine, "sample": sample}
+            (folder := made.folder / name).mkdir()
+            [node] = write_nodes(folder, [config])
+            measured.append((name, node.command().argv, node_port))
+        measured.append(("fastapi_httpx", [*me, "--serve-fastapi", str(other_port), engine], other_port))
         if find_spec("vllm_router"):
             router = [sys.executable, "-m", "vllm_router.launch_router", "--worker-urls", engine, "--host", "127.0.0.1",
                       "--port", str(router_port), "--prometheus-port", str(free_ports(1)[0]), "--policy", "round_robin",
