@@ -30,7 +30,8 @@ from wwwserve.serving import cli, config
 from wwwserve.serving.http.limits import KeyCounts
 from wwwserve.serving.metrics import Metrics
 
-OUT = Path(__file__).resolve().parent / "reference"
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs/reference"
 MADE = "<!-- Made by docs/generate.py: `make reference`. -->"
 LENGTHS = (config.LengthsConfig, scenario.Lognormal, scenario.LognormalSeconds)
 PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "file"}
@@ -133,7 +134,9 @@ def _number(value: float) -> str:
 
 
 def default_text(value: Any) -> str:
-    """A default as a file or a command line has it."""
+    """A default as a file or a command line has it; of a file of the package, its place there."""
+    if isinstance(value, Path) and value.is_relative_to(ROOT):
+        value = value.relative_to(ROOT)
     if value is None or value == () or value == {}:
         return ""
     if isinstance(value, bool):

@@ -210,7 +210,9 @@ def test_a_failing_peer_marks_the_delegation_and_not_the_request_that_another_an
             assert status == 200
 
             async def done() -> bool:
-                return any(each.name.startswith("POST") for each in collector.spans())
+                return {("POST", "n0"), ("serve", "n1")} <= {
+                    (each.name.partition(" ")[0], each.node) for each in collector.spans()
+                }
 
             await n.until(done)
             error = {(each.name, each.node): each.error for each in collector.spans()}
