@@ -110,7 +110,10 @@ class Connection(HttpToolsProtocol):
     def watch(self, hung_up: Callable[[], None] | None) -> None:
         """See `asgi.WATCH`, for the request that is answered now."""
         self._hung_up = hung_up
-        if hung_up is not None and self.cycle.disconnected:
+        if hung_up is None:
+            return
+        self.flow.resume_reading()  # which a large body may have paused, and without which nobody is seen to hang up
+        if self.cycle.disconnected:
             hung_up()
 
     def make_room(self) -> None:
