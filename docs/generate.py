@@ -30,7 +30,8 @@ from wwwserve.serving import cli, config
 from wwwserve.serving.http.limits import KeyCounts
 from wwwserve.serving.metrics import Metrics
 
-OUT = Path(__file__).resolve().parent / "reference"
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "docs/reference"
 MADE = "<!-- Made by docs/generate.py: `make reference`. -->"
 LENGTHS = (config.LengthsConfig, scenario.Lognormal, scenario.LognormalSeconds)
 PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "file"}
@@ -142,6 +143,8 @@ def default_text(value: Any) -> str:
         return " ".join(f"[{default_text(each)}]" if isinstance(each, tuple) else default_text(each) for each in value)
     if value == math.inf:
         return "end"
+    if isinstance(value, Path) and value.is_absolute():  # in the clone, which is elsewhere for others
+        return str(value.resolve().relative_to(ROOT))
     if isinstance(value, int | float):
         return f"{value // 2**20} MiB" if value >= 2**20 and value % 2**20 == 0 else f"{value:.12g}"
     if isinstance(value, LENGTHS):
