@@ -54,6 +54,7 @@ from wwwserve.serving.market import MOST_TOKENS, Promise, Tariff
 from wwwserve.serving.membership.heartbeat import Advert, Membership
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import Decision, NodeProvider
+from wwwserve.serving.plain import in_words
 from wwwserve.serving.reasons import Reasons
 from wwwserve.serving.tracing import Tracing, promised
 
@@ -567,7 +568,7 @@ class Dispatcher:
                 raise JudgeError(f"the engine answers {response.status}: {answer[:500]!r}")
             return orjson.loads(answer)
         except (TimeoutError, OSError, ValueError) as error:
-            raise JudgeError(f"{type(error).__name__}: {error}") from None
+            raise JudgeError(in_words(error)) from None
         finally:
             engine.returned(prompt, 0)
 

@@ -29,4 +29,6 @@ def in_words(error: BaseException) -> str:
         return f"{error.filename}: {said}" if error.filename is not None else said
     if isinstance(error, TimeoutError) and not str(error):
         return "no answer in time"
+    if isinstance(error, KeyError):
+        return f"there is no {error.args[0]}"
     return _TECHNICAL.sub("", str(error)) or type(error).__name__

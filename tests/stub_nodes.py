@@ -202,7 +202,8 @@ class Net:
 
 @contextlib.asynccontextmanager
 async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
-    """A network of one node for each stub; `more` goes into the nodes' configurations."""
+    """A network of one node for each stub; `more` goes into the nodes' configurations, what it has of `engine` beside
+    the stub's."""
     async with contextlib.AsyncExitStack() as stack:
         for stub in stubs:
             await stack.enter_async_context(stub.served())
@@ -225,7 +226,7 @@ async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
                 "engine": {"url": stub.url, "profile": PROFILE, "timeout_s": 2.0},
                 "market": {"tick_s": 0.1, "gossip_s": 0.2},
             }  # fmt: skip
-            made.configs.append(settings | more)
+            made.configs.append(settings | more | {"engine": settings["engine"] | more.get("engine", {})})
             await made.start(k)
         try:
             for k in range(len(stubs)):

@@ -15,7 +15,7 @@ from wwwserve.serving import config
 from wwwserve.serving.http.sse import AnswerMeter, Usage
 from wwwserve.serving.ledger.accounts import Came, Payment, hung_up
 from wwwserve.serving.ledger.statements import Terms
-from wwwserve.serving.ledger.token_rate import RATE_BYTES, RATE_SLACK, TokenRate
+from wwwserve.serving.ledger.token_rate import RATE_BYTES, RATE_SLACK, RATE_TOKENS, TokenRate
 from wwwserve.serving.market import Promise
 from wwwserve.serving.node_provider import NodeProvider
 
@@ -115,7 +115,6 @@ def test_a_peer_that_bills_a_little_too_much_for_ever_gains_no_more_than_the_exp
             paid = payment.end(PROMISE, Came(480, True, 0.1, Usage(10, 480), text_bytes=1600))
             loss += paid - 400 * PRICE // 1000
             await sides.exchange()
-        paid = sides.a.books.channels[B.name].total
         print(f"a fifth too many: honest loss {loss / MICRO:.3f} credits, exposure 10, {answers} answers")
         assert answers < 300 and loss < 20 * MICRO
 
@@ -145,6 +144,16 @@ def test_who_bills_more_than_most_is_found_out_where_most_bill_more_than_the_own
         for peer, tokens in (("a", 220), ("b", 220), ("c", 264)):
             over[peer] += rate.billed(peer, tokens, 800, PRICE)
     assert over["a"] == over["b"] < 3000 < over["c"]
+
+
+def test_two_that_give_themselves_up_do_not_let_a_third_bill_as_it_likes() -> None:
+    rate = TokenRate()
+    for _ in range(60):
+        rate.counted(200, 800)
+        for peer in "ab":
+            rate.billed(peer, 600, 800, PRICE)
+    over = sum(rate.billed("c", 600, 800, PRICE) for _ in range(1000))
+    assert over > 1000 * (600 - RATE_SLACK**2 * 200) - 2 * RATE_TOKENS
 
 
 def test_texts_that_differ_are_no_evidence() -> None:

@@ -75,6 +75,22 @@ def port_of(n: Net) -> int:
     return int(n.urls[0].rpartition(":")[2])
 
 
+def test_many_requests_to_go_on_in_another_protocol_at_once_are_all_answered() -> None:
+    """More than Python calls functions in each other, in one piece."""
+    asked = b"GET /health/live HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+
+    async def scene() -> None:
+        async with net(Stub()) as n:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port_of(n))
+            writer.write(asked * 1500 + GET.replace(b"host: a", b"host: a\r\nconnection: close"))
+            async with asyncio.timeout(60):
+                came = await reader.read()
+            assert came.count(b"HTTP/1.1 200 OK") == 1501
+            writer.close()
+
+    play(scene)
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat", GET, b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\n{"])
 @pytest.mark.parametrize("limit", ["connections", "connections_per_address"])
 def test_connections_on_which_nothing_is_under_way_shut_nobody_out(sent: bytes, limit: str) -> None:

@@ -169,6 +169,23 @@ def test_a_peer_that_takes_less_is_told_one_by_one_and_not_again_what_it_never_t
     assert hearer.heard == [*statements, "last"] and made.rejected == 2
 
 
+def test_a_peer_that_starts_anew_while_it_is_told_is_told_again() -> None:
+    class Restarted(Hearer):
+        async def send(self, peer: str, body: bytes) -> bytes:
+            answer = await super().send(peer, body)
+            if len(self.sizes) == 1:
+                made.gone(peer)
+                made.heard(peer)
+                made.tell_all(b"stated")
+            return answer
+
+    hearer = Restarted(most=1 << 20)
+    made = telling(hearer)
+    made.tell_all(b"stated")
+    told(made)
+    assert hearer.heard == ["stated", "stated"]
+
+
 @pytest.mark.parametrize("error", [LedgerError("it answers 507"), OSError("gone"), TimeoutError()])
 def test_what_a_peer_does_not_take_now_is_told_again(error: Exception) -> None:
     hearer = Hearer(most=1 << 20)

@@ -22,6 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "bug_reports.md"
 ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "Hello there"}]}
 BODY = json.dumps(ASKED).encode()
 KEY = {"name": "user", "key": "k"}
+PATIENT = {"timeout_s": 60.0}  # longer than a test waits
 
 
 # What clients send.
@@ -294,7 +295,7 @@ def test_who_hangs_up_stops_the_engine(by: str, stream: bool) -> None:
 
     async def scene() -> None:
         stubs = [Stub(pause_s=1.0, tokens=50)] if by == "the own engine" else [busy(), Stub(pause_s=1.0, tokens=50)]
-        async with net(*stubs) as n:
+        async with net(*stubs, engine=PATIENT) as n:
             asked = asyncio.create_task(n.ask(stream=stream))
             await begun(n, len(stubs) - 1)
             asked.cancel()
@@ -302,6 +303,30 @@ def test_who_hangs_up_stops_the_engine(by: str, stream: bool) -> None:
 
             async def aborted() -> bool:
                 return stubs[-1].aborted == 1
+
+            await n.until(aborted, PATIENCE_S)
+
+    play(scene)
+
+
+def test_who_hangs_up_after_a_large_body_that_came_late_stops_the_engine() -> None:
+    async def scene() -> None:
+        async with net(Stub(pause_s=1.0, tokens=50), engine=PATIENT) as n:
+            parts, writers = urlsplit(n.urls[0]), []
+            for size in range(80_000, 240_000, 20_000):  # which come in one piece or several
+                body = json.dumps(ASKED | {"user": "x" * size}).encode()
+                _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+                writer.write(post(body).removesuffix(body))
+                writers.append((writer, body))
+            await asyncio.sleep(0.2)  # the node waits for bodies
+            for writer, body in writers:
+                writer.write(body)
+            await begun(n, 0, len(writers))
+            for writer, _ in writers:
+                writer.close()
+
+            async def aborted() -> bool:
+                return n.stubs[0].aborted == len(writers)
 
             await n.until(aborted, PATIENCE_S)
 

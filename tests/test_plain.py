@@ -28,6 +28,7 @@ from wwwserve.serving.plain import in_words
          "Multiple exceptions: Connect call failed ('::1', 9)"),
         (ssl.SSLError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed (_ssl.c:1006)"),
          "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"),
+        (KeyError("x-wwwserve-ttft"), "there is no x-wwwserve-ttft"),
         (ValueError(), "ValueError"),
     ],
 )  # fmt: skip

@@ -151,6 +151,7 @@ def test_what_cannot_be_asked_or_was_tried_is_left_out_and_the_capacity_with_it(
         first.suspect("gone too")
         assert (pool.healthy, pool.takes, pool.count) == (True, False, 3)  # one is full, and will be back
         assert pool.load().running == 192 and pool.load().waiting > 100
+        assert chosen(pool) == 2  # rather than one that is gone
 
     play(scene)
 

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import orjson
@@ -37,6 +37,9 @@ from wwwserve.serving.boundary import BoundaryError, head_line, promise_of, warm
 from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF
 from wwwserve.serving.duel.judge import text_of
 from wwwserve.serving.duel.messages import ATTEST_PATH, JUDGE_PATH
+from wwwserve.serving.engine.adapter import Engine
+from wwwserve.serving.engine.pool import Pool
+from wwwserve.serving.http.asgi import WATCH
 from wwwserve.serving.http.keys import tagged
 from wwwserve.serving.http.messages import SIGNATURE, Messages
 from wwwserve.serving.http.sse import AnswerMeter, StreamError
@@ -182,7 +185,8 @@ class Boundary:
         assert node.ledger.is_reconciled(peer.name)
         peer.host.crash()
         dispatcher = node.dispatcher
-        dispatcher.engine = AnyEngine(node.server, node.config.engine_profile())  # type: ignore[assignment]
+        engine = cast(Engine, AnyEngine(node.server, node.config.engine_profile()))
+        dispatcher.engine = dispatcher.execution.engine = Pool([engine], dispatcher.provider.own)
         listed = StaticMembership(
             {peer.name: ADVERTISED}, node.identity, dispatcher.client.transport, self.loop.time, time.time
         )  # fmt: skip
@@ -222,7 +226,7 @@ class Boundary:
         address = f"10.{self.random.randrange(256)}.{self.random.randrange(256)}.{self.random.randrange(256)}"
         scope = {
             "type": "http", "method": "POST", "path": given.path, "raw_path": given.path.encode(), "query_string": b"",
-            "headers": raw, "client": (address, 1), "http_version": "1.1",
+            "headers": raw, "client": (address, 1), "http_version": "1.1", WATCH: lambda hung_up: None,
         }  # fmt: skip
         async with asyncio.timeout(ANSWER_S):
             await self.node.app(scope, receive, send)

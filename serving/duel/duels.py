@@ -36,6 +36,7 @@ from wwwserve.serving.ledger.verdicts import (
     verify_votes,
 )
 from wwwserve.serving.metrics import Metrics
+from wwwserve.serving.plain import in_words
 
 log = logging.getLogger("wwwserve.duel")
 
@@ -310,7 +311,7 @@ class Duels:
                 attempt.pay(True)
                 return answer
             except (OSError, TimeoutError, msgspec.DecodeError, StatementError) as error:
-                reason = str(error) or type(error).__name__
+                reason = in_words(error)
         log.warning("an executor does not sign its answer", extra={"peer": name, "reason": reason})
         attempt.pay(False)
         self.peers.duelled(name, False)
@@ -352,7 +353,7 @@ class Duels:
                 raise StatementError("it passes on another's vote")
             verify_votes(pair.case, [vote])
         except (OSError, TimeoutError, msgspec.DecodeError, StatementError) as error:
-            log.info("a judge is silent", extra={"peer": judge, "reason": str(error) or type(error).__name__})
+            log.info("a judge is silent", extra={"peer": judge, "reason": in_words(error)})
             return None
         return vote
 

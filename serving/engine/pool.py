@@ -153,11 +153,12 @@ class Pool:
         return any(each.takes and each not in tried for each in self.engines)
 
     def choose(self, prompt: int, cached: Lookup, tried: Collection[Engine] = ()) -> Engine:
-        """The engine for a request of `prompt` tokens, of those that can be asked, and were not `tried` if there are
-        others; of equal ones the one that was chosen least lately."""
+        """The engine for a request of `prompt` tokens, of those that can be asked, else of those that are but full, and
+        were not `tried` if there are others; of equal ones the one that was chosen least lately."""
         if self._only is not None:
             return self._only
-        there, each_waiting = self.there, float(self._usual[AD_MEAN_UNCACHED])
+        there = [each for each in self.there if each.healthy] or self.there
+        each_waiting = float(self._usual[AD_MEAN_UNCACHED])
         best, least = there[0], (math.inf, 0)
         for engine in [each for each in there if each not in tried] or there:
             load = engine.load()

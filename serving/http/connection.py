@@ -110,7 +110,10 @@ class Connection(HttpToolsProtocol):
     def watch(self, hung_up: Callable[[], None] | None) -> None:
         """See `asgi.WATCH`, for the request that is answered now."""
         self._hung_up = hung_up
-        if hung_up is not None and self.cycle.disconnected:
+        if hung_up is None:
+            return
+        self.flow.resume_reading()  # which a large body may have paused, and without which nobody is seen to hang up
+        if self.cycle.disconnected:
             hung_up()
 
     def make_room(self) -> None:
@@ -131,21 +134,25 @@ class Connection(HttpToolsProtocol):
             self._refuse(_too_large())
 
     def _parse(self, data: bytes) -> None:
+        rest = memoryview(data)  # of which many requests may be left, each of whom would be copied with all after it
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._stay(data[upgrade.args[0] :])
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = rest[upgrade.args[0] :]
+                if self.parser.get_method() == b"CONNECT":
+                    self._refuse(Failed(405, "method CONNECT is not allowed", "invalid_request_error"))
+                    return
+                self._stay()
+                self._unread += len(rest)
         except httptools.HttpParserError:
             self.send_400_response("")
 
-    def _stay(self, rest: bytes) -> None:
-        """Take a request to go on in another protocol for one in this: parse its head anew without the wish, and
-        then `rest`, which came after it."""
-        method, version = self.parser.get_method(), self.parser.get_http_version()
-        if method == b"CONNECT":
-            self._refuse(Failed(405, "method CONNECT is not allowed", "invalid_request_error"))
-            return
-        lines = [b"%b %b HTTP/%b" % (method, self.url, version.encode())]
+    def _stay(self) -> None:
+        """Take a request to go on in another protocol for one in this: parse its head anew without the wish."""
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         for name, value in self.headers:
             if name == b"connection":
                 value = b",".join(each for each in value.split(b",") if each.strip().lower() not in UPGRADE)
@@ -153,8 +160,7 @@ class Connection(HttpToolsProtocol):
                 lines.append(b"%b: %b" % (name, value))
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
-        self._unread += len(rest)
-        self._parse(b"\r\n".join([*lines, b"", rest]))
+        self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
     def on_message_begin(self) -> None:
         """See `httptools`."""

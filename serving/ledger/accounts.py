@@ -340,10 +340,9 @@ class Accounts:
     async def _exchange(self, peer: str) -> None:
         """Tell a peer all that there is to tell."""
         try:
-            while told := _first_of(self._untold.get(peer, [])):
+            while told := _first_of(untold := self._untold.get(peer, [])):
                 await self._tell(peer, told)
-                if peer in self._untold:  # it may have gone, and come back
-                    self._untold[peer] = [each for each in self._untold[peer] if each not in told]
+                untold[:] = [each for each in untold if each not in told]  # of what this run of the peer is told
             left = MOST_AT_ONCE
             while left and (message := await self.ledger.message(peer)) is not None:
                 again, asked = self.ledger.forgotten(peer), self.ledger.asked[peer]

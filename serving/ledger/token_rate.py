@@ -74,14 +74,15 @@ class TokenRate:
         return more
 
     def _usual(self, peer: str) -> float:
-        """How many times as many tokens as here most of the other peers bill, with this node among them; 1 at least."""
+        """How many times as many tokens as here most of the other peers bill, with this node among them: 1 at least,
+        and no more than one text may differ, as most of them may be of one hand."""
         ratios = [
             each.tokens / each.expected_here
             for name, each in self._billed.items()
             if name != peer and each.text_bytes >= RATE_BYTES and each.expected_here > 0.0
         ]
         ordered = sorted([1.0, *ratios])
-        return max(1.0, ordered[(len(ordered) - 1) // 2])
+        return min(max(1.0, ordered[(len(ordered) - 1) // 2]), RATE_SLACK)
 
     def _chance(self, of: Billed) -> float:
         """By how many tokens a peer's sum may be off by chance, and that of the own engine by which it is measured."""

@@ -27,7 +27,10 @@ from wwwserve.serving.setup.look import EngineSeen, catalogue_model, differing, 
 FIRST_PORT, PORTS = 9000, 100  # where a free one is looked for
 ENGINE = "http://127.0.0.1:8000"
 ARGUMENTS = "the arguments make no node"
-HEAD = "# A wwwserve node: docs/node.md has every key. `wwwserve join` adds a peer, `wwwserve doctor` looks it over.\n"
+HEAD = (
+    "# A wwwserve node: docs/reference/node-yaml.md has every key. `wwwserve join` adds a peer, `wwwserve doctor` "
+    "looks it over.\n"
+)
 
 Say = Callable[[str], None]
 Ask = Callable[[str, str], str]  # a question and its default; returns what is answered

@@ -33,10 +33,7 @@ from wwwserve.serving.ledger.statements import (
     link,
     sign,
 )
-from wwwserve.serving.ledger.verdicts import (
-    Stake,
-    Staked,
-)
+from wwwserve.serving.ledger.verdicts import Stake, Staked
 from wwwserve.serving.market import Promise, Tariff
 
 PATH = "/peer/v1/chat/completions"
