@@ -31,7 +31,7 @@ from wwwserve.serving.duel.messages import Declined
 from wwwserve.serving.engine.adapter import Engine, EngineError
 from wwwserve.serving.engine.pool import Pool, place_of
 from wwwserve.serving.engine.prefix_index import HERE, MOST_ENTRIES, NO_PREFIX, NOTHING, PrefixIndex
-from wwwserve.serving.execution import Execution
+from wwwserve.serving.execution import ENGINE_TRIES, Execution
 from wwwserve.serving.http.handover import meter_of, salted, with_keys
 from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.http.peers import PeerClient, PeerError
@@ -62,7 +62,6 @@ log = logging.getLogger("wwwserve.dispatcher")
 
 LEDGER_TIMEOUT_S = 5.0
 MODELS_S = 2.0  # between two looks at which models the engine serves
-ENGINE_TRIES = 3  # of one request, after which a failing engine is given up
 NOWHERE = ""  # the model of requests that no peer gets; none is named so
 RECENT = 50  # decisions that are kept to look at
 BYTES_PER_TOKEN = 4.0  # until answers tell better
@@ -79,6 +78,7 @@ class Job:
     prompt: int  # tokens
     placed: "asyncio.Future[Decision]"
     failures: int = 0  # of own engines
+    broken: int = 0  # of those, without an answer: such a request may be what breaks them, and is not to break all
     turned_away: bool = False  # by an own engine, which was full
     tried: tuple[Engine, ...] = ()  # own engines that did not answer
 
@@ -455,8 +455,9 @@ class Dispatcher:
             self.provider.come_back(job.request)
             return
         job.failures += not reason.full
+        job.broken += reason.status is None
         job.tried += (engine,)
-        if self.engine.spare(job.tried):
+        if job.broken < ENGINE_TRIES and self.engine.spare(job.tried):
             self.provider.come_back(job.request)
             return
         if job.failures >= ENGINE_TRIES:

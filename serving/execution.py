@@ -28,6 +28,7 @@ from wwwserve.serving.node_provider import NodeProvider
 from wwwserve.serving.plain import in_words
 from wwwserve.serving.tracing import end_exchange
 
+ENGINE_TRIES = 3  # of one request, after which failing engines are given up
 ENGINES_FAULT = (401, 407, 429)  # and from 500 on: of the engine or its key, not of the request
 
 
@@ -135,14 +136,16 @@ class Execution:
     ) -> None:  # fmt: skip
         """Run a peer's request on an engine, on the next where one brings no answer. Raises as `run`."""
         tried: tuple[Engine, ...] = ()
+        broken = 0
         while True:
             engine = self.choose(completion.prefix, prompt, tried)
             try:
                 await self.run(engine, completion, prompt, reply, request, meter, paid)
                 return
-            except RetryableError:
+            except RetryableError as reason:
                 tried += (engine,)
-                if meter.tokens or not self.engine.spare(tried):
+                broken += reason.status is None  # a request that breaks engines is not to break all
+                if meter.tokens or broken == ENGINE_TRIES or not self.engine.spare(tried):
                     raise
 
 

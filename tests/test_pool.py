@@ -327,6 +327,15 @@ def test_as_many_are_tried_as_there_are() -> None:
     play(scene)
 
 
+def test_a_request_that_breaks_engines_breaks_no_more_than_three() -> None:
+    async def scene() -> None:
+        async with node_of(*(Stub(mode="hangs up") for _ in range(5))) as n:
+            status, *_ = await n.ask()
+            assert status == 502 and sum(each.begun > 0 for each in n.stubs) == 3
+
+    play(scene)
+
+
 # Setting up.
 
 

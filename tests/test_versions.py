@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 from stub_nodes import GOOD, MODEL, PROFILE, Stub
 
+from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.serving import cli
 from wwwserve.serving.config import parse
 from wwwserve.serving.http.keys import Identity
@@ -29,7 +30,7 @@ from wwwserve.serving.local_nodes import (
     programs,
     write_nodes,
 )
-from wwwserve.serving.membership.heartbeat import BEAT_PATH, head_of
+from wwwserve.serving.membership.heartbeat import BEAT_PATH, SILENT_S, Advert, Head, StaticMembership, head_of
 from wwwserve.serving.setup.peer_view import Answer, View
 from wwwserve.serving.setup.peer_view import ask as view
 from wwwserve.serving.versions import SPEAKS, UNSAID, Versions, advice, common
@@ -94,6 +95,26 @@ def test_a_head_is_read_whatever_else_an_advert_says() -> None:
     for wrong in ([3, 2], [1], "2", [-1, 2], [1.5, 2]):
         with pytest.raises(Refused):
             head_of(msgspec.json.encode(said | {"speaks": wrong}))
+
+
+def test_a_peer_that_says_now_this_version_and_now_that_does_not_come_and_go() -> None:
+    now_s, told = 0.0, list[str]()
+    peer, own = Identity.generate(), Identity.generate()
+    nowhere: Any = None
+    peers = StaticMembership({peer.name: "http://127.0.0.1:1"}, own, nowhere, lambda: now_s)
+    peers._heard, peers._gone = lambda advert: told.append("there"), told.append
+    load = (1.0,) * ADVERT_SIZE
+    advert = Advert(peer.name, "p", "http://127.0.0.1:1", (MODEL,), 1, 1, load, 0.0)
+    other = Head(peer.name, "p", "http://127.0.0.1:1", speaks=Versions(THIS + 1, THIS + 1))
+    peers.alive(advert)
+    for _ in range(9):
+        peers.heard_unspoken(other)
+        peers.alive(advert)
+        now_s += 0.1
+    assert told == ["there", peer.name] and peer.name in peers.unspoken()
+    now_s += SILENT_S
+    peers.alive(advert)
+    assert told[2:] == ["there"] and not peers.unspoken()
 
 
 def test_a_node_of_before_versions_is_known_by_what_it_does_not_know() -> None:

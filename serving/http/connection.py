@@ -65,7 +65,9 @@ class Connection(HttpToolsProtocol):
         self._unread = 0  # bytes of a head that has not come to its end
         self._head = 0  # bytes of names and values of headers
         self._refused: Failed | None = None
-        self._hung_up: Callable[[], None] | None = None  # what waits for that
+        self._hung_up: dict[int, Callable[[], None]] = {}  # by request, what waits for that
+        self._requests = 0  # that came
+        self._lost = False
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = 0.0  # when it goes off
 
@@ -96,8 +98,9 @@ class Connection(HttpToolsProtocol):
             self._timer.cancel()
         self.places.leave(self)
         super().connection_lost(exc)
-        if self._hung_up is not None:
-            self._hung_up()
+        self._lost = True
+        for hung_up in [*self._hung_up.values()]:
+            hung_up()
 
     def proved(self, peer: str) -> None:
         """A request came by it that a peer signed. Raises Refused where it has no place and the peer has its share of
@@ -107,13 +110,14 @@ class Connection(HttpToolsProtocol):
                 raise Refused("crowded", f"{peer} has its share of the connections that are kept for peers")
             self.peer = peer
 
-    def watch(self, hung_up: Callable[[], None] | None) -> None:
-        """See `asgi.WATCH`, for the request that is answered now."""
-        self._hung_up = hung_up
+    def watch(self, request: int, hung_up: Callable[[], None] | None) -> None:
+        """See `asgi.WATCH`; `request` is the number of one that came by it."""
         if hung_up is None:
+            self._hung_up.pop(request, None)
             return
+        self._hung_up[request] = hung_up
         self.flow.resume_reading()  # which a large body may have paused, and without which nobody is seen to hang up
-        if self.cycle.disconnected:
+        if self._lost:
             hung_up()
 
     def make_room(self) -> None:
@@ -166,7 +170,8 @@ class Connection(HttpToolsProtocol):
         """See `httptools`."""
         super().on_message_begin()
         self.scope[CONNECTION] = self  # type: ignore[literal-required]
-        self.scope[WATCH] = self.watch  # type: ignore[literal-required]
+        self._requests += 1
+        self.scope[WATCH] = partial(self.watch, self._requests)  # type: ignore[literal-required]
         self._begun_s, self._head = self.loop.time(), 0
 
     def on_header(self, name: bytes, value: bytes) -> None:

@@ -278,8 +278,13 @@ class Heartbeat(ABC):
         return self._unspoken
 
     def alive(self, advert: Advert) -> None:
-        """A peer gave a sign of life."""
-        self._unspoken.pop(advert.name, None)
+        """A peer gave a sign of life. One that spoke another version just now is not believed yet: it would come and go
+        as often as it says now this and now that."""
+        unspoken = self._unspoken.get(advert.name)
+        if unspoken is not None:
+            if self.clock() < unspoken.heard_s + SILENT_S:
+                return
+            del self._unspoken[advert.name]
         self.beaten_s[advert.name] = self.clock()
         if self.numbers.get(advert.name) != (advert.run, advert.number):
             self.numbers[advert.name] = advert.run, advert.number
