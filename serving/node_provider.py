@@ -681,6 +681,7 @@ class NodeProvider:
             self.lookup = None
             kept_since_s(self._peers.adverts[0])
             self.offer(second, "peer")
+            self.is_out(second)
             self.accepted(second, 0.0, Promise(1.0, 1.0))
             self.streamed(second, 1)
             self.looked(2.0)

@@ -1,6 +1,8 @@
 """The configuration of a node: how it is read, that each key is documented, and what is refused."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,16 @@ def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any],
     assert config.parse(GOOD, "node.yaml").port == 9000
     with pytest.raises(config.ConfigError, match=f"node.yaml: .*{message}"):
         config.parse(GOOD | change, "node.yaml")
+
+
+def test_a_node_compiles_before_it_starts_what_it_does_with_requests() -> None:
+    code = """
+from wwwserve.serving import config, node, node_provider
+settings = config.parse(%r, "test")
+node.warm_up(settings, node.policy_of(None))
+for name, each in vars(node_provider).items():
+    if getattr(each, "signatures", None) == [] and each.__module__ == node_provider.__name__:
+        print(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code % GOOD], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
