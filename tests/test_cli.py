@@ -135,7 +135,9 @@ def test_a_tool_that_needs_training_libraries_names_the_extra(tool):
     command = [sys.executable, "-c", program, tool, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert re.fullmatch(rf"wwwserve {tool}: needs \w+: pip install 'wwwserve\[train\]'\n", done.stderr)
+    assert re.fullmatch(
+        rf"wwwserve {tool}: needs \w+: pip install '\.\[train\]' in a clone of the repository\n", done.stderr
+    )
 
 
 def test_verify_runs_where_no_training_library_can_be_imported(bundle):
