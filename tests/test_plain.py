@@ -61,7 +61,7 @@ def test_an_answer_that_breaks_off_is_told_without_names_of_a_library(general: b
 
     async def scene() -> None:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        url = "http://127.0.0.1:{}/".format(server.sockets[0].getsockname()[1])
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
         transport: Transport = AiohttpTransport() if general else DirectTransport()
         async with server:
             with pytest.raises(OSError) as caught:
