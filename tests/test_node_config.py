@@ -92,6 +92,12 @@ node.warm_up(settings, node.policy_of(None))
 for name, each in vars(node_provider).items():
     if getattr(each, "signatures", None) == [] and each.__module__ == node_provider.__name__:
         print(name)
+kinds = len(node_provider._appraise.signatures)
+for count in range(3):
+    provider = node.provider_of(settings, node.policy_of(None))
+    provider.appraise([(0, True, 1.0)] * count, 0.0)
+if len(node_provider._appraise.signatures) != kinds:
+    print("_appraise for some number of requests")
 """
     done = subprocess.run([sys.executable, "-c", code % GOOD], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
