@@ -114,7 +114,7 @@ def _notes(own: NodeConfig, identity: Identity, card: Card, name: str, file: Pat
         notes.append(f"`ledger.limits` has no {card.key}: agree on credit with {name}, or it is lent nothing")
     if not has_ours:
         notes.append(
-            f"{name} needs your card too: send {file_name(card_of(own, identity).name)}, or what `wwwserve card {file}` "
-            "prints"
+            f"{name} needs your card too: send {file_name(card_of(own, identity).name)}, or what "
+            f"`wwwserve card {file}` prints"
         )
     return notes
