@@ -279,7 +279,9 @@ def check_outputs(json_file: Path | None, figures: Path | None) -> None:
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            raise UsageError("--figures needs matplotlib: pip install 'wwwserve[train]'") from None
+            raise UsageError(
+                "--figures needs matplotlib: pip install '.[train]' in a clone of the repository"
+            ) from None
         try:
             figures.mkdir(exist_ok=True)
         except OSError as error:

@@ -398,7 +398,7 @@ def _run_tool(tool: Tool, prog: str, rest: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "wwwserve").partition(".")[0] == "wwwserve":
             raise
-        print(f"{prog}: needs {error.name}: pip install 'wwwserve[train]'", file=sys.stderr)
+        print(f"{prog}: needs {error.name}: pip install '.[train]' in a clone of the repository", file=sys.stderr)
         return FAILED
     sys.argv = [prog, *rest]
     return int(module.main() or DONE)

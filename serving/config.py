@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
@@ -444,6 +445,15 @@ def _is_url(url: str) -> bool:
     return True
 
 
+def _is_reached(url: str) -> bool:
+    """Whether it says a host, and no port that there is not."""
+    try:
+        parts = urlsplit(url)
+        return bool(re.fullmatch(r"https?://[!-~]+", url) and parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _ledger_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
     ledger = c.ledger
     if ledger is None:
@@ -493,7 +503,7 @@ def _tracing_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         return []
     endpoint, sample = c.tracing.endpoint, c.tracing.sample
     return [
-        ("tracing.endpoint", re.fullmatch(r"https?://[!-~]+", endpoint) is not None,
+        ("tracing.endpoint", _is_reached(endpoint),
          f"http:// or https:// and where a collector is, got {endpoint!r}"),
         ("tracing.sample", 0 <= sample <= 1, f"0 to 1, got {sample:g}"),
     ]  # fmt: skip
@@ -510,6 +520,8 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("policy", c.policy is None or c.policy in (*SHIPPED, *RULES) or Path(c.policy).is_dir(),
          f"{', '.join(SHIPPED)}, a rule ({', '.join(RULES)}) or the folder of a bundle, got {c.policy!r}"),
         ("every url", all(u.startswith(("http://", "https://")) for u in urls), f"http:// or https://, got {urls}"),
+        *[("engine.url", _is_reached(u), f"http:// or https://, a host and a port from 1 to 65535, got {u!r}")
+          for u in c.engine.urls],
         *[("every node's url", _is_url(u), f"a host, a port and a path at most, got {u!r}") for u in nodes],
         *[("every node's url", not is_unspecified(host_of(u)), f"an address at which others reach it, got {u!r}")
           for u in nodes],

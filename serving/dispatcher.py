@@ -107,7 +107,7 @@ class Dispatcher:
         self.tracing = tracing
         self.config, self.provider, self.membership = config, provider, membership
         self.engine = Pool(engines, provider.own)
-        self._down: set[Engine] = set()  # since when they may have begun anew
+        self._down: set[Engine] = set()  # of which the log says so; they may begin anew
         self.messages, self.metrics, self.url = messages, metrics, url
         self.speed = config.market.speed
         self.serves = list(config.serves)
@@ -180,16 +180,16 @@ class Dispatcher:
 
     async def tick(self) -> None:
         """Look at the engine and at what peers have of ours; decide anew on what is held; say how things are here."""
-        market, up = self.config.market, [each for each in self.engine.engines if each.healthy]
-        self._down.update(each for each in self.engine.engines if not each.healthy)
+        market, engines = self.config.market, self.engine.engines
+        failed = {each for each in engines if not each.healthy}  # some since the last look, by a request
         with suppress(EngineError):  # it is in the engine's reason
             await self.engine.scrape()
             await self.list_models()
-        for engine in up:
-            if not engine.healthy:
-                log.warning("the engine is down", extra={"engine": engine.label, "reason": engine.reason})
-        for engine in [each for each in self.engine.engines if each in self._down and each.healthy]:
-            self._down.remove(engine)
+        for engine in [each for each in engines if not each.healthy and each not in self._down]:
+            self._down.add(engine)
+            log.warning("the engine is down", extra={"engine": engine.label, "reason": engine.reason})
+        for engine in [each for each in engines if each.healthy and each in self._down | failed]:
+            self._down.discard(engine)
             self.prefixes.forget(engine.place)  # it may have started anew
             log.info("the engine is up", extra={"engine": engine.label, "serves": self.serves})
         now_s = self.clock()

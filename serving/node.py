@@ -42,11 +42,12 @@ from wwwserve.serving.membership.heartbeat import Membership, StaticMembership
 from wwwserve.serving.membership.zenoh import ZenohMembership, open_session
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import NodeProvider
-from wwwserve.serving.tracing import Tracing
+from wwwserve.serving.tracing import Tracing, check_installed
 
 log = logging.getLogger("wwwserve.node")
 
 ADMIN_CONNECTIONS = 64
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _PLAIN = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
@@ -94,6 +95,20 @@ def warm_up(config: NodeConfig, policy: Policy) -> None:
     provider_of(config, policy).warm_up()
     boundary.warm_up()
     overview.warm_up()
+
+
+def compiled(config: NodeConfig) -> Policy:
+    """The policy of a node, of which all is compiled that it runs: that takes a minute the first time, then 5 ms.
+
+    Raises as `serve`, for what can be told before that minute: a key, a port that is taken, tracing without its extra.
+    """
+    Identity.load(Path(config.key))
+    listen(config.host, config.port).close()
+    if config.tracing is not None:
+        check_installed()
+    policy = policy_of(config.policy)
+    warm_up(config, policy)
+    return policy
 
 
 def membership_of(
@@ -167,12 +182,10 @@ async def serve(
 
     Raises ValueError for a configuration or a key that cannot be, OSError for an address that cannot be used.
     """
+    policy = compiled(config)
     identity = Identity.load(Path(config.key))
-    listen(config.host, config.port).close()  # a port that is taken is told before a minute of compiling, not after it
-    policy = policy_of(config.policy)
     profile = config.engine_profile()
     provider = provider_of(config, policy)
-    warm_up(config, policy)
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(listen(config.host, config.port))
         url = config.url_at(listener.getsockname()[1])
@@ -242,8 +255,8 @@ async def serve(
 
 
 def run(config: NodeConfig) -> None:
-    """Run a node until SIGTERM or SIGINT, and then until what it has begun has ended; a second one ends it at once.
-    Prints its URL in a line of JSON when it is ready, logs to standard error."""
+    """Run a node until SIGTERM or SIGINT, and then until what it has begun has ended; a second one ends it at once, as
+    does the first while it compiles. Prints its URL in a line of JSON when it is ready, logs to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=config.log.upper(), handlers=[handler], force=True)
@@ -260,12 +273,15 @@ def run(config: NodeConfig) -> None:
                 running.cancel()
             stop.set()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
             asyncio.get_running_loop().add_signal_handler(number, end)
         await asyncio.wait({running})
         if not running.cancelled():
             running.result()
 
+    for number in ENDING:  # ends it at once while it compiles, in which no event loop turns
+        signal.signal(number, signal.SIG_DFL)
+    compiled(config)
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= files < config.limits.files:  # what a shell gives is not enough for all connections
         wanted = config.limits.files if most == resource.RLIM_INFINITY else min(config.limits.files, most)

@@ -681,6 +681,7 @@ class NodeProvider:
             self.lookup = None
             kept_since_s(self._peers.adverts[0])
             self.offer(second, "peer")
+            self.is_out(second)
             self.accepted(second, 0.0, Promise(1.0, 1.0))
             self.streamed(second, 1)
             self.looked(2.0)
@@ -698,6 +699,7 @@ class NodeProvider:
             remote = self.serve(1, 1, (0, 0, 0), Promise(1.0, 1.0), 0.0)
             self.is_cost_old(0.0)
             self.appraise([(first, True, 1.0), (remote, False, 1.0)], 0.0)
+            self.appraise((), 0.0)  # columns of no row, or of one, are of another type: they are contiguous
             self.served(remote)
             self.margin  # noqa: B018
             self.may_hold(first, 0.0)

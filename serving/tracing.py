@@ -27,10 +27,19 @@ if TYPE_CHECKING:
 PATH = "/v1/traces"  # of OTLP, where `endpoint` has none
 QUEUE = 8192  # spans that wait to be sent
 LAST_S = 2.0  # to send what is left when a node ends
+INSTALL = "pip install '.[trace]' in a clone of the repository"
 REFUSED = 409  # by which a peer says "not now"
 
 Attributes = Mapping[str, str | int | float | bool | None]
 NOTHING: Attributes = MappingProxyType({})
+
+
+def check_installed() -> None:
+    """Raises ConfigError where OpenTelemetry is not installed."""
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"tracing needs OpenTelemetry: {INSTALL}") from None
 
 
 class Span:
@@ -74,17 +83,15 @@ class Tracing:
 
     def __init__(self, config: TracingConfig, name: str, key: str) -> None:
         """For the node of that name and public key. Raises ConfigError where OpenTelemetry is not installed."""
-        try:
-            from opentelemetry import trace
-            from opentelemetry.context import Context
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import SpanLimits, TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-            from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-            from opentelemetry.sdk.trace.sampling import ALWAYS_ON
-        except ImportError:
-            raise ConfigError("tracing needs OpenTelemetry: pip install 'wwwserve[trace]'") from None
+        check_installed()
+        from opentelemetry import trace
+        from opentelemetry.context import Context
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import SpanLimits, TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+        from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
         class Ids(RandomIdGenerator):
             trace_id = 0  # of the next one that has no parent

@@ -16,6 +16,7 @@ from wwwserve.agents.policy.bundle import FORMAT, MANIFEST, SEALED, WEIGHTS, dig
 from wwwserve.agents.policy.network import Actor, weights_of
 from wwwserve.agents.view import VIEW_VERSION
 from wwwserve.serving import cli
+from wwwserve.serving.http.keys import Identity
 from wwwserve.train.export import export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +135,9 @@ def test_a_tool_that_needs_training_libraries_names_the_extra(tool):
     command = [sys.executable, "-c", program, tool, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert re.fullmatch(rf"wwwserve {tool}: needs \w+: pip install 'wwwserve\[train\]'\n", done.stderr)
+    assert re.fullmatch(
+        rf"wwwserve {tool}: needs \w+: pip install '\.\[train\]' in a clone of the repository\n", done.stderr
+    )
 
 
 def test_verify_runs_where_no_training_library_can_be_imported(bundle):
@@ -168,6 +171,30 @@ sys.exit(main())
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_node_that_compiles_is_ended_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    program = """
+import sys, time
+from wwwserve.serving import cli, node
+def compiling(*given):
+    print("compiling", flush=True)
+    for _ in range(600):
+        time.sleep(0.1)
+node.warm_up = compiling
+sys.exit(cli.main(["node", sys.argv[1]]))
+"""
+    Identity.generate().save(tmp_path / "n.pem")
+    profile = "{kind: catalogue, gpu: rtx-4090, model: qwen3-8b}"
+    file = tmp_path / "node.yaml"
+    file.write_text(f"name: n\nkey: n.pem\nport: 0\nengine: {{url: http://127.0.0.1:9, profile: {profile}}}\n")
+    command = [sys.executable, "-c", program, str(file)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "compiling\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (-number, "") and "Traceback" not in err
 
 
 def test_weights_of_another_bundle_are_named(bundle, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """The configuration of a node: how it is read, that each key is documented, and what is refused."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,11 @@ TLS = {"ca": __file__, "certificate": __file__, "key": "no.key"}
         ({"engine": {"url": "h:1", "profile": PROFILE}}, "every url must be http"),
         ({"engine": {"url": "http://h:1", "profile": PROFILE | {"gpu": "abacus"}}}, "abacus"),
         ({"engine": {"url": "http://h:1", "kind": "llm", "profile": PROFILE}}, r"at `\$.engine.kind`"),
+        ({"engine": {"url": "http://h:99999", "profile": PROFILE}}, "engine.url must be .* got 'http://h:99999'"),
+        ({"engine": {"url": ["http://h:1", "http://[::1:2"], "profile": PROFILE}}, "engine.url must be http:// or"),
+        ({"tracing": {"endpoint": "http://[::1"}}, "tracing.endpoint must be http:// or https://"),
+        ({"tracing": {"endpoint": "http://h:0/v1/traces"}}, "tracing.endpoint must be"),
+        ({"tracing": {"endpoint": "http:///v1/traces"}}, "tracing.endpoint must be"),
         ({"key": ""}, "key must be a file"),
         ({"cors": {"origins": ["app.example"]}}, r"cors.origins must be \* or http:// or https://.* got 'app.example'"),
         ({"cors": {"origins": ["https://app.example/"]}}, "cors.origins must be"),
@@ -75,3 +82,22 @@ def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any],
     assert config.parse(GOOD, "node.yaml").port == 9000
     with pytest.raises(config.ConfigError, match=f"node.yaml: .*{message}"):
         config.parse(GOOD | change, "node.yaml")
+
+
+def test_a_node_compiles_before_it_starts_what_it_does_with_requests() -> None:
+    code = """
+from wwwserve.serving import config, node, node_provider
+settings = config.parse(%r, "test")
+node.warm_up(settings, node.policy_of(None))
+for name, each in vars(node_provider).items():
+    if getattr(each, "signatures", None) == [] and each.__module__ == node_provider.__name__:
+        print(name)
+kinds = len(node_provider._appraise.signatures)
+for count in range(3):
+    provider = node.provider_of(settings, node.policy_of(None))
+    provider.appraise([(0, True, 1.0)] * count, 0.0)
+if len(node_provider._appraise.signatures) != kinds:
+    print("_appraise for some number of requests")
+"""
+    done = subprocess.run([sys.executable, "-c", code % GOOD], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import re
 import socket
 import ssl
 import urllib.error
@@ -48,3 +49,32 @@ def test_nobody_there_is_told_alike_by_both_transports(general: bool) -> None:
             await transport.close()
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("closed_here", [False, True])
+def test_an_answer_that_breaks_off_is_told_without_names_of_a_library(general: bool, closed_here: bool) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf")
+        if not closed_here:
+            writer.close()
+
+    async def scene() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        transport: Transport = AiohttpTransport() if general else DirectTransport()
+        async with server:
+            with pytest.raises(OSError) as caught:
+                async with transport.request("GET", url, headers={}, timeout_s=5.0, read_timeout_s=5.0) as response:
+                    async for piece in response.iter_any():
+                        assert piece == b"half"
+                        if closed_here:
+                            response.close()
+            if isinstance(transport, AiohttpTransport):
+                await transport.close()
+        said.append(in_words(caught.value))
+
+    said: list[str] = []
+    asyncio.run(scene())
+    assert not re.search(r"[a-z]Error|<", said[0]), said

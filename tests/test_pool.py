@@ -261,6 +261,51 @@ def test_while_one_is_down_the_node_is_smaller_and_with_none_it_answers_503(caps
     play(scene)
 
 
+def named_down(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.engine for each in caplog.records if each.message == "the engine is down"]  # type: ignore[attr-defined]
+
+
+def test_the_log_names_an_engine_that_is_down_at_the_start_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with Stub().served() as well, net(Stub()) as n:
+            n.configs[0]["engine"] = n.configs[0]["engine"] | {"url": ["http://127.0.0.1:9", well.url]}
+            n.running[0].cancel()
+            await asyncio.gather(*n.running, return_exceptions=True)
+            await n.start(0)
+
+            async def named() -> bool:
+                return bool(named_down(caplog))
+
+            await n.until(named)
+            await asyncio.sleep(0.3)  # three looks more
+            assert named_down(caplog) == ["127.0.0.1:9"]
+
+    play(scene)
+
+
+def test_the_log_names_an_engine_that_a_request_finds_down(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        async with contextlib.AsyncExitStack() as life, Stub().served() as well:
+            first = await life.enter_async_context(Stub().served())
+            engine = {"url": [first.url, well.url], "profile": PROFILE}
+            async with net(Stub(), engine=engine, market={"tick_s": 1.0}) as n:
+
+                async def both() -> bool:
+                    return all(each["takes"] for each in (await n.see())["engine"]["each"])
+
+                async def named() -> bool:
+                    return bool(named_down(caplog))
+
+                await n.until(both)
+                await life.aclose()
+                assert [(await n.ask())[0] for _ in range(2)] == [200, 200]  # long before it is scraped twice in vain
+                assert not (await n.see())["engine"]["each"][0]["up"] and not named_down(caplog)
+                await n.until(named)
+                assert named_down(caplog) == [first.url.removeprefix("http://")]
+
+    play(scene)
+
+
 def test_a_peers_request_is_answered_by_another_engine_where_one_does_not() -> None:
     async def scene() -> None:
         async with Stub(mode="500").served() as broken, Stub().served() as well, net(busy(), Stub()) as n:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,9 +20,12 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from stub_nodes import GOOD, Net, Stub, busy, hang_up, net, play
 
+from wwwserve.serving import node
 from wwwserve.serving.config import ConfigError, TracingConfig, parse
+from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.trace import trace_of
 from wwwserve.serving.local_nodes import free_ports
+from wwwserve.serving.setup.doctor import FAILED, examine
 from wwwserve.serving.tracing import LAST_S, Tracing
 
 TRACE_ID, USERS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -325,10 +330,18 @@ def test_without_tracing_opentelemetry_is_not_loaded() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_where_it_is_not_installed_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"pip install 'wwwserve\[trace\]'"):
-        Tracing(TracingConfig(endpoint="http://127.0.0.1:4318"), "n", "k")
+def test_where_it_is_not_installed_that_is_said_before_a_minute_of_compiling(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    monkeypatch.setattr(node, "warm_up", lambda *given: pytest.fail("compiled"))
+    Identity.generate().save(tmp_path / "n.pem")
+    settings = GOOD | {"key": str(tmp_path / "n.pem"), "tracing": {"endpoint": "http://127.0.0.1:4318"}, "port": 0}
+    with pytest.raises(ConfigError, match=r"tracing needs OpenTelemetry: pip install '\.\[trace\]'"):
+        node.compiled(parse(settings, "node.yaml"))
+    (tmp_path / "node.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    [found] = [each for each in examine(tmp_path / "node.yaml") if each.what == "tracing"]
+    assert found.state == FAILED and "pip install '.[trace]'" in found.do
 
 
 @pytest.mark.parametrize(

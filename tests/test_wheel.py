@@ -137,7 +137,7 @@ def test_base_install_prints_the_catalogue_and_names_the_extra_for_training(node
     assert "rtx-4090" in shown and "roofline" in shown and "fitted" in shown
     command = [str(node_python.with_name("wwwserve")), "train", "--agent-steps", "200000"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.endswith(": pip install 'wwwserve[train]'\n")
+    assert done.returncode == 1 and done.stderr.endswith(": pip install '.[train]' in a clone of the repository\n")
 
 
 def test_base_install_has_the_tuned_rules(node_python, tmp_path):

@@ -189,4 +189,7 @@ class AiohttpTransport:
 
 def _os_error(error: Exception) -> OSError:
     """An error of aiohttp as what a `Transport` raises."""
-    return error if isinstance(error, OSError) else ConnectionError(f"{type(error).__name__}: {error}")
+    if isinstance(error, OSError):
+        return error
+    broken = isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError)
+    return ConnectionError("the connection was broken off" if broken else f"{type(error).__name__}: {error}")

@@ -34,6 +34,7 @@ from wwwserve.serving.ledger.journal import JournalError
 from wwwserve.serving.local_nodes import NetworkError
 from wwwserve.serving.setup.look import MOST_OFF, EngineSeen, catalogue_model, differing, look_at_engine, own_network
 from wwwserve.serving.setup.peer_view import Answer, View, ask
+from wwwserve.serving.tracing import INSTALL, check_installed
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 SOON = timedelta(days=14)  # in which a certificate ends
@@ -71,7 +72,14 @@ def examine(file: Path) -> list[Finding]:
     running, why = _running(node, identity)
     found += _ports(node, identity, running, why)
     found += asyncio.run(_engines(node))
-    found += [_files(node), *_policy(node), *_certificates(node, identity), _proxies(), *_address(node)]
+    found += [
+        _files(node),
+        *_policy(node),
+        *_tracing(node),
+        *_certificates(node, identity),
+        _proxies(),
+        *_address(node),
+    ]
     found += _ledger(node, identity)
     found += asyncio.run(_peers(node, identity, running))
     return found
@@ -187,6 +195,17 @@ def _policy(node: NodeConfig) -> Iterator[Finding]:
         yield Finding("policy", FAILED, str(error), "take another `policy`, or get the bundle again")
         return
     yield Finding("policy", OK, f"{node.policy or folder.name}, whose files have the digests that they should")
+
+
+def _tracing(node: NodeConfig) -> Iterator[Finding]:
+    if node.tracing is None:
+        return
+    try:
+        check_installed()
+    except ConfigError:
+        yield Finding("tracing", FAILED, "OpenTelemetry is not installed, so the node does not start", INSTALL)
+    else:
+        yield Finding("tracing", OK, f"{node.tracing.sample:.3g} of the requests, to {node.tracing.endpoint}")
 
 
 def _certificates(node: NodeConfig, identity: Identity) -> Iterator[Finding]:

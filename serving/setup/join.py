@@ -37,7 +37,7 @@ def join(file: Path, card_file: Path, name: str | None = None) -> Joined:
     _check(own, identity, card, name, file)
     with file.open(encoding="utf-8", newline="") as content:
         text = content.read()
-    notes = _notes(own, identity, card, name, file)
+    notes = _notes(own, identity, card, name, file, has_ours=before is not None)
     if before is not None:
         changed = with_key(with_url(text, before.key, card.url), before.key, card.key)
         said = f"{name} has a new key, {card.key}, which its old one, {before.key}, has signed"
@@ -101,7 +101,8 @@ def _check(own: NodeConfig, identity: Identity, card: Card, name: str, file: Pat
         )
 
 
-def _notes(own: NodeConfig, identity: Identity, card: Card, name: str, file: Path) -> list[str]:
+def _notes(own: NodeConfig, identity: Identity, card: Card, name: str, file: Path, has_ours: bool) -> list[str]:
+    """What is left to do; `has_ours`: the peer was one before, so it has this node's card."""
     notes = []
     at = own.url_at(own.port)
     if is_loopback(host_of(at)) and not is_loopback(host_of(card.url)):
@@ -111,8 +112,9 @@ def _notes(own: NodeConfig, identity: Identity, card: Card, name: str, file: Pat
     ledger = own.ledger
     if isinstance(ledger, LedgerConfig) and ledger.genesis is None and card.key not in ledger.limits:
         notes.append(f"`ledger.limits` has no {card.key}: agree on credit with {name}, or it is lent nothing")
-    notes.append(
-        f"{name} needs your card too: send {file_name(card_of(own, identity).name)}, or what `wwwserve card {file}` "
-        "prints"
-    )
+    if not has_ours:
+        notes.append(
+            f"{name} needs your card too: send {file_name(card_of(own, identity).name)}, or what "
+            f"`wwwserve card {file}` prints"
+        )
     return notes
