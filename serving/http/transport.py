@@ -33,6 +33,10 @@ class AnswerTooLarge(OSError):
     """A body or a line is longer than the caller takes."""
 
 
+class OtherKeyError(ConnectionError):
+    """The other side of a connection is not the peer that was meant."""
+
+
 class Response(Protocol):
     """A response of which the head is there. Reading its body raises OSError or TimeoutError where it breaks off."""
 
@@ -191,5 +195,7 @@ def _os_error(error: Exception) -> OSError:
     """An error of aiohttp as what a `Transport` raises."""
     if isinstance(error, OSError):
         return error
+    if isinstance(error, aiohttp.ServerFingerprintMismatch):
+        return OtherKeyError("it has another key than it is known by")
     broken = isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError)
     return ConnectionError("the connection was broken off" if broken else f"{type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ import orjson
 
 from wwwserve.serving.config import NodeConfig
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.http.transport import AiohttpTransport
+from wwwserve.serving.http.transport import AiohttpTransport, OtherKeyError
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, MOST_BYTES, knock
 from wwwserve.serving.plain import in_words
 
@@ -53,8 +53,8 @@ async def ask(config: NodeConfig, identity: Identity, key: str, url: str) -> Ans
         ) as response:  # fmt: skip
             content = await response.read(MOST_BYTES)
     except (OSError, TimeoutError) as error:
-        other = "FingerprintMismatch" in str(error)
-        return Answer(View.OTHER_KEY if other else View.UNREACHABLE, in_words(error))
+        view = View.OTHER_KEY if isinstance(error, OtherKeyError) else View.UNREACHABLE
+        return Answer(view, in_words(error))
     finally:
         await transport.close()
     now_s = (start_s + time.time()) / 2
