@@ -38,6 +38,7 @@ from wwwserve.serving.ledger.accounts import TOLERANCE_S
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
 from wwwserve.serving.ledger.genesis import agreed
 from wwwserve.serving.ledger.journal import SqliteJournal
+from wwwserve.serving.ledger.warm_up import warm_up as ledger_warm_up
 from wwwserve.serving.membership.heartbeat import Membership, StaticMembership
 from wwwserve.serving.membership.zenoh import ZenohMembership, open_session
 from wwwserve.serving.metrics import Metrics
@@ -95,6 +96,8 @@ def warm_up(config: NodeConfig, policy: Policy) -> None:
     provider_of(config, policy).warm_up()
     boundary.warm_up()
     overview.warm_up()
+    if config.ledger is not None:
+        ledger_warm_up()
 
 
 def compiled(config: NodeConfig) -> Policy:

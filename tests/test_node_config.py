@@ -86,11 +86,18 @@ def test_a_wrong_configuration_is_refused_with_its_field(change: dict[str, Any],
 
 def test_a_node_compiles_before_it_starts_what_it_does_with_requests() -> None:
     code = """
+import sys
+from wwwserve.agents import protocol
 from wwwserve.serving import config, node, node_provider
 settings = config.parse(%r, "test")
 node.warm_up(settings, node.policy_of(None))
 for name, each in vars(node_provider).items():
     if getattr(each, "signatures", None) == [] and each.__module__ == node_provider.__name__:
+        print(name)
+for name, each in vars(protocol).items():
+    if getattr(each, "signatures", None) == [] and any(
+        getattr(module, name, None) is each for at, module in sys.modules.items() if ".serving.ledger." in at
+    ):
         print(name)
 kinds = len(node_provider._appraise.signatures)
 for count in range(3):
@@ -99,5 +106,6 @@ for count in range(3):
 if len(node_provider._appraise.signatures) != kinds:
     print("_appraise for some number of requests")
 """
-    done = subprocess.run([sys.executable, "-c", code % GOOD], capture_output=True, text=True, check=False)
+    settings = GOOD | {"ledger": {"file": "n.db", "limits": {Identity.generate().name: {"ours": 1, "theirs": 1}}}}
+    done = subprocess.run([sys.executable, "-c", code % settings], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
