@@ -338,6 +338,10 @@ def test_models_are_those_that_all_engines_serve() -> None:
             await n.until(told)
             reason = (await n.see())["engine"]["reason"]
             assert f"{first.url} serves stub, lora-a, lora-b, while {second.url} serves other" in reason
+            before = second.begun
+            assert [(await n.ask())[0] for _ in range(4)] == [200] * 4
+            assert second.begun == before, "one that serves something else now is left out"
+            assert [each["takes"] for each in (await n.see())["engine"]["each"]] == [True, False]
             second.models_served = [MODEL]
 
             async def well() -> bool:

@@ -71,6 +71,8 @@ class Pool:
         self._turns = {engine: 0 for engine in self.engines}  # when each was chosen last
         self._scraping: dict[Engine, asyncio.Task[None]] = {}
         self._differ = ""  # how the models are that engines serve, where they have none in common
+        self._agreed: list[str] = []  # names of models that all served when they last had some in common
+        self._odd: set[Engine] = set()  # engines that serve none of these, and are left out
         for k, engine in enumerate(self.engines):
             engine.place = place_of(k)
 
@@ -79,7 +81,7 @@ class Pool:
     @property
     def there(self) -> list[Engine]:
         """Those that can be asked; all where none can."""
-        return [each for each in self.engines if each.takes] or self.engines
+        return [each for each in self.engines if self._can_be_asked(each)] or self.engines
 
     @property
     def count(self) -> int:
@@ -99,7 +101,10 @@ class Pool:
     @property
     def takes(self) -> bool:
         """Whether one of them can be asked."""
-        return any(each.takes for each in self.engines)
+        return any(self._can_be_asked(each) for each in self.engines)
+
+    def _can_be_asked(self, engine: Engine) -> bool:
+        return engine.takes and engine not in self._odd
 
     @property
     def reason(self) -> str:
@@ -134,7 +139,7 @@ class Pool:
         cache in use; as full as can be where it takes none."""
         loads = {each: each.load() for each in self.engines}
         return {
-            each.label: (each.takes, load.running, load.waiting, load.kv_tokens / self.alone.kv_tokens)
+            each.label: (self._can_be_asked(each), load.running, load.waiting, load.kv_tokens / self.alone.kv_tokens)
             for each, load in loads.items()
         }
 
@@ -150,7 +155,7 @@ class Pool:
 
     def spare(self, tried: Collection[Engine]) -> bool:
         """Whether there is one that can be asked and was not tried."""
-        return any(each.takes and each not in tried for each in self.engines)
+        return any(self._can_be_asked(each) and each not in tried for each in self.engines)
 
     def choose(self, prompt: int, cached: Lookup, tried: Collection[Engine] = ()) -> Engine:
         """The engine for a request of `prompt` tokens, of those that can be asked, else of those that are but full, and
@@ -208,16 +213,23 @@ class Pool:
                 raise names
         if not served:
             raise EngineError("no engine says which models it serves" if asked else self.reason)
-        first, *others = served
-        common, before, self._differ = served[first], self._differ, ""
+        odd = {engine for engine, names in served.items() if self._agreed and not set(names) & set(self._agreed)}
+        self._odd = odd if len(odd) < len(served) else set()  # where all have changed, they may agree anew
+        first, *others = [engine for engine in served if engine not in self._odd]
+        common, apart = served[first], next(iter(self._odd), None)
         for other in others:
+            if not set(common) & set(served[other]):
+                apart = other
             common = [name for name in common if name in served[other]]
-            if not common:
-                said_of = [f"{each.url} serves {', '.join(served[each])}" for each in (first, other)]
-                self._differ = f"engines of a node have to serve the same models, and {', while '.join(said_of)}"
-                if self._differ != before:
-                    log.error("engines serve different models", extra={"reason": self._differ})
-                raise EngineError(self._differ)
+        before, self._differ = self._differ, ""
+        if apart is not None:
+            said_of = [f"{each.url} serves {', '.join(served[each])}" for each in (first, apart)]
+            self._differ = f"engines of a node have to serve the same models, and {', while '.join(said_of)}"
+            if self._differ != before:
+                log.error("engines serve different models", extra={"reason": self._differ})
+        if not common:
+            raise EngineError(self._differ)
+        self._agreed = common
         return common
 
     def close(self) -> None:
