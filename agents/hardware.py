@@ -26,7 +26,7 @@ prints the errors on the other half.
 
 import math
 from collections.abc import Callable
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from numbers import Integral
 from statistics import median
 from typing import Any
@@ -139,6 +139,30 @@ class Profile:
         last = self.batch_s[-1:] or (0.0,)
         batch_s = self.batch_s + last * (KNOTS - len(self.batch_s))
         return np.array([*(getattr(self, field.name) for field in _numbers(self)), *batch_s], dtype=np.float64)
+
+
+def pooled(alone: Profile, count: int) -> Profile:
+    """The engine that `count` of this profile are together, while their load is even.
+
+    Each decodes its share of the sequences and computes its share of the prompts meanwhile. What is not so: one prompt
+    is computed by one engine, `count` times as slowly as it seems here, which whoever promises has to add.
+    """
+    if count == 1:
+        return alone
+    shift = round(math.log2(count))  # a batch of so many is one of a share of it on each
+    return replace(
+        alone,
+        per_seq_s=alone.per_seq_s / count,
+        per_kv_token_s=alone.per_kv_token_s / count,
+        prefill_base_s=alone.weight_s + (alone.prefill_base_s - alone.weight_s) / count,
+        per_token_s=alone.per_token_s / count,
+        per_pair_s=alone.per_pair_s / count,
+        kv_blocks=alone.kv_blocks * count,
+        max_num_seqs=alone.max_num_seqs * count,
+        max_batched_tokens=alone.max_batched_tokens * count,
+        batch_s=(alone.batch_s[:1] * shift + alone.batch_s)[:KNOTS],
+        source=f"{count} engines, each {alone.source}",
+    )
 
 
 def _numbers(made: Profile) -> list[Field[Any]]:

@@ -17,7 +17,7 @@ from wwwserve.agents.classes import CLASS_LAST_DEADLINE_S, MAX_CLASSES
 from wwwserve.agents.decision import FIRST_CANDIDATE, NODES, make_actions, may_hold, may_offer
 from wwwserve.agents.estimate import expect, prefill_delay_s
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
-from wwwserve.agents.hardware import Profile
+from wwwserve.agents.hardware import Profile, pooled
 from wwwserve.agents.kernel import Bools, Floats, Ints, Records, kernel, one_at_a_time, records
 from wwwserve.agents.knowledge import (
     AD_CONTEXT,
@@ -60,7 +60,6 @@ from wwwserve.agents.provider import (
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.tariff import cost_of, in_micro, price_by, write_compute
 from wwwserve.agents.view import Views, ViewScratch, make_views, write_view
-from wwwserve.serving.engine.pool import pooled
 from wwwserve.serving.market import Market, Promise, Tariff
 
 _RUNNING = np.dtype([("request", np.int64), ("own", np.bool_), ("generated", np.float64)])
@@ -488,7 +487,7 @@ class NodeProvider:
 
     def resize(self, engines: int) -> None:
         """So many engines of its profile are there from now on, which are one in its adverts, see
-        `serving.engine.pool.pooled`."""
+        `agents.hardware.pooled`."""
         self.engines = engines
         write_profile(self.own, pooled(self._profile, engines).row(), 1.0)
 

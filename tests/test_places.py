@@ -1,10 +1,16 @@
-"""Who may have a connection."""
+"""Who may have a connection, and who hears that it is gone."""
 
+import asyncio
 import random
+from typing import Any
 
 import pytest
 
+from wwwserve.serving.config import LimitsConfig
+from wwwserve.serving.http.addresses import listen
+from wwwserve.serving.http.asgi import WATCH, answer
 from wwwserve.serving.http.places import Places, address_of
+from wwwserve.serving.http.server import server_of
 
 
 class Door:
@@ -117,3 +123,39 @@ def test_whatever_comes_the_bounds_hold() -> None:
 )  # fmt: skip
 def test_what_counts_as_one_address(host: str, address: str) -> None:
     assert address_of(host) == address
+
+
+def test_each_of_two_requests_on_a_connection_hears_of_its_own_client_that_hangs_up() -> None:
+    """The first is answered, and not yet over, when the second begins."""
+    told, waits, over = list[str](), asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"]
+        scope[WATCH](lambda: told.append(path))
+        if path == "/first":
+            await answer(send, 200, b"{}")
+            await waits.wait()
+            scope[WATCH](None)
+            over.set()
+        else:
+            waits.set()
+            await over.wait()
+            await asyncio.Event().wait()
+
+    async def scene() -> None:
+        with listen("127.0.0.1", 0) as listener:
+            server = server_of(app, LimitsConfig())
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            for path in ("/first", "/second"):
+                writer.write(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path.encode())
+            async with asyncio.timeout(10):
+                await over.wait()
+                writer.close()
+                while not told:
+                    await asyncio.sleep(0.01)
+            server.should_exit = server.force_exit = True
+            await serving
+
+    asyncio.run(scene())
+    assert told == ["/second"]

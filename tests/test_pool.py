@@ -13,7 +13,7 @@ import yaml
 from stub_nodes import GOOD, MODEL, PROFILE, Net, Stub, busy, net, play
 
 from wwwserve.agents.estimate import expect, prefill_delay_s
-from wwwserve.agents.hardware import Profile, profile
+from wwwserve.agents.hardware import Profile, pooled, profile
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.knowledge import (
     AD_CONTEXT,
@@ -31,7 +31,7 @@ from wwwserve.agents.tariff import write_compute
 from wwwserve.serving import cli, config
 from wwwserve.serving.display import show
 from wwwserve.serving.engine.adapter import Engine, Load
-from wwwserve.serving.engine.pool import Pool, pooled
+from wwwserve.serving.engine.pool import Pool
 from wwwserve.serving.http.upstream import DirectTransport
 from wwwserve.serving.node_provider import NodeProvider
 from wwwserve.serving.setup.doctor import FAILED, OK, examine

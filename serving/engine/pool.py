@@ -10,14 +10,13 @@ An engine that fails or is full is left out until it is heard again.
 """
 
 import asyncio
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from wwwserve.agents.hardware import KNOTS, Profile
+from wwwserve.agents.hardware import Profile, pooled
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.knowledge import AD_MEAN_UNCACHED
 from wwwserve.serving.engine.adapter import DOWN_WAITING, Engine, EngineError, Load, Sent
@@ -32,30 +31,6 @@ Lookup = Callable[[str], int]
 def place_of(k: int) -> str:
     """Where the index of prefixes has what the kth engine of a node has cached; no key of a peer is so short."""
     return str(k) if k else HERE
-
-
-def pooled(alone: Profile, count: int) -> Profile:
-    """The engine that `count` of this profile are together, while their load is even.
-
-    Each decodes its share of the sequences and computes its share of the prompts meanwhile. What is not so: one prompt
-    is computed by one engine, `count` times as slowly as it seems here, see `NodeProvider.expect`.
-    """
-    if count == 1:
-        return alone
-    shift = round(math.log2(count))  # a batch of so many is one of a share of it on each
-    return dataclasses.replace(
-        alone,
-        per_seq_s=alone.per_seq_s / count,
-        per_kv_token_s=alone.per_kv_token_s / count,
-        prefill_base_s=alone.weight_s + (alone.prefill_base_s - alone.weight_s) / count,
-        per_token_s=alone.per_token_s / count,
-        per_pair_s=alone.per_pair_s / count,
-        kv_blocks=alone.kv_blocks * count,
-        max_num_seqs=alone.max_num_seqs * count,
-        max_batched_tokens=alone.max_batched_tokens * count,
-        batch_s=(alone.batch_s[:1] * shift + alone.batch_s)[:KNOTS],
-        source=f"{count} engines, each {alone.source}",
-    )
 
 
 class Pool:
