@@ -2,7 +2,8 @@
 
 The scheduler of `envs.engine` behind the OpenAI API and vLLM's `/metrics`, in real or scaled time. Answers are filler,
 a word a token, as long as an engine's would be; a prompt counts a token for every four bytes, at least one a message.
-Prefixes are cached as by vLLM, by the text that comes, see `envs.prompt_blocks`.
+Prefixes are cached as by vLLM, by the text that comes, see `envs.prompt_blocks`. Asked for the log-probabilities of a
+chat's prompt, as judges of duels do, it finds filler likely.
 A stream carries what came out since the last look, which is one token a chunk unless tokens come faster than looks.
 
 When it is ready it prints one line of JSON: its address and the models it serves.
@@ -39,6 +40,7 @@ from wwwserve.envs.emulator_api import (
     comes_first,
     disconnected,
     parsed,
+    prompt_logprobs,
     prompt_tokens,
     read_body,
     send_answer,
@@ -294,7 +296,9 @@ class Emulator:
                 usage = bool(options.get("include_usage"))
                 await self._stream(job, reply, reason, usage, disconnect, send)
             elif await comes_first(job.changed, disconnect):
-                await send_answer(send, 200, reply.whole(output, reason, job.cached if self.reports else None))
+                logprobs = prompt_logprobs(request) if chat and request.get("prompt_logprobs") is not None else None
+                cached = job.cached if self.reports else None
+                await send_answer(send, 200, reply.whole(output, reason, cached, logprobs))
             if job.done:
                 self.counts[reason] += 1
         finally:

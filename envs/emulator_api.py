@@ -10,6 +10,8 @@ import orjson
 
 LARGEST_BODY = 8 * 2**20  # bytes
 BYTES_PER_TOKEN = 4
+# Log-probability of a token of filler after some prompt and after none, and of any other, nats.
+EXPECTED, UNASKED, UNEXPECTED = -0.5, -2.5, -8.0
 WORDS = ("the", "old", "sea", "was", "far", "and", "the", "new", "sun", "was", "low", "for", "all", "who", "sat", "out")
 
 Scope = MutableMapping[str, Any]
@@ -43,15 +45,18 @@ class Completion:
         counts = {"prompt_tokens": self.prompt, "completion_tokens": output, "total_tokens": self.prompt + output}
         return counts if cached is None else counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
-    def whole(self, output: int, reason: str, cached: int | None = None) -> dict[str, Any]:
-        """The answer at once."""
+    def whole(
+        self, output: int, reason: str, cached: int | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:  # fmt: skip
+        """The answer at once; `logprobs` are those of the prompt, if they were asked for."""
         text = words(0, output)
         if self.chat:
             choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
         else:
             choice = {"text": text}
         choice |= {"index": 0, "logprobs": None, "finish_reason": reason}
-        return self.head | {"choices": [choice], "usage": self.usage(output, cached)}
+        answer = self.head | {"choices": [choice], "usage": self.usage(output, cached)}
+        return answer if logprobs is None else answer | {"prompt_logprobs": logprobs}
 
     def _event(self, delta: dict[str, Any] | str, reason: str | None) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -102,6 +107,24 @@ def prompt_tokens(request: dict[str, Any], chat: bool) -> int:
         parts = content if isinstance(content, list) else [{"text": content or ""}]
         total += sum(_tokens(str(part.get("text", ""))) for part in parts if isinstance(part, dict))
     return max(total, len(messages))
+
+
+def prompt_logprobs(request: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """As vLLM tells them of a chat: for each token of the prompt its log-probability, by its number; None for the
+    first. What an emulated engine would answer is likely after a question, less so after none; all else is unlikely.
+    Judges of duels go by it."""
+    messages = request["messages"]
+    last = messages[-1].get("content")
+    said = last if messages[-1].get("role") == "assistant" and isinstance(last, str) else ""
+    asked = any(each.get("content") for each in (messages[:-1] if said else messages))
+    likely = EXPECTED if asked else UNASKED
+    total, expected = prompt_tokens(request, True), words(0, _tokens(said)) if said else ""
+    answer = [
+        likely if said[k : k + BYTES_PER_TOKEN] == expected[k : k + BYTES_PER_TOKEN] else UNEXPECTED
+        for k in range(0, len(said.encode(errors="replace")), BYTES_PER_TOKEN)
+    ]
+    values = [UNEXPECTED] * (total - len(answer)) + answer
+    return [None, *({str(k): {"logprob": value}} for k, value in enumerate(values[1:], 1))]
 
 
 def _tokens(text: str) -> int:

@@ -364,7 +364,7 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "coalition": Tool("eval.live.coalition", "See what a coalition can buy by duels."),
     "world": Tool("eval.live.world.command", "Play nodes among faults and adversaries on virtual time."),
     "hostile": Tool("eval.live.hostile", "Send hostile input to a live node."),
-    "soak": Tool("eval.live.soak", "Kill nodes under load, see that all is accounted for."),
+    "soak": Tool("eval.live.soak.command", "Kill nodes under load, see that all is accounted for."),
 }
 
 

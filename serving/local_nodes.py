@@ -301,6 +301,7 @@ def write_nodes(
     that all share; write all that to `folder`."""
     identities = [Identity.generate() for _ in configured]
     urls = local_urls([node["port"] for node in configured])
+    urls = [f"https{url[4:]}" if "tls" in node else url for url, node in zip(urls, configured, strict=True)]
     genesis, nodes = folder / "genesis.yaml", []
     if accounts:
         each = {"credit": accounts.credit, "stake": accounts.stake}

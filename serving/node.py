@@ -16,6 +16,7 @@ from typing import Any
 
 import uvloop
 
+from wwwserve.agents.kernel import leave_blas_out
 from wwwserve.agents.policy.bundle import SHIPPED, folder_of
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.protocol import milliseconds
@@ -93,6 +94,7 @@ def provider_of(config: NodeConfig, policy: Policy) -> NodeProvider:
 
 def warm_up(config: NodeConfig, policy: Policy) -> None:
     """Have all compiled that a node runs."""
+    leave_blas_out()
     provider_of(config, policy).warm_up()
     boundary.warm_up()
     overview.warm_up()

@@ -16,10 +16,12 @@ from virtual import VirtualEngine, virtually
 
 from wwwserve.agents.hardware import profile
 from wwwserve.agents.kernel import records
+from wwwserve.agents.protocol import VOTE_A, VOTE_B, VOTE_UNDECIDED
 from wwwserve.envs.emulator import LOOK_S, Emulator, read_profile
 from wwwserve.envs.emulator_api import Completion
 from wwwserve.envs.engine import ENGINE, JOB, advance, reset_engine, reset_jobs, submit
 from wwwserve.envs.prefix_cache import NO_CACHE
+from wwwserve.serving.duel.judge import gain, vote_by
 
 SPEED = 200.0
 STOPPED = (0, -signal.SIGTERM)  # the server passes the signal on when it has stopped
@@ -418,3 +420,15 @@ def test_bad_arguments_are_refused(arguments: list[str], message: str) -> None:
 def test_it_stops_when_told(server: Server) -> None:
     other = Server("--speed", "1000")
     assert other.stop() in STOPPED
+
+
+def test_a_judge_before_an_emulated_engine_tells_its_filler_from_other_text(server: Server) -> None:
+    async def post_one(path: str, body: bytes) -> Any:
+        return (await post(server.url, path, **json.loads(body)))[1]
+
+    path, question = "/v1/chat/completions", chat("Which way to the sea?", max_tokens=9)
+    good = ask(server, path, **question)[1]["choices"][0]["message"]["content"]
+    better = ask(server, path, **(question | {"max_tokens": 40, "ignore_eos": True}))[1]["choices"][0]["message"]
+    junk = good.translate(str.maketrans("aehorstuw", "1234567890"[:9]))
+    a, b, c = asyncio.run(gain(post_one, path, question, (good, junk, better["content"])))
+    assert vote_by(a, b) == VOTE_A and vote_by(b, a) == VOTE_B and vote_by(a, c) == VOTE_UNDECIDED

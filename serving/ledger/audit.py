@@ -50,30 +50,43 @@ def audit(path: Path) -> Audit:
 
 def audit_entries(journal: Journal, owner: str, problems: list[str]) -> Audit:
     """Replay the journal of `owner` with every check; `problems` are those of what it is kept in."""
-    books = Books(owner)
-    found = Audit(owner, 0, books, problems, {}, {}, {})
-    snapshot = journal.snapshot()
-    digest, due = GENESIS, 1
-    for number, body, written in journal.entries():
-        if number != due:
-            problems.append(f"entry {due} is missing")
-        if chained(digest, body) != written:
-            problems.append(f"entry {number}: the digest is not that of its content and of the entry before")
-        digest, due = written, number + 1
-        try:
-            event: Event = decode(body, Event)
-            _check_signatures(books, event)
-            books.apply(event)
-            _keep(found, event)
-        except (StatementError, LedgerError) as error:
-            problems.append(f"entry {number}: {error}")
-            continue
-        if snapshot is not None and snapshot.number == number and snapshot.body != books.encode():
-            problems.append(f"the snapshot at entry {number} is not what the entries come to")
-    if snapshot is not None and not 0 < snapshot.number < due:
-        problems.append(f"the snapshot is of entry {snapshot.number}, and the last is {due - 1}")
-    problems += _check_sums(books, {each.peer: each for each in journal.balances()})
-    return found._replace(entries=due - 1)
+    found = Auditor(owner).follow(journal)
+    return found._replace(problems=problems + found.problems)
+
+
+class Auditor:
+    """Replays a journal, and later what was added to it since."""
+
+    def __init__(self, owner: str) -> None:
+        self.found = Audit(owner, 0, Books(owner), [], {}, {}, {})
+        self._digest = GENESIS
+
+    def follow(self, journal: Journal) -> Audit:
+        """All so far, with the problems of the entries that are new and of what they come to."""
+        books, problems = self.found.books, list[str]()
+        snapshot = journal.snapshot()
+        digest, due = self._digest, self.found.entries + 1
+        for number, body, written in journal.entries(self.found.entries):
+            if number != due:
+                problems.append(f"entry {due} is missing")
+            if chained(digest, body) != written:
+                problems.append(f"entry {number}: the digest is not that of its content and of the entry before")
+            digest, due = written, number + 1
+            try:
+                event: Event = decode(body, Event)
+                _check_signatures(books, event)
+                books.apply(event)
+                _keep(self.found, event)
+            except (StatementError, LedgerError) as error:
+                problems.append(f"entry {number}: {error}")
+                continue
+            if snapshot is not None and snapshot.number == number and snapshot.body != books.encode():
+                problems.append(f"the snapshot at entry {number} is not what the entries come to")
+        if snapshot is not None and not 0 < snapshot.number < due:
+            problems.append(f"the snapshot is of entry {snapshot.number}, and the last is {due - 1}")
+        problems += _check_sums(books, {each.peer: each for each in journal.balances()})
+        self.found, self._digest = self.found._replace(entries=due - 1, problems=problems), digest
+        return self.found
 
 
 def _check_signatures(books: Books, event: Event) -> None:

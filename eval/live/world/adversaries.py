@@ -16,7 +16,7 @@ from wwwserve.agents.knowledge import AD_CONTEXT, AD_HELD, AD_KV_TOKENS, AD_PREF
 from wwwserve.agents.protocol import TARIFF_SIZE
 from wwwserve.agents.tariff import in_micro
 from wwwserve.eval.live.world.engine import WORD_BYTES, word
-from wwwserve.eval.live.world.nodes import MODEL, Node, Strategy
+from wwwserve.eval.live.world.nodes import Node, Strategy
 from wwwserve.serving.delegation import PROMPT, TARIFF
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel import LedgerError
@@ -72,7 +72,8 @@ def request(node: Node, tokens: int, prompt: int) -> bytes:
     """One of its own."""
     said = word(JUNK + node.row) + "p" * (WORD_BYTES * (prompt - 1))
     body = {
-        "model": MODEL, "messages": [{"role": "user", "content": said}], "max_tokens": tokens, "min_tokens": tokens,
+        "model": node.dispatcher.serves[0], "messages": [{"role": "user", "content": said}],
+        "max_tokens": tokens, "min_tokens": tokens,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     return orjson.dumps(body)
