@@ -259,6 +259,24 @@ async def serve(
             await asyncio.gather(acting, serving, told, watching, return_exceptions=True)
 
 
+def rarely_collect() -> None:
+    """What there is now stays, and requests leave little garbage in cycles: to look for it at every 700 objects costs
+    more than it finds, and to look through all that was ever imported stops the node for a tenth of a second."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def tell_of_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what nobody handled, but for what uvloop raises where the other side closes a connection on which TLS is just
+    spoken: it tells who has the connection as well."""
+    error = context.get("exception")
+    if isinstance(error, RuntimeError) and str(error).endswith("the handler is closed"):
+        log.debug("a connection was closed while it was in use", extra={"reason": str(error)})
+    else:
+        loop.default_exception_handler(context)
+
+
 def run(config: NodeConfig) -> None:
     """Run a node until SIGTERM or SIGINT, and then until what it has begun has ended; a second one ends it at once, as
     does the first while it compiles. Prints its URL in a line of JSON when it is ready, logs to standard error."""
@@ -271,6 +289,7 @@ def run(config: NodeConfig) -> None:
 
     async def until_told() -> None:
         stop = asyncio.Event()
+        asyncio.get_running_loop().set_exception_handler(tell_of_error)
         running = asyncio.create_task(serve(config, ready, stop=stop))
 
         def end() -> None:
@@ -291,10 +310,6 @@ def run(config: NodeConfig) -> None:
     if 0 <= files < config.limits.files:  # what a shell gives is not enough for all connections
         wanted = config.limits.files if most == resource.RLIM_INFINITY else min(config.limits.files, most)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-    # What there is now stays, and requests leave little garbage in cycles: to look for it at every 700 objects costs
-    # more than it finds.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    rarely_collect()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(until_told())

@@ -7,6 +7,7 @@ needs to call them for itself alone. Nothing here reads a clock, opens a socket 
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from wwwserve.agents.decision import FIRST_CANDIDATE, NODES, make_actions, may_h
 from wwwserve.agents.estimate import expect, prefill_delay_s
 from wwwserve.agents.generator import UNIFORMS_PER_DECISION, make_generators, uniform
 from wwwserve.agents.hardware import Profile, pooled
-from wwwserve.agents.kernel import Bools, Floats, Ints, Records, kernel, one_at_a_time, records
+from wwwserve.agents.kernel import Bools, Floats, Ints, Records, compiled_before, kernel, one_at_a_time, records
 from wwwserve.agents.knowledge import (
     AD_CONTEXT,
     AD_MEAN_OUTPUT,
@@ -666,7 +667,7 @@ class NodeProvider:
     def warm_up(self) -> None:
         """Go through all that can happen once, as the first of each may have to be compiled. For a new provider, which
         is not the same afterwards."""
-        with one_at_a_time():
+        with nullcontext() if compiled_before("node") else one_at_a_time():  # else nodes that start wait for each other
             self.restake(0.0)
             self.stake_target()
             self.advert_due = True

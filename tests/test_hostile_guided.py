@@ -18,7 +18,7 @@ def test_a_node_stands_guided_input(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert hostile.main(["--guided", "--inputs", "1500", "--seed", "7", "--json", str(out)]) == 0, capsys.readouterr()
     seen = json.loads(out.read_text())
     assert seen["inputs"] == 1500 and seen["faults"] == []
-    assert seen["lines"] > 1500 and seen["kept"] > 50
+    assert seen["lines"] > 1500 and seen["kept"] > 50 and 100 < seen["calls"] < 3000, seen["busiest"]
     statuses = seen["statuses"]
     assert statuses["peer /peer/ledger"]["200"] >= 1
     for who in ("user /v1", "peer /peer/v1"):
@@ -45,3 +45,20 @@ def test_coverage_tells_of_lines_that_were_not_reached_before() -> None:
             boundary.head_line(content)
         news.append(coverage.news)
     assert news == [True, False, True]
+
+
+def test_a_turn_of_the_event_loop_in_which_too_much_is_done_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    head_line = hostile_guided.head_line
+
+    def much(content: bytes) -> object:
+        for _ in range(hostile_guided.MOST_CALLS):
+            bool_of(content)
+        return head_line(content)
+
+    def bool_of(content: bytes) -> bool:
+        return bool(content)
+
+    monkeypatch.setattr(hostile_guided, "head_line", much)
+    seen = hostile_guided.run(300, 1)
+    assert seen.calls > hostile_guided.MOST_CALLS and seen.busiest.startswith("reader head")
+    assert seen.faults and all("calls in a turn" in each for each in seen.faults)

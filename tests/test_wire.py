@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import os
 import socket
 import ssl
+import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,7 @@ from wwwserve.serving.http.places import Places
 from wwwserve.serving.http.transport import AiohttpTransport
 from wwwserve.serving.local_nodes import NetworkError, free_ports, look
 from wwwserve.serving.membership.heartbeat import BEAT_PATH
+from wwwserve.serving.node import tell_of_error
 
 
 def test_nodes_hand_over_and_pay_over_tls() -> None:
@@ -270,6 +274,57 @@ def test_who_never_agrees_on_tls_leaves_no_place_and_no_file_behind(
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(asyncio.wait_for(scene(), 60.0))
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_a_peer_that_resets_connections_has_no_other_file_closed(
+    loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path
+) -> None:
+    """uvloop leaves a socket whose descriptor it has closed, which would close that number again when it is collected:
+    of another connection, or of the ledger."""
+    resets = socket.create_server(("127.0.0.1", 0))
+
+    def reset() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                accepted, _ = resets.accept()
+                accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                time.sleep(0.001)
+                accepted.close()
+
+    async def scene() -> None:
+        transport = AiohttpTransport(identity=Identity.generate())
+        url, peer = f"https://127.0.0.1:{resets.getsockname()[1]}/", Identity.generate().name
+        files = []
+        for _ in range(100):
+            with pytest.raises(OSError):
+                async with transport.request("GET", url, headers={}, timeout_s=9.0, read_timeout_s=9.0, peer=peer):
+                    pass
+            files.append(os.open(tmp_path, os.O_RDONLY))  # has the number of what was closed last
+        gc.collect()
+        for each in files:
+            os.fstat(each)
+            os.close(each)
+        await transport.close()
+
+    threading.Thread(target=reset, daemon=True).start()
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(asyncio.wait_for(scene(), 60.0))
+    resets.close()
+
+
+def test_an_error_that_nobody_handled_is_logged_but_for_that_of_a_closed_connection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        closed = "unable to perform operation on <TCPTransport closed=True>; the handler is closed"
+        for error in (RuntimeError(closed), RuntimeError("another"), ValueError("the handler is closed")):
+            tell_of_error(loop, {"message": "Fatal error on SSL protocol", "exception": error})
+
+    asyncio.run(scene())
+    told = [record.exc_info for record in caplog.records if record.name == "asyncio"]
+    assert [str(each[1]) for each in told if each] == ["another", "the handler is closed"]
 
 
 def test_certificates_do_not_say_who_may_be_a_node_but_who_it_is() -> None:

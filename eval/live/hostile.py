@@ -236,7 +236,8 @@ def _guided(args: Args) -> int:
     for where, counts in sorted(seen.statuses.items()):
         print(f"{where:<32} {counts.total():>7}  " + "  ".join(f"{came} {n}" for came, n in sorted(counts.items())))
     print(f"{seen.inputs} inputs in {seen.seconds:.0f} s, {len(seen.faults)} faults; {seen.lines} lines reached, "
-          f"{seen.kept} inputs kept; at most {1e3 * seen.longest_s:.1f} ms of CPU for one: {seen.longest}; memory "
+          f"{seen.kept} inputs kept; at most {1e3 * seen.longest_s:.1f} ms of CPU for one, traced: {seen.longest}; "
+          f"at most {seen.calls} calls in a turn of the event loop: {seen.busiest}; memory "
           f"{seen.rss_mb[0]:.1f} MB after a tenth of them, {seen.rss_mb[1]:.1f} MB at the end")  # fmt: skip
     for fault in seen.faults[:10]:
         print(fault, file=sys.stderr)

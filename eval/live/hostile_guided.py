@@ -6,7 +6,8 @@ none has reached before are kept, and further ones are made of them, as AFL does
 still have some that were never reached, so that an input costs little once few are left.
 
 A fault is an error that nobody handled: an answer of 500, a trace of a Python stack in an answer, an error that is
-logged, or one that a reader raises which it does not announce.
+logged, or one that a reader raises which it does not announce. So is a turn of the event loop in which more functions
+are called than take 50 ms: how long a turn takes depends on the machine and on being traced, how much is done does not.
 """
 
 import asyncio
@@ -27,13 +28,14 @@ import orjson
 
 import wwwserve.serving
 from wwwserve.agents.protocol import LATENESS, MICRO
+from wwwserve.agents.rules import Rule
 from wwwserve.eval.live import hostile_inputs as inputs
 from wwwserve.eval.live.simulation import loop as virtual
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.eval.live.simulation.network import MemoryNetwork
 from wwwserve.eval.live.world.engine import Answer, WordEngine
 from wwwserve.eval.live.world.nodes import MODEL, Agreed, Network, Node, Strategy
-from wwwserve.serving.boundary import BoundaryError, head_line, promise_of, warm_up
+from wwwserve.serving.boundary import BoundaryError, head_line, promise_of
 from wwwserve.serving.delegation import PEER_PREFIX, PROMPT, TARIFF
 from wwwserve.serving.duel.judge import text_of
 from wwwserve.serving.duel.messages import ATTEST_PATH, JUDGE_PATH
@@ -60,16 +62,20 @@ from wwwserve.serving.ledger.statements import (
     link,
     sign,
 )
+from wwwserve.serving.ledger.warm_up import warm_up as ledger_warm_up
 from wwwserve.serving.local_nodes import rss_mb
 from wwwserve.serving.membership.heartbeat import BEAT_PATH, StaticMembership
+from wwwserve.serving.node import rarely_collect, warm_up
 
 TRACED = str(Path(wwwserve.serving.__file__).resolve().parent)
 TRACED_CALLS = 20_000  # of a function without news, after which what it has left is taken to be out of reach
 FRESH = 0.2  # of inputs, that are made and not of others
 KEPT = 4096  # inputs of which others are made
 ANSWER_S = 300.0  # of virtual time
+MOST_CALLS = 10_000  # of functions in one turn of the event loop, each of which takes 5 µs with what it does, or less
 ADVERTISED = "http://127.0.0.1:9"  # where most adverts of `hostile_inputs` say that the peer is
 TRACES = (b"Traceback", b'File "', b"site-packages")
+TURN = asyncio.Handle._run.__code__  # with which each turn begins
 USER, PEER, READER = "user", "peer", "reader"  # who sends it; or what a peer answers
 
 
@@ -83,11 +89,12 @@ class Input(NamedTuple):
 
 
 class Coverage:
-    """Lines of `serving/` that were reached."""
+    """Lines of `serving/` that were reached, and calls of Python functions in a turn of the event loop."""
 
     def __init__(self) -> None:
         self.lines: set[tuple[CodeType, int]] = set()
         self.news = False
+        self.calls = self.most_calls = 0  # in this turn, and in the longest one since that was reset
         self._left: dict[CodeType, set[int]] = {}  # lines of each function that were not
         self._idle: Counter[CodeType] = Counter()
 
@@ -100,6 +107,9 @@ class Coverage:
 
     def _called(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
+        self.calls = 1 if code is TURN else self.calls + 1
+        if self.calls > self.most_calls:
+            self.most_calls = self.calls
         left = self._left.get(code)
         if left is None:
             here = os.path.realpath(code.co_filename).startswith(TRACED)
@@ -162,6 +172,8 @@ class Seen(NamedTuple):
     kept: int
     longest_s: float  # CPU time of one input
     longest: str
+    calls: int  # of functions in one turn of the event loop, at most
+    busiest: str  # the input of that turn
     rss_mb: tuple[float, float]
     seconds: float
 
@@ -385,7 +397,8 @@ ANSWERS = (
 
 async def _attack(loop: VirtualLoop, count: int, seed: int) -> Seen:
     boundary, coverage, errors = Boundary(loop, seed), Coverage(), _Errors()
-    warm_up()
+    warm_up(boundary.node.config, Rule(boundary.node.policy))  # as before a node serves
+    ledger_warm_up()
     await boundary.begin()
     loggers = [logging.getLogger("wwwserve"), logging.getLogger("asyncio")]
     for each in loggers:
@@ -395,11 +408,13 @@ async def _attack(loop: VirtualLoop, count: int, seed: int) -> Seen:
     statuses: dict[str, Counter[str]] = {}
     faults, kept, r = list[str](), list[Input](), boundary.random
     longest, longest_s, first_mb, start_s = "", 0.0, 0.0, time.monotonic()
+    busiest, calls, due = "", 0, max(1, count // 100)  # before that much is done once
+    rarely_collect()
     for k in range(count):
         if k == max(1, count // 10):
             first_mb = rss_mb(os.getpid())
         given = boundary.fresh() if not kept or r.random() < FRESH else boundary.child(r.choice(kept))
-        coverage.news, began_s = False, time.thread_time()
+        coverage.news, coverage.calls, coverage.most_calls, began_s = False, 0, 0, time.thread_time()
         try:
             with coverage:
                 came = await boundary.take(given)
@@ -407,8 +422,13 @@ async def _attack(loop: VirtualLoop, count: int, seed: int) -> Seen:
             came = "fault"
             faults.append(f"{given.who} {given.path}: {error!r}: {given.content[:300]!r} {given.headers}")
         took_s = time.thread_time() - began_s
-        if took_s > longest_s and k > count // 100:  # not of what is done once
-            longest, longest_s = f"{given.who} {given.path}: {given.content[:100]!r}", took_s
+        what = f"{given.who} {given.path}: {given.content[:100]!r}"
+        if took_s > longest_s and k > due:
+            longest, longest_s = what, took_s
+        if coverage.most_calls > calls and k > due:
+            busiest, calls = what, coverage.most_calls
+        if coverage.most_calls > MOST_CALLS and k > due:
+            faults.append(f"{given.who} {given.path}: {coverage.most_calls} calls in a turn: {given.content[:300]!r}")
         faults += [f"{given.who} {given.path} logs {text}: {given.content[:300]!r}" for text in errors.texts]
         errors.texts.clear()
         statuses.setdefault(f"{given.who} {given.path}", Counter())[came] += 1
@@ -421,7 +441,8 @@ async def _attack(loop: VirtualLoop, count: int, seed: int) -> Seen:
     boundary.node.host.crash()
     await asyncio.sleep(0)
     return Seen(
-        count, statuses, faults, len(coverage.lines), len(kept), longest_s, longest, (first_mb, rss_mb(os.getpid())),
+        count, statuses, faults, len(coverage.lines), len(kept), longest_s, longest, calls, busiest,
+        (first_mb, rss_mb(os.getpid())),
         time.monotonic() - start_s,
     )  # fmt: skip
 

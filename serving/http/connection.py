@@ -257,9 +257,10 @@ class Gate(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
         accepted = cast(asyncio.Transport, transport)  # uvloop's is none by its class
-        peer, raw = accepted.get_extra_info("peername"), accepted.get_extra_info("socket")
+        peer = accepted.get_extra_info("peername")
         if self.places.enter(self, address_of(peer[0] if peer else "")):
             try:
+                raw = accepted.get_extra_info("socket")
                 self._socket = socket.socket(raw.family, raw.type, raw.proto, fileno=os.dup(raw.fileno()))
                 self._socket.setblocking(False)
                 self._agreeing = asyncio.get_running_loop().create_task(self._agree(self._socket))

@@ -18,6 +18,7 @@ from yarl import URL
 
 from wwwserve.serving.http.certificates import NODE_HOST, KeyCheck, PeerContext
 from wwwserve.serving.http.keys import Identity
+from wwwserve.serving.http.sockets import own_socket
 
 CONNECT_TIMEOUT_S = 5.0
 MOST_CONTEXTS = 1024  # of peers, for TLS
@@ -147,7 +148,8 @@ class AiohttpTransport:
         self._verified: ssl.SSLContext | bool = True if identity is None else ssl.create_default_context()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=keepalive_s, ssl=True if identity is None else KeyCheck()
+                limit=0, keepalive_timeout=keepalive_s, ssl=True if identity is None else KeyCheck(),
+                socket_factory=own_socket,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False, trust_env=False, skip_auto_headers=("accept", "accept-encoding", "user-agent"),

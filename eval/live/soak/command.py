@@ -61,7 +61,7 @@ async def play(network: Network, users: Users, faults: Faults, kills: int, most_
         await network.until(f"{node.name} starts", lambda n=node: network.is_back(n), READY_S)
     await faults.all_ready()
     loading = asyncio.create_task(users.load())
-    made = 0
+    made = shown = 0
     for k in range(kills):
         spent = (time.monotonic() - start_s) / most_s
         if spent > 1.0:
@@ -70,8 +70,10 @@ async def play(network: Network, users: Users, faults: Faults, kills: int, most_
             if isinstance(node, Malicious):
                 node.ending = max(spent, k / kills) > ENDING
         await faults.kill(start_s + KILLED_IN * most_s * (k + 1) / kills)
-        print(f"\r{faults.kills} of {kills} kills, {users.asked} requests, {len(network.problems)} problems", end="",
-              file=sys.stderr, flush=True)  # fmt: skip
+        for problem in network.problems[shown:]:
+            print(f"\n{problem}", file=sys.stderr)
+        shown = len(network.problems)
+        print(f"\r{faults.kills} of {kills} kills, {users.asked} requests", end="", file=sys.stderr, flush=True)
         if k % FREEZE_EACH == 0:
             faults.freeze()
         if k % each == each - 1:
