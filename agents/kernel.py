@@ -95,7 +95,7 @@ event.register("numba:compile", _FirstCompilation())
 
 def leave_blas_out() -> None:
     """Have numba load what it has for arrays without a BLAS, before the first kernel is loaded: no kernel needs one,
-    and where SciPy is installed numba imports that for it, a sixth of the time in which a node starts."""
+    and where SciPy is installed numba imports that for it, a tenth of the time in which a node starts."""
     if "numba.np.arraymath" in sys.modules:
         return
     linalg: Any = importlib.import_module("numba.np.linalg")

@@ -544,3 +544,19 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+def test_kernels_are_loaded_without_a_blas() -> None:
+    """numba would import that of SciPy, and still does for who needs it later."""
+    script = """
+import sys
+import numba
+import numpy as np
+from wwwserve.agents.kernel import leave_blas_out
+leave_blas_out()
+assert numba.njit(lambda x: 2.0 * x.sum())(np.ones(3)) == 6.0
+from numba.np import linalg
+print("scipy.linalg" in sys.modules, linalg.ensure_blas.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "numba.np.linalg"], done.stdout
