@@ -35,7 +35,8 @@ from wwwserve.serving.plain import in_words
 MOST_AT_ONCE = 1 << 16  # requests in an engine
 MOST_ENGINES = 64  # of one node
 SPEED = (0.01, 100.0)  # emulated seconds in a second: lowest, highest
-SPARE_FILES = 64  # file descriptors, beside connections
+SPARE_FILES = 64  # file descriptors, beside connections of users and peers
+ADMIN_CONNECTIONS = 64  # at once, to `admin`
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
 
@@ -214,7 +215,8 @@ class LimitsConfig(Struct):
     body_bytes: int = 32 * 2**20  # largest body, zipped or not; beyond, 413
     header_bytes: int = 64 * 2**10  # largest header; beyond, 431
     held: int = 512  # users' requests that are not decided, and as many that are passed through; beyond, 503
-    connections: int = 4096  # open at once; beyond, one on which nothing is under way makes room, else 503
+    connections: int = 4096
+    """open at once, fewer where files are short; beyond, one on which nothing is under way makes room, else 503"""
     connections_per_address: int = 1024  # the same, from one IPv4 address or one /64 of IPv6
     peer_connections: int = 256  # of `connections`, at most a quarter, that only peers may have
     peer_messages_per_s: float = 2500.0  # signed messages of one peer that are looked at; beyond, 429
@@ -290,6 +292,11 @@ class NodeConfig(Struct):
     def class_names(self) -> tuple[str, ...]:
         """The classes of its users' requests; the first is what a request belongs to that names none."""
         return tuple(self.classes) or ("default",)
+
+    @property
+    def files(self) -> int:
+        """File descriptors that it may need, with those for signs of life to peers and for the operator."""
+        return self.limits.files + len(self.peers) + (ADMIN_CONNECTIONS if self.admin is not None else 0)
 
     @property
     def user_keys(self) -> tuple[KeyConfig, ...]:

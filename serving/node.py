@@ -4,7 +4,6 @@ import asyncio
 import gc
 import json
 import logging
-import resource
 import signal
 import ssl
 import sys
@@ -21,12 +20,13 @@ from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.protocol import milliseconds
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.serving import boundary, overview
-from wwwserve.serving.config import ConfigError, LimitsConfig, NodeConfig, StaticConfig
+from wwwserve.serving.config import ADMIN_CONNECTIONS, ConfigError, LimitsConfig, NodeConfig, StaticConfig
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine, EngineError
 from wwwserve.serving.fallback import WithFallback
 from wwwserve.serving.http.addresses import listen, netloc
 from wwwserve.serving.http.certificates import server_context
+from wwwserve.serving.http.files import fitting, raise_limit
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages, Refusals
 from wwwserve.serving.http.pages import Admin
@@ -47,7 +47,6 @@ from wwwserve.serving.tracing import Tracing, check_installed
 
 log = logging.getLogger("wwwserve.node")
 
-ADMIN_CONNECTIONS = 64
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _PLAIN = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
@@ -284,11 +283,15 @@ def run(config: NodeConfig) -> None:
 
     for number in ENDING:  # ends it at once while it compiles, in which no event loop turns
         signal.signal(number, signal.SIG_DFL)
+    files, asked = raise_limit(config.files), config.limits.connections  # what a shell gives is not enough for all
+    config = fitting(config)
+    if config.limits.connections < asked:
+        said = {"files": files, "missing": config.files + 2 * (asked - config.limits.connections) - files}
+        log.warning(
+            "fewer connections are taken, as more files cannot be open here: see `ulimit -Hn`, LimitNOFILE of systemd",
+            extra={"connections": config.limits.connections, "limits.connections": asked, **said},
+        )
     compiled(config)
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= files < config.limits.files:  # what a shell gives is not enough for all connections
-        wanted = config.limits.files if most == resource.RLIM_INFINITY else min(config.limits.files, most)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     # What there is now stays, and requests leave little garbage in cycles: to look for it at every 700 objects costs
     # more than it finds.
     gc.collect()

@@ -17,6 +17,7 @@ import orjson
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
 from wwwserve.serving.engine.prefix_index import HERE
+from wwwserve.serving.http.files import is_shortage
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response, Transport
 from wwwserve.serving.market import MOST_INT, Promise
@@ -191,6 +192,8 @@ class Engine(Availability):
             page = (await self._get("/metrics")).decode(errors="replace")
             self._seen = read_load(page, self.names, self.profile.kv_tokens)
         except (TimeoutError, OSError) as error:
+            if is_shortage(error):
+                raise EngineError(in_words(error)) from None
             self._failed(f"{self.url}/metrics: {in_words(error)}")
         except EngineError as error:
             await self._do_without(f"{self.url}: {error}")

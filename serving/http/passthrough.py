@@ -11,6 +11,7 @@ import orjson
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine
 from wwwserve.serving.http.clients import HttpReply
+from wwwserve.serving.http.files import is_shortage
 from wwwserve.serving.http.reply import Failed, limits_said, packed, retry_after
 from wwwserve.serving.http.sse import Usage
 from wwwserve.serving.http.transport import Response
@@ -56,6 +57,8 @@ class Passthrough:
                 usage = await self._pass(response, reply)
         except (TimeoutError, OSError) as error:
             reason = in_words(error)
+            if is_shortage(error):
+                raise Failed(503, reason, "overloaded", retry_after_s=1) from None
             if not reply.started:
                 engine.suspect(reason)
             raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None

@@ -175,7 +175,7 @@ def _profile(node: NodeConfig, seen: EngineSeen) -> Iterator[Finding]:
 
 
 def _files(node: NodeConfig) -> Finding:
-    needed = node.limits.files
+    needed = node.files
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     said = f"at most {most:,} here, {needed:,} for {node.limits.connections:,} connections"
     if most in (resource.RLIM_INFINITY, -1) or most >= needed:
