@@ -25,7 +25,7 @@ from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import RULES
 from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.boundary import BoundaryError, check_url
-from wwwserve.serving.http.addresses import engine_base, host_of, is_loopback, is_unspecified, netloc
+from wwwserve.serving.http.addresses import engine_base, host_of, is_loopback, is_unspecified, netloc, same_place
 from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.verdicts import MOST_JUDGES
 from wwwserve.serving.market import MOST_INT, Market
@@ -391,6 +391,15 @@ def _tidied(c: NodeConfig, folder: Path) -> NodeConfig:
     )  # fmt: skip
 
 
+def _twice(urls: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Those of an engine that another one leads to as well, after that one."""
+    seen: dict[str, str] = {}
+    for url in filter(_is_reached, urls):
+        first = seen.setdefault(same_place(url), url)
+        if first is not url:
+            yield first, url
+
+
 def _engine_urls(url: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return engine_base(url) if isinstance(url, str) else tuple(map(engine_base, url))
 
@@ -554,8 +563,10 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("market.judges", 1 <= c.market.judges <= MOST_JUDGES, f"1 to {MOST_JUDGES}, got {c.market.judges}"),
         ("market.speed", SPEED[0] <= c.market.speed <= SPEED[1],
          f"{SPEED[0]:g} to {SPEED[1]:g}, got {c.market.speed:g}"),
-        ("engine.url", 1 <= len({u.partition("://")[2] for u in c.engine.urls}) == len(c.engine.urls) <= MOST_ENGINES,
-         f"of one engine or a list of up to {MOST_ENGINES} different ones, got {c.engine.url}"),
+        ("engine.url", 1 <= len(c.engine.urls) <= MOST_ENGINES,
+         f"of one engine or a list of up to {MOST_ENGINES} different ones, got {len(c.engine.urls)}"),
+        *[("engine.url", False, f"a list of different engines, got {one} and {other}, which are the same")
+          for one, other in _twice(c.engine.urls)],
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
         *[(field, 0 <= amount <= MOST_CREDITS, f"0 to {MOST_CREDITS:,} credits, got {amount:g}")
           for field, amount in (("stake", c.stake), ("credit", c.credit))],
