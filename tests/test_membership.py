@@ -30,6 +30,7 @@ from wwwserve.serving.membership.heartbeat import (
     BEAT_S,
     HEAD_BYTES,
     MOST_BYTES,
+    SILENT_S,
     Advert,
     Heartbeat,
     StaticMembership,
@@ -195,6 +196,24 @@ def test_a_member_can_leave_whatever_it_has_just_said(kind: str) -> None:
                     await asyncio.sleep(0)
                 await asyncio.wait_for(n.leave("a"), SOON_S)
                 await n.leave("b")
+
+    play(scene)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_had_no_time_to_hear_its_peers_does_not_take_them_for_silent(kind: str) -> None:
+    async def scene() -> None:
+        async with network(kind) as n:
+            a, b = await n.join("a"), await n.join("b")
+            await until(lambda: a.there == {"b"} and b.there == {"a"})
+            for _ in range(3):
+                time.sleep(1.5 * SILENT_S)
+                await asyncio.sleep(BEAT_S)
+            assert a.numbers("b") == b.numbers("a") == [1], "one who was gone is told anew"
+            b.fall_silent()
+            began_s = time.monotonic()
+            await until(lambda: not a.there)
+            assert time.monotonic() - began_s < SILENT_S + 2 * BEAT_S
 
     play(scene)
 

@@ -56,6 +56,7 @@ log = logging.getLogger("wwwserve.membership")
 
 BEAT_S = 0.4  # between two signs of life
 SILENT_S = 1.4  # without one, after which a peer is gone
+TAKEN_S = SILENT_S - BEAT_S  # for a busy peer to take one, before it is sent anew
 UNSPOKEN_S = 60.0  # for which a peer of another version is still named when it has fallen silent
 BEAT_PATH = "/peer/beat"
 MOST_BYTES = 16384  # of an advert
@@ -297,10 +298,16 @@ class Heartbeat(ABC):
             self._gone(name)
 
     async def watch(self) -> None:
-        """Notice who falls silent, until cancelled."""
+        """Notice who falls silent, until cancelled. For as long as this process had no time it heard nobody, whether
+        they spoke or not: that is not their silence."""
+        now_s = self.clock()
         while True:
+            due_s = now_s + BEAT_S / 4
             await asyncio.sleep(BEAT_S / 4)
             now_s = self.clock()
+            late_s = now_s - due_s
+            if late_s > BEAT_S / 4:
+                self.beaten_s = {name: min(at_s + late_s, now_s) for name, at_s in self.beaten_s.items()}
             for name in [name for name, at_s in self.beaten_s.items() if now_s - at_s > SILENT_S]:
                 self.left(name)
             for name in [name for name, each in self._unspoken.items() if now_s - each.heard_s > UNSPOKEN_S]:
@@ -357,8 +364,8 @@ class StaticMembership(Heartbeat):
                         url + BEAT_PATH,
                         body=body,
                         headers=headers,
-                        timeout_s=BEAT_S,
-                        read_timeout_s=BEAT_S,
+                        timeout_s=TAKEN_S,
+                        read_timeout_s=TAKEN_S,
                         peer=name,
                     ) as response:
                         answer = await response.read(MOST_BYTES)
