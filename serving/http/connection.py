@@ -164,7 +164,8 @@ class Connection(HttpToolsProtocol):
                 except httptools.HttpParserUpgrade as upgrade:
                     rest = rest[upgrade.args[0] :]
                 if self.parser.get_method() == b"CONNECT":
-                    self._refuse(Failed(405, "method CONNECT is not allowed", "invalid_request_error"))
+                    told = "method CONNECT is not allowed"
+                    self._refuse(Failed(405, told, "invalid_request_error", allow="GET, HEAD, POST"))
                     return
                 self._stay()
                 self._unread += len(rest)
@@ -277,10 +278,8 @@ class Connection(HttpToolsProtocol):
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = failed.body()
             head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
-            if failed.retry_after_s is not None:
-                head += b"retry-after: %d\r\n" % failed.retry_after_s
-            head += b"\r\n"
-            self.transport.write(STATUS_LINE[failed.status] + head + body)
+            more = b"".join(b"%b: %b\r\n" % each for each in failed.headers)
+            self.transport.write(STATUS_LINE[failed.status] + head + more + b"\r\n" + body)
 
 
 class Gate(asyncio.Protocol):
