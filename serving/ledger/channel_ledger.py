@@ -120,7 +120,9 @@ class ChannelLedger(JournaledBooks):
         # By what evidence somebody lost stake, and what this node staked and forgot, for whoever passes it on.
         self.news: list[Statement] = []
         self.doubted: Callable[[str], int] = lambda peer: 0  # of what a peer was paid, micro-credits
-        self.asked: Counter[str] = Counter()  # how often each peer has started, and asked what is known of it
+        self.asked: Counter[str] = (
+            Counter()
+        )  # how often each peer of a channel has started, and asked what is known of it
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
@@ -336,6 +338,7 @@ class ChannelLedger(JournaledBooks):
 
     async def _on_ask(self, peer: str, ask: Ask) -> Answer:
         """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
+        self.books.channel(peer)  # of who has none nothing is kept
         self.asked[peer] += 1
         latest = self.stakes.latest.get(peer)
         return await self._reconciler.tell(
