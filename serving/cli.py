@@ -135,6 +135,8 @@ class Up:
     """a rule or a bundle, for every node; default: the shipped bundle"""
     engine: Literal["emulated", "vllm"] = "emulated"
     """vllm: real vLLM with a small model, a CPU core and 2.8 GB each; what it needs is installed at the first time"""
+    engines: int = 1
+    """of each node, which are alike"""
     model: Name = None
     """that they serve: if emulated, of the catalogue (qwen3-8b), with vllm one of those that can be prepared"""
     calibrate: bool = False
@@ -153,7 +155,7 @@ class Up:
         display.up(
             Plan(
                 self.nodes, self.base_port, self.policy, self.gpu, model, self.max_num_seqs, self.speed, self.engine,
-                self.calibrate, self.membership,
+                self.calibrate, self.membership, self.engines,
             )
         )  # fmt: skip
         return DONE
