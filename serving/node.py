@@ -135,14 +135,15 @@ def ledger_of(config: NodeConfig, identity: Identity, payment: int, stack: Async
     settings = config.ledger
     if settings is None:
         return None
-    grants, funds = agreed(settings, identity.name)
+    granted = agreed(settings, identity.name)
     journal = SqliteJournal(Path(settings.file), identity.name)
     slack_ms = int(milliseconds(config.market.rtt_s + TOLERANCE_S * config.market.speed))
     ledger = ChannelLedger(
         identity,
         journal,
-        grants,
-        funds,
+        granted.grants,
+        granted.funds,
+        earlier=granted.earlier,
         exposure=micro(settings.exposure),
         payment=payment,
         slack_ms=slack_ms,

@@ -43,11 +43,15 @@ class Sides:
             self.journals[who.name] = SqliteJournal(self.file(who), who.name, max_pages=max_pages)
         journal = self.journals.setdefault(who.name, MemoryJournal())
         other = B if who is A else A
-        grants = {other.name: Grant(self.credit, self.credit, "limits")}
+        grants = {other.name: self.grant(who)}
         funds = {A.name: 4 * MICRO, B.name: 4 * MICRO}
         return ChannelLedger(
             who, journal, grants, funds, exposure=self.exposure, payment=self.payment, slack_ms=SLACK_MS
         )
+
+    def grant(self, who: Identity) -> Grant:
+        """What is configured on one side."""
+        return Grant(self.credit, self.credit, "limits")
 
     def file(self, who: Identity) -> Path:
         return self.folder / ("a.db" if who is A else "b.db")
@@ -113,3 +117,10 @@ def mirrored(sides: Sides) -> None:
     """Both own the same by either's account, and nothing is under way."""
     a, b = sides.own()
     assert a[2:] == (b.peer_free, b.peer_escrow, b.free, b.escrow) and a.escrow == b.escrow == 0
+
+
+def mirrored_of(one: ChannelLedger, other: ChannelLedger) -> None:
+    """The two own the same of their channel by either's account."""
+    [a] = [each for each in one.balances() if each.peer == other.name]
+    [b] = [each for each in other.balances() if each.peer == one.name]
+    assert a[1:] == (b.opened, b.peer_free, b.peer_escrow, b.free, b.escrow)

@@ -443,6 +443,10 @@ class Accounts:
             "stake_lost": [{"peer": name, "by": kind} for name, kind in self.ledger.stakes.losses()],
         }  # fmt: skip
 
+    def _granted(self, peer: str, amounts: tuple[int, int]) -> float:
+        """To this node, of what the two of a channel were granted."""
+        return amounts[self.ledger.name > peer] / MICRO
+
     def _disagrees(self, peer: str) -> bool:
         """Whether a peer has lately declined what it was told."""
         return asyncio.get_running_loop().time() < self._again_s.get(peer, -math.inf) + SHOWN_S
@@ -454,6 +458,8 @@ class Accounts:
             "peer_free": balance.peer_free / MICRO, "peer_escrow": balance.peer_escrow / MICRO,
             "exposed": channel.exposed / MICRO, "paid": channel.total / MICRO, "earned": channel.paid_total / MICRO,
             "unacknowledged": channel.number - channel.acked, "short": channel.short / MICRO,
-            "over": channel.over / MICRO, "reconciled": self.ledger.is_reconciled(balance.peer),
+            "over": channel.over / MICRO, "granted": self._granted(balance.peer, channel.granted),
+            "refills": len(channel.refills), "refill_declined": self.ledger.refills.declined.get(balance.peer, ""),
+            "reconciled": self.ledger.is_reconciled(balance.peer),
             "disagreement": self._reasons.get(balance.peer, "") if self._disagrees(balance.peer) else "",
         }  # fmt: skip

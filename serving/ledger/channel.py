@@ -18,6 +18,7 @@ from wwwserve.serving.ledger.statements import (
     GOING,
     MOST_AMOUNT,
     NOTHING,
+    Agreed,
     Opening,
     Receipt,
     Served,
@@ -47,6 +48,13 @@ class Opened(Struct, frozen=True, tag="open"):
     opening: Opening
     own: str  # signature
     other: str  # signature of the peer
+
+
+class Refilled(Struct, frozen=True, tag="refill"):
+    """Both have signed that credit is added to the channel."""
+
+    peer: str
+    agreed: Agreed
 
 
 class Locked(Struct, frozen=True, tag="lock"):
@@ -163,8 +171,8 @@ class Stated(Struct, frozen=True, tag="state"):
 
 
 Event: TypeAlias = (
-    Opened | Locked | Freed | Settled | Vouched | Acked | Taken | Delivered | Credited | Noted | Recovered | Reopened
-    | Skipped | Stated
+    Opened | Refilled | Locked | Freed | Settled | Vouched | Acked | Taken | Delivered | Credited | Noted | Recovered
+    | Reopened | Skipped | Stated
 )  # fmt: skip
 
 
@@ -199,6 +207,13 @@ class Channel(msgspec.Struct):
     short: int = 0
     over: int = 0
     conflict: bool = False  # it signed two vouchers of one number
+    refills: list[Agreed] = []
+
+    @property
+    def granted(self) -> tuple[int, int]:
+        """What the two of the opening, `a` and `b`, were granted in all."""
+        last = self.refills[-1].refill if self.refills else self.opening
+        return last.amount_a, last.amount_b
 
     @property
     def exposed(self) -> int:
@@ -216,9 +231,8 @@ class Channel(msgspec.Struct):
     def balance(self, peer: str) -> Balance:
         """What the two own."""
         a = self.accounts
-        opened = self.opening.amount_a + self.opening.amount_b
         own, other = (int(a[OWN, FREE]), int(a[OWN, ESCROW])), (int(a[PEER, FREE]), int(a[PEER, ESCROW]))
-        return Balance(peer, opened, *own, *other)
+        return Balance(peer, sum(self.granted), *own, *other)
 
 
 class Books:
@@ -229,7 +243,8 @@ class Books:
         self.channels: dict[str, Channel] = {}
         self.statements: list[str] = []  # about stake: the last of the own, and all by which somebody lost some
         self._rules: dict[type, Any] = {
-            Opened: self._opened, Locked: self._locked, Freed: self._freed, Settled: self._settled,
+            Opened: self._opened, Refilled: self._refilled,
+            Locked: self._locked, Freed: self._freed, Settled: self._settled,
             Vouched: self._vouched, Acked: self._acked, Taken: self._taken, Delivered: self._delivered,
             Credited: self._credited, Noted: self._noted, Recovered: self._recovered, Reopened: self._reopened,
             Skipped: self._skipped, Stated: self._stated,
@@ -272,6 +287,17 @@ class Books:
         accounts[:, FREE] = opening.amounts(self.owner)
         name = opening.digest()
         self.channels[event.peer] = Channel(opening, name, accounts, 0, 0, 0, name, paid_head=name)
+
+    def _refilled(self, event: Refilled) -> None:
+        channel, refill = self.channel(event.peer), event.agreed.refill
+        if (refill.channel, refill.number) != (channel.digest, len(channel.refills) + 1):
+            raise LedgerError(f"refill {refill.number} is not the next of the channel with {event.peer}")
+        after = (refill.amount_a, refill.amount_b)
+        more = [now - before for now, before in zip(after, channel.granted, strict=True)]
+        if min(more) < 0 or not any(more) or max(after) > MOST_AMOUNT:
+            raise LedgerError(f"refill {refill.number} of the channel with {event.peer} adds {more} micro-credits")
+        channel.accounts[:, FREE] += more if channel.opening.a == self.owner else more[::-1]
+        channel.refills = [*channel.refills, event.agreed]
 
     def _locked(self, event: Locked) -> None:
         channel = self.channel(event.peer)

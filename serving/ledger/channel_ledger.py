@@ -9,8 +9,7 @@ micro-credits.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -56,11 +55,13 @@ from wwwserve.serving.ledger.exchange import (
     Known,
     Message,
     Open,
+    Refilling,
     Vouching,
 )
 from wwwserve.serving.ledger.journal import Balance, Full, Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
 from wwwserve.serving.ledger.reconcile import Reconciler
+from wwwserve.serving.ledger.refills import Grant, Refiller
 from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import (
     GOING,
@@ -68,7 +69,6 @@ from wwwserve.serving.ledger.statements import (
     NOTHING_CAME,
     PART,
     WHOLE,
-    Opening,
     Receipt,
     Served,
     Signed,
@@ -95,28 +95,21 @@ STILL_OPEN = "a request that is said to have ended is still open here"
 ENDED_KEPT = 1 << 16  # ids of requests that have ended, below which none is taken
 
 
-class Grant(NamedTuple):
-    """What a channel begins with: the own amount and the peer's, and where that is agreed."""
-
-    own: int
-    other: int
-    source: str
-
-
 class ChannelLedger(JournaledBooks):
     """Channels in a journal."""
 
     def __init__(
         self, identity: Identity, journal: Journal, grants: Mapping[str, Grant], funds: Mapping[str, int], *,
-        exposure: int, payment: int, slack_ms: int = 0, agreed: bool = False,
+        exposure: int, payment: int, slack_ms: int = 0, agreed: bool = False, earlier: Sequence[Mapping[str, int]] = (),
     ) -> None:  # fmt: skip
         """`exposure` bounds what may be in escrow with a peer, and a peer's here; `slack_ms`: by how much the two sides
-        may differ on how long an answer took; `agreed`: all nodes have the same `funds`, so that verdicts move stake.
-        Raises StatementError or LedgerError for a journal that cannot be."""
+        may differ on how long an answer took; `agreed`: all nodes have the same `funds`, so that verdicts move stake;
+        `earlier`: those before each amendment. Raises StatementError or LedgerError for a journal that cannot be."""
         super().__init__(identity.name, journal)
         self.identity = identity
         self.grants, self.exposure, self.payment, self.slack_ms = dict(grants), exposure, payment, slack_ms
-        self.stakes = Stakes(funds, agreed=agreed)
+        self.stakes = Stakes(funds, agreed=agreed, earlier=earlier)
+        self.stakes.said[self.name] = self.stakes.epoch
         # By what evidence somebody lost stake, and what this node staked and forgot, for whoever passes it on.
         self.news: list[Statement] = []
         self.doubted: Callable[[str], int] = lambda peer: 0  # of what a peer was paid, micro-credits
@@ -125,6 +118,7 @@ class ChannelLedger(JournaledBooks):
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
         self._reconciler = Reconciler(self, self._add)
+        self.refills = Refiller(self, identity, self.grants, self._add)
         self._staked = 0  # number of the last own statement of stake that was signed in this run
         self._replay()
         self.changed.add(self.name)  # all is news
@@ -138,11 +132,8 @@ class ChannelLedger(JournaledBooks):
         self.stakes.fresh.clear()
         for peer, channel in self.books.channels.items():
             self._floor[peer] = channel.taken_id
-            grant = self.grants.get(peer)
-            if grant is not None and self._opening(peer, grant) != channel.opening:
-                log.warning(
-                    "a channel stays as it was opened, on other terms than now configured", extra={"peer": peer}
-                )
+            if self.refills.is_less(peer):
+                log.warning("a channel keeps the credit that was agreed, more than is configured", extra={"peer": peer})
 
     def is_reconciled(self, peer: str) -> bool:
         """Whether the peer has told in this run what it knows of the channel."""
@@ -256,10 +247,8 @@ class ChannelLedger(JournaledBooks):
 
     # Messages.
 
-    def _opening(self, peer: str, grant: Grant) -> Opening:
-        a, b = sorted((self.name, peer))
-        amounts = (grant.own, grant.other) if a == self.name else (grant.other, grant.own)
-        return Opening(a, b, *amounts, grant.source)
+    def _ask(self, channel: Channel) -> Ask:
+        return Ask(channel.number, channel.paid_number, refills=len(channel.refills), epoch=self.stakes.epoch)
 
     def has_to_tell(self, peer: str) -> bool:
         """Whether there is something to send to a peer."""
@@ -267,6 +256,8 @@ class ChannelLedger(JournaledBooks):
         if channel is None:
             return peer in self.grants
         if not self.is_reconciled(peer) or channel.acked < channel.number or peer in self._reconciler.again:
+            return True
+        if peer in self.refills.due:
             return True
         return channel.number > 0 and peer not in self._reconciler.confirmed
 
@@ -277,10 +268,14 @@ class ChannelLedger(JournaledBooks):
             grant = self.grants.get(peer)
             if grant is None:
                 return None
-            opening = self._opening(peer, grant)
+            opening = grant.opening(self.name, peer)
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
         if not self.is_reconciled(peer):
-            return msgspec.json.encode(Ask(channel.number, channel.paid_number))
+            return msgspec.json.encode(self._ask(channel))
+        proposal = self.refills.proposal(peer)
+        if proposal is not None:
+            await self.durable()
+            return msgspec.json.encode(proposal)
         again = self._reconciler.again.get(peer)
         if again:
             return msgspec.json.encode(Vouching(again[0]))
@@ -313,6 +308,9 @@ class ChannelLedger(JournaledBooks):
             answer = await self._on_ask(peer, message)
         elif isinstance(message, Vouching):
             answer = await self._on_voucher(peer, message.vouch)
+        elif isinstance(message, Refilling):
+            answer = self.refills.received(peer, message, self.is_reconciled(peer))
+            await self.durable()
         else:
             for each in message.statements:
                 if self.heard(peer, each.encode()):
@@ -324,12 +322,13 @@ class ChannelLedger(JournaledBooks):
         grant = self.grants.get(peer)
         if grant is None:
             return Declined("nothing was granted to you")
-        opening = self._opening(peer, grant)
-        if message.opening != opening:
-            return Declined("the terms of the channel are others here")
-        check(peer, "opening", opening, message.signature)
+        channel = self.books.channels.get(peer)
+        opening = channel.opening if channel is not None else grant.opening(self.name, peer)
         own = sign(self.identity, "opening", opening)
-        if peer not in self.books.channels:
+        if channel is None:
+            if message.opening != opening:
+                return Declined("the terms of the channel are others here")
+            check(peer, "opening", opening, message.signature)
             self._add(Opened(peer, opening, own, message.signature))
         await self.durable()
         return Open(opening, own)
@@ -337,10 +336,12 @@ class ChannelLedger(JournaledBooks):
     async def _on_ask(self, peer: str, ask: Ask) -> Answer:
         """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
         self.asked[peer] += 1
+        self.refills.look(peer, ask.refills is not None)
+        if peer in self.books.channels:
+            self.stakes.said[peer] = ask.epoch
         latest = self.stakes.latest.get(peer)
-        return await self._reconciler.tell(
-            peer, ask, msgspec.json.encode(latest).decode() if latest is not None else ""
-        )
+        stake = msgspec.json.encode(latest).decode() if latest is not None else ""
+        return await self._reconciler.tell(peer, ask, stake, self.stakes.epoch)
 
     def _on_known(self, peer: str, known: Known) -> None:
         """What a peer knows of this node. What is under way with it was asked in another run, and is not answered any
@@ -348,6 +349,8 @@ class ChannelLedger(JournaledBooks):
         if known.stake and self.heard(peer, known.stake.encode()) and self.name in self.stakes.latest:
             self.news.append(self.stakes.latest[self.name])  # others may have heard of an earlier one alone
         self._reconciler.take_over(peer, known)
+        self.stakes.said[peer] = known.epoch
+        self.refills.look(peer, known.refills is not None)
         for id in sorted(self.books.channel(peer).open):
             self.settle(peer, id, None, NOTHING_CAME, 1)
         self.changed.add(peer)
@@ -432,18 +435,24 @@ class ChannelLedger(JournaledBooks):
             if held >= self.books.channel(peer).acked:
                 raise LedgerError(f"{peer} holds another voucher than what this ledger follows on from")
             await self._reconciler.recall(peer, self.books.channel(peer).paid_number, held)
+        elif isinstance(answer, Refilling):
+            self.refills.replied(peer, answer)
+        elif answer.refill:
+            self.refills.refused(peer, answer.reason)
         elif answer.reason:
             raise LedgerError(f"{peer} declines: {answer.reason}")
         await self.durable()
 
     def _on_opened(self, peer: str, answer: Open) -> None:
-        grant = self.grants.get(peer)
-        if grant is None or answer.opening != self._opening(peer, grant):
+        """A channel is opened as was proposed, or as the peer has it since this node lost its journal, with less credit
+        than is granted now: then the rest is added."""
+        if peer in self.books.channels:
+            return
+        grant, opening = self.grants.get(peer), answer.opening
+        if grant is None or not grant.allows(opening, self.name, peer):
             raise LedgerError(f"{peer} opens a channel on other terms")
-        check(peer, "opening", answer.opening, answer.signature)
-        if peer not in self.books.channels:
-            own = sign(self.identity, "opening", answer.opening)
-            self._add(Opened(peer, answer.opening, own, answer.signature))
+        check(peer, "opening", opening, answer.signature)
+        self._add(Opened(peer, opening, sign(self.identity, "opening", opening), answer.signature))
 
     def _on_ack(self, peer: str, answer: Acknowledged) -> None:
         channel = self.books.channel(peer)

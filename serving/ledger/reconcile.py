@@ -20,6 +20,7 @@ from wwwserve.serving.ledger.channel import (
     Event,
     LedgerError,
     Recovered,
+    Refilled,
     Reopened,
     Settled,
     Skipped,
@@ -34,6 +35,7 @@ log = logging.getLogger("wwwserve.ledger")
 
 MOST_RECEIPTS = 50_000  # by which a peer may be behind that goes on from an old copy of its journal
 MOST_UNPAID = 4096  # of its requests of which it is told
+MOST_REFILLS = 1_000  # that a node may have forgotten
 MOST_AHEAD = 1 << 32  # ids that a node may have forgotten
 RECALL_S = 30.0  # between two looks for what a peer forgot
 
@@ -49,7 +51,7 @@ class Reconciler:
         self._ledger, self._add = ledger, add
         self._recalled_s: dict[str, float] = {}  # when what a peer forgot was last looked for
 
-    async def tell(self, peer: str, ask: Ask, stake: str) -> Known:
+    async def tell(self, peer: str, ask: Ask, stake: str, epoch: str) -> Known:
         """What is known here of a peer, which has started. Raises LedgerError where it forgot too much."""
         channel = self._ledger.books.channel(peer)
         vouches = await self.recall(peer, ask.number, ask.paid_number)
@@ -57,7 +59,8 @@ class Reconciler:
             Unpaid(id, taken.request, taken.terms, channel.earned.get(id, 0))
             for id, taken in sorted(channel.taken.items())
         ]
-        return Known(vouches, channel.taken_id, tuple(unpaid[:MOST_UNPAID]), stake)
+        refills = tuple(channel.refills[ask.refills :]) if ask.refills is not None else ()
+        return Known(vouches, channel.taken_id, tuple(unpaid[:MOST_UNPAID]), stake, refills, epoch)
 
     async def recall(self, peer: str, number: int, paid_number: int) -> tuple[Vouch, ...]:
         """Where a peer knows only `number` receipts of what it pays, and `paid_number` of what it is paid: its vouchers
@@ -102,6 +105,11 @@ class Reconciler:
         what cannot be."""
         channel = self._ledger.books.channel(peer)
         asked = channel.asked
+        for agreed in (known.refills or ())[:MOST_REFILLS]:  # of which what was signed since may be paid
+            if agreed.refill.number > len(channel.refills):
+                check(channel.opening.a, "refill", agreed.refill, agreed.a)
+                check(channel.opening.b, "refill", agreed.refill, agreed.b)
+                self._add(Refilled(peer, agreed))
         for vouch in known.vouches:
             check(self._ledger.name, "voucher", vouch.voucher.state, vouch.voucher.signature)
             if vouch.voucher.state.number > channel.number:

@@ -48,6 +48,24 @@ class Opening(Struct, frozen=True):
         return (self.amount_a, self.amount_b) if name == self.a else (self.amount_b, self.amount_a)
 
 
+class Refill(Struct, frozen=True):
+    """Credit that is added to a channel: what each of the two was granted in all, from the opening on."""
+
+    channel: str  # digest of the opening
+    number: Whole  # of its refills, from 1
+    amount_a: Whole
+    amount_b: Whole
+    source: str  # as of an opening
+
+
+class Agreed(Struct, frozen=True):
+    """A refill that both have signed."""
+
+    refill: Refill
+    a: str  # signature of the one,
+    b: str  # and of the other
+
+
 class Terms(Struct, frozen=True):
     """What a request is handed over for, as its origin signs it."""
 

@@ -20,10 +20,21 @@ from wwwserve.eval.live.world.nodes import MODEL, Node, Strategy
 from wwwserve.serving.delegation import PROMPT, TARIFF
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel import LedgerError
-from wwwserve.serving.ledger.exchange import Acknowledged, Ask, Declined, Held, Known, Open, Telling, Vouching
+from wwwserve.serving.ledger.exchange import (
+    Acknowledged,
+    Ask,
+    Declined,
+    Held,
+    Known,
+    Open,
+    Refilling,
+    Telling,
+    Vouching,
+)
 from wwwserve.serving.ledger.statements import (
     NOTHING_CAME,
     Receipt,
+    Refill,
     Served,
     Signed,
     State,
@@ -417,7 +428,12 @@ class Griefer(Adversary):
         if dice.random() < 0.3:
             ask = Ask(dice.choice([0, channel.number]), dice.choice([0, channel.paid_number]))
             open_ = Open(msgspec.structs.replace(channel.opening, amount_a=1), "A" * 86 + "==")
-            await tell(node, peer, dice.choice([ask, open_, b"{}", b"[" * 1000, Telling(("{}",))]))
+            number, (a, b) = dice.randint(0, len(channel.refills) + 2), channel.granted
+            refill = Refill(
+                channel.digest, number, a + dice.choice([0, 1, 10**9]), b + dice.choice([-1, 0, 1]), "world"
+            )
+            add = Refilling(refill, sign(node.identity, "refill", refill))
+            await tell(node, peer, dice.choice([ask, open_, b"{}", b"[" * 1000, Telling(("{}",)), add]))
             return
         tokens, prompt = dice.randrange(1, 200), dice.randrange(1, 60)
         body, terms = request(node, tokens, prompt), terms_of(node, peer, tokens, prompt)

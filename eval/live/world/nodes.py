@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -52,6 +53,8 @@ class Agreed(NamedTuple):
     grant: int  # to each of the two of a channel
     stake: int  # that each may have at stake
     duels: float = 0.0  # chance of a request that is handed over to go to two, whose answers are judged
+    refills: tuple[tuple[float, int], ...] = ()
+    """from when on a node that starts finds so much added to what it and each of its peers were granted in all, s"""
 
 
 @cache
@@ -186,7 +189,9 @@ class Network:
         amount, granted = self.agreed.grant, self.granted()
         if node.name not in granted:
             return {}
-        return {name: Grant(amount, amount, "world") for name in granted if name != node.name}
+        totals = accumulate((more for at_s, more in self.agreed.refills if at_s <= self.loop.time()), initial=amount)
+        grant, *later = (Grant(each, each, "world") for each in totals)
+        return {name: grant._replace(later=tuple(later)) for name in granted if name != node.name}
 
     def funds(self) -> dict[str, int]:
         """What each may have at stake."""
