@@ -17,6 +17,7 @@ CREDIT = 100 * MICRO
 BODY, ANSWER = digest(b"what is asked"), digest(b"what is answered")
 PROMISE = Promise(1.0, 0.01)
 SLACK_MS = 300
+WAIT_S = 100.0  # until a channel is closed without its peer
 
 
 def terms_of(amount: int = MICRO, price: int = MICRO) -> Terms:
@@ -36,6 +37,7 @@ class Sides:
     ) -> None:  # fmt: skip
         self.kind, self.folder, self.payment, self.exposure, self.credit = kind, folder, payment, exposure, credit
         self.journals: dict[str, Journal] = {}
+        self.now_s = 1e9
         self.a, self.b = self.start(A), self.start(B)
 
     def start(self, who: Identity, max_pages: int = 0) -> ChannelLedger:
@@ -46,8 +48,13 @@ class Sides:
         grants = {other.name: self.grant(who)}
         funds = {A.name: 4 * MICRO, B.name: 4 * MICRO}
         return ChannelLedger(
-            who, journal, grants, funds, exposure=self.exposure, payment=self.payment, slack_ms=SLACK_MS
-        )
+            who, journal, grants, funds, exposure=self.exposure, payment=self.payment, slack_ms=SLACK_MS,
+            closed=self.closed(who), close_after_s=WAIT_S, wall_clock=lambda: self.now_s,
+        )  # fmt: skip
+
+    def closed(self, who: Identity) -> list[str]:
+        """With whom one side is configured to have no open channel."""
+        return []
 
     def grant(self, who: Identity) -> Grant:
         """What is configured on one side."""

@@ -17,8 +17,9 @@ from wwwserve.agents.protocol import MICRO
 from wwwserve.serving import cli
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.audit import audit, compare, settled
-from wwwserve.serving.ledger.channel import LedgerError, Refilled
+from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Grant
+from wwwserve.serving.ledger.entries import Refilled
 from wwwserve.serving.ledger.exchange import Answer, Ask, Declined, Known, Message, Open, Refilling
 from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
@@ -360,7 +361,7 @@ def test_a_snapshot_that_the_release_before_wrote_is_what_the_entries_come_to(gr
         growing.a.flush()
         channels, statements = msgspec.json.decode(growing.a.books.encode())
         for each in channels.values():
-            assert each.pop("refills") == []
+            assert [each.pop(name) for name in ("refills", "leaving_ms", "ended")] == [[], 0, None]
         growing.journals[A.name].write([], [], msgspec.json.encode((channels, statements)))
         growing.kill(A)
         await growing.exchange()

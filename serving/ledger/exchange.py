@@ -5,7 +5,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from wwwserve.serving.ledger.statements import VERSION, Agreed, Opening, Refill, Signed, Struct, Terms, Vouch
+from wwwserve.serving.ledger.statements import VERSION, Agreed, Ended, Opening, Refill, Signed, Struct, Terms, Vouch
 from wwwserve.serving.market import Whole
 
 MOST_STATEMENTS = 1_000  # about stake in one message
@@ -28,6 +28,14 @@ class Refilling(Envelope, frozen=True, tag="refill"):
 
     refill: Refill
     signature: str
+    version: Whole = VERSION
+
+
+class Close(Envelope, frozen=True, tag="close"):
+    """One of the two signs, or both have signed, that the channel is closed, or open again."""
+
+    ended: Ended
+    refills: tuple[Agreed, ...] = ()  # all of the channel
     version: Whole = VERSION
 
 
@@ -63,6 +71,7 @@ class Declined(Envelope, frozen=True, tag="declined"):
 
     reason: str
     refill: Whole = 0  # number of the refill that is not
+    closed: bool = False  # the channel stays closed
 
 
 class Ask(Envelope, frozen=True, tag="ask"):
@@ -73,6 +82,7 @@ class Ask(Envelope, frozen=True, tag="ask"):
     version: Whole = VERSION
     refills: Whole | None = None  # how many it has; None: it is of a release that knows none
     epoch: str = ""  # of the genesis that it has, see `serving.ledger.stakes`
+    closings: Whole = 0  # how many closings and reopenings both have signed, by what it has
 
 
 class Unpaid(Struct, frozen=True):
@@ -93,7 +103,8 @@ class Known(Envelope, frozen=True, tag="known"):
     stake: str  # its last statement of stake, "" for none
     refills: tuple[Agreed, ...] | None = None  # after those that it has; None: the peer's release knows none
     epoch: str = ""  # of the genesis that the peer has
+    ended: Ended | None = None  # the last closing or reopening, if the asker does not have it
 
 
-Message: TypeAlias = Open | Ask | Vouching | Telling | Refilling
-Answer: TypeAlias = Open | Known | Acknowledged | Held | Declined | Refilling
+Message: TypeAlias = Open | Ask | Vouching | Telling | Refilling | Close
+Answer: TypeAlias = Open | Known | Acknowledged | Held | Declined | Refilling | Close

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.ledger.channel import Event, LedgerError, Refilled
+from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.entries import Event, Refilled
 from wwwserve.serving.ledger.exchange import Declined, Refilling
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
 from wwwserve.serving.ledger.statements import Agreed, Opening, Refill, check, sign
@@ -60,7 +61,7 @@ class Refiller:
         """What is to be added to a channel next by what is configured; None for nothing. Credit that was agreed is not
         taken back."""
         channel, grant = self._ledger.books.channels.get(peer), self._grants.get(peer)
-        if channel is None or grant is None:
+        if channel is None or grant is None or channel.is_closed or channel.leaving_ms:
             return None
         before = channel.granted
         for each in (grant, *grant.later):

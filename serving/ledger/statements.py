@@ -123,6 +123,38 @@ class State(Struct, frozen=True):
     head: str  # of the chain
 
 
+class Closing(Struct, frozen=True):
+    """A channel is closed, or open again after it was, with this state."""
+
+    channel: str  # digest of the opening
+    number: Whole  # of closings and reopenings, from 1
+    open: bool  # it is a reopening
+    a: State  # of the chain by which the one pays
+    b: State
+    refills: Whole  # how many there are
+
+    def of(self, payer: str) -> State:
+        """Of the chain by which one of the two pays."""
+        return self.a if self.a.payer == payer else self.b
+
+
+class Ended(Struct, frozen=True):
+    """A closing, and who has signed it."""
+
+    closing: Closing
+    a: str  # signature of the one, "" for none,
+    b: str  # and of the other
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether both have."""
+        return bool(self.a and self.b)
+
+    def signature(self, name: str, other: str) -> str:
+        """Of `name`, in the channel of the two."""
+        return self.a if name < other else self.b
+
+
 class Signed(Struct, frozen=True):
     """A statement and its signature."""
 
