@@ -375,7 +375,7 @@ class ChannelLedger(JournaledBooks):
 
     def close_silent(self) -> None:
         """Close channels with peers that were waited for long enough."""
-        for peer in self.closer.expire():
+        for peer in self.closer.expire() if not self.full else ():
             for id in sorted(self.books.channel(peer).open):
                 self.settle(peer, id, None, NOTHING_CAME, 1)
             self.closer.close_alone(peer)

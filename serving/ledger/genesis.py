@@ -3,7 +3,7 @@
 Nothing else makes credit. What a key has by the genesis is split evenly over its channels with the other keys there, as
 nobody could see it spent twice; what it may stake is beside that. A genesis grows by amendments, each of which adds to
 what is before it and names that by its digest; it counts if more than half of the accounts before it have signed it,
-who hold more than two thirds of what may be staked: as many as can make any verdict anyway.
+who hold more than two thirds of what may be staked: as many as can make verdicts anyway.
 """
 
 from collections.abc import Mapping
