@@ -53,6 +53,7 @@ from wwwserve.serving.local_nodes import NetworkError, Plan, look
 from wwwserve.serving.plain import in_words
 from wwwserve.serving.setup.card import CardError
 from wwwserve.serving.setup.commands import Doctor, Init, Join, ShowCard
+from wwwserve.serving.setup.genesis_commands import GenesisAmend, GenesisShow, GenesisSign
 from wwwserve.serving.setup.look import own_network
 from wwwserve.serving.versions import SPEAKS
 
@@ -338,6 +339,9 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "key show": KeyShow,
     "ledger show": LedgerShow,
     "ledger verify": LedgerVerify,
+    "genesis show": GenesisShow,
+    "genesis amend": GenesisAmend,
+    "genesis sign": GenesisSign,
     "policy show": PolicyShow,
     "policy verify": PolicyVerify,
     "emulator": EMULATOR,

@@ -246,6 +246,9 @@ class LedgerConfig(Struct):
     file: str  # SQLite file of its accounts, made if it is not there
     genesis: str | None = None  # file of what each key begins with, the same on all nodes
     limits: dict[str, LimitConfig] = {}  # by a peer's key, where there is no genesis
+    closed: tuple[str, ...] = ()
+    """keys of peers with whom the channel is closed, or stays so; without one of them, it is opened again"""
+    close_after_s: float = 7 * 86400.0  # s after which it is closed without a peer that does not agree
     exposure: float = 100.0  # credits that a peer may have of ours in escrow, and we of a peer's
 
 
@@ -481,6 +484,8 @@ def _ledger_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("ledger.genesis", ledger.genesis is None or Path(ledger.genesis).is_file(), f"a file, got {ledger.genesis!r}"),
         *[("ledger.limits", _is_key(each), f"by public keys, got {each!r}") for each in ledger.limits],
         ("ledger.limits", all(0 <= each <= MOST_CREDITS for each in amounts), f"0 to {MOST_CREDITS:,} credits"),
+        *[("ledger.closed", _is_key(each), f"public keys, got {each!r}") for each in ledger.closed],
+        ("ledger.close_after_s", ledger.close_after_s >= 0, f"at least 0, got {ledger.close_after_s:g}"),
         ("ledger.exposure", 0 < ledger.exposure <= MOST_CREDITS, f"above 0, got {ledger.exposure:g}"),
     ]
 

@@ -129,23 +129,29 @@ def membership_of(
     return ZenohMembership(identity, settings.network, zenoh, clock, refusals, wall_clock, configured)
 
 
-def ledger_of(config: NodeConfig, identity: Identity, payment: int, stack: AsyncExitStack) -> ChannelLedger | None:
+def ledger_of(
+    config: NodeConfig, identity: Identity, payment: int, stack: AsyncExitStack, wall_clock: Callable[[], float]
+) -> ChannelLedger | None:
     """The ledger that is configured, until `stack` is closed. Raises ConfigError, JournalError, LedgerError."""
     settings = config.ledger
     if settings is None:
         return None
-    grants, funds = agreed(settings, identity.name)
+    granted = agreed(settings, identity.name)
     journal = SqliteJournal(Path(settings.file), identity.name)
     slack_ms = int(milliseconds(config.market.rtt_s + TOLERANCE_S * config.market.speed))
     ledger = ChannelLedger(
         identity,
         journal,
-        grants,
-        funds,
+        granted.grants,
+        granted.funds,
+        earlier=granted.earlier,
         exposure=micro(settings.exposure),
         payment=payment,
         slack_ms=slack_ms,
         agreed=settings.genesis is not None,
+        closed=settings.closed,
+        close_after_s=settings.close_after_s,
+        wall_clock=wall_clock,
     )
     stack.callback(ledger.close)
     return ledger
@@ -196,7 +202,7 @@ async def serve(
         stack.push_async_callback(peers.close)
         metrics = Metrics(config.class_names)
         refusals = Refusals(metrics.message_refused, asyncio.get_running_loop().time)
-        ledger = ledger_of(config, identity, provider.market.payment, stack)
+        ledger = ledger_of(config, identity, provider.market.payment, stack, wall_clock)
         known = (*(ledger.grants if ledger is not None else ()), *(config.trust or ()))
         membership = membership_of(config, identity, peers, stack, refusals, wall_clock, known)
         messages = Messages(identity, membership.knows, wall_clock)

@@ -64,7 +64,7 @@ def test_a_channel_opens_once_and_only_on_terms_that_both_have(sides: Sides, tmp
         )
         message = await generous.message(B.name)
         assert message is not None
-        with pytest.raises(LedgerError, match="terms of the channel are others"):
+        with pytest.raises(LedgerError, match="opens a channel on other terms"):
             await generous.replied(B.name, await sides.b.received(A.name, message))
         assert sides.own() == before
 

@@ -31,7 +31,7 @@ from wwwserve.agents.arguments import Count, File, Folder, Seed, UsageError, par
 from wwwserve.agents.protocol import MICRO
 from wwwserve.eval.compare import write_json
 from wwwserve.serving.ledger.audit import Audit, audit, compare, settled
-from wwwserve.serving.ledger.channel import Settled
+from wwwserve.serving.ledger.entries import Settled
 from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.ledger.statements import WHOLE
 from wwwserve.serving.local_nodes import (

@@ -305,7 +305,7 @@ def _ledger(node: NodeConfig, identity: Identity) -> Iterator[Finding]:
         return
     file = Path(node.ledger.file)
     try:
-        grants, _ = agreed(node.ledger, identity.name)
+        grants = agreed(node.ledger, identity.name).grants
         if not file.exists():
             if not os.access(file.parent, os.W_OK):
                 yield Finding("ledger", FAILED, f"{file.parent} cannot be written", "choose another `ledger.file`")

@@ -178,6 +178,7 @@ const channelsTable = new Table(byId("channels"), {
 
 function dispute(c) {
   const parts = [c.short > 0 ? `short ${credits(c.short)}` : "", c.over > 0 ? `over ${credits(c.over)}` : ""].filter(Boolean);
+  if (c.closed) return { text: c.closed === "to be" ? "to be closed" : `closed ${c.closed}`, class: "muted", note: c.disagreement, wide: true };
   if (!c.reconciled) return { text: "◐ not reconciled", class: "warn", note: c.disagreement, wide: true };
   if (c.disagreement) return { text: `▲ ${parts.join(", ") || "it disagreed"}`, class: "warn", note: c.disagreement, wide: true };
   return parts.length ? { text: `▲ ${parts.join(", ")}`, class: "warn" } : { text: "none", class: "muted" };
