@@ -360,7 +360,9 @@ def view_and_rules_case(rng: np.random.Generator) -> Results:
     decision.admit_what_pays(policies[0])
     held = rng.uniform([1, 0, 0], [3, 400, 400], (DRAWS, 3))
     results["may hold"] = np.array([decision.may_hold(*each) for each in held])
-    results["rates"] = np.array([(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held[:, 1:]])
+    results["rates"] = np.array(
+        [(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held[:, 1:]]
+    )
     results["accept"] = np.array(
         [decision.accept(t, *rng.uniform([0, 0, 0, -1, 0], [60, 1, 2, 1, 1])) for t in policies]
     )
