@@ -53,6 +53,7 @@ from wwwserve.serving.local_nodes import NetworkError, Plan, look
 from wwwserve.serving.plain import in_words
 from wwwserve.serving.setup.card import CardError
 from wwwserve.serving.setup.commands import Doctor, Init, Join, ShowCard
+from wwwserve.serving.setup.genesis_commands import GenesisAmend, GenesisShow, GenesisSign
 from wwwserve.serving.setup.look import own_network
 from wwwserve.serving.versions import SPEAKS
 
@@ -135,6 +136,8 @@ class Up:
     """a rule or a bundle, for every node; default: the shipped bundle"""
     engine: Literal["emulated", "vllm"] = "emulated"
     """vllm: real vLLM with a small model, a CPU core and 2.8 GB each; what it needs is installed at the first time"""
+    engines: int = 1
+    """of each node, which are alike"""
     model: Name = None
     """that they serve: if emulated, of the catalogue (qwen3-8b), with vllm one of those that can be prepared"""
     calibrate: bool = False
@@ -153,7 +156,7 @@ class Up:
         display.up(
             Plan(
                 self.nodes, self.base_port, self.policy, self.gpu, model, self.max_num_seqs, self.speed, self.engine,
-                self.calibrate, self.membership,
+                self.calibrate, self.membership, self.engines,
             )
         )  # fmt: skip
         return DONE
@@ -336,6 +339,9 @@ COMMANDS: dict[str, type[Command] | Tool] = {
     "key show": KeyShow,
     "ledger show": LedgerShow,
     "ledger verify": LedgerVerify,
+    "genesis show": GenesisShow,
+    "genesis amend": GenesisAmend,
+    "genesis sign": GenesisSign,
     "policy show": PolicyShow,
     "policy verify": PolicyVerify,
     "emulator": EMULATOR,

@@ -25,7 +25,7 @@ from wwwserve.agents.protocol import PAYMENTS
 from wwwserve.agents.rules import RULES
 from wwwserve.agents.tariff import MAX_TARIFF
 from wwwserve.serving.boundary import BoundaryError, check_url
-from wwwserve.serving.http.addresses import engine_base, host_of, is_loopback, is_unspecified, netloc
+from wwwserve.serving.http.addresses import engine_base, host_of, is_loopback, is_unspecified, netloc, same_place
 from wwwserve.serving.http.keys import SignatureError, public_key
 from wwwserve.serving.ledger.verdicts import MOST_JUDGES
 from wwwserve.serving.market import MOST_INT, Market
@@ -35,7 +35,8 @@ from wwwserve.serving.plain import in_words
 MOST_AT_ONCE = 1 << 16  # requests in an engine
 MOST_ENGINES = 64  # of one node
 SPEED = (0.01, 100.0)  # emulated seconds in a second: lowest, highest
-SPARE_FILES = 64  # file descriptors, beside connections
+SPARE_FILES = 64  # file descriptors, beside connections of users and peers
+ADMIN_CONNECTIONS = 64  # at once, to `admin`
 MOST_CREDITS = 10**9  # of one key, so that sums of micro-credits stay in 64 bits
 
 
@@ -200,6 +201,8 @@ class MarketConfig(Struct):
     rtt_s: float = 0.05  # round trip between two providers, s
     gossip_s: float = 3.0  # between two adverts, s
     tick_s: float = 1.0  # between two looks at the engine and at what is held, s
+    patience: float = 1.0
+    """times its last deadline for which a request may be held; above 1 it is overtaken by those behind it"""
     stake_rule: Literal["load", "fixed"] = "load"  # `load`: the stake follows the free capacity; `fixed`: it stays
     duel_probability: float = 0.0
     """of a request that is handed to a peer: chance that it goes to two, whose answers are judged"""
@@ -214,7 +217,8 @@ class LimitsConfig(Struct):
     body_bytes: int = 32 * 2**20  # largest body, zipped or not; beyond, 413
     header_bytes: int = 64 * 2**10  # largest header; beyond, 431
     held: int = 512  # users' requests that are not decided, and as many that are passed through; beyond, 503
-    connections: int = 4096  # open at once; beyond, one on which nothing is under way makes room, else 503
+    connections: int = 4096
+    """open at once, fewer where files are short; beyond, one on which nothing is under way makes room, else 503"""
     connections_per_address: int = 1024  # the same, from one IPv4 address or one /64 of IPv6
     peer_connections: int = 256  # of `connections`, at most a quarter, that only peers may have
     peer_messages_per_s: float = 2500.0  # signed messages of one peer that are looked at; beyond, 429
@@ -244,6 +248,9 @@ class LedgerConfig(Struct):
     file: str  # SQLite file of its accounts, made if it is not there
     genesis: str | None = None  # file of what each key begins with, the same on all nodes
     limits: dict[str, LimitConfig] = {}  # by a peer's key, where there is no genesis
+    closed: tuple[str, ...] = ()
+    """keys of peers with whom the channel is closed, or stays so; without one of them, it is opened again"""
+    close_after_s: float = 7 * 86400.0  # s after which it is closed without a peer that does not agree
     exposure: float = 100.0  # credits that a peer may have of ours in escrow, and we of a peer's
 
 
@@ -292,6 +299,11 @@ class NodeConfig(Struct):
         return tuple(self.classes) or ("default",)
 
     @property
+    def files(self) -> int:
+        """File descriptors that it may need, with those for signs of life to peers and for the operator."""
+        return self.limits.files + len(self.peers) + (ADMIN_CONNECTIONS if self.admin is not None else 0)
+
+    @property
     def user_keys(self) -> tuple[KeyConfig, ...]:
         """The API keys of users; those without a name are called by their place in the list."""
         return tuple(
@@ -319,6 +331,7 @@ class NodeConfig(Struct):
         return Market(
             known=np.array(rows), deadlines=np.array(deadlines), payment=PAYMENTS.index(market.payment),
             rtt_s=market.rtt_s, gossip_s=market.gossip_s, tick_s=market.tick_s,
+            patience=market.patience,
         )  # fmt: skip
 
     @property
@@ -382,6 +395,15 @@ def _tidied(c: NodeConfig, folder: Path) -> NodeConfig:
         ledger=settings and replace(settings, file=at(settings.file), genesis=at(settings.genesis)),
         keys=tuple(replace(each, file=at(each.file)) if isinstance(each, KeyConfig) else each for each in c.keys),
     )  # fmt: skip
+
+
+def _twice(urls: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Those of an engine that another one leads to as well, after that one."""
+    seen: dict[str, str] = {}
+    for url in filter(_is_reached, urls):
+        first = seen.setdefault(same_place(url), url)
+        if first is not url:
+            yield first, url
 
 
 def _engine_urls(url: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -465,6 +487,8 @@ def _ledger_checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("ledger.genesis", ledger.genesis is None or Path(ledger.genesis).is_file(), f"a file, got {ledger.genesis!r}"),
         *[("ledger.limits", _is_key(each), f"by public keys, got {each!r}") for each in ledger.limits],
         ("ledger.limits", all(0 <= each <= MOST_CREDITS for each in amounts), f"0 to {MOST_CREDITS:,} credits"),
+        *[("ledger.closed", _is_key(each), f"public keys, got {each!r}") for each in ledger.closed],
+        ("ledger.close_after_s", ledger.close_after_s >= 0, f"at least 0, got {ledger.close_after_s:g}"),
         ("ledger.exposure", 0 < ledger.exposure <= MOST_CREDITS, f"above 0, got {ledger.exposure:g}"),
     ]
 
@@ -539,6 +563,7 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
          f"at least one, above 0 and ascending, got {c.deadlines_s}"),
         ("classes", len(c.classes) <= MAX_CLASSES, f"at most {MAX_CLASSES}, got {len(c.classes)}"),
         ("every class's deadline_s", all(k.deadline_s > 0 for k in c.classes.values()), "above 0"),
+        ("market.patience", 1 <= c.market.patience <= 100, f"1 to 100, got {c.market.patience:g}"),
         ("market.tick_s", 0.01 <= c.market.tick_s <= 10, f"0.01 to 10, got {c.market.tick_s:g}"),
         ("market.gossip_s", 0.05 <= c.market.gossip_s <= 60, f"0.05 to 60, got {c.market.gossip_s:g}"),
         ("market.rtt_s", 0 <= c.market.rtt_s <= 10, f"0 to 10, got {c.market.rtt_s:g}"),
@@ -547,8 +572,10 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
         ("market.judges", 1 <= c.market.judges <= MOST_JUDGES, f"1 to {MOST_JUDGES}, got {c.market.judges}"),
         ("market.speed", SPEED[0] <= c.market.speed <= SPEED[1],
          f"{SPEED[0]:g} to {SPEED[1]:g}, got {c.market.speed:g}"),
-        ("engine.url", 1 <= len({u.partition("://")[2] for u in c.engine.urls}) == len(c.engine.urls) <= MOST_ENGINES,
-         f"of one engine or a list of up to {MOST_ENGINES} different ones, got {c.engine.url}"),
+        ("engine.url", 1 <= len(c.engine.urls) <= MOST_ENGINES,
+         f"of one engine or a list of up to {MOST_ENGINES} different ones, got {len(c.engine.urls)}"),
+        *[("engine.url", False, f"a list of different engines, got {one} and {other}, which are the same")
+          for one, other in _twice(c.engine.urls)],
         ("engine.timeout_s", c.engine.timeout_s > 0, f"above 0, got {c.engine.timeout_s:g}"),
         *[(field, 0 <= amount <= MOST_CREDITS, f"0 to {MOST_CREDITS:,} credits, got {amount:g}")
           for field, amount in (("stake", c.stake), ("credit", c.credit))],

@@ -24,6 +24,7 @@ from wwwserve.serving.duel.duels import JUDGE_S, Attempt, Duels
 from wwwserve.serving.duel.judge import judgeable
 from wwwserve.serving.duel.messages import COMMITMENT, JUDGE_PATH, JUDGED_IN, JUDGED_TOKENS, Pair
 from wwwserve.serving.engine.prefix_index import Prefix, PrefixIndex
+from wwwserve.serving.http.files import is_shortage
 from wwwserve.serving.http.handover import WithoutUsage, for_pay, meter_of
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.peers import PeerClient, refusal
@@ -227,6 +228,8 @@ class Delegation:
             raise
         except (TimeoutError, OSError, KeyError, ValueError) as error:
             reason = in_words(error)
+            if is_shortage(error):
+                raise RetryableError(reason) from None
             self._failed(name)
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the peer broke off: {reason}", "peer_error") from None

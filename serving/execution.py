@@ -6,6 +6,7 @@ from wwwserve.serving.delegation import remember
 from wwwserve.serving.engine.adapter import Engine, Sent
 from wwwserve.serving.engine.pool import Pool
 from wwwserve.serving.engine.prefix_index import Prefix, PrefixIndex
+from wwwserve.serving.http.files import is_shortage
 from wwwserve.serving.http.reply import (
     EVENTS,
     MOST_ANSWER,
@@ -107,6 +108,8 @@ class Execution:
                     await send_timed(reply.whole(status, kind, body), meter)
         except (TimeoutError, OSError, StreamError, TooMuch) as error:
             reason = in_words(error)
+            if is_shortage(error):
+                raise RetryableError(reason, 503) from None
             if reply.started and not reply.resumable:
                 raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
             if not isinstance(error, StreamError | TooMuch):

@@ -29,7 +29,7 @@ from wwwserve.agents.lengths import Lognormal
 from wwwserve.agents.policy.bundle import SHIPPED
 from wwwserve.agents.rules import RULES
 from wwwserve.serving import guard
-from wwwserve.serving.config import parse
+from wwwserve.serving.config import MOST_ENGINES, parse
 from wwwserve.serving.engine import calibrate, local_vllm
 from wwwserve.serving.engine.probe import Settings
 from wwwserve.serving.http.addresses import is_free
@@ -346,7 +346,7 @@ def started(
     With `measure`, the engines' profiles are measured first. Raises NetworkError for what is not ready in `ready_s`,
     serving.engine.fit.CalibrationError for an engine that cannot be measured.
     """
-    engine_urls = [node["engine"]["url"] for node in configured]
+    engine_urls = [url for node in configured for url in _engine_urls(node)]
     with programs() as made:
         engines = [made.start(f"engine {k + 1}", command) for k, command in enumerate(commands)]
         if measure:
@@ -363,11 +363,16 @@ def started(
             made.stop(*nodes)  # before their engines
 
 
+def _engine_urls(node: Mapping[str, Any]) -> list[str]:
+    url = node["engine"]["url"]
+    return [url] if isinstance(url, str) else list(url)
+
+
 def _measure(configured: Sequence[dict[str, Any]]) -> None:
-    """Measure the engines, one after the other, while the others are idle."""
+    """Measure the first engine of each node, one after the other, while the others are idle."""
     for node in configured:
         local_vllm.on_stderr(f"measuring the engine of {node['name']}, which takes minutes")
-        found = asyncio.run(calibrate.calibrate(node["engine"]["url"], Settings()))
+        found = asyncio.run(calibrate.calibrate(_engine_urls(node)[0], Settings()))
         node["engine"]["profile"] = {"kind": "measured", **calibrate.measured(found.profile)}
 
 
@@ -429,6 +434,7 @@ class Plan(NamedTuple):
     engine: Literal["emulated", "vllm"] = "emulated"
     calibrate: bool = False  # measure each engine, instead of taking the profile as it is known
     membership: Literal["static", "zenoh"] = "static"
+    engines: int = 1  # of each node
 
 
 MOST_PORT = 65535
@@ -442,12 +448,15 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
     """
     if not 1 <= plan.nodes <= 256:
         raise NetworkError(f"--nodes is {plan.nodes}, expected 1 to 256")
+    if not 1 <= plan.engines <= MOST_ENGINES:
+        raise NetworkError(f"--engines is {plan.engines}, expected 1 to {MOST_ENGINES}")
     highest = MOST_PORT + 1 - plan.nodes
     if not 0 <= plan.base_port <= highest:
         expected = f"1 to {highest}, or 0 for any ports that are free"
         raise NetworkError(f"--base-port is {plan.base_port}, expected {expected}")
-    free = free_ports(3 * plan.nodes)
-    engine_ports, ports, endpoints = free[::3], free[1::3], [f"tcp/127.0.0.1:{port}" for port in free[2::3]]
+    free = free_ports((2 + plan.engines) * plan.nodes)
+    ports, engine_ports = free[: plan.nodes], free[2 * plan.nodes :]
+    endpoints = [f"tcp/127.0.0.1:{port}" for port in free[plan.nodes : 2 * plan.nodes]]
     if plan.base_port:
         ports = [plan.base_port + i for i in range(plan.nodes)]
         taken = [port for port in ports if not is_free("127.0.0.1", port)]
@@ -462,6 +471,7 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
     nodes = []
     for i, name in enumerate(names):
         others = [k for k in range(plan.nodes) if k != i]
+        urls = local_urls(engine_ports[plan.engines * i : plan.engines * (i + 1)])
         membership: dict[str, Any]
         if plan.membership == "zenoh":
             # Two to begin with, so that it can come back though one of them is gone; gossip tells of the others.
@@ -471,7 +481,7 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
             membership = {}
         node = {
             "name": name, "port": ports[i], "seed": i, "policy": plan.policy, "serves": [plan.model],
-            "engine": {"url": f"http://127.0.0.1:{engine_ports[i]}", "profile": profile},
+            "engine": {"url": urls[0] if plan.engines == 1 else urls, "profile": profile},
             "market": {"speed": plan.speed if plan.engine == "emulated" else 1.0}, **membership,
         }  # fmt: skip
         parse(node | {"key": "made when it starts"}, f"node {name}")

@@ -4,7 +4,6 @@ import asyncio
 import gc
 import json
 import logging
-import resource
 import signal
 import ssl
 import sys
@@ -22,12 +21,13 @@ from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.protocol import milliseconds
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.serving import boundary, overview
-from wwwserve.serving.config import ConfigError, LimitsConfig, NodeConfig, StaticConfig
+from wwwserve.serving.config import ADMIN_CONNECTIONS, ConfigError, LimitsConfig, NodeConfig, StaticConfig
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine, EngineError
 from wwwserve.serving.fallback import WithFallback
 from wwwserve.serving.http.addresses import listen, netloc
 from wwwserve.serving.http.certificates import server_context
+from wwwserve.serving.http.files import fitting, raise_limit
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages, Refusals
 from wwwserve.serving.http.pages import Admin
@@ -48,7 +48,6 @@ from wwwserve.serving.tracing import Tracing, check_installed
 
 log = logging.getLogger("wwwserve.node")
 
-ADMIN_CONNECTIONS = 64
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _PLAIN = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
@@ -132,23 +131,29 @@ def membership_of(
     return ZenohMembership(identity, settings.network, zenoh, clock, refusals, wall_clock, configured)
 
 
-def ledger_of(config: NodeConfig, identity: Identity, payment: int, stack: AsyncExitStack) -> ChannelLedger | None:
+def ledger_of(
+    config: NodeConfig, identity: Identity, payment: int, stack: AsyncExitStack, wall_clock: Callable[[], float]
+) -> ChannelLedger | None:
     """The ledger that is configured, until `stack` is closed. Raises ConfigError, JournalError, LedgerError."""
     settings = config.ledger
     if settings is None:
         return None
-    grants, funds = agreed(settings, identity.name)
+    granted = agreed(settings, identity.name)
     journal = SqliteJournal(Path(settings.file), identity.name)
     slack_ms = int(milliseconds(config.market.rtt_s + TOLERANCE_S * config.market.speed))
     ledger = ChannelLedger(
         identity,
         journal,
-        grants,
-        funds,
+        granted.grants,
+        granted.funds,
+        earlier=granted.earlier,
         exposure=micro(settings.exposure),
         payment=payment,
         slack_ms=slack_ms,
         agreed=settings.genesis is not None,
+        closed=settings.closed,
+        close_after_s=settings.close_after_s,
+        wall_clock=wall_clock,
     )
     stack.callback(ledger.close)
     return ledger
@@ -199,7 +204,7 @@ async def serve(
         stack.push_async_callback(peers.close)
         metrics = Metrics(config.class_names)
         refusals = Refusals(metrics.message_refused, asyncio.get_running_loop().time)
-        ledger = ledger_of(config, identity, provider.market.payment, stack)
+        ledger = ledger_of(config, identity, provider.market.payment, stack, wall_clock)
         known = (*(ledger.grants if ledger is not None else ()), *(config.trust or ()))
         membership = membership_of(config, identity, peers, stack, refusals, wall_clock, known)
         messages = Messages(identity, membership.knows, wall_clock)
@@ -305,11 +310,15 @@ def run(config: NodeConfig) -> None:
 
     for number in ENDING:  # ends it at once while it compiles, in which no event loop turns
         signal.signal(number, signal.SIG_DFL)
+    files, asked = raise_limit(config.files), config.limits.connections  # what a shell gives is not enough for all
+    config = fitting(config)
+    if config.limits.connections < asked:
+        said = {"files": files, "missing": config.files + 2 * (asked - config.limits.connections) - files}
+        log.warning(
+            "fewer connections are taken, as more files cannot be open here: see `ulimit -Hn`, LimitNOFILE of systemd",
+            extra={"connections": config.limits.connections, "limits.connections": asked, **said},
+        )
     compiled(config)
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= files < config.limits.files:  # what a shell gives is not enough for all connections
-        wanted = config.limits.files if most == resource.RLIM_INFINITY else min(config.limits.files, most)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
     rarely_collect()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(until_told())

@@ -7,6 +7,8 @@ import socket
 import ssl
 
 _WORDS = {
+    errno.EMFILE: "too many files are open here",
+    errno.ENFILE: "too many files are open on this machine",
     errno.ECONNREFUSED: "nothing listens there",
     errno.ECONNRESET: "the connection was broken off",
     errno.EPIPE: "the connection was broken off",

@@ -12,16 +12,18 @@ import time
 from collections.abc import Mapping
 from threading import Thread
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from wwwserve.serving.config import ConfigError, TracingConfig
 from wwwserve.serving.http.reply import ClientDisconnect, Failed, RetryableError
-from wwwserve.serving.http.sse import AnswerMeter
+from wwwserve.serving.http.sse import AnswerMeter, Usage
 from wwwserve.serving.http.trace import Trace
 from wwwserve.serving.market import Promise
+from wwwserve.serving.spans_out import SpansOut
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span as OtelSpan
 
 PATH = "/v1/traces"  # of OTLP, where `endpoint` has none
@@ -110,8 +112,9 @@ class Tracing:
             span_limits=SpanLimits(max_attribute_length=256),
         )  # fmt: skip
         url = config.endpoint.rstrip("/")
-        exporter = OTLPSpanExporter(endpoint=url if urlsplit(url).path else url + PATH)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=QUEUE))
+        url = url if urlsplit(url).path else url + PATH
+        self._out = SpansOut(OTLPSpanExporter(endpoint=url), url)
+        self._provider.add_span_processor(BatchSpanProcessor(cast("SpanExporter", self._out), max_queue_size=QUEUE))
         self._tracer = self._provider.get_tracer("wwwserve")
 
     def begin(self, trace: Trace, name: str, given: bool = True) -> Trace:
@@ -138,20 +141,33 @@ class Tracing:
         until_s = time.monotonic() + LAST_S
         while closing.is_alive() and time.monotonic() < until_s:
             await asyncio.sleep(0.01)
+        self._out.close()
 
 
 def end_exchange(span: Span, status: int, meter: AnswerMeter | None) -> None:
     """End the span of who was asked for an answer, which had that HTTP status, or 0, and was metered if it came; by
     what is being raised, if anything is."""
     if meter is not None and meter.tokens:
-        usage = meter.usage
-        span.note(
-            {
-                "gen_ai.usage.output_tokens": meter.tokens,
-                "gen_ai.usage.input_tokens": usage.prompt if usage is not None else None,
-                "wwwserve.cached_tokens": usage.cached if usage is not None else None,
-            }
-        )
+        span.note(_used(meter.usage, meter.tokens))
+    _end_asked(span, status)
+
+
+def end_passed(span: Span, status: int, usage: Usage | None) -> None:
+    """The same of what is passed through, of which only its usage tells tokens."""
+    if usage is not None:
+        span.note(_used(usage, usage.output))
+    _end_asked(span, status)
+
+
+def _used(usage: Usage | None, output: int) -> Attributes:
+    return {
+        "gen_ai.usage.output_tokens": output,
+        "gen_ai.usage.input_tokens": usage.prompt if usage is not None else None,
+        "wwwserve.cached_tokens": usage.cached if usage is not None else None,
+    }
+
+
+def _end_asked(span: Span, status: int) -> None:
     error = sys.exception()
     if isinstance(error, RetryableError):
         status = status or error.status or 0

@@ -17,6 +17,7 @@ CREDIT = 100 * MICRO
 BODY, ANSWER = digest(b"what is asked"), digest(b"what is answered")
 PROMISE = Promise(1.0, 0.01)
 SLACK_MS = 300
+WAIT_S = 100.0  # until a channel is closed without its peer
 
 
 def terms_of(amount: int = MICRO, price: int = MICRO) -> Terms:
@@ -36,6 +37,7 @@ class Sides:
     ) -> None:  # fmt: skip
         self.kind, self.folder, self.payment, self.exposure, self.credit = kind, folder, payment, exposure, credit
         self.journals: dict[str, Journal] = {}
+        self.now_s = 1e9
         self.a, self.b = self.start(A), self.start(B)
 
     def start(self, who: Identity, max_pages: int = 0) -> ChannelLedger:
@@ -43,11 +45,20 @@ class Sides:
             self.journals[who.name] = SqliteJournal(self.file(who), who.name, max_pages=max_pages)
         journal = self.journals.setdefault(who.name, MemoryJournal())
         other = B if who is A else A
-        grants = {other.name: Grant(self.credit, self.credit, "limits")}
+        grants = {other.name: self.grant(who)}
         funds = {A.name: 4 * MICRO, B.name: 4 * MICRO}
         return ChannelLedger(
-            who, journal, grants, funds, exposure=self.exposure, payment=self.payment, slack_ms=SLACK_MS
-        )
+            who, journal, grants, funds, exposure=self.exposure, payment=self.payment, slack_ms=SLACK_MS,
+            closed=self.closed(who), close_after_s=WAIT_S, wall_clock=lambda: self.now_s,
+        )  # fmt: skip
+
+    def closed(self, who: Identity) -> list[str]:
+        """With whom one side is configured to have no open channel."""
+        return []
+
+    def grant(self, who: Identity) -> Grant:
+        """What is configured on one side."""
+        return Grant(self.credit, self.credit, "limits")
 
     def file(self, who: Identity) -> Path:
         return self.folder / ("a.db" if who is A else "b.db")
@@ -113,3 +124,10 @@ def mirrored(sides: Sides) -> None:
     """Both own the same by either's account, and nothing is under way."""
     a, b = sides.own()
     assert a[2:] == (b.peer_free, b.peer_escrow, b.free, b.escrow) and a.escrow == b.escrow == 0
+
+
+def mirrored_of(one: ChannelLedger, other: ChannelLedger) -> None:
+    """The two own the same of their channel by either's account."""
+    [a] = [each for each in one.balances() if each.peer == other.name]
+    [b] = [each for each in other.balances() if each.peer == one.name]
+    assert a[1:] == (b.opened, b.peer_free, b.peer_escrow, b.free, b.escrow)

@@ -41,6 +41,7 @@ class Stub:
     aborted: int = 0
     others: dict[str, Any] = field(default_factory=dict)
     says_load: bool = True
+    made_at: str = ""  # when it made its metrics, as prometheus_client writes it
     models_served: list[str] = field(default_factory=lambda: [MODEL])
     url: str = ""
 
@@ -133,15 +134,19 @@ class Stub:
         await response.write(b"data: " + json.dumps(names | {"choices": [choice]}).encode() + b"\n\n")
 
     async def metrics(self, request: web.Request) -> web.Response:
+        if self.mode == "gone":
+            return web.Response(status=502)
         if not self.says_load:
             return web.Response(text="")
         lines = (
             f'{name}{{engine="0"}} {value}' for name, value in zip(NAMES["vllm"], (0, self.waiting, 0.0), strict=True)
         )
-        return web.Response(text="\n".join(lines))
+        made = [f'vllm:prompt_tokens_created{{engine="0"}} {self.made_at}'] if self.made_at else []
+        return web.Response(text="\n".join([*lines, *made]))
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": name} for name in self.models_served]})
+        status = 502 if self.mode == "gone" else 200
+        return web.json_response({"data": [{"id": name} for name in self.models_served]}, status=status)
 
     @contextlib.asynccontextmanager
     async def served(self) -> AsyncIterator["Stub"]:

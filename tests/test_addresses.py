@@ -83,6 +83,19 @@ def test_a_bundle_that_a_local_network_is_given_counts_from_the_working_director
     assert {config.load(each.config).policy for each in files} == {str(tmp_path / "bundle")}
 
 
+def test_each_node_of_a_local_network_has_engines_of_its_own() -> None:
+    for count in (1, 3):
+        nodes, commands = configurations(PLAN._replace(nodes=2, engines=count))
+        parsed = [config.parse(node | {"key": "k"}, "t") for node in nodes]
+        assert [len(each.engine.urls) for each in parsed] == [count, count]
+        ports = [url.rpartition(":")[2] for each in parsed for url in each.engine.urls]
+        assert len({*ports, *(str(each.port) for each in parsed)}) == 2 * count + 2
+        assert all(port in command.argv for port, command in zip(ports, commands, strict=True))
+    for wrong in (0, config.MOST_ENGINES + 1):
+        with pytest.raises(NetworkError, match=f"--engines is {wrong}, expected 1 to {config.MOST_ENGINES}"):
+            configurations(PLAN._replace(engines=wrong))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -22,9 +22,14 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from stub_nodes import PROFILE, Net, Stub, busy, net, play
 
+from wwwserve.serving import overview
+from wwwserve.serving.console import node as console_node
 from wwwserve.serving.console.app import STATIC
 from wwwserve.serving.console.network import network_console
+from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.local_nodes import Accounts, Network, Plan, configurations, free_ports, started
+from wwwserve.serving.membership.heartbeat import Unspoken
+from wwwserve.serving.versions import Versions
 
 MODEL = "qwen3-8b"
 HOSTILE = "<img src=x onerror=window.hacked=1></script>&lt;\"'${1}"
@@ -313,6 +318,39 @@ def test_what_a_peer_calls_itself_is_text(browser: Browser) -> None:
             assert browser.run("return document.querySelectorAll('img, main script').length") == 0
             assert browser.errors() == []
             leave(browser)
+
+    play(scene)
+
+
+def test_peers_of_another_version_are_shown_as_such(browser: Browser) -> None:
+    """One that was a peer before it spoke another version, and one that was never more than a name."""
+
+    async def scene() -> None:
+        async with net(Stub(), Stub()) as n:
+            await stop(n, 1)
+
+            def others(node: Dispatcher) -> dict[str, Unspoken]:
+                now_s = asyncio.get_running_loop().time()
+                return {
+                    n.keys[1].name: Unspoken("n1", "http://127.0.0.1:1", Versions(9, 11), now_s),
+                    "k" * 43: Unspoken(HOSTILE, "http://127.0.0.1:2", Versions(1, 1), now_s),
+                }
+
+            seen = overview.overview
+
+            def with_others(node: Dispatcher, most: int | None = None) -> dict[str, Any]:
+                node.membership.unspoken = lambda: others(node)  # type: ignore[method-assign]
+                return seen(node, most)
+
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(console_node, "overview", with_others)
+                await asyncio.to_thread(browser.open, n.urls[0])
+                await asyncio.to_thread(browser.until, lambda: len(browser.texts(ROWS)) == 2)
+                for name, advised in (("n1", "upgrade this node"), (HOSTILE, "upgrade it")):
+                    said = await asyncio.to_thread(row, browser, name)
+                    assert "▲ other version" in said and advised in said
+                assert "kkkkkkkk" in browser.text("#peers") and browser.errors() == []
+                leave(browser)
 
     play(scene)
 

@@ -25,7 +25,8 @@ from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.http.messages import Messages
 from wwwserve.serving.ledger.accounts import Accounts
 from wwwserve.serving.ledger.audit import Audit, audit, compare, settled
-from wwwserve.serving.ledger.channel import Credited, LedgerError
+from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.entries import Credited
 from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.ledger.statements import Terms
 from wwwserve.serving.local_nodes import free_ports
@@ -461,6 +462,42 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
     play(scene)
 
 
+def test_limits_that_both_raise_are_added_and_a_channel_is_closed_and_opened_again_by_node_yaml(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(tmp_path, busy(), Engine()) as n:
+
+            async def started(*given: dict[str, Any]) -> None:
+                for k, ledger in enumerate(given):
+                    await n.stop(k)
+                    n.configs[k]["ledger"] = {"file": str(n.file(k)), **ledger}
+                    await n.start(k)
+
+            async def seen(**wanted: Any) -> bool:
+                both = await n.channel(0, 1), await n.channel(1, 0)
+                return all(each and {name: each[name] for name in wanted} == wanted for each in both)
+
+            def limits(k: int, credits: float) -> dict[str, Any]:
+                return {"limits": {n.keys[1 - k]: {"ours": credits, "theirs": credits}}}
+
+            await n.until(lambda: n.handed_over_more(0))
+            raised = [limits(k, 150.0) for k in range(2)]
+            await started(*raised)
+            await n.until(lambda: seen(granted=150.0, refills=1, closed=""))
+            await started(raised[0] | {"closed": [n.keys[1]]}, raised[1])
+            await n.until(lambda: seen(granted=150.0, closed="by both"))
+            before = (await n.see(0))["requests"]["handed_over"]
+            assert [status for status, _ in await asyncio.gather(*(n.ask() for _ in range(4)))] == [200] * 4
+            assert (await n.see(0))["requests"]["handed_over"] == before  # it serves its users on its own engine
+            await started(*raised)
+            await n.until(lambda: seen(closed=""))
+            await n.until(lambda: n.handed_over_more(before))
+            paid = await n.paid()
+            assert paid > 0.0 and (await n.channel(0, 1))["free"] == pytest.approx(150.0 - paid)
+        assert settled(*agree(n))
+
+    play(scene)
+
+
 @pytest.mark.parametrize(
     ("ledger", "message"),
     [
@@ -469,6 +506,8 @@ def test_two_with_limits_of_each_other_pay_within_them(tmp_path: Path) -> None:
         ({"file": "f", "limits": {"x": {"ours": 1, "theirs": 1}}}, "by public keys, got 'x'"),
         ({"file": "f", "limits": {Identity.generate().name: {"ours": -1, "theirs": 1}}}, "0 to 1,000,000,000"),
         ({"file": "f", "limits": {Identity.generate().name: {"ours": 1, "theirs": 1}}, "exposure": 0}, "above 0"),
+        ({"file": "f", "genesis": __file__, "closed": ["x"]}, "got 'x'"),
+        ({"file": "f", "genesis": __file__, "close_after_s": -1}, "at least 0"),
         ({"file": "f", "limits": {"x": {"ours": 1}}}, "missing required field `theirs`"),
     ],
 )  # fmt: skip

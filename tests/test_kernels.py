@@ -358,9 +358,11 @@ def view_and_rules_case(rng: np.random.Generator) -> Results:
         results |= {f"{name}.{field}": array for field, array in actions._asdict().items()}
     policies = np.column_stack([rng.uniform(0, 60, DRAWS), rng.random((DRAWS, 2)), rng.integers(0, 2, (DRAWS, 2))])
     decision.admit_what_pays(policies[0])
-    held = rng.uniform(0, 400, (DRAWS, 2))
+    held = rng.uniform([1, 0, 0], [3, 400, 400], (DRAWS, 3))
     results["may hold"] = np.array([decision.may_hold(*each) for each in held])
-    results["rates"] = np.array([(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held])
+    results["rates"] = np.array(
+        [(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held[:, 1:]]
+    )
     results["accept"] = np.array(
         [decision.accept(t, *rng.uniform([0, 0, 0, -1, 0], [60, 1, 2, 1, 1])) for t in policies]
     )

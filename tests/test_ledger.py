@@ -29,7 +29,7 @@ from ledger_sides import (
 from wwwserve.agents.protocol import LATENESS, MICRO, PER_REQUEST, QUOTED, price_of
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import NOTHING, PART, WHOLE, ChannelLedger, Grant, most_of
-from wwwserve.serving.ledger.exchange import Declined
+from wwwserve.serving.ledger.exchange import Ask, Declined
 from wwwserve.serving.ledger.journal import MemoryJournal
 from wwwserve.serving.ledger.statements import NOTHING_CAME, Served, Terms
 
@@ -64,7 +64,7 @@ def test_a_channel_opens_once_and_only_on_terms_that_both_have(sides: Sides, tmp
         )
         message = await generous.message(B.name)
         assert message is not None
-        with pytest.raises(LedgerError, match="terms of the channel are others"):
+        with pytest.raises(LedgerError, match="opens a channel on other terms"):
             await generous.replied(B.name, await sides.b.received(A.name, message))
         assert sides.own() == before
 
@@ -329,5 +329,18 @@ def test_whatever_happens_in_whatever_order_credit_is_conserved_and_the_two_agre
         await sides.exchange()
         mirrored(sides)
         assert sum(each.free for each in sides.own()) == 2 * CREDIT
+
+    play(scene)
+
+
+def test_nothing_is_kept_of_strangers_that_ask_what_is_known_of_them(sides: Sides) -> None:
+    async def scene() -> None:
+        asked = msgspec.json.encode(Ask(0, 0))
+        for k in range(50):
+            with pytest.raises(LedgerError):
+                await sides.a.received(f"{k:043d}", asked)
+        before = sides.a.asked[B.name]
+        await sides.a.received(B.name, asked)
+        assert sides.a.asked == {B.name: before + 1}
 
     play(scene)

@@ -9,8 +9,9 @@ from ledger_sides import ANSWER, BODY, CREDIT, PROMISE, A, B, C, Sides, came, mi
 from wwwserve.agents.generator import make_generators
 from wwwserve.agents.protocol import MICRO, draw_by_stake
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.ledger.channel import LedgerError, Noted
+from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import NOTHING, WHOLE
+from wwwserve.serving.ledger.entries import Noted
 from wwwserve.serving.ledger.exchange import Declined, Held, Vouching
 from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import (

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -21,7 +21,7 @@ from wwwserve.agents.protocol import CACHED_INPUT, TARIFF_SIZE
 from wwwserve.serving.config import TlsConfig, ZenohConfig
 from wwwserve.serving.http.keys import Identity, tagged
 from wwwserve.serving.http.messages import SKEW_S, Refused
-from wwwserve.serving.http.transport import AiohttpTransport
+from wwwserve.serving.http.transport import AiohttpTransport, Transport
 from wwwserve.serving.local_nodes import free_ports
 from wwwserve.serving.membership import heartbeat as membership_module
 from wwwserve.serving.membership import zenoh as zenoh_membership
@@ -30,6 +30,7 @@ from wwwserve.serving.membership.heartbeat import (
     BEAT_S,
     HEAD_BYTES,
     MOST_BYTES,
+    SILENT_S,
     Advert,
     Heartbeat,
     StaticMembership,
@@ -195,6 +196,24 @@ def test_a_member_can_leave_whatever_it_has_just_said(kind: str) -> None:
                     await asyncio.sleep(0)
                 await asyncio.wait_for(n.leave("a"), SOON_S)
                 await n.leave("b")
+
+    play(scene)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_had_no_time_to_hear_its_peers_does_not_take_them_for_silent(kind: str) -> None:
+    async def scene() -> None:
+        async with network(kind) as n:
+            a, b = await n.join("a"), await n.join("b")
+            await until(lambda: a.there == {"b"} and b.there == {"a"})
+            for _ in range(3):
+                time.sleep(1.5 * SILENT_S)
+                await asyncio.sleep(BEAT_S)
+            assert a.numbers("b") == b.numbers("a") == [1], "one who was gone is told anew"
+            b.fall_silent()
+            began_s = time.monotonic()
+            await until(lambda: not a.there)
+            assert time.monotonic() - began_s < SILENT_S + 2 * BEAT_S
 
     play(scene)
 
@@ -398,6 +417,34 @@ def test_adverts_are_signed_once_for_all_and_verified_once_each(kind: str, monke
             assert len(verified) == before
 
     play(scene)
+
+
+def test_a_peer_that_starts_anew_all_the_time_is_believed_now_and_then() -> None:
+    """Each start costs its peers what it makes them forget and tell again."""
+    now_s, heard, nowhere = 1000.0, list[int](), cast(Transport, None)
+    peers = {KEYS["b"].name: "http://127.0.0.1:1"}
+    membership = StaticMembership(peers, KEYS["a"], nowhere, lambda: now_s, lambda: now_s)
+    membership._heard = lambda advert: heard.append(advert.run)
+
+    def says(run: int) -> bool:
+        nonlocal now_s
+        now_s += 0.1
+        try:
+            membership.received(signed(KEYS["b"], advert("b", run=run, sent_us=round(now_s * 1e6))))
+        except Refused as refused:
+            assert refused.kind == "crowded"
+            return False
+        return True
+
+    assert [says(run) for run in range(12)] == [True] * 5 + [False] * 7
+    assert heard == [0, 1, 2, 3, 4] and says(4), "what it said before is still believed"
+    later_s = now_s + 60.0
+    taken = 0
+    while now_s < later_s:
+        taken += says(len(heard) + 1000)
+    assert 12 <= taken <= 14, "one in 5 s"
+    now_s += 60.0
+    assert says(1) and says(2) and says(3) and says(4)
 
 
 # Zenoh.

@@ -183,6 +183,32 @@ def test_what_cannot_be_resumed_is_not(more: dict[str, Any]) -> None:
     play(scene)
 
 
+def test_who_sends_and_who_gets_a_large_stream_are_there_all_the_while(caplog: pytest.LogCaptureFixture) -> None:
+    """36 MB that an engine writes as fast as it can, three at once, all in this process."""
+    caplog.set_level(logging.INFO)
+    event = b'data: {"choices": [{"index": 0, "delta": {"content": "%b"}}]}\n\n' % (b"w" * 200)
+    count = 36_000_000 // 3 // len(event)
+
+    class Flood(Stub):
+        async def stream(self, request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            for _ in range(count // 1000):
+                await response.write(event * 1000)
+            await response.write(event * (count % 1000) + b"data: [DONE]\n\n")
+            return response
+
+    async def scene() -> None:
+        async with net(busy(), Flood()) as n:
+            caplog.clear()
+            answers = await asyncio.gather(*(n.ask(stream=True) for _ in range(3)))
+            for status, body, _ in answers:
+                assert status == 200 and body.endswith(b"data: [DONE]\n\n") and body.count(event) == count
+            assert n.stubs[1].begun == 3 and "a peer is gone" not in caplog.text
+
+    play(scene)
+
+
 def test_a_user_who_hangs_up_stops_the_work_at_a_peer() -> None:
     async def scene() -> None:
         async with net(busy(), Stub(pause_s=60.0)) as n:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import re
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -30,11 +32,12 @@ from wwwserve.agents.rules import Rule
 from wwwserve.agents.tariff import write_compute
 from wwwserve.serving import cli, config
 from wwwserve.serving.display import show
-from wwwserve.serving.engine.adapter import Engine, Load
+from wwwserve.serving.engine.adapter import Engine, Load, made_at
 from wwwserve.serving.engine.pool import Pool
+from wwwserve.serving.http.addresses import engine_base
 from wwwserve.serving.http.upstream import DirectTransport
 from wwwserve.serving.node_provider import NodeProvider
-from wwwserve.serving.setup.doctor import FAILED, OK, examine
+from wwwserve.serving.setup.doctor import FAILED, OK, WARNING, examine
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -392,7 +395,21 @@ def test_a_request_that_breaks_engines_breaks_no_more_than_three() -> None:
     ("url", "message"),
     [
         ([], "engine.url must be of one engine or a list"),
-        (["http://h:1", "http://h:1/v1"], "engine.url must be of one engine or a list of up to 64 different ones"),
+        *[
+            (
+                [one, other],
+                f"engine.url must be a list of different .* got {re.escape(engine_base(one))} and .* the same",
+            )
+            for one, other in (
+                ("http://h:1", "http://h:1/v1"),
+                ("http://localhost:1", "http://127.0.0.1:1/"),
+                ("http://h", "http://H:80"),
+                ("https://h:443/v1/", "https://h."),
+                ("http://0.0.0.0:1", "http://127.0.0.1:1"),
+                ("http://10.0.0.1:1", "http://[::ffff:a00:1]:1"),
+                ("http://127.0.0.1:1", "http://[::1]:1"),
+            )
+        ],
         ([f"http://h:{k}" for k in range(65)], "engine.url must be"),
         (["http://h:1", "h:2"], "every url must be http"),
         (["http://h:1", 2], r"Expected `str`, got `int` - at `\$.engine.url\[1\]`"),
@@ -403,14 +420,69 @@ def test_lists_of_engines_that_cannot_be(url: list[Any], message: str) -> None:
         config.parse(GOOD | {"engine": {"url": url, "profile": PROFILE}}, "t")
 
 
+def test_engines_that_differ_in_host_port_or_path_are_several() -> None:
+    urls = ["http://h:1", "http://h:2", "http://g:1", "http://h:1/a", "http://127.0.0.1:1", "http://127.0.0.2:1"]
+    assert config.parse(GOOD | {"engine": {"url": urls, "profile": PROFILE}}, "t").engine.urls == tuple(urls)
+
+
+def test_one_engine_by_two_names_counts_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Told by when it made its metrics, as prometheus_client writes it; the name that is left out takes over where the
+    first does not answer."""
+
+    async def scene() -> None:
+        at, mute = "1.7769301736864555e+09", Stub()
+        stubs = [Stub(made_at=at), Stub(made_at=at), Stub(made_at="1.7769301736864586e+09"), mute]
+        async with contextlib.AsyncExitStack() as stack:
+            for each in stubs:
+                await stack.enter_async_context(each.served())
+            urls = [each.url for each in stubs]
+            gpu = ["--gpu", "rtx-4090", "--model", "qwen3-8b"]
+            argv = ["init", str(tmp_path / "node.yaml"), "--name", "n", *gpu, "--engine", urls[0], "--engine"]
+            assert await asyncio.to_thread(cli.main, [*argv, urls[1]]) == 2
+            assert await asyncio.to_thread(cli.main, [*argv, urls[2]]) == 0
+            n = await stack.enter_async_context(net(Stub(), engine={"url": urls}))
+
+            async def taking(*expected: bool) -> bool:
+                return [each["takes"] for each in (await n.see())["engine"]["each"]] == [*expected]
+
+            await n.until(lambda: taking(True, False, True, True))
+            seen = (await n.see())["engine"]
+            assert seen["profile"]["max_num_seqs"] == 24 and seen["up"]
+            names = [url.partition("://")[2] for url in urls]
+            assert seen["reason"] == f"{names[1]} is {names[0]} by another name"
+            assert caplog.text.count("an engine is named twice and counts once") == 1
+            for k in range(8):
+                await n.ask(messages=[{"role": "user", "content": f"{k}"}])
+            assert [each.begun > 0 for each in stubs] == [True, False, True, True]
+            stubs[0].mode = "gone"
+            await n.until(lambda: taking(False, True, True, True))
+            stubs[0].mode = "well"
+            await n.until(lambda: taking(True, False, True, True))
+
+    play(scene)
+
+
+def test_a_page_says_when_its_program_made_its_metrics() -> None:
+    labels = 'model_name="a, b_created{} 5.5",engine="0"'
+    page = "\n".join([
+        "# TYPE vllm:prompt_tokens_created gauge", f"vllm:prompt_tokens_created{{{labels}}} 1.7769301736864786e+09",
+        f"vllm:num_preemptions_created{{{labels}}} 1.7769301736864555e+09", "process_start_time_seconds 1776930170.5",
+        f"vllm:requests_created_total{{{labels}}} 0.5", "vllm:e2e_created 1.7e+09",
+    ])  # fmt: skip
+    assert made_at(page) == "1.7769301736864555e+09"
+    assert made_at("process_start_time_seconds 1776930170.5\nvllm:prompt_tokens_created 1.7e+09\n") == ""
+
+
 def test_a_list_of_engines_is_read_as_one_url_is() -> None:
     parsed = config.parse(GOOD | {"engine": {"url": ["http://h:1/v1/", "http://h:2"], "profile": PROFILE}}, "t")
     assert parsed.engine.urls == ("http://h:1", "http://h:2")
     assert config.parse(GOOD, "t").engine.urls == ("http://h:1",)
 
 
-def test_init_and_doctor_look_at_each_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "node.yaml"
+def test_init_and_doctor_look_at_each_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, resolved = tmp_path / "node.yaml", socket.getaddrinfo
 
     async def scene() -> None:
         async with Stub().served() as first, Stub().served() as second:
@@ -425,9 +497,21 @@ def test_init_and_doctor_look_at_each_engine(tmp_path: Path, capsys: pytest.Capt
             odd = [each for each in await asyncio.to_thread(examine, file) if each.what == "engines"]
             assert [each.state for each in odd] == [FAILED]
             assert f"{first.url} serves stub, {second.url} other" in odd[0].found
+            second.models_served, other = first.models_served, first.url.replace("127.0.0.1", "localhost.localdomain")
+            monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **also: resolved("127.0.0.1", *more, **also))
+            content = yaml.safe_load(file.read_text())
+            for urls, made_at, states in (
+                ([first.url, other], "", [WARNING]), ([first.url, other], "1.7769301736864555e+09", [FAILED]),
+                ([first.url, second.url], "", []),
+            ):  # fmt: skip
+                first.made_at, content["engine"]["url"] = made_at, urls
+                file.write_text(yaml.safe_dump(content))
+                odd = [each for each in await asyncio.to_thread(examine, file) if each.what == "engines"]
+                assert [each.state for each in odd] == states and all(other in each.found for each in odd)
+            second.models_served = ["other"]
             argv[1] = str(tmp_path / "second.yaml")
             capsys.readouterr()
             assert await asyncio.to_thread(cli.main, argv) == 2
-            assert f"have to be alike: {first.url} serves stub" in capsys.readouterr().err
+            assert f"ones that are alike: {first.url} serves stub" in capsys.readouterr().err
 
     play(scene)

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import gzip
 import json
+import logging
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
+        self.status, self.refused = 200, 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -66,8 +68,11 @@ class Collector:
                 if self.headers.get("content-encoding") == "gzip":
                     body = gzip.decompress(body)
                 assert self.path == "/v1/traces" and self.headers["content-type"] == "application/x-protobuf"
-                outer.bodies.append(body)
-                self.send_response(200)
+                if outer.status == 200:
+                    outer.bodies.append(body)
+                else:
+                    outer.refused += 1
+                self.send_response(outer.status)
                 self.send_header("content-length", "0")
                 self.end_headers()
 
@@ -265,6 +270,9 @@ def test_nobody_s_words_are_in_a_span(collector: Collector) -> None:
 
             await n.until(done)
             assert all(secret.encode() not in body.lower() for body in collector.bodies)
+            [asked] = [each for each in collector.spans() if each.name == "POST /v1/embeddings"]
+            [engine] = [each for each in collector.spans() if each.parent == asked.id]
+            assert (engine.name, engine.kind, engine.attributes["http.response.status_code"]) == ("engine", 3, 200)
             routes = {each.name for each in collector.spans() if each.kind == Span.SPAN_KIND_SERVER}
             assert {"GET /v1/models", "_OTHER /v1/completions", "POST /v1/embeddings"} < routes
 
@@ -289,7 +297,42 @@ def test_a_collector_that_is_away_is_not_waited_for(
             assert time.monotonic() - began_s < LAST_S + 3.0
 
     play(scene)
-    assert any("opentelemetry" in each.name for each in caplog.records), "it is said"
+    said = [each for each in caplog.records if each.name.startswith(("opentelemetry", "urllib3", "wwwserve.tracing"))]
+    assert 1 <= len(said) <= 2 and {each.message for each in said} == {
+        "the collector takes no spans, most are lost until it does"
+    }, "once by each node that tried"
+    assert all(each.reason == "nothing listens there" and each.exc_info is None for each in said)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_that_a_collector_refuses_and_takes_spans_again_is_said_once(
+    status: int, collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "2")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    caplog.set_level(logging.INFO)
+
+    async def scene() -> None:
+        collector.status = status
+        tracing = Tracing(TracingConfig(endpoint=collector.url), "n", "k")
+
+        async def spans(what: Callable[[], bool]) -> None:
+            async with asyncio.timeout(30.0):
+                while not what():
+                    tracing.start("x", "internal", None).end()
+                    await asyncio.sleep(0.1)
+
+        refused = collector.refused
+        await spans(lambda: collector.refused > refused + 2)
+        collector.status = 200
+        await spans(lambda: bool(collector.bodies) and "again" in caplog.text)
+        await tracing.close()
+
+    play(scene)
+    said = [each for each in caplog.records if each.name.startswith(("opentelemetry", "wwwserve"))]
+    assert [each.levelname for each in said] == ["WARNING", "INFO"], [each.getMessage() for each in said]
+    assert str(status) in said[0].reason or "Service" in said[0].reason  # type: ignore[attr-defined]
+    assert said[1].lost > 0  # type: ignore[attr-defined]
 
 
 def test_which_requests_are_traced_is_by_trace_id_and_the_same_on_all_nodes(collector: Collector) -> None:

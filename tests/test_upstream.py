@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from wwwserve.serving.http.transport import AiohttpTransport, AnswerTooLarge, Response, Transport
+from wwwserve.serving.http.transport import MOST_PIECE, AiohttpTransport, AnswerTooLarge, Response, Transport
 from wwwserve.serving.http.upstream import MOST_HEAD, MOST_UNREAD, DirectTransport, Site, _Connection
 
 LONG_S = 20.0
@@ -104,6 +104,32 @@ async def site(
 async def whole(upstream: Upstream, body: bytes = b"{}") -> tuple[int, Mapping[str, str], bytes]:
     async with upstream.post("/v1/x", body) as response:
         return response.status, response.headers, await response.read(MOST)
+
+
+@pytest.mark.parametrize("general", [False, True])
+@in_loop
+async def test_what_comes_at_once_is_passed_on_in_pieces_and_others_have_their_turns(general: bool) -> None:
+    body = bytes(range(256)) * 4000
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (6 + len(body)) + b"first\n" + body
+    async with site(answer, WHOLE, general=general) as (seen, upstream):
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async with upstream.post("/v1/x", b"{}") as response:
+            await asyncio.sleep(0.1)  # for much of it to be there
+            counting, sizes, came = asyncio.create_task(count()), [], await response.readline(100)
+            async for piece in response.iter_any():
+                came += piece
+                sizes.append(len(piece))
+            counting.cancel()
+        assert came == b"first\n" + body
+        assert max(sizes) <= MOST_PIECE and turns > len(sizes) // 2 >= len(body) // MOST_PIECE // 2
+        assert (await whole(upstream))[2] == b"hello" and seen.connections == 1
 
 
 @in_loop

@@ -199,7 +199,7 @@ def test_head_answers_as_get_does_without_a_body(path: str) -> None:
             async with n.session.head(n.urls[0] + path) as response:
                 assert (response.status, response.content_type, await response.read()) == (200, kind, b"")
             async with n.session.put(n.urls[0] + path) as response:
-                assert response.status == 405
+                assert (response.status, response.headers["allow"]) == (405, "GET, HEAD")
 
     play(scene)
 
@@ -289,7 +289,10 @@ def test_without_cors_no_page_may_ask() -> None:
             _, _, headers = await n.ask(headers={"origin": ORIGIN})
             assert not any(name.lower().startswith("access-control") for name in headers)
             async with n.session.options(n.urls[0] + "/v1/chat/completions", headers={"origin": ORIGIN}) as response:
-                assert response.status == 405
+                assert (response.status, response.headers["allow"]) == (405, "POST")
+            for path in ("/peer/v1/chat/completions", "/peer/beat", "/peer/ledger", "/peer/judge"):
+                async with n.session.get(n.urls[0] + path) as response:
+                    assert (response.status, response.headers["allow"]) == (405, "POST")
 
     play(scene)
 

@@ -33,15 +33,16 @@ EARLIER = tuple(name for name in ALL if name not in NEW)
 
 
 def of_machines(drawn: Drawn) -> Drawn:
-    """Without the faults of processes."""
+    """Without the faults of processes, and with channels that stay as they were opened."""
     events = tuple(event for event in drawn.faults.events if event.kind not in OF_PROCESSES)
-    return drawn._replace(faults=drawn.faults._replace(events=events))
+    agreed = drawn.agreed._replace(refills=(), apart=())
+    return drawn._replace(agreed=agreed, faults=drawn.faults._replace(events=events))
 
 
 def busy(drawn: Drawn) -> Drawn:
     """Without faults; each has more to do than it can, and users let answers be four times as long as they are."""
     asked = [each._replace(most=4 * each.output, stream=True, leaves_s=None) for each in drawn.asked]
-    agreed = drawn.agreed._replace(payment=QUOTED, exposure=MICRO // 10, grant=5 * MICRO)
+    agreed = drawn.agreed._replace(payment=QUOTED, exposure=MICRO // 10, grant=5 * MICRO, refills=(), apart=())
     faults = drawn.faults._replace(events=(), loss=0.0)
     return drawn._replace(agreed=agreed, places=[1] * len(drawn.places), asked=asked, faults=faults)
 
@@ -57,7 +58,7 @@ def calm(drawn: Drawn) -> Drawn:
 def trading(drawn: Drawn) -> Drawn:
     """Without faults; all nodes hand over most of what they are asked, and can pay for it."""
     asked = [Asked(k, k % len(drawn.places), 4.0 + 0.3 * k, 20, 20, 20, True, None) for k in range(40)]
-    agreed = drawn.agreed._replace(payment=QUOTED, exposure=MICRO, grant=20 * MICRO)
+    agreed = drawn.agreed._replace(payment=QUOTED, exposure=MICRO, grant=20 * MICRO, refills=(), apart=())
     count = len(drawn.places)
     return calm(drawn)._replace(asked=asked, agreed=agreed, places=[4] * count, policies=["random"] * count)
 

@@ -25,7 +25,7 @@ from wwwserve.eval.live.judges import CHAT, question
 from wwwserve.serving.duel.evidence import chance_of_bias, record_of
 from wwwserve.serving.duel.messages import JUDGED_IN, JUDGED_TOKENS
 from wwwserve.serving.engine.local_vllm import PROFILES, RANDOM, SMOLLM2, PrepareError
-from wwwserve.serving.ledger.channel import Event, Settled, Stated
+from wwwserve.serving.ledger.entries import Event, Settled, Stated
 from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.verdicts import Verdict

@@ -15,10 +15,13 @@ from wwwserve.serving.duel.messages import ATTEST_PATH, JUDGE_PATH, Attest, Pair
 from wwwserve.serving.http.keys import Identity, tagged
 from wwwserve.serving.http.messages import SIGNATURE, Messages
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
-from wwwserve.serving.ledger.exchange import Open, Telling, Vouching
+from wwwserve.serving.ledger.exchange import Close, Open, Refilling, Telling, Vouching
 from wwwserve.serving.ledger.statements import (
+    Closing,
+    Ended,
     Opening,
     Receipt,
+    Refill,
     Served,
     Signed,
     State,
@@ -235,7 +238,15 @@ def payment(m: Made) -> Any:
     stake = Stake(me.name, number(), number())
     staked = msgspec.json.encode(Staked(stake, sign(me, "stake", stake))).decode()
     vouch = Vouch(Signed(state, sign(me, "voucher", state)), r.choice([1, 1, number()]), tuple(receipts))
-    messages = [Open(opening, sign(me, "opening", opening)), Vouching(vouch), Vouching(vouch)]
+    other = State(opening.digest(), m.node, me.name, 0, 0, opening.digest())
+    chains = sorted((state, r.choice([other, state])), key=lambda each: each.payer)
+    closing = Closing(opening.digest(), number(), r.random() < 0.3, chains[0], chains[1], number())
+    ended = Ended(closing, *r.choice([(sign(me, "closing", closing), ""), ("", sign(me, "closing", closing))]))
+    refill = Refill(opening.digest(), number(), number(), number(), "limits")
+    messages = [
+        Open(opening, sign(me, "opening", opening)), Vouching(vouch), Vouching(vouch), Close(ended),
+        Refilling(refill, sign(me, "refill", refill)),
+    ]  # fmt: skip
     return msgspec.to_builtins(r.choice([*messages, Telling((staked, text(r)))]))
 
 

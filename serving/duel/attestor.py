@@ -47,7 +47,7 @@ class Attestor:
             raise Declined("that was not answered here, long ago, or is signed for another duel")
         stake = None
         if opening.epoch:
-            stake = self.stakes.latest.get(own) if self.stakes and opening.epoch == self.stakes.epoch else None
+            stake = self.stakes.latest.get(own) if self.stakes and self.stakes.has(opening.epoch) else None
             if stake is None:
                 raise Declined("it is of another epoch, or nothing was ever staked here")
         try:

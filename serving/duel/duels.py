@@ -275,9 +275,8 @@ class Duels:
         """A duel of two that have answered; stake may move if all three are of the epoch, and there is a bond."""
         secret, own = secrets.token_hex(32), self.identity.name
         stakes, bond = self.stakes, self.stakes.bond(own) if self.stakes is not None else None
-        epoch = stakes.epoch if stakes is not None and bond is not None else ""
-        if stakes is None or not all(stakes.started.get(name) for name in (own, a.executor, b.executor)):
-            epoch = ""
+        parties = (own, a.executor, b.executor)
+        epoch = stakes.epoch_of(parties) if stakes is not None and bond is not None else ""
         opening = DuelOpening(
             own, epoch, digest(completion.body), Party(a.executor, a.commitment), Party(b.executor, b.commitment),
             committed(secret), bond if epoch else None,

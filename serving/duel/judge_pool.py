@@ -154,7 +154,7 @@ class JudgePool:
     def _check_stakes(self, case: Case) -> None:
         """Raises Declined where a vote of this one could not count."""
         stakes, opening = self.stakes, case.opening
-        if stakes is None or opening.epoch != stakes.epoch:
+        if stakes is None or not stakes.has(opening.epoch):
             raise Declined("it is of another epoch")
         if stakes.stake(opening.origin) < BOND:
             raise Declined("its origin has too little at stake")

@@ -17,6 +17,7 @@ import orjson
 
 from wwwserve.agents.hardware import BLOCK_TOKENS, Profile
 from wwwserve.serving.engine.prefix_index import HERE
+from wwwserve.serving.http.files import is_shortage
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.http.transport import Response, Transport
 from wwwserve.serving.market import MOST_INT, Promise
@@ -29,6 +30,8 @@ MOST_PAGE = 16 * 2**20  # bytes
 MOST_LOAD = 1e6  # requests that an engine may say it has
 DOWN_WAITING = 1000.0  # requests said to wait at an engine that is down
 OF_ONE_PRIORITY = re.compile(r'[{,]priority="[^"]')
+# When a metric was made, by prometheus_client: to the microsecond, so that no two programs have one in common.
+MADE_AT = re.compile(r"^[a-zA-Z_:][a-zA-Z0-9_:]*_created(?:\{[^\n]*\})? (\d[0-9.e+]+)$", re.MULTILINE)
 FAILURES = 2  # scrapes in a row that fail before an engine counts as down
 FAILED = 2  # requests, each of another body, that it answers with an error before it counts as down
 SPARED = 2  # times that it is tried again as soon as its page was read, though it fails requests
@@ -111,6 +114,13 @@ def read_load(page: str, names: Names, kv_capacity: int) -> Load:
     return Load(sum(found[names.running]), sum(found[names.waiting]), min(max(found[names.kv_use]), 1.0) * kv_capacity)
 
 
+def made_at(page: str) -> str:
+    """By which the program that wrote a Prometheus page is told from all others, as far as it can be: when it made the
+    first of its metrics. Empty for one that does not say, as SGLang and vLLM with several API servers."""
+    found = [each for each in MADE_AT.findall(page) if float(each) % 1.0]
+    return min(found, key=float, default="")
+
+
 class Availability:
     """Whether an engine can be asked, by what is heard of it. `reason` says why not, or why its load is not known."""
 
@@ -120,6 +130,7 @@ class Availability:
         self.place = HERE  # of what it has cached, in the index of prefixes
         self.failures = FAILURES  # down until it is heard of
         self.reason = "not yet scraped"
+        self.made_at = ""  # see `made_at`
         self.out = 0  # requests of this node that it has
         self.described: dict[str, dict[str, Any]] = {}  # by the names that it serves, what else it says of each
         self._full_until_s = 0.0  # by the event loop's clock
@@ -190,7 +201,11 @@ class Engine(Availability):
         try:
             page = (await self._get("/metrics")).decode(errors="replace")
             self._seen = read_load(page, self.names, self.profile.kv_tokens)
+            if self.failures:  # it may have started anew
+                self.made_at = made_at(page)
         except (TimeoutError, OSError) as error:
+            if is_shortage(error):
+                raise EngineError(in_words(error)) from None
             self._failed(f"{self.url}/metrics: {in_words(error)}")
         except EngineError as error:
             await self._do_without(f"{self.url}: {error}")

@@ -46,6 +46,7 @@ class Pool:
         self._turns = {engine: 0 for engine in self.engines}  # when each was chosen last
         self._scraping: dict[Engine, asyncio.Task[None]] = {}
         self._differ = ""  # how the models are that engines serve, where they have none in common
+        self._same: dict[Engine, Engine] = {}  # engines that others are too, under other names, and are left out
         self._agreed: list[str] = []  # names of models that all served when they last had some in common
         self._odd: set[Engine] = set()  # engines that serve none of these, and are left out
         for k, engine in enumerate(self.engines):
@@ -79,7 +80,7 @@ class Pool:
         return any(self._can_be_asked(each) for each in self.engines)
 
     def _can_be_asked(self, engine: Engine) -> bool:
-        return engine.takes and engine not in self._odd
+        return engine.takes and engine not in self._odd and engine not in self._same
 
     @property
     def reason(self) -> str:
@@ -87,6 +88,7 @@ class Pool:
         if self._only is not None:
             return self._only.reason
         said = [f"{each.label}: {each.reason}" for each in self.engines if each.reason]
+        said += [f"{one.label} is {other.label} by another name" for one, other in self._same.items()]
         return "; ".join([*said, *([self._differ] if self._differ else [])])
 
     @property
@@ -171,8 +173,21 @@ class Pool:
                 del self._scraping[engine]
                 with suppress(EngineError):  # it is in its reason
                     task.result()
+        self._find_same()
         if not self.healthy:
             raise EngineError(self.reason)
+
+    def _find_same(self) -> None:
+        """Leave out what is an engine that is there already."""
+        before, self._same = self._same, {}
+        first: dict[str, Engine] = {}
+        for engine in [each for each in self.engines if each.healthy and each.made_at]:
+            same = first.setdefault(engine.made_at, engine)
+            if same is not engine:
+                self._same[engine] = same
+                if before.get(engine) is not same:
+                    said = "an engine is named twice and counts once: take one of the two out of `engine.url`"
+                    log.error(said, extra={"engines": [same.url, engine.url]})
 
     async def models(self) -> list[str]:
         """The names that all serve which answer. Raises EngineError where none says, or they have none in common."""

@@ -15,6 +15,19 @@ def engine_base(url: str) -> str:
     return url.rstrip("/").removesuffix(ENGINE_API).rstrip("/")
 
 
+def same_place(url: str) -> str:
+    """The same text for URLs that lead to one program: `localhost` and its addresses, a port that is given or is the
+    scheme's own, another spelling of an address or a name. Two names that mean one address are not known for that."""
+    parts = urlsplit(engine_base(url))
+    host = (parts.hostname or "").rstrip(".")
+    address = _address(host)
+    if is_unspecified(host) or host in ("localhost", "127.0.0.1", "::1"):
+        host = "localhost"
+    elif address is not None:
+        host = str(address)
+    return netloc(host, parts.port or (443 if parts.scheme == "https" else 80)) + parts.path
+
+
 def netloc(host: str, port: int) -> str:
     """Host and port as a URL has them, an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

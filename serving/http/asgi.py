@@ -51,15 +51,14 @@ def expect(method: str, *expected: str) -> None:
     """Raises Failed for another method."""
     if method not in expected:
         wanted = " or ".join(expected)
-        raise Failed(405, f"method {method} is not allowed, expected {wanted}", "invalid_request_error")
+        message = f"method {method} is not allowed, expected {wanted}"
+        raise Failed(405, message, "invalid_request_error", allow=", ".join(expected))
 
 
 async def fail(send: Send, failed: Failed, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
     """Answer with an error."""
     extra = [each for each in headers if not each[0].startswith(b"retry-after")]  # an engine's, which may be wrong here
-    if failed.retry_after_s is not None:
-        extra.append((b"retry-after", str(failed.retry_after_s).encode()))
-    await answer(send, failed.status, failed.body(), b"application/json", extra)
+    await answer(send, failed.status, failed.body(), b"application/json", [*extra, *failed.headers])
 
 
 async def answer(

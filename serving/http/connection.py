@@ -5,6 +5,7 @@ protocol is answered in HTTP/1.1, and one of HTTP/1.0 gets no chunks.
 """
 
 import asyncio
+import logging
 import os
 import socket
 import ssl
@@ -19,12 +20,18 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from wwwserve.serving.config import LimitsConfig
 from wwwserve.serving.http.asgi import WATCH
 from wwwserve.serving.http.certificates import certified
+from wwwserve.serving.http.files import are_short, most_files
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.places import Places, address_of
 from wwwserve.serving.http.reply import Failed
 
+log = logging.getLogger("wwwserve.connection")
+
 MOST_READ = 256 * 1024  # bytes that come at once
 HANDSHAKE_S = 5.0  # for TLS to be agreed on, and for its end
+MOST_TURNED_AWAY = 64  # connections that have no place and are not closed yet
+MOST_WHERE_SHORT = 16  # of those, where files are short
+TURNED_AWAY_S = 1.0
 CONNECTION = "wwwserve.connection"  # in the scope of a request, the connection that it came by
 PEER_PATHS = b"/peer/"  # what their paths begin with
 
@@ -32,6 +39,7 @@ UPGRADE = (b"upgrade", b"http2-settings")  # headers of a request to go on in an
 
 _CROWDED = "too many connections are open here"
 _CROWDED_ADDRESS = "too many connections are open here from this address"
+_SHORT = "too many files are open here"
 
 
 class _ToTheEnd(int):
@@ -85,9 +93,14 @@ class Connection(HttpToolsProtocol):
         self.certified = certified(transport)
         if self._before is not None:
             self.places.leave(self._before)
+        if are_short(transport.get_extra_info("socket").fileno()):
+            if self.places.squeeze(self.loop.time()):
+                log.warning("new connections are turned away: " + _SHORT, extra={"most": most_files()})
+            self._turn_away(Failed(503, _SHORT, "overloaded", retry_after_s=1), MOST_WHERE_SHORT)
+            return
         if not self.places.enter(self, self.address):
             crowded = _CROWDED_ADDRESS if self.places.is_crowded(self.address) else _CROWDED
-            self._refuse(Failed(503, crowded, "overloaded", retry_after_s=1))
+            self._turn_away(Failed(503, crowded, "overloaded", retry_after_s=1))
             return
         self._begun_s = self._due_s = self.loop.time()
         self._watch()
@@ -97,6 +110,7 @@ class Connection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
         self.places.leave(self)
+        self.places.turned_away.discard(self)
         super().connection_lost(exc)
         self._lost = True
         for hung_up in [*self._hung_up.values()]:
@@ -131,6 +145,9 @@ class Connection(HttpToolsProtocol):
         """See `asyncio.Protocol`."""
         if self.transport.is_closing():
             return
+        if self in self.places.turned_away:
+            self._say_away()
+            return
         self._unread += len(data)  # less, once the head is there
         self._unset_keepalive_if_required()
         self._parse(data)
@@ -147,7 +164,8 @@ class Connection(HttpToolsProtocol):
                 except httptools.HttpParserUpgrade as upgrade:
                     rest = rest[upgrade.args[0] :]
                 if self.parser.get_method() == b"CONNECT":
-                    self._refuse(Failed(405, "method CONNECT is not allowed", "invalid_request_error"))
+                    told = "method CONNECT is not allowed"
+                    self._refuse(Failed(405, told, "invalid_request_error", allow="GET, HEAD, POST"))
                     return
                 self._stay()
                 self._unread += len(rest)
@@ -231,13 +249,37 @@ class Connection(HttpToolsProtocol):
         self._due_s = now_s + self.limits.receive_s / 4
         self._timer = self.loop.call_at(self._due_s, self._watch)
 
+    def _turn_away(self, failed: Failed, most: int = MOST_TURNED_AWAY) -> None:
+        """Refuse what comes by it, and read it, for a moment: a connection that is closed with something unread is
+        reset, and its answer lost."""
+        self._refused = failed
+        if len(self.places.turned_away) >= most:
+            self._refuse(failed)
+            return
+        self.places.turned_away.add(self)
+        self._timer = self.loop.call_later(TURNED_AWAY_S, self.transport.close)
+
+    def _say_away(self) -> None:
+        failed, self._refused = self._refused, None
+        if failed is None:  # that was said
+            return
+        if self.transport.can_write_eof():
+            self._say(failed)
+            self.transport.write_eof()
+        else:
+            self._refuse(failed)
+
     def _refuse(self, failed: Failed) -> None:
         """Close the connection, with an answer if none has begun."""
+        self._say(failed)
+        self.transport.close()
+
+    def _say(self, failed: Failed) -> None:
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             body = failed.body()
-            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[failed.status] + head + body)
-        self.transport.close()
+            head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
+            more = b"".join(b"%b: %b\r\n" % each for each in failed.headers)
+            self.transport.write(STATUS_LINE[failed.status] + head + more + b"\r\n" + body)
 
 
 class Gate(asyncio.Protocol):

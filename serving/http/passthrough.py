@@ -11,11 +11,14 @@ import orjson
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import Engine
 from wwwserve.serving.http.clients import HttpReply
+from wwwserve.serving.http.files import is_shortage
 from wwwserve.serving.http.reply import Failed, limits_said, packed, retry_after
 from wwwserve.serving.http.sse import Usage
+from wwwserve.serving.http.trace import Trace
 from wwwserve.serving.http.transport import Response
 from wwwserve.serving.market import MOST_TOKENS
 from wwwserve.serving.plain import in_words
+from wwwserve.serving.tracing import end_passed
 
 RESPONSES = "/v1/responses"
 COMPUTED = (
@@ -36,7 +39,7 @@ class Passthrough:
         """At most `most` are under way at once."""
         self._dispatcher, self._most, self._open = dispatcher, most, 0
 
-    async def answer(self, path: str, body: bytes, headers: dict[str, str], reply: HttpReply) -> Usage | None:
+    async def answer(self, path: str, body: bytes, trace: Trace, reply: HttpReply) -> Usage | None:
         """Answer a request as the engine does; returns what it used, as far as that is said. Raises Failed."""
         engines = self._dispatcher.engine
         if self._open >= self._most:
@@ -46,21 +49,27 @@ class Passthrough:
         prompt = self.prompt(body) if path in COMPUTED else 0
         engine, usage = engines.choose(prompt, _nothing_cached), None
         self._open += 1
+        trace, status = trace.child("engine", "client"), 0
         if prompt:
             engines.chosen(engine)
             engine.sent(prompt)
         try:
-            async with engine.post(path, body, headers) as response:
+            async with engine.post(path, body, trace.for_engine()) as response:
                 reply.limits[:] = limits_said(response)
+                status = response.status
                 _check(engine, path, response)
                 usage = await self._pass(response, reply)
         except (TimeoutError, OSError) as error:
             reason = in_words(error)
+            if is_shortage(error):
+                raise Failed(503, reason, "overloaded", retry_after_s=1) from None
             if not reply.started:
                 engine.suspect(reason)
             raise Failed(502, f"the engine broke off: {reason}", "engine_error") from None
         finally:
             self._open -= 1
+            if trace.span is not None:
+                end_passed(trace.span, status, usage)
             if prompt:
                 engine.returned(prompt, usage.output if usage is not None else 0)
         return usage

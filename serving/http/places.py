@@ -5,10 +5,12 @@ been idle for longest, of the address that has most of them. So idle connections
 which peers have sent what they signed, as many as there are places for peers are never closed for others.
 """
 
+import math
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Generic, Protocol, TypeVar
 
+NEWS_S = 60.0
 PEER_SHARE = 16  # part of the places for peers that one peer may have
 
 
@@ -28,6 +30,8 @@ class Places(Generic[C]):
     def __init__(self, most: int, per_address: int, for_peers: int) -> None:
         """At most `most` in all, `per_address` from one; only peers have the last `for_peers`, at most a quarter."""
         self.most, self.per_address, self.for_peers = most, per_address, min(for_peers, most // 4)
+        self.turned_away: set[C] = set()  # which have no place
+        self._squeezed_s = -math.inf  # when that was last news
         self._address: dict[C, str] = {}
         self._count: dict[str, int] = {}  # by address
         self._idle: dict[str, dict[C, None]] = {}  # by address, the one that is so for longest first
@@ -50,6 +54,15 @@ class Places(Generic[C]):
         self._count[address] = self._count.get(address, 0) + 1
         waiting.setdefault(address, {})[connection] = None
         return True
+
+    def squeeze(self, now_s: float) -> bool:
+        """Something else is short that connections take: one on which nothing is under way is closed. Returns whether
+        that is news, which it is once a minute."""
+        _make_room(self._idle, None, self)
+        is_news = now_s >= self._squeezed_s + NEWS_S
+        if is_news:
+            self._squeezed_s = now_s
+        return is_news
 
     def leave(self, connection: C) -> None:
         """It is closed, if it had a place."""

@@ -91,9 +91,18 @@ def _is_limit(name: bytes) -> bool:
 class Failed(Exception):
     """A request that ends without its answer: an HTTP status, and a message for the user."""
 
-    def __init__(self, status: int, message: str, kind: str = "server_error", retry_after_s: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, kind: str = "server_error", retry_after_s: int | None = None, allow: str = ""
+    ) -> None:
+        """`allow`: with 405, the methods that are."""
         super().__init__(message)
-        self.status, self.kind, self.retry_after_s = status, kind, retry_after_s
+        self.status, self.kind, self.retry_after_s, self.allow = status, kind, retry_after_s, allow
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Of the answer that says so."""
+        again = [(b"retry-after", b"%d" % self.retry_after_s)] if self.retry_after_s is not None else []
+        return again + ([(b"allow", self.allow.encode())] if self.allow else [])
 
     def body(self) -> bytes:
         """It as the OpenAI API tells of errors."""

@@ -6,6 +6,7 @@ together. What goes into a request line or a header is checked character by char
 
 import asyncio
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from wwwserve.serving.http.transport import CONNECT_TIMEOUT_S, AnswerTooLarge, check_request, read_all
+from wwwserve.serving.http.transport import CONNECT_TIMEOUT_S, MOST_PIECE, AnswerTooLarge, check_request, read_all
 
 MOST_HEAD = 64 * 1024  # bytes of names and values of a response's headers
 MOST_UNREAD = 256 * 1024  # bytes of a response that wait to be read, beyond which its sender waits
@@ -41,7 +42,7 @@ class DirectResponse:
         self.headers: Mapping[str, str] = {}
         self.raw_headers: Sequence[tuple[bytes, bytes]] = ()
         self._connection = connection
-        self._unread: list[bytes] = []
+        self._unread: deque[bytes] = deque()  # of at most MOST_PIECE bytes each
         self._size = 0  # bytes in them
         self._done = False
         self._error: Exception | None = None
@@ -51,15 +52,28 @@ class DirectResponse:
         """See `serving.http.transport.Response`."""
         while True:
             if self._unread:
-                piece = b"".join(self._unread) if len(self._unread) > 1 else self._unread[0]
-                self._unread.clear()
-                self._size = 0
-                self._connection.resume()
-                yield piece
+                yield self._piece()
+                if self._unread:  # there may be much of it, and others have something to do as well
+                    await asyncio.sleep(0)
             elif self._done:
                 return
             else:
                 await self._news()
+
+    def _piece(self) -> bytes:
+        """What came first of what is unread, for one turn of the event loop."""
+        unread = self._unread
+        piece = unread.popleft()
+        if unread and len(piece) + len(unread[0]) <= MOST_PIECE:
+            pieces, size = [piece], len(piece)
+            while unread and size + len(unread[0]) <= MOST_PIECE:
+                pieces.append(unread.popleft())
+                size += len(pieces[-1])
+            piece = b"".join(pieces)
+        self._size -= len(piece)
+        if self._size <= MOST_UNREAD // 2:
+            self._connection.resume()
+        return piece
 
     async def read(self, limit: int) -> bytes:
         """See `serving.http.transport.Response`."""
@@ -75,7 +89,7 @@ class DirectResponse:
                 raise AnswerTooLarge(f"a line has more than {limit} bytes")
             if end:
                 if rest := piece[end:]:
-                    self._unread.insert(0, rest)
+                    self._unread.appendleft(rest)
                     self._size += len(rest)
                 break
         return line
@@ -111,7 +125,10 @@ class DirectResponse:
         self._wake()
 
     def came(self, piece: bytes) -> None:
-        self._unread.append(piece)
+        if len(piece) <= MOST_PIECE:
+            self._unread.append(piece)
+        else:
+            self._unread += [piece[start : start + MOST_PIECE] for start in range(0, len(piece), MOST_PIECE)]
         self._size += len(piece)
         if self._size > MOST_UNREAD:
             self._connection.pause()

@@ -145,7 +145,7 @@ class UserApi:
                 self._check_passed(call.path, request)
                 prompt = self.passthrough.prompt(body)
                 reply.asked = "local"
-                asked = self.passthrough.answer(call.path, body, call.trace.for_engine(), reply)
+                asked = self.passthrough.answer(call.path, body, call.trace, reply)
                 usage = await unless_gone(call.scope, asked)
             else:
                 completion = self._completion(call, request, body)

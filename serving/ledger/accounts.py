@@ -30,6 +30,7 @@ from wwwserve.agents.protocol import (
 )
 from wwwserve.serving.http.reply import TooMuch
 from wwwserve.serving.http.sse import AnswerMeter, Usage
+from wwwserve.serving.ledger.channel import Channel
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Full, LedgerError, most_of
 from wwwserve.serving.ledger.exchange import Telling
 from wwwserve.serving.ledger.statements import (
@@ -322,6 +323,7 @@ class Accounts:
     async def _keep_telling(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            self.ledger.close_silent()
             for peer in sorted(self._there - self._busy):
                 if loop.time() < self._again_s.get(peer, 0.0):
                     continue
@@ -443,6 +445,16 @@ class Accounts:
             "stake_lost": [{"peer": name, "by": kind} for name, kind in self.ledger.stakes.losses()],
         }  # fmt: skip
 
+    def _granted(self, peer: str, amounts: tuple[int, int]) -> float:
+        """To this node, of what the two of a channel were granted."""
+        return amounts[self.ledger.name > peer] / MICRO
+
+    @staticmethod
+    def _closed(channel: Channel) -> str:
+        if channel.is_closed:
+            return "by both" if channel.is_agreed else "alone"
+        return "to be" if channel.leaving_ms else ""
+
     def _disagrees(self, peer: str) -> bool:
         """Whether a peer has lately declined what it was told."""
         return asyncio.get_running_loop().time() < self._again_s.get(peer, -math.inf) + SHOWN_S
@@ -454,6 +466,9 @@ class Accounts:
             "peer_free": balance.peer_free / MICRO, "peer_escrow": balance.peer_escrow / MICRO,
             "exposed": channel.exposed / MICRO, "paid": channel.total / MICRO, "earned": channel.paid_total / MICRO,
             "unacknowledged": channel.number - channel.acked, "short": channel.short / MICRO,
-            "over": channel.over / MICRO, "reconciled": self.ledger.is_reconciled(balance.peer),
+            "over": channel.over / MICRO, "granted": self._granted(balance.peer, channel.granted),
+            "closed": self._closed(channel), "refills": len(channel.refills),
+            "refill_declined": self.ledger.refills.declined.get(balance.peer, ""),
+            "reconciled": self.ledger.is_reconciled(balance.peer),
             "disagreement": self._reasons.get(balance.peer, "") if self._disagrees(balance.peer) else "",
         }  # fmt: skip

@@ -7,17 +7,16 @@ from typing import Any, NamedTuple
 import msgspec
 
 from wwwserve.agents.protocol import ESCROW, MICRO
-from wwwserve.serving.ledger.channel import (
-    OWN,
-    PEER,
+from wwwserve.serving.ledger.channel import OWN, PEER, Books, Channel, LedgerError
+from wwwserve.serving.ledger.entries import (
     Acked,
-    Books,
+    Closed,
     Credited,
     Event,
-    LedgerError,
     Noted,
     Opened,
     Recovered,
+    Refilled,
     Settled,
     Stated,
     Vouched,
@@ -37,6 +36,7 @@ class Audit(NamedTuple):
     vouched: dict[str, dict[int, State]]  # by peer and number, what the owner paid: each state it may have signed, ...
     acked: dict[str, set[int]]  # which of it the peer signed, ...
     credited: dict[str, dict[int, State]]  # and what both signed with the peer as payer
+    stated: dict[str, int]  # by peer: up to which number of what the owner paid a closing stands for its vouchers
 
 
 def audit(path: Path) -> Audit:
@@ -58,7 +58,7 @@ class Auditor:
     """Replays a journal, and later what was added to it since."""
 
     def __init__(self, owner: str) -> None:
-        self.found = Audit(owner, 0, Books(owner), [], {}, {}, {})
+        self.found = Audit(owner, 0, Books(owner), [], {}, {}, {}, {})
         self._digest = GENESIS
 
     def follow(self, journal: Journal) -> Audit:
@@ -80,7 +80,9 @@ class Auditor:
             except (StatementError, LedgerError) as error:
                 problems.append(f"entry {number}: {error}")
                 continue
-            if snapshot is not None and snapshot.number == number and snapshot.body != books.encode():
+            if snapshot is None or snapshot.number != number:
+                continue
+            if _again(books.owner, snapshot.body) != books.encode():
                 problems.append(f"the snapshot at entry {number} is not what the entries come to")
         if snapshot is not None and not 0 < snapshot.number < due:
             problems.append(f"the snapshot is of entry {snapshot.number}, and the last is {due - 1}")
@@ -89,12 +91,30 @@ class Auditor:
         return self.found
 
 
+def _again(owner: str, snapshot: bytes) -> bytes:
+    """A snapshot as it would be written now: releases before wrote fewer fields. Raises StatementError."""
+    books = Books(owner)
+    books.load(snapshot)
+    return books.encode()
+
+
 def _check_signatures(books: Books, event: Event) -> None:
     """Raises StatementError for one that does not fit, LedgerError where there is no channel."""
     owner = books.owner
     if isinstance(event, Opened):
         check(owner, "opening", event.opening, event.own)
         check(event.peer, "opening", event.opening, event.other)
+    elif isinstance(event, Refilled):
+        opening = books.channel(event.peer).opening
+        check(opening.a, "refill", event.agreed.refill, event.agreed.a)
+        check(opening.b, "refill", event.agreed.refill, event.agreed.b)
+    elif isinstance(event, Closed):
+        closing, names = event.ended.closing, (owner, event.peer)
+        if closing.a.payer not in names or closing.b.payer not in names or closing.a.payer >= closing.b.payer:
+            raise StatementError(f"closing {closing.number} is not of the two of its channel")
+        for name, signature in ((closing.a.payer, event.ended.a), (closing.b.payer, event.ended.b)):
+            if signature or name == owner:  # a peer may have been waited for in vain
+                check(name, "closing", closing, signature)
     elif isinstance(event, Vouched):
         state = State(books.channel(event.peer).digest, owner, event.peer, event.number, event.total, event.head)
         check(owner, "voucher", state, event.signature)
@@ -117,6 +137,10 @@ def _keep(found: Audit, event: Event) -> None:
         found.vouched.setdefault(event.peer, {})[channel.number] = channel.state(found.owner, event.peer)
     elif isinstance(event, Recovered):
         found.vouched.setdefault(event.peer, {})[event.voucher.state.number] = event.voucher.state
+    elif isinstance(event, Closed):
+        stated = event.ended.closing.of(found.owner)
+        found.vouched.setdefault(event.peer, {})[stated.number] = stated
+        found.stated[event.peer] = stated.number
     elif isinstance(event, Acked):
         state = found.vouched.get(event.peer, {}).get(event.number)
         if state is None or (state.total, state.head) != (event.total, event.head):
@@ -135,7 +159,7 @@ def _check_sums(books: Books, kept: dict[str, Any]) -> Iterator[str]:
         taken = sum(each.terms.amount for each in channel.taken.values()) - sum(channel.earned.values())
         if (locked, taken) != (channel.accounts[OWN, ESCROW], channel.accounts[PEER, ESCROW]):
             yield f"channel with {peer}: what is in escrow is not what is locked for its requests"
-        own = channel.opening.amounts(books.owner)[0] - channel.total + channel.paid_total
+        own, _ = channel.owned(books.owner, channel.total, channel.paid_total)
         if own != balance.free + balance.escrow:
             yield f"channel with {peer}: the receipts come to {own} micro-credits, and not to what is owned"
         if kept.get(peer) != balance:
@@ -156,16 +180,26 @@ def compare(one: Audit, other: Audit) -> list[str]:
     if a.opening != b.opening:
         return ["the two opened the channel on different terms"]
     problems = []
+    if any(of_a.refill != of_b.refill for of_a, of_b in zip(a.refills, b.refills, strict=False)):
+        problems.append(f"{one.owner} and {other.owner} added different credit to the channel")
     for payer, payee in ((one, other), (other, one)):
         vouched = payer.vouched.get(payee.owner, {})
         credited = payee.credited.get(payer.owner, {})
         for number, state in credited.items():
-            if vouched.get(number) != state:
+            forgotten = number not in vouched and number < payer.stated.get(payee.owner, 0)
+            if vouched.get(number) != state and not forgotten:
                 problems.append(f"{payee.owner} holds a voucher {number} that {payer.owner} has not written so")
         for number in payer.acked.get(payee.owner, ()):
-            if number > max(credited, default=0):  # it may have forgotten one, and been told again with a later one
+            # It may have forgotten one, and been told again with a later one.
+            if number > max(_stated(payee, payer.owner), max(credited, default=0)):
                 problems.append(f"{payer.owner} holds an acknowledgement {number} that {payee.owner} has not written")
     return problems
+
+
+def _stated(payee: Audit, payer: str) -> int:
+    """Up to which number of what a payer paid a closing stands for its vouchers, as the payee has it."""
+    ended = payee.books.channels[payer].ended
+    return ended.closing.of(payer).number if ended is not None else 0
 
 
 def settled(one: Audit, other: Audit) -> bool:
@@ -183,17 +217,25 @@ def describe(found: Audit) -> str:
         balance = c.balance(peer)
         lines += [
             "",
-            f"channel with {peer}, by {c.opening.source}",
+            f"channel with {peer}, by {c.opening.source}{_end_of(c)}",
             f"  own      {_credits(balance.free)} free, {_credits(balance.escrow)} in escrow for "
             f"{len(c.open)} requests",
             f"  peer's   {_credits(balance.peer_free)} free, {_credits(balance.peer_escrow)} in escrow for "
             f"{len(c.taken)} requests",
             f"  paid     {_credits(c.total)} by {c.number:,} receipts, {c.acked:,} of them signed by the peer",
+            f"  granted  {_credits(c.granted[c.opening.a != found.owner])}, the peer "
+            f"{_credits(c.granted[c.opening.a == found.owner])}, with {len(c.refills)} refills",
             f"  earned   {_credits(c.paid_total)} by {c.paid_number:,} receipts, all signed by both",
         ]
         if c.short:
             lines.append(f"  short    {_credits(c.short)} that the peer paid less than was delivered")
     return "\n".join(lines)
+
+
+def _end_of(channel: Channel) -> str:
+    if channel.is_closed:
+        return ", closed" if channel.is_agreed else ", closed without the peer"
+    return ", to be closed" if channel.leaving_ms else ""
 
 
 def evidence(path: Path) -> list[Noted]:

@@ -6,29 +6,47 @@ leaves the peer's escrow when a voucher of the peer says so.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from wwwserve.agents.kernel import Ints
 from wwwserve.agents.protocol import ACCOUNT_SIZE, ESCROW, FREE, lock, settle
+from wwwserve.serving.ledger.entries import (
+    Acked,
+    Closed,
+    Credited,
+    Delivered,
+    Event,
+    Freed,
+    Leaving,
+    Locked,
+    Noted,
+    Opened,
+    Recovered,
+    Refilled,
+    Reopened,
+    Settled,
+    Skipped,
+    Stated,
+    Taken,
+    Vouched,
+)
 from wwwserve.serving.ledger.journal import Balance
 from wwwserve.serving.ledger.statements import (
     GOING,
     MOST_AMOUNT,
     NOTHING,
+    Agreed,
+    Ended,
     Opening,
     Receipt,
-    Served,
     Signed,
     State,
     StatementError,
-    Struct,
-    Terms,
     link,
 )
-from wwwserve.serving.market import Promise, Whole
 
 OWN, PEER = 0, 1  # rows of a channel's accounts
 CONFLICT = "conflict"  # kind of a note
@@ -38,134 +56,6 @@ VOUCHERS_KEPT = 64  # of a peer, to tell one that says otherwise from one that c
 
 class LedgerError(ValueError):
     """What the rules of the ledger forbid; the message says why."""
-
-
-class Opened(Struct, frozen=True, tag="open"):
-    """Both have signed the channel."""
-
-    peer: str
-    opening: Opening
-    own: str  # signature
-    other: str  # signature of the peer
-
-
-class Locked(Struct, frozen=True, tag="lock"):
-    """A request goes to the peer, on terms, the amount in escrow."""
-
-    peer: str
-    id: Whole
-    request: str  # digest of its body
-    terms: Terms
-
-
-class Freed(Struct, frozen=True, tag="free"):
-    """The peer did not take the request."""
-
-    peer: str
-    id: Whole
-
-
-class Settled(Struct, frozen=True, tag="settle"):
-    """A request that the peer had has ended, and is paid as far as it was answered."""
-
-    peer: str
-    receipt: Receipt
-
-
-class Vouched(Struct, frozen=True, tag="vouch"):
-    """A voucher was signed for the peer."""
-
-    peer: str
-    number: Whole
-    total: Whole
-    head: str
-    signature: str
-
-
-class Acked(Struct, frozen=True, tag="ack"):
-    """The peer has signed the state that a voucher tells."""
-
-    peer: str
-    number: Whole
-    total: Whole
-    head: str
-    signature: str
-
-
-class Taken(Struct, frozen=True, tag="take"):
-    """A request of the peer was taken, with a promise."""
-
-    peer: str
-    id: Whole
-    request: str
-    terms: Terms
-    promise: Promise
-
-
-class Delivered(Struct, frozen=True, tag="deliver"):
-    """A request of the peer has ended here."""
-
-    peer: str
-    id: Whole
-    served: Served
-    due: Whole = 0  # micro-credits by the own count
-
-
-class Credited(Struct, frozen=True, tag="credit"):
-    """A voucher of the peer, the receipts that it brought, and the own signature under the same state."""
-
-    peer: str
-    voucher: Signed
-    receipts: tuple[Receipt, ...]
-    signature: str
-
-
-class Noted(Struct, frozen=True, tag="note"):
-    """Evidence."""
-
-    peer: str
-    kind: str
-    content: str
-    short: Whole = 0  # micro-credits that the peer paid less than was delivered,
-    over: Whole = 0  # and that it was paid for tokens that its text cannot have
-
-
-class Recovered(Struct, frozen=True, tag="recover"):
-    """A voucher that was signed for the peer and forgotten, and its receipts."""
-
-    peer: str
-    voucher: Signed
-    receipts: tuple[Receipt, ...]
-
-
-class Reopened(Struct, frozen=True, tag="reopen"):
-    """A request that went to the peer and was forgotten, on terms, the amount in escrow."""
-
-    peer: str
-    id: Whole
-    request: str
-    terms: Terms
-    paid: Whole = 0  # of it in instalments
-
-
-class Skipped(Struct, frozen=True, tag="skip"):
-    """Ids of requests up to this one were used, and forgotten."""
-
-    peer: str
-    id: Whole
-
-
-class Stated(Struct, frozen=True, tag="state"):
-    """A signed statement about stake, see `serving.ledger.stakes`."""
-
-    peer: str  # from whom it came
-    statement: str
-
-
-Event: TypeAlias = (
-    Opened | Locked | Freed | Settled | Vouched | Acked | Taken | Delivered | Credited | Noted | Recovered | Reopened
-    | Skipped | Stated
-)  # fmt: skip
 
 
 class Channel(msgspec.Struct):
@@ -199,6 +89,35 @@ class Channel(msgspec.Struct):
     short: int = 0
     over: int = 0
     conflict: bool = False  # it signed two vouchers of one number
+    refills: list[Agreed] = []
+    leaving_ms: int = 0  # since when it is to be closed; 0: it is not
+    ended: Ended | None = None  # how it was closed or opened again last
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is, by both or by the owner alone."""
+        return self.ended is not None and not self.ended.closing.open
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether both have signed what was said last about its end."""
+        return self.ended is None or self.ended.is_agreed
+
+    @property
+    def closings(self) -> int:
+        """Closings and reopenings that both have signed."""
+        return 0 if self.ended is None else self.ended.closing.number - (not self.ended.is_agreed)
+
+    def owned(self, owner: str, paid: int, earned: int) -> tuple[int, int]:
+        """What the owner and the peer have after so much was paid between them in all."""
+        own, other = self.granted if self.opening.a == owner else self.granted[::-1]
+        return own - paid + earned, other + paid - earned
+
+    @property
+    def granted(self) -> tuple[int, int]:
+        """What the two of the opening, `a` and `b`, were granted in all."""
+        last = self.refills[-1].refill if self.refills else self.opening
+        return last.amount_a, last.amount_b
 
     @property
     def exposed(self) -> int:
@@ -216,9 +135,8 @@ class Channel(msgspec.Struct):
     def balance(self, peer: str) -> Balance:
         """What the two own."""
         a = self.accounts
-        opened = self.opening.amount_a + self.opening.amount_b
         own, other = (int(a[OWN, FREE]), int(a[OWN, ESCROW])), (int(a[PEER, FREE]), int(a[PEER, ESCROW]))
-        return Balance(peer, opened, *own, *other)
+        return Balance(peer, sum(self.granted), *own, *other)
 
 
 class Books:
@@ -229,10 +147,11 @@ class Books:
         self.channels: dict[str, Channel] = {}
         self.statements: list[str] = []  # about stake: the last of the own, and all by which somebody lost some
         self._rules: dict[type, Any] = {
-            Opened: self._opened, Locked: self._locked, Freed: self._freed, Settled: self._settled,
+            Opened: self._opened, Refilled: self._refilled,
+            Locked: self._locked, Freed: self._freed, Settled: self._settled,
             Vouched: self._vouched, Acked: self._acked, Taken: self._taken, Delivered: self._delivered,
             Credited: self._credited, Noted: self._noted, Recovered: self._recovered, Reopened: self._reopened,
-            Skipped: self._skipped, Stated: self._stated,
+            Skipped: self._skipped, Stated: self._stated, Leaving: self._leaving, Closed: self._closed,
         }  # fmt: skip
 
     def apply(self, event: Event) -> None:
@@ -273,8 +192,22 @@ class Books:
         name = opening.digest()
         self.channels[event.peer] = Channel(opening, name, accounts, 0, 0, 0, name, paid_head=name)
 
+    def _refilled(self, event: Refilled) -> None:
+        channel, refill = self.channel(event.peer), event.agreed.refill
+        if channel.is_closed and channel.is_agreed:
+            raise LedgerError(f"the channel with {event.peer} is closed")
+        if (refill.channel, refill.number) != (channel.digest, len(channel.refills) + 1):
+            raise LedgerError(f"refill {refill.number} is not the next of the channel with {event.peer}")
+        after = (refill.amount_a, refill.amount_b)
+        more = [now - before for now, before in zip(after, channel.granted, strict=True)]
+        if min(more) < 0 or not any(more) or max(after) > MOST_AMOUNT:
+            raise LedgerError(f"refill {refill.number} of the channel with {event.peer} adds {more} micro-credits")
+        channel.accounts[:, FREE] += more if channel.opening.a == self.owner else more[::-1]
+        channel.refills = [*channel.refills, event.agreed]
+
     def _locked(self, event: Locked) -> None:
         channel = self.channel(event.peer)
+        _check_open(channel, event.peer)
         if event.id != channel.asked + 1 or not event.terms.possible():
             raise LedgerError(f"request {event.id} does not follow {channel.asked}, or its terms cannot be")
         if not lock(channel.accounts[OWN], event.terms.amount):
@@ -354,6 +287,7 @@ class Books:
 
     def _reopened(self, event: Reopened) -> None:
         channel, left = self.channel(event.peer), event.terms.amount - event.paid
+        _check_open(channel, event.peer)
         if event.id in channel.open or not event.terms.possible() or left < 0 or not lock(channel.accounts[OWN], left):
             raise LedgerError(f"request {event.id} cannot have gone to {event.peer}")
         channel.asked = max(channel.asked, event.id)
@@ -367,6 +301,7 @@ class Books:
 
     def _taken(self, event: Taken) -> None:
         channel = self.channel(event.peer)
+        _check_open(channel, event.peer)
         if event.id in channel.taken or event.id <= 0 or not event.terms.possible():
             raise LedgerError(f"request {event.id} of {event.peer} is here already, or its terms cannot be")
         if not lock(channel.accounts[PEER], event.terms.amount):
@@ -382,6 +317,7 @@ class Books:
 
     def _credited(self, event: Credited) -> None:
         channel, state = self.channel(event.peer), event.voucher.state
+        _check_open(channel, event.peer)
         head, total = channel.paid_head, channel.paid_total
         own, peer = channel.accounts[OWN].copy(), channel.accounts[PEER].copy()
         requests: dict[int, Locked | Taken] = {**channel.taken}
@@ -409,6 +345,29 @@ class Books:
         channel.earned = {id: each for id, each in earned.items() if id in channel.taken}
         channel.paid_number, channel.paid_total, channel.paid_head = number, total, head
         channel.vouchers = [*channel.vouchers[1 - VOUCHERS_KEPT :], event.voucher]
+
+    def _leaving(self, event: Leaving) -> None:
+        self.channel(event.peer).leaving_ms = event.at_ms
+
+    def _closed(self, event: Closed) -> None:
+        """Both chains come to what is stated, without the receipts that are not known, and nothing is in escrow."""
+        channel, closing = self.channel(event.peer), event.ended.closing
+        if closing.channel != channel.digest or closing.number <= channel.closings:
+            raise LedgerError(f"closing {closing.number} is none of the channel with {event.peer}")
+        if closing.open and not event.ended.is_agreed:
+            raise LedgerError(f"{event.peer} has not agreed to open the channel again")
+        own, other = closing.of(self.owner), closing.of(event.peer)
+        if own.number < channel.number or other.number < channel.paid_number:
+            raise LedgerError(f"closing {closing.number} states less than was signed")
+        amounts = channel.owned(self.owner, own.total, other.total)
+        if min(amounts) < 0:
+            raise LedgerError(f"closing {closing.number} states more than there is")
+        channel.accounts[:, FREE], channel.accounts[:, ESCROW] = amounts, 0
+        channel.number, channel.total, channel.head, channel.voucher = own.number, own.total, own.head, None
+        channel.paid_number, channel.paid_total, channel.paid_head = other.number, other.total, other.head
+        channel.acked, channel.unacked, channel.unacked_amounts, channel.unacked_locked = own.number, [], [], 0
+        channel.open, channel.advanced, channel.taken, channel.earned, channel.delivered = {}, {}, {}, {}, {}
+        channel.ended, channel.leaving_ms = event.ended, 0
 
     def _noted(self, event: Noted) -> None:
         channel = self.channels.get(event.peer)
@@ -451,6 +410,11 @@ def _pay(
         raise LedgerError(f"{unknown} micro-credits are more than is free")
     lock(payer, unknown)
     settle(payer, payee, unknown, unknown)
+
+
+def _check_open(channel: Channel, peer: str) -> None:
+    if channel.is_closed:
+        raise LedgerError(f"the channel with {peer} is closed")
 
 
 def _is_of(receipt: Receipt, taken: Taken) -> bool:

@@ -4,13 +4,16 @@ The two of each channel hold the same accounts in journals of their own, and exc
 (`serving.ledger.statements`). Entries take effect at once and are written in batches, as fast as the disk takes them:
 what has to be durable before a message goes out is awaited. Requests are known by a peer and an id; amounts are integer
 micro-credits.
+
+Credit that is added, the end of a channel, and what a node has forgotten have files of their own; requests and the
+messages about them stand here together, which makes it long, as each message moves what a request has locked.
 """
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -29,16 +32,15 @@ from wwwserve.agents.protocol import (
     price_of_part,
 )
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.ledger.channel import (
-    CONFLICT,
-    OWN,
-    PEER,
+from wwwserve.serving.ledger.channel import CONFLICT, OWN, PEER, Channel, LedgerError
+from wwwserve.serving.ledger.closing import Closer
+from wwwserve.serving.ledger.entries import (
     Acked,
-    Channel,
+    Closed,
     Credited,
     Delivered,
+    Event,
     Freed,
-    LedgerError,
     Locked,
     Noted,
     Opened,
@@ -51,16 +53,19 @@ from wwwserve.serving.ledger.exchange import (
     Acknowledged,
     Answer,
     Ask,
+    Close,
     Declined,
     Held,
     Known,
     Message,
     Open,
+    Refilling,
     Vouching,
 )
 from wwwserve.serving.ledger.journal import Balance, Full, Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
 from wwwserve.serving.ledger.reconcile import Reconciler
+from wwwserve.serving.ledger.refills import Grant, Refiller
 from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import (
     GOING,
@@ -68,7 +73,6 @@ from wwwserve.serving.ledger.statements import (
     NOTHING_CAME,
     PART,
     WHOLE,
-    Opening,
     Receipt,
     Served,
     Signed,
@@ -95,38 +99,38 @@ STILL_OPEN = "a request that is said to have ended is still open here"
 ENDED_KEPT = 1 << 16  # ids of requests that have ended, below which none is taken
 
 
-class Grant(NamedTuple):
-    """What a channel begins with: the own amount and the peer's, and where that is agreed."""
-
-    own: int
-    other: int
-    source: str
-
-
 class ChannelLedger(JournaledBooks):
     """Channels in a journal."""
 
     def __init__(
         self, identity: Identity, journal: Journal, grants: Mapping[str, Grant], funds: Mapping[str, int], *,
-        exposure: int, payment: int, slack_ms: int = 0, agreed: bool = False,
+        exposure: int, payment: int, slack_ms: int = 0, agreed: bool = False, earlier: Sequence[Mapping[str, int]] = (),
+        closed: Collection[str] = (), close_after_s: float = 0.0, wall_clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         """`exposure` bounds what may be in escrow with a peer, and a peer's here; `slack_ms`: by how much the two sides
-        may differ on how long an answer took; `agreed`: all nodes have the same `funds`, so that verdicts move stake.
-        Raises StatementError or LedgerError for a journal that cannot be."""
+        may differ on how long an answer took; `agreed`: all nodes have the same `funds`, so that verdicts move stake;
+        `earlier`: those before each amendment; `closed`: peers with whom there is to be no open channel, closed without
+        them after `close_after_s`. Raises StatementError or LedgerError for a journal that cannot be."""
         super().__init__(identity.name, journal)
         self.identity = identity
         self.grants, self.exposure, self.payment, self.slack_ms = dict(grants), exposure, payment, slack_ms
-        self.stakes = Stakes(funds, agreed=agreed)
+        self.stakes = Stakes(funds, agreed=agreed, earlier=earlier)
+        self.stakes.said[self.name] = self.stakes.epoch
         # By what evidence somebody lost stake, and what this node staked and forgot, for whoever passes it on.
         self.news: list[Statement] = []
         self.doubted: Callable[[str], int] = lambda peer: 0  # of what a peer was paid, micro-credits
-        self.asked: Counter[str] = Counter()  # how often each peer has started, and asked what is known of it
+        self.asked: Counter[str] = (
+            Counter()
+        )  # how often each peer of a channel has started, and asked what is known of it
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
         self._reconciler = Reconciler(self, self._add)
+        self.refills = Refiller(self, identity, self.grants, self._add)
+        self.closer = Closer(self, identity, closed, close_after_s, wall_clock, self._add)
         self._staked = 0  # number of the last own statement of stake that was signed in this run
         self._replay()
+        self.closer.begin()
         self.changed.add(self.name)  # all is news
         self.changed.update(self.books.channels)
 
@@ -138,11 +142,14 @@ class ChannelLedger(JournaledBooks):
         self.stakes.fresh.clear()
         for peer, channel in self.books.channels.items():
             self._floor[peer] = channel.taken_id
-            grant = self.grants.get(peer)
-            if grant is not None and self._opening(peer, grant) != channel.opening:
-                log.warning(
-                    "a channel stays as it was opened, on other terms than now configured", extra={"peer": peer}
-                )
+            if self.refills.is_less(peer):
+                log.warning("a channel keeps the credit that was agreed, more than is configured", extra={"peer": peer})
+
+    def _add(self, event: Event) -> None:
+        super()._add(event)
+        if isinstance(event, Closed):
+            self._reconciler.closed(event.peer)
+            self.refills.look(event.peer, event.peer in self.closer.able)
 
     def is_reconciled(self, peer: str) -> bool:
         """Whether the peer has told in this run what it knows of the channel."""
@@ -152,6 +159,8 @@ class ChannelLedger(JournaledBooks):
         """The channel with a peer. Raises LedgerError for none, or one that is not reconciled, and Full."""
         self._check_writable()
         channel = self.books.channel(peer)
+        if refused := self.closer.refuses(peer):
+            raise LedgerError(refused)
         if not self.is_reconciled(peer):
             raise LedgerError(f"{peer} has not told yet what it knows of the channel")
         return channel
@@ -162,6 +171,8 @@ class ChannelLedger(JournaledBooks):
         """What may be put in escrow with a peer for one more request."""
         channel = self.books.channels.get(peer)
         if channel is None or self.full or len(channel.unacked) >= MOST_UNACKED or not self.is_reconciled(peer):
+            return 0
+        if self.closer.refuses(peer):
             return 0
         over = channel.over + self.doubted(peer)
         bound = min(self.exposure, tolerated(self.exposure, channel.total) - over)
@@ -256,36 +267,50 @@ class ChannelLedger(JournaledBooks):
 
     # Messages.
 
-    def _opening(self, peer: str, grant: Grant) -> Opening:
-        a, b = sorted((self.name, peer))
-        amounts = (grant.own, grant.other) if a == self.name else (grant.other, grant.own)
-        return Opening(a, b, *amounts, grant.source)
+    def _ask(self, channel: Channel) -> Ask:
+        return Ask(
+            channel.number,
+            channel.paid_number,
+            refills=len(channel.refills),
+            epoch=self.stakes.epoch,
+            closings=channel.closings,
+        )
 
     def has_to_tell(self, peer: str) -> bool:
         """Whether there is something to send to a peer."""
         channel = self.books.channels.get(peer)
         if channel is None:
-            return peer in self.grants
-        if not self.is_reconciled(peer) or channel.acked < channel.number or peer in self._reconciler.again:
+            return peer in self.grants and peer not in self.closer.wanted
+        if not self.is_reconciled(peer) or peer in self._reconciler.again or peer in self.refills.due:
             return True
-        return channel.number > 0 and peer not in self._reconciler.confirmed
+        return self._has_to_vouch(peer, channel) or (peer in self.closer.able and self.closer.has_to_tell(peer))
+
+    def _has_to_vouch(self, peer: str, channel: Channel) -> bool:
+        unconfirmed = channel.number > 0 and peer not in self._reconciler.confirmed
+        return not channel.is_closed and (channel.acked < channel.number or unconfirmed)
 
     async def message(self, peer: str) -> bytes | None:
         """What there is to send to a peer, durable; None for nothing. Raises Full."""
         channel = self.books.channels.get(peer)
         if channel is None:
             grant = self.grants.get(peer)
-            if grant is None:
+            if grant is None or peer in self.closer.wanted:
                 return None
-            opening = self._opening(peer, grant)
+            opening = grant.opening(self.name, peer)
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
         if not self.is_reconciled(peer):
-            return msgspec.json.encode(Ask(channel.number, channel.paid_number))
+            return msgspec.json.encode(self._ask(channel))
+        proposal = self.refills.proposal(peer)
+        if proposal is not None:
+            await self.durable()
+            return msgspec.json.encode(proposal)
         again = self._reconciler.again.get(peer)
         if again:
             return msgspec.json.encode(Vouching(again[0]))
-        if not self.has_to_tell(peer):
-            return None
+        if not self._has_to_vouch(peer, channel):
+            close = self.closer.proposal(peer)
+            await self.durable()
+            return msgspec.json.encode(close) if close is not None else None
         if channel.voucher is None or channel.voucher.state.number < channel.number:
             state = channel.state(self.name, peer)
             signature = sign(self.identity, "voucher", state)
@@ -313,6 +338,12 @@ class ChannelLedger(JournaledBooks):
             answer = await self._on_ask(peer, message)
         elif isinstance(message, Vouching):
             answer = await self._on_voucher(peer, message.vouch)
+        elif isinstance(message, Refilling):
+            answer = self.refills.received(peer, message, self.is_reconciled(peer))
+            await self.durable()
+        elif isinstance(message, Close):
+            answer = self.closer.received(peer, message, self.is_reconciled(peer), self._is_busy(peer))
+            await self.durable()
         else:
             for each in message.statements:
                 if self.heard(peer, each.encode()):
@@ -322,25 +353,45 @@ class ChannelLedger(JournaledBooks):
 
     async def _on_open(self, peer: str, message: Open) -> Answer:
         grant = self.grants.get(peer)
-        if grant is None:
+        if grant is None or peer in self.closer.wanted:
             return Declined("nothing was granted to you")
-        opening = self._opening(peer, grant)
-        if message.opening != opening:
-            return Declined("the terms of the channel are others here")
-        check(peer, "opening", opening, message.signature)
+        channel = self.books.channels.get(peer)
+        opening = channel.opening if channel is not None else grant.opening(self.name, peer)
         own = sign(self.identity, "opening", opening)
-        if peer not in self.books.channels:
+        if channel is None:
+            if message.opening != opening:
+                return Declined("the terms of the channel are others here")
+            check(peer, "opening", opening, message.signature)
             self._add(Opened(peer, opening, own, message.signature))
         await self.durable()
         return Open(opening, own)
 
+    def _knows(self, peer: str, refills: bool) -> None:
+        """Whether a peer's release knows refills and closings."""
+        (self.closer.able.add if refills else self.closer.able.discard)(peer)
+        self.refills.look(peer, refills)
+
+    def _is_busy(self, peer: str) -> bool:
+        """Whether a request of one of the two is under way."""
+        return bool(self.books.channel(peer).open) or any(other == peer for other, _ in self._running)
+
+    def close_silent(self) -> None:
+        """Close channels with peers that were waited for long enough."""
+        for peer in self.closer.expire() if not self.full else ():
+            for id in sorted(self.books.channel(peer).open):
+                self.settle(peer, id, None, NOTHING_CAME, 1)
+            self.closer.close_alone(peer)
+
     async def _on_ask(self, peer: str, ask: Ask) -> Answer:
         """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
+        self.books.channel(peer)  # of who has none nothing is kept
         self.asked[peer] += 1
+        self._knows(peer, ask.refills is not None)
+        if peer in self.books.channels:
+            self.stakes.said[peer] = ask.epoch
         latest = self.stakes.latest.get(peer)
-        return await self._reconciler.tell(
-            peer, ask, msgspec.json.encode(latest).decode() if latest is not None else ""
-        )
+        stake = msgspec.json.encode(latest).decode() if latest is not None else ""
+        return await self._reconciler.tell(peer, ask, stake, self.stakes.epoch)
 
     def _on_known(self, peer: str, known: Known) -> None:
         """What a peer knows of this node. What is under way with it was asked in another run, and is not answered any
@@ -348,6 +399,8 @@ class ChannelLedger(JournaledBooks):
         if known.stake and self.heard(peer, known.stake.encode()) and self.name in self.stakes.latest:
             self.news.append(self.stakes.latest[self.name])  # others may have heard of an earlier one alone
         self._reconciler.take_over(peer, known)
+        self.stakes.said[peer] = known.epoch
+        self._knows(peer, known.refills is not None)
         for id in sorted(self.books.channel(peer).open):
             self.settle(peer, id, None, NOTHING_CAME, 1)
         self.changed.add(peer)
@@ -360,6 +413,8 @@ class ChannelLedger(JournaledBooks):
             raise LedgerError("the voucher is of another channel")
         if state.number <= channel.paid_number:
             return await self._on_old_voucher(peer, channel, voucher)
+        if channel.is_closed:
+            raise LedgerError("the channel is closed here")
         skip = channel.paid_number + 1 - vouch.first
         if skip < 0 or vouch.first + len(vouch.receipts) != state.number + 1:
             return Held(channel.vouchers[-1] if channel.vouchers else None)
@@ -386,6 +441,9 @@ class ChannelLedger(JournaledBooks):
 
     async def _on_old_voucher(self, peer: str, channel: Channel, voucher: Signed) -> Answer:
         """One that came again is acknowledged again; one that says otherwise than another is evidence."""
+        if channel.ended is not None and channel.ended.closing.of(peer) == voucher.state:
+            await self.durable()
+            return Acknowledged(voucher.state.number, sign(self.identity, "acknowledgement", voucher.state))
         for held in channel.vouchers:
             if held.state == voucher.state:
                 await self.durable()
@@ -432,18 +490,28 @@ class ChannelLedger(JournaledBooks):
             if held >= self.books.channel(peer).acked:
                 raise LedgerError(f"{peer} holds another voucher than what this ledger follows on from")
             await self._reconciler.recall(peer, self.books.channel(peer).paid_number, held)
+        elif isinstance(answer, Refilling):
+            self.refills.replied(peer, answer)
+        elif isinstance(answer, Close):
+            self.closer.replied(peer, answer, self._is_busy(peer))
+        elif answer.closed:
+            self.closer.refused(peer)
+        elif answer.refill:
+            self.refills.refused(peer, answer.reason)
         elif answer.reason:
             raise LedgerError(f"{peer} declines: {answer.reason}")
         await self.durable()
 
     def _on_opened(self, peer: str, answer: Open) -> None:
-        grant = self.grants.get(peer)
-        if grant is None or answer.opening != self._opening(peer, grant):
+        """A channel is opened as was proposed, or as the peer has it since this node lost its journal, with less credit
+        than is granted now: then the rest is added."""
+        if peer in self.books.channels:
+            return
+        grant, opening = self.grants.get(peer), answer.opening
+        if grant is None or not grant.allows(opening, self.name, peer):
             raise LedgerError(f"{peer} opens a channel on other terms")
-        check(peer, "opening", answer.opening, answer.signature)
-        if peer not in self.books.channels:
-            own = sign(self.identity, "opening", answer.opening)
-            self._add(Opened(peer, answer.opening, own, answer.signature))
+        check(peer, "opening", opening, answer.signature)
+        self._add(Opened(peer, opening, sign(self.identity, "opening", opening), answer.signature))
 
     def _on_ack(self, peer: str, answer: Acknowledged) -> None:
         channel = self.books.channel(peer)

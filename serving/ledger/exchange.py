@@ -5,7 +5,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from wwwserve.serving.ledger.statements import VERSION, Opening, Signed, Struct, Terms, Vouch
+from wwwserve.serving.ledger.statements import VERSION, Agreed, Ended, Opening, Refill, Signed, Struct, Terms, Vouch
 from wwwserve.serving.market import Whole
 
 MOST_STATEMENTS = 1_000  # about stake in one message
@@ -20,6 +20,22 @@ class Open(Envelope, frozen=True, tag="open"):
 
     opening: Opening
     signature: str
+    version: Whole = VERSION
+
+
+class Refilling(Envelope, frozen=True, tag="refill"):
+    """One of the two signs a refill. Only peers get it that say in `Ask` or `Known` how many they have."""
+
+    refill: Refill
+    signature: str
+    version: Whole = VERSION
+
+
+class Close(Envelope, frozen=True, tag="close"):
+    """One of the two signs, or both have signed, that the channel is closed, or open again."""
+
+    ended: Ended
+    refills: tuple[Agreed, ...] = ()  # all of the channel
     version: Whole = VERSION
 
 
@@ -54,6 +70,8 @@ class Declined(Envelope, frozen=True, tag="declined"):
     """It is not taken."""
 
     reason: str
+    refill: Whole = 0  # number of the refill that is not
+    closed: bool = False  # the channel stays closed
 
 
 class Ask(Envelope, frozen=True, tag="ask"):
@@ -62,6 +80,9 @@ class Ask(Envelope, frozen=True, tag="ask"):
     number: Whole  # of receipts in the chain by which it pays
     paid_number: Whole  # and in that by which it is paid
     version: Whole = VERSION
+    refills: Whole | None = None  # how many it has; None: it is of a release that knows none
+    epoch: str = ""  # of the genesis that it has, see `serving.ledger.stakes`
+    closings: Whole = 0  # how many closings and reopenings both have signed, by what it has
 
 
 class Unpaid(Struct, frozen=True):
@@ -80,7 +101,10 @@ class Known(Envelope, frozen=True, tag="known"):
     asked: Whole  # the highest id of its requests
     unpaid: tuple[Unpaid, ...]
     stake: str  # its last statement of stake, "" for none
+    refills: tuple[Agreed, ...] | None = None  # after those that it has; None: the peer's release knows none
+    epoch: str = ""  # of the genesis that the peer has
+    ended: Ended | None = None  # the last closing or reopening, if the asker does not have it
 
 
-Message: TypeAlias = Open | Ask | Vouching | Telling
-Answer: TypeAlias = Open | Known | Acknowledged | Held | Declined
+Message: TypeAlias = Open | Ask | Vouching | Telling | Refilling | Close
+Answer: TypeAlias = Open | Known | Acknowledged | Held | Declined | Refilling | Close

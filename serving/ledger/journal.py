@@ -18,7 +18,7 @@ BUSY_S = 5.0
 SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
     "CREATE TABLE entries (number INTEGER PRIMARY KEY, body BLOB NOT NULL, digest BLOB NOT NULL) STRICT",
-    # What the two of a channel own together never changes, and nobody owns less than nothing.
+    # What the two of a channel own together is what they were granted, and nobody owns less than nothing.
     "CREATE TABLE balances (peer TEXT PRIMARY KEY, opened INTEGER NOT NULL,"
     " free INTEGER NOT NULL CHECK (free >= 0), escrow INTEGER NOT NULL CHECK (escrow >= 0),"
     " peer_free INTEGER NOT NULL CHECK (peer_free >= 0), peer_escrow INTEGER NOT NULL CHECK (peer_escrow >= 0),"
@@ -40,7 +40,7 @@ class Balance(NamedTuple):
     """What the two of a channel own, as its owner sees it, in micro-credits."""
 
     peer: str
-    opened: int  # together
+    opened: int  # what they were granted together
     free: int
     escrow: int
     peer_free: int

@@ -6,10 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from wwwserve.serving.ledger.channel import (
-    Books,
-    Event,
-)
+from wwwserve.serving.ledger.channel import Books
+from wwwserve.serving.ledger.entries import Event
 from wwwserve.serving.ledger.journal import Balance, Full, Journal
 from wwwserve.serving.ledger.statements import (
     decode,

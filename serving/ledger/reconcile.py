@@ -14,12 +14,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from wwwserve.serving.ledger.channel import (
+from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.entries import (
     Acked,
+    Closed,
     Credited,
     Event,
-    LedgerError,
     Recovered,
+    Refilled,
     Reopened,
     Settled,
     Skipped,
@@ -34,6 +36,7 @@ log = logging.getLogger("wwwserve.ledger")
 
 MOST_RECEIPTS = 50_000  # by which a peer may be behind that goes on from an old copy of its journal
 MOST_UNPAID = 4096  # of its requests of which it is told
+MOST_REFILLS = 1_000  # that a node may have forgotten
 MOST_AHEAD = 1 << 32  # ids that a node may have forgotten
 RECALL_S = 30.0  # between two looks for what a peer forgot
 
@@ -49,7 +52,7 @@ class Reconciler:
         self._ledger, self._add = ledger, add
         self._recalled_s: dict[str, float] = {}  # when what a peer forgot was last looked for
 
-    async def tell(self, peer: str, ask: Ask, stake: str) -> Known:
+    async def tell(self, peer: str, ask: Ask, stake: str, epoch: str) -> Known:
         """What is known here of a peer, which has started. Raises LedgerError where it forgot too much."""
         channel = self._ledger.books.channel(peer)
         vouches = await self.recall(peer, ask.number, ask.paid_number)
@@ -57,7 +60,10 @@ class Reconciler:
             Unpaid(id, taken.request, taken.terms, channel.earned.get(id, 0))
             for id, taken in sorted(channel.taken.items())
         ]
-        return Known(vouches, channel.taken_id, tuple(unpaid[:MOST_UNPAID]), stake)
+        known = channel.ended is not None and channel.ended.closing.number <= ask.closings
+        ended = None if known else channel.ended
+        refills = tuple(channel.refills[ask.refills :]) if ask.refills is not None else ()
+        return Known(vouches, channel.taken_id, tuple(unpaid[:MOST_UNPAID]), stake, refills, epoch, ended)
 
     async def recall(self, peer: str, number: int, paid_number: int) -> tuple[Vouch, ...]:
         """Where a peer knows only `number` receipts of what it pays, and `paid_number` of what it is paid: its vouchers
@@ -65,7 +71,9 @@ class Reconciler:
         channel = self._ledger.books.channel(peer)
         again = self.again.get(peer)
         acked = again[0].first - 1 if again else channel.acked
-        behind = max(channel.paid_number - number, acked - paid_number)
+        # What is stated in a closing is not told again by its vouchers.
+        stated = channel.ended.closing.of(self._ledger.name).number if channel.ended is not None else 0
+        behind = max(channel.paid_number - number, acked - max(paid_number, stated))
         if behind <= 0:
             return ()
         now_s = asyncio.get_running_loop().time()
@@ -79,7 +87,9 @@ class Reconciler:
         def look() -> tuple[tuple[Vouch, ...], list[Vouch]]:
             with contextlib.closing(self._ledger.journal.reader()) as journal:
                 own = acknowledged(journal, name, peer, digest)
-                return vouched_since(journal, peer, number), [each for each in own if _last(each) > paid_number]
+                return vouched_since(journal, peer, number), [
+                    each for each in own if _last(each) > max(paid_number, stated)
+                ]
 
         vouches, again_ = await asyncio.to_thread(look)
         if again_:
@@ -97,12 +107,26 @@ class Reconciler:
         if number == self._ledger.books.channel(peer).number:
             self.confirmed.add(peer)
 
+    def closed(self, peer: str) -> None:
+        """A channel was closed or opened again: what was paid before is stated, and not told any more."""
+        self.again.pop(peer, None)
+        self.confirmed.add(peer)
+
     def take_over(self, peer: str, known: Known) -> None:
         """Take over what a peer knows of this node and was forgotten here. Raises LedgerError and StatementError for
         what cannot be."""
         channel = self._ledger.books.channel(peer)
-        asked = channel.asked
-        for vouch in known.vouches:
+        asked, name = channel.asked, self._ledger.name
+        for agreed in (known.refills or ())[:MOST_REFILLS]:  # of which what was signed since may be paid
+            if agreed.refill.number > len(channel.refills):
+                check(channel.opening.a, "refill", agreed.refill, agreed.a)
+                check(channel.opening.b, "refill", agreed.refill, agreed.b)
+                self._add(Refilled(peer, agreed))
+        if known.ended is not None and known.ended.closing.number > channel.closings and known.ended.is_agreed:
+            check(name, "closing", known.ended.closing, known.ended.signature(name, peer))
+            check(peer, "closing", known.ended.closing, known.ended.signature(peer, name))
+            self._add(Closed(peer, known.ended))
+        for vouch in known.vouches if not channel.is_closed else ():
             check(self._ledger.name, "voucher", vouch.voucher.state, vouch.voucher.signature)
             if vouch.voucher.state.number > channel.number:
                 log.error("the journal is an old copy: taking over what was signed since", extra={"peer": peer})
@@ -112,7 +136,7 @@ class Reconciler:
             raise LedgerError(f"{peer} has request {known.asked}, and {channel.asked} were asked")
         for lost in known.unpaid:
             # What was asked by the own journal and is not open has ended, and the peer has forgotten its receipt.
-            if asked < lost.id <= known.asked:
+            if asked < lost.id <= known.asked and not channel.is_closed:
                 self._add(Reopened(peer, lost.id, lost.request, lost.terms, lost.paid))
         if known.asked > channel.asked:  # the receipt of the last one is with the peer
             self._add(Skipped(peer, known.asked))
@@ -129,15 +153,19 @@ def vouched_since(journal: Journal, peer: str, number: int) -> tuple[Vouch, ...]
 
 
 def acknowledged(journal: Journal, name: str, peer: str, channel: str) -> Iterator[Vouch]:
-    """The vouchers of `name` that a peer has acknowledged, in order, each with the receipts since the one before."""
+    """The vouchers of `name` that a peer has acknowledged, in order, each with the receipts since the one before or
+    since a closing."""
     first, receipts = 1, list[Receipt]()  # that are not acknowledged, and the number of the first of them
     signature = ""
-    for event in _events(journal, peer, "settle", "vouch", "ack", "recover"):
+    for event in _events(journal, peer, "settle", "vouch", "ack", "recover", "close"):
         if isinstance(event, Settled):
             receipts.append(event.receipt)
             continue
         if isinstance(event, Vouched):
             signature = event.signature  # only the last voucher can be acknowledged
+            continue
+        if isinstance(event, Closed):
+            receipts, first = [], event.ended.closing.of(name).number + 1
             continue
         if isinstance(event, Acked):
             state = State(channel, name, peer, event.number, event.total, event.head)

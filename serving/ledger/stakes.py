@@ -5,11 +5,12 @@ which a node heard them: everyone who has the same statements knows the same sta
 statements; one who signs two of the same number, or two vouchers of one number, has nothing at stake from then on.
 
 Verdicts move stake only between keys on which all agree, those of a genesis file: they are the epoch, whose judges
-weigh what they may stake by that file. A verdict counts if judges of more than three fifths of the weight that may
-judge say the same, and of more than a third of all stake: no third of the stake can make one.
+weigh what they may stake by that file. An amendment of it is another epoch; those before still count, by their own
+tables, and a duel is of the last one that its three parties know. A verdict counts if judges of more than three fifths
+of the weight that may judge say the same, and of more than a third of all stake: no third of the stake can make one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -59,11 +60,16 @@ class Stakes:
     """What all statements come to. `funds` is what each name can stake at most, micro-credits; a name without has
     nothing at stake, whatever it signs."""
 
-    def __init__(self, funds: Mapping[str, int], *, agreed: bool = False) -> None:
-        """`agreed`: all nodes have these `funds`, so that verdicts move stake."""
+    def __init__(
+        self, funds: Mapping[str, int], *, agreed: bool = False, earlier: Sequence[Mapping[str, int]] = ()
+    ) -> None:  # fmt: skip
+        """`agreed`: all nodes have these `funds`, so that verdicts move stake; `earlier`: those before each amendment,
+        of which verdicts count as well."""
         self.started = dict(funds)
         self.funds = dict(funds)
-        self.epoch = digest(msgspec.json.encode(sorted(self.started.items()))) if agreed else ""
+        self._tables = {_epoch_of(each): dict(each) for each in (*earlier, funds)} if agreed else {}
+        self.epoch = _epoch_of(funds) if agreed else ""
+        self.said: dict[str, str] = {}  # epoch that each peer says it has
         self.latest: dict[str, Staked] = {}
         self.slashes: dict[str, Slash] = {}  # by the name of the duel, or of who signed twice
         self.fresh: list[Slash] = []  # news of them, for whoever keeps and passes them on, and takes them out
@@ -106,11 +112,28 @@ class Stakes:
         return max((self._heights.get(name, 0) for name in executors), default=0)
 
     def jury(self, case: Case) -> Jury:
-        """Who of the epoch judges a case. Nobody where no stake moves."""
-        parties = case.opening.parties()
-        if not self.epoch or case.opening.epoch != self.epoch or not all(map(self.started.get, parties)):
+        """Who of its epoch judges a case. Nobody where no stake moves."""
+        parties, table = case.opening.parties(), self._tables.get(case.opening.epoch)
+        if table is None or not all(map(table.get, parties)):
             return Jury({}, 0)
-        return jury(self.started, parties, case.seed())
+        return jury(table, parties, case.seed())
+
+    def has(self, epoch: str) -> bool:
+        """Whether it is the own epoch, or one before it."""
+        return epoch in self._tables
+
+    def epoch_of(self, parties: Collection[str]) -> str:
+        """The last one that all of them know, as far as is known here; "" where one of them may stake nothing in it.
+        Who has said nothing knows the first, and whoever is in an epoch knows that."""
+        epochs = list(self._tables)
+        last = len(epochs) - 1
+        for name in parties:
+            said = self.said.get(name, "")
+            knows = epochs.index(said) if said in self._tables else last if said else 0
+            joined = next((k for k, epoch in enumerate(epochs) if self._tables[epoch].get(name)), last + 1)
+            last = min(last, max(knows, joined))
+        table = self._tables[epochs[last]] if epochs else {}
+        return epochs[last] if table and all(map(table.get, parties)) else ""
 
     def bond(self, name: str) -> Staked | None:
         """By which an origin's duels move stake; None if it has too little at stake."""
@@ -223,6 +246,10 @@ class Stakes:
         for stake, now in zip(stakes, after, strict=False):
             self._left[stake.name, stake.number] = now
             self._heights[stake.name] = judged.height
+
+
+def _epoch_of(funds: Mapping[str, int]) -> str:
+    return digest(msgspec.json.encode(sorted(funds.items())))
 
 
 def _said(votes: tuple[Vote, ...], outcome: int) -> dict[str, int]:

@@ -48,6 +48,24 @@ class Opening(Struct, frozen=True):
         return (self.amount_a, self.amount_b) if name == self.a else (self.amount_b, self.amount_a)
 
 
+class Refill(Struct, frozen=True):
+    """Credit that is added to a channel: what each of the two was granted in all, from the opening on."""
+
+    channel: str  # digest of the opening
+    number: Whole  # of its refills, from 1
+    amount_a: Whole
+    amount_b: Whole
+    source: str  # as of an opening
+
+
+class Agreed(Struct, frozen=True):
+    """A refill that both have signed."""
+
+    refill: Refill
+    a: str  # signature of the one,
+    b: str  # and of the other
+
+
 class Terms(Struct, frozen=True):
     """What a request is handed over for, as its origin signs it."""
 
@@ -103,6 +121,38 @@ class State(Struct, frozen=True):
     number: Whole  # of receipts
     total: Whole  # that they pay
     head: str  # of the chain
+
+
+class Closing(Struct, frozen=True):
+    """A channel is closed, or open again after it was, with this state."""
+
+    channel: str  # digest of the opening
+    number: Whole  # of closings and reopenings, from 1
+    open: bool  # it is a reopening
+    a: State  # of the chain by which the one pays
+    b: State
+    refills: Whole  # how many there are
+
+    def of(self, payer: str) -> State:
+        """Of the chain by which one of the two pays."""
+        return self.a if self.a.payer == payer else self.b
+
+
+class Ended(Struct, frozen=True):
+    """A closing, and who has signed it."""
+
+    closing: Closing
+    a: str  # signature of the one, "" for none,
+    b: str  # and of the other
+
+    @property
+    def is_agreed(self) -> bool:
+        """Whether both have."""
+        return bool(self.a and self.b)
+
+    def signature(self, name: str, other: str) -> str:
+        """Of `name`, in the channel of the two."""
+        return self.a if name < other else self.b
 
 
 class Signed(Struct, frozen=True):

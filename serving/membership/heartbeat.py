@@ -56,10 +56,12 @@ log = logging.getLogger("wwwserve.membership")
 
 BEAT_S = 0.4  # between two signs of life
 SILENT_S = 1.4  # without one, after which a peer is gone
+TAKEN_S = SILENT_S - BEAT_S  # for a busy peer to take one, before it is sent anew
 UNSPOKEN_S = 60.0  # for which a peer of another version is still named when it has fallen silent
 BEAT_PATH = "/peer/beat"
 MOST_BYTES = 16384  # of an advert
 MOST_PER_S = 50.0  # adverts of one peer that are looked at, and as many at once
+RESTARTS, RESTART_S = 4.0, 5.0  # of one peer that are believed at once, and one more each 5 s, as each costs its peers
 LOCAL_URL = "http://localhost"
 MOST_LABEL = 64  # characters
 MOST_MODELS = 256  # of one node
@@ -196,6 +198,8 @@ class Heartbeat(ABC):
         self.numbers: dict[str, tuple[int, int]] = {}  # run and number of its last advert
         self._unspoken: dict[str, Unspoken] = {}
         self._quota = Quota(MOST_PER_S, MOST_PER_S, clock)
+        self._restarts = Quota(1.0 / RESTART_S, RESTARTS, clock)
+        self.runs: dict[str, int] = {}  # of each that was ever heard, its last
         self._last: dict[str, tuple[int, bytes]] = {}  # of each that was ever heard: when it sent that, and signed how
         self._beat: tuple[float, bytes] | None = None  # when it was made
         self._sent_us = 0
@@ -255,11 +259,22 @@ class Heartbeat(ABC):
         check_time(head.sent_us / 1e6, self.wall_clock())
         if head.sent_us <= last_us:
             raise Refused("replayed", "it is older than what was heard already")
+        if advert is not None:
+            self._check_run(advert)
         self._last[name] = head.sent_us, signature
         if advert is None:
             self.heard_unspoken(head)
             raise Refused("version", f"{name} {advice(head.speaks)}")
         return advert
+
+    def _check_run(self, advert: Advert) -> None:
+        """Raises Refused for a peer that starts anew more often than a node does: all that is known of its caches is
+        forgotten then, and it is told all again that was ever staked and lost."""
+        if self.runs.get(advert.name, advert.run) != advert.run:
+            if self._restarts.left(advert.name) < 1:
+                raise Refused("crowded", f"{advert.name} says that it has started again, too often to be believed")
+            self._restarts.spend(advert.name)
+        self.runs[advert.name] = advert.run
 
     def check_address(self, name: str, url: str) -> None:  # noqa: B027 - most have nothing to compare it with
         """Raises Refused for a peer that is not where it is expected."""
@@ -297,10 +312,16 @@ class Heartbeat(ABC):
             self._gone(name)
 
     async def watch(self) -> None:
-        """Notice who falls silent, until cancelled."""
+        """Notice who falls silent, until cancelled. For as long as this process had no time it heard nobody, whether
+        they spoke or not: that is not their silence."""
+        now_s = self.clock()
         while True:
+            due_s = now_s + BEAT_S / 4
             await asyncio.sleep(BEAT_S / 4)
             now_s = self.clock()
+            late_s = now_s - due_s
+            if late_s > BEAT_S / 4:
+                self.beaten_s = {name: min(at_s + late_s, now_s) for name, at_s in self.beaten_s.items()}
             for name in [name for name, at_s in self.beaten_s.items() if now_s - at_s > SILENT_S]:
                 self.left(name)
             for name in [name for name, each in self._unspoken.items() if now_s - each.heard_s > UNSPOKEN_S]:
@@ -357,8 +378,8 @@ class StaticMembership(Heartbeat):
                         url + BEAT_PATH,
                         body=body,
                         headers=headers,
-                        timeout_s=BEAT_S,
-                        read_timeout_s=BEAT_S,
+                        timeout_s=TAKEN_S,
+                        read_timeout_s=TAKEN_S,
                         peer=name,
                     ) as response:
                         answer = await response.read(MOST_BYTES)

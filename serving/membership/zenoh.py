@@ -216,6 +216,7 @@ class ZenohMembership(Heartbeat):
             del self.names[name]
             self._urls.pop(name, None)
             self._last.pop(name, None)
+            self.runs.pop(name, None)
             self._unspoken.pop(name, None)
             self.forgotten(name)
 

@@ -4,10 +4,12 @@ import asyncio
 import os
 import resource
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from socket import SOCK_STREAM
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from cryptography import x509
 
@@ -126,8 +128,30 @@ async def _engines(node: NodeConfig) -> list[Finding]:
         found += each
     odd = differing(seen)
     if odd:
-        do = "engines of one node have to be alike: give others a node of their own"
+        do = "engines of one node have to be different ones that are alike: correct `engine.url`, or give others a node"
         found.append(Finding("engines", FAILED, odd, do))
+    for one, other in await _one_address(node.engine.urls):
+        if odd or (seen.get(one) and seen.get(other) and seen[one].made_at != seen[other].made_at):
+            continue  # which is said, or they are not the same
+        said = f"{one} and {other} lead to the same address, and the engine there does not say which one it is"
+        found.append(Finding("engines", WARNING, said, "if it is one engine, take one of the two out of `engine.url`"))
+    return found
+
+
+async def _one_address(urls: Sequence[str]) -> list[tuple[str, str]]:
+    """Those of which the names are of the same address and port."""
+    loop, first, found = asyncio.get_running_loop(), dict[tuple[Any, ...], str](), []
+    for url in urls:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            addresses = {each[4][:2] for each in await loop.getaddrinfo(parts.hostname, port, type=SOCK_STREAM)}
+        except OSError:  # which the engine's finding says
+            continue
+        same = next((first[each] for each in sorted(addresses) if each in first), None)
+        if same is not None:
+            found.append((same, url))
+        first = dict.fromkeys(addresses, url) | first
     return found
 
 
@@ -175,7 +199,7 @@ def _profile(node: NodeConfig, seen: EngineSeen) -> Iterator[Finding]:
 
 
 def _files(node: NodeConfig) -> Finding:
-    needed = node.limits.files
+    needed = node.files
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     said = f"at most {most:,} here, {needed:,} for {node.limits.connections:,} connections"
     if most in (resource.RLIM_INFINITY, -1) or most >= needed:
@@ -281,7 +305,7 @@ def _ledger(node: NodeConfig, identity: Identity) -> Iterator[Finding]:
         return
     file = Path(node.ledger.file)
     try:
-        grants, _ = agreed(node.ledger, identity.name)
+        grants = agreed(node.ledger, identity.name).grants
         if not file.exists():
             if not os.access(file.parent, os.W_OK):
                 yield Finding("ledger", FAILED, f"{file.parent} cannot be written", "choose another `ledger.file`")

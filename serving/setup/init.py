@@ -162,7 +162,7 @@ def _with_profile(wanted: Wanted, ask: Ask | None, say: Say) -> tuple[Wanted, En
         if found[url].unloaded:
             say(f"its load is not known, {found[url].unloaded}: start it with --enable-metrics, if it is SGLang")
     if odd := differing(found):
-        raise UsageError(f"engines of one node have to be alike: {odd}")
+        raise UsageError(f"engines of one node have to be different ones that are alike: {odd}")
     seen = next(iter(found.values()), None)
     if wanted.gpu is None and not wanted.calibrate and ask is not None:
         if seen is not None and _yes(ask("Measure it now, for about three minutes? It should be idle", "yes")):

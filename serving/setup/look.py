@@ -9,7 +9,7 @@ import orjson
 
 from wwwserve.agents.hardware import MODELS
 from wwwserve.serving.config import NodeConfig
-from wwwserve.serving.engine.adapter import MOST_PAGE, NAMES, EngineError, read_load
+from wwwserve.serving.engine.adapter import MOST_PAGE, NAMES, EngineError, made_at, read_load
 from wwwserve.serving.engine.fit import CalibrationError
 from wwwserve.serving.engine.probe import kv_tokens_of
 from wwwserve.serving.http.addresses import engine_base, here, netloc
@@ -28,6 +28,7 @@ class EngineSeen(NamedTuple):
     models: dict[str, int | None]  # what it serves, and the longest request of each, tokens, if it says
     unloaded: str  # why its load is not known; empty where it is
     kv_tokens: int | None  # that its KV cache holds, if it says
+    made_at: str = ""  # see `serving.engine.adapter.made_at`
 
 
 async def look_at_engine(url: str, kind: str = "vllm", key: str | None = None) -> EngineSeen:
@@ -55,23 +56,30 @@ async def look_at_engine(url: str, kind: str = "vllm", key: str | None = None) -
             models = {str(each["id"]): each.get("max_model_len") for each in listed}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise EngineError(f"{url}/v1/models lists no models: expected the URL of an engine") from None
-        unloaded, kv_tokens = "", None
+        unloaded, kv_tokens, since = "", None, ""
         try:
             page = (await get("/metrics")).decode(errors="replace")
+            since = made_at(page)
             read_load(page, NAMES[kind], 1)
             kv_tokens = kv_tokens_of(page, url) if kind == "vllm" else None
         except EngineError as error:
             unloaded = str(error)
         except CalibrationError:  # it does not say how large its cache is
             pass
-        return EngineSeen(models, unloaded, kv_tokens)
+        return EngineSeen(models, unloaded, kv_tokens, since)
     finally:
         await transport.close()
 
 
 def differing(seen: Mapping[str, EngineSeen]) -> str:
-    """How two of these engines, by their URLs, are not alike, as those of one node have to be; empty where all are."""
+    """How two of these engines, by their URLs, are not two that are alike, as those of one node have to be; empty where
+    all are."""
     first, *others = seen or ("",)
+    by_made: dict[str, str] = {}
+    for url, each in seen.items():
+        same = by_made.setdefault(each.made_at or url, url)
+        if same != url:
+            return f"{same} and {url} are the same engine"
     for other in others:
         one, two = seen[first], seen[other]
         if set(one.models) != set(two.models):

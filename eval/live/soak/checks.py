@@ -12,8 +12,8 @@ from wwwserve.eval.live.soak import witness
 from wwwserve.eval.live.soak.nodes import Node
 from wwwserve.serving.duel.messages import JUDGED_IN
 from wwwserve.serving.ledger.audit import Audit, audit, compare, evidence, settled
-from wwwserve.serving.ledger.channel import Noted, Settled
 from wwwserve.serving.ledger.channel_ledger import micro, tolerated
+from wwwserve.serving.ledger.entries import Noted, Settled
 from wwwserve.serving.ledger.genesis import load
 from wwwserve.serving.ledger.journal import SqliteJournal
 from wwwserve.serving.ledger.stakes import Stakes
@@ -141,7 +141,8 @@ class Checks:
         """What the honest nodes hold of who lost stake."""
         known: list[list[tuple[str, str]]] = []
         for node in self.honest:
-            stakes = Stakes(load(self.genesis).funds(), agreed=True)
+            *earlier, funds = load(self.genesis).funds()
+            stakes = Stakes(funds, agreed=True, earlier=earlier)
             for statement in self.audits[node.key].books.statements:
                 stakes.heard(decode_stake(statement))
             known.append(sorted(stakes.losses()))

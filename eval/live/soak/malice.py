@@ -20,15 +20,14 @@ from wwwserve.eval.live.world.adversaries import (
     Equivocator,
     Forger,
     Freeloader,
-    Griefer,
     Inflater,
     Liar,
-    Mixed,
     Replayer,
     Robber,
     Staller,
     Withholder,
 )
+from wwwserve.eval.live.world.griefer import Griefer, Mixed
 from wwwserve.eval.live.world.nodes import Node
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.http.reply import Reply

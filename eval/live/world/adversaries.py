@@ -20,7 +20,11 @@ from wwwserve.eval.live.world.nodes import Node, Strategy
 from wwwserve.serving.delegation import PROMPT, TARIFF
 from wwwserve.serving.ledger.accounts import ESCROW, LEDGER_PATH
 from wwwserve.serving.ledger.channel import LedgerError
-from wwwserve.serving.ledger.exchange import Acknowledged, Ask, Declined, Held, Known, Open, Telling, Vouching
+from wwwserve.serving.ledger.exchange import (
+    Known,
+    Telling,
+    Vouching,
+)
 from wwwserve.serving.ledger.statements import (
     NOTHING_CAME,
     Receipt,
@@ -29,7 +33,6 @@ from wwwserve.serving.ledger.statements import (
     State,
     Terms,
     Vouch,
-    digest,
     link,
     sign,
 )
@@ -382,56 +385,6 @@ class Withholder(Adversary):
         advertise_idle(node, cheap=0.5)
 
 
-class Griefer(Adversary):
-    """Hangs up, disputes, declines, acknowledges what is not, and says of its requests what it likes."""
-
-    name = "griefer"
-    pause_s = 0.4
-
-    def prepare(self, node: Node) -> None:
-        """See `Strategy`."""
-        self.declines = node.random.random() < 0.5
-
-    def begin(self, node: Node) -> None:
-        """See `Strategy`."""
-        received, dice = node.ledger.received, node.random
-
-        async def dispute(peer: str, body: bytes) -> bytes:
-            told = await received(peer, body)
-            if dice.random() < 0.5 or b'"open"' in body:
-                return told
-            channel = node.ledger.books.channels[peer]
-            lies: list[Any] = [
-                Declined("no"), Held(None), Acknowledged(channel.paid_number + 5, "A" * 86 + "=="),
-                Acknowledged(1, "A" * 86 + "=="), Held(channel.vouchers[0] if channel.vouchers else None),
-            ]  # fmt: skip
-            return msgspec.json.encode(dice.choice(lies))
-
-        if self.declines:
-            node.ledger.received = dispute  # type: ignore[method-assign]
-
-    async def do(self, node: Node, peer: str) -> None:
-        """See `Adversary`."""
-        dice, channel = node.random, node.ledger.books.channels.get(peer)
-        if channel is None:
-            return
-        if dice.random() < 0.3:
-            ask = Ask(dice.choice([0, channel.number]), dice.choice([0, channel.paid_number]))
-            open_ = Open(msgspec.structs.replace(channel.opening, amount_a=1), "A" * 86 + "==")
-            await tell(node, peer, dice.choice([ask, open_, b"{}", b"[" * 1000, Telling(("{}",))]))
-            return
-        tokens, prompt = dice.randrange(1, 200), dice.randrange(1, 60)
-        body, terms = request(node, tokens, prompt), terms_of(node, peer, tokens, prompt)
-        try:
-            id = node.ledger.lock(peer, terms, dice.choice(["0" * 64, digest(body)]))
-        except LedgerError:
-            return
-        _, promise = await offer(node, peer, body, terms, id, dice.choice([0.01, 0.3, 2.0, 20.0]))
-        if id in channel.open:
-            served = Served("", 0, 0, dice.randrange(2), 10, "part") if dice.random() < 0.5 else NOTHING_CAME
-            node.ledger.settle(peer, id, promise, served, tokens)
-
-
 class Robber(Adversary):
     """Asks for as much as it can with credit that it does not have, under numbers that it used before."""
 
@@ -470,26 +423,3 @@ class Sybil(Robber):
         stake = Stake(node.name, node.random.randrange(1, 1 << 40), 10**15)
         staked = Staked(stake, sign(node.identity, "stake", stake))
         await tell(node, peer, Telling((msgspec.json.encode(staked).decode(),)))
-
-
-class Mixed(Adversary):
-    """Free rider, liar and griefer in one."""
-
-    name = "mixed"
-
-    def __init__(self) -> None:
-        self.parts: tuple[Adversary, ...] = (FreeRider(), Griefer(), Replayer())
-
-    def prepare(self, node: Node) -> None:
-        """See `Strategy`."""
-        for each in self.parts:
-            each.prepare(node)
-
-    def begin(self, node: Node) -> None:
-        """See `Strategy`."""
-        for each in self.parts:
-            each.begin(node)
-
-    async def do(self, node: Node, peer: str) -> None:
-        """See `Adversary`."""
-        await node.random.choice(self.parts[1:]).do(node, peer)

@@ -7,7 +7,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -94,8 +94,10 @@ def draw(seed: int, adversaries: Sequence[str], *, honest: bool = False, duels: 
     payment = dice.choice([LATENESS, LATENESS, QUOTED, PER_REQUEST])
     exposure = dice.choice([0.02, 0.1, 0.5]) if payment != PER_REQUEST else dice.choice([2.0, 5.0])
     grant = exposure * dice.choice([1.5, 5.0, 50.0])
-    agreed = Agreed(payment, round(exposure * MICRO), round(grant * MICRO), 5 * MICRO, duels)
     duration_s = dice.uniform(8.0, 25.0)
+    refills = _refills(seed, round(exposure * MICRO), duration_s)
+    agreed = Agreed(payment, round(exposure * MICRO), round(grant * MICRO), 5 * MICRO, duels, refills)
+    agreed = agreed._replace(**_apart(seed, count, duration_s))
     asked: list[Asked] = []
     at_s = 1.0
     rate_per_s = dice.choice([1.0, 2.0, 4.0])
@@ -109,6 +111,29 @@ def draw(seed: int, adversaries: Sequence[str], *, honest: bool = False, duels: 
     places = [dice.randint(1, 4) for _ in range(count)]
     policies = [dice.choice(POLICIES) for _ in range(count)]
     return Drawn(seed, agreed, tuple(names), places, policies, asked, Faults.draw(dice, count, duration_s))
+
+
+def _refills(seed: int, exposure: int, duration_s: float) -> tuple[tuple[float, int], ...]:
+    """When credit is added and how much: in every other history never, else at times at which a node has to start
+    anew to find it, so that some have it and others have not; often at once."""
+    dice = random.Random(f"refills {seed}")
+    if dice.random() < 0.5:
+        return ()
+    times = sorted(dice.choice([0.0, dice.uniform(0.0, duration_s)]) for _ in range(dice.randint(1, 3)))
+    return tuple((at_s, max(1, int(exposure * dice.choice([0.1, 1.0, 5.0])))) for at_s in times)
+
+
+def _apart(seed: int, count: int, duration_s: float) -> dict[str, Any]:
+    """Who closes channels with whom: in two of three histories nobody, else some, from when they start anew."""
+    dice = random.Random(f"apart {seed}")
+    if dice.random() < 2 / 3:
+        return {}
+    rows, found = range(count), []
+    for _ in range(dice.randint(1, 3)):
+        row, peer = dice.sample(rows, 2)
+        from_s = dice.uniform(0.0, duration_s / 2)
+        found.append((row, peer, from_s, from_s + dice.choice([0.3, 10.0]) * duration_s))
+    return {"apart": tuple(found), "close_after_s": dice.choice([0.5, 3.0, 20.0])}
 
 
 def play(drawn: Drawn) -> Report:

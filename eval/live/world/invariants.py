@@ -181,6 +181,8 @@ class Judge:
         for peer, channel in ledger.books.channels.items():
             counts["in escrow"] = counts.get("in escrow", 0) + len(channel.open)
             if peer in honest:
+                counts["to close"] = counts.get("to close", 0) + bool(channel.leaving_ms or not channel.is_agreed)
+                counts["to refill"] = counts.get("to refill", 0) + (peer in ledger.refills.due)
                 counts["taken"] = counts.get("taken", 0) + len(channel.taken)
                 counts["not acknowledged"] = counts.get("not acknowledged", 0) + len(channel.unacked)
                 counts["not reconciled"] = counts.get("not reconciled", 0) + (not ledger.is_reconciled(peer))

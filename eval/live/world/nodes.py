@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -52,6 +53,11 @@ class Agreed(NamedTuple):
     grant: int  # to each of the two of a channel
     stake: int  # that each may have at stake
     duels: float = 0.0  # chance of a request that is handed over to go to two, whose answers are judged
+    refills: tuple[tuple[float, int], ...] = ()
+    """from when on a node that starts finds so much added to what it and each of its peers were granted in all, s"""
+    apart: tuple[tuple[int, int, float, float], ...] = ()
+    """rows of a node and of a peer with whom it is to have no open channel, if it starts from one time to another, s"""
+    close_after_s: float = 0.0  # until it closes one without its peer
 
 
 @cache
@@ -139,6 +145,7 @@ class Node:
             self.identity, host.disk.journal(self.name), world.grants(self), world.funds(), agreed=True,
             exposure=world.agreed.exposure, payment=world.agreed.payment,
             slack_ms=int(milliseconds(RTT_S + TOLERANCE_S)),
+            closed=world.apart(self), close_after_s=world.agreed.close_after_s, wall_clock=host.wall_s,
         )  # fmt: skip
         membership = MemoryMembership(world.members, self.name, process)
         messages, metrics = Messages(self.identity, membership.knows, host.wall_s), Metrics(config.class_names)
@@ -186,7 +193,17 @@ class Network:
         amount, granted = self.agreed.grant, self.granted()
         if node.name not in granted:
             return {}
-        return {name: Grant(amount, amount, "world") for name in granted if name != node.name}
+        totals = accumulate((more for at_s, more in self.agreed.refills if at_s <= self.loop.time()), initial=amount)
+        grant, *later = (Grant(each, each, "world") for each in totals)
+        return {name: grant._replace(later=tuple(later)) for name in granted if name != node.name}
+
+    def apart(self, node: Node) -> list[str]:
+        """Peers with whom a node that starts now is to have no open channel."""
+        now_s = self.loop.time()
+        return [
+            self.names[peer] for row, peer, from_s, to_s in self.agreed.apart
+            if row == node.row and from_s <= now_s < to_s
+        ]  # fmt: skip
 
     def funds(self) -> dict[str, int]:
         """What each may have at stake."""

@@ -5,16 +5,15 @@ from wwwserve.eval.live.world.adversaries import (
     Forger,
     Freeloader,
     FreeRider,
-    Griefer,
     Inflater,
     Liar,
-    Mixed,
     Replayer,
     Robber,
     Staller,
     Sybil,
     Withholder,
 )
+from wwwserve.eval.live.world.griefer import Griefer, Mixed
 from wwwserve.eval.live.world.judge_buyers import Crowd, JudgeBuyer
 from wwwserve.eval.live.world.nodes import Strategy
 

@@ -104,14 +104,18 @@ function engines({ each }) {
   if (each.length > 1) enginesTable.update(each, (engine) => engine.engine);
 }
 
-const state = (peer) => (peer.there ? "● there" : "✕ gone");
+function state(peer) {
+  if (peer.other) return { text: "▲ other version", class: "warn", note: peer.other.reason, wide: true };
+  if (!peer.there) return { text: "✕ gone", class: "bad" };
+  return { text: "● there", class: "good", note: `heard ${seconds(Math.max(0, peer.age_s))} ago` };
+}
 
 const peersTable = new Table(byId("peers"), {
   label: "Peers as this node sees them",
   empty: "No peers yet. List them under peers in node.yaml, or join a Zenoh network.",
   columns: [
     { label: "Peer", head: true, of: (p) => ({ text: nameOf(p), note: shortKey(p.key), title: p.url ?? "" }) },
-    { label: "State", of: (p) => ({ text: state(p), class: p.there ? "good" : "bad", note: p.there ? `heard ${seconds(Math.max(0, p.age_s))} ago` : "" }) },
+    { label: "State", of: state },
     { label: "Load", number: true, title: "requests running and waiting, by its advert", of: (p) => ({ text: `${count(p.running)} + ${count(p.waiting)}`, note: p.kv_use === null ? "" : `KV ${percent(p.kv_use)}`, bar: p.kv_use }) },
     { label: "Tariff", number: true, title: "credits per 1,000 tokens of input, cached input and output", of: (p) => ({ text: number(p.tariff.output), note: `in ${number(p.tariff.input)}, cached ${number(p.tariff.cached_input)}` }) },
     { label: "It does for us", number: true, title: "requests that it has now, and that it has answered of those it took", of: (p) => ({ text: `${count(p.out)} now`, note: `${perSecond(p.out_s)}, ${count(p.answered)} of ${count(p.handed)} answered` }) },
@@ -120,21 +124,24 @@ const peersTable = new Table(byId("peers"), {
     { label: "Stake", number: true, of: (p) => credits(p.stake) },
     { label: "Money", number: true, title: "what this node has paid to the peer, and earned from it", of: (p) => (p.channel ? { text: `${amount(p.channel.paid)} paid`, note: `${amount(p.channel.earned)} earned` } : NONE) },
     { label: "Duels", number: true, of: (p) => (p.duels_won + p.duels_lost ? `${count(p.duels_won)} won, ${count(p.duels_lost)} lost` : NONE) },
-  ],
+  ].map((column, k) => (k < 2 ? column : { ...column, of: (p) => (p.known ? column.of(p) : NONE) })), // of others there is a name alone
 });
 
 function peers(seen) {
   const channels = new Map((seen.ledger?.channels ?? []).map((channel) => [channel.peer, channel]));
-  const all = seen.peers.map((peer) => ({ ...peer, channel: channels.get(peer.key), out_s: rates.of(`${peer.key} out`, peer.handed), in_s: rates.of(`${peer.key} in`, peer.served) }));
+  const others = new Map(seen.other_versions.map((each) => [each.key, each]));
+  const known = seen.peers.map((peer) => ({ ...peer, known: true, other: others.get(peer.key), channel: channels.get(peer.key), out_s: rates.of(`${peer.key} out`, peer.handed), in_s: rates.of(`${peer.key} in`, peer.served) }));
+  const met = new Set(known.map((peer) => peer.key));
+  const all = [...known, ...seen.other_versions.filter((each) => !met.has(each.key)).map((each) => ({ ...each, known: false, there: false, other: each }))];
   for (const peer of all) names.set(peer.key, nameOf(peer));
   all.sort((a, b) => b.there - a.there || nameOf(a).localeCompare(nameOf(b), "en", { numeric: true }));
-  peersTable.update(all, (peer) => peer.key, (peer) => (peer.there ? "" : "gone"));
+  peersTable.update(all, (peer) => peer.key, (peer) => (peer.there || peer.other ? "" : "gone"));
   const more = seen.peers_known - seen.peers.length;
   byId("peers-more").hidden = !more;
   setText(byId("peers-more"), `${count(more)} more peers are known, with which there is less to do.`);
 
-  const busy = [...all].sort((a, b) => b.there - a.there || b.handed + b.served - a.handed - a.served).slice(0, IN_GRAPH);
-  const near = all.filter((peer) => busy.includes(peer));
+  const busy = [...known].sort((a, b) => b.there - a.there || b.handed + b.served - a.handed - a.served).slice(0, IN_GRAPH);
+  const near = known.filter((peer) => busy.includes(peer)).sort((a, b) => all.indexOf(a) - all.indexOf(b));
   byId("graph").hidden = !near.length;
   graph ??= new Graph(byId("graph"), { label: "This node and its peers", centre: seen.key, pick: (key) => peersTable.point(key) });
   const own = { key: seen.key, label: seen.name, inside: "own", lines: [`${number(seen.tariff.output)} cr/ktok`], use: seen.engine.kv_use, state: seen.engine.up ? "up" : "down", about: `${seen.name}, this node: ${count(seen.engine.running)} running` };
@@ -171,6 +178,7 @@ const channelsTable = new Table(byId("channels"), {
 
 function dispute(c) {
   const parts = [c.short > 0 ? `short ${credits(c.short)}` : "", c.over > 0 ? `over ${credits(c.over)}` : ""].filter(Boolean);
+  if (c.closed) return { text: c.closed === "to be" ? "to be closed" : `closed ${c.closed}`, class: "muted", note: c.disagreement, wide: true };
   if (!c.reconciled) return { text: "◐ not reconciled", class: "warn", note: c.disagreement, wide: true };
   if (c.disagreement) return { text: `▲ ${parts.join(", ") || "it disagreed"}`, class: "warn", note: c.disagreement, wide: true };
   return parts.length ? { text: `▲ ${parts.join(", ")}`, class: "warn" } : { text: "none", class: "muted" };
@@ -236,6 +244,7 @@ function head(seen) {
 
 function watch(seen) {
   const now = new Map(seen.peers.map((peer) => [peer.key, [peer.there, `${nameOf(peer)} is ${peer.there ? "there" : "gone"}`, peer.there ? "good" : "bad"]]));
+  for (const other of seen.other_versions) now.set(other.key, ["other", `${nameOf(other)} ${other.reason}`, "note"]);
   if (seen.engine.each.length > 1) for (const one of seen.engine.each) now.set(`engine ${one.engine}`, [one.up, `the engine ${one.engine} is ${one.up ? "up" : "down"}`, one.up ? "good" : "bad"]);
   now.set("engine", [seen.engine.up, seen.engine.up ? "the engine is up" : `the engine is down: ${seen.engine.reason}`, seen.engine.up ? "good" : "bad"]);
   if (seen.ledger) now.set("full", [seen.ledger.full, seen.ledger.full ? "the ledger cannot be written" : "the ledger can be written", seen.ledger.full ? "bad" : "good"]);
