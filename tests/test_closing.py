@@ -330,6 +330,87 @@ def test_a_closing_that_states_less_than_was_signed_or_is_of_another_time_closes
     play(scene)
 
 
+def test_who_has_a_channel_closed_rather_than_pay_gets_no_more_than_the_exposure(tmp_path: Path) -> None:
+    async def scene() -> None:
+        sides = Closing_("memory", tmp_path, exposure=3 * MICRO)
+        await sides.exchange()
+        a, b = sides.a.books.channels[B.name], sides.b.books.channels[A.name]
+        for k in range(3):
+            id = sides.ask()
+            sides.delivered(id, came(1000))
+            for again in (False, True):
+                states = a.state(A.name, B.name), a.paid(B.name, A.name)
+                both = states if A.name < B.name else states[::-1]
+                answer = await told(sides, Closing(a.digest, b.closings + 1, again, *both, 0), A)
+                assert isinstance(answer, Close) and b.is_closed != again
+            sides.a.free(B.name, id)
+            assert b.short == (k + 1) * MICRO
+        with pytest.raises(LedgerError, match="paid 3000000 micro-credits less"):
+            sides.ask()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("pays", [0, 400, 1000])
+def test_what_is_not_paid_when_a_channel_is_closed_alone_may_be_stated_later(sides: Closing_, pays: int) -> None:
+    async def scene() -> None:
+        await sides.exchange()
+        id = sides.ask()
+        sides.delivered(id, came(1000))
+        sides.configured(B, closed=True)
+        await sides.tell(sides.b, sides.a)
+        sides.settle(id, came(pays))  # B does not hear of it
+        sides.now_s += WAIT_S
+        sides.b.close_silent()
+        assert sides.b.books.channels[A.name].short == 0
+        await sides.settle_down()
+        assert (
+            sides.is_closed() == (True, True) and sides.b.books.channels[A.name].short == (1000 - pays) * MICRO // 1000
+        )
+        mirrored(sides)
+        sides.agree()
+
+    play(scene)
+
+
+def test_a_closing_that_was_signed_before_ends_nothing_that_is_under_way(sides: Closing_) -> None:
+    async def scene() -> None:
+        await sides.exchange()
+        sides.configured(B, closed=True)
+        await sides.tell(sides.b, sides.a)
+        message = await written(sides.b, sides.b.message(A.name))
+        assert message is not None
+        closing = msgspec.json.decode(message, type=Close).ended.closing
+        sides.configured(B, closed=False)  # A keeps back that it agreed
+        await sides.tell(sides.b, sides.a)
+        id = sides.b.lock(A.name, terms_of(), BODY)
+        answer = await told(sides, closing, A, B)
+        assert isinstance(answer, Declined) and answer.reason == "something is under way"
+        assert sides.b.settle(A.name, id, PROMISE, came(1000), 1000) == MICRO
+
+    play(scene)
+
+
+def test_one_that_is_opened_again_though_it_is_to_be_closed_is_closed_alone_after_the_time(sides: Closing_) -> None:
+    async def scene() -> None:
+        await sides.exchange()
+        sides.configured(A, closed=True)
+        await sides.exchange()
+        sides.configured(A, closed=False)
+        await sides.tell(sides.a, sides.b)
+        await sides.tell(sides.b, sides.a)
+        await sides.tell(sides.a, sides.b, heard=False)  # B opens it, and A does not hear that
+        assert sides.is_closed() == (True, False)
+        sides.configured(A, closed=True)
+        await sides.tell(sides.a, sides.b)
+        assert sides.is_closed() == (False, False) and sides.a.books.channels[B.name].leaving_ms > 0
+        sides.now_s += WAIT_S
+        sides.a.close_silent()
+        assert sides.is_closed() == (True, False)
+
+    play(scene)
+
+
 def test_a_peer_of_the_release_before_is_told_of_no_closing_and_closed_alone(sides: Closing_) -> None:
     async def scene() -> None:
         await sides.exchange()

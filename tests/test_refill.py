@@ -361,12 +361,17 @@ def test_a_snapshot_that_the_release_before_wrote_is_what_the_entries_come_to(gr
         growing.a.flush()
         channels, statements = msgspec.json.decode(growing.a.books.encode())
         for each in channels.values():
-            assert [each.pop(name) for name in ("refills", "leaving_ms", "ended")] == [[], 0, None]
+            assert [each.pop(name) for name in ("refills", "leaving_ms", "ended", "unpaid")] == [[], 0, None, 0]
         growing.journals[A.name].write([], [], msgspec.json.encode((channels, statements)))
         growing.kill(A)
         await growing.exchange()
         mirrored(growing)
         growing.agree()
+        growing.open(A)
+        for damaged in (b"[{}, 5]", msgspec.json.encode(({}, statements))):
+            growing.journals[A.name].write([], [], damaged)
+            problems = audit(growing.file(A)).problems
+            assert len(problems) == 1 and "is not what the entries come to" in problems[0]
 
     play(scene)
 

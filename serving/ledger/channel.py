@@ -87,6 +87,7 @@ class Channel(msgspec.Struct):
     earned: dict[int, int] = {}  # what was paid in instalments for those that are taken
     delivered: dict[int, Delivered] = {}
     short: int = 0
+    unpaid: int = 0  # what it was delivered, and had not paid when the owner closed the channel alone
     over: int = 0
     conflict: bool = False  # it signed two vouchers of one number
     refills: list[Agreed] = []
@@ -350,7 +351,8 @@ class Books:
         self.channel(event.peer).leaving_ms = event.at_ms
 
     def _closed(self, event: Closed) -> None:
-        """Both chains come to what is stated, without the receipts that are not known, and nothing is in escrow."""
+        """Both chains come to what is stated, without the receipts that are not known, and nothing is in escrow. What
+        the peer was delivered and does not state to have paid is short once both have signed."""
         channel, closing = self.channel(event.peer), event.ended.closing
         if closing.channel != channel.digest or closing.number <= channel.closings:
             raise LedgerError(f"closing {closing.number} is none of the channel with {event.peer}")
@@ -362,6 +364,10 @@ class Books:
         amounts = channel.owned(self.owner, own.total, other.total)
         if min(amounts) < 0:
             raise LedgerError(f"closing {closing.number} states more than there is")
+        owed = sum(max(0, each.due - channel.earned.get(id, 0)) for id, each in channel.delivered.items())
+        channel.unpaid = max(0, channel.unpaid + owed - (other.total - channel.paid_total))
+        if event.ended.is_agreed:
+            channel.short, channel.unpaid = channel.short + channel.unpaid, 0
         channel.accounts[:, FREE], channel.accounts[:, ESCROW] = amounts, 0
         channel.number, channel.total, channel.head, channel.voucher = own.number, own.total, own.head, None
         channel.paid_number, channel.paid_total, channel.paid_head = other.number, other.total, other.head

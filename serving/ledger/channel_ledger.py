@@ -146,8 +146,11 @@ class ChannelLedger(JournaledBooks):
                 log.warning("a channel keeps the credit that was agreed, more than is configured", extra={"peer": peer})
 
     def _add(self, event: Event) -> None:
+        before = self.books.channel(event.peer).short if isinstance(event, Closed) else 0
         super()._add(event)
         if isinstance(event, Closed):
+            _warn_of(event.peer, self.books.channel(event.peer).short - before)
+            self.closer.begin()  # it may be open again, and is to be closed
             self._reconciler.closed(event.peer)
             self.refills.look(event.peer, event.peer in self.closer.able)
 
@@ -434,7 +437,7 @@ class ChannelLedger(JournaledBooks):
             floor = self._floor[peer] = max(self._floor.get(peer, 0), channel.taken_id - ENDED_KEPT)
             self._ended[peer] = {id for id in kept if id > floor}
         for note in short:
-            log.warning("a peer paid less than was delivered", extra={"peer": peer, "micro": note.short})
+            _warn_of(peer, note.short)
             self._add(note)
         await self.durable()
         return Acknowledged(state.number, signature)
@@ -571,6 +574,11 @@ class ChannelLedger(JournaledBooks):
     def free_credit(self) -> int:
         """Over all channels."""
         return sum(int(channel.accounts[OWN, FREE]) for channel in self.books.channels.values())
+
+
+def _warn_of(peer: str, short: int) -> None:
+    if short:
+        log.warning("a peer paid less than was delivered", extra={"peer": peer, "micro": short})
 
 
 # In Python's integers, as no bound on price and promise holds for the product of the two.

@@ -109,7 +109,7 @@ class Closer:
             return self._open_again(peer, channel, closing, ended)
         elif not is_reconciled and not channel.is_closed:
             return Declined("it is not known here yet what was paid")
-        elif is_busy:
+        if is_busy:
             return Declined("something is under way")
         self._take_refills(peer, channel, message)
         theirs, mine = closing.of(peer), channel.state(self._ledger.name, peer)
