@@ -703,6 +703,7 @@ class NodeProvider:
             self.served(remote)
             self.margin  # noqa: B018
             self.may_hold(first, 0.0)
+            self.hold(first)
             self.ticked(1.0, 0.0)
             self.reopen()
 
