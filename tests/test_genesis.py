@@ -18,11 +18,12 @@ from wwwserve.serving.config import parse as parse_node
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Grant
-from wwwserve.serving.ledger.genesis import Account, Amendment, Genesis, agreed, load, parse
+from wwwserve.serving.ledger.genesis import Account, Amendment, Genesis, agreed, load, parse, read
 from wwwserve.serving.ledger.journal import MemoryJournal
 from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import digest
 from wwwserve.serving.setup.card import card_of
+from wwwserve.serving.setup.genesis_commands import GenesisSign
 
 D, E, NEW = (Identity.generate() for _ in range(3))
 FOUNDERS = (A, B, C, D)
@@ -185,7 +186,8 @@ def test_operators_amend_sign_and_show_a_genesis(tmp_path: Path, capsys: pytest.
     settings = LedgerConfig(file="f", genesis=str(file))
     assert run("show", file)[0] == 0
     assert run("sign", file, tmp_path / "a.pem") == (1, "", "wwwserve: there is no amendment to sign\n")
-    assert run("amend", file, card)[0] == 1 and file.read_bytes() == before  # it adds nothing
+    status, _, wrong = run("amend", file, card)  # it adds nothing
+    assert status == 2 and "give --credit, --stake or both" in wrong and file.read_bytes() == before
     assert run("amend", file, card, "--credit", -1)[0] == 2
     status, said, _ = run("amend", file, card, "--credit", 6, "--stake", 1)
     assert status == 0 and "does not count yet: signed by 0 of 3 accounts, with 0 of 6 credits of stake" in said
@@ -198,11 +200,31 @@ def test_operators_amend_sign_and_show_a_genesis(tmp_path: Path, capsys: pytest.
     status, said, _ = run("sign", file, tmp_path / "a.pem")
     assert status == 0 and "2 of 3 accounts, with 4 of 6" in said and f"not by {C.name}" in said
     assert run("show", file)[0] == 1
+    signed = file.read_bytes()
+    status, _, wrong = run("amend", file, card, "--credit", 1)  # the next would keep C from signing this one
+    assert status == 1 and "amendment 1 is signed by 2 of 3" in wrong and f"not by {C.name}" in wrong
+    assert file.read_bytes() == signed
     status, said, _ = run("sign", file, tmp_path / "c.pem")
     assert "which counts: signed by 3 of 3" in said and run("show", file)[0] == 0
     granted = agreed(settings, NEW.name)
     assert granted.grants[A.name][:2] == (2 * MICRO, 0) and granted.funds[NEW.name] == MICRO
     assert granted.earlier == ({who.name: 2 * MICRO for who in (A, B, C)},)
+    status, said, _ = run("amend", file, card, "--credit", 1)
+    assert status == 0 and "amendment 2, which does not count yet: signed by 0 of 4 accounts" in said
+
+
+def test_a_signature_is_kept_where_nobody_reads_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, key = tmp_path / "genesis.yaml", tmp_path / "a.pem"
+    file.write_text(founded().with_account(NEW.name, Account(credit=1.0)).text())
+    A.save(key)
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)  # as after `| head -1`
+    with pytest.raises(BrokenPipeError):
+        GenesisSign(file, key).run()
+    assert A.name in read(file).amendments[-1].signatures
 
 
 class Members:

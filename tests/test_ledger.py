@@ -71,6 +71,23 @@ def test_a_channel_opens_once_and_only_on_terms_that_both_have(sides: Sides, tmp
     play(scene)
 
 
+def test_who_is_declined_a_channel_is_told_the_terms_of_the_other() -> None:
+    async def scene() -> None:
+        a = ChannelLedger(
+            A, MemoryJournal(), {B.name: Grant(6 * MICRO, 7 * MICRO, "limits")}, {}, exposure=1, payment=0
+        )
+        b = ChannelLedger(
+            B, MemoryJournal(), {A.name: Grant(8_500_000, 6 * MICRO, "limits")}, {}, exposure=1, payment=0
+        )
+        message = await a.message(B.name)
+        assert message is not None
+        with pytest.raises(LedgerError, match=r"it begins with 6 credits for you and 8\.5 for this node, by limits"):
+            await a.replied(B.name, await b.received(A.name, message))
+        assert not a.balances() and not b.balances()
+
+    play(scene)
+
+
 def test_what_may_be_in_escrow_is_bounded_until_the_payee_has_signed(sides: Sides) -> None:
     async def scene() -> None:
         asked = [sides.ask() for _ in range(10)]

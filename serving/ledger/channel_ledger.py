@@ -363,7 +363,9 @@ class ChannelLedger(JournaledBooks):
         own = sign(self.identity, "opening", opening)
         if channel is None:
             if message.opening != opening:
-                return Declined("the terms of the channel are others here")
+                yours, ours = (amount / MICRO for amount in opening.amounts(peer))
+                begins = f"{yours:g} credits for you and {ours:g} for this node, by {opening.source}"
+                return Declined(f"the terms of the channel are others here: it begins with {begins}")
             check(peer, "opening", opening, message.signature)
             self._add(Opened(peer, opening, own, message.signature))
         await self.durable()

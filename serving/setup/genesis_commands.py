@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from wwwserve.agents.arguments import Range
+from wwwserve.agents.arguments import Range, UsageError
 from wwwserve.agents.protocol import MICRO
 from wwwserve.serving.config import MOST_CREDITS
 from wwwserve.serving.http.keys import Identity
@@ -48,8 +48,12 @@ class GenesisAmend:
     """credits that it may stake at most, beside that"""
 
     def run(self) -> int:
-        found = read(self.file).with_account(read_card(self.card).key, Account(credit=self.credit, stake=self.stake))
-        _write(self.file, found)
+        if not self.credit and not self.stake:
+            raise UsageError("give --credit, --stake or both: what is added")
+        found, key = read(self.file), read_card(self.card).key
+        if found.amendments and found.amendments[-1].signatures:
+            found.verify(str(self.file))  # `sign` signs the last amendment alone: one before it would never count
+        _write(self.file, found.with_account(key, Account(credit=self.credit, stake=self.stake)))
         return 0
 
 
@@ -68,11 +72,14 @@ class GenesisSign:
 
 
 def _write(file: Path, changed: Genesis) -> None:
-    """Write a genesis if it is what it should be, whoever has signed its amendments, and say who has."""
+    """Write a genesis if it is what it should be, whoever has signed its amendments, and say who has: once it is
+    written, as who reads what is said may leave."""
     parse(changed.text(), str(file))
     for k in range(len(changed.amendments)):
-        _said(changed, k, str(file))
+        changed.standing(k, str(file))
     replace_file(file, changed.text())
+    for k in range(len(changed.amendments)):
+        _said(changed, k, str(file))
 
 
 def _said(found: Genesis, k: int, where: str) -> bool:
