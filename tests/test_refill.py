@@ -84,6 +84,26 @@ def test_a_channel_whose_one_side_has_spent_all_goes_on_when_both_raise_its_limi
     play(scene)
 
 
+def test_only_a_refill_that_was_proposed_can_be_declined_and_a_reason_is_bounded(growing: Growing) -> None:
+    """Else each answer of a peer would be taken for the end of an exchange, and the next begin at once."""
+
+    async def scene() -> None:
+        sides = growing
+        await sides.exchange()
+        declined = [msgspec.json.encode(each) for each in (Declined("no" * 500, 1), Declined("no", closed=True))]
+        for answer in declined:
+            with pytest.raises(LedgerError, match="declines: no"):
+                await sides.a.replied(B.name, answer)
+        sides.raised(A, 2 * CREDIT, CREDIT)
+        sides.a.refills.look(B.name, knows=True)
+        await sides.a.replied(B.name, declined[0])
+        assert len(sides.a.refills.declined[B.name]) == 256
+        with pytest.raises(LedgerError, match="declines: no"):
+            await sides.a.replied(B.name, declined[0])
+
+    play(scene)
+
+
 def test_nothing_is_added_until_both_want_it_and_never_taken_back(growing: Growing) -> None:
     async def scene() -> None:
         sides = growing

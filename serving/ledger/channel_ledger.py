@@ -90,6 +90,7 @@ from wwwserve.serving.market import Promise
 
 log = logging.getLogger("wwwserve.ledger")
 
+MOST_REASON = 256  # characters of why a peer declines, that are kept
 MOST_UNACKED = 2_000  # receipts that a peer has not acknowledged, beyond which it gets no more requests
 # Part of all that was paid by which the two sides may differ beside the exposure, as kills and lost links happen.
 DIFFER_SHARE = 50
@@ -499,10 +500,10 @@ class ChannelLedger(JournaledBooks):
             self.refills.replied(peer, answer)
         elif isinstance(answer, Close):
             self.closer.replied(peer, answer, self._is_busy(peer))
-        elif answer.closed:
+        elif answer.closed and self.closer.opens(peer):
             self.closer.refused(peer)
-        elif answer.refill:
-            self.refills.refused(peer, answer.reason)
+        elif answer.refill and peer in self.refills.due:
+            self.refills.refused(peer, answer.reason[:MOST_REASON])
         elif answer.reason:
             raise LedgerError(f"{peer} declines: {answer.reason}")
         await self.durable()

@@ -75,8 +75,13 @@ class Closer:
         """Whether there is a statement to propose to a peer that is reconciled, and told of all that it is paid."""
         channel = self._ledger.books.channel(peer)
         if channel.is_closed:
-            return not channel.is_agreed or (peer not in self.wanted and peer not in self._shut)
+            return not channel.is_agreed or self.opens(peer)
         return peer in self._joined or (peer in self.wanted and not channel.open and not channel.taken)
+
+    def opens(self, peer: str) -> bool:
+        """Whether a channel that both closed is to be opened again."""
+        channel = self._ledger.books.channels.get(peer)
+        return channel is not None and channel.is_closed and channel.is_agreed and peer not in self.wanted | self._shut
 
     def proposal(self, peer: str) -> Close | None:
         """One that is to be told."""
