@@ -28,7 +28,7 @@ def block(ports: Path) -> None:
     aiohttp.ClientSession._request = unless_blocked  # type: ignore[method-assign, assignment]
 
 
-def main(config: Path, strategy: str, seed: int, off_s: float) -> int:
+def play(config: Path, strategy: str, seed: int, off_s: float) -> int:
     """Be a node until it is told to end."""
     real = time.time
     time.time = lambda: real() + off_s
@@ -49,4 +49,4 @@ def main(config: Path, strategy: str, seed: int, off_s: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
+    sys.exit(play(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
