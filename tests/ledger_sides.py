@@ -120,6 +120,15 @@ def play(scene: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(scene(), 180.0))  # type: ignore[arg-type]
 
 
+def dealt(one: ChannelLedger, other: ChannelLedger, amount: int) -> None:
+    """A request goes from the one to the other, the amount in escrow, and is answered and settled. Raises LedgerError
+    where that may not be; then it may have gone and not been taken."""
+    id = one.lock(other.name, terms_of(amount, 6 * MICRO), BODY)
+    other.take(one.name, id, terms_of(amount, 6 * MICRO), BODY, PROMISE)
+    other.delivered(one.name, id, came(1000), 0)
+    one.settle(other.name, id, PROMISE, came(1000), 1000)
+
+
 def mirrored(sides: Sides) -> None:
     """Both own the same by either's account, and nothing is under way."""
     a, b = sides.own()

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger_sides import BODY, CREDIT, PROMISE, A, B, C, Sides, came, mirrored, play, terms_of, written
+from ledger_sides import CREDIT, A, B, C, Sides, dealt, mirrored, play, terms_of, written
 from test_restored import Copied
 
 from wwwserve.agents.protocol import MICRO
@@ -289,6 +289,15 @@ def amounts(of_a: int, of_b: int) -> tuple[int, int]:
     return (of_a, of_b) if A.name < B.name else (of_b, of_a)
 
 
+def granted_at_most(sides: Sides, of_a: int, of_b: int) -> None:
+    """By either's account all that was granted is with one of the two, and it is no more than that."""
+    for ledger in (sides.a, sides.b):
+        for balance in ledger.balances():
+            [channel] = ledger.books.channels.values()
+            assert sum(balance[2:]) == balance.opened == sum(channel.granted) and min(balance[2:]) >= 0
+            assert all(got <= wanted for got, wanted in zip(channel.granted, amounts(of_a, of_b), strict=True))
+
+
 async def told(sides: Sides, refill: Refill, signer: Identity) -> bytes:
     message = msgspec.json.encode(Refilling(refill, sign(signer, "refill", refill)))
     answer: bytes = await written(sides.b, sides.b.received(A.name, message))
@@ -408,10 +417,7 @@ def test_credit_is_what_was_granted_through_whatever_is_paid_added_lost_and_forg
             if act < 0.3 and other.is_reconciled(one.name) and other.name in one.books.channels:
                 amount = min(dice.randrange(6 * MICRO), one.available(other.name))
                 with contextlib.suppress(LedgerError):
-                    id = one.lock(other.name, terms_of(amount, 6 * MICRO), BODY)
-                    other.take(one.name, id, terms_of(amount, 6 * MICRO), BODY, PROMISE)
-                    other.delivered(one.name, id, came(1000), 0)
-                    one.settle(other.name, id, PROMISE, came(1000), 1000)
+                    dealt(one, other, amount)
                 for id in list(one.books.channels[other.name].open):
                     one.free(other.name, id)  # it was not taken
             elif act < 0.75:
@@ -425,11 +431,7 @@ def test_credit_is_what_was_granted_through_whatever_is_paid_added_lost_and_forg
                 if dice.random() < 0.5:  # else what was done last is lost
                     one.flush()
                 sides.kill(A if one is sides.a else B)
-            for ledger in (sides.a, sides.b):
-                for balance in ledger.balances():
-                    [channel] = ledger.books.channels.values()
-                    assert sum(balance[2:]) == balance.opened == sum(channel.granted) and min(balance[2:]) >= 0
-                    assert all(got <= wanted for got, wanted in zip(channel.granted, amounts(*most), strict=True))
+            granted_at_most(sides, *most)
         sides.both_raised(*most)
         for _ in range(40):
             for one, other in ((sides.a, sides.b), (sides.b, sides.a)):

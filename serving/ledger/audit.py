@@ -108,9 +108,7 @@ def _check_signatures(books: Books, event: Event) -> None:
         check(owner, "opening", event.opening, event.own)
         check(event.peer, "opening", event.opening, event.other)
     elif isinstance(event, Refilled):
-        opening = books.channel(event.peer).opening
-        check(opening.a, "refill", event.agreed.refill, event.agreed.a)
-        check(opening.b, "refill", event.agreed.refill, event.agreed.b)
+        event.agreed.verify(books.channel(event.peer).opening)
     elif isinstance(event, Closed):
         closing, names = event.ended.closing, (owner, event.peer)
         if closing.a.payer not in names or closing.b.payer not in names or closing.a.payer >= closing.b.payer:

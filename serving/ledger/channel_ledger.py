@@ -120,9 +120,8 @@ class ChannelLedger(JournaledBooks):
         # By what evidence somebody lost stake, and what this node staked and forgot, for whoever passes it on.
         self.news: list[Statement] = []
         self.doubted: Callable[[str], int] = lambda peer: 0  # of what a peer was paid, micro-credits
-        self.asked: Counter[str] = (
-            Counter()
-        )  # how often each peer of a channel has started, and asked what is known of it
+        # How often each peer of a channel has started, and asked what is known of it.
+        self.asked: Counter[str] = Counter()
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
@@ -393,8 +392,7 @@ class ChannelLedger(JournaledBooks):
         self.books.channel(peer)  # of who has none nothing is kept
         self.asked[peer] += 1
         self._knows(peer, ask.refills is not None)
-        if peer in self.books.channels:
-            self.stakes.said[peer] = ask.epoch
+        self.stakes.said[peer] = ask.epoch
         latest = self.stakes.latest.get(peer)
         stake = msgspec.json.encode(latest).decode() if latest is not None else ""
         return await self._reconciler.tell(peer, ask, stake, self.stakes.epoch)

@@ -14,9 +14,10 @@ import msgspec
 
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.channel import Channel, LedgerError
-from wwwserve.serving.ledger.entries import Closed, Event, Leaving, Refilled
+from wwwserve.serving.ledger.entries import Closed, Event, Leaving
 from wwwserve.serving.ledger.exchange import Close, Declined
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
+from wwwserve.serving.ledger.refills import take_over
 from wwwserve.serving.ledger.statements import Closing, Ended, State, check, sign
 
 log = logging.getLogger("wwwserve.ledger")
@@ -116,7 +117,7 @@ class Closer:
             return Declined("it is not known here yet what was paid")
         if is_busy:
             return Declined("something is under way")
-        self._take_refills(peer, channel, message)
+        take_over(channel, peer, message.refills, self._add)
         theirs, mine = closing.of(peer), channel.state(self._ledger.name, peer)
         before = channel.paid(peer, self._ledger.name)
         chain = theirs.payer, theirs.payee, theirs.channel
@@ -161,14 +162,6 @@ class Closer:
         self._joined.discard(peer)
         self._shut.discard(peer)
         return Close(both)
-
-    def _take_refills(self, peer: str, channel: Channel, message: Close) -> None:
-        """The peer has some that were not heard of here."""
-        for agreed in message.refills:
-            if agreed.refill.number == len(channel.refills) + 1:
-                check(channel.opening.a, "refill", agreed.refill, agreed.a)
-                check(channel.opening.b, "refill", agreed.refill, agreed.b)
-                self._add(Refilled(peer, agreed))
 
     def _closing(self, peer: str, channel: Channel, theirs: State) -> Closing:
         own = channel.state(self._ledger.name, peer)

@@ -21,7 +21,6 @@ from wwwserve.serving.ledger.entries import (
     Credited,
     Event,
     Recovered,
-    Refilled,
     Reopened,
     Settled,
     Skipped,
@@ -30,6 +29,7 @@ from wwwserve.serving.ledger.entries import (
 from wwwserve.serving.ledger.exchange import Ask, Known, Unpaid
 from wwwserve.serving.ledger.journal import Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
+from wwwserve.serving.ledger.refills import take_over
 from wwwserve.serving.ledger.statements import Receipt, Signed, State, Vouch, check, decode
 
 log = logging.getLogger("wwwserve.ledger")
@@ -117,11 +117,8 @@ class Reconciler:
         what cannot be."""
         channel = self._ledger.books.channel(peer)
         asked, name = channel.asked, self._ledger.name
-        for agreed in (known.refills or ())[:MOST_REFILLS]:  # of which what was signed since may be paid
-            if agreed.refill.number > len(channel.refills):
-                check(channel.opening.a, "refill", agreed.refill, agreed.a)
-                check(channel.opening.b, "refill", agreed.refill, agreed.b)
-                self._add(Refilled(peer, agreed))
+        refills = (known.refills or ())[:MOST_REFILLS]  # of which what was signed since may be paid
+        take_over(channel, peer, refills, self._add)
         if known.ended is not None and known.ended.closing.number > channel.closings and known.ended.is_agreed:
             check(name, "closing", known.ended.closing, known.ended.signature(name, peer))
             check(peer, "closing", known.ended.closing, known.ended.signature(peer, name))

@@ -5,11 +5,11 @@ nothing else. So both sign the same or none does; whoever has both signatures ca
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from wwwserve.serving.http.keys import Identity
-from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.channel import Channel, LedgerError
 from wwwserve.serving.ledger.entries import Event, Refilled
 from wwwserve.serving.ledger.exchange import Declined, Refilling
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
@@ -44,6 +44,15 @@ class Grant(NamedTuple):
         most = all(map(int.__le__, (opening.amount_a, opening.amount_b), self.amounts(own, peer)))
         names = [opening.a, opening.b] == sorted((own, peer))
         return least and most and names and len(opening.source) <= MOST_SOURCE
+
+
+def take_over(channel: Channel, peer: str, refills: Iterable[Agreed], add: Callable[[Event], None]) -> None:
+    """Add those that the peer has and that were not heard of here, or were forgotten. Raises StatementError and
+    LedgerError."""
+    for agreed in refills:
+        if agreed.refill.number > len(channel.refills):
+            agreed.verify(channel.opening)
+            add(Refilled(peer, agreed))
 
 
 class Refiller:

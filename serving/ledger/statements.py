@@ -65,6 +65,11 @@ class Agreed(Struct, frozen=True):
     a: str  # signature of the one,
     b: str  # and of the other
 
+    def verify(self, opening: Opening) -> None:
+        """Raises StatementError unless it is signed by both of the channel that began so."""
+        check(opening.a, "refill", self.refill, self.a)
+        check(opening.b, "refill", self.refill, self.b)
+
 
 class Terms(Struct, frozen=True):
     """What a request is handed over for, as its origin signs it."""
