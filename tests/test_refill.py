@@ -92,8 +92,9 @@ def test_only_a_refill_that_was_proposed_can_be_declined_and_a_reason_is_bounded
         await sides.exchange()
         declined = [msgspec.json.encode(each) for each in (Declined("no" * 500, 1), Declined("no", closed=True))]
         for answer in declined:
-            with pytest.raises(LedgerError, match="declines: no"):
+            with pytest.raises(LedgerError, match="declines: no") as refused:
                 await sides.a.replied(B.name, answer)
+            assert len(str(refused.value)) < 400
         sides.raised(A, 2 * CREDIT, CREDIT)
         sides.a.refills.look(B.name, knows=True)
         await sides.a.replied(B.name, declined[0])

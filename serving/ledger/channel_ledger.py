@@ -503,7 +503,7 @@ class ChannelLedger(JournaledBooks):
         elif answer.refill and peer in self.refills.due:
             self.refills.refused(peer, answer.reason[:MOST_REASON])
         elif answer.reason:
-            raise LedgerError(f"{peer} declines: {answer.reason}")
+            raise LedgerError(f"{peer} declines: {answer.reason[:MOST_REASON]}")
         await self.durable()
 
     def _on_opened(self, peer: str, answer: Open) -> None:
