@@ -58,7 +58,9 @@ def test_a_turn_of_the_event_loop_in_which_too_much_is_done_is_seen(monkeypatch:
     def bool_of(content: bytes) -> bool:
         return bool(content)
 
+    head = hostile_guided.Input(hostile_guided.READER, "head", b"1.5 0.02")
     monkeypatch.setattr(hostile_guided, "head_line", much)
-    seen = hostile_guided.run(300, 1)
+    monkeypatch.setattr(hostile_guided.Boundary, "fresh", lambda boundary: head)
+    seen = hostile_guided.run(20, 1)
     assert seen.calls > hostile_guided.MOST_CALLS and seen.busiest.startswith("reader head")
     assert seen.faults and all("calls in a turn" in each for each in seen.faults)

@@ -187,7 +187,7 @@ def provider_of(rng: np.random.Generator, requests: int) -> tuple[Any, Any, Any]
         generator.make_generators(int(rng.integers(99))),
     )
     p["own"][0, knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = 0
-    a["tick_s"], a["gossip_s"], a["rtt_s"] = 1.0, 3.0, 0.05
+    a["tick_s"], a["gossip_s"], a["rtt_s"], a["patience"] = 1.0, 3.0, 0.05, rng.choice([1.0, 10.0])
     a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
     a["payment"], p["compute"], p["cost"] = rng.integers(3), rng.uniform(0, 1e-4, 3), rng.uniform(0, 1e-3, 3)
     a["exposure"] = rng.choice([protocol.NO_BOUND, 8 * protocol.MICRO])
