@@ -73,9 +73,9 @@ def decode(flat: NDArray[np.integer]) -> tuple[Ints, Ints]:
 
 
 @kernel
-def may_hold(patience: float, waited_s: float, last_deadline_s: float) -> bool:
-    """Whether a request that waited so long since it arrived may be held: for `patience` times its last deadline."""
-    return bool(waited_s < patience * last_deadline_s)
+def may_hold(waited_s: float, last_deadline_s: float) -> bool:
+    """Whether a request that waited so long since it arrived may be held: only until its last deadline."""
+    return bool(waited_s < last_deadline_s)
 
 
 @kernel

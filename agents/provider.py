@@ -103,7 +103,6 @@ AGREEMENT_FIELDS = [
     ("payment", np.int64),  # LATENESS, QUOTED or PER_REQUEST
     ("exposure", np.int64),  # micro-credits that may be in escrow with one peer
     ("stake_follows_load", np.int64),
-    ("patience", np.float64),  # times its last deadline for which a request may be held; above 1 it holds up nobody
 ]
 AGREEMENT = np.dtype(AGREEMENT_FIELDS, align=True)
 
@@ -132,7 +131,6 @@ PROVIDER_FIELDS = [
     ("out_head", np.int32),  # first of the requests that it has with peers
     ("head", np.int32),  # the request to decide on, -1 if none
     ("opening", np.int64),  # number, from 1, of the last opening of what is held: candidates are drawn anew at each
-    ("again", np.int64),  # requests that were held before and decided on since
     ("advert_due", np.int64),
     ("generator", np.int64, GENERATOR_WORDS),  # of random numbers
 ]
@@ -151,7 +149,6 @@ OUT_FIELDS = [
 HELD_FIELDS = [
     ("klass", np.int32),
     ("next", np.int32),  # in the queue, -1 at its end
-    ("held_for", np.int64),  # the opening since which it is held by a decision, 0 if by none
     ("prompt", np.int64),  # tokens
     ("prefix", np.int64, NODES),  # of them, those in the prefix cache here and, as is believed, at each candidate
     # Since it was last served there, of the own node since the answer before, s; not read where there are 0 tokens.
@@ -174,7 +171,6 @@ REQUEST_FIELDS: list[Any] = [*OUT_FIELDS, *HELD_FIELDS]
 REQUEST = np.dtype(REQUEST_FIELDS, align=True)
 
 
-MOST_AGAIN = 64  # requests that are decided on again at one opening, at most; those that are new always are
 LEAST_UNSHARED = 0.01  # of the context of a running request
 CONTEXT_PRIOR = 4.0  # requests' worth of belief in the usual context, against what runs
 
@@ -297,38 +293,14 @@ def arrive(p: Record, q: Records, r: int) -> None:
 
 
 @kernel
-def hold(p: Record, a: Record, q: Records, r: int) -> None:
-    """Request r, in its queue, is decided on no more before the next opening; nor is its class, unless requests with
-    patience let others overtake them."""
-    if a.patience > 1.0:
-        p.again += q[r].held_for > 0
-        q[r].held_for = p.opening
-    else:
-        p.closed[q[r].klass] = 1
-    if p.head == r:
-        p.head = -1
-
-
-@kernel
-def next_in(p: Record, q: Records, c: int) -> int:
-    """The first request in the queue of class c that may be decided on; -1 if there is none."""
-    r = p.held_head[c]
-    if p.closed[c] == 1:
-        return -1
-    while r >= 0 and (q[r].held_for == p.opening or (q[r].held_for > 0 and p.again >= MOST_AGAIN)):
-        r = q[r].next
-    return int(r)
-
-
-@kernel
 def next_head(p: Record, a: Record, q: Records) -> int:
-    """The request whose last deadline comes first, of those that may be decided on; -1 if there is none."""
+    """The request whose last deadline comes first, of the classes that are not closed; -1 if there is none."""
     head = -1
     soonest = np.inf
     if p.held > 0:
         for c in range(a.n_classes):
-            r = next_in(p, q, c)
-            if r >= 0:
+            r = p.held_head[c]
+            if r >= 0 and p.closed[c] == 0:
                 due_s = q[r].arrival_s + p.known[c, CLASS_LAST_DEADLINE_S]
                 if due_s < soonest:
                     head, soonest = r, due_s
@@ -384,22 +356,22 @@ def draw_uniforms(p: Record, uniforms: Floats) -> None:
 def decide(p: Record, a: Record, q: Records, peers: Peers, route: int, now_s: float) -> int:
     """What the policy's `route` for the head comes to: HOLD, LOCAL, or from FIRST_CANDIDATE on the candidate.
 
-    A route that is not open becomes hold, and hold becomes local where it `may_hold` no more. What is not held leaves
-    its queue.
+    A route that is not open becomes hold, and hold becomes local once the last deadline is over. A class that is held
+    is closed; any other request leaves its queue.
     """
     r = p.head
     c = q[r].klass
     if route != LOCAL and not may_offer(a.payment, q[r], peers, route - FIRST_CANDIDATE):
         route = HOLD
     if route == HOLD:
-        if may_hold(a.patience, now_s - q[r].arrival_s, p.known[c, CLASS_LAST_DEADLINE_S]):
-            hold(p, a, q, r)
+        if may_hold(now_s - q[r].arrival_s, p.known[c, CLASS_LAST_DEADLINE_S]):
+            p.closed[c] = 1
             return HOLD
         route = LOCAL
     if route == LOCAL:
         p.placed_rate[c] += 1.0 / RATE_WINDOW_S
         p.cost_s = -np.inf
-    withdraw(p, q, r)
+    dequeue(p, q, c)
     return route
 
 
@@ -418,7 +390,6 @@ def reopen(p: Record) -> None:
     for c in range(MAX_CLASSES):
         p.closed[c] = 0
     p.opening += 1
-    p.again = 0
     p.head = -1
 
 

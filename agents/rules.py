@@ -167,12 +167,7 @@ RULES: dict[str, dict[str, Setting]] = {
         cap_fast=0.109,
         cap_slow=0.922,
     ),
-    "best_value": {
-        "markup": MARKUP,
-        "most_loss": Setting(
-            1e9, "share of its value that a request may cost above what it brings; else it is held", search=(0.0, 1.0)
-        ),
-    },
+    "best_value": {"markup": MARKUP},
     "lmetric": _tuned(TAKE, accept_wait_s=1.17),
     "affinity_filter": _tuned(
         TAKE
@@ -223,11 +218,10 @@ _IDS = {name: k for k, name in enumerate(RULES)}
     _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _LOAD, _MAX_QUEUE, _FIRST_WEIGHT, _FIRST_TARGET_S, _PACE, _RECORD,
     _OVERDUE, _URGENCY, _CAP_FAST, _CAP_SLOW, _MARKUP, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES, _SHARE,
     _PENALTY_S, _PREFILL_WEIGHT, _MATCH, _GAP, _RATIO, _BETA, _CUT,
-    _MOST_LOSS,
-) = range(28)  # fmt: skip
+) = range(27)  # fmt: skip
 _COLUMNS = (
     *FINISH, *TRUST, *CAP, "markup", *RULES["www_serve"], "share", "penalty_s", "prefill_weight", "match", "gap",
-    "ratio", "beta", "cut", "most_loss",
+    "ratio", "beta", "cut",
 )  # fmt: skip
 _WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default, "markup": 1.0}
 
@@ -314,9 +308,8 @@ def _capped(nodes: Singles, routes: Bytes, p: Floats) -> int:
 
 
 @kernel
-def _best_value(nodes: Singles, routes: Bytes, most_loss: float) -> int:
-    """The most expected value less price, or less the own marginal cost; among equals the earliest finish. Hold where
-    everywhere more would be lost than `most_loss`."""
+def _best_value(nodes: Singles, routes: Bytes) -> int:
+    """The most expected value less price, or less the own marginal cost; among equals the earliest finish."""
     best = LOCAL
     most = -np.inf
     for route in range(LOCAL, ROUTES):
@@ -325,7 +318,7 @@ def _best_value(nodes: Singles, routes: Bytes, most_loss: float) -> int:
             worth = np.float64(node[UTILITY]) - np.float64(node[FINISH_S]) * 1e-7
             if worth > most:
                 best, most = route, worth
-    return best if most >= -most_loss else HOLD
+    return best
 
 
 @kernel
@@ -364,7 +357,7 @@ def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes
     if rule == _WWW_SERVE:
         return _www_serve(p, nodes, request, routes, uniforms)
     if rule == _BEST_VALUE:
-        return _best_value(nodes, routes, p[_MOST_LOSS])
+        return _best_value(nodes, routes)
     if rule >= _LMETRIC:
         return _by_prefix(rule, p, nodes, request, routes)
     best = _earliest(nodes, routes, p)

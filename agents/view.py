@@ -354,7 +354,7 @@ def write_request_view(
         elif p.known[c, CLASS_LAST_DEADLINE_S] < last_deadline_s:
             tighter += 1
     routes[:] = 0
-    routes[HOLD] = 1 if may_hold(a.patience, waited_s, last_deadline_s) else 0
+    routes[HOLD] = 1 if may_hold(waited_s, last_deadline_s) else 0
     routes[LOCAL] = 1
     prompt = float(request.prompt)
     write_node(

@@ -291,9 +291,6 @@ class Scenario:
     """Then the market runs until all requests end, at most this long."""
     decision_interval_s: Annotated[float, Meta(gt=0, le=5)] = 1.0
     """Time between ticks, at which what is held is decided on again."""
-    patience: Annotated[float, Meta(ge=1, le=100)] = 1.0
-    """Times its last deadline for which a request may be held. Above 1, a request that is held is overtaken by those
-    behind it; at 1 it holds up its class."""
     gossip_interval_s: Annotated[float, Meta(gt=0, le=3600)] = 3.0
     """Time between the adverts of a provider."""
     rtt_ms: Annotated[float, Meta(ge=0, le=60_000)] = 50.0

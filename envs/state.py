@@ -393,7 +393,7 @@ def write_market(markets: Markets, b: int, planned: MarketPlan, reward: Reward) 
     m = markets.market[b : b + 1]
     m["duration_s"], m["drain_s"] = scenario.duration_s, scenario.drain_s
     m["tick_s"], m["gossip_s"] = scenario.decision_interval_s, scenario.gossip_interval_s
-    m["rtt_s"], m["patience"] = scenario.rtt_ms / 1000, scenario.patience
+    m["rtt_s"] = scenario.rtt_ms / 1000
     m["duel_probability"], m["judges"] = economy.duel_probability, economy.judges
     m["exposure"] = NO_BOUND if economy.exposure is None else round(economy.exposure * MICRO)
     m["n_providers"], m["n_classes"], m["n_deadlines"] = n, c, t

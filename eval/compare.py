@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +23,6 @@ from wwwserve.agents.arguments import (
     Folder,
     Policies,
     Positive,
-    Range,
     Seed,
     UsageError,
     flat,
@@ -259,8 +258,6 @@ class Args:
     """of every provider, each with users of its own: 2 make eight providers of four"""
     load: Positive = 1.0
     """times as many requests or sessions"""
-    patience: Annotated[float | None, Range(1, 100)] = None
-    """times its last deadline for which a request may be held; default: as the scenario says"""
     threads: Count = os.cpu_count() or 1
     """CPU threads"""
     baseline: Annotated[str, tyro.conf.arg(metavar="NAME|BUNDLE")] = DEFAULT_BASELINE
@@ -296,8 +293,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(Args, PROG, argv)
         scenarios = [copied(load(name).at_load(args.load), args.copies) for name in args.scenarios]
-        if args.patience is not None:
-            scenarios = [replace(each, patience=args.patience) for each in scenarios]
         names = flat(args.policy) or list(DEFAULT_POLICIES)
         names = names if args.baseline in names else [args.baseline, *names]
         policies = load_policies(names)

@@ -201,8 +201,6 @@ class MarketConfig(Struct):
     rtt_s: float = 0.05  # round trip between two providers, s
     gossip_s: float = 3.0  # between two adverts, s
     tick_s: float = 1.0  # between two looks at the engine and at what is held, s
-    patience: float = 1.0
-    """times its last deadline for which a request may be held; above 1 it is overtaken by those behind it"""
     stake_rule: Literal["load", "fixed"] = "load"  # `load`: the stake follows the free capacity; `fixed`: it stays
     duel_probability: float = 0.0
     """of a request that is handed to a peer: chance that it goes to two, whose answers are judged"""
@@ -331,7 +329,6 @@ class NodeConfig(Struct):
         return Market(
             known=np.array(rows), deadlines=np.array(deadlines), payment=PAYMENTS.index(market.payment),
             rtt_s=market.rtt_s, gossip_s=market.gossip_s, tick_s=market.tick_s,
-            patience=market.patience,
         )  # fmt: skip
 
     @property
@@ -563,7 +560,6 @@ def _checks(c: NodeConfig) -> list[tuple[str, bool, str]]:
          f"at least one, above 0 and ascending, got {c.deadlines_s}"),
         ("classes", len(c.classes) <= MAX_CLASSES, f"at most {MAX_CLASSES}, got {len(c.classes)}"),
         ("every class's deadline_s", all(k.deadline_s > 0 for k in c.classes.values()), "above 0"),
-        ("market.patience", 1 <= c.market.patience <= 100, f"1 to 100, got {c.market.patience:g}"),
         ("market.tick_s", 0.01 <= c.market.tick_s <= 10, f"0.01 to 10, got {c.market.tick_s:g}"),
         ("market.gossip_s", 0.05 <= c.market.gossip_s <= 60, f"0.05 to 60, got {c.market.gossip_s:g}"),
         ("market.rtt_s", 0 <= c.market.rtt_s <= 10, f"0 to 10, got {c.market.rtt_s:g}"),

@@ -469,7 +469,7 @@ class Dispatcher:
         if (
             not self.peers or job.completion.local_only or job.turned_away or job.failures > 1
         ):  # nothing has changed before the next tick
-            self.provider.hold(job.request)
+            self.provider.close(job.completion.klass)
         job.turned_away = job.turned_away or reason.full
 
     def _learn(self, completion: CompletionRequest, usage: Usage | None) -> None:

@@ -28,7 +28,6 @@ class Market(NamedTuple):
     rtt_s: float = 0.05  # between two providers
     gossip_s: float = 3.0  # between two adverts of a provider
     tick_s: float = 1.0  # between two looks at what is held
-    patience: float = 1.0  # times its last deadline for which a request may be held
 
     def agreement(self) -> NDArray[Any]:
         """One AGREEMENT record [1]. Raises ValueError for tables of another shape, or more than a record holds."""
@@ -41,7 +40,6 @@ class Market(NamedTuple):
             )
         made = records(1, AGREEMENT)
         made["tick_s"], made["gossip_s"], made["rtt_s"] = self.tick_s, self.gossip_s, self.rtt_s
-        made["patience"] = self.patience
         made["n_classes"], made["n_deadlines"] = classes, deadlines
         made["deadlines"][0, :classes, :deadlines] = self.deadlines
         made["payment"], made["exposure"] = self.payment, NO_BOUND

@@ -301,15 +301,15 @@ class NodeProvider:
         """A peer does not bring an answer: it is offered the request no more until candidates are drawn anew."""
         transitions.mask(self._requests, r, self._row_of(name))
 
-    def hold(self, r: int) -> None:
-        """A request in its queue waits for the next tick or answer."""
-        transitions.hold(self.record, self.agreement, self._requests, r)
+    def close(self, klass: int) -> None:
+        """Requests of a class wait for the next tick or answer."""
+        self.record["closed"][klass] = 1
 
     def may_hold(self, r: int, now_s: float) -> bool:
-        """Whether a request that is not placed by now may wait."""
+        """Whether the last deadline of a request is still to come."""
         request = self._requests[r]
         last_s = float(self.record["known"][request["klass"], CLASS_LAST_DEADLINE_S])
-        return may_hold(self.market.patience, now_s - float(request["arrival_s"]), last_s)
+        return may_hold(now_s - float(request["arrival_s"]), last_s)
 
     def reprompt(self, r: int, prompt: int) -> None:
         """The request's prompt has so many tokens from now on, as what was answered is part of it."""
@@ -703,7 +703,6 @@ class NodeProvider:
             self.served(remote)
             self.margin  # noqa: B018
             self.may_hold(first, 0.0)
-            self.hold(first)
             self.ticked(1.0, 0.0)
             self.reopen()
 

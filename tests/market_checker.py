@@ -9,7 +9,6 @@ from wwwserve.agents.classes import MAX_CLASSES
 from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
 from wwwserve.agents.knowledge import AD_HELD, OUT
 from wwwserve.agents.protocol import ESCROW
-from wwwserve.agents.provider import MOST_AGAIN
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.engine import NEVER, advance
 from wwwserve.envs.market.offers import OFFER_TIMEOUT_S
@@ -175,15 +174,9 @@ class Checker:
         return int(resident[users > 0].sum())
 
     def head(self, p: Any, i: int) -> None:
-        """What a provider decides on is in its queue, in a class that is open, with candidates, and only behind such as
-        are not decided on before the next opening."""
+        """What a provider decides on is first of its class, which is open, with candidates."""
         r, c = int(p["head"]), self.rows["klass"][int(p["head"])]
-        assert p["closed"][c] == 0 and self.q["opening"][r] == p["opening"]
-        before = int(p["held_head"][c])
-        while before != r:
-            held_for = self.q["held_for"][before]
-            assert held_for == p["opening"] or (held_for > 0 and p["again"] == MOST_AGAIN)
-            before = int(self.q["next"][before])
+        assert p["held_head"][c] == r and p["closed"][c] == 0 and self.q["opening"][r] == p["opening"]
         drawn = self.q["candidates"][r][: self.q["n_candidates"][r]].tolist()
         assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(self.n)) - {i}
         assert int(self.q["refused"][r]) < 1 << len(drawn)

@@ -138,7 +138,6 @@ def random_market(rng: np.random.Generator) -> Scenario:
     top["drain_s"] = float(rng.choice([0.0, 60.0]))
     top["decision_interval_s"] = float(rng.choice([0.5, 1.0, 2.0]))
     top["gossip_interval_s"] = float(rng.choice([1.0, 2.5, 3.0]))
-    top["patience"] = float(rng.choice([1.0, 3.0]))
     top["rtt_ms"] = float(rng.choice([0.0, 50.0, 1500.0]))
     economy["exposure"] = [None, 1.0, 4.0][rng.integers(3)]
     return market(*providers, **top)

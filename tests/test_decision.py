@@ -124,5 +124,4 @@ def test_an_offer_goes_to_candidates_that_were_heard_did_not_refuse_and_can_be_p
 
 
 def test_a_request_is_held_until_its_last_deadline() -> None:
-    assert [may_hold(1.0, waited_s, 20.0) for waited_s in (0.0, 19.99, 20.0, 25.0)] == [True, True, False, False]
-    assert [may_hold(2.5, waited_s, 20.0) for waited_s in (25.0, 49.99, 50.0)] == [True, True, False]
+    assert [may_hold(waited_s, 20.0) for waited_s in (0.0, 19.99, 20.0, 25.0)] == [True, True, False, False]

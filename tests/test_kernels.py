@@ -187,7 +187,7 @@ def provider_of(rng: np.random.Generator, requests: int) -> tuple[Any, Any, Any]
         generator.make_generators(int(rng.integers(99))),
     )
     p["own"][0, knowledge.AD_HELD : knowledge.AD_WEIGHT_S] = 0
-    a["tick_s"], a["gossip_s"], a["rtt_s"], a["patience"] = 1.0, 3.0, 0.05, rng.choice([1.0, 10.0])
+    a["tick_s"], a["gossip_s"], a["rtt_s"] = 1.0, 3.0, 0.05
     a["n_classes"], a["n_deadlines"], a["deadlines"][0, :3, :2] = 3, 2, DEADLINES
     a["payment"], p["compute"], p["cost"] = rng.integers(3), rng.uniform(0, 1e-4, 3), rng.uniform(0, 1e-3, 3)
     a["exposure"] = rng.choice([protocol.NO_BOUND, 8 * protocol.MICRO])
@@ -358,11 +358,9 @@ def view_and_rules_case(rng: np.random.Generator) -> Results:
         results |= {f"{name}.{field}": array for field, array in actions._asdict().items()}
     policies = np.column_stack([rng.uniform(0, 60, DRAWS), rng.random((DRAWS, 2)), rng.integers(0, 2, (DRAWS, 2))])
     decision.admit_what_pays(policies[0])
-    held = rng.uniform([1, 0, 0], [3, 400, 400], (DRAWS, 3))
+    held = rng.uniform(0, 400, (DRAWS, 2))
     results["may hold"] = np.array([decision.may_hold(*each) for each in held])
-    results["rates"] = np.array(
-        [(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held[:, 1:]]
-    )
+    results["rates"] = np.array([(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held])
     results["accept"] = np.array(
         [decision.accept(t, *rng.uniform([0, 0, 0, -1, 0], [60, 1, 2, 1, 1])) for t in policies]
     )

@@ -1,7 +1,6 @@
 """When requests are decided on, offered, refused and placed."""
 
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from wwwserve.agents.knowledge import (
     sent_since,
 )
 from wwwserve.agents.protocol import ESCROW, FREE, MICRO
-from wwwserve.agents.provider import MOST_AGAIN
 from wwwserve.agents.view import REFUSALS
 from wwwserve.envs.batch import MarketBatch
 from wwwserve.envs.market.offers import OFFER_TIMEOUT_S
@@ -74,41 +72,6 @@ def test_a_hold_is_bounded() -> None:
     counts = batch.markets.providers[0, 0]["counts"]
     assert counts[INVALID] == counts[RUN_LOCAL] == arrivals_s.size  # the last hold of each was refused
     assert counts[HOLDS] > arrivals_s.size
-
-
-def test_with_patience_a_request_is_held_for_longer_and_overtaken() -> None:
-    """Whoever came at an odd place is held at every chance, for three times its deadline; the others, of its class and
-    behind it, are decided on when they come."""
-    arrivals_s = np.arange(0.3, 9, 0.37)
-    slo = {"thresholds_s": [3]}
-    batch = MarketBatch([market({"traffic": times(*arrivals_s), "lengths": lengths(30, 20)}, {}, slo=slo, patience=3)])
-
-    def hold_odd(batch: MarketBatch, actions: Actions) -> None:
-        actions.route[...] = np.where(batch.markets.providers["head"] % 2 == 1, HOLD, LOCAL)
-
-    finish(batch, hold_odd)
-    q = batch.markets.requests[0]
-    np.testing.assert_array_equal(q["submit_s"][::2], arrivals_s[::2])
-    over_s = arrivals_s[1::2] + 9
-    answers_s = np.sort(q["finish_s"])
-    next_answer_s = np.append(answers_s, np.inf)[np.searchsorted(answers_s, over_s)]
-    np.testing.assert_array_equal(q["submit_s"][1::2], np.minimum(np.ceil(over_s), next_answer_s))
-    assert batch.markets.providers[0, 0]["counts"][HOLDS] > 9 * over_s.size
-
-
-def test_as_many_as_come_are_decided_on_and_so_many_again() -> None:
-    """Of 100 requests that are held each is decided on when it comes; at a tick so many are again."""
-    count, held = 100, Counter[float]()
-    scenario = market({"traffic": times(*[0.5] * count)}, {}, slo={"thresholds_s": [3]}, patience=30)
-    batch = MarketBatch([scenario])
-    before = 0
-    for began_s in run(batch, hold):
-        after = int(batch.markets.providers[0, 0]["counts"][HOLDS])
-        held[began_s] += after - before
-        before = after
-        if began_s >= 3:
-            break
-    assert (held[0.5], held[1.0], held[2.0]) == (count, MOST_AGAIN, MOST_AGAIN)
 
 
 @pytest.mark.parametrize(("ends", "decides_again"), [("here", 0), ("elsewhere", 0), ("remote", 1)])

@@ -105,12 +105,6 @@ for count in range(3):
     provider.appraise([(0, True, 1.0)] * count, 0.0)
 if len(node_provider._appraise.signatures) != kinds:
     print("_appraise for some number of requests")
-kinds = len(node_provider.transitions.hold.signatures)
-request = provider.new(None, 0, 1, 1, 0.0, "")
-provider.arrived(request)
-provider.hold(request)
-if len(node_provider.transitions.hold.signatures) != kinds:
-    print("hold")
 """
     settings = GOOD | {"ledger": {"file": "n.db", "limits": {Identity.generate().name: {"ours": 1, "theirs": 1}}}}
     done = subprocess.run([sys.executable, "-c", code % settings], capture_output=True, text=True, check=False)

@@ -70,7 +70,7 @@ def see(**changes: Any) -> v.Views:
     (classes, deadlines), count = w["deadlines"].shape, len(w["candidates"])
     p["known"][0, :classes], p["own"], p["head"], p["cost"] = w["known"], w["own"], 1, COST
     a["rtt_s"], a["n_classes"], a["n_deadlines"], a["payment"] = w["rtt_s"], classes, deadlines, w["payment"]
-    a["deadlines"][0, :classes, :deadlines], a["patience"] = w["deadlines"], 1
+    a["deadlines"][0, :classes, :deadlines] = w["deadlines"]
     request = q[1]
     request["klass"], request["prompt"], request["arrival_s"] = w["klass"], w["prompt"], w["arrival_s"]
     request["longest"] = w["known"][w["klass"], CLASS_MAX]

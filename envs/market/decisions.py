@@ -7,11 +7,11 @@ from wwwserve.agents.kernel import kernel
 from wwwserve.agents.provider import (
     choose_head,
     decide,
+    dequeue,
     draw_candidates,
     draw_uniforms,
     has_candidates,
     look_at_tariffs,
-    withdraw,
 )
 from wwwserve.agents.view import Views, write_view
 from wwwserve.envs.market.duels import new_request
@@ -75,7 +75,7 @@ def act(w, i, route, direct):
     r = p.head
     if direct >= 0:
         if direct < m.n_providers and w.p[direct].online == 1 and (w.p[direct].serves & p.requests) != 0:
-            withdraw(p, q, r)
+            dequeue(p, q, q[r].klass)
             if direct == i:
                 run_here(w, i, r)
             else:

@@ -95,8 +95,8 @@ def node(scenario: Scenario, planned: MarketPlan, i: int, policy: str | None, sp
     }  # fmt: skip
     market = {
         "payment": economy.payment, "rtt_s": scenario.rtt_ms / 1000, "gossip_s": scenario.gossip_interval_s,
-        "tick_s": scenario.decision_interval_s, "patience": scenario.patience, "stake_rule": economy.stake_rule,
-        "speed": speed, "prefix_cache": planned.shares_prefixes,
+        "tick_s": scenario.decision_interval_s, "stake_rule": economy.stake_rule, "speed": speed,
+        "prefix_cache": planned.shares_prefixes,
     }  # fmt: skip
     return {
         "name": provider.name, "seed": planned.seed * len(scenario.providers) + i, "policy": policy,

@@ -108,7 +108,7 @@ class Node:
         market = Market(
             known=planned.known[row], deadlines=planned.deadlines, payment=nodes.bank.payment,
             rtt_s=scenario.rtt_ms / 1000,
-            gossip_s=scenario.gossip_interval_s, tick_s=scenario.decision_interval_s, patience=scenario.patience,
+            gossip_s=scenario.gossip_interval_s, tick_s=scenario.decision_interval_s,
         )  # fmt: skip
         provider = self.provider = NodeProvider(
             self.policy, planned.profiles[row], market, mean_prompt=float(planned.mean_prompt[row]),
