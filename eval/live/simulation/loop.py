@@ -192,7 +192,13 @@ def run(main: Callable[[VirtualLoop], Coroutine[Any, Any, T]], **options: Any) -
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(**options)) as runner:
         loop = runner.get_loop()
         assert isinstance(loop, VirtualLoop)
-        return runner.run(main(loop))
+        results: list[T] = []
+
+        async def play() -> None:  # a task that returns it: the runner, when it ends, would make its repr, for seconds
+            results.append(await main(loop))
+
+        runner.run(play())
+        return results[0]
 
 
 class Process:
