@@ -317,6 +317,22 @@ class Scenario:
         ]
         return replace(self, providers=tuple(providers))
 
+    def longer(self, factor: float) -> "Scenario":
+        """The same with arrivals for `factor`, at least 1, times as long: the last phase of each traffic goes on.
+
+        Raises ScenarioError for traces and arrivals at given times.
+        """
+        if factor == 1.0:
+            return self
+        more_s = (factor - 1.0) * self.duration_s
+        providers = [
+            replace(each, traffic=_longer(each.traffic, more_s, At(self.name, f"providers[{i}].traffic", each.traffic)))
+            for i, each in enumerate(self.providers)
+        ]
+        longer = replace(self, duration_s=self.duration_s + more_s, providers=tuple(providers))
+        _check_providers(At(self.name, "providers", None), longer)
+        return longer
+
     def to_mapping(self) -> dict[str, Any]:
         """The scenario in the format of its file, every key written out: plain data, `parse` gives it back."""
         mapping: dict[str, Any] = _plain(self)
@@ -352,6 +368,16 @@ def _at_load(traffic: Traffic | None, factor: float, at: At) -> Traffic | None:
                 f"traffic of which there can be {factor:g} times as much"
             )
     return None
+
+
+def _longer(traffic: Traffic | None, more_s: float, at: At) -> Traffic | None:
+    match traffic:
+        case PoissonTraffic(phases) | SessionsTraffic(phases=tuple(phases)):
+            *before, last = phases
+            return replace(traffic, phases=(*before, replace(last, until_s=last.until_s + more_s)))
+        case TraceTraffic() | TimesTraffic():
+            replace(at, path=f"{at.path}.kind", value=traffic.kind).fail("traffic that goes on for longer")
+    return traffic
 
 
 def _times(phases: tuple[Phase, ...], factor: float) -> tuple[Phase, ...]:

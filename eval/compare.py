@@ -23,6 +23,7 @@ from wwwserve.agents.arguments import (
     Folder,
     Policies,
     Positive,
+    Range,
     Seed,
     UsageError,
     flat,
@@ -258,6 +259,8 @@ class Args:
     """of every provider, each with users of its own: 2 make eight providers of four"""
     load: Positive = 1.0
     """times as many requests or sessions"""
+    longer: Annotated[float, Range(1)] = 1.0
+    """times as long, with the last rate of each traffic: what only the end of arrivals mends does not count then"""
     threads: Count = os.cpu_count() or 1
     """CPU threads"""
     baseline: Annotated[str, tyro.conf.arg(metavar="NAME|BUNDLE")] = DEFAULT_BASELINE
@@ -292,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for what cannot be done as asked."""
     try:
         args = parse_args(Args, PROG, argv)
-        scenarios = [copied(load(name).at_load(args.load), args.copies) for name in args.scenarios]
+        scenarios = [copied(load(name).at_load(args.load).longer(args.longer), args.copies) for name in args.scenarios]
         names = flat(args.policy) or list(DEFAULT_POLICIES)
         names = names if args.baseline in names else [args.baseline, *names]
         policies = load_policies(names)

@@ -399,6 +399,26 @@ def test_the_load_is_scaled_by_a_factor() -> None:
         market({"kind": "times", "times_s": [1.0]}).at_load(2)
 
 
+def test_a_longer_scenario_goes_on_at_its_last_rates() -> None:
+    burst = {"kind": "sessions", "phases": [{"until_s": 60, "rate_per_s": 3}, {"until_s": 70, "rate_per_s": 1}]}
+    flow = {"kind": "mmpp", "rates_per_s": [0.1, 0.4], "mean_dwell_s": [9, 9]}
+    base = market(CHAT, burst, flow, KINDS["plain"], None)
+    longer = base.longer(3)
+    assert (base.duration_s, longer.duration_s, longer.drain_s) == (600, 1800, base.drain_s)
+    chat, burst, _, plain, none = (each.traffic for each in longer.providers)
+    assert [phase.until_s for phase in burst.phases] == [60, 1270]
+    assert plain.phases[-1].until_s == base.providers[3].traffic.phases[-1].until_s + 1200
+    assert (chat, none, base.longer(1)) == (base.providers[0].traffic, None, base)
+    before, after = ((t.provider == 3, t.time_s) for t in (plan(base, 7).traffic, plan(longer, 7).traffic))
+    assert after[1][after[0]].max() > 1700
+    assert after[0].sum() == pytest.approx(3 * before[0].sum(), rel=0.2)
+    for kind, traffic_of in (("trace", MOONCAKE), ("times", {"kind": "times", "times_s": [1.0]})):
+        with pytest.raises(ScenarioError, match=rf"providers\[0\].traffic.kind: got '{kind}', expected traffic that"):
+            market(traffic_of).longer(2)
+    with pytest.raises(ScenarioError, match="expected at most 2000000 requests in all"):
+        base.longer(1e5)
+
+
 @pytest.mark.parametrize("name", [n for n in scenario.packaged_names() if n.startswith("sessions/")] + ["trace/agents"])
 def test_packaged_sessions_come_and_can_come_more_often(name: str) -> None:
     made = scenario.load(name)
