@@ -388,7 +388,8 @@ def test_who_has_a_clock_that_is_off_is_not_heard_and_it_is_told_why(kind: str, 
             await until(lambda: {str(each).split(" s ")[1].split()[0] for each in n.refusals} == both)
             assert {each.kind for each in n.refusals} == {"stale"}
             assert all("one of the two clocks is off" in str(each) for each in n.refusals)
-            assert a.there == {"b"} and not c.there
+            await until(lambda: a.there == {"b"})  # late beats of a busy machine may have made it forget
+            assert not c.there
             c.membership.wall_clock = lambda: time.time() + off_s / 60 * (SKEW_S - 1)
             c.membership._sent_us = 0  # it was never heard
             await until(lambda: c.there == {"a", "b"} and NAMES[2] in a.there)

@@ -192,11 +192,12 @@ def run(main: Callable[[VirtualLoop], Coroutine[Any, Any, T]], **options: Any) -
     with asyncio.Runner(loop_factory=lambda: VirtualLoop(**options)) as runner:
         loop = runner.get_loop()
         assert isinstance(loop, VirtualLoop)
-        results: list[T] = []
+        coro, results = main(loop), list[T]()
 
-        async def play() -> None:  # a task that returns it: the runner, when it ends, would make its repr, for seconds
-            results.append(await main(loop))
+        async def play() -> None:  # does not return it: the runner would make the repr of what its task returns
+            results.append(await coro)
 
+        play.__qualname__ = getattr(coro, "__qualname__", play.__qualname__)  # by which a deadlock names it
         runner.run(play())
         return results[0]
 
