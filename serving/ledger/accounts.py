@@ -442,6 +442,7 @@ class Accounts:
         return {
             "full": self.ledger.full, "rejected": self.rejected,
             "channels": [self._channel(balance) for balance in self.ledger.balances()],
+            "no_channel": self._without_channel(),
             "stake_lost": [{"peer": name, "by": kind} for name, kind in self.ledger.stakes.losses()],
         }  # fmt: skip
 
@@ -459,6 +460,15 @@ class Accounts:
         """Whether a peer has lately declined what it was told."""
         return asyncio.get_running_loop().time() < self._again_s.get(peer, -math.inf) + SHOWN_S
 
+    def _reason(self, peer: str) -> str:
+        """Why a peer has lately declined what it was told, "" if it has not."""
+        return self._reasons.get(peer, "") if self._disagrees(peer) else ""
+
+    def _without_channel(self) -> list[dict[str, str]]:
+        """Peers that are there and decline a channel, and why."""
+        without = sorted(self._there - set(self.ledger.books.channels))
+        return [{"peer": peer, "reason": self._reason(peer)} for peer in without if self._reason(peer)]
+
     def _channel(self, balance: Any) -> dict[str, Any]:
         channel = self.ledger.books.channels[balance.peer]
         return {
@@ -470,5 +480,5 @@ class Accounts:
             "closed": self._closed(channel), "refills": len(channel.refills),
             "refill_declined": self.ledger.refills.declined.get(balance.peer, ""),
             "reconciled": self.ledger.is_reconciled(balance.peer),
-            "disagreement": self._reasons.get(balance.peer, "") if self._disagrees(balance.peer) else "",
+            "disagreement": self._reason(balance.peer),
         }  # fmt: skip

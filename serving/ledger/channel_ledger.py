@@ -65,7 +65,7 @@ from wwwserve.serving.ledger.exchange import (
 from wwwserve.serving.ledger.journal import Balance, Full, Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
 from wwwserve.serving.ledger.reconcile import Reconciler
-from wwwserve.serving.ledger.refills import Grant, Refiller
+from wwwserve.serving.ledger.refills import Grant, Refiller, terms
 from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import (
     GOING,
@@ -363,9 +363,8 @@ class ChannelLedger(JournaledBooks):
         own = sign(self.identity, "opening", opening)
         if channel is None:
             if message.opening != opening:
-                yours, ours = (amount / MICRO for amount in opening.amounts(peer))
-                begins = f"{yours:g} credits for you and {ours:g} for this node, by {opening.source}"
-                return Declined(f"the terms of the channel are others here: it begins with {begins}")
+                begins = f"it begins with {terms(*opening.amounts(peer))}, by {opening.source}"
+                return Declined(f"the terms of the channel are others here: {begins}")
             check(peer, "opening", opening, message.signature)
             self._add(Opened(peer, opening, own, message.signature))
         await self.durable()
