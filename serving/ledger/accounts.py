@@ -72,6 +72,10 @@ class NotTaken(LedgerError):
     """A peer does not take what a message says, or its size, and would not if it came again."""
 
 
+class NotNow(LedgerError):
+    """A peer takes no message now, whatever it says: it starts, or ends, or cannot write."""
+
+
 def _first_of(statements: Sequence[str]) -> tuple[str, ...]:
     """As many of the first as go into one message."""
     size, count = 0, 0
@@ -252,6 +256,7 @@ class Accounts:
         self._there: set[str] = set()
         self._again_s: dict[str, float] = {}  # when a peer that declined is told again
         self._reasons: dict[str, str] = {}  # why it did
+        self._not_now: set[str] = set()  # peers who last took no message
 
     # Requests of own users.
 
@@ -353,14 +358,24 @@ class Accounts:
                 self.spread()
         except (TimeoutError, OSError, Full):
             pass  # it is told again
-        except (LedgerError, StatementError) as error:
-            self.rejected += 1
+        except NotNow as error:
+            if peer in self._not_now:
+                self._disagreed(peer, error)
+            self._not_now.add(peer)
             self._again_s[peer] = asyncio.get_running_loop().time() + DISAGREED_S
-            if self._reasons.get(peer) != str(error):
-                self._reasons[peer] = str(error)
-                log.warning("a peer's ledger and ours do not agree", extra={"peer": peer, "reason": str(error)})
+        except (LedgerError, StatementError) as error:
+            self._disagreed(peer, error)
+        else:
+            self._not_now.discard(peer)
         finally:
             self._busy.discard(peer)
+
+    def _disagreed(self, peer: str, error: Exception) -> None:
+        self.rejected += 1
+        self._again_s[peer] = asyncio.get_running_loop().time() + DISAGREED_S
+        if self._reasons.get(peer) != str(error):
+            self._reasons[peer] = str(error)
+            log.warning("a peer's ledger and ours do not agree", extra={"peer": peer, "reason": str(error)})
 
     async def _tell(self, peer: str, statements: tuple[str, ...]) -> None:
         """Tell a peer statements, each alone where it does not take all of them, and not again what it does not take
@@ -394,14 +409,17 @@ class Accounts:
             self._untold[peer] = [msgspec.json.encode(each).decode() for each in (*own, *stakes.slashes.values())]
 
     def gone(self, peer: str) -> None:
-        """A peer fell silent."""
+        """A peer fell silent, or started anew."""
         self._there.discard(peer)
         self._untold.pop(peer, None)
+        self._not_now.discard(peer)
+        self._again_s.pop(peer, None)
 
     def forget(self, peer: str) -> None:
         """A peer that is gone is not worth remembering: the ledger has what it owes and is owed."""
         self._again_s.pop(peer, None)
         self._reasons.pop(peer, None)
+        self._not_now.discard(peer)
 
     def spread(self) -> None:
         """Pass on what is news of stakes."""

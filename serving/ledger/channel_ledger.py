@@ -125,6 +125,7 @@ class ChannelLedger(JournaledBooks):
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
+        self._unsure: set[str] = set()  # peers who asked for a channel, and may not have heard yet that it is open
         self._reconciler = Reconciler(self, self._add)
         self.refills = Refiller(self, identity, self.grants, self._add)
         self.closer = Closer(self, identity, closed, close_after_s, wall_clock, self._add)
@@ -301,6 +302,9 @@ class ChannelLedger(JournaledBooks):
                 return None
             opening = grant.opening(self.name, peer)
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
+        if peer in self._unsure:  # an answer that is still on its way may come after this
+            await self.durable()
+            return msgspec.json.encode(Open(channel.opening, sign(self.identity, "opening", channel.opening)))
         if not self.is_reconciled(peer):
             return msgspec.json.encode(self._ask(channel))
         proposal = self.refills.proposal(peer)
@@ -367,6 +371,7 @@ class ChannelLedger(JournaledBooks):
                 return Declined(f"the terms of the channel are others here: {begins}")
             check(peer, "opening", opening, message.signature)
             self._add(Opened(peer, opening, own, message.signature))
+            self._unsure.add(peer)
         await self.durable()
         return Open(opening, own)
 
@@ -390,6 +395,7 @@ class ChannelLedger(JournaledBooks):
         """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
         self.books.channel(peer)  # of who has none nothing is kept
         self.asked[peer] += 1
+        self._unsure.discard(peer)
         self._knows(peer, ask.refills is not None)
         self.stakes.said[peer] = ask.epoch
         latest = self.stakes.latest.get(peer)
@@ -508,6 +514,7 @@ class ChannelLedger(JournaledBooks):
     def _on_opened(self, peer: str, answer: Open) -> None:
         """A channel is opened as was proposed, or as the peer has it since this node lost its journal, with less credit
         than is granted now: then the rest is added."""
+        self._unsure.discard(peer)
         if peer in self.books.channels:
             return
         grant, opening = self.grants.get(peer), answer.opening
