@@ -538,7 +538,8 @@ class Dispatcher:
                     came = hung_up(meter, completion.stream, promise, took_s)
                 else:
                     whole = outcome == "answered" and meter.complete
-                    came = Came(meter.tokens if served else 0, whole, took_s, meter.usage)
+                    tokens = meter.tokens if paid.passed is None else paid.passed
+                    came = Came(tokens if served else 0, whole, took_s, meter.usage)
                 paid.end(line.digest.hexdigest() if served else "", came)
             self.provider.served(request)
             self.metrics.remote(origin, -1, outcome)

@@ -194,7 +194,8 @@ class Delivery:
     ) -> None:  # fmt: skip
         self.stopped = False  # the peer said that it has ended
         self.agreed = agreed  # tokens that it has at most
-        self._ended = False
+        self.passed: int | None = None  # tokens that went on, where what came after them did not
+        self._ended, self._checked = False, 0
         self._ledger, self._peer, self._id, self._terms = ledger, peer, id, terms
         self._promise, self._longest, self._most = promise, longest, most_of(ledger.payment, terms)
 
@@ -205,11 +206,16 @@ class Delivery:
     async def check(self, meter: AnswerMeter) -> None:
         """Some of it came from the engine. Waits where too much of it is not paid yet; raises TooMuch where it is not
         to go on: it is longer than agreed, the peer says that it has ended, or does not pay."""
-        await self._wait_for_pay(meter)
-        if self.stopped:
-            raise TooMuch("its origin says that it has ended")
-        if meter.exceeds(self.agreed):
-            raise TooMuch(f"it has more than {self.agreed} tokens, for which it is paid")
+        try:
+            await self._wait_for_pay(meter)
+            if self.stopped:
+                raise TooMuch("its origin says that it has ended")
+            if meter.exceeds(self.agreed):
+                raise TooMuch(f"it has more than {self.agreed} tokens, for which it is paid")
+        except TooMuch:
+            self.passed = self._checked
+            raise
+        self._checked = meter.tokens
 
     async def _wait_for_pay(self, meter: AnswerMeter) -> None:
         per_token = self._terms.tariff[OUTPUT]
