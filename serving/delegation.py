@@ -35,6 +35,7 @@ from wwwserve.serving.http.reply import (
     Failed,
     Reply,
     RetryableError,
+    meter_whole,
     pass_stream_on,
     retry_after,
     send_timed,
@@ -319,7 +320,7 @@ class Delegation:
             return
         body = await response.read(MOST_ANSWER)
         if status == 200:
-            meter.whole(body)
+            await meter_whole(meter, body)
             watch(body)
         await send_timed(reply.whole(status, kind, body), meter)
 

@@ -46,7 +46,7 @@ from wwwserve.serving.http.reply import (
 from wwwserve.serving.http.resume import Resumed, resumable
 from wwwserve.serving.http.sse import MOST_BYTES_PER_TOKEN, AnswerMeter, Usage
 from wwwserve.serving.http.transport import Transport
-from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Came, Delivery, NotTaken, hung_up
+from wwwserve.serving.ledger.accounts import LEDGER_PATH, Accounts, Came, Delivery, NotNow, NotTaken, hung_up
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
 from wwwserve.serving.ledger.statements import digest
@@ -249,12 +249,13 @@ class Dispatcher:
         self.provider.stake = await accounts.restake(target, self.config.market.gossip_s)
 
     async def _tell_ledger(self, peer: str, body: bytes) -> bytes:
-        """What a peer's ledger answers to a message. Raises OSError, TimeoutError, and LedgerError for a refusal, which
-        is NotTaken where it is of that very message."""
+        """What a peer's ledger answers to a message. Raises OSError, TimeoutError, and for a refusal NotTaken where it
+        is of that very message, NotNow where it takes none, LedgerError where it keeps no ledger."""
         try:
             return await self.client.post(peer, LEDGER_PATH, body, timeout_s=LEDGER_TIMEOUT_S)
         except PeerError as error:
-            raise (NotTaken if error.status in (409, 413) else LedgerError)(str(error)) from None
+            kind = {404: LedgerError, 409: NotTaken, 413: NotTaken}.get(error.status, NotNow)
+            raise kind(str(error)) from None
 
     def heard(self, advert: Advert) -> None:
         """A peer says how things are there."""
@@ -537,7 +538,8 @@ class Dispatcher:
                     came = hung_up(meter, completion.stream, promise, took_s)
                 else:
                     whole = outcome == "answered" and meter.complete
-                    came = Came(meter.tokens if served else 0, whole, took_s, meter.usage)
+                    tokens = meter.tokens if paid.passed is None else paid.passed
+                    came = Came(tokens if served else 0, whole, took_s, meter.usage)
                 paid.end(line.digest.hexdigest() if served else "", came)
             self.provider.served(request)
             self.metrics.remote(origin, -1, outcome)

@@ -16,6 +16,7 @@ from wwwserve.serving.http.reply import (
     RetryableError,
     TooMuch,
     limits_said,
+    meter_whole,
     packed,
     pass_stream_on,
     retry_after,
@@ -102,7 +103,7 @@ class Execution:
                 else:
                     body = await response.read(MOST_ANSWER)
                     if status == 200:
-                        meter.whole(body)
+                        await meter_whole(meter, body)
                         if paid is not None:
                             await paid.check(meter)
                     await send_timed(reply.whole(status, kind, body), meter)

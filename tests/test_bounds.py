@@ -15,7 +15,7 @@ from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.sse import AnswerMeter
 from wwwserve.serving.ledger import accounts as accounts_module
 from wwwserve.serving.ledger import channel, channel_ledger, statements, verdicts
-from wwwserve.serving.ledger.accounts import Accounts, NotTaken
+from wwwserve.serving.ledger.accounts import Accounts, NotNow, NotTaken
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger
 from wwwserve.serving.ledger.exchange import Telling
@@ -186,7 +186,9 @@ def test_a_peer_that_starts_anew_while_it_is_told_is_told_again() -> None:
     assert hearer.heard == ["stated", "stated"]
 
 
-@pytest.mark.parametrize("error", [LedgerError("it answers 507"), OSError("gone"), TimeoutError()])
+@pytest.mark.parametrize(
+    "error", [NotNow("it answers 507"), LedgerError("it answers 404"), OSError("gone"), TimeoutError()]
+)
 def test_what_a_peer_does_not_take_now_is_told_again(error: Exception) -> None:
     hearer = Hearer(most=1 << 20)
     made = telling(hearer)
@@ -197,3 +199,21 @@ def test_what_a_peer_does_not_take_now_is_told_again(error: Exception) -> None:
     hearer.error = None
     told(made)
     assert hearer.heard == ["slashed"]
+
+
+def test_a_peer_that_takes_no_message_once_as_it_starts_does_not_disagree(caplog: pytest.LogCaptureFixture) -> None:
+    hearer = Hearer(most=1 << 20)
+    made = telling(hearer)
+    made.tell_all(b"slashed")
+    earlier = NotNow("it answers 403: it is addressed to an earlier run of this node")
+    for error in (earlier, None, earlier):
+        hearer.error = error
+        told(made)
+        made.tell_all(b"slashed")
+    assert caplog.messages == [] and made.rejected == 0
+    told(made)
+    assert caplog.messages == ["a peer's ledger and ours do not agree"] and made.rejected == 1
+    assert made._again_s["newcomer"] > 0
+    made.gone("newcomer")
+    made.heard("newcomer")
+    assert made._again_s == {}  # its new run is told at once

@@ -370,6 +370,7 @@ def test_the_page_of_a_network_shows_nodes_that_answer_and_such_as_do_not() -> N
             assert [each["answers"] for each in seen["nodes"]] == [True, True, False]
             first = seen["nodes"][0]
             assert (first["name"], first["requests"]["handed_over"], first["peers"][0]["answered"]) == ("n0", 1, 1)
+            assert first["other_versions"] == []
 
     play(scene)
 

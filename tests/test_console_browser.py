@@ -350,6 +350,13 @@ def test_peers_of_another_version_are_shown_as_such(browser: Browser) -> None:
                     said = await asyncio.to_thread(row, browser, name)
                     assert "▲ other version" in said and advised in said
                 assert "kkkkkkkk" in browser.text("#peers") and browser.errors() == []
+                with network_console(n.urls[:1], 0) as url:  # the page of the network names them, too
+                    await asyncio.to_thread(browser.open, url)
+                    await asyncio.to_thread(browser.until, lambda: len(browser.texts("#others tbody tr")) == 2)
+                    said = browser.texts("#others tbody tr")
+                    assert "n1" in said[0] and "n0" in said[0] and "upgrade this node" in said[0]
+                    assert HOSTILE in said[1] and "▲ other version" in said[1] and "upgrade it" in said[1]
+                    assert browser.errors() == []
                 leave(browser)
 
     play(scene)

@@ -389,6 +389,40 @@ def test_a_peer_with_whom_no_more_may_be_in_escrow_is_no_candidate(tmp_path: Pat
     play(scene)
 
 
+class Longer(Engine):
+    """One that writes a few words, and then more at once than it was asked for."""
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        self.begun += 1
+        for count in (3, 200):
+            await response.write(b'data: {"choices": [{"delta": {"content": "word "}}]}\n\n' * count)
+            await asyncio.sleep(0.1)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+def test_what_an_engine_writes_beyond_what_is_paid_is_not_sent_and_not_missed(tmp_path: Path) -> None:
+    """Its origin did not get it, and owes nothing of it."""
+
+    async def scene() -> None:
+        other = Longer()
+        async with net(tmp_path, busy(), other) as n:
+            await n.ask(stream=True, max_tokens=20)
+            assert other.begun == 1
+
+            async def told() -> bool:
+                return bool((await n.channel(1, 0))["earned"])
+
+            await n.until(told)
+            assert await n.paid() == pytest.approx(await cost(n, 3))
+            assert (await n.channel(1, 0))["short"] == 0.0
+        agree(n)
+
+    play(scene)
+
+
 def test_a_node_that_is_stopped_goes_on_where_it_was_and_nothing_is_paid_twice(tmp_path: Path) -> None:
     async def scene() -> None:
         async with net(tmp_path, busy(), Engine()) as n:

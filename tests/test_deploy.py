@@ -1,5 +1,6 @@
 """The files in docs/deploy: they are what systemd, Compose and Kubernetes take, and what they say runs."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from wwwserve.serving import config
+from wwwserve.serving.cli import COMMANDS
 from wwwserve.serving.config import LimitsConfig
 from wwwserve.serving.http.drain import CUT_S
 from wwwserve.serving.local_nodes import READY_S, Command, NetworkError, look, programs
@@ -25,6 +27,7 @@ ENVIRONMENT = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 SERVER_S = 5.0  # that the server gives connections to end, after the drain
 NODES = ("north", "south", "east")
 ADMIN_KEY = "said by a test"
+OWN = f"wwwserve:{importlib.metadata.version('wwwserve')}"  # the image
 
 
 def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,6 +42,39 @@ def seconds(text: str) -> float:
     found = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", text)
     assert found is not None, text
     return 60.0 * int(found[1] or 0) + int(found[2] or 0)
+
+
+# Images, and what is named.
+
+
+def test_images_have_versions_and_the_own_one_that_of_the_package() -> None:
+    found = set(re.findall(r"^FROM (\S+)|-t (\S+)", (DEPLOY / "Containerfile").read_text(), re.MULTILINE))
+    images = {one or other for one, other in found}
+    for name in ("compose.yaml", "compose.vllm.yaml", "kubernetes.yaml"):
+        images.update(re.findall(r"^\s*(?:- )?image: (\S+)", (DEPLOY / name).read_text(), re.MULTILINE))
+    assert {each.rpartition(":")[0] for each in images} == {
+        "wwwserve", "docker.io/library/python", "docker.io/prom/prometheus", "docker.io/grafana/grafana",
+        "docker.io/vllm/vllm-openai",
+    }  # fmt: skip
+    for each in images:
+        assert re.search(r":v?\d+\.\d+(\.\d+)?(-slim)?$", each), f"{each} has no version"
+    assert [each for each in images if each.startswith("wwwserve")] == [OWN]
+
+
+def test_the_files_and_commands_that_are_named_are_there() -> None:
+    """Those in the files' heads, and what the image is built of; that compose and its mounts are is tested below."""
+    for file in DEPLOY.iterdir():
+        for named in re.findall(r"docs/[\w./-]+\w", file.read_text(encoding="utf-8") if file.is_file() else ""):
+            assert (DEPLOY.parent.parent / named).exists(), f"{file.name} names {named}"
+    ignored = (DEPLOY / "Containerfile.dockerignore").read_text(encoding="utf-8").split()
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOY / "Containerfile").read_text(), re.MULTILINE)
+    assert ignored[0] == "*" and {f"!{part}" for each in copied for part in each.split()} < set(ignored)
+    said = "\n".join(
+        (DEPLOY / name).read_text(encoding="utf-8")
+        for name in ("Containerfile", "compose.yaml", "kubernetes.yaml", "wwwserve.service")
+    )
+    commands = set(re.findall(r"(?:wwwserve |CMD \[\"|args: \[|command: \[)(node|emulator|compile|key new)\b", said))
+    assert commands == {"node", "emulator", "compile", "key new"} and commands <= COMMANDS.keys()
 
 
 # systemd.
@@ -159,7 +195,7 @@ def test_what_compose_says_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Each service as a process with an address of its own, until it is healthy; then users are answered."""
     monkeypatch.setitem(ENVIRONMENT, "WWWSERVE_ADMIN_KEY", ADMIN_KEY)
     made = composed("compose.yaml")
-    services = {name: each for name, each in made["services"].items() if each["image"] == "wwwserve"}
+    services = {name: each for name, each in made["services"].items() if each["image"] == OWN}
     assert services.keys() == {*NODES, *(f"engine-{each}" for each in NODES)}
     net = f"127.{1 + os.getpid() % 250}.{1 + os.getpid() // 250 % 250}"
     address = {name: f"{net}.{10 + k}" for k, name in enumerate(services)}

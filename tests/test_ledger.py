@@ -29,7 +29,7 @@ from ledger_sides import (
 from wwwserve.agents.protocol import LATENESS, MICRO, PER_REQUEST, QUOTED, price_of
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import NOTHING, PART, WHOLE, ChannelLedger, Grant, most_of
-from wwwserve.serving.ledger.exchange import Ask, Declined
+from wwwserve.serving.ledger.exchange import Ask, Declined, Message, Open
 from wwwserve.serving.ledger.journal import MemoryJournal
 from wwwserve.serving.ledger.statements import NOTHING_CAME, Served, Terms
 
@@ -84,6 +84,36 @@ def test_who_is_declined_a_channel_is_told_the_terms_of_the_other() -> None:
         with pytest.raises(LedgerError, match=r"it begins with 6 credits for you and 8\.5 for this node, by limits"):
             await a.replied(B.name, await b.received(A.name, message))
         assert not a.balances() and not b.balances()
+
+    play(scene)
+
+
+def test_who_opens_a_channel_as_it_was_asked_to_asks_nothing_before_the_other_has_it(tmp_path: Path) -> None:
+    """Else the other, to whom the answer is on its way, declines, and is not told anything for two seconds."""
+
+    async def scene() -> None:
+        async def said(one: ChannelLedger, other: ChannelLedger) -> bytes:
+            message = await written(one, one.message(other.name))
+            assert message is not None
+            kinds.append(type(msgspec.json.decode(message, type=Message)))
+            answer: bytes = await written(other, other.received(one.name, message))
+            return answer
+
+        for comes_first in (False, True):
+            sides, kinds = Sides("memory", tmp_path), list[type]()
+            on_its_way = await said(sides.a, sides.b)
+            if comes_first:
+                await written(sides.a, sides.a.replied(B.name, on_its_way))
+                await written(sides.a, sides.a.replied(B.name, await said(sides.a, sides.b)))
+            else:
+                await written(sides.b, sides.b.replied(A.name, await said(sides.b, sides.a)))
+            await written(sides.b, sides.b.replied(A.name, await said(sides.b, sides.a)))
+            if not comes_first:
+                await written(sides.a, sides.a.replied(B.name, on_its_way))
+            assert kinds == ([Open, Ask, Ask] if comes_first else [Open, Open, Ask])
+            await sides.exchange()
+            assert sides.a.is_reconciled(B.name) and sides.b.is_reconciled(A.name)
+            mirrored(sides)
 
     play(scene)
 

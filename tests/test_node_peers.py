@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,11 +17,53 @@ from stub_nodes import MODEL, ZENOH, Net, Stub, busy, hang_up, net, play
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
 from wwwserve.serving import dispatcher, node
+from wwwserve.serving.http import sse
 from wwwserve.serving.http.messages import Refused
+from wwwserve.serving.http.reply import IN_ONE_TURN
 from wwwserve.serving.local_nodes import free_ports
 from wwwserve.serving.membership.heartbeat import decode
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Long(Stub):
+    """An engine whose answers have so much text."""
+
+    async def whole(self) -> web.Response:
+        message = {"role": "assistant", "content": "word " * (IN_ONE_TURN if "long" in str(self.bodies[-1]) else 1)}
+        usage = {"prompt_tokens": 7, "completion_tokens": self.tokens, "total_tokens": 7 + self.tokens}
+        return web.json_response({"choices": [{"index": 0, "message": message}], "usage": usage})
+
+
+@pytest.mark.parametrize(("stubs", "readers"), [([Long()], 1), ([Long(waiting=200), Long()], 2)], ids=["own", "peer"])
+def test_a_long_answer_is_read_beside_the_event_loop(
+    stubs: list[Stub], readers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a peer both who asks and who answers reads it. A short one costs no thread."""
+    loop, read = threading.get_ident(), list[tuple[str, bool]]()
+
+    def watched(name: str) -> Callable[[Any], Any]:
+        work = getattr(sse, name)
+
+        def call(what: Any) -> Any:
+            read.append((name, threading.get_ident() == loop))
+            return work(what)
+
+        return call
+
+    for name in ("answer_of", "written_bytes"):
+        monkeypatch.setattr(sse, name, watched(name))
+
+    async def scene() -> None:
+        async with net(*stubs) as n:
+            for word in ("long", "short"):
+                read.clear()
+                status, body, _ = await n.ask(messages=[{"role": "user", "content": f"a {word} one"}])
+                assert status == 200 and (len(body) > IN_ONE_TURN) == (word == "long")
+                assert set(read) == {(name, word == "short") for name in ("answer_of", "written_bytes")}
+                assert [name for name, _ in read].count("answer_of") == readers
+
+    play(scene)
 
 
 def test_overflow_goes_to_a_peer_and_comes_back_whole() -> None:

@@ -84,6 +84,17 @@ def test_one_peer_takes_no_places_of_others_however_many_connections_it_has() ->
         places.busy(door)
 
 
+def test_who_is_turned_away_again_and_again_leaves_time_for_others_to_hear_it() -> None:
+    places = Places[Door](1, 1, 0)
+    many = [Door() for _ in range(100)]
+    assert [places.turn_away(door, "one", 64) for door in many] == [True] * 64 + [False] * 36
+    others = [places.turn_away(Door(), f"address {k}", 64) for k in range(70)]
+    assert others == [True] * 63 + [False] * 7  # until nobody has more than one
+    assert [door.closed for door in many] == [True] * 63 + [False] * 37  # those who had most time first
+    assert len(places.turned_away) == 64
+    assert not places.turn_away(Door(), "one", 64)
+
+
 def test_whatever_comes_the_bounds_hold() -> None:
     rng = random.Random(3)
     places, there = Places[Door](20, 6, 4), dict[Door, None]()

@@ -259,6 +259,52 @@ def test_doctor_sees_a_healthy_pair_and_what_parts_it(tmp_path: Path) -> None:
     play(scene)
 
 
+def test_doctor_names_both_limits_where_two_nodes_differ(tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with net(Stub(), Stub()) as n:
+
+            async def restarted(k: int, ours: float, theirs: float) -> None:
+                n.running[k].cancel()
+                await asyncio.gather(n.running[k], return_exceptions=True)
+                limits = {n.keys[1 - k].name: {"ours": ours, "theirs": theirs}}
+                n.configs[k]["ledger"] = {"file": str(tmp_path / f"{k}.db"), "limits": limits}
+                (tmp_path / f"{k}.yaml").write_text(yaml.safe_dump(n.configs[k]))
+                await n.start(k)
+
+            async def credit(k: int) -> list[Finding]:
+                seen = await asyncio.to_thread(examine, tmp_path / f"{k}.yaml")
+                return [each for each in seen if each.what == "credit"]
+
+            async def told(k: int, *words: str) -> bool:
+                found = await credit(k)
+                if found:
+                    assert [each.state for each in found] == [WARNING] and "correct `ledger.limits`" in found[0].do
+                return bool(found) and all(each in found[0].found for each in words)
+
+            async def opened() -> bool:
+                return all([(await n.see(k))["ledger"]["channels"] for k in range(2)])
+
+            await restarted(0, 20.0, 50.0)
+            await restarted(1, 30.0, 20.0)  # it should be 50 and 20
+            await n.until(lambda: told(0, "no channel is open", "has ours 30, theirs 20", "here ours 20, theirs 50"))
+            await n.until(lambda: told(1, "no channel is open", "has ours 20, theirs 50", "here ours 30, theirs 20"))
+            await restarted(1, 50.0, 20.0)
+            await n.until(opened)
+            assert await credit(0) == await credit(1) == []
+            await restarted(1, 60.0, 20.0)  # raised on one side
+            await n.until(lambda: told(1, "no credit is added", "has ours 20, theirs 50", "here ours 60, theirs 20"))
+            assert await told(0, "no credit is added", "it asks for 20 credits in all for this node and 60 for itself")
+            await restarted(0, 20.0, 60.0)
+
+            async def added() -> bool:
+                return all([(await n.see(k))["ledger"]["channels"][0]["refills"] == 1 for k in range(2)])
+
+            await n.until(added)
+            assert await credit(0) == await credit(1) == []
+
+    play(scene)
+
+
 def test_doctor_and_status_speak_tls_with_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def scene() -> None:
         async with net(Stub(), Stub(), tls={}) as n:

@@ -21,6 +21,8 @@ CONNECTIONS = 64
 PATIENCE_S = 1.0  # for a node to answer
 MOST_ASKED = 32  # nodes a second; of more, each is asked less often
 OF_NODE = ("name", "key", "policy", "serves", "held", "remote", "tariff", "markup", "margin", "speed", "requests")
+OF_OTHER = ("key", "label", "url", "reason")  # peers of other versions
+MOST_OTHERS = 16  # of one node that are shown
 OF_PEER = ("key", "there", "out", "handed", "answered", "served")
 
 
@@ -68,6 +70,7 @@ def _shown(url: str, seen: dict[str, Any]) -> dict[str, Any]:
         "engine": {name: engine[name] for name in ("up", "reason", "running", "waiting", "kv_use")}
         | {"max_num_seqs": engine["profile"]["max_num_seqs"]},
         "peers": [{name: peer[name] for name in OF_PEER} for peer in seen["peers"]],
+        "other_versions": [{name: each[name] for name in OF_OTHER} for each in seen["other_versions"][:MOST_OTHERS]],
         "paid": sum(each["paid"] for each in channels), "earned": sum(each["earned"] for each in channels),
         "has_ledger": seen["ledger"] is not None,
     }  # fmt: skip

@@ -47,6 +47,7 @@ class NodeSource:
             seen["ledger"] |= {
                 "channels": channels[:MOST_CHANNELS], "channels_known": len(channels),
                 "totals": {name: sum(each[name] for each in channels) for name in ("free", "escrow", "paid", "earned")},
+                "no_channel": seen["ledger"]["no_channel"][:MOST_CHANNELS],
                 "stake_lost": seen["ledger"]["stake_lost"][-MOST_CHANNELS:],
             }  # fmt: skip
         reasons, self._told = self._explained(self._told), d.reasons.count

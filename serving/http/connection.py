@@ -110,7 +110,7 @@ class Connection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
         self.places.leave(self)
-        self.places.turned_away.discard(self)
+        self.places.turned_away.pop(self, None)
         super().connection_lost(exc)
         self._lost = True
         for hung_up in [*self._hung_up.values()]:
@@ -253,10 +253,9 @@ class Connection(HttpToolsProtocol):
         """Refuse what comes by it, and read it, for a moment: a connection that is closed with something unread is
         reset, and its answer lost."""
         self._refused = failed
-        if len(self.places.turned_away) >= most:
+        if not self.places.turn_away(self, self.address, most):
             self._refuse(failed)
             return
-        self.places.turned_away.add(self)
         self._timer = self.loop.call_later(TURNED_AWAY_S, self.transport.close)
 
     def _say_away(self) -> None:

@@ -6,6 +6,7 @@ which peers have sent what they signed, as many as there are places for peers ar
 """
 
 import math
+from collections import Counter
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Generic, Protocol, TypeVar
@@ -30,7 +31,7 @@ class Places(Generic[C]):
     def __init__(self, most: int, per_address: int, for_peers: int) -> None:
         """At most `most` in all, `per_address` from one; only peers have the last `for_peers`, at most a quarter."""
         self.most, self.per_address, self.for_peers = most, per_address, min(for_peers, most // 4)
-        self.turned_away: set[C] = set()  # which have no place
+        self.turned_away: dict[C, str] = {}  # which have no place, and their addresses
         self._squeezed_s = -math.inf  # when that was last news
         self._address: dict[C, str] = {}
         self._count: dict[str, int] = {}  # by address
@@ -63,6 +64,20 @@ class Places(Generic[C]):
         if is_news:
             self._squeezed_s = now_s
         return is_news
+
+    def turn_away(self, connection: C, address: str, most: int) -> bool:
+        """Whether a connection that has no place may stay until it has heard so. Where `most` do, the first of the
+        address that has most of them goes, so that who comes again and again leaves time for others to hear it."""
+        if len(self.turned_away) >= most:
+            count = Counter(self.turned_away.values())
+            [(crowd, most_of_one)] = count.most_common(1)
+            if count[address] + 1 >= most_of_one:
+                return False
+            first = next(each for each, its in self.turned_away.items() if its == crowd)
+            del self.turned_away[first]
+            first.make_room()
+        self.turned_away[connection] = address
+        return True
 
     def leave(self, connection: C) -> None:
         """It is closed, if it had a place."""

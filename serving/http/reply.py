@@ -17,6 +17,7 @@ from wwwserve.serving.http.transport import Response
 
 EVENTS = "text/event-stream"
 MOST_ANSWER = 64 * 2**20  # bytes of an answer that is not streamed
+IN_ONE_TURN = 1 << 18  # bytes of one that are read in a turn of the event loop, 1 ms
 MOST_LIMITS = 16  # headers
 CHAT_PATH, COMPLETION_PATH = COMPLETIONS = ("/v1/chat/completions", "/v1/completions")  # of the OpenAI API
 
@@ -177,6 +178,20 @@ async def send_timed(sending: Awaitable[None], meter: AnswerMeter) -> None:
         await sending
     finally:
         meter.waited_s += now_s() - start_s
+
+
+async def meter_whole(meter: AnswerMeter, body: bytes) -> None:
+    """Count an answer that is not streamed. A long one is read in a thread, so that others have their turns while its
+    bytes are looked through. Raises StreamError."""
+
+    def count() -> None:
+        meter.whole(body)
+        _ = meter.tokens  # which counts its text
+
+    if len(body) > IN_ONE_TURN:
+        await asyncio.to_thread(count)
+    else:
+        meter.whole(body)
 
 
 async def pass_stream_on(

@@ -72,6 +72,10 @@ class NotTaken(LedgerError):
     """A peer does not take what a message says, or its size, and would not if it came again."""
 
 
+class NotNow(LedgerError):
+    """A peer takes no message now, whatever it says: it starts, or ends, or cannot write."""
+
+
 def _first_of(statements: Sequence[str]) -> tuple[str, ...]:
     """As many of the first as go into one message."""
     size, count = 0, 0
@@ -190,7 +194,8 @@ class Delivery:
     ) -> None:  # fmt: skip
         self.stopped = False  # the peer said that it has ended
         self.agreed = agreed  # tokens that it has at most
-        self._ended = False
+        self.passed: int | None = None  # tokens that went on, where what came after them did not
+        self._ended, self._checked = False, 0
         self._ledger, self._peer, self._id, self._terms = ledger, peer, id, terms
         self._promise, self._longest, self._most = promise, longest, most_of(ledger.payment, terms)
 
@@ -201,11 +206,16 @@ class Delivery:
     async def check(self, meter: AnswerMeter) -> None:
         """Some of it came from the engine. Waits where too much of it is not paid yet; raises TooMuch where it is not
         to go on: it is longer than agreed, the peer says that it has ended, or does not pay."""
-        await self._wait_for_pay(meter)
-        if self.stopped:
-            raise TooMuch("its origin says that it has ended")
-        if meter.exceeds(self.agreed):
-            raise TooMuch(f"it has more than {self.agreed} tokens, for which it is paid")
+        try:
+            await self._wait_for_pay(meter)
+            if self.stopped:
+                raise TooMuch("its origin says that it has ended")
+            if meter.exceeds(self.agreed):
+                raise TooMuch(f"it has more than {self.agreed} tokens, for which it is paid")
+        except TooMuch:
+            self.passed = self._checked
+            raise
+        self._checked = meter.tokens
 
     async def _wait_for_pay(self, meter: AnswerMeter) -> None:
         per_token = self._terms.tariff[OUTPUT]
@@ -252,6 +262,7 @@ class Accounts:
         self._there: set[str] = set()
         self._again_s: dict[str, float] = {}  # when a peer that declined is told again
         self._reasons: dict[str, str] = {}  # why it did
+        self._not_now: set[str] = set()  # peers who last took no message
 
     # Requests of own users.
 
@@ -353,14 +364,24 @@ class Accounts:
                 self.spread()
         except (TimeoutError, OSError, Full):
             pass  # it is told again
-        except (LedgerError, StatementError) as error:
-            self.rejected += 1
+        except NotNow as error:
+            if peer in self._not_now:
+                self._disagreed(peer, error)
+            self._not_now.add(peer)
             self._again_s[peer] = asyncio.get_running_loop().time() + DISAGREED_S
-            if self._reasons.get(peer) != str(error):
-                self._reasons[peer] = str(error)
-                log.warning("a peer's ledger and ours do not agree", extra={"peer": peer, "reason": str(error)})
+        except (LedgerError, StatementError) as error:
+            self._disagreed(peer, error)
+        else:
+            self._not_now.discard(peer)
         finally:
             self._busy.discard(peer)
+
+    def _disagreed(self, peer: str, error: Exception) -> None:
+        self.rejected += 1
+        self._again_s[peer] = asyncio.get_running_loop().time() + DISAGREED_S
+        if self._reasons.get(peer) != str(error):
+            self._reasons[peer] = str(error)
+            log.warning("a peer's ledger and ours do not agree", extra={"peer": peer, "reason": str(error)})
 
     async def _tell(self, peer: str, statements: tuple[str, ...]) -> None:
         """Tell a peer statements, each alone where it does not take all of them, and not again what it does not take
@@ -394,14 +415,17 @@ class Accounts:
             self._untold[peer] = [msgspec.json.encode(each).decode() for each in (*own, *stakes.slashes.values())]
 
     def gone(self, peer: str) -> None:
-        """A peer fell silent."""
+        """A peer fell silent, or started anew."""
         self._there.discard(peer)
         self._untold.pop(peer, None)
+        self._not_now.discard(peer)
+        self._again_s.pop(peer, None)
 
     def forget(self, peer: str) -> None:
         """A peer that is gone is not worth remembering: the ledger has what it owes and is owed."""
         self._again_s.pop(peer, None)
         self._reasons.pop(peer, None)
+        self._not_now.discard(peer)
 
     def spread(self) -> None:
         """Pass on what is news of stakes."""
@@ -442,6 +466,7 @@ class Accounts:
         return {
             "full": self.ledger.full, "rejected": self.rejected,
             "channels": [self._channel(balance) for balance in self.ledger.balances()],
+            "no_channel": self._without_channel(),
             "stake_lost": [{"peer": name, "by": kind} for name, kind in self.ledger.stakes.losses()],
         }  # fmt: skip
 
@@ -459,6 +484,15 @@ class Accounts:
         """Whether a peer has lately declined what it was told."""
         return asyncio.get_running_loop().time() < self._again_s.get(peer, -math.inf) + SHOWN_S
 
+    def _reason(self, peer: str) -> str:
+        """Why a peer has lately declined what it was told, "" if it has not."""
+        return self._reasons.get(peer, "") if self._disagrees(peer) else ""
+
+    def _without_channel(self) -> list[dict[str, str]]:
+        """Peers that are there and decline a channel, and why."""
+        without = sorted(self._there - set(self.ledger.books.channels))
+        return [{"peer": peer, "reason": self._reason(peer)} for peer in without if self._reason(peer)]
+
     def _channel(self, balance: Any) -> dict[str, Any]:
         channel = self.ledger.books.channels[balance.peer]
         return {
@@ -470,5 +504,5 @@ class Accounts:
             "closed": self._closed(channel), "refills": len(channel.refills),
             "refill_declined": self.ledger.refills.declined.get(balance.peer, ""),
             "reconciled": self.ledger.is_reconciled(balance.peer),
-            "disagreement": self._reasons.get(balance.peer, "") if self._disagrees(balance.peer) else "",
+            "disagreement": self._reason(balance.peer),
         }  # fmt: skip

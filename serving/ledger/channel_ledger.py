@@ -65,7 +65,7 @@ from wwwserve.serving.ledger.exchange import (
 from wwwserve.serving.ledger.journal import Balance, Full, Journal
 from wwwserve.serving.ledger.journaled_books import JournaledBooks
 from wwwserve.serving.ledger.reconcile import Reconciler
-from wwwserve.serving.ledger.refills import Grant, Refiller
+from wwwserve.serving.ledger.refills import Grant, Refiller, terms
 from wwwserve.serving.ledger.stakes import Stakes
 from wwwserve.serving.ledger.statements import (
     GOING,
@@ -125,6 +125,7 @@ class ChannelLedger(JournaledBooks):
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
         self._floor: dict[str, int] = {}
+        self._unsure: set[str] = set()  # peers who asked for a channel, and may not have heard yet that it is open
         self._reconciler = Reconciler(self, self._add)
         self.refills = Refiller(self, identity, self.grants, self._add)
         self.closer = Closer(self, identity, closed, close_after_s, wall_clock, self._add)
@@ -301,6 +302,9 @@ class ChannelLedger(JournaledBooks):
                 return None
             opening = grant.opening(self.name, peer)
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
+        if peer in self._unsure:  # an answer that is still on its way may come after this
+            await self.durable()
+            return msgspec.json.encode(Open(channel.opening, sign(self.identity, "opening", channel.opening)))
         if not self.is_reconciled(peer):
             return msgspec.json.encode(self._ask(channel))
         proposal = self.refills.proposal(peer)
@@ -363,11 +367,11 @@ class ChannelLedger(JournaledBooks):
         own = sign(self.identity, "opening", opening)
         if channel is None:
             if message.opening != opening:
-                yours, ours = (amount / MICRO for amount in opening.amounts(peer))
-                begins = f"{yours:g} credits for you and {ours:g} for this node, by {opening.source}"
-                return Declined(f"the terms of the channel are others here: it begins with {begins}")
+                begins = f"it begins with {terms(*opening.amounts(peer))}, by {opening.source}"
+                return Declined(f"the terms of the channel are others here: {begins}")
             check(peer, "opening", opening, message.signature)
             self._add(Opened(peer, opening, own, message.signature))
+            self._unsure.add(peer)
         await self.durable()
         return Open(opening, own)
 
@@ -391,6 +395,7 @@ class ChannelLedger(JournaledBooks):
         """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
         self.books.channel(peer)  # of who has none nothing is kept
         self.asked[peer] += 1
+        self._unsure.discard(peer)
         self._knows(peer, ask.refills is not None)
         self.stakes.said[peer] = ask.epoch
         latest = self.stakes.latest.get(peer)
@@ -509,6 +514,7 @@ class ChannelLedger(JournaledBooks):
     def _on_opened(self, peer: str, answer: Open) -> None:
         """A channel is opened as was proposed, or as the peer has it since this node lost its journal, with less credit
         than is granted now: then the rest is added."""
+        self._unsure.discard(peer)
         if peer in self.books.channels:
             return
         grant, opening = self.grants.get(peer), answer.opening

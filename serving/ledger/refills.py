@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from wwwserve.agents.protocol import MICRO
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.ledger.channel import Channel, LedgerError
 from wwwserve.serving.ledger.entries import Event, Refilled
@@ -46,6 +47,11 @@ class Grant(NamedTuple):
         return least and most and names and len(opening.source) <= MOST_SOURCE
 
 
+def terms(yours: int, ours: int) -> str:
+    """What a channel has, micro-credits, as a peer is told."""
+    return f"{yours / MICRO:g} credits for you and {ours / MICRO:g} for this node"
+
+
 def take_over(channel: Channel, peer: str, refills: Iterable[Agreed], add: Callable[[Event], None]) -> None:
     """Add those that the peer has and that were not heard of here, or were forgotten. Raises StatementError and
     LedgerError."""
@@ -63,7 +69,7 @@ class Refiller:
     ) -> None:  # fmt: skip
         """`add` lets an entry take effect."""
         self.due: set[str] = set()  # peers to whom a refill is to be proposed
-        self.declined: dict[str, str] = {}  # why a peer does not agree to one
+        self.declined: dict[str, str] = {}  # why a peer does not agree to one, or what it asks for that is not granted
         self._ledger, self._identity, self._grants, self._add = ledger, identity, grants, add
 
     def next(self, peer: str) -> Refill | None:
@@ -78,6 +84,10 @@ class Refiller:
             if (a, b) != before:
                 return Refill(channel.digest, len(channel.refills) + 1, a, b, each.source)
         return None
+
+    def _of(self, peer: str, amounts: tuple[int, int]) -> tuple[int, int]:
+        """The peer's and the own, of amounts in the order of the two names."""
+        return amounts if peer < self._ledger.name else amounts[::-1]
 
     def is_less(self, peer: str) -> bool:
         """Whether less is configured than the channel has."""
@@ -107,8 +117,14 @@ class Refiller:
         if refill.number > len(channel.refills):
             if not knows_all:
                 return Declined("it is not known here yet what was added to the channel", refill.number)
-            if refill != self.next(peer):
-                return Declined("the credit to be added is other here", refill.number)
+            due = self.next(peer)
+            if refill != due:
+                asked = self._of(peer, (refill.amount_a, refill.amount_b))
+                here = self._of(peer, (due.amount_a, due.amount_b) if due is not None else channel.granted)
+                self.declined[peer] = (
+                    f"it asks for {asked[1] / MICRO:g} credits in all for this node and {asked[0] / MICRO:g} for itself"
+                )
+                return Declined(f"the credit to be added is other here: {terms(*here)} in all", refill.number)
             self._sign(peer, refill, message.signature)
         elif refill.number < 1 or refill != channel.refills[refill.number - 1].refill:
             return Declined("other credit was added to the channel", refill.number)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import resource
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ OK, WARNING, FAILED = "ok", "warning", "failed"
 SOON = timedelta(days=14)  # in which a certificate ends
 MOST_AHEAD_S = 5.0  # of a peer's clock, before it is worth a word
 SET_CLOCK = "set the clock that is wrong, and keep it so by NTP"
+_AMOUNT = r"(\d{1,9}(?:\.\d{1,9})?(?:e[+-]\d\d)?)"
+_TERMS = re.compile(f"{_AMOUNT} credits for you and {_AMOUNT} for this node")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -348,6 +351,7 @@ async def _peers(node: NodeConfig, identity: Identity, running: dict[str, Any] |
         return [*found, Finding("peers", OK, f"{len(there)} are there")]
     if not node.peers:
         return [Finding("peers", WARNING, "there are none", "wwwserve join FILE takes the card of one")]
+    found += _credit(node, running)
     answers = await asyncio.gather(*(ask(node, identity, peer.key, peer.url) for peer in node.peers))
     for peer, answer in zip(node.peers, answers, strict=True):
         if peer.key in {each["key"] for each in others}:
@@ -355,6 +359,32 @@ async def _peers(node: NodeConfig, identity: Identity, running: dict[str, Any] |
         heard = seen[peer.key]["there"] if peer.key in seen else None
         found.append(_peer(f"{peer.name or peer.key} at {peer.url}", answer, heard, node))
     return found
+
+
+def _credit(node: NodeConfig, running: dict[str, Any] | None) -> Iterator[Finding]:
+    """Of peers who do not agree on credit with this node, as its ledger heard from them."""
+    ledger = (running or {}).get("ledger")
+    if node.ledger is None or not ledger:
+        return
+    declined = {each["peer"]: each["reason"] for each in ledger.get("no_channel", [])}
+    adding = {each["peer"]: each["refill_declined"] for each in ledger["channels"]}
+    for peer in node.peers:
+        who, limits = f"{peer.name or peer.key} at {peer.url}", node.ledger.limits.get(peer.key)
+        said = declined.get(peer.key) or adding.get(peer.key)
+        if not said:
+            continue
+        what = "no channel is open with" if peer.key in declined else "no credit is added to the channel with"
+        if limits is None:
+            do = "all nodes of a network need the same genesis: compare them by `wwwserve genesis show`"
+            yield Finding("credit", WARNING, f"{what} {who}: {said}", do)
+            continue
+        told = _TERMS.search(said)
+        said = f"it has ours {float(told[2]):g}, theirs {float(told[1]):g} for this node" if told else said
+        yield Finding(
+            "credit", WARNING, f"{what} {who}: {said}, and `ledger.limits` here ours {limits.ours:g}, theirs "
+            f"{limits.theirs:g}", "what is `ours` on one side has to be `theirs` on the other: agree with its operator "
+            "on two numbers, correct `ledger.limits` of the two, and restart",
+        )  # fmt: skip
 
 
 def _peer(who: str, answer: Answer, heard: bool | None, node: NodeConfig) -> Finding:

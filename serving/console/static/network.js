@@ -2,7 +2,7 @@
 
 import { Chart, Series } from "./charts.js";
 import { byId, h, keyed, setText } from "./dom.js";
-import { NONE, amount, count, number, perSecond, percent, seconds } from "./format.js";
+import { NONE, amount, count, number, perSecond, percent, seconds, shortKey } from "./format.js";
 import { Graph, Rates } from "./graph.js";
 import { Changes, start } from "./shell.js";
 import { Table } from "./tables.js";
@@ -63,6 +63,24 @@ const table = new Table(byId("nodes"), {
     { label: "Money", number: true, of: (n) => (n.has_ledger ? { text: `${amount(n.paid)} paid`, note: `${amount(n.earned)} earned` } : NONE) },
   ],
 });
+
+const otherName = (other) => other.label || shortKey(other.key);
+
+const othersTable = new Table(byId("others"), {
+  label: "Peers of other versions", empty: "",
+  columns: [
+    { label: "Peer", head: true, of: (o) => ({ text: otherName(o), note: shortKey(o.key), title: o.url }) },
+    { label: "Seen by", of: (o) => nameOf(o.node) },
+    { label: "State", of: (o) => ({ text: "▲ other version", class: "warn", note: o.reason, wide: true }) },
+  ],
+});
+// Peers with which a node has no version of the protocol in common, of nodes that answer.
+function others(nodes) {
+  const found = nodes.filter((node) => node.answers).flatMap((node) => node.other_versions.map((other) => ({ ...other, node, id: `${node.url} ${other.key}` })));
+  byId("others-panel").hidden = !found.length;
+  othersTable.update(found, (other) => other.id);
+  return found.map((other) => [other.id, ["other", `${otherName(other)}, a peer of ${nameOf(other.node)}, ${other.reason}`, "note"]]);
+}
 
 function link(nodes) {
   for (const row of table.body.children) {
@@ -136,6 +154,6 @@ start({
     draw(nodes);
     table.update(nodes, (node) => node.url, (node) => (node.answers ? "" : "gone"));
     link(nodes);
-    changes.look(new Map(nodes.map((node) => [node.url, [stateOf(node)[0], `${nameOf(node)} ${BECAME[stateOf(node)[0]]}`, stateOf(node)[2]]])));
+    changes.look(new Map([...nodes.map((node) => [node.url, [stateOf(node)[0], `${nameOf(node)} ${BECAME[stateOf(node)[0]]}`, stateOf(node)[2]]]), ...others(nodes)]));
   },
 });
