@@ -253,7 +253,7 @@ def test_one_that_is_put_back_to_before_a_closing_learns_of_it(
         before = sides.own()
         sides.put_back(who)
         await sides.settle_down()
-        if not (empty and not reopened):  # else who lost all learns of it when it is opened again
+        if not (empty and not reopened and who is A):  # who wants no channel, and lost all, is told nothing
             assert sides.is_closed() == ((False, False) if reopened else (True, True))
             mirrored(sides)
             assert sides.own() == before
@@ -516,5 +516,55 @@ def test_credit_is_conserved_through_whatever_is_paid_added_closed_opened_lost_a
         await sides.settle_down(80)
         mirrored(sides)
         assert sides.is_closed() == (False, False) and sum(each.free for each in sides.own()) == sum(most)
+
+    play(scene)
+
+
+def test_one_that_is_put_back_to_before_all_that_both_signed_learns_of_it_though_the_other_closed_alone_since(
+    sides: Closing_,
+) -> None:
+    async def scene() -> None:
+        await sides.exchange()
+        paid(sides, 1000)
+        await sides.exchange()
+        sides.copy(B)
+        await sides.exchange()
+        for closed in (True, False):
+            sides.configured(A, closed=closed)
+            await sides.exchange()
+        paid(sides, 500)
+        await sides.exchange()
+        sides.configured(A, closed=True)
+        sides.now_s += WAIT_S
+        sides.a.close_silent()
+        assert sides.is_closed() == (True, False)
+        sides.put_back(B)
+        await sides.settle_down()
+        assert sides.is_closed() == (True, True) and sides.a.books.channels[B.name].is_agreed
+        mirrored(sides)
+        assert sides.own()[1].free == CREDIT + 15 * MICRO // 10
+
+    play(scene)
+
+
+def test_one_that_lost_all_and_wants_no_channel_agrees_to_the_end_of_the_one_that_its_peer_closed_alone(
+    sides: Closing_,
+) -> None:
+    async def scene() -> None:
+        sides.copy(A)
+        await sides.exchange()
+        paid(sides, 1000)
+        await sides.exchange()
+        sides.configured(B, closed=True)
+        sides.now_s += WAIT_S
+        sides.b.close_silent()
+        sides.put_back(A)
+        sides.apart = frozenset((A.name, B.name))
+        sides.kill(A)
+        sides.kill(B)  # which asks
+        await sides.settle_down()
+        assert sides.is_closed() == (True, True) and sides.b.books.channels[A.name].is_agreed
+        mirrored(sides)
+        nothing_goes(sides)
 
     play(scene)

@@ -29,7 +29,7 @@ from wwwserve.serving.ledger.token_rate import TokenRate
 ROOT = Path(__file__).resolve().parent.parent
 ALL = tuple(ADVERSARIES)
 NEW = ("withholder", "freeloader", "forger", "judge buyer", "crowd")
-EARLIER = tuple(name for name in ALL if name not in NEW)
+EARLIER = tuple(name for name in ALL if name not in (*NEW, "leaver"))
 
 
 def of_machines(drawn: Drawn) -> Drawn:

@@ -92,7 +92,8 @@ class Channel(msgspec.Struct):
     conflict: bool = False  # it signed two vouchers of one number
     refills: list[Agreed] = []
     leaving_ms: int = 0  # since when it is to be closed; 0: it is not
-    ended: Ended | None = None  # how it was closed or opened again last
+    ended: Ended | None = None  # how it was closed or opened again last,
+    ended_before: Ended | None = None  # and by both, where the owner has closed it alone since
 
     @property
     def is_closed(self) -> bool:
@@ -103,6 +104,11 @@ class Channel(msgspec.Struct):
     def is_agreed(self) -> bool:
         """Whether both have signed what was said last about its end."""
         return self.ended is None or self.ended.is_agreed
+
+    @property
+    def ended_by_both(self) -> Ended | None:
+        """How both closed or opened it again last."""
+        return self.ended if self.is_agreed else self.ended_before
 
     @property
     def closings(self) -> int:
@@ -373,6 +379,7 @@ class Books:
         channel.paid_number, channel.paid_total, channel.paid_head = other.number, other.total, other.head
         channel.acked, channel.unacked, channel.unacked_amounts, channel.unacked_locked = own.number, [], [], 0
         channel.open, channel.advanced, channel.taken, channel.earned, channel.delivered = {}, {}, {}, {}, {}
+        channel.ended_before = None if event.ended.is_agreed else channel.ended_by_both
         channel.ended, channel.leaving_ms = event.ended, 0
 
     def _noted(self, event: Noted) -> None:

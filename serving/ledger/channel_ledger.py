@@ -149,9 +149,10 @@ class ChannelLedger(JournaledBooks):
     def _add(self, event: Event) -> None:
         before = self.books.channel(event.peer).short if isinstance(event, Closed) else 0
         super()._add(event)
+        if isinstance(event, Closed | Opened):
+            self.closer.begin()  # it may be open again, and is to be closed
         if isinstance(event, Closed):
             _warn_of(event.peer, self.books.channel(event.peer).short - before)
-            self.closer.begin()  # it may be open again, and is to be closed
             self._reconciler.closed(event.peer)
             self.refills.look(event.peer, event.peer in self.closer.able)
 
@@ -284,7 +285,7 @@ class ChannelLedger(JournaledBooks):
         """Whether there is something to send to a peer."""
         channel = self.books.channels.get(peer)
         if channel is None:
-            return peer in self.grants and peer not in self.closer.wanted
+            return peer in self.grants and not self.closer.opens_none(peer)
         if not self.is_reconciled(peer) or peer in self._reconciler.again or peer in self.refills.due:
             return True
         return self._has_to_vouch(peer, channel) or (peer in self.closer.able and self.closer.has_to_tell(peer))
@@ -298,7 +299,7 @@ class ChannelLedger(JournaledBooks):
         channel = self.books.channels.get(peer)
         if channel is None:
             grant = self.grants.get(peer)
-            if grant is None or peer in self.closer.wanted:
+            if grant is None or self.closer.opens_none(peer):
                 return None
             opening = grant.opening(self.name, peer)
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
@@ -359,19 +360,20 @@ class ChannelLedger(JournaledBooks):
         return msgspec.json.encode(answer)
 
     async def _on_open(self, peer: str, message: Open) -> Answer:
-        grant = self.grants.get(peer)
+        grant, channel = self.grants.get(peer), self.books.channels.get(peer)
+        if channel is not None:  # which a peer has forgotten that lost its journal
+            await self.durable()
+            return Open(channel.opening, sign(self.identity, "opening", channel.opening))
         if grant is None or peer in self.closer.wanted:
             return Declined("nothing was granted to you")
-        channel = self.books.channels.get(peer)
-        opening = channel.opening if channel is not None else grant.opening(self.name, peer)
+        opening = grant.opening(self.name, peer)
+        if message.opening != opening:
+            begins = f"it begins with {terms(*opening.amounts(peer))}, by {opening.source}"
+            return Declined(f"the terms of the channel are others here: {begins}")
+        check(peer, "opening", opening, message.signature)
         own = sign(self.identity, "opening", opening)
-        if channel is None:
-            if message.opening != opening:
-                begins = f"it begins with {terms(*opening.amounts(peer))}, by {opening.source}"
-                return Declined(f"the terms of the channel are others here: {begins}")
-            check(peer, "opening", opening, message.signature)
-            self._add(Opened(peer, opening, own, message.signature))
-            self._unsure.add(peer)
+        self._add(Opened(peer, opening, own, message.signature))
+        self._unsure.add(peer)
         await self.durable()
         return Open(opening, own)
 
@@ -393,7 +395,10 @@ class ChannelLedger(JournaledBooks):
 
     async def _on_ask(self, peer: str, ask: Ask) -> Answer:
         """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
-        self.books.channel(peer)  # of who has none nothing is kept
+        if peer in self.grants and peer not in self.books.channels:
+            self.closer.forgotten.add(peer)
+            self.changed.add(peer)
+        self.books.channel(peer)  # of who has none nothing else is kept
         self.asked[peer] += 1
         self._unsure.discard(peer)
         self._knows(peer, ask.refills is not None)

@@ -37,6 +37,7 @@ class Closer:
         `add` lets an entry take effect."""
         self.wanted = frozenset(wanted)
         self.able: set[str] = set()  # peers whose release knows closings
+        self.forgotten: set[str] = set()  # peers that speak of a channel that is not known here
         self._joined: set[str] = set()  # peers that close, with whose closing the own chain had to be put right
         self._counts: Counter[str] = Counter()
         self._shut: set[str] = set()  # peers that do not open a channel again
@@ -49,6 +50,10 @@ class Closer:
             leaves = peer in self.wanted and not channel.is_closed
             if leaves != bool(channel.leaving_ms):
                 self._add(Leaving(peer, max(1, int(1000 * self._wall_clock())) if leaves else 0))
+
+    def opens_none(self, peer: str) -> bool:
+        """Whether a channel that is not known here is not to be opened, not even to learn how it is closed."""
+        return peer in self.wanted and peer not in self.forgotten
 
     def expire(self) -> list[str]:
         """Peers of whom enough was waited for: their channels are to be closed alone."""

@@ -60,8 +60,9 @@ class Reconciler:
             Unpaid(id, taken.request, taken.terms, channel.earned.get(id, 0))
             for id, taken in sorted(channel.taken.items())
         ]
-        known = channel.ended is not None and channel.ended.closing.number <= ask.closings
-        ended = None if known else channel.ended
+        ended = channel.ended_by_both  # one that the own node signed alone is proposed
+        if ended is not None and ended.closing.number <= ask.closings:
+            ended = None
         refills = tuple(channel.refills[ask.refills :]) if ask.refills is not None else ()
         return Known(vouches, channel.taken_id, tuple(unpaid[:MOST_UNPAID]), stake, refills, epoch, ended)
 

@@ -27,7 +27,8 @@ PROG = "wwwserve world"
 
 _SHOWN = {
     "dealings": "dealings", "most_lost_of_exposure": "most lost", "most_lost_of_exposure_with_restarts": "restarts",
-    "gain": "gain", "income": "income", "spent": "spent", "earned": "earned",
+    "gain": "gain", "income": "income", "spent": "spent", "closings": "closings",
+    "earned": "earned",
 }  # fmt: skip
 _BESIDE = {"honest_earned": "honest", "better_off": "better", "better_off_ci95": "+-", "staked_lost": "stake"}
 
@@ -122,6 +123,7 @@ def _losses(dealings: Sequence[Dealing]) -> dict[str, float]:
         "gain": mean(each.gain for each in dealings),
         "income": mean(each.income for each in dealings),
         "spent": mean(each.spent for each in dealings),
+        "closings": round(sum(each.closings for each in dealings) / len(dealings), 3),
     }
 
 

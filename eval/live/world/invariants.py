@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from wwwserve.agents.protocol import ESCROW
 from wwwserve.eval.live.simulation.loop import current
+from wwwserve.eval.live.world.closings import ClosingJudge
 from wwwserve.eval.live.world.duels import DuelJudge
 from wwwserve.eval.live.world.engine import MARK, WORD_BYTES, word
 from wwwserve.eval.live.world.nodes import Network, Node
@@ -34,6 +35,7 @@ class Dealing(NamedTuple):
     tolerated: int  # of either
     income: int  # what the peer was paid by the honest node
     spent: int  # what the peer paid it
+    closings: int  # of their channel, and reopenings
 
     @property
     def lost(self) -> int:
@@ -53,10 +55,11 @@ class Judge:
         self.found: list[str] = []
         self.world: Network
         self.duels: DuelJudge
+        self.closings: ClosingJudge
 
     def begin(self, world: Network) -> None:
         """Judge this one."""
-        self.world, self.duels = world, DuelJudge(world, self.say)
+        self.world, self.duels, self.closings = world, DuelJudge(world, self.say), ClosingJudge(world, self.say)
 
     def say(self, violation: str) -> None:
         """Something does not hold."""
@@ -122,6 +125,7 @@ class Judge:
                 if channel.accounts[OWN, ESCROW] > most or channel.accounts[PEER, ESCROW] > most:
                     self.say(f"{name}: more is in escrow than {most}: {balance}")
             self.duels.look(node)
+            self.closings.look(node)
         for node, dealing in self._dealings():
             self._check_loss(node, dealing)
 
@@ -149,8 +153,8 @@ class Judge:
                             truth.delivered[node.name, peer] - channel.paid_total,
                             channel.total - truth.worth(node.name, peer),
                             max(tolerated(0, channel.paid_total), tolerated(0, channel.total)) + len(channel.taken)
-                            + channel.paid_number + channel.number,
-                            channel.total, channel.paid_total,
+                            + self.world.ends.receipts[node.name, peer],
+                            channel.total, channel.paid_total, self.world.ends.count(node.name, peer),
                         ),
                     )
                 )  # fmt: skip
@@ -173,9 +177,10 @@ class Judge:
             "held": of.provider.held, "in the engine": len(of.execution.here), "handed over": len(of.delegation.handed),
             "offered": len(of.delegation.under_way), "of peers": of.metrics.remote_now,
             "in its ledger": len(ledger._running), "not written": ledger._added - ledger._written,
-            "told again": len(ledger._reconciler.again), "duels": of.delegation.duels.open,
+            "duels": of.delegation.duels.open,
         }  # fmt: skip
         honest = {each.name for each in self.honest}
+        counts["told again"] = len(honest & ledger._reconciler.again.keys())
         if of.accounts is not None:
             counts["untold"] = sum(len(of.accounts._untold.get(name, ())) for name in honest)
         for peer, channel in ledger.books.channels.items():
@@ -210,9 +215,17 @@ class Judge:
                 pair = f"{self.honest[k].host.name} and {self.world.by_name[other.owner].host.name}"
                 for problem in compare(one, other):
                     self.say(f"{pair}: {problem}")
-                if not settled(one, other):
+                if not settled(one, other) and not self._wants_to_know_nothing(one.owner, other.owner):
                     self.say(f"{pair}: they own different amounts, or something is under way")
+        self.closings.end()
         self.duels.end([node for node in self.honest if node.host.up])
+
+    def _wants_to_know_nothing(self, one: str, other: str) -> bool:
+        """Whether one of two that are to have no channel has forgotten that it was closed: nobody tells it again."""
+        for node, peer in ((self.world.by_name[one], other), (self.world.by_name[other], one)):
+            if node.forgot and peer not in node.ledger.books.channels and peer in node.ledger.closer.wanted:
+                return True
+        return False
 
     def _end_node(self, node: Node) -> None:
         name = node.host.name

@@ -18,7 +18,7 @@ from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.eval.live.simulation.membership import Members, MemoryMembership
 from wwwserve.eval.live.simulation.network import Exchange, Host, MemoryNetwork, MemoryTransport
 from wwwserve.eval.live.world.engine import WORD_BYTES, WordEngine, WordServer
-from wwwserve.eval.live.world.truth import Got, Truth, most_tokens, text_tokens
+from wwwserve.eval.live.world.truth import Ends, Got, Truth, most_tokens, text_tokens
 from wwwserve.serving.config import CatalogueProfile, EngineConfig, LengthsConfig, MarketConfig, NodeConfig
 from wwwserve.serving.delegation import PROMPT, TARIFF
 from wwwserve.serving.dispatcher import Dispatcher, RemoteRequest
@@ -34,6 +34,10 @@ from wwwserve.serving.http.routes import App
 from wwwserve.serving.http.sse import LAST_EVENT
 from wwwserve.serving.ledger.accounts import ESCROW, TOLERANCE_S, Came, Delivery
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Grant
+from wwwserve.serving.ledger.entries import Closed, Credited, Event, Recovered, Settled
+from wwwserve.serving.ledger.exchange import Acknowledged
+from wwwserve.serving.ledger.exchange import Answer as Replied
+from wwwserve.serving.ledger.statements import Vouch
 from wwwserve.serving.ledger.verdicts import Answer, Vote, committed
 from wwwserve.serving.metrics import Metrics
 from wwwserve.serving.node_provider import NodeProvider
@@ -141,8 +145,8 @@ class Node:
             Rule(self.policy), config.engine_profile(), config.agreed(), seed=world.seed * 64 + self.row,
             mean_prompt=40.0, mean_output=OUTPUT.median,
         )  # fmt: skip
-        ledger = self.ledger = ChannelLedger(
-            self.identity, host.disk.journal(self.name), world.grants(self), world.funds(), agreed=True,
+        ledger = self.ledger = WatchedLedger(
+            self, self.identity, host.disk.journal(self.name), world.grants(self), world.funds(), agreed=True,
             exposure=world.agreed.exposure, payment=world.agreed.payment,
             slack_ms=int(milliseconds(RTT_S + TOLERANCE_S)),
             closed=world.apart(self), close_after_s=world.agreed.close_after_s, wall_clock=host.wall_s,
@@ -175,7 +179,7 @@ class Network:
         """`places`: requests at once in the engine of each node; `policies`: names of their rules."""
         self.loop, self.network, self.seed, self.agreed = loop, network, seed, agreed
         self.places, self.policies = places, policies
-        self.truth = Truth(agreed.payment, RTT_S + TOLERANCE_S)
+        self.truth, self.ends = Truth(agreed.payment, RTT_S + TOLERANCE_S), Ends()
         self.names = [identity(row).name for row in range(len(strategies))]
         self.members = Members(network, {name: f"n{row}" for row, name in enumerate(self.names)})
         self.strategies = strategies
@@ -208,6 +212,32 @@ class Network:
     def funds(self) -> dict[str, int]:
         """What each may have at stake."""
         return dict.fromkeys(self.granted(), self.agreed.stake)
+
+
+class WatchedLedger(ChannelLedger):
+    """One that tells the truth of what it signed, if its node is honest."""
+
+    def __init__(self, node: Node, *given: Any, **more: Any) -> None:
+        self.node = node
+        super().__init__(*given, **more)
+
+    def _add(self, event: Event) -> None:
+        super()._add(event)
+        ends, name = self.node.world.ends, self.name
+        if not self.node.honest:
+            return
+        if isinstance(event, Closed):
+            ends.closed(name, event.peer, len(self.node.runs), event.ended.closing)
+        elif isinstance(event, Settled | Credited | Recovered):
+            ends.receipts[name, event.peer] += 1 if isinstance(event, Settled) else len(event.receipts)
+            ends.signed[name, event.peer] = max(ends.signed[name, event.peer], self.books.channel(event.peer).total)
+
+    async def _on_voucher(self, peer: str, vouch: Vouch) -> Replied:
+        answer = await super()._on_voucher(peer, vouch)
+        if self.node.honest and isinstance(answer, Acknowledged):
+            ends, total = self.node.world.ends, vouch.voucher.state.total
+            ends.vouched[self.name, peer] = max(ends.vouched[self.name, peer], total)
+        return answer
 
 
 class WatchedDispatcher(Dispatcher):

@@ -15,11 +15,12 @@ from wwwserve.eval.live.world.adversaries import (
 )
 from wwwserve.eval.live.world.griefer import Griefer, Mixed
 from wwwserve.eval.live.world.judge_buyers import Crowd, JudgeBuyer
+from wwwserve.eval.live.world.leaver import Leaver
 from wwwserve.eval.live.world.nodes import Strategy
 
 _KINDS: tuple[type[Strategy], ...] = (
     FreeRider, Inflater, Staller, Liar, Replayer, Equivocator, Griefer, Robber, Sybil, Mixed, Withholder, Freeloader,
-    Forger, JudgeBuyer, Crowd,
+    Forger, JudgeBuyer, Crowd, Leaver,
 )  # fmt: skip
 ADVERSARIES = {each.name: each for each in _KINDS}
 

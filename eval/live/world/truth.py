@@ -1,12 +1,13 @@
 """What went between nodes, counted as whoever sees all would: independent of what any of them writes down."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
+from typing import NamedTuple
 
 from wwwserve.agents.protocol import MICRO, PER_REQUEST, milliseconds
 from wwwserve.eval.live.world.engine import WORD_BYTES
 from wwwserve.serving.ledger.channel_ledger import PROMPT_SLACK, due_of
-from wwwserve.serving.ledger.statements import MOST_AMOUNT, PART, WHOLE, Served, Terms
+from wwwserve.serving.ledger.statements import MOST_AMOUNT, PART, WHOLE, Closing, Served, Terms
 from wwwserve.serving.market import Promise, Tariff
 
 _CONTENT = re.compile(rb'"content":"([^"]*)"')
@@ -71,3 +72,33 @@ class Truth:
             for got in self.got[origin, executor]
             if got.taken
         )
+
+
+class Stated(NamedTuple):
+    """By a closing or a reopening that an honest node took for good, and what was known before it; micro-credits."""
+
+    node: str
+    peer: str
+    run: int
+    closing: Closing
+    signed: int  # what the node had settled in all
+    vouched: int  # what it had acknowledged to be paid in all
+
+
+class Ends:
+    """What honest nodes signed of their channels, for good: written down by `nodes.WatchedLedger`."""
+
+    def __init__(self) -> None:
+        self.signed: defaultdict[tuple[str, str], int] = defaultdict(int)  # by payer and payee
+        self.vouched: defaultdict[tuple[str, str], int] = defaultdict(int)  # by payee and payer
+        self.receipts: Counter[tuple[str, str]] = Counter()  # by the node that has them, and its peer
+        self.stated: list[Stated] = []
+
+    def closed(self, node: str, peer: str, run: int, closing: Closing) -> None:
+        """A node closes or opens a channel."""
+        known = self.signed[node, peer], self.vouched[node, peer]
+        self.stated.append(Stated(node, peer, run, closing, *known))
+
+    def count(self, node: str, peer: str) -> int:
+        """Closings and reopenings of a node with a peer, in all of its runs."""
+        return sum((each.node, each.peer) == (node, peer) for each in self.stated)
