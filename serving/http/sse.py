@@ -257,10 +257,10 @@ def written_bytes(choice: dict[str, Any]) -> tuple[int, int]:
     for name in (PLAIN_TEXT,) if part is choice else TEXTS:
         said = part.get(name)
         if isinstance(said, str):
-            size += len(said.encode())
+            size += _size(said)
         elif isinstance(said, list):
             texts = (each.get("text") for each in said if isinstance(each, dict))
-            size += sum(len(text.encode()) for text in texts if isinstance(text, str))
+            size += sum(_size(text) for text in texts if isinstance(text, str))
     for name in CALLS:
         if part.get(name):
             try:
@@ -268,6 +268,11 @@ def written_bytes(choice: dict[str, Any]) -> tuple[int, int]:
             except TypeError:  # nested deeper than orjson writes
                 continue
     return size, calls
+
+
+def _size(text: str) -> int:
+    """Bytes of a text, of which most are ASCII and need no copy."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def usage_of(told: dict[str, Any]) -> Usage | None:
