@@ -325,7 +325,8 @@ def write_nodes(
 
 
 class Network(NamedTuple):
-    """A network that runs: URLs and keys of its nodes, URLs of their engines, its processes, and the nodes' files."""
+    """A network that runs: URLs and keys of its nodes, URLs of their engines, its processes, the nodes' files, and the
+    URLs where they show themselves."""
 
     urls: list[str]
     keys: list[str]
@@ -333,6 +334,7 @@ class Network(NamedTuple):
     engines: list[Process]
     nodes: list[Process]
     files: list[NodeFiles]
+    pages: list[str]
 
 
 @contextmanager
@@ -356,9 +358,10 @@ def started(
         urls = [each.url for each in files]
         nodes = [made.start(f"node {k + 1}", each.command(cores[k] if cores else None)) for k, each in enumerate(files)]
         try:
-            keys = {each.url: each.key for each in files}
-            made.wait(urls, lambda url: sees(url, len(urls) - 1, keys[url]), ready_s)
-            yield Network(urls, [each.key for each in files], engine_urls, engines, nodes, files)
+            pages = [_pages(node, url) for node, url in zip(configured, urls, strict=True)]
+            keys = {url: each.key for url, each in zip(pages, files, strict=True)}
+            made.wait(pages, lambda url: sees(url, len(urls) - 1, keys[url]), ready_s)
+            yield Network(urls, [each.key for each in files], engine_urls, engines, nodes, files, pages)
         finally:
             made.stop(*nodes)  # before their engines
 
@@ -366,6 +369,11 @@ def started(
 def _engine_urls(node: Mapping[str, Any]) -> list[str]:
     url = node["engine"]["url"]
     return [url] if isinstance(url, str) else list(url)
+
+
+def _pages(node: Mapping[str, Any], url: str) -> str:
+    """Where a node shows itself: at its URL, or, as with TLS nobody else knows its certificate, at a listener apart."""
+    return local_urls([node["admin"]["port"]])[0] if "admin" in node else url
 
 
 def _measure(configured: Sequence[dict[str, Any]]) -> None:

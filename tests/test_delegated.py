@@ -16,3 +16,11 @@ def test_requests_are_handed_over_signed_and_paid_and_their_parts_timed(tmp_path
     assert min(share["signed"], share["signed_and_paid"]) > share["own_engine"]
     assert set(found["split_us"]) == {"sign", "verify", "journal_origin", "journal_executor"}
     assert all(value > 0 for value in found["split_us"].values())
+
+
+def test_requests_are_handed_over_without_and_with_tls(tmp_path: Path) -> None:
+    out = tmp_path / "delegated.json"
+    assert delegated.main(["--tls", "--seconds", "1", "--connections", "4", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert list(found) == ["signed", "signed_tls", "signed_and_paid", "signed_and_paid_tls"]
+    assert all(each["handed_over"] > each["requests"] / 2 for each in found.values())

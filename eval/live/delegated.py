@@ -5,6 +5,8 @@ is asked has a core to itself; the second node, both engines and the client shar
 no measure of the first: `cpu_us` is the CPU time for a request of each of the two, and `one_core_carries_per_s` what a
 core could carry of it. Measured without a ledger and with one, and beside that a node with a ledger that runs requests
 on its own engine. `split_us` is what signing, verifying and the journal take of it, each timed alone in this process.
+With `--tls` what is handed over is measured without and with `tls`, for the client and between the nodes, and nothing
+else.
 """
 
 import asyncio
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import uvloop
 
@@ -40,10 +42,12 @@ TOGETHER = 32  # entries in a transaction, for the split
 PATH = "/peer/v1/chat/completions"
 
 
-async def measure(port: int, pids: Sequence[int], seconds: float, connections: int) -> dict[str, Any]:
-    """Keep asking at `port`; CPU time of the processes for a request."""
+async def measure(
+    port: int, pids: Sequence[int], seconds: float, connections: int, tls: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """Keep asking at `port`, which speaks TLS if `tls`; CPU time of the processes for a request."""
     wire = overhead.request(port, False)
-    callers = [await overhead.connect(port) for _ in range(connections)]
+    callers = [await overhead.connect(port, tls) for _ in range(connections)]
     times: list[float] = []
     for _ in range(200):
         start_s = time.perf_counter()
@@ -134,8 +138,23 @@ def timed(repeats: int, act: Callable[[], object]) -> float:
     return 1e6 * (time.process_time() - start_s) / repeats
 
 
-def run(seconds: float, connections: int, repeats: int) -> dict[str, Any]:
-    """Measure all of it. Raises NetworkError for what does not start."""
+class Measured(NamedTuple):
+    """One network of two nodes."""
+
+    name: str
+    accounts: Accounts | None = ACCOUNTS
+    own_engine: bool = False  # requests are not handed over
+    tls: bool = False
+
+
+def run(seconds: float, connections: int, repeats: int, tls: bool = False) -> dict[str, Any]:
+    """Measure all of it, or with `tls` what is handed over without and with TLS. Raises NetworkError for what does not
+    start."""
+    plain = [Measured("signed", None), Measured("signed_and_paid")]
+    if tls:
+        all_of_it = [each for one in plain for each in (one, one._replace(name=f"{one.name}_tls", tls=True))]
+    else:
+        all_of_it = [*plain, Measured("own_engine", own_engine=True)]
     cores = sorted(os.sched_getaffinity(0))
     results: dict[str, Any] = {}
     full_port, engine_port = free_ports(2)
@@ -143,34 +162,32 @@ def run(seconds: float, connections: int, repeats: int) -> dict[str, Any]:
         for option, port in (("--serve-full", full_port), ("--serve-engine", engine_port)):
             command = [sys.executable, "-m", "wwwserve.eval.live.delegated", option, str(port)]
             overhead.pinned(engines, option, command, cores[-1], port)
-        for name, accounts, ports in (
-            ("signed", None, (full_port, engine_port)), ("signed_and_paid", ACCOUNTS, (full_port, engine_port)),
-            ("own_engine", ACCOUNTS, (engine_port, engine_port)),
-        ):  # fmt: skip
-            nodes = [
-                configured(k, port, engine) for k, (port, engine) in enumerate(zip(free_ports(2), ports, strict=True))
-            ]
+        for name, accounts, own_engine, secure in all_of_it:
+            listening = zip(free_ports(2), (engine_port if own_engine else full_port, engine_port), strict=True)
+            nodes = [configured(k, port, engine, secure) for k, (port, engine) in enumerate(listening)]
             with (
                 started(nodes, [], accounts=accounts, cores=(cores[0], cores[-1])) as network,
                 overhead.only_core(cores[-1]),
             ):
-                asked = network.urls[0]
                 if accounts:
-                    for url in network.urls:
+                    for url in network.pages:
                         _wait_for_channel(url)
                 pids = [process.pid for process in network.nodes]
-                results[name] = uvloop.run(measure(nodes[0]["port"], pids, seconds, connections))
-                results[name]["handed_over"] = look(asked)["requests"]["handed_over"]
+                results[name] = uvloop.run(measure(nodes[0]["port"], pids, seconds, connections, secure))
+                results[name]["handed_over"] = look(network.pages[0])["requests"]["handed_over"]
             print(f"{name}: {results[name]}", flush=True)
+    if tls:
+        return results
     results["split_us"] = split(repeats)
     print(f"split_us: {results['split_us']}", flush=True)
     return results
 
 
-def configured(k: int, port: int, engine: int) -> dict[str, Any]:
+def configured(k: int, port: int, engine: int, tls: bool = False) -> dict[str, Any]:
     """The configuration of a node before the engine at that port."""
     [url] = local_urls([engine])
-    return {
+    secured: dict[str, Any] = {"tls": {}, "admin": {"port": free_ports(1)[0]}} if tls else {}
+    return secured | {
         "name": f"n{k}", "port": port, "policy": "earliest_finish", "engine": {"url": url, "profile": overhead.PROFILE},
         "log": "error",
     }  # fmt: skip
@@ -195,6 +212,8 @@ class Args:
     """requests at once"""
     repeats: Annotated[int, Range(TOGETHER)] = 3200
     """of each part that is timed"""
+    tls: bool = False
+    """measure without and with TLS what is handed over, and nothing else"""
     json: File = None
     """write the figures to this file"""
     serve_engine: int | None = None
@@ -215,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.serve_engine is not None:
         uvloop.run(overhead.serve_engine(args.serve_engine))
     else:
-        results = run(args.seconds, args.connections, args.repeats)
+        results = run(args.seconds, args.connections, args.repeats, args.tls)
         if args.json:
             write_json(args.json, results)
     return 0

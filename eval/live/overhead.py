@@ -5,12 +5,14 @@ another: a node with its policy, the same node where one request in twenty is tr
 collector, too), a plain FastAPI application that passes requests on with httpx, and vLLM's router, which is written in
 Rust, where it is installed (`pip install -e '.[bench]'`). All are asked over kept connections. `added_p50_ms` is the
 difference of median latencies, one request at a time, direct and not in turn; `requests_per_s` is with `--connections`
-at once; `cpu_us_per_chunk` is the CPU time of the process for each chunk of a stream.
+at once; `cpu_us_per_chunk` is the CPU time of the process for each chunk of a stream. With `--tls` the node is measured
+without and with `tls`, and nothing else.
 """
 
 import asyncio
 import json
 import os
+import ssl
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,7 +51,10 @@ ANSWER = json.dumps(
         "usage": {"prompt_tokens": 20, "completion_tokens": 50, "total_tokens": 70},
     }
 ).encode()  # fmt: skip
-NODES = {"node": None, "node_traced_5_percent": 0.05, "node_traced": 1.0}  # by the share of requests that are traced
+NODES: dict[str, dict[str, Any]] = {  # what is configured
+    "node": {}, "node_traced_5_percent": {"tracing": {"sample": 0.05}}, "node_traced": {"tracing": {"sample": 1.0}},
+}  # fmt: skip
+WITH_TLS: dict[str, dict[str, Any]] = {"node": {}, "node_tls": {"tls": {}}}
 CHUNK = b'data: {"id":"1","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"word "}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 METRICS = b"vllm:num_requests_running 0\nvllm:num_requests_waiting 0\nvllm:kv_cache_usage_perc 0\n"
@@ -181,9 +186,12 @@ class Caller(asyncio.Protocol):
         return answer
 
 
-async def connect(port: int) -> Caller:
-    """A connection to a port of this machine."""
-    _, caller = await asyncio.get_running_loop().create_connection(Caller, "127.0.0.1", port)
+async def connect(port: int, tls: bool = False) -> Caller:
+    """A connection to a port of this machine. With `tls`, to a node, whose certificate is of its own key."""
+    context = ssl.create_default_context() if tls else None
+    if context is not None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    _, caller = await asyncio.get_running_loop().create_connection(Caller, "127.0.0.1", port, ssl=context)
     return caller
 
 
@@ -203,11 +211,11 @@ async def keep_asking(callers: Sequence[Caller], wire: bytes, seconds: float) ->
 
 
 async def measure(
-    pid: int, port: int, engine_port: int, calls: int, seconds: float, connections: int
+    pid: int, port: int, engine_port: int, calls: int, seconds: float, connections: int, tls: bool = False
 ) -> dict[str, float]:
-    """What stands at `port` adds to the engine."""
+    """What stands at `port` adds to the engine; it speaks TLS, if `tls`."""
     wire, direct_wire = request(port, False), request(engine_port, False)
-    through, direct = await connect(port), await connect(engine_port)
+    through, direct = await connect(port, tls), await connect(engine_port)
     times: tuple[list[float], list[float]] = ([], [])
     for k in range(calls + 100):
         for caller, what, kept in ((direct, direct_wire, times[0]), (through, wire, times[1])):
@@ -215,7 +223,7 @@ async def measure(
             await caller.request(what)
             if k >= 100:
                 kept.append(time.perf_counter() - start_s)
-    callers = [await connect(port) for _ in range(connections)]
+    callers = [await connect(port, tls) for _ in range(connections)]
     used_s = cpu_s(pid)
     asked, took_s = await keep_asking(callers, wire, seconds)
     used_s = cpu_s(pid) - used_s
@@ -254,8 +262,9 @@ def only_core(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def run(calls: int, seconds: float, connections: int, policy: str | None) -> dict[str, Any]:
-    """Measure the node and what stands beside it. Raises NetworkError for what does not start."""
+def run(calls: int, seconds: float, connections: int, policy: str | None, tls: bool = False) -> dict[str, Any]:
+    """Measure the node and what stands beside it, or the node without and with `tls`. Raises NetworkError for what does
+    not start."""
     cores = sorted(os.sched_getaffinity(0))
     engine_port, node_port, other_port, router_port = free_ports(4)
     me = [sys.executable, "-m", "wwwserve.eval.live.overhead"]
@@ -264,15 +273,17 @@ def run(calls: int, seconds: float, connections: int, policy: str | None) -> dic
         pinned(made, "engine", [*me, "--serve-engine", str(engine_port)], cores[-1], engine_port)
         [engine] = local_urls([engine_port])
         measured = []
-        for name, sample in NODES.items():
+        for name, more in (WITH_TLS if tls else NODES).items():
             config = {"name": "n", "port": node_port, "policy": policy, "engine": {"url": engine, "profile": PROFILE}}
-            if sample is not None:
-                config["tracing"] = {"endpoint": engine, "sample": sample}
+            config |= more
+            if "tracing" in more:
+                config["tracing"] = {"endpoint": engine, **more["tracing"]}
             (folder := made.folder / name).mkdir()
             [node] = write_nodes(folder, [config])
             measured.append((name, node.command().argv, node_port))
-        measured.append(("fastapi_httpx", [*me, "--serve-fastapi", str(other_port), engine], other_port))
-        if find_spec("vllm_router"):
+        if not tls:
+            measured.append(("fastapi_httpx", [*me, "--serve-fastapi", str(other_port), engine], other_port))
+        if not tls and find_spec("vllm_router"):
             router = [sys.executable, "-m", "vllm_router.launch_router", "--worker-urls", engine, "--host", "127.0.0.1",
                       "--port", str(router_port), "--prometheus-port", str(free_ports(1)[0]), "--policy", "round_robin",
                       "--log-level", "error"]  # fmt: skip
@@ -280,7 +291,8 @@ def run(calls: int, seconds: float, connections: int, policy: str | None) -> dic
         for name, argv, port in measured:
             process = pinned(made, name, argv, cores[0], port)
             with only_core(cores[-1]):
-                results[name] = uvloop.run(measure(process.pid, port, engine_port, calls, seconds, connections))
+                asked = measure(process.pid, port, engine_port, calls, seconds, connections, name == "node_tls")
+                results[name] = uvloop.run(asked)
             made.stop(process)
             print(f"{name}: {results[name]}", flush=True)
     return results
@@ -298,6 +310,8 @@ class Args:
     """requests at once"""
     policy: Annotated[str | None, tyro.conf.arg(metavar="NAME|BUNDLE")] = None
     """default: the shipped bundle"""
+    tls: bool = False
+    """measure the node without and with TLS, and nothing else"""
     json: File = None
     """write the figures to this file"""
     serve_engine: int | None = None
@@ -317,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.serve_fastapi:
         serve_fastapi(int(args.serve_fastapi[0]), args.serve_fastapi[1])
     else:
-        results = run(args.calls, args.seconds, args.connections, args.policy)
+        results = run(args.calls, args.seconds, args.connections, args.policy, args.tls)
         if args.json:
             write_json(args.json, results)
     return 0
