@@ -568,3 +568,35 @@ def test_one_that_lost_all_and_wants_no_channel_agrees_to_the_end_of_the_one_tha
         nothing_goes(sides)
 
     play(scene)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_who_tells_again_what_its_peer_forgot_learns_that_the_peer_agreed_to_a_closing(
+    sides: Closing_, closed: bool
+) -> None:
+    async def scene() -> None:
+        await sides.exchange()
+        paid(sides, 1000)
+        await sides.exchange()
+        sides.copy(B)
+        await sides.exchange()
+        for tokens in (500, 300):
+            paid(sides, tokens)
+            await sides.exchange()
+        sides.put_back(B)
+        await sides.tell(sides.b, sides.a)  # which has two vouchers to tell again
+        sides.configured(B, closed=True)
+        sides.now_s += WAIT_S
+        sides.b.close_silent()  # by what it remembers
+        if not closed:
+            sides.configured(B, closed=False)
+        for _ in range(2):  # B asks, states less, and agrees to what is right; A does not hear that
+            await sides.tell(sides.b, sides.a)
+        assert sides.is_closed() == (False, True) and sides.b.books.channels[A.name].is_agreed
+        await sides.settle_down()
+        assert sides.is_closed() == (closed, closed)
+        mirrored(sides)
+        assert sides.own()[1].free == CREDIT + 18 * MICRO // 10
+        sides.agree()
+
+    play(scene)

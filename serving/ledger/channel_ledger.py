@@ -464,11 +464,15 @@ class ChannelLedger(JournaledBooks):
                 return Acknowledged(voucher.state.number, sign(self.identity, "acknowledgement", voucher.state))
             if held.state.number == voucher.state.number:
                 if not channel.conflict:  # one is enough
-                    both = msgspec.json.encode((held, voucher)).decode()
+                    evidence = msgspec.json.encode((held, voucher)).decode()
                     log.error("a peer signed two vouchers of one number", extra={"peer": peer})
-                    self._add(Noted(peer, CONFLICT, both))
+                    self._add(Noted(peer, CONFLICT, evidence))
                     self._accuse(peer, held, voucher)
                 return Declined("two vouchers have one number")
+        both = channel.ended_by_both
+        if both is not None and voucher.state.number < both.closing.of(peer).number:  # it has not heard of this closing
+            await self.durable()
+            return Close(both, tuple(channel.refills))
         return Held(channel.vouchers[-1] if channel.vouchers else None)
 
     def _accuse(self, peer: str, one: Signed, other: Signed) -> None:

@@ -191,7 +191,7 @@ class Judge:
                 counts["taken"] = counts.get("taken", 0) + len(channel.taken)
                 counts["not acknowledged"] = counts.get("not acknowledged", 0) + len(channel.unacked)
                 counts["not reconciled"] = counts.get("not reconciled", 0) + (not ledger.is_reconciled(peer))
-                unconfirmed = bool(channel.number) and peer not in ledger._reconciler.confirmed
+                unconfirmed = channel.number > 0 and peer not in ledger._reconciler.confirmed and not channel.is_closed
                 counts["not confirmed"] = counts.get("not confirmed", 0) + unconfirmed
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
