@@ -394,7 +394,7 @@ def _decide(
             route[k] = choose(rule, p, nodes[k], request[k], routes[k], uniforms[k])
             if route[k] != HOLD and nodes[k, _node_of(route[k]), WAITING] > p[_MAX_QUEUE]:
                 route[k] = HOLD
-            if route[k] == HOLD and not routes[k, HOLD]:  # it has been held for as long as it may be
+            if route[k] == HOLD and not routes[k, HOLD]:  # past its last deadline a request is held no longer
                 route[k] = LOCAL
         admission[k, MAX_WAIT_S] = np.inf
         admission[k, MAX_KV_USE] = np.inf

@@ -29,10 +29,11 @@ MAX_SERVED = 62  # different names that the providers of a market serve
 MAX_FILE_BYTES = 1_000_000
 MAX_CACHE_BLOCK_TOKENS = 512
 MAX_REQUESTS = 2_000_000
+LONGEST_S = 1e6
 
 
 # What values may be, beside their types; `msgspec` checks them.
-Time = Annotated[float, Meta(gt=0, le=1e6)]
+Time = Annotated[float, Meta(gt=0, le=LONGEST_S)]
 Credits = Annotated[float, Meta(ge=0, le=1e9)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Rate = Annotated[float, Meta(ge=0, le=1e6)]
@@ -329,6 +330,8 @@ class Scenario:
             replace(each, traffic=_longer(each.traffic, more_s, At(self.name, f"providers[{i}].traffic", each.traffic)))
             for i, each in enumerate(self.providers)
         ]
+        if self.duration_s + more_s > LONGEST_S:
+            At(self.name, "duration_s", self.duration_s + more_s).fail(f"at most {LONGEST_S:g} s")
         longer = replace(self, duration_s=self.duration_s + more_s, providers=tuple(providers))
         _check_providers(At(self.name, "providers", None), longer)
         return longer

@@ -547,8 +547,10 @@ def test_one_that_is_put_back_to_before_all_that_both_signed_learns_of_it_though
     play(scene)
 
 
-def test_one_that_lost_all_and_wants_no_channel_agrees_to_the_end_of_the_one_that_its_peer_closed_alone(
-    sides: Closing_,
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_that_lost_all_and_wants_no_channel_agrees_to_the_end_of_the_one_that_its_peer_closes(
+    sides: Closing_, alone: bool, asks: bool
 ) -> None:
     async def scene() -> None:
         sides.copy(A)
@@ -556,12 +558,15 @@ def test_one_that_lost_all_and_wants_no_channel_agrees_to_the_end_of_the_one_tha
         paid(sides, 1000)
         await sides.exchange()
         sides.configured(B, closed=True)
-        sides.now_s += WAIT_S
-        sides.b.close_silent()
+        await sides.tell(sides.b, sides.a)  # asks
+        if alone:
+            sides.now_s += WAIT_S
+            sides.b.close_silent()
         sides.put_back(A)
         sides.apart = frozenset((A.name, B.name))
         sides.kill(A)
-        sides.kill(B)  # which asks
+        if asks:
+            sides.kill(B)
         await sides.settle_down()
         assert sides.is_closed() == (True, True) and sides.b.books.channels[A.name].is_agreed
         mirrored(sides)

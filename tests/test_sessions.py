@@ -416,7 +416,9 @@ def test_a_longer_scenario_goes_on_at_its_last_rates() -> None:
         with pytest.raises(ScenarioError, match=rf"providers\[0\].traffic.kind: got '{kind}', expected traffic that"):
             market(traffic_of).longer(2)
     with pytest.raises(ScenarioError, match="expected at most 2000000 requests in all"):
-        base.longer(1e5)
+        base.longer(1600)
+    with pytest.raises(ScenarioError, match=r"duration_s: got 6000000.*, expected at most 1e\+06 s"):
+        base.longer(1e4)
 
 
 @pytest.mark.parametrize("name", [n for n in scenario.packaged_names() if n.startswith("sessions/")] + ["trace/agents"])

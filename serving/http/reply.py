@@ -189,7 +189,12 @@ async def meter_whole(meter: AnswerMeter, body: bytes) -> None:
         _ = meter.tokens  # which counts its text
 
     if len(body) > IN_ONE_TURN:
-        await asyncio.to_thread(count)
+        counting = asyncio.ensure_future(asyncio.to_thread(count))
+        try:
+            await asyncio.shield(counting)
+        except asyncio.CancelledError:
+            await asyncio.wait((counting,))  # who is cancelled reads the meter
+            raise
     else:
         meter.whole(body)
 

@@ -262,6 +262,7 @@ class Accounts:
         self._there: set[str] = set()
         self._again_s: dict[str, float] = {}  # when a peer that declined is told again
         self._reasons: dict[str, str] = {}  # why it did
+        self._disagreed_s: dict[str, float] = {}  # when it last did
         self._not_now: set[str] = set()  # peers who last took no message
 
     # Requests of own users.
@@ -378,7 +379,8 @@ class Accounts:
 
     def _disagreed(self, peer: str, error: Exception) -> None:
         self.rejected += 1
-        self._again_s[peer] = asyncio.get_running_loop().time() + DISAGREED_S
+        self._disagreed_s[peer] = asyncio.get_running_loop().time()
+        self._again_s[peer] = self._disagreed_s[peer] + DISAGREED_S
         if self._reasons.get(peer) != str(error):
             self._reasons[peer] = str(error)
             log.warning("a peer's ledger and ours do not agree", extra={"peer": peer, "reason": str(error)})
@@ -420,11 +422,13 @@ class Accounts:
         self._untold.pop(peer, None)
         self._not_now.discard(peer)
         self._again_s.pop(peer, None)
+        self.ledger.gone(peer)
 
     def forget(self, peer: str) -> None:
         """A peer that is gone is not worth remembering: the ledger has what it owes and is owed."""
         self._again_s.pop(peer, None)
         self._reasons.pop(peer, None)
+        self._disagreed_s.pop(peer, None)
         self._not_now.discard(peer)
 
     def spread(self) -> None:
@@ -482,7 +486,8 @@ class Accounts:
 
     def _disagrees(self, peer: str) -> bool:
         """Whether a peer has lately declined what it was told."""
-        return asyncio.get_running_loop().time() < self._again_s.get(peer, -math.inf) + SHOWN_S
+        until_s = self._disagreed_s.get(peer, -math.inf) + DISAGREED_S + SHOWN_S
+        return asyncio.get_running_loop().time() < until_s
 
     def _reason(self, peer: str) -> str:
         """Why a peer has lately declined what it was told, "" if it has not."""

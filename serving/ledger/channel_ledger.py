@@ -340,6 +340,13 @@ class ChannelLedger(JournaledBooks):
         """A message of a peer came; returns the answer. Raises StatementError, LedgerError, Full."""
         check_version(body)
         message: Message = decode(body, Message)
+        if (
+            isinstance(message, Ask | Vouching | Refilling | Close)
+            and peer in self.grants
+            and peer not in self.books.channels
+        ):
+            self.closer.forgotten.add(peer)
+            self.changed.add(peer)
         if isinstance(message, Open):
             answer = await self._on_open(peer, message)
         elif isinstance(message, Ask):
@@ -386,6 +393,10 @@ class ChannelLedger(JournaledBooks):
         """Whether a request of one of the two is under way."""
         return bool(self.books.channel(peer).open) or any(other == peer for other, _ in self._running)
 
+    def gone(self, peer: str) -> None:
+        """A peer fell silent, or started anew: what it has not heard it asks for."""
+        self._unsure.discard(peer)
+
     def close_silent(self) -> None:
         """Close channels with peers that were waited for long enough."""
         for peer in self.closer.expire() if not self.full else ():
@@ -395,9 +406,6 @@ class ChannelLedger(JournaledBooks):
 
     async def _on_ask(self, peer: str, ask: Ask) -> Answer:
         """A peer has started: what is known here of what it signed, of which it may have forgotten some."""
-        if peer in self.grants and peer not in self.books.channels:
-            self.closer.forgotten.add(peer)
-            self.changed.add(peer)
         self.books.channel(peer)  # of who has none nothing else is kept
         self.asked[peer] += 1
         self._unsure.discard(peer)

@@ -72,9 +72,12 @@ class Reconciler:
         channel = self._ledger.books.channel(peer)
         again = self.again.get(peer)
         acked = again[0].first - 1 if again else channel.acked
-        # What is stated in a closing is not told again by its vouchers.
-        stated = channel.ended.closing.of(self._ledger.name).number if channel.ended is not None else 0
-        behind = max(channel.paid_number - number, acked - max(paid_number, stated))
+
+        def known() -> int:  # of what is stated in a closing, nothing is told again by its vouchers
+            stated = channel.ended.closing.of(self._ledger.name).number if channel.ended is not None else 0
+            return max(paid_number, stated)
+
+        behind = max(channel.paid_number - number, acked - known())
         if behind <= 0:
             return ()
         now_s = asyncio.get_running_loop().time()
@@ -88,11 +91,10 @@ class Reconciler:
         def look() -> tuple[tuple[Vouch, ...], list[Vouch]]:
             with contextlib.closing(self._ledger.journal.reader()) as journal:
                 own = acknowledged(journal, name, peer, digest)
-                return vouched_since(journal, peer, number), [
-                    each for each in own if _last(each) > max(paid_number, stated)
-                ]
+                return vouched_since(journal, peer, number), [each for each in own if _last(each) > known()]
 
         vouches, again_ = await asyncio.to_thread(look)
+        again_ = [each for each in again_ if _last(each) > known()]  # it may have been closed meanwhile
         if again_:
             self.again[peer] = deque(again_)
             self._ledger.changed.add(peer)

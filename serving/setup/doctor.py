@@ -379,6 +379,10 @@ def _credit(node: NodeConfig, running: dict[str, Any] | None) -> Iterator[Findin
             yield Finding("credit", WARNING, f"{what} {who}: {said}", do)
             continue
         told = _TERMS.search(said)
+        if told is None and peer.key in declined:
+            do = "does it have a ledger, this node in its limits or genesis, and not in its `ledger.closed`?"
+            yield Finding("credit", WARNING, f"{what} {who}: {said}", do)
+            continue
         said = f"it has ours {float(told[2]):g}, theirs {float(told[1]):g} for this node" if told else said
         yield Finding(
             "credit", WARNING, f"{what} {who}: {said}, and `ledger.limits` here ours {limits.ours:g}, theirs "

@@ -223,7 +223,9 @@ class Judge:
     def _wants_to_know_nothing(self, one: str, other: str) -> bool:
         """Whether one of two that are to have no channel has forgotten that it was closed: nobody tells it again."""
         for node, peer in ((self.world.by_name[one], other), (self.world.by_name[other], one)):
-            if node.forgot and peer not in node.ledger.books.channels and peer in node.ledger.closer.wanted:
+            there = self.world.by_name[peer].ledger.books.channels.get(node.name)
+            over = there is None or (there.is_closed and there.is_agreed)
+            if node.forgot and peer not in node.ledger.books.channels and peer in node.ledger.closer.wanted and over:
                 return True
         return False
 
