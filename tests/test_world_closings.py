@@ -48,7 +48,7 @@ def channels_close_and_open_without_end(patch: pytest.MonkeyPatch) -> None:
     ("seed", "undo", "seen"),
     [
         (800001, what_is_owed_is_forgotten, "its books know"),
-        (800005, channels_close_while_something_is_under_way, "its books know"),
+        (800004, channels_close_while_something_is_under_way, "its books know"),
         (800007, whatever_a_peer_states_is_signed, "of which it signed"),
         (800008, channels_close_and_open_without_end, "times in one run"),
     ],
