@@ -82,6 +82,8 @@ class Payment:
 class Delivery:
     """A `serving.ledger.accounts.Delivery`: the origin pays, whatever its executor says."""
 
+    passed: int | None = None
+
     async def check(self, meter: AnswerMeter) -> None:
         """See `serving.ledger.accounts.Delivery`."""
 
