@@ -520,15 +520,20 @@ def test_credit_is_conserved_through_whatever_is_paid_added_closed_opened_lost_a
     play(scene)
 
 
+async def copied(sides: Closing_) -> None:
+    """A has paid once, when the journal of B is copied."""
+    await sides.exchange()
+    paid(sides, 1000)
+    await sides.exchange()
+    sides.copy(B)
+    await sides.exchange()
+
+
 def test_one_that_is_put_back_to_before_all_that_both_signed_learns_of_it_though_the_other_closed_alone_since(
     sides: Closing_,
 ) -> None:
     async def scene() -> None:
-        await sides.exchange()
-        paid(sides, 1000)
-        await sides.exchange()
-        sides.copy(B)
-        await sides.exchange()
+        await copied(sides)
         for closed in (True, False):
             sides.configured(A, closed=closed)
             await sides.exchange()
@@ -580,11 +585,7 @@ def test_who_tells_again_what_its_peer_forgot_learns_that_the_peer_agreed_to_a_c
     sides: Closing_, closed: bool
 ) -> None:
     async def scene() -> None:
-        await sides.exchange()
-        paid(sides, 1000)
-        await sides.exchange()
-        sides.copy(B)
-        await sides.exchange()
+        await copied(sides)
         for tokens in (500, 300):
             paid(sides, tokens)
             await sides.exchange()

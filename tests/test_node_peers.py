@@ -16,7 +16,7 @@ from aiohttp import web
 from stub_nodes import MODEL, ZENOH, Net, Stub, busy, hang_up, net, play
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
-from wwwserve.serving import dispatcher, node
+from wwwserve.serving import cooling, dispatcher, node
 from wwwserve.serving.http import sse
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.reply import IN_ONE_TURN
@@ -113,13 +113,20 @@ def test_a_user_who_hangs_up_at_the_last_event_has_been_answered(where: str) -> 
     ("mode", "stream"),
     [("full", False), ("full", True), ("garbage", False), ("hangs up", False), ("hangs up", True)],
 )
-def test_a_peer_that_fails_before_the_first_token_is_replaced(mode: str, stream: bool) -> None:
+def test_a_peer_that_fails_before_the_first_token_is_replaced(
+    mode: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cooling, "COOL_S", cooling.MOST_COOL_S)  # it is left alone, however long a busy machine takes
+
     async def scene() -> None:
         async with net(busy(), Stub(mode=mode), Stub(waiting=20)) as n:
             status, body, _ = await n.ask(stream=stream)
             assert status == 200 and b"error" not in body
-            # It is asked once more where a connection was kept that it breaks off, or candidates were drawn anew.
-            assert n.stubs[1].begun in (1, 2) and n.stubs[0].begun + n.stubs[2].begun == 1
+            # A kept connection to an engine that hangs up is asked once more on another; whether it was kept is open.
+            assert (
+                n.stubs[1].begun in ((1, 2) if mode == "hangs up" else (1,))
+                and n.stubs[0].begun + n.stubs[2].begun == 1
+            )
 
     play(scene)
 

@@ -305,7 +305,7 @@ class ChannelLedger(JournaledBooks):
             return msgspec.json.encode(Open(opening, sign(self.identity, "opening", opening)))
         if peer in self._unsure:  # an answer that is still on its way may come after this
             await self.durable()
-            return msgspec.json.encode(Open(channel.opening, sign(self.identity, "opening", channel.opening)))
+            return msgspec.json.encode(self._opened(channel))
         if not self.is_reconciled(peer):
             return msgspec.json.encode(self._ask(channel))
         proposal = self.refills.proposal(peer)
@@ -370,7 +370,7 @@ class ChannelLedger(JournaledBooks):
         grant, channel = self.grants.get(peer), self.books.channels.get(peer)
         if channel is not None:  # which a peer has forgotten that lost its journal
             await self.durable()
-            return Open(channel.opening, sign(self.identity, "opening", channel.opening))
+            return self._opened(channel)
         if grant is None or peer in self.closer.wanted:
             return Declined("nothing was granted to you")
         opening = grant.opening(self.name, peer)
@@ -383,6 +383,9 @@ class ChannelLedger(JournaledBooks):
         self._unsure.add(peer)
         await self.durable()
         return Open(opening, own)
+
+    def _opened(self, channel: Channel) -> Open:
+        return Open(channel.opening, sign(self.identity, "opening", channel.opening))
 
     def _knows(self, peer: str, refills: bool) -> None:
         """Whether a peer's release knows refills and closings."""
