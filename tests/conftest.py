@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,12 @@ def sides(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[Sides]":
     yield made
     for journal in made.journals.values():
         journal.close()
+
+
+@pytest.fixture
+def alone() -> None:
+    """What earlier tests left over is collected before this one, so that none of it ends on this one's event loop."""
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import yaml
 
@@ -169,8 +170,13 @@ def test_sessions_are_played_turn_by_turn_and_hit_what_simulated_ones_do(
     assert "cached" in capsys.readouterr().out
 
 
-def test_agents_of_the_openai_client_hit_what_simulated_ones_do(tmp_path: Path) -> None:
-    """A short form of `wwwserve trial sessions/agents --client openai`; all sessions come to their end."""
+def test_agents_of_the_openai_client_hit_what_simulated_ones_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short form of `wwwserve trial sessions/agents --client openai`; all sessions come to their end, and all clients
+    are closed: one that is collected later closes itself, on whichever loop runs then."""
+    made, client = list[openai.AsyncOpenAI](), openai.AsyncOpenAI
+    monkeypatch.setattr(openai, "AsyncOpenAI", lambda **options: made.append(client(**options)) or made[-1])
     agents = {
         "kind": "sessions", "system_tokens": 600, "turns": {"median": 5, "sigma": 0.4, "max": 8},
         "turn": {"median": 150, "sigma": 0.8, "max": 1000}, "think_s": {"median": 1.5, "sigma": 0.5, "max": 5},
@@ -186,6 +192,7 @@ def test_agents_of_the_openai_client_hit_what_simulated_ones_do(tmp_path: Path) 
     scenario.write_text(yaml.safe_dump(mapping))
     arguments = [str(scenario), "--policy", "cooperative", "--runs", "1", "--speed", "2", "--client", "openai"]
     assert command.main([*arguments, "--stream", "--json", str(out)]) == 0
+    assert len(made) == 4 and all(each.is_closed() for each in made)
     result = json.loads(out.read_text())
     mine, theirs = result["scenarios"]["short"]["cooperative"], result["predicted"]["short"]["cooperative"]
     assert mine["failed"] == 0 and mine["requests"] == theirs["requests"] > 60

@@ -26,6 +26,8 @@ from wwwserve.serving.ledger.channel_ledger import ChannelLedger
 from wwwserve.serving.ledger.reconcile import Reconciler
 from wwwserve.serving.ledger.token_rate import TokenRate
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 ROOT = Path(__file__).resolve().parent.parent
 ALL = tuple(ADVERSARIES)
 NEW = ("withholder", "freeloader", "forger", "judge buyer", "crowd")

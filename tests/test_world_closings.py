@@ -11,6 +11,8 @@ from wwwserve.serving.ledger.channel_ledger import ChannelLedger
 from wwwserve.serving.ledger.closing import Closer
 from wwwserve.serving.ledger.entries import Closed
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 
 def what_is_owed_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     closed = Books._closed

@@ -12,7 +12,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -125,9 +125,9 @@ async def play(
     used_s = {kind: sum(map(cpu_s, pids)) for kind, pids in network.pids.items()}
     own_s = time.process_time()
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session, AsyncExitStack() as closing:
         users: Users = (
-            Talk(network, planned, stream, turn, told)
+            await closing.enter_async_context(Talk(network, planned, stream, turn, told))
             if client == "openai"
             else Tokens(network, planned, session, stream, turn, told)
         )

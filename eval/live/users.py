@@ -7,7 +7,7 @@ answers as they came.
 
 import re
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import aiohttp
 import numpy as np
@@ -102,7 +102,8 @@ class Tokens:
 
 
 class Talk:
-    """Users who talk by the `openai` client. A token of theirs is four letters, as an emulated engine counts them."""
+    """Users who talk by the `openai` client, until the context ends that this is. A token of theirs is four letters, as
+    an emulated engine counts them."""
 
     def __init__(self, network: Live, planned: MarketPlan, stream: bool, turn: int, told: bool) -> None:
         """See `Tokens`. Raises UsageError without that client, for real engines, and for traffic that is no talk."""
@@ -119,6 +120,13 @@ class Talk:
             for site in network.sites
         ]
         self._said: dict[int, list[dict[str, str]]] = {}  # by each request, with its answer
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for client in self.clients:  # one that is left open closes itself on whichever loop runs when it is collected
+            await client.close()
 
     def _messages(self, r: int) -> list[dict[str, str]]:
         traffic, u = self.planned.traffic, int(self.planned.traffic.follows[r])
