@@ -46,6 +46,7 @@ test: $(INSTALLED) $(BROWSER) $(PROMETHEUS) $(SYSTEMD)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/wwwserve compile --emulator
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 $(BROWSER) &: # in which the console is tested

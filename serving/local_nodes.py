@@ -6,6 +6,7 @@ network of nodes that are all alike. All of it is in one file, as all has to be 
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -36,6 +37,8 @@ from wwwserve.serving.http.addresses import is_free
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.plain import in_words
 
+PORTS = range(10_000, 20_000)
+_ports = itertools.islice(itertools.cycle(PORTS), os.getpid() * 97 % 100 * 100, None)  # apart from other processes'
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
 LOG_LINES = 10  # shown of a program that ends
 MOST_SAID = 4096  # bytes of an error that are read
@@ -151,12 +154,16 @@ def _signal(process: Process, number: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+    """Ports that are free now: below those that the system gives to whoever asks for any, and others at each call, so
+    that hardly one is taken before it is used. Raises OSError if there are none."""
+    found: list[int] = []
+    for port in itertools.islice(_ports, len(PORTS)):
+        with socket.socket() as asked, suppress(OSError):
+            asked.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"{len(found)} ports of {PORTS.start} to {PORTS.stop - 1} are free, expected {count}")
 
 
 def local_urls(ports: Sequence[int]) -> list[str]:

@@ -1,17 +1,23 @@
 """What several tests share."""
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from wwwserve.serving import local_nodes as network
 from wwwserve.serving.engine.local_vllm import SMOLLM2
 
 if TYPE_CHECKING:
     from ledger_sides import Sides
+
+# What hypothesis tries is the same in each run, so that what fails is of the change that is tested.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 pytest.register_assert_rewrite("market_checker", "stub_nodes", "ledger_sides", "duel_net")
 

@@ -117,7 +117,7 @@ async def written(ledger: ChannelLedger, work: Awaitable[Any]) -> Any:
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scene(), 180.0))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(scene(), 600.0))  # type: ignore[arg-type]
 
 
 def dealt(one: ChannelLedger, other: ChannelLedger, amount: int) -> None:

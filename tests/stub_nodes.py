@@ -249,7 +249,7 @@ async def net(*stubs: Stub, **more: Any) -> AsyncIterator[Net]:
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scene(), 180.0))
+    asyncio.run(asyncio.wait_for(scene(), 600.0))
 
 
 def busy() -> Stub:

@@ -585,11 +585,13 @@ async def longest_turn_s(of: Awaitable[Any]) -> float:
     gc.collect()
     gc.freeze()  # as a node does, after its start
     worst, ended = 0.0, asyncio.ensure_future(of)
-    while not ended.done():
-        before_s = time.thread_time()
-        await asyncio.sleep(0)
-        worst = max(worst, time.thread_time() - before_s)
-    gc.unfreeze()
+    try:
+        while not ended.done():
+            before_s = time.thread_time()
+            await asyncio.sleep(0)
+            worst = max(worst, time.thread_time() - before_s)
+    finally:
+        gc.unfreeze()
     await ended
     return worst
 

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from stub_nodes import Net, Stub, busy, net, play
 
+from wwwserve.serving import cooling
 from wwwserve.serving.cooling import COOL_S, FAILURES, MOST_COOL_S, Cooling
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.engine.adapter import FULL_S, MOST_FULL_S, Availability
@@ -41,7 +42,11 @@ def test_a_peer_that_says_when_to_come_again_is_left_alone_at_once_and_not_for_e
 
 
 @pytest.mark.parametrize("mode", ["500", "401", "404"])
-def test_a_peer_that_fails_is_asked_nothing_for_a_while_and_then_again(mode: str) -> None:
+def test_a_peer_that_fails_is_asked_nothing_for_a_while_and_then_again(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cooling, "COOL_S", 10.0)  # in which even a busy machine asks three times
+
     async def scene() -> None:
         async with net(busy(), Stub(mode=mode), Stub(waiting=20)) as n:  # the second is the first choice
             for _ in range(FAILURES):

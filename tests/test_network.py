@@ -1,6 +1,7 @@
 """Whole networks of processes on emulated engines, and what is left of them when nodes die."""
 
 import asyncio
+import contextlib
 import io
 import itertools
 import json
@@ -65,8 +66,14 @@ async def load(urls: list[str], per_s: float, enough: asyncio.Event) -> dict[str
 
 async def until(what: Callable[[], bool]) -> None:
     """Wait for it, outside of the loop. Raises AssertionError after `PATIENCE_S`."""
+
+    def seen() -> bool:
+        with contextlib.suppress(NetworkError):  # a busy node may take too long for a look
+            return what()
+        return False
+
     until_s = time.monotonic() + PATIENCE_S
-    while not await asyncio.to_thread(what):
+    while not await asyncio.to_thread(seen):
         assert time.monotonic() < until_s
         await asyncio.sleep(0.1)
 

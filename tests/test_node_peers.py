@@ -16,7 +16,7 @@ from aiohttp import web
 from stub_nodes import MODEL, ZENOH, Net, Stub, busy, hang_up, net, play
 
 from wwwserve.agents.knowledge import ADVERT_SIZE
-from wwwserve.serving import cooling, dispatcher, node
+from wwwserve.serving import cooling, delegation, dispatcher, node
 from wwwserve.serving.http import sse
 from wwwserve.serving.http.messages import Refused
 from wwwserve.serving.http.reply import IN_ONE_TURN
@@ -116,7 +116,9 @@ def test_a_user_who_hangs_up_at_the_last_event_has_been_answered(where: str) -> 
 def test_a_peer_that_fails_before_the_first_token_is_replaced(
     mode: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cooling, "COOL_S", cooling.MOST_COOL_S)  # it is left alone, however long a busy machine takes
+    monkeypatch.setattr(cooling, "COOL_S", cooling.MOST_COOL_S)  # it is left alone, however long a busy machine takes,
+    monkeypatch.setattr(cooling, "FAILURES", 1)  # at once
+    monkeypatch.setattr(delegation, "OFFER_TIMEOUT_S", 60.0)  # and no other peer is
 
     async def scene() -> None:
         async with net(busy(), Stub(mode=mode), Stub(waiting=20)) as n:

@@ -291,7 +291,7 @@ def test_the_log_names_an_engine_that_a_request_finds_down(caplog: pytest.LogCap
         async with contextlib.AsyncExitStack() as life, Stub().served() as well:
             first = await life.enter_async_context(Stub().served())
             engine = {"url": [first.url, well.url], "profile": PROFILE}
-            async with net(Stub(), engine=engine, market={"tick_s": 1.0}) as n:
+            async with net(Stub(), engine=engine, market={"tick_s": 10.0}) as n:
 
                 async def both() -> bool:
                     return all(each["takes"] for each in (await n.see())["engine"]["each"])
@@ -303,7 +303,7 @@ def test_the_log_names_an_engine_that_a_request_finds_down(caplog: pytest.LogCap
                 await life.aclose()
                 assert [(await n.ask())[0] for _ in range(2)] == [200, 200]  # long before it is scraped twice in vain
                 assert not (await n.see())["engine"]["each"][0]["up"] and not named_down(caplog)
-                await n.until(named)
+                await n.until(named, 60.0)
                 assert named_down(caplog) == [first.url.removeprefix("http://")]
 
     play(scene)

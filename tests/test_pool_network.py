@@ -7,13 +7,23 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
 
-from wwwserve.serving.local_nodes import Process, Programs, answers, emulator, free_ports, look, programs, write_nodes
+from wwwserve.serving.local_nodes import (
+    NetworkError,
+    Process,
+    Programs,
+    answers,
+    emulator,
+    free_ports,
+    look,
+    programs,
+    write_nodes,
+)
 
 MODEL, SEQS, SPEED = "qwen3-8b", 4, 10.0
 READY_S, PATIENCE_S = 180.0, 120.0
@@ -43,8 +53,13 @@ class Running(NamedTuple):
         return int(look(self.url)["engine"]["profile"]["max_num_seqs"])
 
     def until(self, what: Callable[[], bool]) -> None:
+        def seen() -> bool:
+            with suppress(NetworkError):  # a busy node may take too long for a look
+                return what()
+            return False
+
         until_s = time.monotonic() + PATIENCE_S
-        while not what():
+        while not seen():
             assert time.monotonic() < until_s
             time.sleep(0.1)
 

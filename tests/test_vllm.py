@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -192,7 +191,7 @@ def test_a_guest_cannot_tell_by_the_time_it_takes_what_others_asked(vllm_network
     assert all(cached >= 512 for _, cached in found["again"])
     for kind in ("fresh", "after another's", "after a user's"):
         assert [cached for _, cached in found[kind]] == [0, 0, 0], kind
-    took_s = {kind: statistics.median(first_s for first_s, _ in each) for kind, each in found.items()}
+    took_s = {kind: min(first_s for first_s, _ in each) for kind, each in found.items()}
     print(took_s)
     for kind in ("after another's", "after a user's"):  # what is computed anew takes many times what is cached
         assert took_s[kind] > 0.5 * (took_s["fresh"] + took_s["again"]), took_s
