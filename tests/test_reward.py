@@ -10,7 +10,7 @@ from scipy import stats
 
 from wwwserve.agents.decision import AT_COST, FIRST_CANDIDATE, HOLD, LOCAL, MAX_WAIT_S, WHAT_PAYS
 from wwwserve.agents.estimate import chance_on_time
-from wwwserve.agents.hardware import BLOCK_TOKENS, KV_BLOCKS
+from wwwserve.agents.hardware import BLOCK_TOKENS, CHUNK_TOKENS, KV_BLOCKS
 from wwwserve.agents.kernel import Floats
 from wwwserve.agents.knowledge import (
     AD_CONTEXT,
@@ -107,14 +107,22 @@ def times_on(own: Floats, decoding: int) -> tuple[float, float]:
     return max(own[AD_WEIGHT_S], prefill_s) + decode_s, decode_s + decoding * between_s
 
 
+def delay_on(own: Floats, uncached: float = 100, cached: float = 0) -> float:
+    """How long the prefill of a prompt, after what is cached of it, holds up those that decode on a node."""
+    compute_s = own[AD_PER_TOKEN_S] * uncached + own[AD_PER_PAIR_S] * uncached * (cached + 0.5 * uncached)
+    chunks = max(1.0, uncached / CHUNK_TOKENS)
+    return float(max(0.0, chunks * (own[AD_PREFILL_BASE_S] - own[AD_WEIGHT_S]) + compute_s))
+
+
 def value(waited_s: float, first_s: float, token_s: float, tokens: float) -> float:
     """What is to be expected of 3 credits if `tokens` tokens come at this pace: log time is normal, known to 0.2."""
     return 3.0 * chance_on_time(np.array([DEADLINE_S]), waited_s, first_s, token_s, tokens, 0.2, 1e9)
 
 
-def value_in_flight(waited_s: float, token_s: float, tokens: int) -> float:
-    """What is to be expected of 3 credits while `tokens` are still to come at this pace: log-logistic of shape 8."""
-    return 3.0 / (1.0 + (tokens * token_s / (DEADLINE_S - waited_s)) ** 8)
+def value_in_flight(waited_s: float, token_s: float, tokens: int, delay_s: float = 0.0) -> float:
+    """What is to be expected of 3 credits while `tokens` are still to come at this pace after a delay: log-logistic of
+    shape 8."""
+    return 3.0 / (1.0 + ((delay_s + tokens * token_s) / (DEADLINE_S - waited_s)) ** 8)
 
 
 def test_what_is_in_flight_is_valued_nearly_as_what_is_placed() -> None:
@@ -164,7 +172,9 @@ def test_who_runs_beside_a_newcomer_is_predicted_anew_at_the_cost_of_who_sent_it
         assert paid.tolist() == [pytest.approx(own - 3.0 - seen.cost(0), rel=1e-5), 0.0]
         assert seen.predicted(0) == before
         return
-    alone, beside = (value_in_flight(5.0, times_on(seen.own[1], decoding)[1], left) for decoding in (1, 2))
+    own_1 = seen.own[1]
+    alone = value_in_flight(5.0, times_on(own_1, 1)[1], left)
+    beside = value_in_flight(5.0, times_on(own_1, 2)[1], left, delay_on(own_1))
     assert beside < alone - 0.02
     others = beside - alone - seen.cost(1)
     price = seen.price(1)
@@ -177,6 +187,20 @@ def test_who_runs_beside_a_newcomer_is_predicted_anew_at_the_cost_of_who_sent_it
     assert potential[:2].tolist() == pytest.approx([own, beside])
 
 
+def test_a_long_prompt_holds_up_who_runs_beside_it() -> None:
+    scenario = market(NODE | {"traffic": times(5.25), "lengths": lengths(6000, 600)}, NODE | {"traffic": times(0.25)})
+    seen = Watched(scenario, Reward(1.0, by_decision=True))
+    seen.until(1)
+    seen.step(HERE, HERE)
+    seen.until(0)
+    left = 600 - int(tokens_out(seen.batch.markets.engines[0, 1], seen.batch.markets.requests[0], 0))
+    seen.step(TO_FIRST, HERE)
+    delay_s = delay_on(seen.own[1], 6000)
+    beside = value_in_flight(5.0, times_on(seen.own[1], 2)[1], left, delay_s)
+    assert delay_s > 0.5 and seen.predicted(0) == pytest.approx(beside)
+    assert beside < value_in_flight(5.0, times_on(seen.own[1], 2)[1], left) - 0.2
+
+
 def test_the_own_request_beside_a_newcomer_counts_in_full() -> None:
     """However selfish a provider is."""
     seen = Watched(market(NODE | {"traffic": times(0.25, 5.25)}, {}), Reward(0.0, by_decision=True))
@@ -185,7 +209,8 @@ def test_the_own_request_beside_a_newcomer_counts_in_full() -> None:
     seen.until(0)
     left = 600 - int(tokens_out(seen.batch.markets.engines[0, 0], seen.batch.markets.requests[0], 0))
     paid = seen.step(HERE, HERE)
-    alone, beside = (value_in_flight(5.0, times_on(seen.own[0], decoding)[1], left) for decoding in (1, 2))
+    alone = value_in_flight(5.0, times_on(seen.own[0], 1)[1], left)
+    beside = value_in_flight(5.0, times_on(seen.own[0], 2)[1], left, delay_on(seen.own[0]))
     own = value(0.0, *times_on(seen.own[0], 2), 600)
     assert paid[0] == pytest.approx(own - 3.0 + beside - alone - seen.cost(0), rel=1e-5)
 

@@ -1,7 +1,7 @@
 """What providers are paid by, see `envs.state.Reward`: value predicted when a request is placed, and delivered."""
 
 from wwwserve.agents.classes import CLASS_VALUE
-from wwwserve.agents.estimate import chance_on_time, expect
+from wwwserve.agents.estimate import chance_on_time, expect, prefill_delay_s
 from wwwserve.agents.kernel import kernel
 from wwwserve.agents.knowledge import AD_MEAN_OUTPUT, AD_PER_KV_TOKEN_S, AD_PER_SEQ_S, AD_WEIGHT_S
 from wwwserve.agents.protocol import LATENESS, MICRO, price_of
@@ -22,11 +22,12 @@ def expect_value(w, u, value):
 
 
 @kernel
-def reprice(w, i, j, token_s):
-    """Predict anew the value of what runs on engine j, which decodes at `token_s` once it takes provider i's request.
+def reprice(w, i, j, token_s, delay_s):
+    """Predict anew the value of what runs on engine j, which is held up for `delay_s` and then decodes at `token_s`
+    once it takes provider i's request.
 
-    Returns what the change of pace does, in credits: to the value of provider i's own requests there, of provider j's
-    own, of others', and to what is paid to j. What happened since they were last predicted is not counted.
+    Returns what that does, in credits: to the value of provider i's own requests there, of provider j's own, of
+    others', and to what is paid to j. What happened since they were last predicted is not counted.
     """
     m, q, e = w.m, w.q, w.e[j]
     _, now_token_s = expect(w.p[j].own, -1.0, 0.0, 0.0)
@@ -37,11 +38,12 @@ def reprice(w, i, j, token_s):
             continue
         o, c = q[r].origin, q[r].klass
         left = max(1.0, float(q[r].output - tokens_out(e, q, r)))
+        left_now_s, left_then_s = left * now_token_s, delay_s + left * token_s
         before, after = 0.0, 0.0
         for t in range(m.n_deadlines):
-            left_s = q[r].arrival_s + m.deadlines[c, t] - m.now_s
-            before += on_time_by(left_s, left * now_token_s)
-            after += on_time_by(left_s, left * token_s)
+            due_s = q[r].arrival_s + m.deadlines[c, t] - m.now_s
+            before += on_time_by(due_s, left_now_s)
+            after += on_time_by(due_s, left_then_s)
         worth = w.p[o].known[c, CLASS_VALUE] / m.n_deadlines
         before, after = worth * before, worth * after
         if o == i:
@@ -53,8 +55,8 @@ def reprice(w, i, j, token_s):
         if o != j and m.payment == LATENESS:
             price = price_for(m, q[r], q[r].output) / MICRO
             promised_s = promised_duration_s(q[r], q[r].output)
-            expected_s = m.now_s - q[r].taken_s + left * now_token_s
-            paid -= payment_lost_per_s(price, promised_s, max(expected_s, 1e-3)) * left * (token_s - now_token_s)
+            expected_s = m.now_s - q[r].taken_s + left_now_s
+            paid -= payment_lost_per_s(price, promised_s, max(expected_s, 1e-3)) * (left_then_s - left_now_s)
         expect_value(w, r, after)
     return mine, host, others, paid
 
@@ -80,7 +82,9 @@ def predict(w, r, j, at_s, first_s, token_s, cached):
     if m.by_decision == 0:
         return
     host = w.p[j]
-    mine, hosts, others, paid = reprice(w, o, j, token_s)
+    uncached = float(q[r].prompt) - cached
+    delay_s = prefill_delay_s(host.own, uncached, float(cached), uncached)
+    mine, hosts, others, paid = reprice(w, o, j, token_s, delay_s)
     here = cost_of(host.compute, q[r].prompt, cached, q[r].output)
     if m.count_future == 1:
         here += host.future * q[r].output / max(1.0, host.own[AD_MEAN_OUTPUT])
