@@ -46,12 +46,13 @@ def iqm(values: Floats, axis: int | None = None) -> Floats:
 def over_training(found: Floats, rng: np.random.Generator) -> list[float] | None:
     """Bounds of the 95 % interval of the interquartile mean of gains [K, T, M] over training seeds, None with one.
 
-    As `rliable` has it: in each task, training seeds are drawn again by themselves, and bounds are percentiles.
+    Bounds are percentiles, as `rliable` has them. But there each task has trainings of its own, which are drawn again
+    task by task; here one policy plays all tasks, so that a policy is drawn with all that it gains.
     """
     mean = found.mean(axis=2)
-    count, tasks = mean.shape
-    drawn = rng.integers(0, count, (RESAMPLES, count, tasks))
-    return _bounds(mean[drawn, np.arange(tasks)]) if count > 1 else None
+    count = len(mean)
+    drawn = rng.integers(0, count, (RESAMPLES, count))
+    return _bounds(mean[drawn]) if count > 1 else None
 
 
 def over_markets(found: Floats, rng: np.random.Generator) -> list[float] | None:
@@ -153,7 +154,7 @@ class Args:
     seeds: Count = 8
     """markets of each scenario"""
     first_seed: Seed = FIRST_TEST_SEED
-    """the seeds are this one and those that follow; training has its own below a million"""
+    """the seeds are this one and those that follow; `wwwserve train` draws its own below a million"""
     threads: Count = os.cpu_count() or 1
     """CPU threads"""
     json: File = None

@@ -73,11 +73,18 @@ def test_iqm_leaves_out_a_quarter_at_either_end() -> None:
     assert iqm(np.array([100.0, 1.0, 2.0, 3.0, -50.0, 4.0, 5.0, 6.0])) == pytest.approx(3.5)
 
 
-def test_training_seeds_are_resampled_within_tasks() -> None:
-    """Tasks that differ much, training seeds not at all: no doubt is left. Resampling whole cells would find some."""
+def test_what_tasks_differ_by_leaves_no_doubt() -> None:
+    """Tasks that differ much, training seeds not at all. Resampling whole cells would find some."""
     found = np.tile(np.array([0.0, 1.0, 2.0, 30.0])[:, None], (5, 1, 3))
     assert over_training(found, np.random.default_rng(1)) == pytest.approx([1.5, 1.5])
     assert over_markets(found, np.random.default_rng(1)) == pytest.approx([1.5, 1.5])
+
+
+def test_a_training_seed_is_drawn_with_all_its_tasks() -> None:
+    """Three policies, one worse and one better in each of seven tasks: more tasks do not tell which one training gives.
+    All three draws are the worse one in 1 of 27 cases."""
+    found = np.tile(np.array([-1.0, 0.0, 1.0])[:, None, None], (1, 7, 2))
+    assert over_training(found, np.random.default_rng(1)) == pytest.approx([-1.0, 1.0])
 
 
 @pytest.mark.parametrize("over", [over_training, over_markets])
