@@ -1,7 +1,7 @@
 """Compares policies on the same arrivals: `wwwserve compare SCENARIO... --policy NAME|BUNDLE... --seeds N`.
 
 Every policy runs every scenario with the same seeds, so differences between policies are paired by seed. The seeds
-start at a million: training draws its own below that, and nothing is measured on what it was trained on.
+start at a million: `wwwserve train` draws its own below that, and nothing is measured on what it was trained on.
 """
 
 import json
@@ -254,7 +254,7 @@ class Args:
     seeds: Count = 32
     """runs of each policy in each scenario"""
     first_seed: Seed = FIRST_TEST_SEED
-    """the seeds are this one and those that follow; training has its own below a million"""
+    """the seeds are this one and those that follow; `wwwserve train` draws its own below a million"""
     copies: Count = 1
     """of every provider, each with users of its own: 2 make eight providers of four"""
     load: Positive = 1.0

@@ -97,7 +97,7 @@ class Args:
     seeds: Count = 4
     """markets of each scenario"""
     first_seed: Seed = FIRST_TEST_SEED
-    """the seeds are this one and those that follow; training has its own below a million"""
+    """the seeds are this one and those that follow; `wwwserve train` draws its own below a million"""
     json: File = None
     """write the results to this file"""
 

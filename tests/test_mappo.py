@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from wwwserve.agents.decision import AT_COST
 from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, SHIPPED, load
+from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.policy.network import weights_of
 from wwwserve.agents.rules import Rule
 from wwwserve.envs.distribution import KINDS
@@ -45,7 +47,7 @@ def start(out: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subpro
 def run(out: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":
     process = start(out, *arguments, launcher=launcher)
     try:
-        stdout, stderr = process.communicate(timeout=150)
+        stdout, stderr = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its workers, which are in sessions of their own
         stdout, stderr = process.communicate(timeout=60)
@@ -255,6 +257,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--pairs", "1"], "--pairs is 1, expected 0, or one for each of 2 processes"),
         (["--markup-rate", "0"], "--markup-rate is 0.0, expected more than 0"),
         (["--adverts", "2"], "--adverts is 2.0, expected 0 to 1"),
+        (["--prior-rate", "0"], "--prior-rate is 0.0, expected more than 0"),
+        (["--most-advantage", "nan"], "--most-advantage is nan, expected more than 0"),
         (["--pool-every", "0"], "--pool-every is 0, expected at least 1"),
         (["--test-seeds", "1"], "--test-seeds is 1, expected at least 2"),
         (["--device", "nothing"], "--device is nothing: "),
@@ -337,6 +341,23 @@ def test_an_update_makes_better_decisions_likelier() -> None:
     for _ in range(40):
         learner.descend(batch, len(at_home), False)
     assert chance() > before + 0.03
+
+
+def test_the_prior_is_learned_as_much_faster_as_it_is_told() -> None:
+    moved = []
+    for faster in (1.0, 50.0):
+        learner, rollout = small(imitation=0.0, prior=0.0, prior_rate=faster, learning_rate=1e-3, minibatches=1)
+        learner.anneal(0.5)
+        learner.update(rollout, 0, False)
+        moved.append(abs(float(learner.actor.prior.detach())))
+    assert moved == [pytest.approx(0.5e-3, rel=0.05), pytest.approx(50 * 0.5e-3, rel=0.05)]
+
+
+def test_advantages_are_cut_at_so_many_deviations() -> None:
+    whole, cut = (small(most_advantage=most) for most in (float("inf"), 0.5))
+    free, bounded = (learner.batch(rollout)[0].advantage for learner, rollout in (whole, cut))
+    assert float(free.std()) == pytest.approx(1.0, abs=0.1) and float(free.abs().max()) > 1.0
+    assert torch.equal(bounded, free.clamp(-0.5, 0.5))
 
 
 def markup_weights(learner: Learner) -> list[torch.Tensor]:
@@ -431,6 +452,40 @@ def test_a_deviator_begins_as_the_others_and_plays_alone_among_them(tmp_path: Pa
     assert len(learned) == len({market for market, _ in learned}) >= 4
     with pytest.raises(ValueError, match="--width is 16, the policy to begin with has 32"):
         mappo.Run(replace(args, width=16))
+
+
+def test_a_deviators_markups_are_tried_against_the_frozen_others_and_it_imitates_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = mappo.Run(Args(out=tmp_path, wandb=False, against=DEFAULT_BUNDLE, pairs=1, processes=1))
+    assert run.args.imitation == run.learner.args.imitation == 0.0 and run.args.imitate_steps == 0
+    tried: list[tuple[LearnedPolicy, LearnedPolicy | None]] = []
+    monkeypatch.setattr(mappo, "play_pairs", lambda policy, plans, pairs, rng, others: tried.append((policy, others)))
+    with torch.no_grad():
+        run.learner.actor.layers().markup.bias[3] = 7.0
+    run.notches()
+    [(policy, others)] = tried
+    assert others is not None and policy.weights["markup.bias"][3] == 7.0
+    for name, weight in load(DEFAULT_BUNDLE).weights.items():
+        np.testing.assert_array_equal(others.weights[name], weight)
+    mappo.Run(Args(out=tmp_path, wandb=False, pairs=1, processes=1)).notches()
+    assert tried[1][1] is None  # else all play the policy
+
+
+def test_with_pairs_nothing_else_moves_the_markup() -> None:
+    """Its entropy as a part of the policy's loss would be scaled up to full steps by Adam."""
+    learner, rollout = small(team_weight=0.0, pairs=8, markup_entropy=0.5)
+    before = weights_of(learner.actor)
+    learner.update(rollout, 0, False)
+    after = weights_of(learner.actor)
+    assert all(np.array_equal(before[name], after[name]) for name in ("markup.weight", "markup.bias"))
+    assert not np.array_equal(before["score.weight"], after["score.weight"])
+
+
+def test_a_team_begins_with_the_markup_at_which_teams_sell() -> None:
+    for team_weight, markup in ((1.0, mappo.TEAM_MARKUP), (0.0, AT_COST)):
+        learner = Learner(Args(team_weight=team_weight, processes=1), Processes())
+        assert int(learner.actor.layers().markup.bias.argmax()) == markup
 
 
 @pytest.mark.parametrize("average", [0.0, 0.75])

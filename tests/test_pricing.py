@@ -110,6 +110,25 @@ def test_a_pair_differs_in_the_markup_of_one_provider_by_one_notch(monkeypatch: 
     assert len(found) > len(expected) / 2
 
 
+def test_only_the_one_whose_markups_are_moved_plays_the_policy_where_there_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps, _ = watched(monkeypatch)
+    usual, theirs, pairs = 2, 5, 6
+    notches = play_pairs(posting(usual), endless(toy(2)), pairs, np.random.default_rng(2), posting(theirs))
+    posted: list[set[int]] = [set() for _ in range(3 * 2 * pairs)]
+    for each in steps:
+        for b, i in zip(*np.nonzero(each.due), strict=True):
+            posted[3 * b + i].add(int(each.markup[b, i]))
+    for k in range(pairs):
+        still, moved = (posted[3 * b : 3 * b + 3] for b in (2 * k, 2 * k + 1))
+        mover = still.index({usual})
+        assert [each for i, each in enumerate(still) if i != mover] == [{theirs}] * 2
+        assert moved[mover] in ({usual - 1}, {usual + 1})
+        assert [each for i, each in enumerate(moved) if i != mover] == [{theirs}] * 2
+    assert (notches.markup == usual).all()
+
+
 def test_at_the_ends_of_the_grid_there_is_no_further_notch() -> None:
     for usual, moved in ((0, 1), (MARKUPS.size - 1, MARKUPS.size - 2)):
         notches = play_pairs(posting(usual), endless(toy(1)), 8, np.random.default_rng(4))

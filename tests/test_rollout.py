@@ -148,6 +148,23 @@ def test_only_decisions_on_requests_are_recorded_unless_adverts_are_learned_from
     assert 0.1 < (some.about[:, start + HAS_REQUEST] == 0).sum() / bare.sum() < 0.5
 
 
+def test_of_a_team_adverts_without_a_request_are_recorded_as_well(net: Net) -> None:
+    """For the critic, which values what follows a rollout, mostly providers without a request."""
+    d = collected(net, markups=False, adverts=1.0).decisions
+    start = d.about.shape[1] - len(SELF_FEATURES)
+    bare = d.about[:, start + HAS_REQUEST] == 0
+    assert bare.any() and not bare.all()
+    assert (d.choice[bare, 0] == HOLD).all() and (d.log_prob[bare, 0] == 0.0).all()
+
+
+def test_unless_markups_are_drawn_the_most_probable_one_is_posted(actor: Actor, net: Net) -> None:
+    d = collector().collect(net, 0, 60, NONE, markups=True, draws_markups=False, adverts=1.0).decisions
+    with torch.no_grad():
+        _, markup = actor(Inputs(*(torch.from_numpy(x) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))))
+    assert (d.choice[:, 1] == markup.argmax(-1).numpy()).mean() > 0.999  # but for rounding
+    assert len(np.unique(d.choice[:, 0])) >= 3
+
+
 def test_summaries_are_the_mean_and_maximum_over_the_providers_of_a_market(net: Net) -> None:
     made = collector()
     views, count = made.batch.views, made.batch.markets.market["n_providers"]

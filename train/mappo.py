@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, cast
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from wwwserve.agents.decision import AT_COST
 from wwwserve.agents.policy.architecture import Weights, width_of
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.policy.forward import LearnedPolicy, net_of
@@ -103,7 +104,8 @@ class Args:
     future: bool = True
     """count what a placement takes from own users who have not arrived yet"""
     adverts: float = 0.1
-    """of the adverts that come without a request to decide on, so many are learned from beside"""
+    """of the adverts that come without a request to decide on, so many are learned from beside: by the critic, and
+    without --pairs by the markup"""
     pool: int = 4
     """past policies among the opponents in half of the markets; 0 for none"""
     pool_every: int = 40
@@ -126,6 +128,9 @@ class Args:
     """share of itself that the averaged policy, which is validated and kept, keeps at each update; 0: the last alone"""
     clip: float = 0.2
     """PPO's clip range"""
+    most_advantage: float = 3.0
+    """advantages are cut at so many of their standard deviations: a few decisions change a hundred times as much as
+    most; inf for not at all"""
     entropy: float = 0.003
     """weight of the entropy of the route"""
     markup_rate: float = 0.3
@@ -138,6 +143,8 @@ class Args:
     """width of the actor's layers"""
     prior: float = 6.0
     """initial preference for the node that is expected to be done first; 0 for none"""
+    prior_rate: float = 1.0
+    """how many times faster than the rest that is learned: one number, which Adam moves by the learning rate at most"""
     processes: int = 2
     """processes that share markets and gradients, started here unless torchrun did it"""
     device: str = "cpu"
@@ -162,9 +169,11 @@ class Args:
                      "pairs_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("duration_s", "pairs_s", "learning_rate", "markup_rate", "clip", "max_grad_norm"):
+        for name in ("duration_s", "pairs_s", "learning_rate", "prior_rate", "markup_rate", "clip", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
+        if not self.most_advantage > 0:
+            raise ValueError(f"--most-advantage is {self.most_advantage}, expected more than 0")
         for name in (
             "seed",
             "imitate_steps",
@@ -205,7 +214,7 @@ class Args:
 # from there on, validation markets have seeds from VALIDATION_SEED on, reports from FIRST_TEST_SEED on.
 TRAINING_SEEDS = FIRST_TEST_SEED // 4
 TEAM_MARKUP = 3  # 1.5, at which a team sells: above a cost that moves between adverts, or peers would refuse
-MOST_RATHER, MOST_AGAINST = 1.0, 3.0  # nats by which another markup is preferred, or avoided, by pairs of markets
+MOST_AGAINST = 3.0  # nats by which another markup than the one that is posted is avoided, by pairs of markets
 TO_HOLD: tuple[Kind, ...] = ("bursts", "deadlines")  # where tuned rules that hold were ahead of `best_value`
 MOST_LOG_RATIO = 20.0  # far beyond the clip; where the ratio overflows, its gradient is no number
 VALIDATION_SEED = FIRST_TEST_SEED // 2
@@ -255,7 +264,7 @@ class Batch(NamedTuple):
     choice: Tensor  # [M, 2]
     log_prob: Tensor  # [M, 2]
     expert: Tensor  # [M, 2]
-    advantage: Tensor  # [M] normalised
+    advantage: Tensor  # [M] normalised and cut
     value_target: Tensor  # [M] normalised return
 
     def pick(self, rows: Tensor) -> "Batch":
@@ -269,7 +278,10 @@ class Learner:
     def __init__(self, args: Args, processes: Processes) -> None:
         torch.manual_seed(args.seed)
         self.args, self.processes = args, processes
-        self.actor = Actor(args.width, args.prior).to(args.device)
+        team = args.team_weight == 1
+        self.actor = Actor(args.width, args.prior, TEAM_MARKUP if team else AT_COST).to(args.device)
+        if team:
+            nn.init.zeros_(self.actor.layers().markup.weight)  # it sells at one price, whatever it sees
         self.averaged = AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(args.average))
         self.critic = Critic(central=args.central).to(args.device)
         self.scale = ValueScale(self.critic.last)
@@ -280,7 +292,11 @@ class Learner:
         self.left = 1.0  # share of the run
         # What markups earn is mostly noise, which Adam would scale up to full steps; plain steps average it out.
         self.markup_optimiser = torch.optim.SGD(self.actor.parameters(), lr=args.markup_rate)
-        self.optimiser = torch.optim.Adam(self.parameters, lr=args.learning_rate, eps=1e-5)
+        rest = [p for p in self.parameters if p is not self.actor.prior]
+        groups: list[dict[str, Any]] = [
+            {"params": rest, "faster": 1.0}, {"params": [self.actor.prior], "faster": args.prior_rate}
+        ]  # fmt: skip
+        self.optimiser = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5)
 
     @torch.no_grad()
     def values(self, at: Situation) -> NDArray[np.float32]:
@@ -310,7 +326,9 @@ class Learner:
         self.scale.update(mean, square)
         spread = math.sqrt(max(advantage_square - advantage_mean**2, 0.0)) + 1e-8
         logged = {"return": mean, "advantage_std": spread, "value_unexplained": unexplained}
-        return (advantage - advantage_mean) / spread, (returns - self.scale.mean) / self.scale.std, logged
+        most = args.most_advantage
+        normalised = np.clip((advantage - advantage_mean) / spread, -most, most)
+        return normalised, (returns - self.scale.mean) / self.scale.std, logged
 
     def batch(self, rollout: Rollout, paid: bool = True) -> tuple[Batch, dict[str, float]]:
         """The decisions of a rollout, with their advantages if they are `paid`; and what is logged of them."""
@@ -386,7 +404,7 @@ class Learner:
             advantage = d.advantage.unsqueeze(-1)
             gained = torch.min(ratio * advantage, clipped * advantage) * d.loss_mask
             loss = -gained.sum() - args.entropy * spread[0].sum()
-            if self.learns_markup:
+            if self.learns_markup and not args.pairs:
                 loss = loss - args.markup_entropy * self.left * spread[1].sum()
             if args.imitation:  # which is all that the markup learns from where it is not learned
                 loss = loss - args.imitation * sum(p.sum() for p in taught)
@@ -417,7 +435,7 @@ class Learner:
         log_p = torch.log_softmax(self.actor(view)[1], -1)
         rather = (log_p.gather(-1, moved[:, None]) - log_p.gather(-1, chosen[:, None])).squeeze(-1)
         spread = -(log_p.exp() * log_p).sum()
-        rather = torch.where(pull > 0, rather.clamp_max(MOST_RATHER), rather.clamp_min(-MOST_AGAINST))
+        rather = torch.where(pull > 0, rather, rather.clamp_min(-MOST_AGAINST))
         loss = -(pull * rather).sum() - args.markup_entropy * self.left * spread
         self.step(loss / count, self.markup_optimiser)
         posted = self.processes.sum(torch.tensor([MARKUPS[notches.markup].sum()])).item()
@@ -452,7 +470,7 @@ class Learner:
         """Set what falls over the run, for this share of it that is past."""
         self.left = max(0.0, 1.0 - progress)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.args.learning_rate * self.left
+            group["lr"] = self.args.learning_rate * group["faster"] * self.left
         for group in self.markup_optimiser.param_groups:
             group["lr"] = self.args.markup_rate * self.left
 
@@ -497,6 +515,8 @@ class Run:
     """A training run: its networks, its files, its standing."""
 
     def __init__(self, args: Args) -> None:
+        if args.against is not None:
+            args = replace(args, imitate_steps=0, imitation=0.0)
         self.args, self.processes = args, Processes()
         self.learner = Learner(args, self.processes)
         reward = Reward(args.team_weight, gamma=1.0, transfers=args.team_weight < 1,
@@ -598,7 +618,8 @@ class Run:
         rng = np.random.default_rng((args.seed, 4, number, rank))
         source = self.collector.source._replace(duration_s=args.pairs_s)
         plans = source.plans(number, TRAINING_SEEDS + rank, begun=False)
-        return play_pairs(LearnedPolicy(weights_of(self.learner.actor), {}), plans, pairs, rng)
+        others = LearnedPolicy(self.pool[0], {}) if args.against is not None else None
+        return play_pairs(LearnedPolicy(weights_of(self.learner.actor), {}), plans, pairs, rng, others)
 
     def train(self) -> dict[str, Any]:
         """Train; returns the summary of the run, and leaves in `self.best` the policy that is kept."""
@@ -614,7 +635,6 @@ class Run:
         among = validation_families(args)
         baselines: list[Policy | Oracle] = [*regret.baselines(), Oracle("centralized")]
         rules = {policy.name: self.processes.shared(among, partial(means, policy)) for policy in baselines}
-        imitate_steps = 0 if args.against else args.imitate_steps
         with tqdm(total=args.agent_steps, initial=self.progress.agent_steps, unit="step", unit_scale=True,
                   dynamic_ncols=True, disable=self.processes.rank != 0) as bar:  # fmt: skip
             while True:
@@ -627,8 +647,8 @@ class Run:
                 start_s = time.perf_counter()
                 if due:
                     collector.renew(self.progress.updates)
-                imitate = self.progress.agent_steps < imitate_steps
-                paid = self.progress.agent_steps >= imitate_steps - args.critic_steps
+                imitate = self.progress.agent_steps < args.imitate_steps
+                paid = self.progress.agent_steps >= args.imitate_steps - args.critic_steps
                 experts = self.experts if imitate or args.imitation else {}
                 learner.anneal(self.progress.agent_steps / args.agent_steps)
                 weights = weights_of(learner.actor)
@@ -636,8 +656,8 @@ class Run:
                     self.pool = [*self.pool, weights][-args.pool :]
                 rollout = collector.collect(
                     net_of(weights), self.progress.updates, args.rollout_steps, experts, paid=paid,
-                    markups=learner.learns_markup,
-                    adverts=args.adverts if learner.learns_markup and not args.pairs else 0.0,
+                    markups=learner.learns_markup, draws_markups=learner.learns_markup and not args.pairs,
+                    adverts=args.adverts,
                     opponents=[] if imitate else [net_of(each) for each in self.pool],
                 )  # fmt: skip
                 middle_s = time.perf_counter()

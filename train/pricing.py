@@ -1,9 +1,10 @@
 """What another markup would earn: pairs of whole markets that differ in markups alone.
 
-Both markets of a pair have the same arrivals and random numbers, and all play the same policy. In one of them one
-provider posts markups a notch above, or below, those that the policy chooses. The difference in its profit is what that
-earns by itself, with all that follows from it: buyers who are put off today wait, and pay more tomorrow. Credit to
-single sales misses that. Were several moved at a time, each would find rivals whose prices shake, and learn to collude.
+Both markets of a pair have the same arrivals and random numbers, and all play the same policy, or all but one another
+one. In one market of the two that one posts markups a notch above, or below, those that its policy chooses. The
+difference in its profit is what that earns by itself, with all that follows from it: buyers who are put off today wait,
+and pay more tomorrow. Credit to single sales misses that. Were several moved at a time, each would find rivals whose
+prices shake, and learn to collude.
 """
 
 from collections.abc import Iterator
@@ -33,9 +34,11 @@ class Notches(NamedTuple):
 
 
 def play_pairs(
-    policy: LearnedPolicy, plans: Iterator[tuple[Kind, MarketPlan]], pairs: int, rng: np.random.Generator
-) -> Notches:
-    """Play `pairs` pairs of markets, to their ends, and keep some of the adverts of either market."""
+    policy: LearnedPolicy, plans: Iterator[tuple[Kind, MarketPlan]], pairs: int, rng: np.random.Generator,
+    others: LearnedPolicy | None = None,
+) -> Notches:  # fmt: skip
+    """Play `pairs` pairs of markets, to their ends, and keep some of the adverts of either market. The one whose
+    markups are moved plays `policy`, and so do the others, unless they play `others`."""
     drawn = [next(plans)[1] for _ in range(pairs)]
     batch = MarketBatch([planned for planned in drawn for _ in (0, 1)])
     actions = batch.actions()
@@ -43,8 +46,13 @@ def play_pairs(
     mover = np.repeat([rng.integers(len(planned.profiles)) for planned in drawn], 2)
     notch = np.where(rows % 2, np.repeat(rng.choice([-1, 1], pairs), 2), 0)
     seen: list[tuple[NDArray[np.int64], Views, NDArray[np.int64]]] = []
+    moves = np.arange(batch.providers) == mover[:, None]
     while not batch.over.all():
-        policy.decide(batch.views, batch.active, batch.uniforms, actions)
+        if others is None:
+            policy.decide(batch.views, batch.active, batch.uniforms, actions)
+        else:
+            policy.decide(batch.views, batch.active & moves, batch.uniforms, actions)
+            others.decide(batch.views, batch.active & ~moves, batch.uniforms, actions)
         due = batch.active[rows, mover] & (batch.views.me[rows, mover, ADVERT_DUE] > 0.5)
         chosen = actions.markup[rows, mover].astype(np.int64)
         kept = np.nonzero(due & (rng.random(rows.size) < KEPT))[0]

@@ -117,9 +117,10 @@ def draw(scores: FloatArray, u: float) -> tuple[int, float]:
 @kernel
 def act(
     net: Net, views: Views, step: int, m: int, market: Ints, provider: Ints, learned: Bools, uniform: Singles,
-    actions: Actions, d: Decisions, work: Singles, out: Singles,
+    draws_markups: bool, actions: Actions, d: Decisions, work: Singles, out: Singles,
 ) -> int:  # fmt: skip
-    """Decide for each row of `market` and `provider`; `actions` receives the choices, drawn by `uniform` [B, N, 2].
+    """Decide for each row of `market` and `provider`; `actions` receives the choices, drawn by `uniform` [B, N, 2], but
+    the most probable markup unless it `draws_markups`.
 
     Decisions of the `learned` [B, N] providers are written to `d`, from number m on; there is to be space for one more.
     Returns the number that follows.
@@ -129,7 +130,10 @@ def act(
         nodes, routes = views.nodes[b, i], views.routes[b, i]
         logits(net, nodes, views.request[b, i], views.me[b, i], routes, d.nodes[m], d.about[m], work, out)
         route, d.log_prob[m, 0] = draw(out[:ROUTES], uniform[b, i, 0])
-        markup, d.log_prob[m, 1] = draw(out[ROUTES:], uniform[b, i, 1])
+        if draws_markups:
+            markup, d.log_prob[m, 1] = draw(out[ROUTES:], uniform[b, i, 1])
+        else:
+            markup, d.log_prob[m, 1] = int(np.argmax(out[ROUTES:])), np.float32(0.0)
         actions.route[b, i] = route
         admit_what_pays(actions.admission[b, i])
         actions.markup[b, i] = markup
@@ -309,6 +313,7 @@ class Collector:
         *,
         paid: bool = True,
         markups: bool = False,
+        draws_markups: bool = True,
         adverts: float = 0.0,
         opponents: Sequence[Net] = (),
     ) -> Rollout:
@@ -318,7 +323,8 @@ class Collector:
 
         The `experts` of each kind of market are asked what they would do; there may be none. Recorded are the
         decisions of those that are learned from: on requests, and a share `adverts` of those on an advert alone.
-        Without `markups` nothing is decided on an advert alone: its markup is that of before. With `opponents`, in the
+        Without `markups` nothing else is decided on an advert alone: its markup is that of before. Unless it
+        `draws_markups`, the most probable ones are posted, as policies do once trained. With `opponents`, in the
         share `alone` of the markets one provider alone plays `net`, the others each one of them.
         """
         assert self.batch is not None, "renew comes first"
@@ -340,13 +346,13 @@ class Collector:
             due = batch.active & (views.me[..., ADVERT_DUE] > 0.5)
             asked = batch.active & (views.me[..., HAS_REQUEST] > 0.5)
             recorded = learned & (asked | (due & (rng.random((self.total, providers))[self.numbers] < adverts)))
-            if markups:
-                asked |= due
+            asked |= due if markups else due & recorded
             self.actions.route[...] = HOLD
             first, d = used, self._space(used + int(np.count_nonzero(recorded)) + 1, used)
             for k, each in enumerate((net, *opponents)):
                 market, provider = np.nonzero(asked & (against == k - 1))
-                used = act(each, views, t, used, market, provider, recorded, uniform, self.actions, d, work, out)
+                used = act(each, views, t, used, market, provider, recorded, uniform, draws_markups,
+                           self.actions, d, work, out)  # fmt: skip
             wanted = np.asarray((asked & recorded).any(1))
             summarise(views, self.sizes, wanted, own_row, about_row, summary[t])
             if experts:

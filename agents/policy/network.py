@@ -32,7 +32,7 @@ from wwwserve.agents.policy.architecture import (
 from wwwserve.agents.view import FINISH_S, NODE_FEATURES, OWN, REQUEST_FEATURES, SELF_FEATURES, Feature, Views, scales
 
 HOLD_BIAS = -3.0
-COST_BONUS = 1.0  # of the markup of 1: prices begin at cost, since several levels of them are near an equilibrium
+MARKUP_BONUS = 1.0  # of the markup to begin with, since several levels of prices are near an equilibrium
 USUAL_SETTINGS = (1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 0.3, 0.7, 0.1, 0.1)  # of the rule within, in `SETTING_UNITS`
 SUMMARY = 2 * (len(NODE_FEATURES) + len(SELF_FEATURES))  # mean and maximum over a market's providers
 
@@ -86,7 +86,8 @@ class Actor(nn.Module):
 
     setting_units: Tensor
 
-    def __init__(self, width: int = 32, prior: float = 6.0) -> None:
+    def __init__(self, width: int = 32, prior: float = 6.0, markup: int = AT_COST) -> None:
+        """`prior` and the index of the `markup` are what learning begins with."""
         super().__init__()
         self.scale_nodes = Normalise(NODE_FEATURES)
         self.scale_request = Normalise(REQUEST_FEATURES)
@@ -99,7 +100,7 @@ class Actor(nn.Module):
         with torch.no_grad():
             at.setting.bias.copy_(torch.log(torch.expm1(torch.tensor(USUAL_SETTINGS))))
             at.hold.bias.fill_(HOLD_BIAS)
-            at.markup.bias[AT_COST] = COST_BONUS
+            at.markup.bias[markup] = MARKUP_BONUS
 
     def layers(self) -> Layers[nn.Linear]:
         """The linear layers."""
