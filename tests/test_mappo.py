@@ -258,6 +258,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--markup-rate", "0"], "--markup-rate is 0.0, expected more than 0"),
         (["--adverts", "2"], "--adverts is 2.0, expected 0 to 1"),
         (["--prior-rate", "0"], "--prior-rate is 0.0, expected more than 0"),
+        (["--settings-rate", "inf"], "--settings-rate is inf, expected more than 0"),
         (["--most-advantage", "nan"], "--most-advantage is nan, expected more than 0"),
         (["--pool-every", "0"], "--pool-every is 0, expected at least 1"),
         (["--test-seeds", "1"], "--test-seeds is 1, expected at least 2"),
@@ -343,14 +344,18 @@ def test_an_update_makes_better_decisions_likelier() -> None:
     assert chance() > before + 0.03
 
 
-def test_the_prior_is_learned_as_much_faster_as_it_is_told() -> None:
-    moved = []
-    for faster in (1.0, 50.0):
-        learner, rollout = small(imitation=0.0, prior=0.0, prior_rate=faster, learning_rate=1e-3, minibatches=1)
+def test_prior_and_settings_are_learned_as_much_faster_as_they_are_told() -> None:
+    def moved(**faster: float) -> list[float]:
+        learner, rollout = small(imitation=0.0, prior=0.1, learning_rate=1e-3, minibatches=1, **faster)
+        at = [learner.actor.prior, learner.actor.setting.bias, learner.actor.hold.bias]
+        before = [x.detach().clone() for x in at]
         learner.anneal(0.5)
         learner.update(rollout, 0, False)
-        moved.append(abs(float(learner.actor.prior.detach())))
-    assert moved == [pytest.approx(0.5e-3, rel=0.05), pytest.approx(50 * 0.5e-3, rel=0.05)]
+        return [float((x.detach() - old).abs().max()) for x, old in zip(at, before, strict=True)]
+
+    usual = 0.5e-3
+    assert moved() == pytest.approx([usual] * 3, rel=0.05)
+    assert moved(prior_rate=50.0, settings_rate=10.0) == pytest.approx([50 * usual, 10 * usual, usual], rel=0.05)
 
 
 def test_advantages_are_cut_at_so_many_deviations() -> None:

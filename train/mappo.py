@@ -145,6 +145,8 @@ class Args:
     """initial preference for the node that is expected to be done first; 0 for none"""
     prior_rate: float = 1.0
     """how many times faster than the rest that is learned: one number, which Adam moves by the learning rate at most"""
+    settings_rate: float = 1.0
+    """how many times faster the settings of the rule within are learned"""
     processes: int = 2
     """processes that share markets and gradients, started here unless torchrun did it"""
     device: str = "cpu"
@@ -169,7 +171,8 @@ class Args:
                      "pairs_every"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        for name in ("duration_s", "pairs_s", "learning_rate", "prior_rate", "markup_rate", "clip", "max_grad_norm"):
+        for name in ("duration_s", "pairs_s", "learning_rate", "prior_rate", "settings_rate", "markup_rate", "clip",
+                     "max_grad_norm"):  # fmt: skip
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
         if not self.most_advantage > 0:
@@ -292,10 +295,13 @@ class Learner:
         self.left = 1.0  # share of the run
         # What markups earn is mostly noise, which Adam would scale up to full steps; plain steps average it out.
         self.markup_optimiser = torch.optim.SGD(self.actor.parameters(), lr=args.markup_rate)
-        rest = [p for p in self.parameters if p is not self.actor.prior]
+        prior, settings = [self.actor.prior], [*self.actor.layers().setting.parameters()]
+        rest = [p for p in self.parameters if not any(p is of_rule for of_rule in (*prior, *settings))]
         groups: list[dict[str, Any]] = [
-            {"params": rest, "faster": 1.0}, {"params": [self.actor.prior], "faster": args.prior_rate}
-        ]  # fmt: skip
+            {"params": rest, "faster": 1.0},
+            {"params": prior, "faster": args.prior_rate},
+            {"params": settings, "faster": args.settings_rate},
+        ]
         self.optimiser = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-5)
 
     @torch.no_grad()
