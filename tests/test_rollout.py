@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from wwwserve.agents.rules import RULES, Rule
 from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import ADVERT_DUE, HAS_REQUEST, NODE_FEATURES, SELF_FEATURES, normalise
 from wwwserve.envs.batch import MarketBatch
-from wwwserve.envs.distribution import Kind
+from wwwserve.envs.distribution import Kind, sample
 from wwwserve.envs.state import Reward
+from wwwserve.train import rollout as rollouts
 from wwwserve.train.rollout import Collector, Decisions, Rollout, Source, draw, worth_per_s
 
 KINDS: tuple[Kind, ...] = ("honest", "deadlines", "conversation")
@@ -295,6 +297,16 @@ def test_the_first_markets_of_a_batch_end_at_different_times() -> None:
 def test_a_market_may_have_its_full_length_from_the_first_on() -> None:
     planned = next(SOURCE.plans(0, 0, begun=False))[1]
     assert planned.scenario.duration_s == SOURCE.duration_s
+
+
+def test_a_market_to_which_nobody_comes_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards are shares of what comes, so that there they would be no numbers."""
+    busy = sample("honest", np.random.default_rng(1), 60.0)
+    silent = replace(busy, providers=tuple(replace(p, traffic=None) for p in busy.providers))
+    drawn = iter([silent, silent, busy])
+    monkeypatch.setattr(rollouts, "sample", lambda kind, rng, duration_s: next(drawn))
+    _, planned = next(SOURCE.plans(0, 0, begun=False))
+    assert planned.scenario.providers == busy.providers and planned.traffic.time_s.size > 0
 
 
 # Opponents.

@@ -234,7 +234,7 @@ class Source(NamedTuple):
                     sample(self.kinds[turn % len(self.kinds)], rng, share * self.duration_s), drain_s=self.drain_s
                 )
             planned = plan(scenario, int(rng.integers(self.seeds)))
-            if 0 < planned.capacity <= self.max_requests and planned.nodes <= self.max_requests:
+            if worth_per_s(planned) > 0.0 and max(planned.capacity, planned.nodes) <= self.max_requests:
                 turn, share = turn + 1, 1.0
                 yield "honest" if self.scenarios else kind_of(scenario), planned
 
