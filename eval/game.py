@@ -68,6 +68,7 @@ def game(
     `omniscient`, and `loss`, what is missing to the cooperative one as a share of it. By provider `profit`, `alone`,
     `over_alone` (their difference) and `markup` (mean over time while requests arrive). By deviation `mean_gain` (of
     the mean provider), `worst_gain` (of the one that gains most) and all `gains`, shares of own profit.
+    Of several learned deviators, what every other seed shows: see `best_of`.
     `exploitability`, `exploiter` and `exploitability_upper`: see `exploited`. `course`, means over seeds at times. With
     `collusion` and `coalition`, what `eval.collusion` finds.
     """
@@ -195,8 +196,9 @@ def family(
     """What deviations gain in random markets of a kind, another one for each seed.
 
     A gain is that of each provider, deviating by itself, summed over them, as a share of the mean welfare of a market:
-    the mean provider's gain, weighted by profit, as the profit of one in one run may be next to nothing. `alone` is the
-    sum of what providers have alone.
+    the mean provider's gain, weighted by profit, as the profit of one in one run may be next to nothing. Of several
+    learned deviators, every other market shows the gain: see `best_of`. `alone` is the sum of what providers have
+    alone.
     """
     rng = np.random.default_rng((seeds[0], KINDS.index(kind)))
     plans = [plan(_paid(sample(kind, rng), payment), seed) for seed in seeds]
@@ -343,7 +345,8 @@ class Args:
     cooperative: Annotated[str, tyro.conf.arg(metavar="NAME|BUNDLE")] = COOPERATIVE
     """what they would play as a team: its welfare is the yardstick"""
     deviator: Policies = ()
-    """bundles trained against the policy: the best of them, for each provider, is the learned deviator"""
+    """bundles trained against the policy: the best of them, for each provider, is the learned deviator; it is chosen by
+    every other seed, and its gain is that with the rest"""
     deviations: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME...")] = None
     """only these deviations, none if no name follows; default: all"""
     copies: Annotated[tuple[int, ...], Range(1), tyro.conf.arg(metavar="N...")] = (1,)

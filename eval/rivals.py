@@ -3,7 +3,7 @@
 All providers but one play the policy `--among`; the one plays another, and its gain is what that changes of its own
 profit in the same market. Every provider is the one in turn. Policies of a group come from the same training with other
 seeds. A group is summed up by the interquartile mean over scenarios, as in Agarwal et al. 2021 (arXiv 2108.13264), with
-stratified bootstrap intervals: one over training seeds, one over markets.
+bootstrap intervals: one over training seeds, one over the markets of each scenario.
 """
 
 import os

@@ -157,6 +157,8 @@ def free_ports(count: int) -> list[int]:
     """Ports that are free now: below those that the system gives to whoever asks for any, and others at each call, so
     that hardly one is taken before it is used. Raises OSError if there are none."""
     found: list[int] = []
+    if count == 0:
+        return found
     for port in itertools.islice(_ports, len(PORTS)):
         with socket.socket() as asked, suppress(OSError):
             asked.bind(("127.0.0.1", port))
@@ -469,11 +471,15 @@ def configurations(plan: Plan) -> tuple[list[dict[str, Any]], list[Command]]:
     if not 0 <= plan.base_port <= highest:
         expected = f"1 to {highest}, or 0 for any ports that are free"
         raise NetworkError(f"--base-port is {plan.base_port}, expected {expected}")
-    free = free_ports((2 + plan.engines) * plan.nodes)
-    ports, engine_ports = free[: plan.nodes], free[2 * plan.nodes :]
+    for_nodes = range(plan.base_port, plan.base_port + plan.nodes)
+    try:
+        free = [port for port in free_ports((3 + plan.engines) * plan.nodes) if port not in for_nodes]
+    except OSError as error:
+        raise NetworkError(f"--nodes is {plan.nodes}, --engines {plan.engines}: {error}") from None
+    ports, engine_ports = free[: plan.nodes], free[2 * plan.nodes : (2 + plan.engines) * plan.nodes]
     endpoints = [f"tcp/127.0.0.1:{port}" for port in free[plan.nodes : 2 * plan.nodes]]
     if plan.base_port:
-        ports = [plan.base_port + i for i in range(plan.nodes)]
+        ports = [*for_nodes]
         taken = [port for port in ports if not is_free("127.0.0.1", port)]
         if taken:
             raise NetworkError(

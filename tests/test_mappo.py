@@ -259,7 +259,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         (["--adverts", "2"], "--adverts is 2.0, expected 0 to 1"),
         (["--prior-rate", "0"], "--prior-rate is 0.0, expected more than 0"),
         (["--settings-rate", "inf"], "--settings-rate is inf, expected more than 0"),
-        (["--most-advantage", "nan"], "--most-advantage is nan, expected more than 0"),
+        (["--most-advantage", "inf"], "--most-advantage is inf, expected at least 0"),
         (["--pool-every", "0"], "--pool-every is 0, expected at least 1"),
         (["--test-seeds", "1"], "--test-seeds is 1, expected at least 2"),
         (["--device", "nothing"], "--device is nothing: "),
@@ -314,7 +314,8 @@ def small(**changes: Any) -> tuple[Learner, Any]:
     collector = Collector(source, reward, args.markets)
     collector.renew(0)
     net = mappo.net_of(mappo.weights_of(learner.actor))
-    return learner, collector.collect(net, 0, args.rollout_steps, {kind: best_for(kind) for kind in KINDS})
+    experts = {kind: best_for(kind) for kind in KINDS}
+    return learner, collector.collect(net, 0, args.rollout_steps, experts, draws_markups=True)
 
 
 def test_imitation_comes_to_agree_with_the_expert() -> None:
@@ -359,7 +360,7 @@ def test_prior_and_settings_are_learned_as_much_faster_as_they_are_told() -> Non
 
 
 def test_advantages_are_cut_at_so_many_deviations() -> None:
-    whole, cut = (small(most_advantage=most) for most in (float("inf"), 0.5))
+    whole, cut = (small(most_advantage=most) for most in (0.0, 0.5))
     free, bounded = (learner.batch(rollout)[0].advantage for learner, rollout in (whole, cut))
     assert float(free.std()) == pytest.approx(1.0, abs=0.1) and float(free.abs().max()) > 1.0
     assert torch.equal(bounded, free.clamp(-0.5, 0.5))
@@ -452,7 +453,9 @@ def test_a_deviator_begins_as_the_others_and_plays_alone_among_them(tmp_path: Pa
             np.testing.assert_array_equal(weights[name], weight)
     started.collector.renew(0)
     opponents = [mappo.net_of(each) for each in started.pool]
-    d = started.collector.collect(opponents[0], 0, 60, {}, markups=True, adverts=1.0, opponents=opponents).decisions
+    d = started.collector.collect(
+        opponents[0], 0, 60, {}, draws_markups=True, markups=True, adverts=1.0, opponents=opponents
+    ).decisions
     learned = set(zip(d.market.tolist(), d.provider.tolist(), strict=True))
     assert len(learned) == len({market for market, _ in learned}) >= 4
     with pytest.raises(ValueError, match="--width is 16, the policy to begin with has 32"):
@@ -490,7 +493,32 @@ def test_with_pairs_nothing_else_moves_the_markup() -> None:
 def test_a_team_begins_with_the_markup_at_which_teams_sell() -> None:
     for team_weight, markup in ((1.0, mappo.TEAM_MARKUP), (0.0, AT_COST)):
         learner = Learner(Args(team_weight=team_weight, processes=1), Processes())
-        assert int(learner.actor.layers().markup.bias.argmax()) == markup
+        at = learner.actor.layers().markup
+        assert int(at.bias.argmax()) == markup and bool((at.weight == 0.0).all()) == (team_weight == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drawn"),
+    [({}, False), ({"pairs": 0}, True), ({"team_weight": 1.0}, False), ({"markups": False}, False)],
+)
+def test_markups_are_drawn_only_where_they_are_credited_like_routes(
+    changes: dict[str, Any], drawn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def collect(*_: Any, **options: Any) -> None:
+        assert options["draws_markups"] is drawn and options["adverts"] == 0.25
+        raise Stop
+
+    run = mappo.Run(
+        Args(out=tmp_path, wandb=False, processes=1, markets=2, minibatches=1, adverts=0.25, duration_s=30.0, **changes)
+    )
+    monkeypatch.setattr(mappo, "validation_families", lambda args: {})
+    monkeypatch.setattr(run, "checkpoint", lambda *_: None)
+    monkeypatch.setattr(run.collector, "collect", collect)
+    with pytest.raises(Stop):
+        run.train()
 
 
 @pytest.mark.parametrize("average", [0.0, 0.75])

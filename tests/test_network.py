@@ -204,6 +204,10 @@ def test_a_network_is_shown_as_far_as_a_terminal_has_place(width: int) -> None:
 
 
 def test_what_cannot_come_up_says_why(tmp_path: Path) -> None:
+    with pytest.raises(
+        NetworkError, match=r"--nodes is 200, --engines 64: \d+ ports of 10000 to 19999 are free, expected 13400"
+    ):
+        configurations(PLAN._replace(nodes=200, engines=64))
     with pytest.raises(NetworkError, match="--nodes is 0"):
         configurations(PLAN._replace(nodes=0))
     with pytest.raises(ConfigError, match="abacus"):

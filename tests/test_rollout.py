@@ -66,7 +66,7 @@ def collected(
     net: Net, number: int = 0, *, steps: int = STEPS, markups: bool = False, adverts: float = 0.0,
     experts: Mapping[Kind, Rule] = NONE, **share: Any,
 ) -> Rollout:  # fmt: skip
-    return collector(**share).collect(net, number, steps, experts, markups=markups, adverts=adverts)
+    return collector(**share).collect(net, number, steps, experts, markups=markups, adverts=adverts, draws_markups=True)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_of_a_team_adverts_without_a_request_are_recorded_as_well(net: Net) -> N
 
 
 def test_unless_markups_are_drawn_the_most_probable_one_is_posted(actor: Actor, net: Net) -> None:
-    d = collector().collect(net, 0, 60, NONE, markups=True, draws_markups=False, adverts=1.0).decisions
+    d = collector().collect(net, 0, 60, NONE, draws_markups=False, markups=True, adverts=1.0).decisions
     with torch.no_grad():
         _, markup = actor(Inputs(*(torch.from_numpy(x) for x in (d.nodes, d.about, d.evidence, d.present, d.routes))))
     assert (d.choice[:, 1] == markup.argmax(-1).numpy()).mean() > 0.999  # but for rounding
@@ -174,7 +174,7 @@ def test_summaries_are_the_mean_and_maximum_over_the_providers_of_a_market(net: 
     me = normalise(views.me, SELF_FEATURES)
     seen = [np.concatenate([own[b, :n], me[b, :n]], 1) for b, n in enumerate(count)]
     expected = [np.concatenate([x.mean(0), x.max(0)]) for x in seen]
-    rollout = made.collect(net, 0, 1, NONE, markups=True, adverts=1.0)
+    rollout = made.collect(net, 0, 1, NONE, markups=True, adverts=1.0, draws_markups=True)
     asked = np.unique(rollout.decisions.market)
     assert len(asked) >= 3
     for b in asked:
@@ -204,13 +204,13 @@ def test_others_are_learned_from_in_another_rollout(net: Net) -> None:
     made = collector(share=0.4)
     pairs = []
     for k in range(2):
-        d = made.collect(net, k, 30, NONE).decisions
+        d = made.collect(net, k, 30, NONE, draws_markups=True).decisions
         pairs.append(set(zip(d.market.tolist(), d.provider.tolist(), strict=True)))
     assert pairs[0] - pairs[1] and pairs[1] - pairs[0]
 
 
 def test_what_is_not_paid_goes_the_same_way_without_rewards(net: Net) -> None:
-    paid, unpaid = (collector().collect(net, 0, 40, NONE, paid=paid) for paid in (True, False))
+    paid, unpaid = (collector().collect(net, 0, 40, NONE, paid=paid, draws_markups=True) for paid in (True, False))
     assert np.abs(paid.reward).sum() > 0 and not unpaid.reward.any()
     assert_same(paid.decisions, unpaid.decisions)
     assert_same(paid.elapsed_s, unpaid.elapsed_s)
@@ -225,13 +225,13 @@ def test_rewards_are_in_seconds_worth_of_arrivals(net: Net) -> None:
     value = paid[one.traffic.provider].sum() / 1000
     expected = value / (one.scenario.duration_s * len(one.profiles))
     assert worth[at] == pytest.approx(expected)
-    rollout = made.collect(net, 0, 1, NONE)
+    rollout = made.collect(net, 0, 1, NONE, draws_markups=True)
     np.testing.assert_allclose(rollout.reward[0], (made.batch.reward - made.batch.given) / worth[:, None], rtol=1e-6)
 
 
 def test_markets_end_and_begin_anew_within_a_rollout(net: Net) -> None:
     made = collector()
-    rollouts = [made.collect(net, k, 250, NONE) for k in range(2)]
+    rollouts = [made.collect(net, k, 250, NONE, draws_markups=True) for k in range(2)]
     ends = sum(int(each.truncated.sum()) for each in rollouts)
     assert ends >= MARKETS - 2
     for each in rollouts:
@@ -276,10 +276,12 @@ def test_renewed_markets_are_those_of_their_batch_whatever_came_before(net: Net)
     fresh = collector()
     fresh.renew(4)
     used = collector()
-    used.collect(net, 0, STEPS, NONE)
+    used.collect(net, 0, STEPS, NONE, draws_markups=True)
     used.renew(4)
     assert [p.seed for p in fresh.batch.plans] == [p.seed for p in used.batch.plans]
-    assert_same(fresh.collect(net, 9, STEPS, NONE), used.collect(net, 9, STEPS, NONE))
+    assert_same(
+        fresh.collect(net, 9, STEPS, NONE, draws_markups=True), used.collect(net, 9, STEPS, NONE, draws_markups=True)
+    )
     assert [p.seed for p in collector().batch.plans] != [p.seed for p in fresh.batch.plans]
 
 
@@ -323,7 +325,9 @@ def posting(actor: Actor, markup: int) -> Net:
 def test_one_plays_alone_against_other_policies_and_is_alone_learned_from(actor: Actor) -> None:
     made = collector(alone=1.0, share=0.4)
     others = [posting(actor, 6), posting(actor, 7)]
-    d = made.collect(posting(actor, 4), 0, 60, NONE, markups=True, adverts=1.0, opponents=others).decisions
+    d = made.collect(
+        posting(actor, 4), 0, 60, NONE, markups=True, adverts=1.0, opponents=others, draws_markups=True
+    ).decisions
     assert (d.choice[:, 1] == 4).all() and (d.log_prob[:, 1] > -1e-6).all()
     learned = set(zip(d.market.tolist(), d.provider.tolist(), strict=True))
     assert sorted(market for market, _ in learned) == sorted({market for market, _ in learned})
@@ -339,10 +343,10 @@ def test_one_plays_alone_against_other_policies_and_is_alone_learned_from(actor:
 
 def test_where_nobody_plays_alone_all_play_the_policy(actor: Actor) -> None:
     net, other = posting(actor, 4), posting(actor, 7)
-    alone = collector(alone=0.0).collect(net, 0, STEPS, NONE, markups=True, opponents=[other])
-    assert_same(alone, collector().collect(net, 0, STEPS, NONE, markups=True))
+    alone = collector(alone=0.0).collect(net, 0, STEPS, NONE, markups=True, opponents=[other], draws_markups=True)
+    assert_same(alone, collector().collect(net, 0, STEPS, NONE, markups=True, draws_markups=True))
     made = collector(alone=0.5)
-    made.collect(net, 0, STEPS, NONE, markups=True, opponents=[other])
+    made.collect(net, 0, STEPS, NONE, markups=True, opponents=[other], draws_markups=True)
     found = [set(row.tolist()) for row in made.actions.markup]
     assert {7 in row for row in found} == {True, False}
 
@@ -355,7 +359,7 @@ def test_the_expert_of_the_kind_is_asked(net: Net) -> None:
     for k in range(8):
         views = type(made.batch.views)(*(array.copy() for array in made.batch.views))
         active, uniforms, kinds = made.batch.active.copy(), made.batch.uniforms.copy(), list(made.kinds)
-        d = made.collect(net, k, 1, EXPERTS).decisions
+        d = made.collect(net, k, 1, EXPERTS, draws_markups=True).decisions
         for m in range(len(d.step)):
             b, i = d.market[m], d.provider[m]
             actions = made.batch.actions()
@@ -374,7 +378,7 @@ def test_a_learned_policy_would_decide_the_most_probable_of_what_was_drawn(actor
     made = collector()
     policy, actions = LearnedPolicy(weights_of(actor), {}), made.batch.actions()
     policy.decide(made.batch.views, made.batch.active, made.batch.uniforms, actions)
-    d = made.collect(net, 0, 1, NONE, markups=True, adverts=1.0).decisions
+    d = made.collect(net, 0, 1, NONE, markups=True, adverts=1.0, draws_markups=True).decisions
     same = d.choice[:, 0] == actions.route[d.market, d.provider]
     likely = np.exp(d.log_prob[:, 0]) > 0.5
     assert likely.any() and same[likely].all()

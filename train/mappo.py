@@ -130,7 +130,7 @@ class Args:
     """PPO's clip range"""
     most_advantage: float = 3.0
     """advantages are cut at so many of their standard deviations: a few decisions change a hundred times as much as
-    most; inf for not at all"""
+    most; 0 for not at all"""
     entropy: float = 0.003
     """weight of the entropy of the route"""
     markup_rate: float = 0.3
@@ -175,14 +175,13 @@ class Args:
                      "max_grad_norm"):  # fmt: skip
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
-        if not self.most_advantage > 0:
-            raise ValueError(f"--most-advantage is {self.most_advantage}, expected more than 0")
         for name in (
             "seed",
             "imitate_steps",
             "critic_steps",
             "drain_s",
             "imitation",
+            "most_advantage",
             "entropy",
             "markup_entropy",
             "prior",
@@ -332,7 +331,7 @@ class Learner:
         self.scale.update(mean, square)
         spread = math.sqrt(max(advantage_square - advantage_mean**2, 0.0)) + 1e-8
         logged = {"return": mean, "advantage_std": spread, "value_unexplained": unexplained}
-        most = args.most_advantage
+        most = args.most_advantage or math.inf
         normalised = np.clip((advantage - advantage_mean) / spread, -most, most)
         return normalised, (returns - self.scale.mean) / self.scale.std, logged
 
@@ -779,7 +778,10 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(refuse(str(error)))
     if run.processes.rank == 0:
-        about = {"training": json.loads(json.dumps(asdict(args), default=str)), "agent_steps": summary["agent_steps"]}
+        about = {
+            "training": json.loads(json.dumps(asdict(run.args), default=str)),
+            "agent_steps": summary["agent_steps"],
+        }
         if args.test_markets:
             summary["table"] = report(args, LearnedPolicy(run.best, {}))
         write_json(args.out / "summary.json", summary)

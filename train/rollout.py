@@ -312,8 +312,8 @@ class Collector:
         experts: Mapping[Kind, Policy],
         *,
         paid: bool = True,
+        draws_markups: bool,
         markups: bool = False,
-        draws_markups: bool = True,
         adverts: float = 0.0,
         opponents: Sequence[Net] = (),
     ) -> Rollout:
