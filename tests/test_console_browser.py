@@ -25,10 +25,11 @@ from stub_nodes import PROFILE, Net, Stub, busy, net, play
 from wwwserve.serving import overview
 from wwwserve.serving.console import node as console_node
 from wwwserve.serving.console.app import STATIC
+from wwwserve.serving.console.broadcast import LOOK_S
 from wwwserve.serving.console.network import network_console
 from wwwserve.serving.dispatcher import Dispatcher
 from wwwserve.serving.local_nodes import Accounts, Network, Plan, configurations, free_ports, started
-from wwwserve.serving.membership.heartbeat import Unspoken
+from wwwserve.serving.membership.heartbeat import BEAT_S, SILENT_S, Unspoken
 from wwwserve.serving.versions import Versions
 
 MODEL = "qwen3-8b"
@@ -283,6 +284,7 @@ def test_a_killed_peer_is_shown_here_and_on_the_networks_page(page: Browser, net
             page.until(lambda: "● there" in row(page, "west"))
             west.kill()
             page.until(lambda: "✕ gone" in row(page, "west"))
+            assert SILENT_S + BEAT_S + LOOK_S < 3.0  # within which it is shown where the machine has time
             page.until(lambda: "west is gone" in page.text("#events"))
             assert "gone" in page.run("return document.querySelector('.node.gone').textContent")
             page.driver.switch_to.window(other)

@@ -188,7 +188,7 @@ def test_a_cell_has_what_the_contract_says(cell: dict[str, Any]) -> None:
         assert each["mean_gain"][0] == pytest.approx(np.mean(means))
         assert each["worst_gain"][0] == max(means)
     highest = max(each["worst_gain"][0] for name, each in cell["deviations"].items() if name != "learned")
-    assert cell["exploitability_upper"][0] >= highest  # with all seeds of the learned ones, which are shown by half
+    assert cell["exploitability_upper"][0] > 0.1 > highest > 0.0  # by a learned one, of which it counts all seeds
     assert cell["exploiter"]["provider"] in ("buyer", "seller")
     assert cell["exploiter"]["deviation"] in cell["deviations"]
     json.dumps(cell, allow_nan=False)
