@@ -45,8 +45,7 @@ SYSTEMD := /usr/bin/systemd-analyze
 test: $(INSTALLED) $(BROWSER) $(PROMETHEUS) $(SYSTEMD)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/wwwserve compile --emulator
+	$(BIN)/mypy & checked=$$!; $(BIN)/wwwserve compile --emulator && wait $$checked
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 $(BROWSER) &: # in which the console is tested

@@ -184,8 +184,8 @@ def on_progress(
 
 @kernel
 def aged_rate(per_s: float, elapsed_s: float) -> float:
-    """A rate of events after a time, short against the window, without one; each event adds 1 / RATE_WINDOW_S."""
-    return per_s * (1.0 - elapsed_s / RATE_WINDOW_S)
+    """A rate of events after a time without one; each event adds 1 / RATE_WINDOW_S."""
+    return per_s * max(0.0, 1.0 - elapsed_s / RATE_WINDOW_S)  # a process may be stopped for longer than the window
 
 
 @kernel

@@ -192,3 +192,8 @@ def test_columns_do_not_overlap() -> None:
     columns |= {f"held of class {c}": k.AD_HELD + c for c in range(1, MAX_CLASSES)}
     columns |= {f"tariff, column {t}": k.AD_TARIFF + t for t in range(1, TARIFF_SIZE)}
     assert sorted(columns.values()) == list(range(k.ADVERT_SIZE))
+
+
+def test_a_rate_ages_and_is_never_negative_however_long_a_process_was_stopped() -> None:
+    assert k.aged_rate(2.0, 6.0) == pytest.approx(1.8)
+    assert [k.aged_rate(2.0, long_s) for long_s in (k.RATE_WINDOW_S, 300.0, 1e9)] == [0.0, 0.0, 0.0]
