@@ -20,9 +20,10 @@ INSTALLED := $(VENV)/.installed
 train: $(INSTALLED)
 	$(BIN)/python train/mappo.py $(ARGS)
 
-LONG := --markets 384 --validation-markets 32 --test-markets 48 --test-seeds 128 --checkpoint-every 100
-COMPETITIVE := --agent-steps 40000000 --imitate-steps 4000000
-COOPERATIVE := --team-weight 1 --agent-steps 120000000 --imitate-steps 80000000 --critic-steps 8000000
+LONG := --validation-markets 32 --test-markets 48 --test-seeds 128
+COMPETITIVE := --markets 384 --checkpoint-every 100 --agent-steps 40000000 --imitate-steps 4000000
+COOPERATIVE := --team-weight 1 --imitate-steps 3000000 --imitation 0.05 --settings-rate 10 --share 0.3 --minibatches 24 \
+  --gamma 0.999 --entropy 0.001 --agent-steps 20000000
 results: $(INSTALLED)
 	for seed in 1 2 3; do \
 	  $(BIN)/python train/mappo.py $(LONG) $(COMPETITIVE) --seed $$seed --out runs/competitive$$seed $(ARGS) || exit 1; \
