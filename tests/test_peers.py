@@ -326,7 +326,9 @@ def test_a_node_stands_hostile_input(tmp_path: Path, capsys: pytest.CaptureFixtu
     statuses = seen["statuses"]
     assert statuses["signed_requests"]["402"] >= 1 and statuses["bodies_of_users"]["200"] > 2
     assert statuses["payment_and_duels"]["409"] > 100
-    assert statuses["signatures_that_nearly_are"]["403"] > 100 and statuses["adverts"]["403"] > 100
+    assert statuses["signatures_that_nearly_are"]["403"] > 100
+    refused, early = statuses["adverts"]["403"], statuses["adverts"].get("429", 0)  # on a fast machine more are early
+    assert refused > 40 and refused + early > 100
     assert statuses["bytes_that_are_no_http"]["400"] > 20
     assert "1200 inputs" in capsys.readouterr().out
 
