@@ -358,7 +358,7 @@ class Dispatcher:
             provider.missed(completion.klass)
             self.metrics.turned_away()
             raise Failed(503, "too many requests wait here", "overloaded", retry_after_s=1)
-        prompt = max(1, completion.prompt_ids + round(completion.prompt_bytes / self.bytes_per_token))
+        prompt = self.estimate_prompt(completion.prompt_bytes, completion.prompt_ids)
         most = min((completion.max_tokens or self.config.output.max) * completion.choices, MOST_TOKENS)
         request = provider.new(
             None, completion.klass, prompt, most, arrival_s,
@@ -473,6 +473,10 @@ class Dispatcher:
             self.provider.close(job.completion.klass)
         job.turned_away = job.turned_away or reason.full
 
+    def estimate_prompt(self, size: int, ids: int) -> int:
+        """Tokens that a prompt of so many bytes and token ids seems to have, at least 1."""
+        return max(1, ids + round(size / self.bytes_per_token))
+
     def _learn(self, completion: CompletionRequest, usage: Usage | None) -> None:
         """Take the length of a prompt into the mean, unless it has images or tokens, or a peer says what cannot be."""
         if usage is None or completion.prompt_ids:
@@ -559,7 +563,7 @@ class Dispatcher:
 
     async def _ask_engine(self, path: str, body: bytes) -> Any:
         """What the engine answers, from JSON. Raises JudgeError."""
-        prompt = max(1, round(len(body) / self.bytes_per_token))
+        prompt = self.estimate_prompt(len(body), 0)
         if salt := self.salt_of(self.messages.name, {}):  # not to tell a peer what own users asked
             body = salted(body, salt)
         engine = self.execution.choose(NO_PREFIX, prompt)

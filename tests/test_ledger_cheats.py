@@ -21,6 +21,7 @@ from wwwserve.serving.ledger.statements import (
     Signed,
     State,
     StatementError,
+    Terms,
     Vouch,
     digest,
     link,
@@ -95,6 +96,39 @@ def test_a_payer_who_says_that_less_came_than_was_delivered_is_noted_and_gets_no
             msgspec.json.decode(e.body, type=Noted) for e in sides.journals[B.name].entries() if b'"note"' in e.body
         ]
         assert len(notes) == 10 and all(note.kind == "short" and note.short == MICRO for note in notes)
+
+    play(scene)
+
+
+def test_a_prompt_that_is_much_longer_than_was_said_is_within_the_exposure(sides: Sides) -> None:
+    tariff, said, long = (1000, 1000, 1000), 1000, 8_001_000  # 1 and 8,001 credits of 10 that are the exposure
+    terms = Terms(tariff, said, 2 * MICRO // 1000)
+
+    def take(prompt: int) -> int:
+        id = sides.a.lock(B.name, terms, BODY)
+        sides.b.take(A.name, id, terms, BODY, PROMISE, prompt=prompt)
+        return id
+
+    async def scene() -> None:
+        sides.b.delivered(A.name, take(1282), served := Served(ANSWER, said, 0, 1, 1, WHOLE), 1001)  # a quarter, and 32
+        assert sides.b.due_at_least(terms, PROMISE, served, 1, 1282) == 1001
+        assert sides.b.due_at_least(terms, PROMISE, served, 1, 1283) == 1284  # all of it, from there on
+        id = take(long)  # as it seems, while it runs
+        with pytest.raises(LedgerError, match="more than"):
+            take(2_000_000)
+        sides.b.delivered(A.name, id, served, 1001)  # and was not
+        id = take(said)
+        sides.b.delivered(A.name, id, served, sides.b.due_at_least(terms, PROMISE, served, 1, 9_999_000))
+        sides.b.flush()
+        sides.kill(B)
+        await sides.exchange()
+        with pytest.raises(LedgerError, match="more than"):
+            take(said)
+        for id in sorted(sides.a.books.channels[B.name].open):
+            sides.settle(id, served)
+        await sides.exchange()
+        channel = sides.b.books.channels[A.name]
+        assert not channel.beyond and channel.short == 9_999_001 - 1001
 
     play(scene)
 

@@ -92,6 +92,19 @@ def test_what_was_violated_once(seed: int, adversaries: tuple[str, ...]) -> None
     assert play(of_machines(draw(seed, adversaries))).violations == []
 
 
+@pytest.mark.parametrize(
+    "seed",
+    [
+        7100101,  # a prompt is longer than was said, and its payer does not settle
+        7200213,  # a prompt is shorter than was said
+        7100899,  # a clock is set back, and an advert of the run before comes late
+        7200122,
+    ],
+)
+def test_what_was_violated_with_all_adversaries(seed: int) -> None:
+    assert play(draw(seed, (*EARLIER, *NEW, "leaver"))).violations == []
+
+
 def test_the_same_seed_is_the_same_history_in_every_process() -> None:
     program = (
         "from wwwserve.eval.live.world.history import draw, play\n"
@@ -197,6 +210,10 @@ def shortfalls_that_are_not_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ChannelLedger, "_compare", lambda *_: [])
 
 
+def prompts_that_are_paid_as_was_said(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ChannelLedger, "_beyond", lambda *_: 0)
+
+
 def requests_of_an_earlier_run_that_stay_open(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ChannelLedger, "_on_known", lambda self, peer, known: self._reconciler.take_over(peer, known))
 
@@ -228,6 +245,7 @@ async def _nothing(*_: object) -> None:
         (143, of_machines, receipts_of_open_requests, ("free rider",), "lost"),
         (101, of_machines, old_copies_that_go_on, (), "voucher|two vouchers|different"),
         (229, of_machines, shortfalls_that_are_not_counted, ("free rider",), "lost"),
+        (166, of_machines, prompts_that_are_paid_as_was_said, ("free rider",), "of which its books know"),
         (200, of_machines, requests_of_an_earlier_run_that_stay_open, (), "in escrow"),
         (201, of_machines, escrow_that_is_never_freed, (), "in escrow"),
         (111, busy, tokens_that_are_billed_and_not_counted, ("inflater",), "lost"),

@@ -154,7 +154,8 @@ class App:
                 self.dispatcher.metrics.offer_refused()
                 raise Failed(409, "not now", "refused")
             if accounts is not None:
-                paid = accounts.take(sender, id, terms, body, promise, longest, most)
+                seems = self.dispatcher.estimate_prompt(*boundary.prompt_size(request))
+                paid = accounts.take(sender, id, terms, body, promise, longest, most, seems)
         except LedgerError as error:
             self.dispatcher.metrics.offer_refused()
             raise Failed(402, f"it is not taken: {error}", "payment_error") from None

@@ -149,7 +149,7 @@ class UserApi:
                 usage = await unless_gone(call.scope, asked)
             else:
                 completion = self._completion(call, request, body)
-                prompt = completion.prompt_ids + round(completion.prompt_bytes / self.dispatcher.bytes_per_token)
+                prompt = self.dispatcher.estimate_prompt(completion.prompt_bytes, completion.prompt_ids)
                 usage = await unless_gone(call.scope, self.dispatcher.answer(completion, reply))
             await reply.end()
         except ClientDisconnect:

@@ -312,12 +312,13 @@ class Accounts:
         return id, terms
 
     def take(
-        self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise, longest: int, most: int | None
+        self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise, longest: int, most: int | None,
+        prompt: int = 0,
     ) -> Delivery:  # fmt: skip
         """Take a request that was `offered`, with a promise; its answer is expected to have at most `longest` tokens,
-        and agreed to have `most`. Raises LedgerError or Full."""
+        and agreed to have `most`; its prompt is thought to have `prompt` here. Raises LedgerError or Full."""
         delivery = Delivery(self.ledger, peer, id, terms, promise, longest, MOST_TOKENS if most is None else most)
-        self.ledger.take(peer, id, terms, digest(body), promise, delivery.stop)
+        self.ledger.take(peer, id, terms, digest(body), promise, delivery.stop, prompt)
         return delivery
 
     # Messages.

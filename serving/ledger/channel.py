@@ -86,6 +86,7 @@ class Channel(msgspec.Struct):
     taken: dict[int, Taken] = {}
     earned: dict[int, int] = {}  # what was paid in instalments for those that are taken
     delivered: dict[int, Delivered] = {}
+    beyond: dict[int, int] = {}  # what is due of those that were delivered beyond what was in escrow for them
     short: int = 0
     unpaid: int = 0  # what it was delivered, and had not paid when the owner closed the channel alone
     over: int = 0
@@ -321,6 +322,9 @@ class Books:
         if event.id not in channel.taken:
             raise LedgerError(f"request {event.id} of {event.peer} is not here")
         channel.delivered[event.id] = event
+        beyond = event.due - channel.taken[event.id].terms.amount
+        if beyond > 0:
+            channel.beyond[event.id] = beyond
 
     def _credited(self, event: Credited) -> None:
         channel, state = self.channel(event.peer), event.voucher.state
@@ -349,6 +353,7 @@ class Books:
         for id in ended:
             channel.taken.pop(id, None)
             channel.delivered.pop(id, None)
+            channel.beyond.pop(id, None)
         channel.earned = {id: each for id, each in earned.items() if id in channel.taken}
         channel.paid_number, channel.paid_total, channel.paid_head = number, total, head
         channel.vouchers = [*channel.vouchers[1 - VOUCHERS_KEPT :], event.voucher]
@@ -378,7 +383,8 @@ class Books:
         channel.number, channel.total, channel.head, channel.voucher = own.number, own.total, own.head, None
         channel.paid_number, channel.paid_total, channel.paid_head = other.number, other.total, other.head
         channel.acked, channel.unacked, channel.unacked_amounts, channel.unacked_locked = own.number, [], [], 0
-        channel.open, channel.advanced, channel.taken, channel.earned, channel.delivered = {}, {}, {}, {}, {}
+        channel.open, channel.advanced = {}, {}
+        channel.taken, channel.earned, channel.delivered, channel.beyond = {}, {}, {}, {}
         channel.ended_before = None if event.ended.is_agreed else channel.ended_by_both
         channel.ended, channel.leaving_ms = event.ended, 0
 

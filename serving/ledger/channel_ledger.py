@@ -124,6 +124,8 @@ class ChannelLedger(JournaledBooks):
         self.asked: Counter[str] = Counter()
         self._ended: dict[str, set[int]] = {}
         self._running: dict[tuple[str, int], Callable[[], None]] = {}  # requests of peers, and what stops each
+        # What such a request may cost beyond what is in escrow for it, where its prompt seems longer than was said.
+        self._may_exceed: dict[tuple[str, int], int] = {}
         self._floor: dict[str, int] = {}
         self._unsure: set[str] = set()  # peers who asked for a channel, and may not have heard yet that it is open
         self._reconciler = Reconciler(self, self._add)
@@ -236,26 +238,38 @@ class ChannelLedger(JournaledBooks):
     # What the node earns.
 
     def take(
-        self, peer: str, id: int, terms: Terms, request: str, promise: Promise, stop: Callable[[], None] = lambda: None
+        self, peer: str, id: int, terms: Terms, request: str, promise: Promise, stop: Callable[[], None] = lambda: None,
+        prompt: int = 0,
     ) -> None:  # fmt: skip
         """Take a peer's request, with a promise; `stop` is called if the peer says that it has ended while it is open
-        here. Raises LedgerError, or Full while nothing can be written."""
+        here. Its prompt is thought to have `prompt` tokens here; what that may cost beyond what is in escrow for it is
+        within the exposure as well. Raises LedgerError, or Full while nothing can be written."""
         channel = self._usable(peer)
-        # What is short and what may become so, all of which is in escrow, are within the exposure together.
+        # What is short and what may become so, in escrow or beyond it, are within the exposure together.
         left = tolerated(self.exposure, channel.paid_total) - channel.short
         if left <= 0:
             raise LedgerError(f"{peer} paid {channel.short} micro-credits less than it was delivered")
         if id <= self._floor.get(peer, 0) or id in self._ended.get(peer, ()):
             raise LedgerError(f"request {id} of {peer} has ended already")
+        beyond = self._beyond(terms, prompt)
+        at_risk = int(channel.accounts[PEER, ESCROW]) + self._beyond_escrow(peer, channel) + beyond
         bound = min(self.exposure, left)
-        if terms.amount > available_credit(channel.accounts[PEER], int(channel.accounts[PEER, ESCROW]), bound):
+        if terms.amount > available_credit(channel.accounts[PEER], at_risk, bound):
             raise LedgerError(f"{terms.amount} micro-credits are more than {peer} may have in escrow here")
         self._add(Taken(peer, id, request, terms, promise))
         self._running[peer, id] = stop
+        if beyond:
+            self._may_exceed[peer, id] = beyond
+
+    def _beyond_escrow(self, peer: str, channel: Channel) -> int:
+        """What a peer owes for prompts that are longer than it said, or may come to owe for what runs."""
+        running = sum(each for (other, _), each in self._may_exceed.items() if other == peer)
+        return running + sum(channel.beyond.values())
 
     def delivered(self, peer: str, id: int, served: Served, due: int) -> None:
         """A peer's request has ended here, and `due` micro-credits are to be paid for it by the own count."""
         self._running.pop((peer, id), None)
+        self._may_exceed.pop((peer, id), None)
         if id in self.books.channel(peer).taken:
             self._add(Delivered(peer, id, served, due))
 
@@ -265,10 +279,13 @@ class ChannelLedger(JournaledBooks):
         to be paid as it is."""
         latest = msgspec.structs.replace(served, took_ms=served.took_ms + self.slack_ms)
         due = due_of(self.payment, terms, promise, latest, most)
-        more = prompt - terms.prompt - terms.prompt // 4 - PROMPT_SLACK
-        if self.payment != PER_REQUEST and served.came != NOTHING and more > 0:
-            due += terms.tariff[INPUT] * more // 1000
-        return due
+        return due + (self._beyond(terms, prompt) if served.came != NOTHING else 0)
+
+    def _beyond(self, terms: Terms, prompt: int) -> int:
+        """What a prompt of so many tokens costs more than as long as it was said to be, if it is much longer."""
+        if self.payment == PER_REQUEST or prompt <= terms.prompt + terms.prompt // 4 + PROMPT_SLACK:
+            return 0
+        return -(-terms.tariff[INPUT] * (prompt - terms.prompt) // 1000)  # up, as the rest is rounded down
 
     # Messages.
 

@@ -18,6 +18,7 @@ class Members:
     def __init__(self, network: MemoryNetwork, hosts: dict[str, str]) -> None:
         self.network, self.hosts = network, hosts
         self.there: dict[str, MemoryMembership] = {}
+        self._ended: set[tuple[str, int]] = set()  # runs whose adverts may still be on their way
 
     def tell(self, advert: Advert, true_at_s: float, to: str) -> None:
         """Send one member's advert to another, who hears it if both are there by then."""
@@ -28,14 +29,20 @@ class Members:
         if member is not None:
             age_s = self.network.loop.time() - true_at_s
             member.process.hear(member.hear, msgspec.structs.replace(advert, age_s=age_s))
+            if (advert.name, advert.run) in self._ended:  # nothing follows on it
+                self._miss(member, advert)
 
     def lose(self, member: "MemoryMembership") -> None:
         """A member's process has ended."""
         if self.there.get(member.name) is member:
             del self.there[member.name]
         if member.advert is not None:
+            self._ended.add((member.name, member.advert.run))
             for other in self.there.values():
-                self.network.loop.outside(SILENT_S, other.process.hear, other.miss, member.advert)
+                self._miss(other, member.advert)
+
+    def _miss(self, member: "MemoryMembership", last: Advert) -> None:
+        self.network.loop.outside(SILENT_S, member.process.hear, member.miss, last)
 
 
 class MemoryMembership:

@@ -35,7 +35,7 @@ class ClosingJudge:
             if channel.paid_total < ends.vouched[node.name, peer]:
                 self.say(f"{name}: paid {channel.paid_total}, and vouched were {ends.vouched[node.name, peer]}")
             lost = truth.delivered[node.name, peer] - channel.paid_total
-            known = channel.short + channel.unpaid + int(channel.accounts[PEER, ESCROW])
+            known = channel.short + channel.unpaid + int(channel.accounts[PEER, ESCROW]) + sum(channel.beyond.values())
             # A run that ended knew of what it delivered, and had not written it.
             known += (len(node.runs) - 1) * exposure + ends.receipts[node.name, peer] + len(channel.taken)
             if lost > known:

@@ -59,7 +59,7 @@ class Truth:
         whatever was put in escrow."""
         if tokens == 0:
             return
-        paid = said if prompt <= said + said // 4 + PROMPT_SLACK else prompt
+        paid = min(said, prompt) if prompt <= said + said // 4 + PROMPT_SLACK else prompt
         took_ms = int(milliseconds(took_s + self.slack_s))
         served = Served("", paid, 0, tokens, took_ms, WHOLE if whole else PART)
         terms = Terms(tariff, paid, MOST_AMOUNT)
