@@ -552,6 +552,37 @@ def test_one_that_is_put_back_to_before_all_that_both_signed_learns_of_it_though
     play(scene)
 
 
+@pytest.mark.parametrize("earned", [0, 300])
+def test_one_that_is_put_back_and_closes_alone_before_it_is_told_what_it_signed_states_that_then(
+    sides: Closing_, earned: int
+) -> None:
+    async def scene() -> None:
+        await sides.exchange()
+        paid(sides, 1000)
+        await sides.exchange()
+        sides.copy(A)
+        await sides.exchange()
+        paid(sides, 500)
+        if earned:
+            id = sides.b.lock(A.name, terms_of(), BODY)
+            sides.a.take(B.name, id, terms_of(), BODY, PROMISE)
+            sides.a.delivered(B.name, id, came(earned), earned * 1000)
+            sides.b.settle(A.name, id, PROMISE, came(earned), 1000)
+        await sides.exchange()
+        sides.put_back(A)
+        sides.configured(A, closed=True)
+        sides.now_s += WAIT_S
+        sides.a.close_silent()
+        assert sides.is_closed() == (True, False) and sides.a.books.channels[B.name].number == 1
+        await sides.settle_down()
+        assert sides.is_closed() == (True, True) and sides.b.books.channels[A.name].is_agreed
+        mirrored(sides)
+        assert sides.own()[1].free == CREDIT + 15 * MICRO // 10 - earned * 1000
+        nothing_goes(sides)
+
+    play(scene)
+
+
 @pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
 def test_one_that_lost_all_and_wants_no_channel_agrees_to_the_end_of_the_one_that_its_peer_closes(

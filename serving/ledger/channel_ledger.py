@@ -441,6 +441,7 @@ class ChannelLedger(JournaledBooks):
         if known.stake and self.heard(peer, known.stake.encode()) and self.name in self.stakes.latest:
             self.news.append(self.stakes.latest[self.name])  # others may have heard of an earlier one alone
         self._reconciler.take_over(peer, known)
+        self.closer.restate(peer)
         self.stakes.said[peer] = known.epoch
         self._knows(peer, known.refills is not None)
         for id in sorted(self.books.channel(peer).open):

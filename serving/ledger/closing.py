@@ -70,6 +70,15 @@ class Closer:
         self._add(Closed(peer, self._ended(peer, closing, self._sign(closing), "")))
         log.warning("a channel is closed without its peer", extra={"peer": peer})
 
+    def restate(self, peer: str) -> None:
+        """The peer has told what it knows: of what the own node had signed and forgotten before it closed the channel
+        alone, it states all now. Else the peer could never agree."""
+        channel = self._ledger.books.channel(peer)
+        if channel.ended is None or channel.is_agreed or not channel.is_closed:
+            return
+        if channel.ended.closing.of(self._ledger.name).number < channel.number:
+            self.close_alone(peer)
+
     def refuses(self, peer: str) -> str:
         """Why nothing is handed over or taken; "" where it may be."""
         channel = self._ledger.books.channels.get(peer)
