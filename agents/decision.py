@@ -27,7 +27,7 @@ MAX_WAIT_S = 0
 MAX_KV_USE = 1
 PROBABILITY = 2
 ONLY_IF_NONE_HELD = 3  # 1 to refuse while own users' requests are undecided
-IF_IT_PAYS = 4  # 1 to refuse what would bring less than it costs by now
+IF_IT_PAYS = 4  # share of what it costs by now that an offer has to bring; 0 for any
 ADMISSION_SIZE = 5
 WHAT_PAYS = np.array([np.inf, np.inf, 1.0, 0.0, 1.0])  # take what pays
 NO_DIRECTION = -1
@@ -102,10 +102,10 @@ def accept(admission: Floats, wait_s: float, kv_use: float, held: int, profit: f
     """Whether a provider with this admission policy takes an offer, on its fresh own state.
 
     `wait_s`: the request's expected wait here; `held`: own users' requests not yet decided; `profit`, credits: what it
-    is expected to bring, less what it costs; `u` uniform in (0, 1).
+    is expected to bring, less what it has to; `u` uniform in (0, 1).
     """
     if admission[ONLY_IF_NONE_HELD] > 0.5 and held > 0:
         return False
-    if admission[IF_IT_PAYS] > 0.5 and profit < 0.0:
+    if admission[IF_IT_PAYS] > 0.0 and profit < 0.0:
         return False
     return bool(wait_s <= admission[MAX_WAIT_S] and kv_use <= admission[MAX_KV_USE] and u <= admission[PROBABILITY])

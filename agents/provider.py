@@ -26,6 +26,7 @@ from wwwserve.agents.decision import (
     CANDIDATES,
     FIRST_CANDIDATE,
     HOLD,
+    IF_IT_PAYS,
     LOCAL,
     NODES,
     WHAT_PAYS,
@@ -540,7 +541,8 @@ def consider(
     if a.payment != PER_REQUEST:
         price = price_by(tariff, prompt, cached, output) / MICRO
     use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
-    profit = price - min(1.0, p.markup) * cost_of(p.cost, prompt, cached, output)  # below cost it sells on purpose
+    share = p.admission[IF_IT_PAYS] * min(1.0, p.markup)  # below cost it sells on purpose
+    profit = price - share * cost_of(p.cost, prompt, cached, output)
     profit += (prompt + output) / 1000.0 / MICRO  # what is lost to the rounding of a tariff is no reason to refuse
     taken = accept(p.admission, first_s, use, p.held, profit, uniform(p.generator))
     if taken:

@@ -12,6 +12,7 @@ from wwwserve.agents.decision import (
     CANDIDATES,
     FIRST_CANDIDATE,
     HOLD,
+    IF_IT_PAYS,
     LOCAL,
     NO_DIRECTION,
     ROUTES,
@@ -468,6 +469,8 @@ def test_best_value_weighs_cost_against_the_chance() -> None:
 
 def test_best_value_takes_what_pays() -> None:
     np.testing.assert_array_equal(admission(by_hand("best_value")), WHAT_PAYS)
+    assert admission(by_hand("best_value", {"pays": 0.25}))[IF_IT_PAYS] == 0.25
+    assert all(admission(by_hand(name))[IF_IT_PAYS] == 0.0 for name in RULES if name != "best_value")
 
 
 @pytest.mark.parametrize(("markup", "chosen"), [(0.0, 0.75), (1.0, 1.0), (1.4, 1.5), (3.5, 3.0), (8.0, 8.0)])

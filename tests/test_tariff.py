@@ -436,6 +436,8 @@ def test_what_pays_is_taken_and_what_does_not_is_refused(markup: float) -> None:
     assert [consider(host, at) for at in (0.5, 0.95, 1.05, 8.0)] == [False, False, True, True]
     host.p["admission"] = [np.inf, np.inf, 1.0, 0.0, 0.0]
     assert consider(host, 0.1)  # who does not look at prices
+    host.p["admission"] = [np.inf, np.inf, 1.0, 0.0, 0.5]
+    assert [consider(host, at) for at in (0.48, 0.52, 1.05)] == [False, True, True]  # who is content with half
 
 
 def test_who_sells_below_cost_takes_what_it_offered_to_take() -> None:
