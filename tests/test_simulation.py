@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from wwwserve.agents.kernel import records
 from wwwserve.envs.engine import ENGINE, JOB, MAX_SLOTS, advance, reset_engine, reset_jobs, submit
 from wwwserve.envs.prefix_cache import NO_CACHE
 from wwwserve.eval.live.simulation import loop as virtual
+from wwwserve.eval.live.simulation.bank import IdealAccounts
 from wwwserve.eval.live.simulation.disk import MemoryDisk
 from wwwserve.eval.live.simulation.engine import EngineServer, SimulatedEngine
 from wwwserve.eval.live.simulation.loop import Deadlock, Process, Standstill, VirtualLoop
 from wwwserve.eval.live.simulation.network import ABANDON_S, Host, MemoryNetwork
 from wwwserve.eval.live.simulation.response import TooLarge
 from wwwserve.serving.engine.adapter import EngineError
+from wwwserve.serving.ledger.accounts import Accounts
 from wwwserve.serving.ledger.journal import Balance, Full, JournalError
 
 HOUR_S = 3600.0
@@ -826,3 +829,13 @@ def test_an_engine_keeps_what_it_computed_until_it_dies() -> None:
         return found
 
     assert play(main) == [0, 96, 0, 0]
+
+
+def test_accounts_of_a_simulation_are_called_as_those_of_a_node_are() -> None:
+    shared = [
+        name for name in vars(IdealAccounts) if not name.startswith("_") and callable(getattr(Accounts, name, None))
+    ]
+    assert {"escrow", "offered", "take", "heard"} <= set(shared)
+    for name in shared:
+        ideal, real = (list(signature(getattr(each, name)).parameters) for each in (IdealAccounts, Accounts))
+        assert ideal == real, name

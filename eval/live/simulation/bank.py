@@ -162,7 +162,8 @@ class IdealAccounts:
         return 0, Terms(tariff, prompt, 0)
 
     def take(
-        self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise, longest: int, most: int | None
+        self, peer: str, id: int, terms: Terms, body: bytes, promise: Promise, longest: int, most: int | None,
+        prompt: int = 0,
     ) -> Delivery:  # fmt: skip
         """See `serving.ledger.accounts.Accounts`."""
         return Delivery()
