@@ -18,7 +18,6 @@ import uvloop
 from wwwserve.agents.kernel import leave_blas_out
 from wwwserve.agents.policy.bundle import SHIPPED, folder_of
 from wwwserve.agents.policy.bundle import load as load_bundle
-from wwwserve.agents.protocol import milliseconds
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.serving import boundary, overview
 from wwwserve.serving.config import ADMIN_CONNECTIONS, ConfigError, LimitsConfig, NodeConfig, StaticConfig
@@ -35,7 +34,7 @@ from wwwserve.serving.http.routes import App
 from wwwserve.serving.http.server import server_of
 from wwwserve.serving.http.transport import AiohttpTransport, Transport
 from wwwserve.serving.http.upstream import DirectTransport
-from wwwserve.serving.ledger.accounts import TOLERANCE_S
+from wwwserve.serving.ledger.accounts import slack_ms
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, micro
 from wwwserve.serving.ledger.genesis import agreed
 from wwwserve.serving.ledger.journal import SqliteJournal
@@ -140,7 +139,6 @@ def ledger_of(
         return None
     granted = agreed(settings, identity.name)
     journal = SqliteJournal(Path(settings.file), identity.name)
-    slack_ms = int(milliseconds(config.market.rtt_s + TOLERANCE_S * config.market.speed))
     ledger = ChannelLedger(
         identity,
         journal,
@@ -149,7 +147,7 @@ def ledger_of(
         earlier=granted.earlier,
         exposure=micro(settings.exposure),
         payment=payment,
-        slack_ms=slack_ms,
+        slack_ms=slack_ms(config.market.rtt_s, config.market.speed),
         agreed=settings.genesis is not None,
         closed=settings.closed,
         close_after_s=settings.close_after_s,

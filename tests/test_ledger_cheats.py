@@ -101,7 +101,7 @@ def test_a_payer_who_says_that_less_came_than_was_delivered_is_noted_and_gets_no
 
 
 def test_a_prompt_that_is_much_longer_than_was_said_is_within_the_exposure(sides: Sides) -> None:
-    tariff, said, long = (1000, 1000, 1000), 1000, 8_001_000  # 1 and 8,001 credits of 10 that are the exposure
+    tariff, said, long = (1000, 1000, 1000), 1000, 8_001_000  # tokens; 8 of 10 credits that are the exposure
     terms = Terms(tariff, said, 2 * MICRO // 1000)
 
     def take(prompt: int) -> int:

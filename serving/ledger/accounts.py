@@ -68,6 +68,11 @@ MOST_TOLD = 1 << 17  # bytes of statements about stake in one message, which a p
 SendTo = Callable[[str, bytes], Awaitable[bytes]]
 
 
+def slack_ms(rtt_s: float, speed: float = 1.0) -> int:
+    """By how much two sides may differ on how long an answer took, ms of the market's clock, which has this speed."""
+    return int(milliseconds(rtt_s + TOLERANCE_S * speed))
+
+
 class NotTaken(LedgerError):
     """A peer does not take what a message says, or its size, and would not if it came again."""
 

@@ -126,7 +126,8 @@ class Reconciler:
             check(name, "closing", known.ended.closing, known.ended.signature(name, peer))
             check(peer, "closing", known.ended.closing, known.ended.signature(peer, name))
             self._add(Closed(peer, known.ended))
-        for vouch in known.vouches if not channel.is_closed or not channel.is_agreed else ():
+        # What both have closed has nothing to add; what the own node closed alone may have stated too little.
+        for vouch in () if channel.is_closed and channel.is_agreed else known.vouches:
             check(self._ledger.name, "voucher", vouch.voucher.state, vouch.voucher.signature)
             if vouch.voucher.state.number > channel.number:
                 log.error("the journal is an old copy: taking over what was signed since", extra={"peer": peer})

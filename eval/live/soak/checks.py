@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 
-from wwwserve.agents.protocol import MICRO, milliseconds
+from wwwserve.agents.protocol import MICRO
 from wwwserve.eval.live.soak import witness
 from wwwserve.eval.live.soak.nodes import SPEED, Node
 from wwwserve.serving.config import MarketConfig
 from wwwserve.serving.duel.messages import JUDGED_IN
-from wwwserve.serving.ledger.accounts import TOLERANCE_S
+from wwwserve.serving.ledger.accounts import slack_ms
 from wwwserve.serving.ledger.audit import Audit, audit, compare, evidence, settled
 from wwwserve.serving.ledger.channel_ledger import micro, tolerated
 from wwwserve.serving.ledger.entries import Noted, Settled
@@ -26,8 +26,7 @@ from wwwserve.serving.ledger.verdicts import decode as decode_stake
 MOST_MB = 400.0  # resident memory of a node
 TRACES = (b"Traceback (most recent call last)", b'"exception":')
 MOST_SAID = 5  # stack traces
-# By which two nodes may time an answer differently, as `serving.node` has it.
-SLACK_MS = int(milliseconds(MarketConfig().rtt_s + TOLERANCE_S * SPEED))
+SLACK_MS = slack_ms(MarketConfig().rtt_s, SPEED)
 
 
 class Checks:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from wwwserve.agents.protocol import MICRO, PAYMENTS, milliseconds
+from wwwserve.agents.protocol import MICRO, PAYMENTS
 from wwwserve.agents.rules import Rule
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.eval.live.simulation.membership import Members, MemoryMembership
@@ -32,7 +32,7 @@ from wwwserve.serving.http.messages import Messages, Refusals
 from wwwserve.serving.http.reply import Reply
 from wwwserve.serving.http.routes import App
 from wwwserve.serving.http.sse import LAST_EVENT
-from wwwserve.serving.ledger.accounts import ESCROW, TOLERANCE_S, Came, Delivery
+from wwwserve.serving.ledger.accounts import ESCROW, TOLERANCE_S, Came, Delivery, slack_ms
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger, Grant
 from wwwserve.serving.ledger.entries import Closed, Credited, Event, Recovered, Settled
 from wwwserve.serving.ledger.exchange import Acknowledged
@@ -148,7 +148,7 @@ class Node:
         ledger = self.ledger = WatchedLedger(
             self, self.identity, host.disk.journal(self.name), world.grants(self), world.funds(), agreed=True,
             exposure=world.agreed.exposure, payment=world.agreed.payment,
-            slack_ms=int(milliseconds(RTT_S + TOLERANCE_S)),
+            slack_ms=slack_ms(RTT_S),
             closed=world.apart(self), close_after_s=world.agreed.close_after_s, wall_clock=host.wall_s,
         )  # fmt: skip
         membership = MemoryMembership(world.members, self.name, process)
