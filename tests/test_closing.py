@@ -1,12 +1,13 @@
 """A channel is closed by both or by one, and opened again: nothing is paid there meanwhile, no credit made or lost."""
 
 import contextlib
+import copy
 import random
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ledger_sides import BODY, CREDIT, PROMISE, WAIT_S, A, B, C, came, dealt, mirrored, play, terms_of, written
 from test_refill import Growing, granted_at_most
@@ -19,7 +20,7 @@ from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.channel_ledger import ChannelLedger
 from wwwserve.serving.ledger.entries import Closed
 from wwwserve.serving.ledger.exchange import Ask, Close, Declined, Message
-from wwwserve.serving.ledger.journal import SqliteJournal
+from wwwserve.serving.ledger.journal import Journal, SqliteJournal
 from wwwserve.serving.ledger.statements import NOTHING_CAME, Closing, Ended, StatementError, check, sign
 
 
@@ -479,10 +480,12 @@ def test_a_closing_in_a_journal_is_verified(sides: Closing_) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
+@example(seed=714)  # one that is put back to before a reopening is paid before it learns of that
+@example(seed=404)  # and one is to be told again what it was paid while credit is to be added
 def test_credit_is_conserved_through_whatever_is_paid_added_closed_opened_lost_and_forgotten(seed: int) -> None:
     async def scene() -> None:
         dice, sides = random.Random(seed), Closing_("memory", Path(), exposure=30 * MICRO, credit=20 * MICRO)
-        most = [20 * MICRO, 20 * MICRO]
+        most, copies = [20 * MICRO, 20 * MICRO], list[Journal]()
         for _ in range(80):
             one, other = (sides.a, sides.b) if dice.random() < 0.5 else (sides.b, sides.a)
             act = dice.random()
@@ -503,10 +506,16 @@ def test_credit_is_conserved_through_whatever_is_paid_added_closed_opened_lost_a
             elif act < 0.92:
                 sides.now_s += dice.choice([1.0, WAIT_S])
                 one.close_silent()
-            else:
+            elif act < 0.96:
                 if dice.random() < 0.5:  # else what was done last is lost
                     one.flush()
                 sides.kill(A if one is sides.a else B)
+            elif dice.random() < 0.5 or not copies:
+                sides.a.flush()
+                copies.append(copy.deepcopy(sides.journals[A.name]))
+            else:
+                sides.journals[A.name] = copy.deepcopy(dice.choice(copies))
+                sides.kill(A)
             granted_at_most(sides, *most)
             for ledger in (sides.a, sides.b):
                 assert not any(each.conflict for each in ledger.books.channels.values()) and not ledger.stakes.slashes

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import shutil
 from pathlib import Path
 
@@ -14,26 +15,26 @@ from wwwserve.serving.ledger.audit import audit, compare, settled
 from wwwserve.serving.ledger.channel import LedgerError
 from wwwserve.serving.ledger.exchange import Ask, Known
 from wwwserve.serving.ledger.journal import SqliteJournal
-from wwwserve.serving.ledger.statements import NOTHING_CAME, PART, StatementError
+from wwwserve.serving.ledger.statements import NOTHING_CAME, PART, StatementError, digest
 
 
 class Copied(Sides):
     """Two sides, of whom one can be put back to an old copy of its journal."""
 
-    def copy(self, who: object) -> None:
+    def copy(self, who: object, name: str = "old") -> None:
         self.close(who)
         for file in self.folder.glob("*.db*"):
             if file.name.startswith(self.file(who).name):  # type: ignore[arg-type]
-                shutil.copy(file, self.folder / f"old-{file.name}")
+                shutil.copy(file, self.folder / f"{name}-{file.name}")
         self.open(who)
 
-    def put_back(self, who: object) -> None:
+    def put_back(self, who: object, copy: str = "old") -> None:
         self.close(who)
         name = self.file(who).name  # type: ignore[arg-type]
         for file in self.folder.glob(f"{name}*"):
             file.unlink()
-        for file in self.folder.glob(f"old-{name}*"):
-            shutil.copy(file, self.folder / file.name.removeprefix("old-"))
+        for file in self.folder.glob(f"{copy}-{name}*"):
+            shutil.copy(file, self.folder / file.name.removeprefix(f"{copy}-"))
         self.open(who)
 
     def close(self, who: object) -> None:
@@ -103,6 +104,91 @@ def test_a_payer_takes_over_what_it_signed_since_and_is_not_accused(tmp_path: Pa
         sides.settle(forgotten + 1, came(600))
         await sides.exchange()
         mirrored(sides)
+        assert not sides.b.stakes.slashes and not sides.b.books.channels[A.name].conflict
+        sides.agree()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("more", [0, 3])
+def test_a_payer_put_back_to_two_copies_takes_over_what_its_peer_has_of_either(tmp_path: Path, more: int) -> None:
+    """The later copy has a voucher that never came; of its number another was signed after the earlier was put back."""
+
+    async def scene() -> None:
+        sides = Copied("sqlite", tmp_path)
+        await sides.exchange()
+        sides.copy(B)
+        await sides.exchange()
+        paid(sides, 100)
+        await sides.exchange()
+        sides.copy(A, "early")
+        await sides.exchange()
+        paid(sides, 200, *[50] * more)
+        assert await written(sides.a, sides.a.message(B.name))
+        sides.copy(A, "late")
+        sides.put_back(A, "early")
+        await sides.exchange()
+        paid(sides, 300)
+        await sides.exchange()
+        sides.put_back(A, "late")
+        assert sides.a.books.channels[B.name].vouched[0] == 2 + more
+        await sides.exchange()
+        mirrored(sides)
+        assert sides.a.balances()[0].free == CREDIT - 400 * MICRO // 1000
+        paid(sides, 500)
+        await sides.exchange()
+        mirrored(sides)
+        assert not sides.b.stakes.slashes and not sides.b.books.channels[A.name].conflict
+        sides.agree()
+        sides.open(A)
+        sides.put_back(B)  # and it is told again what it is paid by the chain that it has
+        await sides.exchange()
+        mirrored(sides)
+        assert not sides.b.stakes.slashes and sides.a.balances()[0].free == CREDIT - 900 * MICRO // 1000
+        sides.agree()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_payer_put_back_to_any_copy_at_any_time_signs_no_number_twice(tmp_path: Path, seed: int) -> None:
+    """Copies are taken and put back as the dice have it; requests of the one copy and of another share their ids."""
+
+    async def scene() -> None:
+        dice, sides, copies = random.Random(seed), Copied("sqlite", tmp_path), list[str]()
+        await sides.exchange()
+        for step in range(80):
+            what = dice.choice(("answer", "refuse", "open", "sign", "exchange", "exchange", "copy", "put back"))
+            if what in ("answer", "refuse", "open") and sides.a.available(B.name) >= MICRO:
+                body, terms = digest(bytes([step])), terms_of(MICRO // dice.choice((1, 2, 4)))
+                id = sides.a.lock(B.name, terms, body)
+                if what == "refuse":
+                    sides.a.free(B.name, id)
+                    continue
+                sides.b.take(A.name, id, terms, body, PROMISE)
+                if dice.random() < 0.3:
+                    sides.a.advance(B.name, id, PROMISE, came(20, PART), 1000)
+                sides.delivered(id, NOTHING_CAME)
+                if what == "answer":
+                    sides.settle(id, came(dice.randrange(20, 250)))
+            elif what == "sign":
+                await written(sides.a, sides.a.message(B.name))
+            elif what == "exchange":
+                sides.b._reconciler._recalled_s.clear()  # as if half a minute had gone by
+                await sides.exchange()
+            elif what == "copy":
+                copies.append(f"copy-{step}")
+                if dice.random() < 0.5:
+                    await written(sides.a, sides.a.message(B.name))
+                sides.copy(A, copies[-1])
+            elif what == "put back" and copies:
+                sides.put_back(A, dice.choice(copies))
+        sides.close(A)
+        sides.open(A)
+        sides.b._reconciler._recalled_s.clear()
+        await sides.exchange()
+        mirrored(sides)
+        assert not sides.b.books.channels[A.name].taken and not sides.a.books.channels[B.name].open
         assert not sides.b.stakes.slashes and not sides.b.books.channels[A.name].conflict
         sides.agree()
 

@@ -5,7 +5,7 @@ the rules of `agents.protocol` alone: what a node pays leaves its escrow when it
 leaves the peer's escrow when a voucher of the peer says so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -71,6 +71,7 @@ class Channel(msgspec.Struct):
     head: str
     voucher: Signed | None = None
     acked: int = 0
+    acked_head: str = ""  # of the chain at `acked`
     open: dict[int, Locked] = {}
     advanced: dict[int, int] = {}  # what was paid in instalments for those that are open
     unacked: list[Receipt] = []
@@ -128,6 +129,13 @@ class Channel(msgspec.Struct):
         return last.amount_a, last.amount_b
 
     @property
+    def vouched(self) -> tuple[int, str]:
+        """Of how many receipts by which the owner pays it has signed a voucher, and the head of the chain there."""
+        if self.voucher is not None and self.voucher.state.number > self.acked:
+            return self.voucher.state.number, self.voucher.state.head
+        return self.acked, self.acked_head
+
+    @property
     def exposed(self) -> int:
         """What the peer has of the owner's credit in escrow, for all that the peer knows."""
         return int(self.accounts[OWN, ESCROW]) + self.unacked_locked
@@ -139,6 +147,18 @@ class Channel(msgspec.Struct):
     def paid(self, payer: str, payee: str) -> State:
         """Of the chain that the peer, `payer`, pays by."""
         return State(self.digest, payer, payee, self.paid_number, self.paid_total, self.paid_head)
+
+    def without(self, count: int) -> tuple[str, list[Receipt]]:
+        """The head of the chain by which the owner pays before its last `count` receipts, and these. Raises LedgerError
+        where the peer has signed some of them."""
+        if not count:
+            return self.head, []
+        if count > len(self.unacked) or not self.acked_head:
+            raise LedgerError(f"{count} receipts are more than the peer has not signed")
+        head = self.acked_head
+        for receipt in self.unacked[:-count]:
+            head = link(head, receipt)
+        return head, self.unacked[-count:]
 
     def balance(self, peer: str) -> Balance:
         """What the two own."""
@@ -186,6 +206,9 @@ class Books:
             self.channels, self.statements = kept.decode(body)
         except (msgspec.DecodeError, ValueError) as error:
             raise StatementError(f"not a snapshot: {error}") from None
+        for channel in self.channels.values():  # of a release that did not keep it
+            if not channel.acked_head and channel.acked in (0, channel.number):
+                channel.acked_head = channel.head if channel.acked else channel.digest
 
     def _opened(self, event: Opened) -> None:
         opening = event.opening
@@ -198,7 +221,7 @@ class Books:
         accounts = np.zeros((2, ACCOUNT_SIZE), np.int64)
         accounts[:, FREE] = opening.amounts(self.owner)
         name = opening.digest()
-        self.channels[event.peer] = Channel(opening, name, accounts, 0, 0, 0, name, paid_head=name)
+        self.channels[event.peer] = Channel(opening, name, accounts, 0, 0, 0, name, acked_head=name, paid_head=name)
 
     def _refilled(self, event: Refilled) -> None:
         channel, refill = self.channel(event.peer), event.agreed.refill
@@ -248,7 +271,7 @@ class Books:
             channel.advanced.pop(receipt.id, None)
         settle(channel.accounts[OWN], channel.accounts[PEER], amount, receipt.due)
         channel.number, channel.total = channel.number + 1, channel.total + receipt.due
-        channel.unseen += receipt.due if receipt.served.answer == "" else 0
+        channel.unseen += _unseen([receipt])
         channel.head = link(channel.head, receipt)
         channel.unacked.append(receipt)
         channel.unacked_locked += amount
@@ -268,30 +291,35 @@ class Books:
             raise LedgerError(f"{event.peer} acknowledges receipt {event.number} of {channel.number}")
         channel.unacked = channel.unacked[count:]
         amounts, channel.unacked_amounts = channel.unacked_amounts[:count], channel.unacked_amounts[count:]
-        channel.acked = event.number
+        channel.acked, channel.acked_head = event.number, event.head
         channel.unacked_locked -= sum(amounts)
 
     def _recovered(self, event: Recovered) -> None:
         channel, state = self.channel(event.peer), event.voucher.state
-        head, total = channel.head, channel.total
         own, peer = channel.accounts[OWN].copy(), channel.accounts[PEER].copy()
         requests: dict[int, Locked | Taken] = {**channel.open}
         paid = dict(channel.advanced)
+        head, undone = channel.without(event.undone)
+        _pay_back(own, peer, requests, paid, undone)
+        _free_others(own, requests, paid, event.receipts)
+        total = channel.total - sum(receipt.due for receipt in undone)
         for receipt in event.receipts:
             head, total = link(head, receipt), total + receipt.due
         _pay(own, peer, requests, paid, event.receipts)
-        number = channel.number + len(event.receipts)
+        if peer[FREE] < 0:
+            raise LedgerError(f"voucher {state.number} pays {event.peer} less than it has spent")
+        number = channel.number - event.undone + len(event.receipts)
         if not event.receipts or state != State(channel.digest, self.owner, event.peer, number, total, head):
             raise LedgerError(f"voucher {state.number} does not follow from what is known here and its receipts")
         channel.accounts[OWN], channel.accounts[PEER] = own, peer
-        for receipt in event.receipts:
-            channel.asked = max(channel.asked, receipt.id)
-            channel.unseen += receipt.due if receipt.served.answer == "" else 0
+        channel.unseen += _unseen(event.receipts) - _unseen(undone)
+        channel.asked = max(channel.asked, *(receipt.id for receipt in event.receipts))
         channel.open = {id: each for id, each in channel.open.items() if id in requests}
         channel.advanced = {id: each for id, each in paid.items() if id in requests}
         channel.number, channel.total, channel.head, channel.voucher = number, total, head, event.voucher
         # The peer has it.
         channel.acked, channel.unacked, channel.unacked_amounts, channel.unacked_locked = number, [], [], 0
+        channel.acked_head = head
 
     def _reopened(self, event: Reopened) -> None:
         channel, left = self.channel(event.peer), event.terms.amount - event.paid
@@ -370,7 +398,11 @@ class Books:
         if closing.open and not event.ended.is_agreed:
             raise LedgerError(f"{event.peer} has not agreed to open the channel again")
         own, other = closing.of(self.owner), closing.of(event.peer)
-        if own.number < channel.number or other.number < channel.paid_number:
+        if closing.open and other.number < channel.paid_number:  # which the peer has signed since it was opened again
+            other = channel.paid(event.peer, self.owner)
+        # What both have signed stands in the place of own receipts that the peer has not signed.
+        signed = channel.acked if event.ended.is_agreed else channel.number
+        if own.number < signed or other.number < channel.paid_number:
             raise LedgerError(f"closing {closing.number} states less than was signed")
         amounts = channel.owned(self.owner, own.total, other.total)
         if min(amounts) < 0:
@@ -383,6 +415,7 @@ class Books:
         channel.number, channel.total, channel.head, channel.voucher = own.number, own.total, own.head, None
         channel.paid_number, channel.paid_total, channel.paid_head = other.number, other.total, other.head
         channel.acked, channel.unacked, channel.unacked_amounts, channel.unacked_locked = own.number, [], [], 0
+        channel.acked_head = own.head
         channel.open, channel.advanced = {}, {}
         channel.taken, channel.earned, channel.delivered, channel.beyond = {}, {}, {}, {}
         channel.ended_before = None if event.ended.is_agreed else channel.ended_by_both
@@ -429,6 +462,33 @@ def _pay(
         raise LedgerError(f"{unknown} micro-credits are more than is free")
     lock(payer, unknown)
     settle(payer, payee, unknown, unknown)
+
+
+def _pay_back(
+    payer: Ints, payee: Ints, requests: Mapping[int, Locked | Taken], paid: dict[int, int], receipts: Sequence[Receipt]
+) -> None:  # fmt: skip
+    """Undo what receipts paid: instalments of requests that are open go back in escrow, all else is free."""
+    for receipt in receipts:
+        payee[FREE] -= receipt.due
+        payer[ESCROW if receipt.id in requests else FREE] += receipt.due
+        if receipt.id in requests:
+            paid[receipt.id] -= receipt.due
+
+
+def _free_others(
+    payer: Ints, requests: dict[int, Locked | Taken], paid: dict[int, int], receipts: Sequence[Receipt]
+) -> None:  # fmt: skip
+    """Take out of `requests` those that share no more than their id with what a receipt is of."""
+    for receipt in receipts:
+        other = requests.get(receipt.id)
+        if other is not None and (other.request, other.terms) != (receipt.request, receipt.terms):
+            settle(payer, payer, other.terms.amount - paid.pop(receipt.id, 0), 0)
+            del requests[receipt.id]
+
+
+def _unseen(receipts: Sequence[Receipt]) -> int:
+    """What was paid for work of which nothing came."""
+    return sum(receipt.due for receipt in receipts if receipt.served.answer == "")
 
 
 def _check_open(channel: Channel, peer: str) -> None:

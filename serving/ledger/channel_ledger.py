@@ -290,13 +290,11 @@ class ChannelLedger(JournaledBooks):
     # Messages.
 
     def _ask(self, channel: Channel) -> Ask:
+        number, head = channel.vouched
         return Ask(
-            channel.number,
-            channel.paid_number,
-            refills=len(channel.refills),
-            epoch=self.stakes.epoch,
-            closings=channel.closings,
-        )
+            number, channel.paid_number, refills=len(channel.refills), epoch=self.stakes.epoch,
+            closings=channel.closings, head=head, acked=channel.acked,
+        )  # fmt: skip
 
     def has_to_tell(self, peer: str) -> bool:
         """Whether there is something to send to a peer."""
@@ -325,13 +323,13 @@ class ChannelLedger(JournaledBooks):
             return msgspec.json.encode(self._opened(channel))
         if not self.is_reconciled(peer):
             return msgspec.json.encode(self._ask(channel))
+        again = self._reconciler.again.get(peer)
+        if again:  # before the peer knows these it agrees to nothing
+            return msgspec.json.encode(Vouching(again[0]))
         proposal = self.refills.proposal(peer)
         if proposal is not None:
             await self.durable()
             return msgspec.json.encode(proposal)
-        again = self._reconciler.again.get(peer)
-        if again:
-            return msgspec.json.encode(Vouching(again[0]))
         if not self._has_to_vouch(peer, channel):
             close = self.closer.proposal(peer)
             await self.durable()

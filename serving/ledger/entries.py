@@ -123,6 +123,7 @@ class Recovered(Struct, frozen=True, tag="recover"):
     peer: str
     voucher: Signed
     receipts: tuple[Receipt, ...]
+    undone: Whole = 0  # of the last own receipts, in whose place the peer has these
 
 
 class Reopened(Struct, frozen=True, tag="reopen"):

@@ -77,12 +77,14 @@ class Declined(Envelope, frozen=True, tag="declined"):
 class Ask(Envelope, frozen=True, tag="ask"):
     """A node has started, and knows so much of the channel."""
 
-    number: Whole  # of receipts in the chain by which it pays
+    number: Whole  # of receipts in the chain by which it pays, of which it has signed a voucher
     paid_number: Whole  # and in that by which it is paid
     version: Whole = VERSION
     refills: Whole | None = None  # how many it has; None: it is of a release that knows none
     epoch: str = ""  # of the genesis that it has, see `serving.ledger.stakes`
     closings: Whole = 0  # how many closings and reopenings both have signed, by what it has
+    head: str = ""  # of its chain at `number`; "": it is of a release that does not say
+    acked: Whole = 0  # how many of them the peer has signed, by what it has
 
 
 class Unpaid(Struct, frozen=True):
@@ -104,6 +106,7 @@ class Known(Envelope, frozen=True, tag="known"):
     refills: tuple[Agreed, ...] | None = None  # after those that it has; None: the peer's release knows none
     epoch: str = ""  # of the genesis that the peer has
     ended: Ended | None = None  # the last closing or reopening, if the asker does not have it
+    number: Whole | None = None  # of the asker's receipts that the peer has; None: its release does not say
 
 
 Message: TypeAlias = Open | Ask | Vouching | Telling | Refilling | Close

@@ -14,12 +14,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from wwwserve.serving.ledger.channel import LedgerError
+from wwwserve.serving.ledger.channel import Channel, LedgerError
 from wwwserve.serving.ledger.entries import (
     Acked,
     Closed,
     Credited,
     Event,
+    Freed,
     Recovered,
     Reopened,
     Settled,
@@ -55,7 +56,7 @@ class Reconciler:
     async def tell(self, peer: str, ask: Ask, stake: str, epoch: str) -> Known:
         """What is known here of a peer, which has started. Raises LedgerError where it forgot too much."""
         channel = self._ledger.books.channel(peer)
-        vouches = await self.recall(peer, ask.number, ask.paid_number)
+        vouches = await self.recall(peer, _common(channel, ask), ask.paid_number)
         unpaid = [
             Unpaid(id, taken.request, taken.terms, channel.earned.get(id, 0))
             for id, taken in sorted(channel.taken.items())
@@ -64,7 +65,8 @@ class Reconciler:
         if ended is not None and ended.closing.number <= ask.closings:
             ended = None
         refills = tuple(channel.refills[ask.refills :]) if ask.refills is not None else ()
-        return Known(vouches, channel.taken_id, tuple(unpaid[:MOST_UNPAID]), stake, refills, epoch, ended)
+        unpaid_ = tuple(unpaid[:MOST_UNPAID])
+        return Known(vouches, channel.taken_id, unpaid_, stake, refills, epoch, ended, channel.paid_number)
 
     async def recall(self, peer: str, number: int, paid_number: int) -> tuple[Vouch, ...]:
         """Where a peer knows only `number` receipts of what it pays, and `paid_number` of what it is paid: its vouchers
@@ -129,19 +131,47 @@ class Reconciler:
         # What both have closed has nothing to add; what the own node closed alone may have stated too little.
         for vouch in () if channel.is_closed and channel.is_agreed else known.vouches:
             check(self._ledger.name, "voucher", vouch.voucher.state, vouch.voucher.signature)
-            if vouch.voucher.state.number > channel.number:
-                log.error("the journal is an old copy: taking over what was signed since", extra={"peer": peer})
-                known_already = max(0, channel.number + 1 - vouch.first)  # which may not have been vouched for
-                self._add(Recovered(peer, vouch.voucher, vouch.receipts[known_already:]))
+            self._recover(peer, channel, vouch)
         if known.asked > channel.asked + MOST_AHEAD or len(known.unpaid) > MOST_UNPAID:
             raise LedgerError(f"{peer} has request {known.asked}, and {channel.asked} were asked")
         for lost in known.unpaid:
-            # What was asked by the own journal and is not open has ended, and the peer has forgotten its receipt.
-            if asked < lost.id <= known.asked and not channel.is_closed:
+            if lost.id > known.asked or channel.is_closed:
+                continue
+            own = channel.open.get(lost.id)
+            if own is not None and (own.request, own.terms) != (lost.request, lost.terms):
+                self._add(Freed(peer, lost.id))  # it never had that one
+                own = None
+            if own is None and (lost.id > asked or _is_lost(channel, lost.id, known)):
                 self._add(Reopened(peer, lost.id, lost.request, lost.terms, lost.paid))
         if known.asked > channel.asked:  # the receipt of the last one is with the peer
             self._add(Skipped(peer, known.asked))
         self.done.add(peer)
+
+    def _recover(self, peer: str, channel: Channel, vouch: Vouch) -> None:
+        """Take over an own voucher that the peer has, unless its receipts are known. Own receipts that the peer does
+        not have, and has others in the place of, are undone: they are of another copy of the journal."""
+        skip = vouch.first - channel.acked - 1  # of own receipts, before the first of the voucher's
+        theirs, own = vouch.receipts[max(0, -skip) :], channel.unacked[max(0, skip) :]
+        same = 0
+        while same < min(len(theirs), len(own)) and theirs[same] == own[same]:
+            same += 1
+        if same < len(theirs):
+            log.error("the journal is an old copy: taking over what was signed since", extra={"peer": peer})
+            self._add(Recovered(peer, vouch.voucher, theirs[same:], len(own) - same))
+
+
+def _common(channel: Channel, ask: Ask) -> int:
+    """Up to which receipt of a peer's chain what it asks about is what is here, as far as its heads say: one that went
+    on from one copy of its journal, and is put back to another, has signed others than its peer has."""
+    heads = {each.state.number: each.state.head for each in channel.vouchers} | {channel.paid_number: channel.paid_head}
+    same = not ask.head or heads.get(ask.number) == ask.head
+    return ask.number if same else min(ask.number, ask.acked)
+
+
+def _is_lost(channel: Channel, id: int, known: Known) -> bool:
+    """Whether a request that a peer has as unpaid has no receipt that it has yet to be told, though its id was used."""
+    has_all = known.number is not None and known.number >= channel.acked
+    return has_all and all(receipt.id != id for receipt in channel.unacked)
 
 
 def vouched_since(journal: Journal, peer: str, number: int) -> tuple[Vouch, ...]:
@@ -173,7 +203,7 @@ def acknowledged(journal: Journal, name: str, peer: str, channel: str) -> Iterat
             voucher = Signed(state, signature)
         else:
             assert isinstance(event, Recovered)
-            receipts += event.receipts
+            receipts[len(receipts) - event.undone :] = event.receipts
             voucher = event.voucher
         count = voucher.state.number + 1 - first
         yield Vouch(voucher, first, tuple(receipts[:count]))
