@@ -117,7 +117,7 @@ class Noted(Struct, frozen=True, tag="note"):
     over: Whole = 0  # and that it was paid for tokens that its text cannot have
 
 
-class Recovered(Struct, frozen=True, tag="recover"):
+class Recovered(Struct, frozen=True, tag="recover", omit_defaults=True):
     """A voucher that was signed for the peer and forgotten, and its receipts."""
 
     peer: str
