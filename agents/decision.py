@@ -55,10 +55,11 @@ def make_actions(*shape: int) -> Actions:
 
 
 @kernel
-def admit_what_pays(admission: Floats) -> None:
-    """Write WHAT_PAYS into an admission policy [ADMISSION_SIZE]."""
+def admit_what_pays(admission: Floats, share: float = 1.0) -> None:
+    """Write WHAT_PAYS into an admission policy [ADMISSION_SIZE], with this share of what it costs as enough."""
     for k in range(ADMISSION_SIZE):
         admission[k] = WHAT_PAYS[k]
+    admission[IF_IT_PAYS] = share
 
 
 def encode(route: NDArray[np.integer], markup: NDArray[np.integer]) -> Ints:

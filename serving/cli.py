@@ -24,6 +24,7 @@ import tyro
 from wwwserve.agents import hardware
 from wwwserve.agents.arguments import File, Name, Range, UsageError, parse_args, refuse
 from wwwserve.agents.decision import make_actions
+from wwwserve.agents.policy.architecture import PAYS
 from wwwserve.agents.policy.bundle import (
     MANIFEST,
     SEALED,
@@ -458,6 +459,7 @@ def describe(bundle: Bundle) -> str:
         ("network", f"{net['name']}, width {net['width']}, {net['parameters']:,} parameters"),
         ("sees", ", ".join(f"{len(each)} features of {part}" for part, each in m["features"].items())),
         ("decides", f"{len(decisions['routes'])} routes, {len(decisions['markups'])} markups"),
+        ("takes", f"work of others that brings {_told(round(float(bundle.weights[PAYS]), 4))} of what it costs by now"),
         ("trained", f"{_told(m.get('agent_steps'))} agent steps, seed {_told(m.get('seed'))}"),
         ("markets", m.get("environment")),
         ("git", _revision(m.get("git"))),

@@ -389,10 +389,16 @@ def test_without_imitation_no_expert_is_needed() -> None:
     assert np.isfinite(learner.update(rollout, 0, False)["policy_loss"])
 
 
-@pytest.mark.parametrize(("team_weight", "markup"), [(1.0, mappo.TEAM_MARKUP), (0.5, None)])
-def test_a_markup_that_is_not_learned_is_imitated_to_the_end(team_weight: float, markup: int | None) -> None:
+@pytest.mark.parametrize(
+    ("team_weight", "pays", "markup"), [(1.0, 1.0, mappo.ABOVE_COST), (1.0, 0.5, AT_COST), (0.5, 1.0, None)]
+)
+def test_a_markup_that_is_not_learned_is_imitated_to_the_end(
+    team_weight: float, pays: float, markup: int | None
+) -> None:
     """PPO moves the layers below it, so it would drift."""
-    learner, rollout = small(imitation=0.3, entropy=0.0, learning_rate=3e-3, team_weight=team_weight, markups=False)
+    learner, rollout = small(
+        imitation=0.3, entropy=0.0, learning_rate=3e-3, team_weight=team_weight, markups=False, pays=pays
+    )
     batch, _ = learner.batch(rollout)
     batch = batch._replace(advantage=torch.zeros_like(batch.advantage))
     if markup is not None:
@@ -491,8 +497,9 @@ def test_with_pairs_nothing_else_moves_the_markup() -> None:
 
 
 def test_a_team_begins_with_the_markup_at_which_teams_sell() -> None:
-    for team_weight, markup in ((1.0, mappo.TEAM_MARKUP), (0.0, AT_COST)):
-        learner = Learner(Args(team_weight=team_weight, processes=1), Processes())
+    for team_weight, pays, markup in ((1.0, 1.0, mappo.ABOVE_COST), (1.0, 0.5, AT_COST), (0.0, 1.0, AT_COST)):
+        learner = Learner(Args(team_weight=team_weight, pays=pays, processes=1), Processes())
+        assert weights_of(learner.actor)["pays"] == pays
         at = learner.actor.layers().markup
         assert int(at.bias.argmax()) == markup and bool((at.weight == 0.0).all()) == (team_weight == 1.0)
 

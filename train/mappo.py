@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from wwwserve.agents.decision import AT_COST
-from wwwserve.agents.policy.architecture import Weights, width_of
+from wwwserve.agents.policy.architecture import MOST_PAYS, Weights, width_of
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.policy.forward import LearnedPolicy, net_of
 from wwwserve.agents.policy.network import Actor, Critic, Inputs, weights_of
@@ -92,6 +92,10 @@ class Args:
     """what a provider is paid: what its own decisions changed in predicted values, or what became of requests"""
     team_weight: float = 0.0
     """0: own profit alone; 1: team, the welfare of the market, in which payments cancel; between: a mixture"""
+    pays: float = 1.0
+    """share of its cost by now that others' work has to bring to be taken; set, not learned. A team sells at 1.5 times
+    its cost if it is 1 or more, else peers would refuse what they advertised a moment ago, and at cost below. With
+    --warm-start and --against it is the bundle's"""
     markups: bool = True
     """learn the markup as well, unless in a team; else it stays as imitated"""
     pairs: int = 96
@@ -194,6 +198,8 @@ class Args:
         for name in ("gamma", "gae_lambda", "team_weight", "average", "adverts"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 1")
+        if not 0 <= self.pays <= MOST_PAYS:
+            raise ValueError(f"--pays is {self.pays}, expected 0 to {MOST_PAYS:g}")
         if not 0 < self.share <= 1:
             raise ValueError(f"--share is {self.share}, expected more than 0, at most 1")
         if self.minibatches > self.markets:
@@ -215,7 +221,9 @@ class Args:
 # Seeds of training, validation and test never meet: training draws market seeds below `eval.tune.SEED`, rules are tuned
 # from there on, validation markets have seeds from VALIDATION_SEED on, reports from FIRST_TEST_SEED on.
 TRAINING_SEEDS = FIRST_TEST_SEED // 4
-TEAM_MARKUP = 3  # 1.5, at which a team sells: above a cost that moves between adverts, or peers would refuse
+ABOVE_COST = (
+    3  # 1.5, at which a team sells whose peers refuse what does not bring its cost, which moves between adverts
+)
 MOST_AGAINST = 3.0  # nats by which another markup than the one that is posted is avoided, by pairs of markets
 TO_HOLD: tuple[Kind, ...] = ("bursts", "deadlines")  # where tuned rules that hold were ahead of `best_value`
 MOST_LOG_RATIO = 20.0  # far beyond the clip; where the ratio overflows, its gradient is no number
@@ -281,9 +289,11 @@ class Learner:
         torch.manual_seed(args.seed)
         self.args, self.processes = args, processes
         team = args.team_weight == 1
-        self.actor = Actor(args.width, args.prior, TEAM_MARKUP if team else AT_COST).to(args.device)
+        markup = ABOVE_COST if team and args.pays >= 1.0 else AT_COST
+        self.markup = markup if team else None  # at which a team sells, whatever it sees
+        self.actor = Actor(args.width, args.prior, markup, args.pays).to(args.device)
         if team:
-            nn.init.zeros_(self.actor.layers().markup.weight)  # it sells at one price, whatever it sees
+            nn.init.zeros_(self.actor.layers().markup.weight)
         self.averaged = AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(args.average))
         self.critic = Critic(central=args.central).to(args.device)
         self.scale = ValueScale(self.critic.last)
@@ -345,8 +355,8 @@ class Learner:
         if paid:
             advantage, value_target, logged = self.compute_advantages(rollout)
         expert = d.expert
-        if args.team_weight == 1:
-            expert = np.stack([d.expert[:, 0], np.full(count, TEAM_MARKUP)], -1)
+        if self.markup is not None:
+            expert = np.stack([d.expert[:, 0], np.full(count, self.markup)], -1)
         loss_mask = np.ones((count, 2), np.float32)
         loss_mask[:, 1] = d.advertised if self.learns_markup and not args.pairs else 0.0
         columns = [summary, loss_mask, d.advertised.astype(np.float32), d.choice, d.log_prob, expert, advantage,

@@ -47,6 +47,10 @@ FULL_WIDTH = np.float32(0.05)  # of KV use, from hardly full to nearly full
 SHORTEST_S = np.float32(1e-3)  # times to finish below this are taken for it
 MOST_LATENESS = np.float32(50.0)  # in log time; beyond, its exponential overflows, and so do gradients
 
+PAYS = "pays"  # weight: the share of its cost by now that others' work has to bring; set, not learned
+PAYS_IN_FULL = np.float32(1.0)  # of bundles that do not say
+MOST_PAYS = 2.0
+
 T = TypeVar("T")
 Weights = dict[str, NDArray[np.float32]]
 """Every weight by its name in `shapes`."""
@@ -95,7 +99,7 @@ HEADS = ("score", "hold", "markup", "setting")  # whose outputs are not passed t
 
 def shapes(width: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of a policy of this width; matrices are [outputs, inputs]."""
-    table: dict[str, tuple[int, ...]] = {"prior": ()}
+    table: dict[str, tuple[int, ...]] = {"prior": (), PAYS: ()}
     for name, size in sizes(width)._asdict().items():
         table[f"{name}.weight"] = tuple(size)
         table[f"{name}.bias"] = (size.outputs,)
@@ -108,5 +112,5 @@ def width_of(weights: Weights) -> int:
 
 
 def parameters(width: int) -> int:
-    """How many numbers a policy of this width has."""
-    return sum(math.prod(shape) for shape in shapes(width).values())
+    """How many numbers of a policy of this width are learned."""
+    return sum(math.prod(shape) for name, shape in shapes(width).items() if name != PAYS)

@@ -23,7 +23,15 @@ from safetensors.numpy import save as safetensors_bytes
 
 from wwwserve.agents.decision import CANDIDATES, NODES, ROUTES
 from wwwserve.agents.policy import architecture
-from wwwserve.agents.policy.architecture import LOGITS, MAX_WIDTH, Weights, width_of
+from wwwserve.agents.policy.architecture import (
+    LOGITS,
+    MAX_WIDTH,
+    MOST_PAYS,
+    PAYS,
+    PAYS_IN_FULL,
+    Weights,
+    width_of,
+)
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import NODE_FEATURES, REQUEST_FEATURES, SELF_FEATURES, VIEW_VERSION, Views, scales
@@ -256,6 +264,7 @@ def _weights(path: Path, content: bytes, width: int) -> Weights:
         weights: Weights = read_safetensors(content)
     except Exception as error:  # safetensors raises its own and struct errors for malformed files
         raise BundleError(f"{path}: not a safetensors file: {error}") from None
+    weights.setdefault(PAYS, np.array(PAYS_IN_FULL))
     table = architecture.shapes(width)
     if extra := sorted(set(weights) - set(table)):
         raise BundleError(f"{path}: {_shown(extra[0])} is no weight of this architecture")
@@ -267,6 +276,8 @@ def _weights(path: Path, content: bytes, width: int) -> Weights:
             raise BundleError(f"{path}: {name} is {found.dtype}{list(found.shape)}, expected float32{list(shape)}")
         if not np.isfinite(found).all():
             raise BundleError(f"{path}: {name} has numbers that are not finite")
+    if not 0.0 <= weights[PAYS] <= MOST_PAYS:
+        raise BundleError(f"{path}: {PAYS} is {weights[PAYS]:g}, expected 0 to {MOST_PAYS:g}")
     return weights
 
 

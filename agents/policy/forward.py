@@ -18,6 +18,7 @@ from wwwserve.agents.policy.architecture import (
     FULL_WIDTH,
     LOGITS,
     MOST_LATENESS,
+    PAYS,
     SETTING_UNITS,
     SETTINGS,
     SHORTEST_S,
@@ -57,6 +58,7 @@ class Net(NamedTuple):
 
     layers: Layers[Linear]
     prior: Singles  # [1]
+    pays: Singles  # [1] share of its cost that others' work has to bring
 
 
 def net_of(weights: Weights) -> Net:
@@ -65,7 +67,7 @@ def net_of(weights: Weights) -> Net:
         Linear(np.ascontiguousarray(weights[f"{name}.weight"].T, np.float32), weights[f"{name}.bias"].copy())
         for name in Layers._fields
     )
-    return Net(Layers(*layers), weights["prior"].reshape(1).copy())
+    return Net(Layers(*layers), weights["prior"].reshape(1).copy(), weights[PAYS].reshape(1).copy())
 
 
 def scratch(net: Net) -> Singles:
@@ -304,5 +306,5 @@ def _decide(
         if active[k]:
             logits(net, views.nodes[k], views.request[k], views.me[k], views.routes[k], x, about, work, out)
             route[k] = np.argmax(out[:ROUTES])
-            admit_what_pays(admission[k])
+            admit_what_pays(admission[k], net.pays[0])
             markup[k] = np.argmax(out[ROUTES:])

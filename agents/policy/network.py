@@ -22,6 +22,8 @@ from wwwserve.agents.policy.architecture import (
     FULL_WIDTH,
     HEADS,
     MOST_LATENESS,
+    PAYS,
+    PAYS_IN_FULL,
     SETTING_UNITS,
     SHORTEST_S,
     Layers,
@@ -85,9 +87,13 @@ class Actor(nn.Module):
     """
 
     setting_units: Tensor
+    pays: Tensor
 
-    def __init__(self, width: int = 32, prior: float = 6.0, markup: int = AT_COST) -> None:
-        """`prior` and the index of the `markup` are what learning begins with."""
+    def __init__(
+        self, width: int = 32, prior: float = 6.0, markup: int = AT_COST, pays: float = float(PAYS_IN_FULL)
+    ) -> None:
+        """`prior` and the index of the `markup` are what learning begins with; `pays`, the share of its cost that
+        others' work has to bring, stays."""
         super().__init__()
         self.scale_nodes = Normalise(NODE_FEATURES)
         self.scale_request = Normalise(REQUEST_FEATURES)
@@ -95,6 +101,7 @@ class Actor(nn.Module):
         for name, size in sizes(width)._asdict().items():
             self.add_module(name, _linear(size.inputs, size.outputs, 0.01 if name in HEADS else 2**0.5))
         self.prior = nn.Parameter(torch.tensor(prior))
+        self.register_buffer(PAYS, torch.tensor(pays))
         self.register_buffer("setting_units", torch.tensor(SETTING_UNITS), persistent=False)
         at = self.layers()
         with torch.no_grad():
