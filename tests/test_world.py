@@ -100,6 +100,7 @@ def test_what_was_violated_once(seed: int, adversaries: tuple[str, ...]) -> None
         7100899,  # a clock is set back, and an advert of the run before comes late
         7200122,
         7300877,  # a node that forgot a voucher closes alone before its peer tells it, and states too little
+        7701104,  # two of whom one wants no channel have never opened one
         7500204,  # a disk is put back to two copies, of which the later has a voucher that never came
     ],
 )

@@ -213,12 +213,21 @@ class Judge:
         for k, one in enumerate(audits):
             for other in audits[:k]:
                 pair = f"{self.honest[k].host.name} and {self.world.by_name[other.owner].host.name}"
+                if self._have_no_channel(one.owner, other.owner):
+                    continue
                 for problem in compare(one, other):
                     self.say(f"{pair}: {problem}")
                 if not settled(one, other) and not self._wants_to_know_nothing(one.owner, other.owner):
                     self.say(f"{pair}: they own different amounts, or something is under way")
         self.closings.end()
         self.duels.end([node for node in self.honest if node.host.up])
+
+    def _have_no_channel(self, *pair: str) -> bool:
+        """Whether two never opened a channel, and one of them wants none."""
+        names = (pair, pair[::-1])
+        ledgers = [(self.world.by_name[name].ledger, peer) for name, peer in names]
+        none = all(peer not in ledger.books.channels for ledger, peer in ledgers)
+        return none and any(peer in ledger.closer.wanted for ledger, peer in ledgers)
 
     def _wants_to_know_nothing(self, one: str, other: str) -> bool:
         """Whether one of two that are to have no channel has forgotten that it was closed: nobody tells it again."""
