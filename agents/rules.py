@@ -37,7 +37,6 @@ from wwwserve.agents.prefix_rules import (
 from wwwserve.agents.protocol import TARGET_KV_USE
 from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import (
-    COST,
     FINISH_S,
     FIRST_TOKEN_S,
     HAS_REQUEST,
@@ -101,9 +100,6 @@ CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 MARKUP = Setting(1.5, "on its marginal cost; the nearest of `agents.tariff.MARKUPS`", 8.0, search=(0.75, 8.0))
 
 PAYS = Setting(1.0, "share of what it costs by now that others' work has to bring", 2.0, search=(0.0, 1.5))
-SWITCHING = Setting(
-    0.0, "of a peer's price, added to it from the second turn of a conversation on", 8.0, search=(0.0, 1.5)
-)
 FIRST_WEIGHT = Setting(0.0, "seconds added for each second to the first token beyond the target", search=(0.0, 10.0))
 FIRST_TARGET_S = Setting(2.0, "target for the time to the first token, s", search=(0.5, 10.0))
 
@@ -172,7 +168,7 @@ RULES: dict[str, dict[str, Setting]] = {
         cap_fast=0.109,
         cap_slow=0.922,
     ),
-    "best_value": {"markup": MARKUP, "pays": PAYS, "switching": SWITCHING},
+    "best_value": {"markup": MARKUP, "pays": PAYS},
     "lmetric": _tuned(TAKE, accept_wait_s=1.17),
     "affinity_filter": _tuned(
         TAKE
@@ -223,11 +219,10 @@ _IDS = {name: k for k, name in enumerate(RULES)}
     _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _LOAD, _MAX_QUEUE, _FIRST_WEIGHT, _FIRST_TARGET_S, _PACE, _RECORD,
     _OVERDUE, _URGENCY, _CAP_FAST, _CAP_SLOW, _MARKUP, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES, _SHARE,
     _PENALTY_S, _PREFILL_WEIGHT, _MATCH, _GAP, _RATIO, _BETA, _CUT, _PAYS,
-    _SWITCHING,
-) = range(29)  # fmt: skip
+) = range(28)  # fmt: skip
 _COLUMNS = (
     *FINISH, *TRUST, *CAP, "markup", *RULES["www_serve"], "share", "penalty_s", "prefill_weight", "match", "gap",
-    "ratio", "beta", "cut", "pays", "switching",
+    "ratio", "beta", "cut", "pays",
 )  # fmt: skip
 _WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default, "markup": 1.0}
 
@@ -314,17 +309,14 @@ def _capped(nodes: Singles, routes: Bytes, p: Floats) -> int:
 
 
 @kernel
-def _best_value(p: Floats, nodes: Singles, request: Singles, routes: Bytes) -> int:
+def _best_value(nodes: Singles, routes: Bytes) -> int:
     """The most expected value less price, or less the own marginal cost; among equals the earliest finish."""
-    switching = p[_SWITCHING] if request[TURN] > 1.5 else 0.0
     best = LOCAL
     most = -np.inf
     for route in range(LOCAL, ROUTES):
         if routes[route]:
             node = nodes[_node_of(route)]
             worth = np.float64(node[UTILITY]) - np.float64(node[FINISH_S]) * 1e-7
-            if route != LOCAL:
-                worth -= switching * np.float64(node[COST])
             if worth > most:
                 best, most = route, worth
     return best
@@ -366,7 +358,7 @@ def choose(rule: int, p: Floats, nodes: Singles, request: Singles, routes: Bytes
     if rule == _WWW_SERVE:
         return _www_serve(p, nodes, request, routes, uniforms)
     if rule == _BEST_VALUE:
-        return _best_value(p, nodes, request, routes)
+        return _best_value(nodes, routes)
     if rule >= _LMETRIC:
         return _by_prefix(rule, p, nodes, request, routes)
     best = _earliest(nodes, routes, p)

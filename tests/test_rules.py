@@ -467,17 +467,6 @@ def test_best_value_weighs_cost_against_the_chance() -> None:
     assert route(rule, equal) == B
 
 
-def test_a_conversation_is_moved_only_for_more_than_it_costs_to_move_it() -> None:
-    rule = by_hand("best_value", {"switching": 0.5})
-    views = scene({"utility": 0.2}, {"utility": 0.3, "cost": 0.1}, {"utility": 0.4, "cost": 0.5})
-    assert route(rule, views) == B  # a first turn
-    views.request[v.TURN] = 2
-    assert route(rule, views) == A
-    views.nodes[1, v.COST] = 0.3
-    assert route(rule, views) == LOCAL
-    assert route(by_hand("best_value"), views) == B
-
-
 def test_best_value_takes_what_pays() -> None:
     np.testing.assert_array_equal(admission(by_hand("best_value")), WHAT_PAYS)
     assert admission(by_hand("best_value", {"pays": 0.25}))[IF_IT_PAYS] == 0.25

@@ -542,10 +542,8 @@ class Run:
         source = Source(
             args.seed, args.kinds, args.duration_s, args.drain_s, args.max_requests, TRAINING_SEEDS, scenarios
         )
-        team = args.team_weight == 1
-        best_value = Rule("best_value", {"switching": 1.0} if team and args.pays < 1.0 else {})
         self.experts: dict[Kind, Policy] = {
-            kind: best_for(kind) if team and kind in TO_HOLD else best_value for kind in KINDS
+            kind: best_for(kind) if args.team_weight == 1 and kind in TO_HOLD else Rule("best_value") for kind in KINDS
         }
         self.pool: list[Weights] = []
         if args.against is not None:
