@@ -179,20 +179,8 @@ class Args:
                      "max_grad_norm"):  # fmt: skip
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected more than 0")
-        for name in (
-            "seed",
-            "imitate_steps",
-            "critic_steps",
-            "drain_s",
-            "imitation",
-            "most_advantage",
-            "entropy",
-            "markup_entropy",
-            "prior",
-            "pool",
-            "pairs",
-            "test_markets",
-        ):
+        for name in ("seed", "imitate_steps", "critic_steps", "drain_s", "imitation", "most_advantage", "entropy",
+                     "markup_entropy", "prior", "pool", "pairs", "test_markets"):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 0")
         for name in ("gamma", "gae_lambda", "team_weight", "average", "adverts"):
@@ -221,9 +209,7 @@ class Args:
 # Seeds of training, validation and test never meet: training draws market seeds below `eval.tune.SEED`, rules are tuned
 # from there on, validation markets have seeds from VALIDATION_SEED on, reports from FIRST_TEST_SEED on.
 TRAINING_SEEDS = FIRST_TEST_SEED // 4
-ABOVE_COST = (
-    3  # 1.5, at which a team sells whose peers refuse what does not bring its cost, which moves between adverts
-)
+ABOVE_COST = 3  # a markup of 1.5, at which a team sells whose peers ask for all that a request costs by now
 MOST_AGAINST = 3.0  # nats by which another markup than the one that is posted is avoided, by pairs of markets
 TO_HOLD: tuple[Kind, ...] = ("bursts", "deadlines")  # where tuned rules that hold were ahead of `best_value`
 MOST_LOG_RATIO = 20.0  # far beyond the clip; where the ratio overflows, its gradient is no number

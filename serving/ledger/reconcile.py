@@ -65,8 +65,9 @@ class Reconciler:
         if ended is not None and ended.closing.number <= ask.closings:
             ended = None
         refills = tuple(channel.refills[ask.refills :]) if ask.refills is not None else ()
-        unpaid_ = tuple(unpaid[:MOST_UNPAID])
-        return Known(vouches, channel.taken_id, unpaid_, stake, refills, epoch, ended, channel.paid_number)
+        return Known(
+            vouches, channel.taken_id, tuple(unpaid[:MOST_UNPAID]), stake, refills, epoch, ended, channel.paid_number
+        )
 
     async def recall(self, peer: str, number: int, paid_number: int) -> tuple[Vouch, ...]:
         """Where a peer knows only `number` receipts of what it pays, and `paid_number` of what it is paid: its vouchers
