@@ -21,6 +21,7 @@ from wwwserve.serving.ledger.channel_ledger import ChannelLedger
 from wwwserve.serving.ledger.entries import Closed
 from wwwserve.serving.ledger.exchange import Ask, Close, Declined, Message
 from wwwserve.serving.ledger.journal import Journal, SqliteJournal
+from wwwserve.serving.ledger.reconcile import acknowledged
 from wwwserve.serving.ledger.statements import NOTHING_CAME, Closing, Ended, StatementError, check, sign
 
 
@@ -479,10 +480,14 @@ def test_a_closing_in_a_journal_is_verified(sides: Closing_) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-@example(seed=714)  # one that is put back to before a reopening is paid before it learns of that
-@example(seed=404)  # and one is to be told again what it was paid while credit is to be added
-def test_credit_is_conserved_through_whatever_is_paid_added_closed_opened_lost_and_forgotten(seed: int) -> None:
+@given(seed=st.integers(0, 2**32 - 1), leaves=st.booleans())
+@example(seed=714, leaves=False)  # one that is put back to before a reopening is paid before it learns of that
+@example(seed=404, leaves=False)  # and one is to be told again what it was paid while credit is to be added
+def test_credit_is_conserved_through_whatever_is_paid_added_closed_opened_lost_and_forgotten(
+    seed: int, leaves: bool
+) -> None:
+    """`leaves`: requests that were not taken may stay open."""
+
     async def scene() -> None:
         dice, sides = random.Random(seed), Closing_("memory", Path(), exposure=30 * MICRO, credit=20 * MICRO)
         most, copies = [20 * MICRO, 20 * MICRO], list[Journal]()
@@ -492,7 +497,7 @@ def test_credit_is_conserved_through_whatever_is_paid_added_closed_opened_lost_a
             if act < 0.3 and other.name in one.books.channels and one.name in other.books.channels:
                 with contextlib.suppress(LedgerError):
                     dealt(one, other, min(dice.randrange(6 * MICRO), one.available(other.name)))
-                for id in list(one.books.channels[other.name].open):
+                for id in list(one.books.channels[other.name].open) if not leaves or dice.random() < 0.6 else ():
                     one.settle(other.name, id, None, NOTHING_CAME, 1000)  # it was not taken
             elif act < 0.7:
                 with contextlib.suppress(LedgerError):
@@ -588,6 +593,50 @@ def test_one_that_is_put_back_and_closes_alone_before_it_is_told_what_it_signed_
         mirrored(sides)
         assert sides.own()[1].free == CREDIT + 15 * MICRO // 10 - earned * 1000
         nothing_goes(sides)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("opened", [1, 2])
+def test_one_that_closes_alone_by_receipts_in_the_place_of_those_that_it_forgot_states_the_peers_then(
+    sides: Closing_, opened: int, more: int
+) -> None:
+    """`more`: requests that it has open in this copy alone."""
+
+    async def scene() -> None:
+        await sides.exchange()
+        ids = [sides.ask() for _ in range(opened)]
+        sides.copy(A, "early")
+        for _ in range(more):
+            sides.a._reconciler.done.add(B.name)  # as before it was copied
+            sides.a.lock(B.name, terms_of(), BODY)
+        sides.copy(A, "late")
+        sides.put_back(A, "early")
+        for id in ids:
+            sides.answered(id, 500)
+        await sides.exchange()
+        sides.put_back(A, "late")
+        sides.configured(A, closed=True)
+        sides.now_s += WAIT_S
+        sides.a.close_silent()  # settles them with nothing
+        assert sides.is_closed() == (True, False) and sides.a.books.channels[B.name].number == opened + more
+        assert sides.own()[0].free == CREDIT and sides.b.books.channels[A.name].paid_number == opened
+        await sides.settle_down()
+        assert sides.is_closed() == (True, True) and sides.b.books.channels[A.name].is_agreed
+        mirrored(sides)
+        assert sides.own()[1].free == CREDIT + opened * MICRO // 2
+        assert not compare(audit(sides.file(A)), audit(sides.file(B)))
+        channel = sides.a.books.channels[B.name]
+        assert channel.number == channel.acked == opened and not channel.unacked and not channel.unacked_locked
+        (vouch,) = acknowledged(sides.journals[A.name], A.name, B.name, channel.digest)
+        assert (vouch.first, len(vouch.receipts), vouch.voucher.state.number) == (1, opened, opened)
+        nothing_goes(sides)
+        sides.configured(A, closed=False)
+        await sides.exchange()
+        paid(sides, 100)
+        await sides.exchange()
+        sides.agree()
 
     play(scene)
 

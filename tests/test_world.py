@@ -102,6 +102,7 @@ def test_what_was_violated_once(seed: int, adversaries: tuple[str, ...]) -> None
         7300877,  # a node that forgot a voucher closes alone before its peer tells it, and states too little
         7701104,  # two of whom one wants no channel have never opened one
         7500204,  # a disk is put back to two copies, of which the later has a voucher that never came
+        8100128,  # one that lost a voucher closes alone, with another receipt in its place
     ],
 )
 def test_what_was_violated_with_all_adversaries(seed: int) -> None:

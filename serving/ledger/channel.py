@@ -414,8 +414,10 @@ class Books:
         channel.accounts[:, FREE], channel.accounts[:, ESCROW] = amounts, 0
         channel.number, channel.total, channel.head, channel.voucher = own.number, own.total, own.head, None
         channel.paid_number, channel.paid_total, channel.paid_head = other.number, other.total, other.head
-        channel.acked, channel.unacked, channel.unacked_amounts, channel.unacked_locked = own.number, [], [], 0
-        channel.acked_head = own.head
+        if event.ended.is_agreed:
+            channel.acked, channel.acked_head, channel.unacked = own.number, own.head, []
+        # Else the peer has yet to sign these, and may have others in their place.
+        channel.unacked_amounts, channel.unacked_locked = [0] * len(channel.unacked), 0
         channel.open, channel.advanced = {}, {}
         channel.taken, channel.earned, channel.delivered, channel.beyond = {}, {}, {}, {}
         channel.ended_before = None if event.ended.is_agreed else channel.ended_by_both

@@ -72,11 +72,11 @@ class Closer:
 
     def restate(self, peer: str) -> None:
         """The peer has told what it knows: of what the own node had signed and forgotten before it closed the channel
-        alone, it states all now. Else the peer could never agree."""
+        alone, it states all now, and nothing that it signed in the place of that. Else the peer could never agree."""
         channel = self._ledger.books.channel(peer)
         if channel.ended is None or channel.is_agreed or not channel.is_closed:
             return
-        if channel.ended.closing.of(self._ledger.name).number < channel.number:
+        if channel.ended.closing.of(self._ledger.name) != channel.state(self._ledger.name, peer):
             self.close_alone(peer)
 
     def refuses(self, peer: str) -> str:

@@ -186,7 +186,7 @@ def vouched_since(journal: Journal, peer: str, number: int) -> tuple[Vouch, ...]
 
 def acknowledged(journal: Journal, name: str, peer: str, channel: str) -> Iterator[Vouch]:
     """The vouchers of `name` that a peer has acknowledged, in order, each with the receipts since the one before or
-    since a closing."""
+    since a closing of both."""
     first, receipts = 1, list[Receipt]()  # that are not acknowledged, and the number of the first of them
     signature = ""
     for event in _events(journal, peer, "settle", "vouch", "ack", "recover", "close"):
@@ -197,7 +197,8 @@ def acknowledged(journal: Journal, name: str, peer: str, channel: str) -> Iterat
             signature = event.signature  # only the last voucher can be acknowledged
             continue
         if isinstance(event, Closed):
-            receipts, first = [], event.ended.closing.of(name).number + 1
+            if event.ended.is_agreed:
+                receipts, first = [], event.ended.closing.of(name).number + 1
             continue
         if isinstance(event, Acked):
             state = State(channel, name, peer, event.number, event.total, event.head)
