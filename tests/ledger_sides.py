@@ -100,6 +100,11 @@ class Sides:
         self.delivered(id, came(tokens))
         return self.settle(id, came(tokens))
 
+    def paid(self, *tokens: int) -> None:
+        """Answers of so many tokens, one after the other."""
+        for each in tokens:
+            self.answered(self.ask(), each)
+
     def settle(self, id: int, served: Served, promise: Promise | None = PROMISE) -> int:
         return self.a.settle(B.name, id, promise, served, 1000)
 

@@ -61,11 +61,6 @@ def sides(tmp_path: Path) -> Closing_:
     return Closing_("sqlite", tmp_path)
 
 
-def paid(sides: Closing_, *tokens: int) -> None:
-    for each in tokens:
-        sides.answered(sides.ask(), each)
-
-
 def nothing_goes(sides: Closing_) -> None:
     for one, other in ((sides.a, B), (sides.b, A)):
         assert one.available(other.name) == 0
@@ -81,7 +76,7 @@ def test_a_channel_is_closed_by_both_and_opened_again_with_the_balance_that_it_h
 ) -> None:
     async def scene() -> None:
         await sides.exchange()
-        paid(sides, 1000, 500)
+        sides.paid(1000, 500)
         await sides.exchange()
         before = sides.own()
         sides.configured(who, closed=True)
@@ -101,7 +96,7 @@ def test_a_channel_is_closed_by_both_and_opened_again_with_the_balance_that_it_h
         sides.configured(who, closed=False)
         await sides.exchange()
         assert sides.is_closed() == (False, False) and sides.own() == before
-        paid(sides, 100)
+        sides.paid(100)
         await sides.exchange()
         mirrored(sides)
         assert sides.own()[0].free == before[0].free - MICRO // 10
@@ -141,7 +136,7 @@ def test_a_closing_and_a_reopening_that_break_off_anywhere_are_there_on_both_sid
 ) -> None:
     async def scene() -> None:
         await sides.exchange()
-        paid(sides, 1000)
+        sides.paid(1000)
         await sides.exchange()
         sides.configured(A, closed=True)
         if again:
@@ -172,7 +167,7 @@ def test_a_closing_and_a_reopening_that_break_off_anywhere_are_there_on_both_sid
 def test_one_closes_alone_after_a_time_in_which_the_other_can_still_pay(sides: Closing_) -> None:
     async def scene() -> None:
         await sides.exchange()
-        paid(sides, 1000)
+        sides.paid(1000)
         await sides.exchange()
         unheard, lost = sides.ask(), sides.ask()
         sides.settle(unheard, came(400))  # B has not heard of it yet
@@ -206,7 +201,7 @@ def test_one_closes_alone_after_a_time_in_which_the_other_can_still_pay(sides: C
 def test_both_close_alone_in_a_partition_and_come_to_one_balance_when_they_meet(sides: Closing_) -> None:
     async def scene() -> None:
         await sides.exchange()
-        paid(sides, 1000)
+        sides.paid(1000)
         await sides.exchange()
         id = sides.b.lock(A.name, terms_of(), BODY)
         sides.a.take(B.name, id, terms_of(), BODY, PROMISE)
@@ -237,12 +232,12 @@ def test_one_that_is_put_back_to_before_a_closing_learns_of_it(
         if empty:
             sides.copy(who)
         await sides.exchange()
-        paid(sides, 1000)
+        sides.paid(1000)
         await sides.exchange()
         if not empty:
             sides.copy(who)
             await sides.exchange()
-        paid(sides, 200)
+        sides.paid(200)
         await sides.exchange()
         sides.configured(A, closed=True)
         await sides.exchange()
@@ -250,7 +245,7 @@ def test_one_that_is_put_back_to_before_a_closing_learns_of_it(
             sides.configured(A, closed=False)
             sides.both_raised(CREDIT + MICRO, CREDIT)
             await sides.exchange()
-            paid(sides, 300, 400)
+            sides.paid(300, 400)
             await sides.exchange()
         before = sides.own()
         sides.put_back(who)
@@ -263,7 +258,7 @@ def test_one_that_is_put_back_to_before_a_closing_learns_of_it(
         await sides.settle_down()
         mirrored(sides)
         assert sides.own() == before and sides.is_closed() == (False, False)
-        paid(sides, 50)
+        sides.paid(50)
         await sides.exchange()
         mirrored(sides)
         sides.agree()
@@ -282,11 +277,11 @@ async def told(sides: Closing_, closing: Closing, *signers: Identity) -> object:
 def test_a_closing_that_states_less_than_was_signed_or_is_of_another_time_closes_nothing(sides: Closing_) -> None:
     async def scene() -> None:
         await sides.exchange()
-        paid(sides, 1000)
+        sides.paid(1000)
         await sides.exchange()
         a, b = sides.a.books.channels[B.name], sides.b.books.channels[A.name]
         old = a.state(A.name, B.name)
-        paid(sides, 500)
+        sides.paid(500)
         await sides.exchange()
         now, other = a.state(A.name, B.name), a.paid(B.name, A.name)
 
@@ -322,7 +317,7 @@ def test_a_closing_that_states_less_than_was_signed_or_is_of_another_time_closes
         sides.configured(A, closed=False)
         await sides.settle_down()
         assert sides.is_closed() == (False, False)  # neither wants it so, and both open it again
-        paid(sides, 100)
+        sides.paid(100)
         await sides.exchange()
         answer = await told(sides, good, A)  # replayed
         assert isinstance(answer, Close) and answer.ended.closing.number == 2 and not b.is_closed
@@ -447,7 +442,7 @@ def test_a_channel_is_not_opened_with_one_with_whom_there_is_to_be_none(tmp_path
 def test_a_closing_in_a_journal_is_verified(sides: Closing_) -> None:
     async def scene() -> None:
         await sides.exchange()
-        paid(sides, 1000)
+        sides.paid(1000)
         await sides.exchange()
         sides.configured(A, closed=True)
         await sides.exchange()
@@ -537,7 +532,7 @@ def test_credit_is_conserved_through_whatever_is_paid_added_closed_opened_lost_a
 async def copied(sides: Closing_) -> None:
     """A has paid once, when the journal of B is copied."""
     await sides.exchange()
-    paid(sides, 1000)
+    sides.paid(1000)
     await sides.exchange()
     sides.copy(B)
     await sides.exchange()
@@ -551,7 +546,7 @@ def test_one_that_is_put_back_to_before_all_that_both_signed_learns_of_it_though
         for closed in (True, False):
             sides.configured(A, closed=closed)
             await sides.exchange()
-        paid(sides, 500)
+        sides.paid(500)
         await sides.exchange()
         sides.configured(A, closed=True)
         sides.now_s += WAIT_S
@@ -572,11 +567,11 @@ def test_one_that_is_put_back_and_closes_alone_before_it_is_told_what_it_signed_
 ) -> None:
     async def scene() -> None:
         await sides.exchange()
-        paid(sides, 1000)
+        sides.paid(1000)
         await sides.exchange()
         sides.copy(A)
         await sides.exchange()
-        paid(sides, 500)
+        sides.paid(500)
         if earned:
             id = sides.b.lock(A.name, terms_of(), BODY)
             sides.a.take(B.name, id, terms_of(), BODY, PROMISE)
@@ -634,7 +629,7 @@ def test_one_that_closes_alone_by_receipts_in_the_place_of_those_that_it_forgot_
         nothing_goes(sides)
         sides.configured(A, closed=False)
         await sides.exchange()
-        paid(sides, 100)
+        sides.paid(100)
         await sides.exchange()
         sides.agree()
 
@@ -649,7 +644,7 @@ def test_one_that_lost_all_and_wants_no_channel_agrees_to_the_end_of_the_one_tha
     async def scene() -> None:
         sides.copy(A)
         await sides.exchange()
-        paid(sides, 1000)
+        sides.paid(1000)
         await sides.exchange()
         sides.configured(B, closed=True)
         await sides.tell(sides.b, sides.a)  # asks
@@ -676,7 +671,7 @@ def test_who_tells_again_what_its_peer_forgot_learns_that_the_peer_agreed_to_a_c
     async def scene() -> None:
         await copied(sides)
         for tokens in (500, 300):
-            paid(sides, tokens)
+            sides.paid(tokens)
             await sides.exchange()
         sides.put_back(B)
         await sides.tell(sides.b, sides.a)  # which has two vouchers to tell again

@@ -56,11 +56,6 @@ class Copied(Sides):
         assert not found[0].problems + found[1].problems + compare(*found) and settled(*found)
 
 
-def paid(sides: Sides, *tokens: int) -> None:
-    for each in tokens:
-        sides.answered(sides.ask(), each)
-
-
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_payer_takes_over_what_it_signed_since_and_is_not_accused(tmp_path: Path, empty: bool) -> None:
     async def scene() -> None:
@@ -68,7 +63,7 @@ def test_a_payer_takes_over_what_it_signed_since_and_is_not_accused(tmp_path: Pa
         if empty:
             sides.copy(A)
         await sides.exchange()
-        paid(sides, 100, 200)
+        sides.paid(100, 200)
         await sides.exchange()
         for one, other in ((sides.a, sides.b), (sides.b, sides.a)):
             staked = await written(one, one.restake(3 * MICRO))
@@ -76,9 +71,9 @@ def test_a_payer_takes_over_what_it_signed_since_and_is_not_accused(tmp_path: Pa
         if not empty:
             sides.copy(A)
             await sides.exchange()
-        paid(sides, 300)
+        sides.paid(300)
         await sides.exchange()
-        paid(sides, 400, 500)
+        sides.paid(400, 500)
         await sides.exchange()
         staked = await written(sides.a, sides.a.restake(2 * MICRO))
         assert staked is not None and sides.b.heard(A.name, msgspec.json.encode(staked))
@@ -119,23 +114,23 @@ def test_a_payer_put_back_to_two_copies_takes_over_what_its_peer_has_of_either(t
         await sides.exchange()
         sides.copy(B)
         await sides.exchange()
-        paid(sides, 100)
+        sides.paid(100)
         await sides.exchange()
         sides.copy(A, "early")
         await sides.exchange()
-        paid(sides, 200, *[50] * more)
+        sides.paid(200, *[50] * more)
         assert await written(sides.a, sides.a.message(B.name))
         sides.copy(A, "late")
         sides.put_back(A, "early")
         await sides.exchange()
-        paid(sides, 300)
+        sides.paid(300)
         await sides.exchange()
         sides.put_back(A, "late")
         assert sides.a.books.channels[B.name].vouched[0] == 2 + more
         await sides.exchange()
         mirrored(sides)
         assert sides.a.balances()[0].free == CREDIT - 400 * MICRO // 1000
-        paid(sides, 500)
+        sides.paid(500)
         await sides.exchange()
         mirrored(sides)
         assert not sides.b.stakes.slashes and not sides.b.books.channels[A.name].conflict
@@ -222,13 +217,13 @@ def test_a_payee_is_told_again_what_it_earned(tmp_path: Path) -> None:
     async def scene() -> None:
         sides = Copied("sqlite", tmp_path)
         await sides.exchange()
-        paid(sides, 100)
+        sides.paid(100)
         await sides.exchange()
         sides.copy(B)
         await sides.exchange()
-        paid(sides, 200)
+        sides.paid(200)
         await sides.exchange()
-        paid(sides, 300)
+        sides.paid(300)
         await sides.exchange()
         earned = sides.b.balances()[0].free
         sides.put_back(B)
@@ -240,7 +235,7 @@ def test_a_payee_is_told_again_what_it_earned(tmp_path: Path) -> None:
         await sides.exchange()
         assert sides.b.balances()[0].free == earned
         mirrored(sides)
-        paid(sides, 400)
+        sides.paid(400)
         await sides.exchange()
         mirrored(sides)
         sides.agree()
@@ -252,11 +247,11 @@ def test_each_forgets_a_part_and_both_come_to_the_same(tmp_path: Path) -> None:
     async def scene() -> None:
         sides = Copied("sqlite", tmp_path)
         await sides.exchange()
-        paid(sides, 100)
+        sides.paid(100)
         await sides.exchange()
         sides.copy(A)
         await sides.exchange()
-        paid(sides, 200)
+        sides.paid(200)
         await sides.exchange()
         id = sides.b.lock(A.name, terms_of(), BODY)
         sides.a.take(B.name, id, terms_of(), BODY, PROMISE)
@@ -278,7 +273,7 @@ def test_what_a_peer_says_it_knows_is_believed_only_as_far_as_it_was_signed(tmp_
         await sides.exchange()
         sides.copy(A)
         await sides.exchange()
-        paid(sides, 100, 200)
+        sides.paid(100, 200)
         await sides.exchange()
         sides.put_back(A)
         ask = await sides.a.message(B.name)
@@ -322,7 +317,7 @@ def test_a_payer_that_starts_anew_pays_nothing_again_that_its_peer_forgot(tmp_pa
         sides.copy(B)
         await sides.exchange()
         sides.settle(id, came(100))
-        paid(sides, 200)
+        sides.paid(200)
         await sides.exchange()
         sides.put_back(B)
         sides.close(A)
@@ -447,7 +442,7 @@ def test_a_conflict_is_noted_once_however_often_it_comes(tmp_path: Path) -> None
         await sides.exchange()
         sides.copy(A)
         await sides.exchange()
-        paid(sides, 100)
+        sides.paid(100)
         first = await written(sides.a, sides.a.message(B.name))
         twin = SqliteJournal(sides.file(A).with_name("old-a.db"), A.name)
         sides.journals["twin"] = twin
