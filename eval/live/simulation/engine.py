@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import orjson
@@ -450,14 +450,30 @@ class Answer(Incoming):
         self.add(body, True)
 
 
-class SimulatedEngine(Availability):
-    """The `serving.engine.adapter.Engine` of one run of a node, whose load is always exact."""
+class Server(Protocol):
+    """An engine on virtual time, which outlives the nodes that use it."""
+
+    up: bool
+
+    @property
+    def models(self) -> Sequence[str]:
+        """What it serves."""
+
+    def load(self) -> Load:
+        """What it has to do."""
+
+    def post(self, path: str, body: bytes, /) -> AbstractAsyncContextManager[Any]:
+        """Send it a request."""
+
+
+class VirtualEngine(Availability):
+    """The `serving.engine.adapter.Engine` of one run of a node, whose load is always exact; all but `progress`."""
 
     URL = "http://engine.simulated"
 
-    def __init__(self, server: EngineServer, url: str = URL) -> None:
+    def __init__(self, server: Server, profile: Profile, url: str = URL) -> None:
         super().__init__()
-        self.server, self.profile, self.url = server, server.profile, url
+        self._server, self.profile, self.url = server, profile, url
 
     async def scrape(self) -> None:
         """See `serving.engine.adapter.Engine`."""
@@ -467,10 +483,10 @@ class SimulatedEngine(Availability):
     async def models(self) -> list[str]:
         """See `serving.engine.adapter.Engine`."""
         self._reach()
-        return list(self.server.models)
+        return list(self._server.models)
 
     def _reach(self) -> None:
-        if not self.server.up:
+        if not self._server.up:
             self.failures, self.reason = self.failures + 1, "the engine is down"
             raise EngineError(self.reason)
 
@@ -478,15 +494,7 @@ class SimulatedEngine(Availability):
         """See `serving.engine.adapter.Engine`."""
         if not self.takes:
             return Load(float(self.profile.max_num_seqs), DOWN_WAITING, float(self.profile.kv_tokens))
-        return self.server.load()
-
-    def progress(self, there: Collection[Sent], now_s: float) -> Iterator[tuple[Sent, float]]:
-        """See `serving.engine.adapter.Engine`; exact, whether an answer is streamed or not."""
-        by_answer = {id(sent.exchange): sent for sent in there}
-        for answer, tokens in self.server.progress():
-            sent = by_answer.get(id(answer))
-            if sent is not None:
-                yield sent, float(tokens)
+        return self._server.load()
 
     def sent(self, prompt: int) -> None:
         """See `serving.engine.adapter.Engine`."""
@@ -496,11 +504,25 @@ class SimulatedEngine(Availability):
         """See `serving.engine.adapter.Engine`."""
         self.out -= 1
 
-    def post(
-        self, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS
-    ) -> AbstractAsyncContextManager[Answer]:
+    def post(self, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS) -> AbstractAsyncContextManager[Any]:
         """See `serving.engine.adapter.Engine`."""
-        return self.server.post(path, body)
+        return self._server.post(path, body)
+
+
+class SimulatedEngine(VirtualEngine):
+    """Before an `EngineServer`."""
+
+    def __init__(self, server: EngineServer, url: str = VirtualEngine.URL) -> None:
+        super().__init__(server, server.profile, url)
+        self.server = server
+
+    def progress(self, there: Collection[Sent], now_s: float) -> Iterator[tuple[Sent, float]]:
+        """See `serving.engine.adapter.Engine`; exact, whether an answer is streamed or not."""
+        by_answer = {id(sent.exchange): sent for sent in there}
+        for answer, tokens in self.server.progress():
+            sent = by_answer.get(id(answer))
+            if sent is not None:
+                yield sent, float(tokens)
 
 
 def _read(request: Mapping[str, Any], longest: int) -> tuple[int, int, bool]:

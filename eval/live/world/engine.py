@@ -6,16 +6,16 @@ So whoever reads an answer sees whether it is another's, and how many tokens the
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import orjson
 
 from wwwserve.agents.hardware import Profile
+from wwwserve.eval.live.simulation.engine import VirtualEngine
 from wwwserve.eval.live.simulation.loop import VirtualLoop, current
 from wwwserve.eval.live.simulation.response import Incoming
-from wwwserve.serving.engine.adapter import DOWN_WAITING, NO_HEADERS, Availability, EngineError, Load, Sent
+from wwwserve.serving.engine.adapter import Load, Sent
 
 WORD_BYTES = 4
 MARK = b"~"  # begins a word, and is nowhere else in an answer
@@ -35,7 +35,7 @@ class WordServer:
     """An engine that runs `places` requests at once; others wait in order. It outlives the nodes that use it."""
 
     def __init__(self, loop: VirtualLoop, places: int, model: str) -> None:
-        self.loop, self.places, self.model = loop, places, model
+        self.loop, self.places, self.models = loop, places, (model,)
         self.slowness = 1.0  # of all that it does; infinite: it stands still
         self.billed = 1.0  # tokens in its usage for each that it wrote
         self.letters = False  # an event for each letter of its text
@@ -78,6 +78,10 @@ class WordServer:
         """At this instant."""
         kv = sum(each.prompt + each.shown for each in self.running)
         return Load(float(len(self.running)), float(len(self.waiting)), float(kv), 0.0)
+
+    def post(self, path: str, body: bytes) -> "Answer":
+        """A request to it."""
+        return Answer(self, body)
 
 
 class Answer(Incoming):
@@ -177,50 +181,15 @@ class Answer(Incoming):
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
 
-class WordEngine(Availability):
-    """The `serving.engine.adapter.Engine` of one run of a node."""
+class WordEngine(VirtualEngine):
+    """Before a `WordServer`."""
 
     def __init__(self, server: WordServer, profile: Profile) -> None:
-        super().__init__()
-        self.server, self.profile, self.url = server, profile, "http://engine.simulated"
-
-    async def scrape(self) -> None:
-        """See `serving.engine.adapter.Engine`."""
-        self._reach()
-        self.failures, self.reason = 0, ""
-
-    async def models(self) -> list[str]:
-        """See `serving.engine.adapter.Engine`."""
-        self._reach()
-        return [self.server.model]
-
-    def _reach(self) -> None:
-        if not self.server.up:
-            self.failures, self.reason = self.failures + 1, "the engine is down"
-            raise EngineError(self.reason)
-
-    def load(self) -> Load:
-        """See `serving.engine.adapter.Engine`."""
-        if not self.takes:
-            return Load(float(self.profile.max_num_seqs), DOWN_WAITING, float(self.profile.kv_tokens))
-        return self.server.load()
+        super().__init__(server, profile)
+        self.server = server
 
     def progress(self, there: Collection[Sent], now_s: float) -> Iterator[tuple[Sent, float]]:
         """See `serving.engine.adapter.Engine`; exact."""
         for sent in there:
             if sent.exchange in self.server.running:
                 yield sent, float(sent.exchange.shown)
-
-    def sent(self, prompt: int) -> None:
-        """See `serving.engine.adapter.Engine`."""
-        self.out += 1
-
-    def returned(self, prompt: int, output: int) -> None:
-        """See `serving.engine.adapter.Engine`."""
-        self.out -= 1
-
-    def post(
-        self, path: str, body: bytes, headers: Mapping[str, str] = NO_HEADERS
-    ) -> AbstractAsyncContextManager[Answer]:
-        """See `serving.engine.adapter.Engine`."""
-        return Answer(self.server, body)
