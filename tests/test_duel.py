@@ -191,6 +191,33 @@ def test_a_silent_judge_loses_nothing_as_who_says_so_may_have_left_its_vote_out(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("silent", [2, 3])
+def test_no_duel_is_begun_for_a_while_after_one_that_nobody_judged(
+    monkeypatch: pytest.MonkeyPatch, silent: int
+) -> None:
+    monkeypatch.setattr(duel, "REST_S", 0.05)
+
+    async def run() -> None:
+        net = Net()
+        request = net.request
+
+        async def declined(peer: str, path: str, body: bytes) -> bytes:
+            if path == JUDGE_PATH and peer in [judge.name for judge in net.judges[:silent]]:
+                raise OSError("it has judged enough for you, come again later")
+            return await request(peer, path, body)
+
+        net.request = declined  # type: ignore[method-assign]
+        assert net.duels.may_begin()
+        await net.run()
+        assert (net.count("void"), net.count("won")) == ((1, 0) if silent == 3 else (0, 1))
+        assert net.duels.may_begin() == (silent < 3) and not net.verdicts
+        assert sorted(net.paid) == sorted([(net.good.name, True), (net.bad.name, True)])
+        await asyncio.sleep(0.06)
+        assert net.duels.may_begin()
+
+    asyncio.run(run())
+
+
 def test_a_judge_who_is_outvoted_is_fined() -> None:
     net = Net(judges=5, panel=5)
     net.judges[1].opinion = lambda first, second: VOTE_B if len(first) > len(second) else VOTE_A

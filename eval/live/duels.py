@@ -1,14 +1,16 @@
 """Random answers lose: duels on real vLLM until a worthless provider has nothing at stake: `wwwserve duels`.
 
 Nodes before SmolLM2, and one before a model of random weights that passes for it, with identities and ledgers as they
-are in service. Users of the first node ask; what it hands to a peer goes to two, and three others judge. The run ends
-when the worthless provider has no stake left and nothing to stake, or after `--most` duels. What is reported of judges
-is counted from the signed votes that the first node's journal keeps as evidence.
+are in service. Users of all but that one ask, node by node; what is handed to a peer goes to two, and three others
+judge, each no more than it does for one origin. The run ends when the worthless provider has no stake left and nothing
+to stake, or after `--most` duels. What is reported of judges is counted from the signed votes that the first node's
+journal keeps as evidence, of all duels that moved stake.
 """
 
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -41,11 +43,11 @@ NODES_READY_S = 300.0
 
 
 class Nodes(NamedTuple):
-    """The first node's URL, and all keys, of which the last is the worthless provider's; the first one's journal."""
+    """URLs and journals of those before the good engine; all keys, of which the last is the worthless provider's."""
 
-    url: str
+    urls: list[str]
     keys: list[str]
-    journal: Path
+    journals: list[Path]
 
     @property
     def worthless(self) -> str:
@@ -71,7 +73,7 @@ async def nodes(good_url: str, bad_url: str, count: int, funds: float) -> AsyncI
     context = started(configured, [], accounts=Accounts(CREDIT, funds, EXPOSURE))
     network = await asyncio.to_thread(context.__enter__)  # what runs in this loop goes on
     try:
-        yield Nodes(network.urls[0], network.keys, network.files[0].ledger)
+        yield Nodes(network.urls[:count], network.keys, [each.ledger for each in network.files[:count]])
     finally:
         await asyncio.to_thread(context.__exit__, None, None, None)
 
@@ -83,11 +85,15 @@ async def look(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:
         return seen
 
 
-async def duels_of(session: aiohttp.ClientSession, url: str) -> dict[str, int]:
-    """Duels of a node by their outcome."""
-    async with session.get(f"{url}/metrics") as response:
-        lines = [line for line in (await response.text()).splitlines() if line.startswith("wwwserve_duels_total{")]
-    return {line.split('"')[1]: int(float(line.split()[-1])) for line in lines}
+async def duels_of(session: aiohttp.ClientSession, urls: Sequence[str]) -> dict[str, int]:
+    """Duels of nodes by their outcome."""
+    counts = Counter[str]()
+    for url in urls:
+        async with session.get(f"{url}/metrics") as response:
+            for line in (await response.text()).splitlines():
+                if line.startswith("wwwserve_duels_total{"):
+                    counts[line.split('"')[1]] += int(float(line.split()[-1]))
+    return dict(counts)
 
 
 async def fight(
@@ -102,7 +108,8 @@ async def fight(
 ) -> dict[str, Any]:
     """Ask until the worthless provider has nothing left, or for `most` duels; returns what came of it."""
     async with nodes(good_url, bad_url, count, funds) as made, aiohttp.ClientSession() as session:
-        await _until(session, made, count)
+        for url in made.urls:
+            await _until(session, url, count)
         began_s, number, over = time.monotonic(), 0, False
         failed = 0
 
@@ -110,14 +117,15 @@ async def fight(
             nonlocal number, failed
             while not over:
                 number += 1
-                async with session.post(made.url + CHAT, json=question(number, tokens) | {"seed": number}) as response:
+                asked = question(number, tokens) | {"seed": number}
+                async with session.post(made.urls[number % count] + CHAT, json=asked) as response:
                     await response.read()
                     failed += response.status != 200
 
         async def watch() -> None:
             nonlocal over
-            while sum((outcomes := await duels_of(session, made.url)).values()) < most:
-                left = await asyncio.to_thread(lambda: funds_after(evidence(made.journal), made, funds))
+            while sum((outcomes := await duels_of(session, made.urls)).values()) < most:
+                left = await asyncio.to_thread(lambda: funds_after(evidence(made.journals[0]), made, funds))
                 state = f"{outcomes}, the worthless provider has {left:g} credits left to stake"
                 print(f"{PROG}: {time.monotonic() - began_s:.0f} s, {state}", file=sys.stderr, flush=True)
                 if left == 0.0:
@@ -127,27 +135,31 @@ async def fight(
 
         await asyncio.gather(watch(), *(request() for _ in range(at_once)))
         took_s = time.monotonic() - began_s
-        outcomes = await duels_of(session, made.url)
-        seen = {peer["key"]: peer for peer in (await look(session, made.url))["peers"]}
-        verdicts, paid = evidence(made.journal), fees(made.journal)
+        outcomes = await duels_of(session, made.urls)
+        seen = [await look(session, url) for url in made.urls]
+        worthless = [peer for each in seen for peer in each["peers"] if peer["key"] == made.worthless]
+        verdicts, paid = evidence(made.journals[0]), [fee for journal in made.journals for fee in fees(journal)]
     return {
         "duels": sum(outcomes.values()), "outcomes": outcomes, "requests": number, "failed": failed,
         "s": round(took_s, 1), "funds_left": funds_after(verdicts, made, funds),
         "votes_paid": len(paid), "paid_for_votes": round(sum(paid), 6),
-        "worthless": {key: seen[made.worthless][key] for key in ("stake", "duels_won", "duels_lost")},
+        "worthless": {
+            "stake": worthless[0]["stake"],
+            **{key: sum(each[key] for each in worthless) for key in ("duels_won", "duels_lost")},
+        },
         **judged(verdicts, made, funds),
     }  # fmt: skip
 
 
-async def _until(session: aiohttp.ClientSession, made: Nodes, peers: int) -> None:
-    """Until the first node sees all others and their stakes. Raises NetworkError."""
+async def _until(session: aiohttp.ClientSession, url: str, peers: int) -> None:
+    """Until a node sees all others and their stakes. Raises NetworkError."""
     until_s = time.monotonic() + NODES_READY_S
     while True:
-        seen = (await look(session, made.url))["peers"]
+        seen = (await look(session, url))["peers"]
         if sum(peer["there"] and peer["stake"] == STAKE for peer in seen) == peers:
             return
         if time.monotonic() > until_s:
-            raise NetworkError(f"{made.url} did not see {peers} peers with their stake, but {seen}")
+            raise NetworkError(f"{url} did not see {peers} peers with their stake, but {seen}")
         await asyncio.sleep(0.1)
 
 

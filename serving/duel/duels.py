@@ -46,6 +46,7 @@ SECOND_S = 120.0  # for the other answer, once the user has one
 ATTEST_S = 5.0
 ATTEST_TRIES = 3
 JUDGE_S = 60.0  # for a vote
+REST_S = 5.0  # without a new duel, after one on which no judge voted
 RECENT = 16  # duels that ended, kept to look at
 
 
@@ -177,6 +178,7 @@ class Duels:
         self.recent: deque[Ended] = deque(maxlen=RECENT)
         self._closing: dict[asyncio.Task[None], dict[asyncio.Future[Any], Attempt]] = {}
         self._running = 0
+        self._rests_until_s = 0.0  # by the event loop's clock
         self._turn = asyncio.Lock()  # of what is judged, so that each case comes after the verdict before
 
     @property
@@ -185,8 +187,9 @@ class Duels:
         return self._running + len(self._closing)
 
     def may_begin(self) -> bool:
-        """Whether one more may be open."""
-        return self.open < MOST_OPEN
+        """Whether one more may be open. Not just after one that nobody judged: its second answer was paid for nothing,
+        and judges that are gone, or have judged enough for this node, are so for a while."""
+        return self.open < MOST_OPEN and asyncio.get_running_loop().time() >= self._rests_until_s
 
     async def run(
         self, completion: CompletionRequest, executors: tuple[str, str], hand: Callable[[str, Attempt], Awaitable[Any]],
@@ -325,6 +328,9 @@ class Duels:
         said = ended.votes = votes_by(panel, votes)
         for judge in panel:
             count_vote(self.records.setdefault(judge, Record()), judge, case.seed(), said)
+        if not votes:
+            self._rests_until_s = asyncio.get_running_loop().time() + REST_S
+            return "void"
         outcome = duel_outcome(np.array(list(said.values()), np.int64))
         if outcome == TIE:
             return "tie"
