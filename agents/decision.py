@@ -22,14 +22,15 @@ NODES = 1 + CANDIDATES  # the own node and the candidates
 FLAT_ACTIONS = ROUTES * MARKUPS.size
 AT_COST = 1  # the markup of 1
 
-# Columns of an admission policy: when a provider takes others' work.
+# Columns of an admission policy: when a provider takes others' work, and how much dearer it sells than its markup says.
 MAX_WAIT_S = 0
 MAX_KV_USE = 1
 PROBABILITY = 2
 ONLY_IF_NONE_HELD = 3  # 1 to refuse while own users' requests are undecided
 IF_IT_PAYS = 4  # share of what it costs by now that an offer has to bring; 0 for any
-ADMISSION_SIZE = 5
-WHAT_PAYS = np.array([np.inf, np.inf, 1.0, 0.0, 1.0])  # take what pays
+KEEP = 5  # its price is times 1 + so much for the share of its prompts that is cached, so that conversations stay
+ADMISSION_SIZE = 6
+WHAT_PAYS = np.array([np.inf, np.inf, 1.0, 0.0, 1.0, 0.0])  # take what pays
 NO_DIRECTION = -1
 
 
@@ -55,11 +56,13 @@ def make_actions(*shape: int) -> Actions:
 
 
 @kernel
-def admit_what_pays(admission: Floats, share: float = 1.0) -> None:
-    """Write WHAT_PAYS into an admission policy [ADMISSION_SIZE], with this share of what it costs as enough."""
+def admit_what_pays(admission: Floats, share: float = 1.0, keep: float = 0.0) -> None:
+    """Write WHAT_PAYS into an admission policy [ADMISSION_SIZE], with this share of what it costs as enough, and
+    KEEP."""
     for k in range(ADMISSION_SIZE):
         admission[k] = WHAT_PAYS[k]
     admission[IF_IT_PAYS] = share
+    admission[KEEP] = keep
 
 
 def encode(route: NDArray[np.integer], markup: NDArray[np.integer]) -> Ints:

@@ -27,6 +27,7 @@ from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
     IF_IT_PAYS,
+    KEEP,
     LOCAL,
     NODES,
     WHAT_PAYS,
@@ -45,6 +46,7 @@ from wwwserve.agents.knowledge import (
     AD_KV_TOKENS,
     AD_MEAN_OUTPUT,
     AD_MEAN_PROMPT,
+    AD_MEAN_UNCACHED,
     AD_STAKE,
     AD_TARIFF,
     AD_TIME_S,
@@ -691,9 +693,10 @@ def gossip(p: Record, a: Record, now_s: float) -> bool:
 @kernel
 def advertise(p: Record, staked: int, now_s: float, advert: Floats) -> None:
     """Write the own advert [ADVERT_SIZE], which is then no longer due; `staked` micro-credits. The tariff in it is made
-    of the marginal cost, and in force from now on."""
+    of the marginal cost, and in force from now on. Room in a cache is worth more than that."""
     p.advert_due = 0
-    write_tariff(p.tariff, p.cost, p.markup)
+    found = 1.0 - min(1.0, p.own[AD_MEAN_UNCACHED] / max(1.0, p.own[AD_MEAN_PROMPT]))
+    write_tariff(p.tariff, p.cost, p.markup * (1.0 + p.admission[KEEP] * found))
     for k in range(TARIFF_SIZE):
         p.own[AD_TARIFF + k] = p.tariff[k]
     p.own[AD_STAKE] = staked / MICRO

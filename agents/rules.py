@@ -16,6 +16,7 @@ from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
     IF_IT_PAYS,
+    KEEP,
     LOCAL,
     MAX_KV_USE,
     MAX_WAIT_S,
@@ -100,6 +101,9 @@ CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 MARKUP = Setting(1.5, "on its marginal cost; the nearest of `agents.tariff.MARKUPS`", 8.0, search=(0.75, 8.0))
 
 PAYS = Setting(1.0, "share of what it costs by now that others' work has to bring", 2.0, search=(0.0, 1.5))
+KEEPS = Setting(
+    0.0, "by how much dearer than its markup it sells for each share of its prompts that is cached", 4.0, (0.0, 2.0)
+)
 FIRST_WEIGHT = Setting(0.0, "seconds added for each second to the first token beyond the target", search=(0.0, 10.0))
 FIRST_TARGET_S = Setting(2.0, "target for the time to the first token, s", search=(0.5, 10.0))
 
@@ -168,7 +172,7 @@ RULES: dict[str, dict[str, Setting]] = {
         cap_fast=0.109,
         cap_slow=0.922,
     ),
-    "best_value": {"markup": MARKUP, "pays": PAYS},
+    "best_value": {"markup": MARKUP, "pays": PAYS, "keep": KEEPS},
     "lmetric": _tuned(TAKE, accept_wait_s=1.17),
     "affinity_filter": _tuned(
         TAKE
@@ -218,11 +222,11 @@ _IDS = {name: k for k, name in enumerate(RULES)}
 (
     _ACCEPT_WAIT_S, _OWN_MARGIN, _SLOWDOWN, _LOAD, _MAX_QUEUE, _FIRST_WEIGHT, _FIRST_TARGET_S, _PACE, _RECORD,
     _OVERDUE, _URGENCY, _CAP_FAST, _CAP_SLOW, _MARKUP, _TARGET_KV_USE, _OFFLOAD, _QUEUE, _ACCEPT, _PROBES, _SHARE,
-    _PENALTY_S, _PREFILL_WEIGHT, _MATCH, _GAP, _RATIO, _BETA, _CUT, _PAYS,
-) = range(28)  # fmt: skip
+    _PENALTY_S, _PREFILL_WEIGHT, _MATCH, _GAP, _RATIO, _BETA, _CUT, _PAYS, _KEEP,
+) = range(29)  # fmt: skip
 _COLUMNS = (
     *FINISH, *TRUST, *CAP, "markup", *RULES["www_serve"], "share", "penalty_s", "prefill_weight", "match", "gap",
-    "ratio", "beta", "cut", "pays",
+    "ratio", "beta", "cut", "pays", "keep",
 )  # fmt: skip
 _WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default, "markup": 1.0}
 
@@ -402,6 +406,7 @@ def _decide(
         admission[k, PROBABILITY] = 1.0
         admission[k, ONLY_IF_NONE_HELD] = 0.0
         admission[k, IF_IT_PAYS] = p[_PAYS]
+        admission[k, KEEP] = p[_KEEP]
         markup[k] = int(p[_MARKUP])
         if rule == _WWW_SERVE:
             admission[k, MAX_KV_USE] = p[_TARGET_KV_USE]

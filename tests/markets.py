@@ -9,6 +9,7 @@ from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
     IF_IT_PAYS,
+    KEEP,
     LOCAL,
     MAX_KV_USE,
     MAX_WAIT_S,
@@ -71,7 +72,7 @@ def by_rule(name: str) -> Decide:
     return decide
 
 
-TAKE_ALL = np.array([np.inf, np.inf, 1.0, 0.0, 0.0])  # an admission policy
+TAKE_ALL = np.array([np.inf, np.inf, 1.0, 0.0, 0.0, 0.0])  # an admission policy
 
 
 def to_candidates(batch: MarketBatch, actions: Actions) -> None:
@@ -158,5 +159,6 @@ def randomly(rng: np.random.Generator, illegal: float) -> Decide:
         actions.admission[..., PROBABILITY] = rng.choice([0.5, 1.0], shape)
         actions.admission[..., ONLY_IF_NONE_HELD] = rng.integers(0, 2, shape)
         actions.admission[..., IF_IT_PAYS] = rng.integers(0, 2, shape)
+        actions.admission[..., KEEP] = rng.choice([0.0, 1.0], shape)
 
     return decide

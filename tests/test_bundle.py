@@ -16,7 +16,7 @@ from bundle_cases import RESULTS, WITHOUT
 from safetensors.numpy import load as read_safetensors
 from safetensors.numpy import save as safetensors_bytes
 
-from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, IF_IT_PAYS, LOCAL, ROUTES, WHAT_PAYS, make_actions
+from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, IF_IT_PAYS, KEEP, LOCAL, ROUTES, WHAT_PAYS, make_actions
 from wwwserve.agents.policy.bundle import (
     CARD,
     MANIFEST,
@@ -153,17 +153,18 @@ def test_inactive_providers_keep_their_actions(actor, seen):
     assert (actions.route[active] != 7).any()
 
 
-def test_what_is_enough_for_the_work_of_others_is_the_policys(few, tmp_path):
-    export(weights_of(Actor(width=8, pays=0.25)), tmp_path / "policy", {"training": {}, "agent_steps": 0})
+def test_what_is_enough_for_the_work_of_others_and_how_dear_it_is_are_the_policys(few, tmp_path):
+    made = Actor(width=8, pays=0.25, keep=0.5)
+    export(weights_of(made), tmp_path / "policy", {"training": {}, "agent_steps": 0})
     actions = make_actions(len(few.nodes))
     load(tmp_path / "policy").decide(few, np.ones(len(few.nodes), np.bool_), np.zeros((len(few.nodes), 4)), actions)
-    assert (actions.admission[:, IF_IT_PAYS] == 0.25).all()
-    assert (np.delete(actions.admission, IF_IT_PAYS, 1) == np.delete(WHAT_PAYS, IF_IT_PAYS)).all()
+    assert (actions.admission[:, IF_IT_PAYS] == 0.25).all() and (actions.admission[:, KEEP] == 0.5).all()
+    assert (actions.admission[:, :IF_IT_PAYS] == WHAT_PAYS[:IF_IT_PAYS]).all()
 
 
 def test_a_bundle_that_does_not_say_what_is_enough_asks_for_all_that_it_costs(copy):
-    rewrite(copy, lambda w: w.pop("pays"))
-    assert load(copy).weights["pays"] == 1.0
+    rewrite(copy, lambda w: [w.pop(name) for name in ("pays", "keep")])
+    assert load(copy).weights["pays"] == 1.0 and load(copy).weights["keep"] == 0.0
 
 
 # What is in a bundle.
@@ -189,7 +190,7 @@ def test_the_manifest_says_what_was_made_of_what(bundle):
     assert manifest["normaliser"]["node"]["log_unit"][:2] == [0.0, 1.0]
     assert manifest["normaliser"]["node"]["full_scale"][1] == pytest.approx(np.log1p(1e4))
     assert manifest["decisions"]["markups"] == [0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0]
-    learned = [weight.size for name, weight in load(bundle).weights.items() if name != "pays"]
+    learned = [weight.size for name, weight in load(bundle).weights.items() if name not in ("pays", "keep")]
     assert manifest["architecture"]["parameters"] == sum(learned)
     assert set(manifest["packages"]) == {"python", "numpy", "torch", "numba", "wwwserve"}
     assert manifest["git"] is None or re.fullmatch("[0-9a-f]{40}", manifest["git"]["revision"])
@@ -355,6 +356,7 @@ DAMAGE = {
     "a matrix of doubles": (lambda f: rewrite(f, lambda w: w.update({"hold.bias": np.zeros(1)})), "is float64"),
     "a NaN": (lambda f: rewrite(f, lambda w: w["hold.bias"].fill(np.nan)), r"hold\.bias has numbers .* not finite"),
     "a share below nothing": (lambda f: rewrite(f, lambda w: w["pays"].fill(-0.5)), r"pays is -0\.5, expected 0 to 2"),
+    "a price that is too dear": (lambda f: rewrite(f, lambda w: w["keep"].fill(5)), "keep is 5, expected 0 to 4"),
     "other weights": (lambda f: rewrite(f, lambda w: w["markup.bias"].__iadd__(0.01)), "golden view differ by 0.01"),
     "another golden logit": (lambda f: amend(f, "golden", lambda t: t["logits"][3].__setitem__(-1, 5e9)),
                              "differ by 5e.09 from those computed here, expected at most 0.0001"),

@@ -301,7 +301,7 @@ class Life:
         provider.look_at_evidence(p, self.q, self.peer_stats, self.now_s)
         provider.move_own_stake(p, self.account, 1.0)
         if provider.gossip(p, self.a, self.now_s):
-            admission = np.array([self.rng.uniform(0, 60), 1.0, 0.9, *self.rng.integers(0, 2, 2)])
+            admission = np.array([self.rng.uniform(0, 60), 1.0, 0.9, *self.rng.integers(0, 2, 2), self.rng.uniform()])
             provider.set_admission(p, admission, int(self.rng.integers(-1, 9)))
             provider.look_at_tariffs(p, self.a, self.peers(), self.now_s, 0)
             provider.advertise(p, int(self.account[protocol.STAKED]), self.now_s, self.adverts[0])
@@ -356,8 +356,11 @@ def view_and_rules_case(rng: np.random.Generator) -> Results:
         actions = decision.make_actions(DRAWS)
         rules.Rule(name).decide(views, np.ones(DRAWS, np.bool_), tosses, actions)
         results |= {f"{name}.{field}": array for field, array in actions._asdict().items()}
-    policies = np.column_stack([rng.uniform(0, 60, DRAWS), rng.random((DRAWS, 2)), rng.integers(0, 2, (DRAWS, 2))])
-    decision.admit_what_pays(policies[0])
+    policies = np.column_stack(
+        [rng.uniform(0, 60, DRAWS), rng.random((DRAWS, 2)), rng.integers(0, 2, (DRAWS, 2)), np.zeros(DRAWS)]
+    )
+    decision.admit_what_pays(policies[0], 0.75, 2.0)
+    results["what pays"] = policies[0].copy()
     held = rng.uniform(0, 400, (DRAWS, 2))
     results["may hold"] = np.array([decision.may_hold(*each) for each in held])
     results["rates"] = np.array([(knowledge.aged_rate(*each), knowledge.silent_after_s(each[0] / 40)) for each in held])

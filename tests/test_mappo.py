@@ -498,8 +498,9 @@ def test_with_pairs_nothing_else_moves_the_markup() -> None:
 
 def test_a_team_begins_with_the_markup_at_which_teams_sell() -> None:
     for team_weight, pays, markup in ((1.0, 1.0, mappo.ABOVE_COST), (1.0, 0.5, AT_COST), (0.0, 1.0, AT_COST)):
-        learner = Learner(Args(team_weight=team_weight, pays=pays, processes=1), Processes())
-        assert weights_of(learner.actor)["pays"] == pays
+        learner = Learner(Args(team_weight=team_weight, pays=pays, keep=pays / 2, processes=1), Processes())
+        weights = weights_of(learner.actor)
+        assert weights["pays"] == pays and weights["keep"] == pays / 2
         at = learner.actor.layers().markup
         assert int(at.bias.argmax()) == markup and bool((at.weight == 0.0).all()) == (team_weight == 1.0)
 

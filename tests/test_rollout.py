@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from wwwserve.agents.classes import CLASS_MEAN, INPUT_WORTH
-from wwwserve.agents.decision import AT_COST, HOLD, IF_IT_PAYS
+from wwwserve.agents.decision import AT_COST, HOLD, IF_IT_PAYS, KEEP
 from wwwserve.agents.policy.forward import LearnedPolicy, Net, net_of
 from wwwserve.agents.policy.network import Actor, Inputs, weights_of
 from wwwserve.agents.rules import RULES, Rule
@@ -38,7 +38,7 @@ MARKETS, STEPS = 7, 24
 def actor() -> Actor:
     """An actor of whose choices none is certain."""
     torch.manual_seed(2)
-    made = Actor(16, prior=1.0, pays=0.75)
+    made = Actor(16, prior=1.0, pays=0.75, keep=0.5)
     with torch.no_grad():
         for weight in made.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -381,6 +381,7 @@ def test_a_learned_policy_would_decide_the_most_probable_of_what_was_drawn(actor
     d = made.collect(net, 0, 1, NONE, markups=True, adverts=1.0, draws_markups=True).decisions
     for each in (actions, made.actions):
         assert (each.admission[made.batch.active][:, IF_IT_PAYS] == 0.75).all()
+        assert (each.admission[made.batch.active][:, KEEP] == 0.5).all()
     same = d.choice[:, 0] == actions.route[d.market, d.provider]
     likely = np.exp(d.log_prob[:, 0]) > 0.5
     assert likely.any() and same[likely].all()

@@ -13,6 +13,7 @@ from wwwserve.agents.decision import (
     FIRST_CANDIDATE,
     HOLD,
     IF_IT_PAYS,
+    KEEP,
     LOCAL,
     NO_DIRECTION,
     ROUTES,
@@ -249,7 +250,7 @@ def admission(rule: Rule) -> Floats:
 
 def test_single_runs_everything_here_and_is_open_to_others() -> None:
     assert route(by_hand("single"), scene({"finish_s": 9999, "kv_use": 1}, {"finish_s": 1})) == LOCAL
-    assert admission(by_hand("single")).tolist() == [INF, INF, 1, 0, 0]
+    assert admission(by_hand("single")).tolist() == [INF, INF, 1, 0, 0, 0]
 
 
 def test_random_takes_each_legal_route_as_often() -> None:
@@ -331,7 +332,7 @@ def test_earliest_finish_takes_the_minimum() -> None:
     "name", ["earliest_finish", "earliest_finish_trust", "deadline_first", "rank_cap", "trust_cap"]
 )
 def test_rules_by_estimate_accept_up_to_a_wait(name: str) -> None:
-    assert admission(by_hand(name, {"accept_wait_s": 7})).tolist() == [7, INF, 1, 0, 0]
+    assert admission(by_hand(name, {"accept_wait_s": 7})).tolist() == [7, INF, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -471,6 +472,11 @@ def test_best_value_takes_what_pays() -> None:
     np.testing.assert_array_equal(admission(by_hand("best_value")), WHAT_PAYS)
     assert admission(by_hand("best_value", {"pays": 0.25}))[IF_IT_PAYS] == 0.25
     assert all(admission(by_hand(name))[IF_IT_PAYS] == 0.0 for name in RULES if name != "best_value")
+
+
+def test_only_best_value_sells_dearer_where_prompts_are_cached() -> None:
+    assert admission(by_hand("best_value", {"keep": 0.5}))[KEEP] == 0.5
+    assert all(admission(by_hand(name))[KEEP] == 0.0 for name in RULES)
 
 
 @pytest.mark.parametrize(("markup", "chosen"), [(0.0, 0.75), (1.0, 1.0), (1.4, 1.5), (3.5, 3.0), (8.0, 8.0)])

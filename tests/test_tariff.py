@@ -21,7 +21,7 @@ from wwwserve.agents.classes import (
     MAX_CLASSES,
     class_row,
 )
-from wwwserve.agents.decision import WHAT_PAYS
+from wwwserve.agents.decision import KEEP, WHAT_PAYS
 from wwwserve.agents.estimate import LOGISTIC, expect, full_batch
 from wwwserve.agents.generator import make_generators
 from wwwserve.agents.hardware import profile
@@ -434,9 +434,9 @@ def test_what_pays_is_taken_and_what_does_not_is_refused(markup: float) -> None:
     host.appraise(CHAT, CHAT)
     host.p["markup"] = markup
     assert [consider(host, at) for at in (0.5, 0.95, 1.05, 8.0)] == [False, False, True, True]
-    host.p["admission"] = [np.inf, np.inf, 1.0, 0.0, 0.0]
+    host.p["admission"] = [np.inf, np.inf, 1.0, 0.0, 0.0, 0.0]
     assert consider(host, 0.1)  # who does not look at prices
-    host.p["admission"] = [np.inf, np.inf, 1.0, 0.0, 0.5]
+    host.p["admission"] = [np.inf, np.inf, 1.0, 0.0, 0.5, 0.0]
     assert [consider(host, at) for at in (0.48, 0.52, 1.05)] == [False, True, True]  # who is content with half
 
 
@@ -527,6 +527,21 @@ def test_a_markup_holds_from_the_advert_that_it_was_chosen_for() -> None:
         np.testing.assert_allclose(advert[k.AD_TARIFF + OUTPUT], 1000 * markup * host.p["cost"][0, OUTPUT])
         np.testing.assert_array_equal(advert[k.AD_TARIFF : k.AD_TARIFF + TARIFF_SIZE], host.p["tariff"][0])
         assert advert[k.AD_CONTEXT] == host.p["own"][0, k.AD_CONTEXT] and advert[k.AD_TIME_S] == 12.0
+
+
+@pytest.mark.parametrize(("keep", "found"), [(0.0, 0.75), (1.0, 0.0), (1.0, 0.75), (2.0, 0.5)])
+def test_others_pay_more_for_room_in_a_cache_in_which_prompts_are_found(keep: float, found: float) -> None:
+    host = Host()
+    host.p["own"][0, [k.AD_MEAN_PROMPT, k.AD_MEAN_UNCACHED]] = 800.0, 800.0 * (1.0 - found)
+    host.appraise(CHAT)
+    cost = host.p["cost"][0].copy()
+    host.p["advert_due"] = 1
+    admission = WHAT_PAYS.copy()
+    admission[KEEP] = keep
+    provider.set_admission(host.p[0], admission, 2)
+    provider.advertise(host.p[0], MICRO, 12.0, np.zeros(k.ADVERT_SIZE))
+    np.testing.assert_allclose(host.p["tariff"][0], 1000 * 1.25 * (1.0 + keep * found) * cost)
+    np.testing.assert_array_equal(host.p["cost"][0], cost)  # what its own users are run by
 
 
 def test_a_class_says_what_its_answers_are_worth() -> None:

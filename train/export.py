@@ -24,7 +24,7 @@ GOLDEN_SEED = 2026
 MARKET_S = 120.0  # length of a market that views are recorded in
 PACKAGES = ("numpy", "torch", "numba", "wwwserve")
 # Of the training run's arguments, those that say which markets it drew and what was rewarded in them.
-ENVIRONMENT = ("kinds", "duration_s", "drain_s", "max_requests", "reward", "team_weight", "pays", "gamma")
+ENVIRONMENT = ("kinds", "duration_s", "drain_s", "max_requests", "reward", "team_weight", "pays", "keep", "gamma")
 
 
 def export(

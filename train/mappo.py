@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from wwwserve.agents.decision import AT_COST
-from wwwserve.agents.policy.architecture import MOST_PAYS, Weights, width_of
+from wwwserve.agents.policy.architecture import MOST_KEEP, MOST_PAYS, Weights, width_of
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.policy.forward import LearnedPolicy, net_of
 from wwwserve.agents.policy.network import Actor, Critic, Inputs, weights_of
@@ -96,6 +96,9 @@ class Args:
     """share of its cost by now that others' work has to bring to be taken; set, not learned. A team sells at 1.5 times
     its cost if it is 1 or more, else peers would refuse what they advertised a moment ago, and at cost below. With
     --warm-start and --against it is the bundle's"""
+    keep: float = 0.0
+    """how much dearer a provider sells than its markup says: times 1 + so much for the share of its prompts that is
+    found in its cache; set as --pays is"""
     markups: bool = True
     """learn the markup as well, unless in a team; else it stays as imitated"""
     pairs: int = 96
@@ -188,6 +191,8 @@ class Args:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 1")
         if not 0 <= self.pays <= MOST_PAYS:
             raise ValueError(f"--pays is {self.pays}, expected 0 to {MOST_PAYS:g}")
+        if not 0 <= self.keep <= MOST_KEEP:
+            raise ValueError(f"--keep is {self.keep}, expected 0 to {MOST_KEEP:g}")
         if not 0 < self.share <= 1:
             raise ValueError(f"--share is {self.share}, expected more than 0, at most 1")
         if self.minibatches > self.markets:
@@ -277,7 +282,7 @@ class Learner:
         team = args.team_weight == 1
         markup = ABOVE_COST if team and args.pays >= 1.0 else AT_COST
         self.markup = markup if team else None  # at which a team sells, whatever it sees
-        self.actor = Actor(args.width, args.prior, markup, args.pays).to(args.device)
+        self.actor = Actor(args.width, args.prior, markup, args.pays, args.keep).to(args.device)
         if team:
             nn.init.zeros_(self.actor.layers().markup.weight)
         self.averaged = AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(args.average))

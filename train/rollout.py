@@ -135,7 +135,7 @@ def act(
         else:
             markup, d.log_prob[m, 1] = int(np.argmax(out[ROUTES:])), np.float32(0.0)
         actions.route[b, i] = route
-        admit_what_pays(actions.admission[b, i], net.pays[0])
+        admit_what_pays(actions.admission[b, i], net.pays[0], net.keep[0])
         actions.markup[b, i] = markup
         if not learned[b, i]:
             continue

@@ -50,6 +50,9 @@ MOST_LATENESS = np.float32(50.0)  # in log time; beyond, its exponential overflo
 PAYS = "pays"  # weight: the share of its cost by now that others' work has to bring; set, not learned
 PAYS_IN_FULL = np.float32(1.0)  # of bundles that do not say
 MOST_PAYS = 2.0
+KEEP = "keep"  # weight: how much dearer it sells for the share of its prompts that is cached; set as well
+MOST_KEEP = 4.0
+SET = {PAYS: PAYS_IN_FULL, KEEP: np.float32(0.0)}  # what is not learned, as it is in bundles that do not say
 
 T = TypeVar("T")
 Weights = dict[str, NDArray[np.float32]]
@@ -99,7 +102,7 @@ HEADS = ("score", "hold", "markup", "setting")  # whose outputs are not passed t
 
 def shapes(width: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of a policy of this width; matrices are [outputs, inputs]."""
-    table: dict[str, tuple[int, ...]] = {"prior": (), PAYS: ()}
+    table: dict[str, tuple[int, ...]] = {"prior": (), PAYS: (), KEEP: ()}
     for name, size in sizes(width)._asdict().items():
         table[f"{name}.weight"] = tuple(size)
         table[f"{name}.bias"] = (size.outputs,)
@@ -113,4 +116,4 @@ def width_of(weights: Weights) -> int:
 
 def parameters(width: int) -> int:
     """How many numbers of a policy of this width are learned."""
-    return sum(math.prod(shape) for name, shape in shapes(width).items() if name != PAYS)
+    return sum(math.prod(shape) for name, shape in shapes(width).items() if name not in SET)

@@ -24,11 +24,12 @@ from safetensors.numpy import save as safetensors_bytes
 from wwwserve.agents.decision import CANDIDATES, NODES, ROUTES
 from wwwserve.agents.policy import architecture
 from wwwserve.agents.policy.architecture import (
+    KEEP,
     LOGITS,
     MAX_WIDTH,
+    MOST_KEEP,
     MOST_PAYS,
     PAYS,
-    PAYS_IN_FULL,
     Weights,
     width_of,
 )
@@ -264,7 +265,8 @@ def _weights(path: Path, content: bytes, width: int) -> Weights:
         weights: Weights = read_safetensors(content)
     except Exception as error:  # safetensors raises its own and struct errors for malformed files
         raise BundleError(f"{path}: not a safetensors file: {error}") from None
-    weights.setdefault(PAYS, np.array(PAYS_IN_FULL))
+    for name, default in architecture.SET.items():
+        weights.setdefault(name, np.array(default))
     table = architecture.shapes(width)
     if extra := sorted(set(weights) - set(table)):
         raise BundleError(f"{path}: {_shown(extra[0])} is no weight of this architecture")
@@ -276,8 +278,9 @@ def _weights(path: Path, content: bytes, width: int) -> Weights:
             raise BundleError(f"{path}: {name} is {found.dtype}{list(found.shape)}, expected float32{list(shape)}")
         if not np.isfinite(found).all():
             raise BundleError(f"{path}: {name} has numbers that are not finite")
-    if not 0.0 <= weights[PAYS] <= MOST_PAYS:
-        raise BundleError(f"{path}: {PAYS} is {weights[PAYS]:g}, expected 0 to {MOST_PAYS:g}")
+    for name, most in ((PAYS, MOST_PAYS), (KEEP, MOST_KEEP)):
+        if not 0.0 <= weights[name] <= most:
+            raise BundleError(f"{path}: {name} is {weights[name]:g}, expected 0 to {most:g}")
     return weights
 
 

@@ -16,6 +16,7 @@ from wwwserve.agents.policy.architecture import (
     ABOUT,
     FORBIDDEN,
     FULL_WIDTH,
+    KEEP,
     LOGITS,
     MOST_LATENESS,
     PAYS,
@@ -59,6 +60,7 @@ class Net(NamedTuple):
     layers: Layers[Linear]
     prior: Singles  # [1]
     pays: Singles  # [1] share of its cost that others' work has to bring
+    keep: Singles  # [1] how much dearer it sells for the share of prompts in its cache
 
 
 def net_of(weights: Weights) -> Net:
@@ -67,7 +69,7 @@ def net_of(weights: Weights) -> Net:
         Linear(np.ascontiguousarray(weights[f"{name}.weight"].T, np.float32), weights[f"{name}.bias"].copy())
         for name in Layers._fields
     )
-    return Net(Layers(*layers), weights["prior"].reshape(1).copy(), weights[PAYS].reshape(1).copy())
+    return Net(Layers(*layers), *(weights[name].reshape(1).copy() for name in ("prior", PAYS, KEEP)))
 
 
 def scratch(net: Net) -> Singles:
@@ -306,5 +308,5 @@ def _decide(
         if active[k]:
             logits(net, views.nodes[k], views.request[k], views.me[k], views.routes[k], x, about, work, out)
             route[k] = np.argmax(out[:ROUTES])
-            admit_what_pays(admission[k], net.pays[0])
+            admit_what_pays(admission[k], net.pays[0], net.keep[0])
             markup[k] = np.argmax(out[ROUTES:])

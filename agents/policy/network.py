@@ -21,6 +21,7 @@ from wwwserve.agents.policy.architecture import (
     FORBIDDEN,
     FULL_WIDTH,
     HEADS,
+    KEEP,
     MOST_LATENESS,
     PAYS,
     PAYS_IN_FULL,
@@ -88,12 +89,14 @@ class Actor(nn.Module):
 
     setting_units: Tensor
     pays: Tensor
+    keep: Tensor
 
     def __init__(
-        self, width: int = 32, prior: float = 6.0, markup: int = AT_COST, pays: float = float(PAYS_IN_FULL)
-    ) -> None:
+        self, width: int = 32, prior: float = 6.0, markup: int = AT_COST, pays: float = float(PAYS_IN_FULL),
+        keep: float = 0.0,
+    ) -> None:  # fmt: skip
         """`prior` and the index of the `markup` are what learning begins with; `pays`, the share of its cost that
-        others' work has to bring, stays."""
+        others' work has to bring, and `keep`, see `agents.decision`, stay."""
         super().__init__()
         self.scale_nodes = Normalise(NODE_FEATURES)
         self.scale_request = Normalise(REQUEST_FEATURES)
@@ -102,6 +105,7 @@ class Actor(nn.Module):
             self.add_module(name, _linear(size.inputs, size.outputs, 0.01 if name in HEADS else 2**0.5))
         self.prior = nn.Parameter(torch.tensor(prior))
         self.register_buffer(PAYS, torch.tensor(pays))
+        self.register_buffer(KEEP, torch.tensor(keep))
         self.register_buffer("setting_units", torch.tensor(SETTING_UNITS), persistent=False)
         at = self.layers()
         with torch.no_grad():
