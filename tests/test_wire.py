@@ -222,6 +222,33 @@ def test_all_are_answered_that_come_over_tls_at_once(
 
 
 @pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_who_agrees_on_tls_while_the_node_is_frozen_is_answered(
+    loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is stopped for longer than an agreement may take does not take that for the client's delay."""
+    monkeypatch.setattr(connection, "HANDSHAKE_S", 1.0)
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+    def answer(raw: socket.socket) -> bytes:
+        with raw, context.wrap_socket(raw) as secured:
+            secured.sendall(b"GET /health HTTP/1.1\r\nhost: n\r\nconnection: close\r\n\r\n")
+            return secured.recv(12)
+
+    async def scene() -> None:
+        async with net(Stub(), tls={}) as n:
+            raw = socket.create_connection(("127.0.0.1", int(n.urls[0].rpartition(":")[2])), timeout=30.0)
+            await asyncio.sleep(0.1)  # it is accepted
+            with ThreadPoolExecutor(1) as pool:
+                asked = asyncio.get_running_loop().run_in_executor(pool, answer, raw)
+                time.sleep(2.0)  # the loop is blocked
+                assert await asked == b"HTTP/1.1 200"
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(asyncio.wait_for(scene(), 60.0))
+
+
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
 def test_who_never_agrees_on_tls_leaves_no_place_and_no_file_behind(
     loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:

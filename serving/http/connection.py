@@ -28,7 +28,9 @@ from wwwserve.serving.http.reply import Failed
 log = logging.getLogger("wwwserve.connection")
 
 MOST_READ = 256 * 1024  # bytes that come at once
-HANDSHAKE_S = 5.0  # for TLS to be agreed on, and for its end
+HANDSHAKE_S = 5.0  # for TLS to be agreed on, and for its end,
+PARTS = 4  # in parts, of which a process that is stopped for longer than one loses no more than one
+LONGEST_HANDSHAKE_S = 3600.0
 MOST_TURNED_AWAY = 64  # connections that have no place and are not closed yet
 MOST_WHERE_SHORT = 16  # of those, where files are short
 TURNED_AWAY_S = 1.0
@@ -294,6 +296,7 @@ class Gate(asyncio.Protocol):
         self.make, self.places, self.tls, self.options = make, places, tls, options
         self._socket: socket.socket | None = None
         self._agreeing: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -315,15 +318,25 @@ class Gate(asyncio.Protocol):
             with suppress(OSError):  # it is closed already
                 self._socket.shutdown(socket.SHUT_RDWR)  # which ends the handshake
 
+    def _watch(self, left: int) -> None:
+        """End what takes too long. Time that this process had none of is not the client's delay."""
+        if left == 0:
+            self.make_room()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_S / PARTS, self._watch, left - 1)
+
     async def _agree(self, sock: socket.socket) -> None:
         make = partial(self.make, before=self, **self.options)
+        self._watch(PARTS)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                make, sock, ssl=self.tls, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=HANDSHAKE_S
+                make, sock, ssl=self.tls, ssl_handshake_timeout=LONGEST_HANDSHAKE_S, ssl_shutdown_timeout=HANDSHAKE_S
             )
-        except OSError:  # of what is no TLS, SSLError; of what takes too long, ConnectionAbortedError
+        except OSError:  # of what is no TLS, SSLError; of what is ended, ConnectionError
             pass
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             self.places.leave(self)
 
 
