@@ -100,6 +100,7 @@ class Node:
         self.seen = files.config.with_suffix(".seen")
         self.process: Process | None = None
         self.lives = 0
+        self.frozen: tuple[float, bool] | None = None  # when its process was last stopped (True), or let go on
         self.ready = False  # it has said in this life that it is there
         self.began_s = 0.0
         self.most_mb = self.longest_s = 0.0
@@ -147,6 +148,7 @@ class Node:
     def freeze(self, frozen: bool) -> None:
         """Hold its process, or let it go on."""
         if self.process is not None and self.process.poll() is None:
+            self.frozen = time.monotonic(), frozen
             self.process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def limit(self, size: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
 from contextlib import suppress
 from typing import Any
@@ -86,6 +87,9 @@ class Users:
             outcome, why = "broken off" if alive else "node down", repr(error)
         if node.honest and outcome in WRONG:
             end = read[-200:].decode(errors="replace")
+            if node.frozen is not None:
+                at_s, frozen = node.frozen
+                why += f" ({'frozen' if frozen else 'thawed'} {time.monotonic() - at_s:.1f} s before)"
             self.network.problems.append(
                 f"request {number} at {node.name} ({status}, stream {stream}): {outcome} {why} {end}"
             )
