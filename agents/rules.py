@@ -102,7 +102,7 @@ MARKUP = Setting(1.5, "on its marginal cost; the nearest of `agents.tariff.MARKU
 
 PAYS = Setting(1.0, "share of what it costs by now that others' work has to bring", 2.0, search=(0.0, 1.5))
 KEEPS = Setting(
-    0.0, "by how much dearer than its markup it sells for each share of its prompts that is cached", 4.0, (0.0, 2.0)
+    0.0, "by how much dearer than its markup it sells for the share of its prompts that is cached", 4.0, (0.0, 2.0)
 )
 FIRST_WEIGHT = Setting(0.0, "seconds added for each second to the first token beyond the target", search=(0.0, 10.0))
 FIRST_TARGET_S = Setting(2.0, "target for the time to the first token, s", search=(0.5, 10.0))
