@@ -257,7 +257,7 @@ class Metrics:
                 self._duelled.remove(peer, result)
 
     def judged(self, outcome: str) -> None:
-        """A peer's duel was judged here: "voted" or "undecided"."""
+        """A peer's duel was judged here: "voted", or "failed" where the engine could not."""
         self._judged.labels(outcome).inc()
 
     def totals(self) -> dict[str, float]:

@@ -292,7 +292,9 @@ def test_a_tie_moves_nothing() -> None:
     assert [net.stake(node) for node in net.nodes.values()] == [4 * MICRO] * 6
 
 
-def test_judges_whose_engines_cannot_say_are_undecided_and_not_fined() -> None:
+def test_judges_whose_engines_cannot_say_decline_and_are_not_fined() -> None:
+    """A vote of theirs would be paid for, and the second answer of the next duel as well."""
+
     def cannot(first: str, second: str) -> int:
         raise JudgeError("no log-probabilities here")
 
@@ -300,8 +302,8 @@ def test_judges_whose_engines_cannot_say_are_undecided_and_not_fined() -> None:
     for judge in net.judges:
         judge.opinion = cannot
     asyncio.run(net.run())
-    assert not net.verdicts and net.count("tie") == 1
-    assert all(record.undecided == 1 for record in net.duels.records.values())
+    assert not net.verdicts and net.count("void") == 1
+    assert all((record.votes, record.silent) == (0, 1) for record in net.duels.records.values())
     assert [net.stake(judge) for judge in net.judges] == [4 * MICRO] * 3
 
 

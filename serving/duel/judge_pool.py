@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import msgspec
 
-from wwwserve.agents.protocol import VOTE_UNDECIDED
 from wwwserve.serving import boundary
 from wwwserve.serving.boundary import BoundaryError
 from wwwserve.serving.duel.evidence import as_shown, b_first
@@ -126,8 +125,8 @@ class JudgePool:
                 self.metrics.judged("voted")
             except JudgeError as error:
                 log.info("cannot judge", extra={"reason": str(error)})
-                shown = VOTE_UNDECIDED
-                self.metrics.judged("undecided")
+                self.metrics.judged("failed")
+                raise Declined("its engine cannot judge that") from None
             finally:
                 self._quotas.use(origin, clock() - turn_s, clock())
         return shown
