@@ -2,7 +2,7 @@
 
 A rule is a kernel that picks a route for one view; `Rule` applies it to a batch of providers or to one. What a rule
 accepts of others' work it says in its admission policy, which `agents.decision.accept` applies to the fresh state of
-the node. All but `best_value` know no prices: they sell at cost.
+the node. All sell at cost; only `best_value` knows prices, and may ask more.
 """
 
 import math
@@ -98,12 +98,12 @@ URGENCY = Setting(
 CAP_FAST = Setting(0.3, "KV use up to which the fastest node takes loose work", search=(0.0, 1.0))
 CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 
-MARKUP = Setting(1.5, "on its marginal cost; the nearest of `agents.tariff.MARKUPS`", 8.0, search=(0.75, 8.0))
-
-PAYS = Setting(1.0, "share of what it costs by now that others' work has to bring", 2.0, search=(0.0, 1.5))
+MARKUP = Setting(1.0, "on its marginal cost; the nearest of `agents.tariff.MARKUPS`", 8.0, search=(0.75, 8.0))
+PAYS = Setting(0.75, "share of what it costs by now that others' work has to bring", 2.0, search=(0.0, 1.5))
 KEEPS = Setting(
-    0.0, "by how much dearer than its markup it sells for the share of its prompts that is cached", 4.0, (0.0, 2.0)
+    0.5, "by how much dearer than its markup it sells for the share of its prompts that is cached", 4.0, (0.0, 2.0)
 )
+
 FIRST_WEIGHT = Setting(0.0, "seconds added for each second to the first token beyond the target", search=(0.0, 10.0))
 FIRST_TARGET_S = Setting(2.0, "target for the time to the first token, s", search=(0.5, 10.0))
 

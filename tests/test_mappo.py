@@ -21,6 +21,7 @@ from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, SHIPPED, load
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.policy.network import weights_of
 from wwwserve.agents.rules import Rule
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.envs.distribution import KINDS
 from wwwserve.eval import regret
 from wwwserve.eval.tuned import best_for
@@ -389,20 +390,13 @@ def test_without_imitation_no_expert_is_needed() -> None:
     assert np.isfinite(learner.update(rollout, 0, False)["policy_loss"])
 
 
-@pytest.mark.parametrize(
-    ("team_weight", "pays", "markup"), [(1.0, 1.0, mappo.ABOVE_COST), (1.0, 0.5, AT_COST), (0.5, 1.0, None)]
-)
-def test_a_markup_that_is_not_learned_is_imitated_to_the_end(
-    team_weight: float, pays: float, markup: int | None
-) -> None:
+@pytest.mark.parametrize("team_weight", [1.0, 0.5])
+def test_a_markup_that_is_not_learned_is_imitated_to_the_end(team_weight: float) -> None:
     """PPO moves the layers below it, so it would drift."""
-    learner, rollout = small(
-        imitation=0.3, entropy=0.0, learning_rate=3e-3, team_weight=team_weight, markups=False, pays=pays
-    )
+    learner, rollout = small(imitation=0.3, entropy=0.0, learning_rate=3e-3, team_weight=team_weight, markups=False)
     batch, _ = learner.batch(rollout)
     batch = batch._replace(advantage=torch.zeros_like(batch.advantage))
-    if markup is not None:
-        assert (batch.expert[:, 1] == markup).all()
+    assert (batch.expert[:, 1] == AT_COST).all()
     due = batch.advertised > 0
     assert due.any()
 
@@ -496,13 +490,24 @@ def test_with_pairs_nothing_else_moves_the_markup() -> None:
     assert not np.array_equal(before["score.weight"], after["score.weight"])
 
 
-def test_a_team_begins_with_the_markup_at_which_teams_sell() -> None:
-    for team_weight, pays, markup in ((1.0, 1.0, mappo.ABOVE_COST), (1.0, 0.5, AT_COST), (0.0, 1.0, AT_COST)):
+def test_a_policy_begins_at_cost_and_a_team_whatever_it_sees() -> None:
+    for team_weight, pays in ((1.0, 1.0), (1.0, 0.5), (0.0, 1.0)):
         learner = Learner(Args(team_weight=team_weight, pays=pays, keep=pays / 2, processes=1), Processes())
         weights = weights_of(learner.actor)
         assert weights["pays"] == pays and weights["keep"] == pays / 2
         at = learner.actor.layers().markup
-        assert int(at.bias.argmax()) == markup and bool((at.weight == 0.0).all()) == (team_weight == 1.0)
+        assert int(at.bias.argmax()) == AT_COST and bool((at.weight == 0.0).all()) == (team_weight == 1.0)
+
+
+def test_a_team_sells_as_the_best_rule_does_and_who_is_after_its_own_profit_at_all_of_its_cost(tmp_path: Path) -> None:
+    best = Rule("best_value").settings
+    assert best["markup"] == MARKUPS[AT_COST]
+    for team_weight, pays, keep in ((1.0, best["pays"], best["keep"]), (0.5, 1.0, 0.0), (0.0, 1.0, 0.0)):
+        run = mappo.Run(Args(out=tmp_path, team_weight=team_weight, wandb=False))
+        weights = weights_of(run.learner.actor)
+        assert (run.args.pays, run.args.keep) == (weights["pays"], weights["keep"]) == (pays, keep)
+    given = mappo.Run(Args(out=tmp_path, team_weight=1.0, pays=0.0, keep=0.0, wandb=False))
+    assert (given.args.pays, given.args.keep) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

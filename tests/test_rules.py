@@ -212,7 +212,7 @@ def test_actions_that_would_be_lost_are_refused() -> None:
 
 PLAIN = {
     "accept_wait_s": 30.0, "own_margin": 1.0, "slowdown": 0.0, "load": 0.0, "pace": 1.0, "record": 1.0, "overdue": 1.0,
-    "urgency": 2.0, "cap_fast": 0.3, "cap_slow": 0.8,
+    "urgency": 2.0, "cap_fast": 0.3, "cap_slow": 0.8, "markup": 1.0, "pays": 1.0, "keep": 0.0,
 }  # fmt: skip
 
 
@@ -486,6 +486,6 @@ def test_best_value_sells_at_the_nearest_markup(markup: float, chosen: float) ->
 
 
 @every_rule
-def test_rules_sell_at_cost_but_for_the_one_that_knows_prices(name: str) -> None:
+def test_rules_sell_at_cost(name: str) -> None:
     markup = decide(Rule(name), random_views(16, 20), np.full((20, 4), 0.5)).markup
-    assert (MARKUPS[markup] == (1.5 if name == "best_value" else 1.0)).all()
+    assert (MARKUPS[markup] == 1.0).all()

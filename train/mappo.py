@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from wwwserve.agents.decision import AT_COST
 from wwwserve.agents.policy.architecture import MOST_KEEP, MOST_PAYS, Weights, width_of
 from wwwserve.agents.policy.bundle import load as load_bundle
 from wwwserve.agents.policy.forward import LearnedPolicy, net_of
@@ -92,15 +91,14 @@ class Args:
     """what a provider is paid: what its own decisions changed in predicted values, or what became of requests"""
     team_weight: float = 0.0
     """0: own profit alone; 1: team, the welfare of the market, in which payments cancel; between: a mixture"""
-    pays: float = 1.0
-    """share of its cost by now that others' work has to bring to be taken; set, not learned. A team sells at 1.5 times
-    its cost if it is 1 or more, else peers would refuse what they advertised a moment ago, and at cost below. With
-    --warm-start and --against it is the bundle's"""
-    keep: float = 0.0
+    pays: float | None = None
+    """share of its cost by now that others' work has to bring to be taken; set, not learned; as `best_value` has it in
+    a team, else 1. With --warm-start and --against it is the bundle's"""
+    keep: float | None = None
     """how much dearer a provider sells than its markup says: times 1 + so much for the share of its prompts that is
-    found in its cache; set as --pays is"""
+    found in its cache; set as --pays is: as `best_value` has it in a team, else 0"""
     markups: bool = True
-    """learn the markup as well, unless in a team; else it stays as imitated"""
+    """learn the markup as well, unless in a team; else it stays as imitated, at cost"""
     pairs: int = 96
     """pairs of markets, over all processes, that show what a notch of markup earns by itself, see `train.pricing`; 0: a
     markup is credited as a route is, with all that its provider gains from then on"""
@@ -171,6 +169,13 @@ class Args:
     wandb: bool = True
     """log to Weights & Biases, offline unless WANDB_MODE says otherwise"""
 
+    def sold_by(self) -> tuple[float, float]:
+        """`pays` and `keep`, where they are not given those that are best: for a team as for a rule in common use, for
+        its own profit to take what brings all of its cost, however full its cache."""
+        best = (RULES["best_value"][name].default for name in ("pays", "keep")) if self.team_weight == 1 else (1.0, 0.0)
+        pays, keep = (x if given is None else given for x, given in zip(best, (self.pays, self.keep), strict=True))
+        return pays, keep
+
     def check(self) -> None:
         """Raises ValueError for a value out of its range."""
         for name in ("agent_steps", "markets", "rollout_steps", "epochs", "minibatches", "width",
@@ -189,10 +194,9 @@ class Args:
         for name in ("gamma", "gae_lambda", "team_weight", "average", "adverts"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 to 1")
-        if not 0 <= self.pays <= MOST_PAYS:
-            raise ValueError(f"--pays is {self.pays}, expected 0 to {MOST_PAYS:g}")
-        if not 0 <= self.keep <= MOST_KEEP:
-            raise ValueError(f"--keep is {self.keep}, expected 0 to {MOST_KEEP:g}")
+        for name, most in (("pays", MOST_PAYS), ("keep", MOST_KEEP)):
+            if not 0 <= (getattr(self, name) or 0) <= most:
+                raise ValueError(f"--{name} is {getattr(self, name)}, expected 0 to {most:g}")
         if not 0 < self.share <= 1:
             raise ValueError(f"--share is {self.share}, expected more than 0, at most 1")
         if self.minibatches > self.markets:
@@ -214,7 +218,6 @@ class Args:
 # Seeds of training, validation and test never meet: training draws market seeds below `eval.tune.SEED`, rules are tuned
 # from there on, validation markets have seeds from VALIDATION_SEED on, reports from FIRST_TEST_SEED on.
 TRAINING_SEEDS = FIRST_TEST_SEED // 4
-ABOVE_COST = 3  # a markup of 1.5, at which a team sells whose peers ask for all that a request costs by now
 MOST_AGAINST = 3.0  # nats by which another markup than the one that is posted is avoided, by pairs of markets
 TO_HOLD: tuple[Kind, ...] = ("bursts", "deadlines")  # where tuned rules that hold were ahead of `best_value`
 MOST_LOG_RATIO = 20.0  # far beyond the clip; where the ratio overflows, its gradient is no number
@@ -279,11 +282,8 @@ class Learner:
     def __init__(self, args: Args, processes: Processes) -> None:
         torch.manual_seed(args.seed)
         self.args, self.processes = args, processes
-        team = args.team_weight == 1
-        markup = ABOVE_COST if team and args.pays >= 1.0 else AT_COST
-        self.markup = markup if team else None  # at which a team sells, whatever it sees
-        self.actor = Actor(args.width, args.prior, markup, args.pays, args.keep).to(args.device)
-        if team:
+        self.actor = Actor(args.width, args.prior, *args.sold_by()).to(args.device)
+        if args.team_weight == 1:  # which sells at cost, whatever it sees
             nn.init.zeros_(self.actor.layers().markup.weight)
         self.averaged = AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(args.average))
         self.critic = Critic(central=args.central).to(args.device)
@@ -345,12 +345,9 @@ class Learner:
         summary = rollout.summary[d.step, d.market]
         if paid:
             advantage, value_target, logged = self.compute_advantages(rollout)
-        expert = d.expert
-        if self.markup is not None:
-            expert = np.stack([d.expert[:, 0], np.full(count, self.markup)], -1)
         loss_mask = np.ones((count, 2), np.float32)
         loss_mask[:, 1] = d.advertised if self.learns_markup and not args.pairs else 0.0
-        columns = [summary, loss_mask, d.advertised.astype(np.float32), d.choice, d.log_prob, expert, advantage,
+        columns = [summary, loss_mask, d.advertised.astype(np.float32), d.choice, d.log_prob, d.expert, advantage,
                    value_target]  # fmt: skip
         tensors = [torch.from_numpy(np.asarray(x)).to(args.device) for x in columns]
         view = Inputs(
@@ -521,6 +518,8 @@ class Run:
     """A training run: its networks, its files, its standing."""
 
     def __init__(self, args: Args) -> None:
+        pays, keep = args.sold_by()
+        args = replace(args, pays=pays, keep=keep)
         if args.against is not None:
             args = replace(args, imitate_steps=0, imitation=0.0)
         self.args, self.processes = args, Processes()

@@ -92,11 +92,10 @@ class Actor(nn.Module):
     keep: Tensor
 
     def __init__(
-        self, width: int = 32, prior: float = 6.0, markup: int = AT_COST, pays: float = float(PAYS_IN_FULL),
-        keep: float = 0.0,
-    ) -> None:  # fmt: skip
-        """`prior` and the index of the `markup` are what learning begins with; `pays`, the share of its cost that
-        others' work has to bring, and `keep`, see `agents.decision`, stay."""
+        self, width: int = 32, prior: float = 6.0, pays: float = float(PAYS_IN_FULL), keep: float = 0.0
+    ) -> None:
+        """`prior` is what learning begins with, as does a markup of 1; `pays`, the share of its cost that others' work
+        has to bring, and `keep`, see `agents.decision`, stay."""
         super().__init__()
         self.scale_nodes = Normalise(NODE_FEATURES)
         self.scale_request = Normalise(REQUEST_FEATURES)
@@ -111,7 +110,7 @@ class Actor(nn.Module):
         with torch.no_grad():
             at.setting.bias.copy_(torch.log(torch.expm1(torch.tensor(USUAL_SETTINGS))))
             at.hold.bias.fill_(HOLD_BIAS)
-            at.markup.bias[markup] = MARKUP_BONUS
+            at.markup.bias[AT_COST] = MARKUP_BONUS
 
     def layers(self) -> Layers[nn.Linear]:
         """The linear layers."""
