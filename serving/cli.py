@@ -24,7 +24,7 @@ import tyro
 from wwwserve.agents import hardware
 from wwwserve.agents.arguments import File, Name, Range, UsageError, parse_args, refuse
 from wwwserve.agents.decision import make_actions
-from wwwserve.agents.policy.architecture import PAYS
+from wwwserve.agents.policy.architecture import KEEP, PAYS
 from wwwserve.agents.policy.bundle import (
     MANIFEST,
     SEALED,
@@ -459,7 +459,8 @@ def describe(bundle: Bundle) -> str:
         ("network", f"{net['name']}, width {net['width']}, {net['parameters']:,} parameters"),
         ("sees", ", ".join(f"{len(each)} features of {part}" for part, each in m["features"].items())),
         ("decides", f"{len(decisions['routes'])} routes, {len(decisions['markups'])} markups"),
-        ("takes", f"work of others that brings {_told(round(float(bundle.weights[PAYS]), 4))} of what it costs by now"),
+        ("takes", f"work of others that brings {_weight(bundle, PAYS)} of what it costs by now"),
+        ("asks", f"its markup times 1 + {_weight(bundle, KEEP)} for the share of its prompts that is cached"),
         ("trained", f"{_told(m.get('agent_steps'))} agent steps, seed {_told(m.get('seed'))}"),
         ("markets", m.get("environment")),
         ("git", _revision(m.get("git"))),
@@ -488,6 +489,10 @@ def _told(value: Any) -> str:
     if isinstance(value, list):
         return "/".join(_told(each) for each in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _weight(bundle: Bundle, name: str) -> str:
+    return _told(round(float(bundle.weights[name]), 4))
 
 
 def _revision(git: Any) -> Any:

@@ -28,11 +28,14 @@ from wwwserve.agents.policy.bundle import (
     folder_of,
     load,
     read,
+    results_table,
     save,
     seal,
 )
 from wwwserve.agents.policy.forward import LearnedPolicy
 from wwwserve.agents.policy.network import Actor, actor_of, onnx_bytes, weights_of
+from wwwserve.agents.rules import Rule
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import FINISH_S, LOAD_S, OVERDUE, PACE, RECORD, SLOWDOWN_S, VIEW_VERSION, Views
 from wwwserve.eval.policies import PolicyError, load_policy
 from wwwserve.train.export import card, export, record
@@ -404,3 +407,16 @@ def test_every_policy_that_is_shipped_goes_by_its_name(name):
     assert load_policy(name).name == name
     assert folder_of(name) == SHIPPED[name] and folder_of("elsewhere") == Path("elsewhere")
     assert folder_of(None) == SHIPPED["competitive"]
+
+
+def test_the_team_that_ships_sells_as_the_best_rule_does():
+    weights, best = load(SHIPPED["cooperative"]).weights, Rule("best_value").settings
+    assert (weights["pays"], weights["keep"]) == (best["pays"], best["keep"])
+    policy = load_policy("cooperative")
+    posted = policy.logits(record(policy, 256, 8))[:, ROUTES:].argmax(1)
+    assert (MARKUPS[posted] == best["markup"]).all()
+
+
+def test_the_team_that_ships_has_its_results_on_its_card():
+    rows = results_table(load(SHIPPED["cooperative"]).manifest)
+    assert len(rows) == 23 and rows[1][0] == "paper/alternating"

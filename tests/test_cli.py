@@ -53,6 +53,12 @@ def test_show_says_what_a_bundle_holds(bundle, capsys):
         assert f"{digest((bundle / name).read_bytes())}" in out
 
 
+def test_show_says_how_a_policy_sells(capsys):
+    assert cli.main(["policy", "show", "cooperative"]) == 0
+    out = capsys.readouterr().out
+    assert "brings 0.75 of what it costs by now\n" in out and "times 1 + 0.5 for the share of its prompts" in out
+
+
 def test_show_says_of_what_revision_a_bundle_is_in_words(capsys):
     assert cli.main(["policy", "show"]) == 0
     assert re.search(r"^git +[0-9a-f]{40}, with(out)? uncommitted changes$", capsys.readouterr().out, re.MULTILINE)
