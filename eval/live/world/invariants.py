@@ -182,6 +182,7 @@ class Judge:
         honest = {each.name for each in self.honest}
         counts["told again"] = len(honest & ledger._reconciler.again.keys())
         if of.accounts is not None:
+            counts["not heard again"] = len(honest - of.accounts._there - {node.name})  # they are told once they are
             counts["untold"] = sum(len(of.accounts._untold.get(name, ())) for name in honest)
         for peer, channel in ledger.books.channels.items():
             counts["in escrow"] = counts.get("in escrow", 0) + len(channel.open)
