@@ -165,7 +165,7 @@ HELD_FIELDS = [
     ("opening", np.int64),  # for which it has them, 0 before
     ("candidates", np.int64, CANDIDATES),  # rows of peers, in the order drawn
     ("tariff", np.int64, TARIFF_SIZE),  # by which it is paid, micro-credits per 1000 tokens
-    ("cached_input", np.int64),  # tokens of its prompt that are paid as cached: those that its executor said it has
+    ("cached_input", np.int64),  # tokens of its prompt that are paid as cached: that its executor said it has, then had
     ("advert_s", np.float64),  # when the advert was made by which it was offered last
     ("shown_ttft_s", np.float64),  # no promise is worse than what the advert showed by which it was offered
     ("shown_tpot_s", np.float64),

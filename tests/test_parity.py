@@ -15,7 +15,7 @@ from wwwserve.agents.decision import FIRST_CANDIDATE, HOLD, LOCAL, Actions
 from wwwserve.agents.kernel import Bools, Floats
 from wwwserve.agents.policy.bundle import DEFAULT_BUNDLE, SHIPPED
 from wwwserve.agents.policy.bundle import load as load_bundle
-from wwwserve.agents.protocol import MICRO, PAYMENTS, milliseconds
+from wwwserve.agents.protocol import MICRO
 from wwwserve.agents.rules import RULES, Policy, Rule
 from wwwserve.agents.tariff import MARKUPS
 from wwwserve.agents.view import CREDIT, HAS_REQUEST, REUSE_S, SELF_FEATURES, Views
@@ -25,9 +25,6 @@ from wwwserve.envs.state import PROBES_REFUSED, SERVED_FOR_PEERS, MarketPlan, pl
 from wwwserve.eval.live.simulation import loop as virtual
 from wwwserve.eval.live.simulation.loop import VirtualLoop
 from wwwserve.eval.live.simulation.nodes import NEVER_CAME, Node, Nodes, Outcome
-from wwwserve.serving.ledger.channel_ledger import due_of
-from wwwserve.serving.ledger.statements import WHOLE, Served, Terms
-from wwwserve.serving.market import Promise
 
 TIME_S = 1e-6  # by which two worlds' times may differ
 RELATIVE = 1e-5  # and numbers of a view
@@ -57,7 +54,6 @@ class Course(NamedTuple):
     served: list[int]  # peers' requests, by each provider
     credit: Floats  # [N, ACCOUNT_SIZE] of each provider in the end
     cached: int  # tokens of prompts that engines had
-    overpaid: list[tuple[float, int, int, float]]  # see `_overpaid`; of a market
 
 
 def _seen(time_s: float, request: int, views: Views, uniforms: Floats, actions: Actions, at: Any, target: int) -> Seen:
@@ -71,24 +67,6 @@ def _target(route: int, row: int, candidates: list[int]) -> int:
     if route == HOLD:
         return -1
     return row if route == LOCAL else candidates[route - FIRST_CANDIDATE]
-
-
-def _overpaid(planned: MarketPlan, requests: np.ndarray[Any, Any]) -> list[tuple[float, int, int, float]]:
-    """What a market paid for cached tokens by the acceptance beyond what a node pays by `usage`, as docs/sessions.md
-    says: when, by whom, to whom, credits. The two differ where blocks were evicted between acceptance and start."""
-    payment, found = PAYMENTS.index(planned.scenario.economy.payment), []
-    for q in requests:
-        if q["executor"] in (-1, q["origin"]) or not q["answer_s"] > 0 or max(q["hit"], 0) == q["cached_input"]:
-            continue
-        terms = Terms(tuple(q["tariff"].tolist()), int(q["prompt"]), 2**62)
-        promise = Promise(float(q["promised_ttft_s"]), float(q["promised_tpot_s"]))
-        took_ms = int(milliseconds(q["answer_s"] - q["taken_s"]))
-        said, had = (
-            due_of(payment, terms, promise, Served("", terms.prompt, int(cached), int(q["output"]), took_ms, WHOLE), 0)
-            for cached in (q["cached_input"], max(q["hit"], 0))
-        )
-        found.append((float(q["answer_s"]), int(q["origin"]), int(q["executor"]), (said - had) / MICRO))
-    return found
 
 
 def in_market(planned: MarketPlan, policy: Policy) -> Course:
@@ -111,8 +89,7 @@ def in_market(planned: MarketPlan, policy: Policy) -> Course:
     refused, served = int(counts[:, PROBES_REFUSED].sum()), counts[:, SERVED_FOR_PEERS].tolist()
     credit = batch.markets.accounts[0] / MICRO
     hit = int(batch.markets.engines[0]["hit_tokens"].sum())
-    overpaid = _overpaid(planned, requests[: len(executor)])
-    return Course(seen, latency_s, executor, refused, served, credit, hit, overpaid)
+    return Course(seen, latency_s, executor, refused, served, credit, hit)
 
 
 class Recorder:
@@ -168,7 +145,7 @@ def on_nodes(planned: MarketPlan, policy: Policy, exact: bool = True) -> Course:
         credit = nodes.bank.accounts / MICRO
         cached = sum(node.server.cached_tokens for node in nodes.nodes)
         nodes.close()
-        return Course([each.seen for each in recorders], latency_s, executor, refused, served, credit, cached, [])
+        return Course([each.seen for each in recorders], latency_s, executor, refused, served, credit, cached)
 
     course: Course = virtual.run(main)
     return course
@@ -324,9 +301,6 @@ def test_nodes_decide_on_sessions_as_a_market_does(name: str, scenario: str, dur
     market, nodes = in_market(planned, policy), on_nodes(planned, policy)
     for row, (ours, theirs) in enumerate(zip(market.decisions, nodes.decisions, strict=True)):
         for number, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-            for paid_s, payer, payee, credits in market.overpaid:
-                if paid_s < a.time_s and row in (payer, payee):
-                    a.view[-len(SELF_FEATURES) :][CREDIT] += credits if row == payer else -credits
             _assert_alike(a, b, f"provider {row}, decision {number} at {a.time_s} s")
         assert len(ours) == len(theirs)
     decisions = [each for row in market.decisions for each in row]

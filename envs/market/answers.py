@@ -63,6 +63,7 @@ def receive_answer(w, r):
     m, p, q = w.m, w.p, w.q
     o, j = q[r].origin, q[r].executor
     q[r].status = DONE
+    q[r].cached_input = max(q[r].hit, 0)  # as `usage` says; blocks may be gone that it had when it took the request
     pay(w, r, due_for(m, q[r], q[r].output, q[r].mail_s - q[r].taken_s))
     answered(p[o], q, r, w.peer_stats[o, j], q[r].mail_s, q[r].output)
     remember_prefix(w, r)
