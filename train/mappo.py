@@ -170,8 +170,8 @@ class Args:
     """log to Weights & Biases, offline unless WANDB_MODE says otherwise"""
 
     def sold_by(self) -> tuple[float, float]:
-        """`pays` and `keep`, where they are not given those that are best: for a team as for a rule in common use, for
-        its own profit to take what brings all of its cost, however full its cache."""
+        """`pays` and `keep` as given, else those of `best_value` for a team, and 1 and 0 for one after its own profit,
+        which earns more so."""
         best = (RULES["best_value"][name].default for name in ("pays", "keep")) if self.team_weight == 1 else (1.0, 0.0)
         pays, keep = (x if given is None else given for x, given in zip(best, (self.pays, self.keep), strict=True))
         return pays, keep
@@ -283,7 +283,7 @@ class Learner:
         torch.manual_seed(args.seed)
         self.args, self.processes = args, processes
         self.actor = Actor(args.width, args.prior, *args.sold_by()).to(args.device)
-        if args.team_weight == 1:  # which sells at cost, whatever it sees
+        if args.team_weight == 1:  # which begins at cost, whatever it sees
             nn.init.zeros_(self.actor.layers().markup.weight)
         self.averaged = AveragedModel(self.actor, multi_avg_fn=get_ema_multi_avg_fn(args.average))
         self.critic = Critic(central=args.central).to(args.device)
