@@ -109,6 +109,11 @@ def test_what_was_violated_with_all_adversaries(seed: int) -> None:
     assert play(draw(seed, (*EARLIER, *NEW, "leaver"))).violations == []
 
 
+def test_a_history_ends_once_honest_nodes_have_heard_each_other_again() -> None:
+    """One that started anew knows what a peer has at stake once the peer hears it."""
+    assert play(draw(8410084, (*EARLIER, *NEW, "leaver"), duels=0.3)).violations == []
+
+
 def test_the_same_seed_is_the_same_history_in_every_process() -> None:
     program = (
         "from wwwserve.eval.live.world.history import draw, play\n"
