@@ -104,6 +104,10 @@ def test_init_makes_key_configuration_and_card(
     again = config.load(file)
     assert (again.host, again.url) == ("::", f"https://[fd00::1]:{again.port}") and again.tls is not None
     assert read_card(tmp_path / "north.card.yaml").certificate is not None
+    file.unlink()
+    assert run(*argv, "--url", "::1") == 0
+    again = config.load(file)
+    assert (again.host, again.url) == ("::1", f"http://[::1]:{again.port}")
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,8 @@ def _with_address(wanted: Wanted, ask: Ask | None, say: Say) -> Wanted:
         url = None if said == "local" else said
     if host is None:
         reached = host_of(_whole(url, FIRST_PORT, wanted.tls)) if url is not None else "localhost"
-        host = "127.0.0.1" if is_loopback(reached) else "::" if ":" in reached else "0.0.0.0"
+        inside, outside = ("::1", "::") if ":" in reached else ("127.0.0.1", "0.0.0.0")
+        host = inside if is_loopback(reached) else outside
     if port is None:
         port = next((each for each in range(FIRST_PORT, FIRST_PORT + PORTS) if is_free(host, each)), FIRST_PORT)
         if port != FIRST_PORT:
