@@ -166,6 +166,13 @@ def test_users_see_an_ordinary_certificate_and_nodes_the_nodes_own(tmp_path: Pat
     play(scene)
 
 
+def test_files_that_are_no_certificate_and_key_are_named(tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    Identity.generate().save(key)
+    with pytest.raises(OSError, match=rf"^{key} and {key} are no certificate and its key"):
+        server_context(Identity.generate(), key, key)
+
+
 def test_what_is_no_tls_and_what_is_slow_to_agree_shuts_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with net(Stub(), tls={}, limits={"connections": 16}) as n:

@@ -96,7 +96,10 @@ def server_context(identity: Identity, certificate: Path | None = None, key: Pat
     context.verify_mode = ssl.CERT_OPTIONAL
     _load(context, identity)  # for what clients show
     context.num_tickets = 0
-    context.load_cert_chain(certificate, key)
+    try:
+        context.load_cert_chain(certificate, key)
+    except ssl.SSLError:  # which does not say of which file
+        raise OSError(f"{certificate} and {key} are no certificate and its key, both in PEM") from None
 
     def choose(connection: ssl.SSLObject, host: str | None, _: ssl.SSLContext) -> None:
         if host == NODE_HOST:
