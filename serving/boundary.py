@@ -98,7 +98,8 @@ def object_of(body: bytes) -> dict[str, Any]:
     except BoundaryError as error:
         raise BoundaryError(f"the body cannot be read: {error}") from None
     if not isinstance(found, dict):
-        raise BoundaryError(f"the body is a {type(found).__name__}, expected an object")
+        said = "null" if found is None else f"a {type(found).__name__}"
+        raise BoundaryError(f"the body is {said}, expected an object")
     return found
 
 

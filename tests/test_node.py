@@ -49,6 +49,7 @@ def test_a_stream_comes_chunk_by_chunk() -> None:
     [
         (b"{", {}, 400, "not JSON"),
         (b"[1]", {}, 400, "is a list, expected an object"),
+        (b"null", {}, 400, "is null, expected an object"),
         (b"{}", {}, 400, "model is missing"),
         (b'{"model": "other"}', {}, 404, "no model 'other'"),
         (b'{"model": "stub", "stream": 3}', {}, 400, "stream is not"),
