@@ -1,4 +1,4 @@
-"""What a provider decides: where the request at the head goes, and the markup on its own cost that others are to pay.
+"""What a provider decides: where the request at the head goes, and what others are to pay beyond its own cost.
 
 `route` is 0 to hold, 1 to run here, 2 + k for candidate k; `markup` is an index into `agents.tariff.MARKUPS`. A route
 that the mask forbids becomes hold, and is counted by the caller. Whether a peer's request is taken follows from its
@@ -20,15 +20,15 @@ HOLD, LOCAL, FIRST_CANDIDATE = 0, 1, 2
 ROUTES = FIRST_CANDIDATE + CANDIDATES
 NODES = 1 + CANDIDATES  # the own node and the candidates
 FLAT_ACTIONS = ROUTES * MARKUPS.size
-AT_COST = 1  # the markup of 1
+AT_COST = 1  # the markup of 0
 
-# Columns of an admission policy: when a provider takes others' work, and how much dearer it sells than its markup says.
+# Columns of an admission policy: when a provider takes others' work, and how much dearer it sells what it has cached.
 MAX_WAIT_S = 0
 MAX_KV_USE = 1
 PROBABILITY = 2
 ONLY_IF_NONE_HELD = 3  # 1 to refuse while own users' requests are undecided
 IF_IT_PAYS = 4  # share of what it costs by now that an offer has to bring; 0 for any
-KEEP = 5  # its price is times 1 + so much for the share of its prompts that is cached, so that conversations stay
+KEEP = 5  # cost is times 1 + so much for the share of its prompts that is cached, in a price: conversations stay
 ADMISSION_SIZE = 6
 WHAT_PAYS = np.array([np.inf, np.inf, 1.0, 0.0, 1.0, 0.0])  # take what pays
 NO_DIRECTION = -1

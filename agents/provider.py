@@ -88,6 +88,7 @@ from wwwserve.agents.tariff import (
     payment_lost_per_s,
     price_by,
     value_lost_per_s,
+    worth_of,
     write_cost,
     write_tariff,
 )
@@ -117,7 +118,7 @@ PROVIDER_FIELDS = [
     ("cost", np.float64, TARIFF_SIZE),  # marginal cost of a token of each, credits, as of `cost_s`
     ("future", np.float64),  # of it, what a request takes from those yet to come, credits
     ("cost_s", np.float64),
-    ("markup", np.float64),  # in force
+    ("markup", np.float64),  # in force, see `agents.tariff.MARKUPS`
     ("tariff", np.float64, TARIFF_SIZE),  # in force, credits per 1000 tokens
     ("peer_price", np.float64),  # lowest price of peers for a usual own request, credits; inf if none is heard
     ("heard", np.int64),  # peers, when it last looked at their tariffs
@@ -202,7 +203,7 @@ def reset_provider(p: NDArray[Any]) -> None:
         p[name] = -1
     p["opening"] = 1
     p["admission"] = WHAT_PAYS
-    p["markup"] = 1.0
+    p["markup"] = 0.0
     p["cost_s"] = -np.inf
     p["peer_price"] = np.inf
 
@@ -543,8 +544,8 @@ def consider(
     if a.payment != PER_REQUEST:
         price = price_by(tariff, prompt, cached, output) / MICRO
     use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
-    share = p.admission[IF_IT_PAYS] * min(1.0, p.markup)  # below cost it sells on purpose
-    profit = price - share * cost_of(p.cost, prompt, cached, output)
+    profit = price - p.admission[IF_IT_PAYS] * cost_of(p.cost, prompt, cached, output)
+    profit -= min(0.0, p.markup) * worth_of(prompt, cached, output)  # below cost it sells on purpose
     profit += (prompt + output) / 1000.0 / MICRO  # what is lost to the rounding of a tariff is no reason to refuse
     taken = accept(p.admission, first_s, use, p.held, profit, uniform(p.generator))
     if taken:
@@ -696,7 +697,7 @@ def advertise(p: Record, staked: int, now_s: float, advert: Floats) -> None:
     of the marginal cost, and in force from now on. Room in a cache is worth more than that."""
     p.advert_due = 0
     found = 1.0 - min(1.0, p.own[AD_MEAN_UNCACHED] / max(1.0, p.own[AD_MEAN_PROMPT]))
-    write_tariff(p.tariff, p.cost, p.markup * (1.0 + p.admission[KEEP] * found))
+    write_tariff(p.tariff, p.cost, 1.0 + p.admission[KEEP] * found, p.markup)
     for k in range(TARIFF_SIZE):
         p.own[AD_TARIFF + k] = p.tariff[k]
     p.own[AD_STAKE] = staked / MICRO

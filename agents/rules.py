@@ -98,10 +98,13 @@ URGENCY = Setting(
 CAP_FAST = Setting(0.3, "KV use up to which the fastest node takes loose work", search=(0.0, 1.0))
 CAP_SLOW = Setting(0.8, "and the slowest", search=(0.3, 1.0))
 
-MARKUP = Setting(1.0, "on its marginal cost; the nearest of `agents.tariff.MARKUPS`", 8.0, search=(0.75, 8.0))
+MARKUP = Setting(
+    0.0, "beyond its marginal cost, credits for 1000 tokens of output; the nearest of `agents.tariff.MARKUPS`",
+    float(MARKUPS[-1]), search=(0.0, 0.5),
+)  # fmt: skip
 PAYS = Setting(0.75, "share of what it costs by now that others' work has to bring", 2.0, search=(0.0, 1.5))
 KEEPS = Setting(
-    0.5, "by how much dearer than its markup it sells for the share of its prompts that is cached", 4.0, (0.0, 2.0)
+    0.5, "how much dearer it takes its cost to be for the share of its prompts that is cached", 4.0, (0.0, 2.0)
 )
 
 FIRST_WEIGHT = Setting(0.0, "seconds added for each second to the first token beyond the target", search=(0.0, 10.0))
@@ -228,7 +231,7 @@ _COLUMNS = (
     *FINISH, *TRUST, *CAP, "markup", *RULES["www_serve"], "share", "penalty_s", "prefill_weight", "match", "gap",
     "ratio", "beta", "cut", "pays", "keep",
 )  # fmt: skip
-_WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default, "markup": 1.0}
+_WITHOUT = {"own_margin": 1.0, "max_queue": MAX_QUEUE.default}
 
 
 @kernel
@@ -435,7 +438,7 @@ class Rule:
                 raise ValueError(f"rule {name}: setting {key} is {value!r}, expected 0 to {high:g}")
         self._id = _IDS[name]
         self._values = np.array([self.settings.get(key, _WITHOUT.get(key, 0.0)) for key in _COLUMNS])
-        self._values[_MARKUP] = np.abs(np.log(MARKUPS / max(self._values[_MARKUP], 1e-3))).argmin()
+        self._values[_MARKUP] = np.abs(MARKUPS - self._values[_MARKUP]).argmin()
         # The arrays of the last call, and the kernel with them: a loop over a batch gives the same ones each time.
         self._given: tuple[Views, Bools, Floats, Actions] | None = None
         self._again: Callable[[], Any] | None = None

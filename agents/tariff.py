@@ -3,15 +3,24 @@
 A provider's *marginal cost* of one more request has three parts, in credits: *compute*; *present*, what the delay that
 it brings takes from those that run there; *future*, what it takes from those who come there during its stay. It is
 kept per token of input, of input that the engine still has in its prefix cache and of output, for a request of the
-lengths that are usual there. The *tariff* is the cost times a markup, in credits per 1000 tokens. Own users' requests
-lose their value when they are late; of peers' requests the lateness clause takes the payment.
+lengths that are usual there. The *tariff* is the cost plus a *markup*, in credits per 1000 tokens; the markup on input
+is as much less than that on output as users pay less for it. Own users' requests lose their value when they are late;
+of peers' requests the lateness clause takes the payment.
 """
 
 import math
 
 import numpy as np
 
-from wwwserve.agents.classes import CLASS_MAX, CLASS_MEAN, CLASS_MEDIAN, CLASS_SIGMA, CLASS_VALUE
+from wwwserve.agents.classes import (
+    CACHED_WORTH,
+    CLASS_MAX,
+    CLASS_MEAN,
+    CLASS_MEDIAN,
+    CLASS_SIGMA,
+    CLASS_VALUE,
+    INPUT_WORTH,
+)
 from wwwserve.agents.estimate import LOGISTIC, chance_on_time, expect, full_batch, marginal_delay
 from wwwserve.agents.kernel import Floats, Ints, kernel
 from wwwserve.agents.knowledge import (
@@ -24,7 +33,7 @@ from wwwserve.agents.knowledge import (
 )
 from wwwserve.agents.protocol import CACHED_INPUT, INPUT, MICRO, OUTPUT, TARIFF_SIZE
 
-MARKUPS = np.array([0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0])
+MARKUPS = np.array([-0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8])  # credits for 1000 tokens of output
 MAX_TARIFF = 1000.0  # credits per 1000 tokens
 CACHED_SHARE = 0.25  # of the compute of other input; by GPU time 0.15 to 0.45
 FOLLOWING = 2.0  # who is delayed is in the way of who comes after: times what those who run now lose
@@ -165,10 +174,20 @@ def cost_of(cost: Floats, prompt: float, cached: float, output: float) -> float:
 
 
 @kernel
-def write_tariff(tariff: Floats, cost: Floats, markup: float) -> None:
-    """Write the tariff [TARIFF_SIZE], credits per 1000 tokens."""
+def worth_of(prompt: float, cached: float, output: float) -> float:
+    """What users pay for a request, `cached` tokens of whose prompt are of the turn before, credits."""
+    return (output + INPUT_WORTH * (prompt - cached + CACHED_WORTH * cached)) / 1000.0
+
+
+@kernel
+def write_tariff(tariff: Floats, cost: Floats, dearer: float, markup: float) -> None:
+    """Write the tariff [TARIFF_SIZE], credits per 1000 tokens: the cost [TARIFF_SIZE] of a token times `dearer`, and
+    the markup, credits for 1000 tokens of output."""
+    tariff[INPUT] = 1000.0 * dearer * cost[INPUT] + markup * INPUT_WORTH
+    tariff[CACHED_INPUT] = 1000.0 * dearer * cost[CACHED_INPUT] + markup * INPUT_WORTH * CACHED_WORTH
+    tariff[OUTPUT] = 1000.0 * dearer * cost[OUTPUT] + markup
     for k in range(TARIFF_SIZE):
-        tariff[k] = min(1000.0 * markup * cost[k], MAX_TARIFF)
+        tariff[k] = min(max(tariff[k], 0.0), MAX_TARIFF)
 
 
 @kernel

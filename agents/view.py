@@ -48,7 +48,7 @@ from wwwserve.agents.knowledge import (
 from wwwserve.agents.protocol import MICRO, PER_REQUEST, TARIFF_SIZE
 from wwwserve.agents.tariff import cost_of, price_by
 
-VIEW_VERSION = 8
+VIEW_VERSION = 9
 
 
 class Feature(NamedTuple):
@@ -116,7 +116,7 @@ SELF_FEATURES = (
     Feature("arrivals_per_s", "1/s", 0, 100, "log", "own users' arrivals, averaged over the last minute or so"),
     Feature("remote", "requests", 0, 512, "log", "peers' requests running or waiting here"),
     Feature("credit", "credits", 0, 1e6, "log", "free credit"),
-    Feature("markup", "1", 0, 8, "log", "own markup in force"),
+    Feature("markup", "credits", -1, 1, "linear", "own markup in force, for 1000 tokens of output"),
     Feature("own_cost", "share", 0, 10, "log", "marginal cost of a usual request here, over its value"),
     Feature("peer_price", "share", 0, 10, "log", "lowest price of peers for a usual request, over its value"),
     Feature("peers", "nodes", 0, 512, "log", "peers heard lately"),

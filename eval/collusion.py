@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wwwserve.agents.decision import AT_COST
 from wwwserve.agents.rules import Policy
 from wwwserve.agents.tariff import MARKUPS
 from wwwserve.envs.state import MarketPlan
@@ -16,7 +17,6 @@ from wwwserve.eval.deviations import CHEAPEST, Deviation, Lane, constant_markups
 from wwwserve.eval.metrics import interval, mean_ci, or_none
 from wwwserve.eval.play import Run
 
-AT_COST = int(np.flatnonzero(MARKUPS == 1.0)[0])
 SWEEPS = 4  # of best responses, at most
 CUT_S = 60.0  # or a fifth of the time in which requests arrive, if that is less
 AROUND_S = 120.0  # shown before and after a cut

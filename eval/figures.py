@@ -137,7 +137,7 @@ def draw_game(result: Tree, out: Path) -> list[Path]:
     cells = result["scenarios"]
     with plt.rc_context(SETTINGS):
         files = [
-            *save(by_provider(cells, course_panel("markup", "markup on marginal cost")), out, "markups"),
+            *save(by_provider(cells, course_panel("markup", "markup, credits per 1000 output tokens")), out, "markups"),
             *save(by_provider(cells, course_panel("price", "credits per 1000 output tokens")), out, "prices"),
             *save(by_provider(cells, profit_panel), out, "profit"),
         ]

@@ -460,7 +460,7 @@ def describe(bundle: Bundle) -> str:
         ("sees", ", ".join(f"{len(each)} features of {part}" for part, each in m["features"].items())),
         ("decides", f"{len(decisions['routes'])} routes, {len(decisions['markups'])} markups"),
         ("takes", f"work of others that brings {_weight(bundle, PAYS)} of what it costs by now"),
-        ("asks", f"its markup times 1 + {_weight(bundle, KEEP)} for the share of its prompts that is cached"),
+        ("asks", f"its cost times 1 + {_weight(bundle, KEEP)} for the share of prompts that is cached, and its markup"),
         ("trained", f"{_told(m.get('agent_steps'))} agent steps, seed {_told(m.get('seed'))}"),
         ("markets", m.get("environment")),
         ("git", _revision(m.get("git"))),

@@ -113,7 +113,7 @@ class Metrics:
             "channel_disputed_credits", "Credits that a peer and this node count differently.", "peer"
         )
         self._tariff = self._gauge("tariff_credits_per_token", "What peers are to pay.", "tokens")
-        self._markup = self._gauge("markup_ratio", "Factor on the own marginal cost in the tariff.")
+        self._markup = self._gauge("markup_credits_per_token", "What peers are to pay for output beyond its own cost.")
         self._margin = self._gauge("margin_ratio", "Price of a usual request over its marginal cost now, less 1.")
         self._ledger_full = self._gauge("ledger_full", "Whether the ledger cannot be written.")
         self._prefix_tokens = self._counter(
@@ -268,14 +268,14 @@ class Metrics:
     def page(
         self, *, held: int, engine_up: bool, engines: Mapping[str, Sequence[float]], peers: int, peers_known: int,
         unspoken: int = 0, balances: Sequence[Balance] = (), disputed: Mapping[str, int] = NOTHING,
-        ledger_full: bool = False, tariff: Sequence[float] = (), markup: float = 1.0, margin: float | None = None,
+        ledger_full: bool = False, tariff: Sequence[float] = (), markup: float = 0.0, margin: float | None = None,
     ) -> bytes:  # fmt: skip
         """The page that Prometheus reads. `engines`: of each by what it is called whether it takes requests, those that
         run and wait there, and the share of its KV cache in use; `disputed` has micro-credits by peer, `tariff` is for
         1000 tokens."""
         for tokens, price in zip(("input", "cached_input", "output"), tariff, strict=False):
             self._tariff.labels(tokens).set(price / KTOK)
-        self._markup.set(markup)
+        self._markup.set(markup / KTOK)
         self._margin.set(math.nan if margin is None else margin)
         for each in balances:
             for whose, free, escrow in (("own", each.free, each.escrow), ("peer", each.peer_free, each.peer_escrow)):

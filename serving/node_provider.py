@@ -593,7 +593,7 @@ class NodeProvider:
 
     @property
     def markup(self) -> float:
-        """On the own marginal cost, in force with the next advert at the latest."""
+        """Beyond the own marginal cost, credits for 1000 tokens of output; in force with the next advert, at latest."""
         return float(self.record["markup"])
 
     @property

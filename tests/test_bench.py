@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wwwserve.agents.tariff import MARKUPS
 from wwwserve.envs import bench
 from wwwserve.envs.state import plan
 
@@ -65,7 +66,8 @@ def test_actions_are_uniform_over_what_is_legal() -> None:
     route, markup = np.zeros(30_000, np.int32), np.zeros(30_000, np.int32)
     bench.draw(routes, bench.make_generators(1)[0], route, markup)
     assert np.bincount(route, minlength=10)[[0, 3, 9]] == pytest.approx([10_000] * 3, rel=0.05)
-    assert np.bincount(markup, minlength=8) == pytest.approx([3_750] * 8, rel=0.07)
+    each = 30_000 / MARKUPS.size
+    assert np.bincount(markup, minlength=MARKUPS.size) == pytest.approx([each] * MARKUPS.size, rel=0.07)
 
 
 def test_no_time_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,7 +192,7 @@ def test_the_manifest_says_what_was_made_of_what(bundle):
     assert manifest["features"]["node"][1] == {"name": "finish_s", "unit": "s", "low": 0, "high": 1e4, "scale": "log"}
     assert manifest["normaliser"]["node"]["log_unit"][:2] == [0.0, 1.0]
     assert manifest["normaliser"]["node"]["full_scale"][1] == pytest.approx(np.log1p(1e4))
-    assert manifest["decisions"]["markups"] == [0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0]
+    assert manifest["decisions"]["markups"] == [-0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8]
     learned = [weight.size for name, weight in load(bundle).weights.items() if name not in ("pays", "keep")]
     assert manifest["architecture"]["parameters"] == sum(learned)
     assert set(manifest["packages"]) == {"python", "numpy", "torch", "numba", "wwwserve"}

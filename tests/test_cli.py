@@ -46,7 +46,7 @@ def test_verify_refuses_with_the_reason(bundle, tmp_path, capsys):
 def test_show_says_what_a_bundle_holds(bundle, capsys):
     assert cli.main(["policy", "show", str(bundle)]) == 0
     out = capsys.readouterr().out
-    for part in (f"bundle format {FORMAT}", "8 markups", f"observation spec {VIEW_VERSION}", "width 8",
+    for part in (f"bundle format {FORMAT}", "9 markups", f"observation spec {VIEW_VERSION}", "width 8",
                  "34,000 agent steps, seed 4", "numpy ", "+0.0500 ± 0.0040", "0.8600 ± 0.0100 single"):  # fmt: skip
         assert part in out
     for name in SEALED:
@@ -56,7 +56,7 @@ def test_show_says_what_a_bundle_holds(bundle, capsys):
 def test_show_says_how_a_policy_sells(capsys):
     assert cli.main(["policy", "show", "cooperative"]) == 0
     out = capsys.readouterr().out
-    assert "brings 0.75 of what it costs by now\n" in out and "times 1 + 0.5 for the share of its prompts" in out
+    assert "brings 0.75 of what it costs by now\n" in out and "its cost times 1 + 0.5 for the share of prompts" in out
 
 
 def test_show_says_of_what_revision_a_bundle_is_in_words(capsys):

@@ -101,7 +101,7 @@ def test_prices_are_means_over_time() -> None:
         def decide(self, views: Any, active: Any, uniforms: Any, actions: Any) -> None:
             self.ticks += 1
             actions.markup[...] = 1  # at cost
-            actions.markup[:, 1] = 4 if self.ticks > 30 else 1  # twice the cost
+            actions.markup[:, 1] = 7 if self.ticks > 30 else 1  # half a credit more, as much as it costs
 
     (run,) = rollout(quiet, DearerAtHalfTime(), SEEDS[:1])
     at_cost, dearer, late = run.price

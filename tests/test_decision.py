@@ -39,15 +39,15 @@ def test_flat_actions_and_choices_are_one_to_one() -> None:
 
 
 def test_the_encoding_is_the_one_checkpoints_were_trained_with() -> None:
-    assert (ROUTES, MARKUPS.size, CANDIDATES, FIRST_CANDIDATE) == (10, 8, 8, 2)
-    assert encode(np.int32(3), np.int32(5)) == 29
-    assert [int(x) for x in decode(np.int32(29))] == [3, 5]
+    assert (ROUTES, MARKUPS.size, CANDIDATES, FIRST_CANDIDATE) == (10, 9, 8, 2)
+    assert encode(np.int32(3), np.int32(5)) == 32
+    assert [int(x) for x in decode(np.int32(32))] == [3, 5]
     # Narrow action types do not overflow.
-    assert encode(np.int8(9), np.int8(7)) == FLAT_ACTIONS - 1
+    assert encode(np.int8(9), np.int8(8)) == FLAT_ACTIONS - 1
 
 
 def test_markups_rise_from_below_cost() -> None:
-    assert MARKUPS[AT_COST] == 1.0 and MARKUPS[0] < 1.0 and (np.diff(MARKUPS) > 0).all()
+    assert MARKUPS[AT_COST] == 0.0 and MARKUPS[0] < 0.0 and (np.diff(MARKUPS) > 0).all()
 
 
 def test_fresh_actions_hold_and_take_what_pays_at_cost() -> None:

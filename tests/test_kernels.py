@@ -391,10 +391,11 @@ def tariff_case(rng: np.random.Generator) -> Results:
         tariff.write_compute(compute, own, rng.uniform(0, 1))
         future = tariff.future_loss(own, rng.random(3), KNOWN, DEADLINES, 2)
         tariff.write_cost(cost, compute, rng.random(), rng.random(), future, own)
-        tariff.write_tariff(written, cost, rng.uniform(0.5, 8))
+        tariff.write_tariff(written, cost, rng.uniform(1, 2), rng.uniform(-0.1, 0.8))
         prices.append([future, *cost, *written, tariff.cost_of(cost, 300.0, 99.0, 200.0)])
         prices[-1] += [
             tariff.price_by(written, 9.0, 3.0, 8.0),
+            tariff.worth_of(9.0, 3.0, 8.0),
             tariff.in_micro(written[0]),
             *estimate.full_batch(own),
             *estimate.marginal_delay(own),

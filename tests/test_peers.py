@@ -120,11 +120,12 @@ def test_a_peer_is_served_at_a_tariff_that_pays() -> None:
 
             await n.until(priced)
             seen = await n.see()
-            assert seen["payment"] == "lateness" and seen["markup"] >= 1.0
-            assert seen["margin"] == pytest.approx(seen["markup"] - 1.0, abs=0.5)
+            assert seen["payment"] == "lateness" and seen["markup"] == 0.0
+            assert seen["margin"] == pytest.approx(0.0, abs=0.5)
             page = await (await n.session.get(n.urls[0] + "/metrics")).text()
             shown = float(page.split('wwwserve_tariff_credits_per_token{tokens="output"} ')[1].split()[0])
-            assert 1000 * shown == pytest.approx(seen["tariff"]["output"]) and "wwwserve_markup_ratio" in page
+            assert 1000 * shown == pytest.approx(seen["tariff"]["output"])
+            assert "wwwserve_markup_credits_per_token 0.0" in page
             cost = [round(1e6 * seen["cost"][name]) for name in ("input", "output")]
             for factor, status in ((2.0, 200), (0.4, 409)):
                 given, output = (round(factor * each) for each in cost)

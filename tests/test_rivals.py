@@ -15,7 +15,7 @@ from wwwserve.eval.deviations import Deviation, Lane, constant_markups, play, su
 from wwwserve.eval.rivals import gains, iqm, over_markets, over_training, summary
 
 SEEDS = (1_000_000, 1_000_001)
-POLICY = Rule("best_value", {"markup": 2.0})
+POLICY = Rule("best_value", {"markup": 0.2})
 
 
 def market(**changes: Any) -> Scenario:
@@ -57,11 +57,11 @@ def test_a_gain_is_summed_over_providers_and_of_those_alike_one_deviates_for_all
 
 def test_the_same_policy_gains_exactly_nothing_and_a_markup_what_it_does_as_a_policy() -> None:
     plans = [plan(market(), seed) for seed in SEEDS]
-    cost = next(each for each in constant_markups() if each.name == "markup 1")
+    cost = next(each for each in constant_markups() if each.name == "markup 0")
     groups = {
-        "same": [Deviation("same", policy=POLICY), Deviation("again", policy=Rule("best_value", {"markup": 2.0}))],
+        "same": [Deviation("same", policy=POLICY), Deviation("again", policy=Rule("best_value", {"markup": 0.2}))],
         "cost": [cost],
-        "rule": [Deviation("rule", policy=Rule("best_value", {"markup": 1.0}))],
+        "rule": [Deviation("rule", policy=Rule("best_value", {"markup": 0.0}))],
     }
     found = gains(POLICY, groups, {"market": plans, "other": plans[::-1]}, 1)
     assert found["same"].shape == (2, 2, 2) and (found["same"] == 0.0).all()
@@ -128,10 +128,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["groups"]["alone"]["iqm"] < 0.0
     shown = capsys.readouterr().out
     assert f"{100 * result['groups']['alone']['iqm']:+.2f}" in shown
-    assert rivals.main([str(file), "--among", "best_value", "--markups", "--asking", "3", "--json", str(out)]) == 0
+    assert rivals.main([str(file), "--among", "best_value", "--markups", "--asking", "0.3", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     still = [name for name, each in result["groups"].items() if not np.any(each["gains"])]
-    assert result["among"] == "best_value at markup 3" and still == ["markup 3"]
+    assert result["among"] == "best_value at markup 0.3" and still == ["markup 0.3"]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["random/nice", "--markups"], "random/nice: expected random/KIND"),
         (["random/thin"], "expected --group or --markups"),
         (
-            ["random/thin", "--markups", "--asking", "4"],
-            "--asking is 4, expected one of 0.75, 1, 1.25, 1.5, 2, 3, 5, 8",
+            ["random/thin", "--markups", "--asking", "0.4"],
+            "--asking is 0.4, expected one of -0.1, 0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.8",
         ),
         (["random/thin", "--group", "alone"], "--group 'alone', expected a name and policies"),
         (["random/thin", "--group", "a", "single", "--group", "a", "single"], "--group 'a' is given twice"),

@@ -179,15 +179,29 @@ def test_an_answer_is_expected_to_go_on() -> None:
 
 
 @pytest.mark.parametrize("markup", MARKUPS)
-def test_a_tariff_is_the_cost_times_the_markup(markup: float) -> None:
+def test_a_tariff_is_the_cost_and_a_markup_in_proportion_to_what_users_pay(markup: float) -> None:
     written = np.zeros(TARIFF_SIZE)
-    tariff.write_tariff(written, np.array([2e-5, 5e-6, 4e-4]), markup)
-    np.testing.assert_allclose(written, [0.02 * markup, 0.005 * markup, 0.4 * markup], rtol=1e-12)
+    tariff.write_tariff(written, np.array([2e-5, 5e-6, 4e-4]), 1.5, markup)
+    by_hand = [0.03 + 0.25 * markup, 0.0075 + 0.025 * markup, 0.6 + markup]
+    np.testing.assert_allclose(written, np.maximum(by_hand, 0.0), rtol=1e-12)
+    worth = tariff.worth_of(300.0, 200.0, 400.0)
+    assert worth == pytest.approx(0.4 + 0.25 * 0.1 + 0.025 * 0.2)
+    if markup > 0.0:
+        beyond = tariff.price_by(written, 300.0, 200.0, 400.0) - 1.5 * tariff.cost_of(
+            np.array([2e-5, 5e-6, 4e-4]), 300.0, 200.0, 400.0
+        )
+        assert beyond == pytest.approx(markup * worth)
+
+
+def test_a_markup_below_cost_makes_nothing_cost_less_than_nothing() -> None:
+    written = np.zeros(TARIFF_SIZE)
+    tariff.write_tariff(written, np.zeros(TARIFF_SIZE), 1.0, MARKUPS[0])
+    assert written.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_tariff_is_capped() -> None:
     written = np.zeros(TARIFF_SIZE)
-    tariff.write_tariff(written, np.array([0.5, 0.1, np.inf]), 8.0)
+    tariff.write_tariff(written, np.array([1.5, 0.1, np.inf]), 8.0, 0.0)
     assert written.tolist() == [MAX_TARIFF, 800.0, MAX_TARIFF]
     assert in_micro(written[OUTPUT]) == 10**9
 
@@ -201,7 +215,7 @@ def test_credits_are_rounded_to_micro_credits(credits: float, micro: int) -> Non
 
 def test_a_price_by_credits_is_that_by_micro_credits() -> None:
     written = np.zeros(TARIFF_SIZE)
-    tariff.write_tariff(written, np.array([2e-5, 4e-6, 4e-4]), 1.5)
+    tariff.write_tariff(written, np.array([2e-5, 4e-6, 4e-4]), 1.5, 0.0)
     assert tariff.price_by(written, 700.0, 100.0, 300.0) == pytest.approx(
         tariff.cost_of(np.array([3e-5, 6e-6, 6e-4]), 700.0, 100.0, 300.0)
     )
@@ -422,13 +436,13 @@ def test_a_class_beyond_those_in_use_is_like_none() -> None:
 def consider(host: Host, at: float, longest: int = 1024) -> bool:
     """Whether it takes a request at `at` times its own cost, credits by the tariff."""
     written = np.zeros(TARIFF_SIZE)
-    tariff.write_tariff(written, host.p["cost"][0], at)
+    tariff.write_tariff(written, host.p["cost"][0], at, 0.0)
     micro = np.array([in_micro(x) for x in written])
     taken, _, _ = provider.consider(host.p[0], host.a[0], 300.0, 0.0, longest, micro)
     return bool(taken)
 
 
-@pytest.mark.parametrize("markup", [1.0, 1.5, 8.0])
+@pytest.mark.parametrize("markup", [0.0, 0.05, 0.8])
 def test_what_pays_is_taken_and_what_does_not_is_refused(markup: float) -> None:
     host = Host()
     host.appraise(CHAT, CHAT)
@@ -443,8 +457,13 @@ def test_what_pays_is_taken_and_what_does_not_is_refused(markup: float) -> None:
 def test_who_sells_below_cost_takes_what_it_offered_to_take() -> None:
     host = Host()
     host.appraise(CHAT, CHAT)
-    host.p["markup"] = 0.75
-    assert [consider(host, at) for at in (0.7, 0.76, 1.0)] == [False, True, True]
+    host.p["markup"] = MARKUPS[0]
+    assert not consider(host, 0.05)
+    offer = np.zeros(TARIFF_SIZE)
+    tariff.write_tariff(offer, host.p["cost"][0], 1.0, MARKUPS[0])
+    for less, taken in ((0.02, False), (0.0, True)):
+        micro = np.array([in_micro(max(0.0, x - less)) for x in offer])
+        assert provider.consider(host.p[0], host.a[0], 300.0, 0.0, 1000, micro)[0] == taken
 
 
 def test_what_pays_its_cost_exactly_is_taken_however_the_tariff_is_rounded() -> None:
@@ -460,7 +479,7 @@ def test_an_offer_by_an_old_tariff_pays_if_the_cost_has_not_risen_beyond_it() ->
     host = Host()
     host.appraise(CHAT)
     old = np.zeros(TARIFF_SIZE)
-    tariff.write_tariff(old, host.p["cost"][0], 1.25)
+    tariff.write_tariff(old, host.p["cost"][0], 1.25, 0.0)
     micro = np.array([in_micro(x) for x in old])
     assert provider.consider(host.p[0], host.a[0], 300.0, 0.0, 1024, micro)[0]
     host.appraise(*[CHAT] * 40)
@@ -517,14 +536,14 @@ def test_a_markup_holds_from_the_advert_that_it_was_chosen_for() -> None:
     host.appraise(CHAT)
     advert = np.zeros(k.ADVERT_SIZE)
     provider.set_admission(host.p[0], WHAT_PAYS, 5)
-    assert host.p["markup"][0] == 1.0  # no advert is due
+    assert host.p["markup"][0] == 0.0  # no advert is due
     host.p["advert_due"] = 1
-    for index, markup in ((5, 3.0), (-4, 0.75), (99, 8.0)):
+    for index, markup in ((5, 0.2), (-4, -0.1), (99, 0.8)):
         host.p["advert_due"] = 1
         provider.set_admission(host.p[0], WHAT_PAYS, index)
         provider.advertise(host.p[0], 2 * MICRO, 12.0, advert)
         assert host.p["markup"][0] == markup and host.p["advert_due"][0] == 0
-        np.testing.assert_allclose(advert[k.AD_TARIFF + OUTPUT], 1000 * markup * host.p["cost"][0, OUTPUT])
+        np.testing.assert_allclose(advert[k.AD_TARIFF + OUTPUT], max(0.0, 1000 * host.p["cost"][0, OUTPUT] + markup))
         np.testing.assert_array_equal(advert[k.AD_TARIFF : k.AD_TARIFF + TARIFF_SIZE], host.p["tariff"][0])
         assert advert[k.AD_CONTEXT] == host.p["own"][0, k.AD_CONTEXT] and advert[k.AD_TIME_S] == 12.0
 
@@ -540,7 +559,9 @@ def test_others_pay_more_for_room_in_a_cache_in_which_prompts_are_found(keep: fl
     admission[KEEP] = keep
     provider.set_admission(host.p[0], admission, 2)
     provider.advertise(host.p[0], MICRO, 12.0, np.zeros(k.ADVERT_SIZE))
-    np.testing.assert_allclose(host.p["tariff"][0], 1000 * 1.25 * (1.0 + keep * found) * cost)
+    expected = 1000 * (1.0 + keep * found) * cost
+    expected[[INPUT, CACHED_INPUT, OUTPUT]] += 0.05 * np.array([0.25, 0.025, 1.0])
+    np.testing.assert_allclose(host.p["tariff"][0], expected)
     np.testing.assert_array_equal(host.p["cost"][0], cost)  # what its own users are run by
 
 

@@ -97,7 +97,7 @@ def test_columns_are_in_the_order_of_the_spec() -> None:
 
 def test_the_spec_is_the_version_that_policies_were_trained_on() -> None:
     """A change here changes what trained policies see: raise VIEW_VERSION with it."""
-    assert v.VIEW_VERSION == 8
+    assert v.VIEW_VERSION == 9
     assert [len(f) for f in (v.NODE_FEATURES, v.REQUEST_FEATURES, v.SELF_FEATURES)] == [31, 12, 11]
 
 
@@ -323,7 +323,7 @@ def test_a_view_without_a_request() -> None:
     p["own"], p["known"][0, 0] = own, KNOWN[0]
     peers = k.Peers(np.zeros((1, k.ADVERT_SIZE)), k.make_peer_stats(1), np.zeros(1, np.int64))
     v.write_view(views, p[0], a[0], q, peers, NOW_S, SCRATCH)
-    assert np.flatnonzero(views.me).tolist() == [v.MARKUP, v.PEER_PRICE] and views.me[v.MARKUP] == 1
+    assert np.flatnonzero(views.me).tolist() == [v.PEER_PRICE]
     expected = np.zeros(len(v.NODE_FEATURES))
     expected[[v.OWN, v.KV_USE, v.RUNNING, v.WAITING, v.STAKE, v.AGE_S, v.DUEL_RATE]] = 1, 0.25, 3, 2, 7, 0.5, 0.5
     expected[[v.KV_TOKENS, v.PREFILL, v.REUSE_S]] = 5000, 700, 90
@@ -342,7 +342,7 @@ def test_the_provider_itself() -> None:
              "heard", "sold"]  # fmt: skip
     seen = []
     for values in (
-        (0, 0, 3, (0.25, 0, 0, 0), 5, 7_500_000, 1.5, COST, 0.3, 7, 0.125),
+        (0, 0, 3, (0.25, 0, 0, 0), 5, 7_500_000, 0.3, COST, 0.3, 7, 0.125),
         (-1, 1, 10**6, 1e9, 10**6, 10**18, 1e9, 1e9, np.inf, 10**6, 1e9),
     ):
         for name, value in zip(names, values, strict=True):
@@ -351,7 +351,7 @@ def test_the_provider_itself() -> None:
         v.write_view(views, p[0], a[0], q, peers, NOW_S, SCRATCH)
         seen.append(views.me)
     usual = 200 * 3 / 90  # value of 200 tokens of the first class
-    np.testing.assert_allclose(seen[0], [1, 0, 3, 0.25, 5, 7.5, 1.5, 0.11 / usual, 0.3 / usual, 7, 0.125], rtol=1e-6)
+    np.testing.assert_allclose(seen[0], [1, 0, 3, 0.25, 5, 7.5, 0.3, 0.11 / usual, 0.3 / usual, 7, 0.125], rtol=1e-6)
     np.testing.assert_array_equal(seen[1], v.bounds(v.SELF_FEATURES)[1] * [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
     assert np.abs(v.normalise(np.array(seen), v.SELF_FEATURES)).max() <= 1 + 1e-6
 

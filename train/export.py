@@ -101,7 +101,7 @@ _CARD = """\
 
 LLM providers serve each other's overflow without a coordinator. For the request at the head of its queue, a provider
 with this policy decides whether to hold it, run it here or hand it to one of up to {candidates} candidates; and with
-each advert, the markup on its marginal cost that peers are to pay. It sees only what a provider knows: its own node,
+each advert, what peers are to pay beyond its marginal cost. It sees only what a provider knows: its own node,
 the adverts of the candidates, and its peer_stats with them.
 
 A {architecture} network of width {width}, {parameters:,} parameters: one encoder for every node in view, pooled, and a

@@ -95,8 +95,8 @@ class Args:
     """share of its cost by now that others' work has to bring to be taken; set, not learned; as `best_value` has it in
     a team, else 1. With --warm-start and --against it is the bundle's"""
     keep: float | None = None
-    """how much dearer a provider sells than its markup says: times 1 + so much for the share of its prompts that is
-    found in its cache; set as --pays is: as `best_value` has it in a team, else 0"""
+    """how much dearer a provider takes its cost to be as it sells: times 1 + so much for the share of its prompts that
+    is found in its cache; set as --pays is: as `best_value` has it in a team, else 0"""
     markups: bool = True
     """learn the markup as well, unless in a team; else it stays as imitated, at cost"""
     pairs: int = 96

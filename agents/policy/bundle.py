@@ -103,7 +103,7 @@ def feature_table() -> dict[str, list[Tree]]:
 
 
 def decision_table() -> Tree:
-    """What is decided: the routes, and the markups on the own marginal cost."""
+    """What is decided: the routes, and the markups, credits for 1000 tokens of output beyond the own marginal cost."""
     return {
         "candidates": CANDIDATES,
         "routes": ["hold", "local", *(f"candidate {k + 1}" for k in range(CANDIDATES))],

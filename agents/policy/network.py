@@ -94,7 +94,7 @@ class Actor(nn.Module):
     def __init__(
         self, width: int = 32, prior: float = 6.0, pays: float = float(PAYS_IN_FULL), keep: float = 0.0
     ) -> None:
-        """`prior` is what learning begins with, as does a markup of 1; `pays`, the share of its cost that others' work
+        """`prior` is what learning begins with, as is selling at cost; `pays`, the share of its cost that others' work
         has to bring, and `keep`, see `agents.decision`, stay."""
         super().__init__()
         self.scale_nodes = Normalise(NODE_FEATURES)

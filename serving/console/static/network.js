@@ -59,7 +59,7 @@ const table = new Table(byId("nodes"), {
     { label: "Mean latency", number: true, of: (n) => (n.requests?.answered ? seconds(n.requests.mean_latency_s) : NONE) },
     { label: "Handed over", number: true, of: (n) => (n.requests ? count(n.requests.handed_over) : NONE) },
     { label: "For peers", number: true, of: (n) => (n.peers ? { text: `${count(n.remote)} now`, note: `${count(n.peers.reduce((sum, peer) => sum + peer.served, 0))} taken` } : NONE) },
-    { label: "Tariff", number: true, title: "credits per 1,000 output tokens", of: (n) => (n.tariff ? { text: number(n.tariff.output), note: `cost × ${number(n.markup)}` } : NONE) },
+    { label: "Tariff", number: true, title: "credits per 1,000 output tokens", of: (n) => (n.tariff ? { text: number(n.tariff.output), note: `cost + ${number(n.markup)}` } : NONE) },
     { label: "Money", number: true, of: (n) => (n.has_ledger ? { text: `${amount(n.paid)} paid`, note: `${amount(n.earned)} earned` } : NONE) },
   ],
 });

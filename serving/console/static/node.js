@@ -74,7 +74,7 @@ function tiles(seen) {
     ["Held", count(seen.held), "not decided yet"],
     ["For peers", count(seen.remote), `${perSecond(last(s.rate("served", SMOOTH_S)))} taken`],
     ["Found cached", told ? percent(last(s.share("cached_tokens", ["prompt_tokens"], MINUTE_S))) : NONE, told ? "of prompt tokens, last minute" : "the engine does not report it"],
-    ["Price", `${number(seen.tariff.output)} cr`, `per 1,000 output tokens, cost × ${number(seen.markup)}`],
+    ["Price", `${number(seen.tariff.output)} cr`, `per 1,000 output tokens, cost + ${number(seen.markup)}`],
     ["Credit", ledger ? credits(ledger.free) : NONE, ledger ? `${credits(ledger.escrow)} in escrow` : "no ledger"],
   ];
   keyed(byId("tiles"), shown, (each) => each[0], ([label]) => h("div", { class: "tile" }, h("dt", {}, label), h("dd", { class: "big" }), h("dd", { class: "note" }), h("span", { class: "bar", "aria-hidden": "true" }, h("span", {}))), (tile, [, value, note, bar]) => {
