@@ -367,7 +367,7 @@ def test_later_steps_leave_what_was_returned_alone() -> None:
 def test_an_action_outside_the_space_is_refused(bad: Any) -> None:
     env = parallel_env(market())
     env.reset(seed=0)
-    with pytest.raises(ValueError, match=r"action of n3 is .*, expected an integer, 0 to 79"):
+    with pytest.raises(ValueError, match=r"action of n3 is .*, expected an integer, 0 to 89"):
         env.step({**hold_all(env), "n3": bad})
 
 
