@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from wwwserve.agents.kernel import Floats
+from wwwserve.agents.kernel import Floats, kernel
 from wwwserve.agents.lengths import Lognormal
 
 MAX_CLASSES = 4
@@ -11,6 +11,12 @@ CLASS_SIZE = 6
 
 INPUT_WORTH = 0.25  # of a token of input to one of output, as users pay them; list prices of open models: 0.12 to 0.5
 CACHED_WORTH = 0.1  # of a token of input of the turn before to another one
+
+
+@kernel
+def worth_of(fresh: float, cached: float, output: float) -> float:
+    """What users pay for so many tokens of input, of input of the turn before, and of output: in tokens of output."""
+    return output + INPUT_WORTH * (fresh + CACHED_WORTH * cached)
 
 
 def class_row(
@@ -24,10 +30,9 @@ def class_row(
     and agents would not be worth the compute.
     """
     fresh = prompt if uncached is None else uncached
-    paid = output.mean + INPUT_WORTH * (fresh + CACHED_WORTH * (prompt - fresh))
     row = np.zeros(CLASS_SIZE)
     row[CLASS_MEDIAN], row[CLASS_SIGMA], row[CLASS_MAX] = output.median, output.sigma, output.max
     row[CLASS_MEAN] = output.mean
-    row[CLASS_VALUE] = multiplier * paid / 1000.0
+    row[CLASS_VALUE] = multiplier * worth_of(fresh, prompt - fresh, output.mean) / 1000.0
     row[CLASS_LAST_DEADLINE_S] = last_deadline_s
     return row

@@ -20,6 +20,7 @@ from wwwserve.agents.classes import (
     CLASS_MEAN,
     CLASS_SIZE,
     MAX_CLASSES,
+    worth_of,
 )
 from wwwserve.agents.decision import (
     ADMISSION_SIZE,
@@ -88,7 +89,6 @@ from wwwserve.agents.tariff import (
     payment_lost_per_s,
     price_by,
     value_lost_per_s,
-    worth_of,
     write_cost,
     write_tariff,
 )
@@ -545,7 +545,7 @@ def consider(
         price = price_by(tariff, prompt, cached, output) / MICRO
     use = p.own[AD_KV_TOKENS] / p.own[AD_KV_CAPACITY]
     profit = price - p.admission[IF_IT_PAYS] * cost_of(p.cost, prompt, cached, output)
-    profit -= min(0.0, p.markup) * worth_of(prompt, cached, output)  # below cost it sells on purpose
+    profit -= min(0.0, p.markup) * worth_of(prompt - cached, cached, output) / 1000.0  # below cost it sells on purpose
     profit += (prompt + output) / 1000.0 / MICRO  # what is lost to the rounding of a tariff is no reason to refuse
     taken = accept(p.admission, first_s, use, p.held, profit, uniform(p.generator))
     if taken:

@@ -12,15 +12,7 @@ import math
 
 import numpy as np
 
-from wwwserve.agents.classes import (
-    CACHED_WORTH,
-    CLASS_MAX,
-    CLASS_MEAN,
-    CLASS_MEDIAN,
-    CLASS_SIGMA,
-    CLASS_VALUE,
-    INPUT_WORTH,
-)
+from wwwserve.agents.classes import CLASS_MAX, CLASS_MEAN, CLASS_MEDIAN, CLASS_SIGMA, CLASS_VALUE, worth_of
 from wwwserve.agents.estimate import LOGISTIC, chance_on_time, expect, full_batch, marginal_delay
 from wwwserve.agents.kernel import Floats, Ints, kernel
 from wwwserve.agents.knowledge import (
@@ -174,18 +166,12 @@ def cost_of(cost: Floats, prompt: float, cached: float, output: float) -> float:
 
 
 @kernel
-def worth_of(prompt: float, cached: float, output: float) -> float:
-    """What users pay for a request, `cached` tokens of whose prompt are of the turn before, credits."""
-    return (output + INPUT_WORTH * (prompt - cached + CACHED_WORTH * cached)) / 1000.0
-
-
-@kernel
 def write_tariff(tariff: Floats, cost: Floats, dearer: float, markup: float) -> None:
     """Write the tariff [TARIFF_SIZE], credits per 1000 tokens: the cost [TARIFF_SIZE] of a token times `dearer`, and
     the markup, credits for 1000 tokens of output."""
-    tariff[INPUT] = 1000.0 * dearer * cost[INPUT] + markup * INPUT_WORTH
-    tariff[CACHED_INPUT] = 1000.0 * dearer * cost[CACHED_INPUT] + markup * INPUT_WORTH * CACHED_WORTH
-    tariff[OUTPUT] = 1000.0 * dearer * cost[OUTPUT] + markup
+    tariff[INPUT] = 1000.0 * dearer * cost[INPUT] + markup * worth_of(1.0, 0.0, 0.0)
+    tariff[CACHED_INPUT] = 1000.0 * dearer * cost[CACHED_INPUT] + markup * worth_of(0.0, 1.0, 0.0)
+    tariff[OUTPUT] = 1000.0 * dearer * cost[OUTPUT] + markup * worth_of(0.0, 0.0, 1.0)
     for k in range(TARIFF_SIZE):
         tariff[k] = min(max(tariff[k], 0.0), MAX_TARIFF)
 

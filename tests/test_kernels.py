@@ -395,7 +395,7 @@ def tariff_case(rng: np.random.Generator) -> Results:
         prices.append([future, *cost, *written, tariff.cost_of(cost, 300.0, 99.0, 200.0)])
         prices[-1] += [
             tariff.price_by(written, 9.0, 3.0, 8.0),
-            tariff.worth_of(9.0, 3.0, 8.0),
+            classes.worth_of(9.0, 3.0, 8.0),
             tariff.in_micro(written[0]),
             *estimate.full_batch(own),
             *estimate.marginal_delay(own),

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wwwserve.agents import classes, provider, tariff
 from wwwserve.agents import knowledge as k
-from wwwserve.agents import provider, tariff
 from wwwserve.agents.classes import (
     CLASS_LAST_DEADLINE_S,
     CLASS_MAX,
@@ -184,13 +184,13 @@ def test_a_tariff_is_the_cost_and_a_markup_in_proportion_to_what_users_pay(marku
     tariff.write_tariff(written, np.array([2e-5, 5e-6, 4e-4]), 1.5, markup)
     by_hand = [0.03 + 0.25 * markup, 0.0075 + 0.025 * markup, 0.6 + markup]
     np.testing.assert_allclose(written, np.maximum(by_hand, 0.0), rtol=1e-12)
-    worth = tariff.worth_of(300.0, 200.0, 400.0)
-    assert worth == pytest.approx(0.4 + 0.25 * 0.1 + 0.025 * 0.2)
+    worth = classes.worth_of(100.0, 200.0, 400.0)
+    assert worth == pytest.approx(400 + 0.25 * 100 + 0.025 * 200)
     if markup > 0.0:
         beyond = tariff.price_by(written, 300.0, 200.0, 400.0) - 1.5 * tariff.cost_of(
             np.array([2e-5, 5e-6, 4e-4]), 300.0, 200.0, 400.0
         )
-        assert beyond == pytest.approx(markup * worth)
+        assert beyond == pytest.approx(markup * worth / 1000.0)
 
 
 def test_a_markup_below_cost_makes_nothing_cost_less_than_nothing() -> None:
