@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from wwwserve.agents.kernel import Floats, kernel
+from wwwserve.agents.kernel import Floats, plain
 from wwwserve.agents.lengths import Lognormal
 
 MAX_CLASSES = 4
@@ -13,7 +13,7 @@ INPUT_WORTH = 0.25  # of a token of input to one of output, as users pay them; l
 CACHED_WORTH = 0.1  # of a token of input of the turn before to another one
 
 
-@kernel
+@plain
 def worth_of(fresh: float, cached: float, output: float) -> float:
     """What users pay for so many tokens of input, of input of the turn before, and of output: in tokens of output."""
     return output + INPUT_WORTH * (fresh + CACHED_WORTH * cached)

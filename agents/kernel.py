@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numba
 import numba.core.event as event
 import numpy as np
+from numba.extending import register_jitable
 from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -129,6 +130,13 @@ def kernel(function: F) -> F:
     """
     compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", _nrt=False)(function)
     return compiled
+
+
+def plain(function: F) -> F:
+    """A function that kernels call compiled, and everybody else as it stands: for one that is called while a
+    configuration is read, which is not to wait for a compiler."""
+    made: F = register_jitable(function)
+    return made
 
 
 def bound(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:

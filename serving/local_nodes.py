@@ -37,7 +37,8 @@ from wwwserve.serving.http.addresses import is_free
 from wwwserve.serving.http.keys import Identity
 from wwwserve.serving.plain import in_words
 
-PORTS = range(10_000, 20_000)
+NO_BROWSER = 10_080  # the port of this range that browsers open no page of: https://fetch.spec.whatwg.org/#bad-port
+PORTS = [port for port in range(10_000, 20_000) if port != NO_BROWSER]
 _ports = itertools.islice(itertools.cycle(PORTS), os.getpid() * 97 % 100 * 100, None)  # apart from other processes'
 READY_S = {"emulated": 300.0, "vllm": 600.0}  # for a network to come up, by its engines, kernels still to be compiled
 LOG_LINES = 10  # shown of a program that ends
@@ -154,8 +155,8 @@ def _signal(process: Process, number: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now: below those that the system gives to whoever asks for any, and others at each call, so
-    that hardly one is taken before it is used. Raises OSError if there are none."""
+    """Ports that are free now and that browsers open: below those that the system gives to whoever asks for any, and
+    others at each call, so that hardly one is taken before it is used. Raises OSError if there are none."""
     found: list[int] = []
     if count == 0:
         return found
@@ -165,7 +166,7 @@ def free_ports(count: int) -> list[int]:
             found.append(port)
         if len(found) == count:
             return found
-    raise OSError(f"{len(found)} ports of {PORTS.start} to {PORTS.stop - 1} are free, expected {count}")
+    raise OSError(f"{len(found)} ports of {PORTS[0]} to {PORTS[-1]} are free, expected {count}")
 
 
 def local_urls(ports: Sequence[int]) -> list[str]:

@@ -14,7 +14,7 @@ import yaml
 from aiohttp import web
 from stub_nodes import GOOD, PROFILE, Net, Stub, net, play
 
-from wwwserve.serving import cli, config, node
+from wwwserve.serving import cli, config, local_nodes, node
 from wwwserve.serving.config import ConfigError
 from wwwserve.serving.http.addresses import engine_base, here, is_free, is_loopback, is_unspecified, listen, netloc
 from wwwserve.serving.http.keys import Identity
@@ -132,6 +132,12 @@ async def end(n: Net) -> None:
     for task in n.running:
         task.cancel()
     await asyncio.gather(*n.running, return_exceptions=True)
+
+
+def test_a_free_port_is_one_that_browsers_open() -> None:
+    """The console of a local network is at one; 10080 is for Amanda, and blocked: https://fetch.spec.whatwg.org."""
+    count = 10_079 - local_nodes.PORTS[0]
+    assert 10_080 not in local_nodes.PORTS and local_nodes.PORTS[count : count + 2] == [10_079, 10_081]
 
 
 def test_slashes_at_the_end_of_urls_do_not_part_two_nodes() -> None:

@@ -1,6 +1,7 @@
 """The configuration of a node: how it is read, that each key is documented, and what is refused."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,12 @@ if len(node_provider._appraise.signatures) != kinds:
     settings = GOOD | {"ledger": {"file": "n.db", "limits": {Identity.generate().name: {"ours": 1, "theirs": 1}}}}
     done = subprocess.run([sys.executable, "-c", code % settings], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_reading_a_configuration_waits_for_no_compiler(tmp_path: Path) -> None:
+    """Else each command that reads one would, the first time; and `up` would say twice that kernels are compiled."""
+    code = "from wwwserve.serving import config; config.parse(%r, 'test')"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA")}
+    env["WWWSERVE_CACHE"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code % GOOD], capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
